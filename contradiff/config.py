@@ -1,0 +1,103 @@
+"""Parameters: one top-level key of params.yaml = one `Section`, which lives with its owner.
+
+Result-affecting fields have no defaults in code: params.yaml shows every value.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+
+class Section(BaseModel):
+    """Base of all parameter sections.
+
+    Unknown keys, NaN, infinities and silent conversions (`true` for 1.0) are refused.
+    """
+
+    model_config = ConfigDict(
+        extra="forbid",
+        strict=True,
+        frozen=True,
+        allow_inf_nan=False,
+        validate_default=True,
+        validate_by_name=True,
+        validate_by_alias=True,
+    )
+
+
+S = TypeVar("S", bound=Section)
+
+
+def read_params(path: Path) -> dict[str, Any]:
+    """Read a parameter file as DVC reads it.
+
+    YAML 1.2 through ruamel: `1e-05`, which DVC itself writes, is a float here; PyYAML would make
+    it a string.
+
+    Raises:
+        ValueError: the file is missing, is no YAML mapping, or repeats a key.
+    """
+    from ruamel.yaml import YAML
+    from ruamel.yaml.error import YAMLError
+
+    if not path.is_file():
+        msg = f"{path}: no such file; run from the project's root, or copy presets/tiny.yaml to it"
+        raise ValueError(msg)
+    try:
+        content: object = YAML(typ="safe").load(path)  # pyright: ignore[reportUnknownMemberType]
+    except YAMLError as error:
+        msg = f"{path}: not valid YAML: {error}"
+        raise ValueError(msg) from error
+    if not isinstance(content, dict):
+        msg = f"{path}: expected a mapping of sections, found {type(content).__name__}"
+        raise ValueError(msg)
+    return content  # pyright: ignore[reportUnknownVariableType]
+
+
+def parse(schema: type[S], content: Mapping[str, Any], *, source: str) -> S:
+    """Validate the keys of `content` that `schema` knows; other top-level keys belong to others.
+
+    Args:
+        schema: the sections that the caller uses, one field each.
+        content: a whole parameter file, as from `read_params`.
+        source: the file's name, for messages.
+
+    Raises:
+        ValueError: one line for each wrong value, each beginning with its dotted key.
+    """
+    names = {field.alias or name for name, field in schema.model_fields.items()}
+    return parse_exactly(
+        schema, {key: value for key, value in content.items() if key in names}, source=source
+    )
+
+
+def parse_exactly(schema: type[S], content: Mapping[str, Any], *, source: str) -> S:
+    """Validate `content` whole: keys that `schema` does not know are refused.
+
+    Raises:
+        ValueError: one line for each wrong value, each beginning with its dotted key.
+    """
+    try:
+        return schema.model_validate(dict(content))
+    except ValidationError as error:
+        raise ValueError(describe(error, source=source)) from None
+
+
+def describe(error: ValidationError, *, source: str) -> str:
+    """Turn a pydantic error into one line a fault: `dotted.key: what is wrong (got value)`."""
+    lines: list[str] = []
+    for fault in error.errors():
+        key = ".".join(str(part) for part in fault["loc"]) or "(whole file)"
+        match fault["type"]:
+            case "extra_forbidden":
+                text = "unknown key; see presets/tiny.yaml for the keys that there are"
+            case "missing":
+                text = "missing; see presets/tiny.yaml for the keys that there are"
+            case _:
+                text = f"{fault['msg'].removeprefix('Value error, ')}"
+                if not isinstance(fault["input"], dict):
+                    text += f" (got {fault['input']!r})"
+        lines.append(f"{source}: {key}: {text}")
+    return "\n".join(lines)

@@ -1,0 +1,215 @@
+"""Training batches: image shards and latent shards read side by side, in an order fixed by a seed.
+
+shard i of images, shard i of latents => (image bytes, views) pairs => shuffled => two chosen views
+with their moments and the pixels that condition them
+"""
+
+import random
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from zlib import crc32
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+
+from contradiff.data.shards import ShardIndex, image_of, read_shard
+from contradiff.data.transforms import apply_crop, decode, random_crop, to_pixels
+from contradiff.latents import StoredLatents
+
+SHUFFLE_BUFFER = 2048
+"""Samples held while shuffling; shards are themselves shuffled when written."""
+
+Pair = tuple[dict[str, bytes], dict[str, bytes]]
+
+
+@dataclass(frozen=True)
+class ViewChoice:
+    """What the two views and their conditions are made of; see LossParams and ConditionerParams."""
+
+    latent_views: str
+    cond_view: str
+
+
+@dataclass(frozen=True)
+class PairedShards:
+    """Two folders whose shards hold the same keys in the same order."""
+
+    images: Path
+    latents: Path
+    split: str
+    image_index: ShardIndex
+    latent_index: ShardIndex
+
+    @classmethod
+    def open(cls, images: Path, latents: Path, *, split: str) -> "PairedShards":
+        """Read both indices.
+
+        Raises:
+            ValueError: shards are missing or damaged, or the folders do not belong together.
+        """
+        image_index, latent_index = ShardIndex.read(images), ShardIndex.read(latents)
+        counts = [
+            [shard.num_samples for shard in index.shards(split)]
+            for index in (image_index, latent_index)
+        ]
+        if counts[0] != counts[1]:
+            msg = f"{latents}: made from other shards than {images}; run `dvc repro latents`"
+            raise ValueError(msg)
+        return cls(images, latents, split, image_index, latent_index)
+
+    @property
+    def num_shards(self) -> int:
+        """Of the split."""
+        return len(self.image_index.shards(self.split))
+
+    @property
+    def num_samples(self) -> int:
+        """Of the split."""
+        return self.image_index.num_samples(self.split)
+
+    def read(self, number: int) -> Iterator[Pair]:
+        """Yield the pairs of one shard.
+
+        Raises:
+            ValueError: the two shards' keys differ.
+        """
+        image_shard = self.image_index.shards(self.split)[number]
+        latent_shard = self.latent_index.shards(self.split)[number]
+        image_records = read_shard(self.images / image_shard.name, image_shard)
+        latent_records = read_shard(self.latents / latent_shard.name, latent_shard)
+        for image, latent in zip(image_records, latent_records, strict=True):
+            if image["__key__"] != latent["__key__"]:
+                msg = (
+                    f"{self.latents / latent_shard.name}: key {latent['__key__'].decode()} beside "
+                    f"{image['__key__'].decode()}; run `dvc repro latents`"
+                )
+                raise ValueError(msg)
+            yield image, latent
+
+
+class TrainingStream(IterableDataset[dict[str, Tensor]]):
+    """An endless stream of batches, fixed by the seed, that can start at any step.
+
+    Each process and worker owns every n-th shard of a seeded order, which differs between epochs,
+    shuffles in a buffer, and goes on with the next epoch when its shards are through: with one
+    stream an epoch sees each image once; with several, streams of unequal length drift apart by
+    less than a shard an epoch, and none is ever idle.
+    """
+
+    def __init__(
+        self,
+        pairs: PairedShards,
+        *,
+        choice: ViewChoice,
+        batch_size: int,
+        start_step: int,
+        seed: int,
+        rank: int,
+        world_size: int,
+    ) -> None:
+        """Describe the stream; nothing is read yet.
+
+        Args:
+            pairs: images and latents.
+            choice: how views and conditions are chosen.
+            batch_size: images a step in this process.
+            start_step: batches that an earlier run has consumed.
+            seed: of order, views and crops.
+            rank: this process's number.
+            world_size: number of processes.
+        """
+        super().__init__()
+        self.pairs, self.choice, self.batch_size = pairs, choice, batch_size
+        self.start_step, self.seed, self.rank, self.world_size = start_step, seed, rank, world_size
+
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        """Yield batches; see `_collate` for their content."""
+        worker = get_worker_info()
+        num_workers, number = (worker.num_workers, worker.id) if worker else (1, 0)
+        # The loader takes batches from its workers in turn, beginning with worker 0, also when it
+        # starts in mid-run: so the stream that is next must be worker 0's.
+        number = (number + self.start_step) % num_workers
+        first = -(-(self.start_step - number) // num_workers)
+        stream = self.rank * num_workers + number
+        batch: list[tuple[int, Pair]] = []
+        taken = 0
+        for pair in self._pairs(stream, self.world_size * num_workers):
+            batch.append(pair)
+            if len(batch) == self.batch_size:
+                if taken >= first:
+                    yield self._collate(batch)
+                taken += 1
+                batch = []
+
+    def _pairs(self, stream: int, num_streams: int) -> Iterator[tuple[int, Pair]]:
+        if num_streams > self.pairs.num_shards:
+            msg = (
+                f"shard.samples_per_shard: {self.pairs.num_shards} shards cannot feed {num_streams} "
+                "streams (processes x runtime.num_workers); make smaller shards or use fewer"
+            )
+            raise ValueError(msg)
+        epoch = 0
+        while True:
+            order = np.random.default_rng([self.seed, epoch]).permutation(self.pairs.num_shards)
+            rng = random.Random(f"{self.seed}/{epoch}/{stream}")  # noqa: S311 - not for secrets
+            buffer: list[Pair] = []
+            for shard in order[stream::num_streams]:
+                for pair in self.pairs.read(int(shard)):
+                    buffer.append(pair)
+                    if len(buffer) > SHUFFLE_BUFFER:
+                        yield epoch, _pop_random(buffer, rng)
+            while buffer:
+                yield epoch, _pop_random(buffer, rng)
+            epoch += 1
+
+    def _collate(self, batch: list[tuple[int, Pair]]) -> dict[str, Tensor]:
+        """Stack to "moments" (2 batch 2c h w) float16 and "conditions" (2 batch 3 s s) in [-1, 1]."""
+        chosen = [self._choose(epoch, pair) for epoch, pair in batch]
+        moments = np.stack([item[0] for item in chosen], axis=1)
+        conditions = torch.stack([item[1] for item in chosen], dim=1)
+        return {"moments": torch.from_numpy(moments), "conditions": conditions}
+
+    def _choose(
+        self, epoch: int, pair: Pair
+    ) -> tuple[Float[np.ndarray, "2 moments h w"], Float[Tensor, "2 3 s s"]]:
+        """Two views of one image and the pixels of their conditions.
+
+        The random numbers depend on the seed, the epoch and the key, not on who reads the image.
+        """
+        sample, stored = image_of(pair[0]), StoredLatents.of_record(pair[1])
+        rng = np.random.default_rng([self.seed, epoch, crc32(sample.key.encode())])
+        num_views = len(stored.crops)
+        first, second = (int(view) for view in rng.permutation(num_views).tolist()[:2]) if num_views > 1 else (0, 0)
+        views = (first, second) if self.choice.latent_views == "two" else (first, first)
+        image = decode(sample.image, name=sample.key)
+        size = self.pairs.latent_index.facts["image_size"]
+        if self.choice.cond_view == "crop":
+            scale = self.pairs.latent_index.facts["crop_scale_min"]
+            crops = [random_crop(rng, *image.shape[1:], scale_min=scale) for _ in views]
+        else:
+            crops = [stored.crops[first]] * 2
+        pixels = torch.stack([apply_crop(image, crop, size=size) for crop in crops])
+        return stored.moments[list(views)], to_pixels(pixels)
+
+
+def training_batches(stream: TrainingStream, *, num_workers: int) -> Iterator[Mapping[str, Any]]:
+    """Run the stream in worker processes (0: in this one)."""
+    loader = DataLoader(
+        stream,
+        batch_size=None,
+        num_workers=num_workers,
+        pin_memory=torch.cuda.is_available(),
+        persistent_workers=num_workers > 0,
+    )
+    return iter(loader)
+
+
+def _pop_random(buffer: list[Pair], rng: random.Random) -> Pair:
+    index = rng.randrange(len(buffer))
+    buffer[index], buffer[-1] = buffer[-1], buffer[index]
+    return buffer.pop()

@@ -1,0 +1,112 @@
+"""Raw data where it lies: what the embedded default renders itself, and what a user brings."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from contradiff.atomic import replace_file, sha256_of
+from contradiff.data.imagenet import DataParams
+from contradiff.transfer import TransferParams
+
+RECIPE_NAME = ".rendered.json"
+"""What a rendered folder was rendered from, written last: only then is it whole."""
+
+ARCHIVE_FILES = ("train", "test", "meta")
+DIGITS_PER_CLASS = 60
+"""Training pool of the digits, from which several 25-shot splits are drawn; the rest is test."""
+
+
+def ensure_images(
+    root: Path, params: DataParams, *, seed: int, on_progress: Callable[[int], None] | None = None
+) -> None:
+    """Render the toy tree at `root` unless it is there already; other sources are left alone.
+
+    Args:
+        root: where `data.root` is.
+        params: section `data`.
+        seed: of the rendered images.
+        on_progress: told the number of images rendered since the last call.
+
+    Raises:
+        ValueError: `root` holds something that was not rendered here.
+    """
+    if params.source != "toy":
+        return
+    assert params.num_train is not None
+    assert params.num_val is not None
+    recipe = {
+        "renderer": _code_digest("toy.py"),
+        "num_train": params.num_train,
+        "num_val": params.num_val,
+        "image_size": params.image_size,
+        "seed": seed,
+    }
+    if _is_rendered(root, recipe):
+        return
+    from contradiff.data.toy import render_tree
+
+    done = 0
+
+    def report(total: int) -> None:
+        nonlocal done
+        if on_progress is not None:
+            on_progress(total - done)
+        done = total
+
+    render_tree(
+        root,
+        num_train=params.num_train,
+        num_val=params.num_val,
+        image_size=params.image_size,
+        seed=seed,
+        on_progress=report,
+    )
+    _mark_rendered(root, recipe)
+
+
+def ensure_transfer_archive(root: Path, params: TransferParams, *, seed: int) -> None:
+    """Write the digits' archive at `root` unless it is there; CIFAR-100 must be there.
+
+    Raises:
+        ValueError: files of the archive are missing; names transfer.root.
+    """
+    if params.source == "digits":
+        recipe = {"renderer": _code_digest("digits.py"), "seed": seed}
+        if _is_rendered(root, recipe):
+            return
+        from contradiff.data.digits import write_digits_archive
+
+        write_digits_archive(root, num_train_per_class=DIGITS_PER_CLASS, seed=seed)
+        _mark_rendered(root, recipe)
+        return
+    missing = [name for name in ARCHIVE_FILES if not (root / name).is_file()]
+    if missing:
+        msg = (
+            f"transfer.root: {params.root} lacks {', '.join(missing)}; unpack cifar-100-python.tar.gz "
+            "there (nothing is downloaded)"
+        )
+        raise ValueError(msg)
+
+
+def transfer_manifest(root: Path, *, shown_root: str) -> dict[str, Any]:
+    """What stands for the archive in DVC: its files' sizes and sha256."""
+    files = {
+        name: {"num_bytes": (root / name).stat().st_size, "sha256": sha256_of(root / name)}
+        for name in ARCHIVE_FILES
+    }
+    return {"root": shown_root, "files": files}
+
+
+def _is_rendered(root: Path, recipe: dict[str, Any]) -> bool:
+    path = root / RECIPE_NAME
+    return path.is_file() and json.loads(path.read_text()) == recipe
+
+
+def _mark_rendered(root: Path, recipe: dict[str, Any]) -> None:
+    with replace_file(root / RECIPE_NAME) as path:
+        path.write_text(json.dumps(recipe))
+
+
+def _code_digest(name: str) -> str:
+    return sha256_of(Path(__file__).with_name(name))

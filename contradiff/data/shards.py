@@ -1,0 +1,268 @@
+"""WebDataset shards with an index: the form in which images, latents and samples travel.
+
+A folder of shards holds `<split>-00000.tar` (or .tar.gz) files that any WebDataset reader takes, and
+`index.json` with each shard's sample count, size and sha256. The only user of webdataset.
+"""
+
+import gzip
+import io
+import json
+import tarfile
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import numpy as np
+from pydantic import Field
+
+from contradiff.atomic import replace_file, sha256_of
+from contradiff.config import Section
+
+INDEX_NAME = "index.json"
+Compression = Literal["none", "gzip"]
+Record = Mapping[str, bytes]
+"""One sample: file extension => content, besides "__key__"."""
+
+
+class ShardParams(Section):
+    """Section `shard`: how samples are packed."""
+
+    samples_per_shard: int = Field(ge=1)
+    compression: Compression = Field(description="gzip halves small files; readers need not know")
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One tar file: its name, how many samples it holds, its size and sha256."""
+
+    name: str
+    num_samples: int
+    num_bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Sample:
+    """An image as it is stored: key (unique), encoded bytes, class index."""
+
+    key: str
+    image: bytes
+    label: int
+
+
+@dataclass(frozen=True)
+class ShardIndex:
+    """What a folder of shards holds: the shards of each split, and facts about all of them."""
+
+    splits: Mapping[str, tuple[Shard, ...]]
+    facts: Mapping[str, Any]
+
+    @classmethod
+    def read(cls, folder: Path) -> Self:
+        """Read a folder's index and check that its shards are there and whole.
+
+        Raises:
+            ValueError: the index or a shard is missing, or a shard's size is wrong; names the file.
+        """
+        path = folder / INDEX_NAME
+        if not path.is_file():
+            msg = f"{path}: missing; run `dvc repro`, or fetch it by `dvc pull {folder}`"
+            raise ValueError(msg)
+        content = json.loads(path.read_text())
+        splits = {
+            split: tuple(Shard(**shard) for shard in shards)
+            for split, shards in content["splits"].items()
+        }
+        for shard in (shard for shards in splits.values() for shard in shards):
+            _check_size(folder / shard.name, shard)
+        return cls(splits, content["facts"])
+
+    def write(self, folder: Path) -> None:
+        """Write `index.json`, last of all, when every shard is whole."""
+        content = {
+            "splits": {
+                split: [asdict(shard) for shard in shards] for split, shards in self.splits.items()
+            },
+            "facts": dict(self.facts),
+        }
+        with replace_file(folder / INDEX_NAME) as path:
+            path.write_text(json.dumps(content, indent=1) + "\n")
+
+    def num_samples(self, split: str) -> int:
+        """How many samples a split holds.
+
+        Raises:
+            ValueError: there is no such split.
+        """
+        return sum(shard.num_samples for shard in self.shards(split))
+
+    def shards(self, split: str) -> tuple[Shard, ...]:
+        """The shards of a split, in order.
+
+        Raises:
+            ValueError: there is no such split.
+        """
+        if split not in self.splits:
+            msg = f"no split {split!r} among {sorted(self.splits)}"
+            raise ValueError(msg)
+        return self.splits[split]
+
+
+def shard_name(split: str, number: int, compression: Compression) -> str:
+    """`train-00003.tar` or `train-00003.tar.gz`."""
+    return f"{split}-{number:05d}.tar" + (".gz" if compression == "gzip" else "")
+
+
+def write_shard(path: Path, records: Iterable[Record], *, compression: Compression) -> Shard:
+    """Write one shard, whole or not at all; the bytes depend on the records alone.
+
+    Args:
+        path: of the tar file.
+        records: samples: "__key__" => key as bytes, extension => content.
+        compression: of the tar file.
+    """
+    from webdataset.writer import TarWriter
+
+    num_samples = 0
+    with replace_file(path) as temporary:
+        with temporary.open("wb") as file:
+            # No name and no time in the gzip header, so that equal records give equal bytes.
+            stream = gzip.GzipFile("", "wb", 6, file, mtime=0) if compression == "gzip" else file
+            writer = TarWriter(stream, encoder=False, mtime=0)  # pyright: ignore[reportArgumentType]
+            for record in records:
+                writer.write({"__key__": record["__key__"].decode(), **_contents(record)})
+                num_samples += 1
+            writer.close()
+            if stream is not file:
+                stream.close()
+        return Shard(path.name, num_samples, temporary.stat().st_size, sha256_of(temporary))
+
+
+def resume_shard(path: Path, records: Iterable[Record], *, compression: Compression) -> Shard:
+    """As `write_shard`, unless an interrupted run has written this shard already.
+
+    A note beside the shard, written after it, says that it is whole.
+    """
+    note = path.with_name(f"{path.name}.json")
+    if note.is_file():
+        return Shard(**json.loads(note.read_text()))
+    shard = write_shard(path, records, compression=compression)
+    with replace_file(note) as temporary:
+        temporary.write_text(json.dumps(asdict(shard)))
+    return shard
+
+
+def write_split(
+    folder: Path,
+    split: str,
+    records: Iterable[Record],
+    *,
+    samples_per_shard: int,
+    compression: Compression,
+    on_progress: Callable[[int], None] = lambda _: None,
+) -> tuple[Shard, ...]:
+    """Write a split's shards one after the other; `on_progress` hears of each shard's samples."""
+    shards: list[Shard] = []
+    pending: list[Record] = []
+
+    def flush() -> None:
+        path = folder / shard_name(split, len(shards), compression)
+        shards.append(write_shard(path, pending, compression=compression))
+        on_progress(len(pending))
+        pending.clear()
+
+    for record in records:
+        pending.append(record)
+        if len(pending) == samples_per_shard:
+            flush()
+    if pending:
+        flush()
+    return tuple(shards)
+
+
+def read_shard(path: Path, shard: Shard) -> Iterator[dict[str, bytes]]:
+    """Yield a shard's samples in order, as extension => content and "__key__" => key.
+
+    Raises:
+        ValueError: the shard is truncated or damaged, or holds another number of samples.
+    """
+    from webdataset.tariterators import group_by_keys, tar_file_expander
+
+    _check_size(path, shard)
+    num_samples = 0
+    try:
+        with path.open("rb") as file:
+            files = tar_file_expander([{"url": str(path), "stream": file}])
+            for sample in group_by_keys(files):
+                num_samples += 1
+                yield {
+                    name: value.encode() if isinstance(value, str) else value
+                    for name, value in sample.items()
+                    if name == "__key__" or not name.startswith("__")
+                }
+    except (tarfile.TarError, gzip.BadGzipFile, EOFError, OSError) as error:
+        msg = f"{path}: damaged ({error}); make it anew, or fetch it by `dvc pull {path.parent}`"
+        raise ValueError(msg) from error
+    if num_samples != shard.num_samples:
+        msg = f"{path}: {num_samples} samples where {INDEX_NAME} says {shard.num_samples}"
+        raise ValueError(msg)
+
+
+def read_split(folder: Path, split: str) -> Iterator[dict[str, bytes]]:
+    """Yield every sample of a split, in order.
+
+    Raises:
+        ValueError: as `ShardIndex.read` and `read_shard`.
+    """
+    for shard in ShardIndex.read(folder).shards(split):
+        yield from read_shard(folder / shard.name, shard)
+
+
+def read_images(folder: Path, split: str) -> Iterator[Sample]:
+    """Yield every image of a split, in order."""
+    for record in read_split(folder, split):
+        yield image_of(record)
+
+
+def image_record(sample: Sample, *, extension: str) -> Record:
+    """An image as WebDataset has it: `key.jpg` and `key.cls`."""
+    return {
+        "__key__": sample.key.encode(),
+        extension: sample.image,
+        "cls": str(sample.label).encode(),
+    }
+
+
+def image_of(record: Record) -> Sample:
+    """Inverse of `image_record`."""
+    extension = next(name for name in record if name in {"jpg", "jpeg", "png", "webp"})
+    return Sample(record["__key__"].decode(), record[extension], int(record["cls"]))
+
+
+def array_to_bytes(array: "np.ndarray[Any, Any]") -> bytes:
+    """An array as the content of an .npy file."""
+    buffer = io.BytesIO()
+    np.save(buffer, array, allow_pickle=False)
+    return buffer.getvalue()
+
+
+def array_from_bytes(content: bytes) -> "np.ndarray[Any, Any]":
+    """Inverse of `array_to_bytes`; never unpickles."""
+    return np.load(io.BytesIO(content), allow_pickle=False)
+
+
+def _contents(record: Record) -> dict[str, bytes]:
+    return {name: content for name, content in record.items() if name != "__key__"}
+
+
+def _check_size(path: Path, shard: Shard) -> None:
+    if not path.is_file():
+        msg = f"{path}: missing, though {INDEX_NAME} lists it; fetch it by `dvc pull {path.parent}`"
+        raise ValueError(msg)
+    if path.stat().st_size != shard.num_bytes:
+        msg = (
+            f"{path}: truncated or overwritten: {path.stat().st_size} bytes where {INDEX_NAME} says "
+            f"{shard.num_bytes}; make it anew, or fetch it by `dvc pull {path.parent}`"
+        )
+        raise ValueError(msg)

@@ -1,0 +1,53 @@
+"""Choosing samples: few-shot training sets, and a development split."""
+
+import hashlib
+from collections.abc import Sequence
+
+import numpy as np
+
+
+def k_shot_split(labels: Sequence[int], *, shots: int, seed: int) -> list[int]:
+    """Draw the same number of samples from every class that occurs.
+
+    A class's draw depends on the seed and that class only, and more shots contain fewer: the
+    5-shot set of a seed is a part of its 25-shot set.
+
+    Args:
+        labels: Class of each sample, in [0, classes).
+        shots: Samples a class.
+        seed: Seed of the draw, not negative.
+
+    Returns:
+        Indices into `labels`, ascending.
+
+    Raises:
+        ValueError: a class has fewer samples than `shots`.
+    """
+    members: dict[int, list[int]] = {}
+    for index, label in enumerate(labels):
+        members.setdefault(label, []).append(index)
+    chosen: list[int] = []
+    for label, indices in members.items():
+        if len(indices) < shots:
+            msg = (
+                f"transfer.shots is {shots}, but class {label} has only {len(indices)} images: "
+                f"lower transfer.shots"
+            )
+            raise ValueError(msg)
+        order = np.random.default_rng([seed, label]).permutation(len(indices))
+        chosen += [indices[position] for position in order[:shots].tolist()]
+    return sorted(chosen)
+
+
+def is_dev(key: str, *, fraction: float = 0.1) -> bool:
+    """Whether a training sample belongs to the held-out development split.
+
+    The key's hash decides, so the answer depends on no other sample, no order and no seed, and
+    a smaller fraction's split is a part of a greater one's.
+
+    Args:
+        key: The sample's key in its shard.
+        fraction: Expected share of the samples, in [0, 1].
+    """
+    digest = hashlib.blake2b(key.encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") < fraction * 2**64

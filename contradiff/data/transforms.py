@@ -1,0 +1,103 @@
+"""Encoded images -> cropped pixels, with every crop written down as a box."""
+
+import math
+from dataclasses import dataclass
+from typing import Self
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int, UInt8
+from torch import Tensor
+from torchvision.io import ImageReadMode, decode_image
+from torchvision.transforms.v2 import functional as transforms
+
+from contradiff.types import ByteImages, Pixels
+
+ASPECT_RATIOS = (3 / 4, 4 / 3)
+"""Of random crops, as in torchvision's RandomResizedCrop and SimCLR."""
+
+
+@dataclass(frozen=True)
+class Crop:
+    """A rectangle of an image, in its pixels, and whether it is mirrored afterwards."""
+
+    top: int
+    left: int
+    height: int
+    width: int
+    mirrored: bool
+
+    def to_array(self) -> Int[np.ndarray, "5"]:
+        """As five integers, for storage."""
+        values = [self.top, self.left, self.height, self.width, self.mirrored]
+        return np.asarray(values, dtype=np.int32)
+
+    @classmethod
+    def from_array(cls, values: Int[np.ndarray, "5"]) -> Self:
+        """Inverse of `to_array`."""
+        top, left, height, width, mirrored = (int(value) for value in values)
+        return cls(top, left, height, width, bool(mirrored))
+
+
+def decode(encoded: bytes, *, name: str) -> UInt8[Tensor, "3 height width"]:
+    """Decode a JPEG or PNG to RGB.
+
+    Raises:
+        ValueError: the bytes are no image that can be read; names the sample.
+    """
+    data = torch.frombuffer(bytearray(encoded), dtype=torch.uint8)
+    try:
+        return decode_image(data, mode=ImageReadMode.RGB)
+    except RuntimeError as error:
+        msg = f"{name}: not a readable image ({str(error).splitlines()[0]})"
+        raise ValueError(msg) from error
+
+
+def centre_crop(height: int, width: int) -> Crop:
+    """The largest centred square: after resizing, Resize(size) + CenterCrop(size)."""
+    side = min(height, width)
+    return Crop((height - side) // 2, (width - side) // 2, side, side, mirrored=False)
+
+
+def random_crop(rng: np.random.Generator, height: int, width: int, *, scale_min: float) -> Crop:
+    """A random resized crop's box (Inception-style), mirrored half the time.
+
+    Args:
+        rng: source of the five random numbers (more where boxes are rejected).
+        height: of the image, in pixels.
+        width: of the image, in pixels.
+        scale_min: the box covers this to 1.0 of the area; aspect ratios 3/4 to 4/3, log-uniform.
+    """
+    mirrored = bool(rng.random() < 0.5)  # noqa: PLR2004
+    for _ in range(10):
+        area = height * width * rng.uniform(scale_min, 1.0)
+        ratio = math.exp(rng.uniform(math.log(ASPECT_RATIOS[0]), math.log(ASPECT_RATIOS[1])))
+        crop_width, crop_height = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+        if 0 < crop_width <= width and 0 < crop_height <= height:
+            top = int(rng.integers(height - crop_height + 1))
+            left = int(rng.integers(width - crop_width + 1))
+            return Crop(top, left, crop_height, crop_width, mirrored)
+    centre = centre_crop(height, width)
+    return Crop(centre.top, centre.left, centre.height, centre.width, mirrored)
+
+
+def apply_crop(
+    image: UInt8[Tensor, "3 height width"], crop: Crop, *, size: int
+) -> UInt8[Tensor, "3 size size"]:
+    """Cut the box out and resize it to size x size (antialiased bicubic)."""
+    cut = image[:, crop.top : crop.top + crop.height, crop.left : crop.left + crop.width]
+    if cut.shape[1:] != (size, size):
+        cut = transforms.resize(
+            cut, [size, size], interpolation=transforms.InterpolationMode.BICUBIC, antialias=True
+        )
+    return cut.flip(-1) if crop.mirrored else cut.contiguous()
+
+
+def to_pixels(images: ByteImages) -> Pixels:
+    """uint8, 0 to 255 => float32 in [-1, 1]."""
+    return images.float().div(127.5).sub(1.0)
+
+
+def to_bytes(pixels: Float[Tensor, "batch 3 height width"]) -> ByteImages:
+    """Float in [-1, 1] => uint8, 0 to 255, rounded; values outside are cut off."""
+    return pixels.float().add(1.0).mul(127.5).round().clamp(0, 255).to(torch.uint8)

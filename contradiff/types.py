@@ -1,0 +1,25 @@
+"""Shapes that travel through the system, named once."""
+
+from jaxtyping import Float, Int, UInt8
+from torch import Tensor
+
+Pixels = Float[Tensor, "batch 3 height width"]
+"""Images for the networks: RGB in [-1, 1]."""
+
+ByteImages = UInt8[Tensor, "batch 3 height width"]
+"""Images as stored, generated and scored: RGB, 0 to 255."""
+
+Latents = Float[Tensor, "batch channels h w"]
+"""Clean or noisy latents, already multiplied by the VAE's scaling factor (unit scale)."""
+
+Timesteps = Int[Tensor, " batch"]
+"""Indices of the noise scheduler's training grid: 0 (clean) to num_train_timesteps - 1 (noise)."""
+
+Tokens = Float[Tensor, "batch num_tokens width_c"]
+"""encoder_hidden_states: what the UNet's cross-attention attends to."""
+
+Maps = Float[Tensor, "batch channels h w"]
+"""Bottleneck maps: the output of the UNet's mid block."""
+
+Features = Float[Tensor, "batch width"]
+"""The feature h of Eq. 4."""
