@@ -1,0 +1,299 @@
+"""The recipe of the tiny base: a latent diffusion model of a few MB, trained without labels.
+
+It plays Stable Diffusion's part in the embedded default: pretrained on other images than those
+that ContraDiff is later trained on (same renderer, other seeds), conditioned through cross-attention
+on "captions" that know no classes, frozen afterwards. A caption here is the mean colour of the
+image's four quadrants, projected by a fixed random matrix: it stands where CLIP's text stood, so
+that the cross-attention which LoRA later adapts has learned to listen to something.
+
+images (n 3 h w) in [-1, 1] -> AutoencoderKL, f = 4 -> latents (n 4 h/4 w/4) -> UNet2DConditionModel
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from copy import deepcopy
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, UInt8
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from contradiff.atomic import replace_file
+
+if TYPE_CHECKING:
+    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+    from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+
+CAPTION_DIM = 64
+"""Cross-attention width of the tiny UNet, and so of its captions."""
+
+OnProgress = Callable[[int, Mapping[str, float]], None]
+M = TypeVar("M", bound=nn.Module)
+
+
+def build_vae() -> "AutoencoderKL":
+    """AutoencoderKL with f = 4 and 4 latent channels, random weights."""
+    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+
+    return AutoencoderKL(
+        block_out_channels=(16, 32, 64),
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+        layers_per_block=1,
+        latent_channels=4,
+        norm_num_groups=8,
+        sample_size=32,
+        scaling_factor=1.0,
+    )
+
+
+def build_unet() -> "UNet2DConditionModel":
+    """UNet2DConditionModel over 8x8x4 latents with a 2x2x64 bottleneck, random weights."""
+    from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+
+    return UNet2DConditionModel(
+        sample_size=8,
+        in_channels=4,
+        out_channels=4,
+        block_out_channels=(32, 64, 64),
+        layers_per_block=1,
+        down_block_types=("CrossAttnDownBlock2D",) * 3,
+        up_block_types=("CrossAttnUpBlock2D",) * 3,
+        cross_attention_dim=CAPTION_DIM,
+        attention_head_dim=4,
+        norm_num_groups=16,
+    )
+
+
+def captions(images: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch 4 width_c"]:
+    """Label-free captions: the four quadrants' mean colours through a fixed random projection."""
+    generator = torch.Generator().manual_seed(20_260)
+    projection = torch.randn(3, CAPTION_DIM, generator=generator)
+    colours = F.adaptive_avg_pool2d(images, 2).flatten(2).transpose(1, 2)
+    return colours @ projection.to(images)
+
+
+def train_vae(
+    images: UInt8[Tensor, "num_images 3 height width"],
+    *,
+    num_steps: int,
+    batch_size: int,
+    lr: float,
+    kl_weight: float,
+    seed: int,
+    work_dir: Path,
+    on_progress: OnProgress,
+) -> "AutoencoderKL":
+    """Train the autoencoder on |x - x'| + |grad x - grad x'| + kl_weight * KL.
+
+    The gradient term (finite differences at two scales) keeps edges that a plain L1 blurs. Stops
+    and resumes at any 500th step; the averaged weights are returned, and the scaling factor is set
+    to 1 / std of the latents, as for Stable Diffusion.
+
+    Args:
+        images: uint8 pixels.
+        num_steps: optimiser steps.
+        batch_size: images a step.
+        lr: peak learning rate of AdamW; one cycle of warm-up and cosine.
+        kl_weight: weight of the KL divergence to N(0, 1), per image and per pixel of the output.
+        seed: of weights, order and noise.
+        work_dir: where checkpoints go.
+        on_progress: told the step and the losses.
+    """
+    torch.manual_seed(seed)
+    vae = build_vae()
+
+    def loss_of(step: int) -> tuple[Tensor, dict[str, float]]:
+        generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
+        batch = _draw(images, batch_size, generator)
+        posterior = vae.encode(batch).latent_dist
+        noise = torch.randn(posterior.mean.shape, generator=generator)
+        decoded = vae.decode(posterior.mean + posterior.std * noise).sample
+        reconstruction = F.l1_loss(decoded, batch)
+        edges = _edge_loss(decoded, batch) + _edge_loss(F.avg_pool2d(decoded, 2), F.avg_pool2d(batch, 2))
+        kl = posterior.kl().mean() / batch[0].numel()
+        loss = reconstruction + edges + kl_weight * kl
+        return loss, {"l1": reconstruction.item(), "kl": kl.item()}
+
+    average = _train(
+        vae, loss_of, num_steps=num_steps, lr=lr, checkpoint=work_dir / "vae", on_progress=on_progress
+    )
+    with torch.no_grad():
+        generator = torch.Generator().manual_seed(seed)
+        means = average.encode(_draw(images, min(2048, len(images)), generator)).latent_dist.mean
+    average.register_to_config(scaling_factor=round(1.0 / means.std().item(), 5))
+    return average
+
+
+def train_unet(
+    images: UInt8[Tensor, "num_images 3 height width"],
+    vae: "AutoencoderKL",
+    *,
+    num_steps: int,
+    batch_size: int,
+    lr: float,
+    caption_drop: float,
+    seed: int,
+    work_dir: Path,
+    on_progress: OnProgress,
+) -> "UNet2DConditionModel":
+    """Train the denoiser on Eq. 3: mean squared error of the predicted noise, uniform timesteps.
+
+    Captions are zeroed with probability `caption_drop`, so that all-zero tokens mean
+    "unconditional". Latents are drawn from the VAE's posterior once, for the image and its mirror
+    image. Stops and resumes like `train_vae`.
+
+    Args:
+        images: uint8 pixels.
+        vae: trained autoencoder with its scaling factor.
+        num_steps: optimiser steps.
+        batch_size: images a step.
+        lr: peak learning rate.
+        caption_drop: probability in [0, 1].
+        seed: of weights, order and noise.
+        work_dir: where checkpoints go.
+        on_progress: told the step and the loss.
+    """
+    torch.manual_seed(seed + 1)
+    unet = build_unet().to(memory_format=torch.channels_last)
+    scheduler = build_scheduler()
+    alphas_cumprod = scheduler.alphas_cumprod
+    num_train_timesteps = len(alphas_cumprod)
+    latents, tokens = _encode_all(images, vae, seed=seed)
+
+    def loss_of(step: int) -> tuple[Tensor, dict[str, float]]:
+        generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
+        index = torch.randint(len(latents), (batch_size,), generator=generator)
+        clean = latents[index]
+        noise = torch.randn(clean.shape, generator=generator)
+        timesteps = torch.randint(num_train_timesteps, (batch_size,), generator=generator)
+        kept = torch.rand(batch_size, 1, 1, generator=generator) >= caption_drop
+        noisy = scheduler.add_noise(clean, noise, timesteps)
+        prediction = unet(noisy, timesteps, encoder_hidden_states=tokens[index] * kept).sample
+        loss = F.mse_loss(prediction, noise)
+        return loss, {"loss": loss.item()}
+
+    return _train(
+        unet, loss_of, num_steps=num_steps, lr=lr, checkpoint=work_dir / "unet", on_progress=on_progress
+    )
+
+
+def build_scheduler():  # noqa: ANN201 - diffusers' own type, imported lazily
+    """Stable Diffusion's noise schedule: 1000 betas, scaled linear, 0.00085 to 0.012."""
+    from diffusers.schedulers.scheduling_ddim import DDIMScheduler
+
+    return DDIMScheduler(
+        num_train_timesteps=1000,
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        steps_offset=1,
+        set_alpha_to_one=False,
+        clip_sample=False,
+    )
+
+
+def _draw(
+    images: UInt8[Tensor, "num_images 3 height width"], batch_size: int, generator: torch.Generator
+) -> Float[Tensor, "batch 3 height width"]:
+    """Draw images with replacement, mirrored half the time, in [-1, 1]."""
+    index = torch.randint(len(images), (batch_size,), generator=generator)
+    batch = images[index].float().div(127.5).sub(1.0)
+    mirrored = torch.rand(batch_size, 1, 1, 1, generator=generator) < 0.5
+    return torch.where(mirrored, batch.flip(-1), batch)
+
+
+def _edge_loss(first: Tensor, second: Tensor) -> Tensor:
+    """Mean absolute difference of horizontal and vertical finite differences."""
+    difference = first - second
+    return difference.diff(dim=-1).abs().mean() + difference.diff(dim=-2).abs().mean()
+
+
+@torch.no_grad()
+def _encode_all(
+    images: UInt8[Tensor, "num_images 3 height width"], vae: "AutoencoderKL", *, seed: int
+) -> tuple[Float[Tensor, "twice 4 h w"], Float[Tensor, "twice 4 width_c"]]:
+    """Latents, scaled, and captions of every image and its mirror image."""
+    generator = torch.Generator().manual_seed(seed)
+    latents: list[Tensor] = []
+    tokens: list[Tensor] = []
+    for chunk in images.split(256):
+        pixels = chunk.float().div(127.5).sub(1.0)
+        for version in (pixels, pixels.flip(-1)):
+            posterior = vae.encode(version).latent_dist
+            noise = torch.randn(posterior.mean.shape, generator=generator)
+            latents.append((posterior.mean + posterior.std * noise) * vae.config["scaling_factor"])
+            tokens.append(captions(version))
+    return torch.cat(latents).contiguous(), torch.cat(tokens)
+
+
+def _train(
+    model: M,
+    loss_of: Callable[[int], tuple[Tensor, dict[str, float]]],
+    *,
+    num_steps: int,
+    lr: float,
+    checkpoint: Path,
+    on_progress: OnProgress,
+) -> M:
+    """AdamW with warm-up and cosine, an average of the weights, a checkpoint every 500 steps."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.99), weight_decay=1e-4)
+    average = deepcopy(model).requires_grad_(requires_grad=False)
+    start = _resume(checkpoint, model=model, average=average, optimizer=optimizer)
+    for step in range(start, num_steps):
+        warmup = min(1.0, (step + 1) / 200)
+        for group in optimizer.param_groups:
+            group["lr"] = lr * warmup * 0.5 * (1.0 + math.cos(math.pi * step / num_steps))
+        loss, parts = loss_of(step)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        decay = min(0.999, (step + 1) / (step + 10))
+        with torch.no_grad():
+            torch._foreach_lerp_(list(average.parameters()), list(model.parameters()), 1.0 - decay)
+        on_progress(step + 1, parts)
+        if (step + 1) % 500 == 0:
+            _save(checkpoint, step + 1, model=model, average=average, optimizer=optimizer)
+    return average.eval()
+
+
+def _save(
+    folder: Path, step: int, *, model: nn.Module, average: nn.Module, optimizer: torch.optim.Optimizer
+) -> None:
+    """One safetensors file with both sets of weights and AdamW's moments."""
+    tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
+    tensors |= {f"average.{name}": tensor for name, tensor in average.state_dict().items()}
+    for index, state in optimizer.state_dict()["state"].items():
+        tensors |= {f"optimizer.{index}.{name}": value for name, value in state.items()}
+    with replace_file(folder / "state.safetensors") as path:
+        save_file({k: v.contiguous() for k, v in tensors.items()}, path, {"step": str(step)})
+
+
+def _resume(
+    folder: Path, *, model: nn.Module, average: nn.Module, optimizer: torch.optim.Optimizer
+) -> int:
+    """Load what `_save` wrote; the step to go on from, 0 without a checkpoint."""
+    path = folder / "state.safetensors"
+    if not path.is_file():
+        return 0
+    from safetensors import safe_open
+
+    with safe_open(path, framework="pt") as file:
+        step = int((file.metadata() or {})["step"])
+    tensors = load_file(path)
+
+    def part(prefix: str) -> dict[str, Tensor]:
+        return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+
+    model.load_state_dict(part("model."))
+    average.load_state_dict(part("average."))
+    state: dict[int, dict[str, Tensor]] = {}
+    for name, value in part("optimizer.").items():
+        index, key = name.split(".", 1)
+        state.setdefault(int(index), {})[key] = value
+    optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
+    return step

@@ -1,0 +1,47 @@
+"""The one transformer block that the conditioner and the attention head are built from."""
+
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+Sequence = Float[Tensor, "batch num_tokens width"]
+
+
+class Mlp(nn.Sequential):
+    """Linear, GELU, Linear with a hidden layer of `ratio * width`."""
+
+    def __init__(self, width: int, *, ratio: int) -> None:
+        """Random weights, PyTorch's initialisation."""
+        super().__init__(nn.Linear(width, ratio * width), nn.GELU(), nn.Linear(ratio * width, width))
+
+
+def attend(
+    query: Sequence, key: Float[Tensor, "batch others width"], value: Float[Tensor, "batch others width"],
+    *, num_heads: int,
+) -> Sequence:
+    """Multi-head scaled dot-product attention, heads split from the width and joined again."""
+    def split(tokens: Tensor) -> Tensor:
+        return tokens.unflatten(-1, (num_heads, -1)).transpose(1, 2)
+
+    attended = F.scaled_dot_product_attention(split(query), split(key), split(value))
+    return attended.transpose(1, 2).flatten(2)
+
+
+class Block(nn.Module):
+    """Pre-norm ViT block: self-attention (q, k, v without bias), then an MLP."""
+
+    def __init__(self, width: int, *, num_heads: int, mlp_ratio: int) -> None:
+        """Random weights, PyTorch's initialisation."""
+        super().__init__()
+        self.num_heads = num_heads
+        self.norm_attention = nn.LayerNorm(width)
+        self.to_qkv = nn.Linear(width, 3 * width, bias=False)
+        self.to_out = nn.Linear(width, width)
+        self.norm_mlp = nn.LayerNorm(width)
+        self.mlp = Mlp(width, ratio=mlp_ratio)
+
+    def forward(self, tokens: Sequence) -> Sequence:
+        """Same shape in and out."""
+        query, key, value = self.to_qkv(self.norm_attention(tokens)).chunk(3, dim=-1)
+        tokens = tokens + self.to_out(attend(query, key, value, num_heads=self.num_heads))
+        return tokens + self.mlp(self.norm_mlp(tokens))

@@ -1,0 +1,189 @@
+"""Bottleneck maps at three noise levels, and the attention that makes one feature of them (Eq. 4)."""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal, Self
+
+import torch
+from jaxtyping import Float, Int
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+
+from contradiff.blocks import Block, Mlp, attend
+from contradiff.config import Section
+from contradiff.noise import NUM_LEVELS
+from contradiff.types import Features, Latents, Maps, Timesteps, Tokens
+
+if TYPE_CHECKING:
+    from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+
+LevelMaps = Float[Tensor, "batch 3 channels h w"]
+"""Bottleneck maps of one view, ordered: noisiest, middle, cleanest."""
+
+
+class HeadParams(Section):
+    """Section `head`: tri-timestep attention and the projector behind it."""
+
+    width: int = Field(ge=1, description="of the attention and of the feature h; paper-scale 1024")
+    num_heads: int = Field(ge=1)
+    mlp_ratio: int = Field(ge=1)
+    projector_width: int = Field(ge=1)
+    projector_out: int = Field(ge=1)
+
+    @model_validator(mode="after")
+    def _heads_divide_width(self) -> Self:
+        if self.width % self.num_heads:
+            msg = "head.width must be a multiple of head.num_heads"
+            raise ValueError(msg)
+        return self
+
+
+class FeaturesParams(Section):
+    """Section `features`: how features are taken for evaluation."""
+
+    timesteps: list[int] = Field(
+        min_length=NUM_LEVELS, max_length=NUM_LEVELS, description="the fixed evaluation triple"
+    )
+    condition: Literal["image", "null"] = Field(description="what the conditioner sees")
+    pool: Literal["attention", "mean"] = Field(
+        description="attention: h of Eq. 4 | mean: the maps averaged over space (SD Features)"
+    )
+    batch_size: int = Field(ge=1)
+
+    @model_validator(mode="after")
+    def _distinct(self) -> Self:
+        if len(set(self.timesteps)) < NUM_LEVELS or min(self.timesteps) < 0:
+            msg = f"features.timesteps must be three distinct timesteps >= 0, not {self.timesteps}"
+            raise ValueError(msg)
+        return self
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """The UNet's state after the mid block: all that the up path needs."""
+
+    bottleneck: Maps
+    skips: tuple[Tensor, ...]
+    time_embedding: Float[Tensor, "batch width_t"]
+
+    def __getitem__(self, rows: slice) -> "Encoded":
+        """The state of some of the batch's rows."""
+        return Encoded(
+            self.bottleneck[rows],
+            tuple(skip[rows] for skip in self.skips),
+            self.time_embedding[rows],
+        )
+
+
+def encode_to_bottleneck(
+    unet: "UNet2DConditionModel", noisy_latents: Latents, timesteps: Timesteps, tokens: Tokens
+) -> Encoded:
+    """The first half of `unet.forward`: down blocks and mid block.
+
+    The up blocks, 68% of a pass of Stable Diffusion's UNet, are not run.
+    """
+    time_embedding = unet.time_embedding(unet.get_time_embed(noisy_latents, timesteps))
+    hidden = unet.conv_in(noisy_latents)
+    skips = (hidden,)
+    for block in unet.down_blocks:
+        if getattr(block, "has_cross_attention", False):
+            hidden, states = block(hidden, temb=time_embedding, encoder_hidden_states=tokens)
+        else:
+            hidden, states = block(hidden, temb=time_embedding)
+        skips += states
+    bottleneck = unet.mid_block(hidden, time_embedding, encoder_hidden_states=tokens)
+    return Encoded(bottleneck, skips, time_embedding)
+
+
+def decode_from_bottleneck(
+    unet: "UNet2DConditionModel", encoded: Encoded, tokens: Tokens
+) -> Latents:
+    """The second half of `unet.forward`: up blocks and output => predicted noise."""
+    hidden, skips = encoded.bottleneck, encoded.skips
+    for block in unet.up_blocks:
+        taken = len(block.resnets)
+        states, skips = skips[-taken:], skips[:-taken]
+        size = skips[-1].shape[2:] if skips else None
+        if getattr(block, "has_cross_attention", False):
+            hidden = block(
+                hidden,
+                temb=encoded.time_embedding,
+                res_hidden_states_tuple=states,
+                encoder_hidden_states=tokens,
+                upsample_size=size,
+            )
+        else:
+            hidden = block(
+                hidden,
+                temb=encoded.time_embedding,
+                res_hidden_states_tuple=states,
+                upsample_size=size,
+            )
+    return unet.conv_out(unet.conv_act(unet.conv_norm_out(hidden)))
+
+
+def order_by_noise(
+    maps: Float[Tensor, "levels batch channels h w"], timesteps: Int[Tensor, "levels batch"]
+) -> LevelMaps:
+    """Order each image's maps from the noisiest to the cleanest: query, key, value."""
+    order = timesteps.argsort(dim=0, descending=True, stable=True)
+    index = order.view(*order.shape, 1, 1, 1).expand_as(maps)
+    return maps.gather(0, index).transpose(0, 1)
+
+
+class TriTimestepAttention(nn.Module):
+    """h = Attention[W_Q f(z_t1), W_K f(z_t2), W_V f(z_t3)] (Eq. 4), and a class token over it.
+
+    A shared LayerNorm; W_Q, W_K, W_V without bias; multi-head attention and W_O; an MLP; a class
+    token with one ViT block; a final norm. Around Eq. 4's attention the paper fixes only the count
+    of parameters (28M with the linear classifier), which this meets. Q comes from the noisiest map,
+    K from the middle one, V from the cleanest.
+    """
+
+    def __init__(self, *, in_channels: int, width: int, num_heads: int, mlp_ratio: int) -> None:
+        """Random weights.
+
+        Args:
+            in_channels: of the bottleneck maps; 1280 for Stable Diffusion.
+            width: of the attention and of h.
+            num_heads: must divide `width`.
+            mlp_ratio: hidden layer of the MLPs over `width`.
+        """
+        super().__init__()
+        self.num_heads = num_heads
+        self.norm_in = nn.LayerNorm(in_channels)
+        self.to_q = nn.Linear(in_channels, width, bias=False)
+        self.to_k = nn.Linear(in_channels, width, bias=False)
+        self.to_v = nn.Linear(in_channels, width, bias=False)
+        self.to_out = nn.Linear(width, width)
+        self.norm_mlp = nn.LayerNorm(width)
+        self.mlp = Mlp(width, ratio=mlp_ratio)
+        self.class_token = nn.Parameter(torch.randn(1, 1, width) * 0.02)
+        self.block = Block(width, num_heads=num_heads, mlp_ratio=mlp_ratio)
+        self.norm_out = nn.LayerNorm(width)
+
+    def forward(self, maps: LevelMaps) -> Features:
+        """Three maps, noisiest first => h."""
+        noisiest, middle, cleanest = self.norm_in(maps.flatten(3).transpose(2, 3)).unbind(1)
+        attended = attend(
+            self.to_q(noisiest), self.to_k(middle), self.to_v(cleanest), num_heads=self.num_heads
+        )
+        tokens = self.to_out(attended)
+        tokens = tokens + self.mlp(self.norm_mlp(tokens))
+        tokens = torch.cat([self.class_token.expand(len(tokens), -1, -1), tokens], dim=1)
+        return self.norm_out(self.block(tokens)[:, 0])
+
+
+class Projector(nn.Sequential):
+    """Linear, BatchNorm, ReLU, Linear before the contrastive loss; probes read h, not its output.
+
+    The paper has none; SimCLR and MAGE, which it follows, do.
+    """
+
+    def __init__(self, *, in_width: int, width: int, out_width: int) -> None:
+        """Random weights; no biases, since BatchNorm and cosine similarity make them idle."""
+        super().__init__(
+            nn.Linear(in_width, width, bias=False),
+            nn.BatchNorm1d(width),
+            nn.ReLU(inplace=True),
+            nn.Linear(width, out_width, bias=False),
+        )

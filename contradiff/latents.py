@@ -1,0 +1,157 @@
+"""Pixels <-> latents: the only place that knows the VAE's scaling factor.
+
+images, 3 x s x s in [-1, 1] => moments (mean, log-variance), 2c x s/f x s/f, float16, stored
+moments => latents ~ N(mean, variance) * scaling_factor, unit scale, what the UNet sees
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from typing import TYPE_CHECKING, Any
+from zlib import crc32
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from pydantic import Field
+from torch import Tensor
+
+from contradiff.config import Section
+from contradiff.data.shards import Record, Sample, array_from_bytes, array_to_bytes
+from contradiff.data.transforms import Crop, apply_crop, centre_crop, decode, random_crop, to_bytes, to_pixels
+from contradiff.types import ByteImages, Latents, Pixels
+
+if TYPE_CHECKING:
+    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+
+Moments = Float[Tensor, "batch moments h w"]
+"""Mean and log-variance of the VAE's posterior, stacked along the channels; before scaling."""
+
+LOG_VARIANCE_RANGE = (-30.0, 20.0)
+"""Diffusers' bounds; also what keeps stored float16 moments finite."""
+
+
+class LatentsParams(Section):
+    """Section `latents`: which crops of an image are encoded beforehand."""
+
+    views: int = Field(ge=1, description="K: the centre crop, and K-1 random crops of training images")
+    crop_scale_min: float = Field(gt=0, le=1, description="a random crop covers this to 1 of the area")
+    batch_size: int = Field(ge=1, description="crops encoded at once")
+
+
+@dataclass(frozen=True)
+class StoredLatents:
+    """One image's views: moments and the crops they show. View 0 is the centre crop."""
+
+    key: str
+    moments: Float[np.ndarray, "views moments h w"]
+    crops: tuple[Crop, ...]
+
+    def to_record(self) -> Record:
+        """As one WebDataset sample: `moments.npy` (float16) and `crops.npy` (int32)."""
+        return {
+            "__key__": self.key.encode(),
+            "moments.npy": array_to_bytes(self.moments),
+            "crops.npy": array_to_bytes(np.stack([crop.to_array() for crop in self.crops])),
+        }
+
+    @classmethod
+    def of_record(cls, record: Mapping[str, bytes]) -> "StoredLatents":
+        """Inverse of `to_record`."""
+        crops = array_from_bytes(record["crops.npy"])
+        return cls(
+            record["__key__"].decode(),
+            array_from_bytes(record["moments.npy"]),
+            tuple(Crop.from_array(crop) for crop in crops),
+        )
+
+
+def choose_crops(
+    image: Tensor, *, key: str, views: int, crop_scale_min: float, seed: int
+) -> list[Crop]:
+    """The centre crop and `views - 1` random crops, which depend on the seed and the key alone."""
+    height, width = image.shape[1:]
+    rng = np.random.default_rng([seed, crc32(key.encode())])
+    crops = [random_crop(rng, height, width, scale_min=crop_scale_min) for _ in range(views - 1)]
+    return [centre_crop(height, width), *crops]
+
+
+@torch.no_grad()
+def encode(vae: "AutoencoderKL", pixels: Pixels) -> Moments:
+    """Moments of the posterior, log-variance held to diffusers' range."""
+    posterior = vae.encode(pixels).latent_dist
+    return torch.cat([posterior.mean, posterior.logvar.clamp(*LOG_VARIANCE_RANGE)], dim=1)
+
+
+def sample(
+    moments: Moments, *, noise: Float[Tensor, "batch channels h w"], scaling_factor: float
+) -> Latents:
+    """Draw scaled latents from stored moments: (mean + std * noise) * scaling_factor."""
+    mean, log_variance = moments.float().chunk(2, dim=1)
+    return (mean + torch.exp(0.5 * log_variance) * noise) * scaling_factor
+
+
+def mode(moments: Moments, *, scaling_factor: float) -> Latents:
+    """The posterior's mean, scaled: what evaluation uses, so that nothing is random."""
+    return moments.float().chunk(2, dim=1)[0] * scaling_factor
+
+
+@torch.no_grad()
+def decode_latents(vae: "AutoencoderKL", latents: Latents) -> ByteImages:
+    """Scaled latents => uint8 images."""
+    return to_bytes(vae.decode(latents / vae.config["scaling_factor"]).sample)
+
+
+def encode_samples(
+    vae: "AutoencoderKL",
+    samples: Iterator[Sample],
+    *,
+    params: LatentsParams,
+    views: int,
+    image_size: int,
+    seed: int,
+    device: torch.device,
+) -> Iterator[StoredLatents]:
+    """Encode the chosen crops of every image, in order.
+
+    Args:
+        vae: frozen, float32, on `device`.
+        samples: encoded images.
+        params: crop scale and batch size.
+        views: crops an image; 1 for images that are only evaluated.
+        image_size: side of the crops, in pixels.
+        seed: of the random crops.
+        device: where the VAE runs.
+    """
+    images_at_once = max(1, params.batch_size // views)
+    for chunk in _chunks(samples, images_at_once):
+        crops: list[list[Crop]] = []
+        pixels: list[Tensor] = []
+        for item in chunk:
+            image = decode(item.image, name=item.key)
+            chosen = choose_crops(
+                image, key=item.key, views=views, crop_scale_min=params.crop_scale_min, seed=seed
+            )
+            crops.append(chosen)
+            pixels += [apply_crop(image, crop, size=image_size) for crop in chosen]
+        moments = encode(vae, to_pixels(torch.stack(pixels)).to(device))
+        stored = moments.half().cpu().unflatten(0, (len(chunk), views)).numpy()
+        for item, views_of_item, crops_of_item in zip(chunk, stored, crops, strict=True):
+            yield StoredLatents(item.key, views_of_item, tuple(crops_of_item))
+
+
+def _chunks(items: Iterator[Sample], size: int) -> Iterator[Sequence[Sample]]:
+    while chunk := list(islice(items, size)):
+        yield chunk
+
+
+def latent_facts(vae: "AutoencoderKL", *, params: LatentsParams, image_size: int) -> dict[str, Any]:
+    """What a reader of the shards must know: kept in their index."""
+    return {
+        "kind": "moments",
+        "dtype": "float16",
+        "scaling_factor": float(vae.config["scaling_factor"]),
+        "image_size": image_size,
+        "views": params.views,
+        "crop_scale_min": params.crop_scale_min,
+    }

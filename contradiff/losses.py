@@ -1,0 +1,82 @@
+"""Contrastive losses over two views (Eq. 6 and its neighbours)."""
+
+import math
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from pydantic import Field
+from torch import Tensor
+
+from contradiff.config import Section
+
+ContrastiveKind = Literal["ntxent", "dcl_paper", "infonce"]
+Views = Float[Tensor, "2 num_images width"]
+"""Projected features of all images: view 1 and view 2, row i of both the same image."""
+
+
+class LossParams(Section):
+    """Section `loss`: reconstruction + lambda * contrastive (Eq. 7)."""
+
+    weight: float = Field(alias="lambda", ge=0, description="lambda of Eq. 7")
+    contrastive: ContrastiveKind = Field(description="dcl_paper is Eq. 6 as printed, but the mean")
+    temperature: float = Field(gt=0, description="tau of Eq. 6")
+    latent_views: Literal["same", "two"] = Field(
+        description="same: both views are noisings of one latent (Eq. 5) | two: of two crops' latents"
+    )
+    recon_passes: int = Field(ge=1, le=6, description="of six draws, how many are denoised (Eq. 3)")
+
+
+def contrastive_loss(
+    views: Views, *, kind: ContrastiveKind, temperature: float, anchors: slice = slice(None)
+) -> Float[Tensor, ""]:
+    """Mean contrastive loss of some images as anchors, against all images.
+
+    Args:
+        views: not yet normalised; similarity is the cosine.
+        kind: which loss; see the functions below.
+        temperature: tau.
+        anchors: the images whose loss is averaged: this process's own, when `views` holds those of
+            all processes. Averaged over processes it is the loss of the whole batch.
+
+    Raises:
+        ValueError: fewer than two images, so that there are no negatives.
+    """
+    num_images = views.shape[1]
+    if num_images < 2:  # noqa: PLR2004
+        msg = "pretrain.batch_size: a contrastive loss needs at least two images in a batch"
+        raise ValueError(msg)
+    unit = F.normalize(views.float(), dim=-1)
+    loss = {"ntxent": _ntxent, "dcl_paper": _dcl_paper, "infonce": _infonce}[kind]
+    return loss(unit, temperature, torch.arange(num_images, device=views.device)[anchors])
+
+
+def _ntxent(unit: Views, temperature: float, anchors: Tensor) -> Tensor:
+    """Symmetric NT-Xent (SimCLR): both views are anchors, all 2N - 1 others are candidates."""
+    num_images = unit.shape[1]
+    rows = torch.cat([anchors, anchors + num_images])
+    everything = unit.flatten(0, 1)
+    logits = everything[rows] @ everything.T / temperature
+    logits.scatter_(1, rows[:, None], -math.inf)
+    return F.cross_entropy(logits, (rows + num_images) % (2 * num_images))
+
+
+def _dcl_paper(unit: Views, temperature: float, anchors: Tensor) -> Tensor:
+    """Eq. 6 to the letter: anchors of view 1, no positive in the denominator, the factor 2.
+
+    Deviation: the mean over i instead of the sum, so that lambda does not depend on the batch.
+    """
+    first, second = unit
+    within = first[anchors] @ first.T / temperature
+    across = first[anchors] @ second.T / temperature
+    positive = across.gather(1, anchors[:, None])[:, 0]
+    own = torch.zeros_like(within).scatter_(1, anchors[:, None], -math.inf)
+    negatives = torch.cat([within + own, across + own], dim=1)
+    return (negatives.logsumexp(dim=1) - positive - math.log(2)).mean()
+
+
+def _infonce(unit: Views, temperature: float, anchors: Tensor) -> Tensor:
+    """InfoNCE (Oord et al., 2018), one direction: view 1 finds its partner among all of view 2."""
+    first, second = unit
+    return F.cross_entropy(first[anchors] @ second.T / temperature, anchors)

@@ -1,0 +1,295 @@
+"""ContraDiff: the frozen base with LoRA, conditioner, attention head and projector, put together."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.nn.functional as dist_nn
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from contradiff.backbone import LoraParams, NoiseSchedule, add_lora, load_unet
+from contradiff.conditioner import Conditioner, ConditionerParams, drop_conditions
+from contradiff.features import (
+    Encoded,
+    HeadParams,
+    LevelMaps,
+    Projector,
+    TriTimestepAttention,
+    decode_from_bottleneck,
+    encode_to_bottleneck,
+    order_by_noise,
+)
+from contradiff.losses import LossParams, contrastive_loss
+from contradiff.noise import NUM_LEVELS, add_noise
+from contradiff.types import Features, Latents, Pixels, Timesteps, Tokens
+
+if TYPE_CHECKING:
+    from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+
+TRAINED_PARTS = ("unet", "conditioner", "attention", "projector")
+
+
+@dataclass(frozen=True)
+class TrainingBatch:
+    """All that one training step sees, random numbers included: two views, three levels each."""
+
+    latents: Float[Tensor, "2 batch channels h w"]
+    conditions: Float[Tensor, "2 batch 3 height width"]
+    condition_noise: Float[Tensor, "2 batch 3 height width"]
+    dropped: Bool[Tensor, "2 batch"]
+    timesteps: Int[Tensor, "2 3 batch"]
+    noise: Float[Tensor, "2 3 batch channels h w"]
+
+
+class ContraDiff(nn.Module):
+    """One model that classifies and generates.
+
+    Trainable are the LoRA within `unet`, `conditioner`, `attention` and `projector`; the base's own
+    weights never change. `forward` is one training step's loss; `noise_pred`, `level_maps` and
+    `attention` are what generation and classification use.
+    """
+
+    def __init__(
+        self,
+        unet: "UNet2DConditionModel",
+        schedule: NoiseSchedule,
+        *,
+        lora: LoraParams,
+        conditioner: ConditionerParams,
+        head: HeadParams,
+        image_size: int,
+    ) -> None:
+        """Add the trainable parts to a frozen UNet; their weights are random, LoRA's update zero.
+
+        Args:
+            unet: the base's denoiser; gets LoRA layers in place.
+            schedule: the base's alpha-bars.
+            lora: rank, alpha and targets.
+            conditioner: shape of the conditioner.
+            head: shapes of attention and projector.
+            image_size: side of the conditioner's pixels.
+
+        Raises:
+            ValueError: a LoRA target matches nothing, or patches do not tile the image.
+        """
+        super().__init__()
+        add_lora(unet, rank=lora.rank, alpha=lora.alpha, targets=lora.targets)
+        self.unet = unet
+        self.schedule = schedule
+        self.conditioner = Conditioner(
+            image_size=image_size,
+            patch_size=conditioner.patch_size,
+            width=conditioner.width,
+            depth=conditioner.depth,
+            num_heads=conditioner.num_heads,
+            cross_attention_dim=unet.config["cross_attention_dim"],
+        )
+        self.attention = TriTimestepAttention(
+            in_channels=unet.config["block_out_channels"][-1],
+            width=head.width,
+            num_heads=head.num_heads,
+            mlp_ratio=head.mlp_ratio,
+        )
+        self.projector = Projector(
+            in_width=head.width, width=head.projector_width, out_width=head.projector_out
+        )
+
+    def forward(
+        self, batch: TrainingBatch, *, loss: LossParams, shared_condition: bool
+    ) -> dict[str, Float[Tensor, ""]]:
+        """L = L_recon + lambda * L_contrast (Eq. 7) of one batch.
+
+        All six draws go through down and mid blocks as one batch; only the first `recon_passes` of
+        them, in the order (view, level), go on through the up blocks to predict their noise (Eq. 3).
+        With lambda = 0 the other draws are not computed at all.
+
+        Args:
+            batch: this process's images.
+            loss: kind, weight and temperature.
+            shared_condition: both views have the same condition, encoded once.
+
+        Returns:
+            "loss", "reconstruction" and, unless lambda is 0, "contrastive".
+        """
+        num_images = batch.latents.shape[1]
+        num_draws = batch.timesteps.shape[0] * NUM_LEVELS if loss.weight > 0 else loss.recon_passes
+        timesteps = batch.timesteps.flatten(0, 1)[:num_draws]
+        noise = batch.noise.flatten(0, 1)[:num_draws]
+        latents = batch.latents.repeat_interleave(NUM_LEVELS, dim=0)[:num_draws]
+        tokens = self._view_tokens(batch, shared=shared_condition)
+        tokens = tokens.repeat_interleave(NUM_LEVELS, dim=0)[:num_draws].flatten(0, 1)
+
+        noisy = add_noise(
+            latents.flatten(0, 1), noise.flatten(0, 1), timesteps.flatten(), self.schedule.alphas_cumprod
+        )
+        encoded = encode_to_bottleneck(self.unet, noisy, timesteps.flatten(), tokens)
+
+        trained = slice(0, loss.recon_passes * num_images)
+        noise_pred = decode_from_bottleneck(self.unet, encoded[trained], tokens[trained])
+        target = noise.flatten(0, 1)[trained]
+        reconstruction = F.mse_loss(noise_pred.float(), target.float())
+        if loss.weight == 0:
+            return {"loss": reconstruction, "reconstruction": reconstruction}
+
+        features = self._view_features(encoded, batch.timesteps)
+        contrastive = self._contrast(features, loss)
+        total = reconstruction + loss.weight * contrastive
+        return {"loss": total, "reconstruction": reconstruction, "contrastive": contrastive}
+
+    def encode_condition(self, pixels: Pixels) -> Tokens:
+        """Images, or Gaussian pixels for the null condition => encoder_hidden_states."""
+        return self.conditioner(pixels)
+
+    def noise_pred(self, noisy_latents: Latents, timesteps: Timesteps, tokens: Tokens) -> Latents:
+        """The UNet's whole pass: predicted noise."""
+        encoded = encode_to_bottleneck(self.unet, noisy_latents, timesteps, tokens)
+        return decode_from_bottleneck(self.unet, encoded, tokens)
+
+    def level_maps(
+        self,
+        latents: Latents,
+        tokens: Tokens,
+        *,
+        timesteps: list[int],
+        noise: Float[Tensor, "3 batch channels h w"],
+    ) -> LevelMaps:
+        """Bottleneck maps of clean latents at a fixed triple, ordered noisiest, middle, cleanest."""
+        levels = torch.tensor(sorted(timesteps, reverse=True), device=latents.device)
+        steps = levels.repeat_interleave(len(latents))
+        repeated = latents.repeat(NUM_LEVELS, 1, 1, 1)
+        noisy = add_noise(repeated, noise.flatten(0, 1), steps, self.schedule.alphas_cumprod)
+        encoded = encode_to_bottleneck(self.unet, noisy, steps, tokens.repeat(NUM_LEVELS, 1, 1))
+        return encoded.bottleneck.unflatten(0, (NUM_LEVELS, -1)).transpose(0, 1)
+
+    def trained_state(self) -> dict[str, Tensor]:
+        """The weights that training may change, and BatchNorm's statistics: not the frozen base."""
+        return {
+            name: tensor
+            for name, tensor in self.state_dict().items()
+            if not name.startswith("unet.") or "lora_" in name
+        }
+
+    def load_trained_state(self, state: Mapping[str, Tensor]) -> None:
+        """Inverse of `trained_state`.
+
+        Raises:
+            ValueError: the weights are not exactly those of this model's trainable parts.
+        """
+        expected, given = set(self.trained_state()), set(state)
+        if expected != given:
+            difference = sorted(expected ^ given)[:3]
+            msg = f"checkpoint: made with other lora, conditioner or head parameters (such as {difference})"
+            raise ValueError(msg)
+        self.load_state_dict(state, strict=False)
+
+    def train(self, mode: bool = True) -> "ContraDiff":  # noqa: FBT001, FBT002 - torch's signature
+        """As usual, but the frozen base stays in evaluation mode."""
+        super().train(mode)
+        self.unet.eval()
+        return self
+
+    def _view_tokens(
+        self, batch: TrainingBatch, *, shared: bool
+    ) -> Float[Tensor, "2 batch num_tokens width_c"]:
+        if shared:
+            pixels = drop_conditions(
+                batch.conditions[0], dropped=batch.dropped[0], noise=batch.condition_noise[0]
+            )
+            return self.conditioner(pixels)[None].expand(2, -1, -1, -1)
+        pixels = drop_conditions(
+            batch.conditions.flatten(0, 1),
+            dropped=batch.dropped.flatten(),
+            noise=batch.condition_noise.flatten(0, 1),
+        )
+        return self.conditioner(pixels).unflatten(0, (2, -1))
+
+    def _view_features(
+        self, encoded: Encoded, timesteps: Int[Tensor, "2 3 batch"]
+    ) -> Float[Tensor, "2 batch width"]:
+        maps = encoded.bottleneck.unflatten(0, timesteps.shape)
+        ordered = [order_by_noise(view, steps) for view, steps in zip(maps, timesteps, strict=True)]
+        return self.attention(torch.cat(ordered)).unflatten(0, (2, -1))
+
+    def _contrast(
+        self, features: Float[Tensor, "2 batch width"], loss: LossParams
+    ) -> Float[Tensor, ""]:
+        """Gather h of all processes, with gradient and before the projector, then contrast.
+
+        Every process then has the same projector inputs, so that its BatchNorm sees the global
+        batch, and its own images as anchors: DDP's average is the single-process gradient.
+        """
+        num_images = features.shape[1]
+        rank = 0
+        if dist.is_initialized() and dist.get_world_size() > 1:
+            rank = dist.get_rank()
+            features = torch.cat(dist_nn.all_gather(features.contiguous()), dim=1)
+        projected = self.projector(features.flatten(0, 1)).unflatten(0, (2, -1))
+        return contrastive_loss(
+            projected,
+            kind=loss.contrastive,
+            temperature=loss.temperature,
+            anchors=slice(rank * num_images, (rank + 1) * num_images),
+        )
+
+
+@dataclass(frozen=True)
+class ParameterCounts:
+    """Trainable and frozen parameters of each module (Tables 3, 7, 9)."""
+
+    modules: Mapping[str, tuple[int, int]]
+
+    @property
+    def trainable(self) -> int:
+        """Sum over modules."""
+        return sum(trainable for trainable, _ in self.modules.values())
+
+    @property
+    def frozen(self) -> int:
+        """Sum over modules; with the VAE where it was counted."""
+        return sum(frozen for _, frozen in self.modules.values())
+
+    def to_json(self) -> dict[str, Any]:
+        """As stored in a checkpoint's config.json and shown in reports."""
+        modules = {name: list(counts) for name, counts in self.modules.items()}
+        return {"trainable": self.trainable, "frozen": self.frozen, "modules": modules}
+
+
+def count_parameters(model: ContraDiff, *, num_vae_parameters: int) -> ParameterCounts:
+    """Count the parameters; LoRA stands apart from the UNet that it adapts."""
+    modules: dict[str, tuple[int, int]] = {}
+    lora = sum(p.numel() for name, p in model.unet.named_parameters() if "lora_" in name)
+    unet = sum(p.numel() for p in model.unet.parameters()) - lora
+    modules["unet"] = (0, unet)
+    modules["vae"] = (0, num_vae_parameters)
+    modules["lora"] = (lora, 0)
+    for name in TRAINED_PARTS[1:]:
+        modules[name] = (sum(p.numel() for p in getattr(model, name).parameters()), 0)
+    return ParameterCounts(modules)
+
+
+def features_of(model: ContraDiff, maps: LevelMaps) -> Features:
+    """h of ordered bottleneck maps."""
+    return model.attention(maps)
+
+
+def build_model(
+    base: Path,
+    *,
+    lora: LoraParams,
+    conditioner: ConditionerParams,
+    head: HeadParams,
+    image_size: int,
+    seed: int,
+) -> ContraDiff:
+    """Load the frozen base from a folder and add the trainable parts, initialised from `seed`."""
+    unet = load_unet(base)
+    schedule = NoiseSchedule.of_base(base)
+    torch.manual_seed(seed)
+    return ContraDiff(
+        unet, schedule, lora=lora, conditioner=conditioner, head=head, image_size=image_size
+    )

@@ -1,0 +1,153 @@
+"""Generation: Gaussian noise -> DDIM steps -> latents -> images (Tables 4 and 5, Appendix A)."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from jaxtyping import Float
+from pydantic import Field
+from torch import Tensor
+
+from contradiff.config import Section
+from contradiff.latents import decode_latents
+from contradiff.model import ContraDiff
+from contradiff.types import ByteImages, Latents, Tokens
+
+if TYPE_CHECKING:
+    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+    from diffusers.schedulers.scheduling_ddim import DDIMScheduler
+
+
+class GenerateParams(Section):
+    """Section `generate`. Paper: 50,000 images, 100 steps, classifier-free guidance."""
+
+    num_samples: int = Field(ge=1)
+    num_inference_steps: int = Field(ge=1, description="DDIM steps, eta = 0")
+    guidance_scale: float = Field(ge=1, description="1: none; unconditional sampling needs none")
+    batch_size: int = Field(ge=1)
+
+
+def load_scheduler(base: Path, *, num_inference_steps: int) -> "DDIMScheduler":
+    """DDIM on the base's own schedule and settings (steps_offset, set_alpha_to_one, no clipping).
+
+    Raises:
+        ValueError: more steps than the schedule has.
+    """
+    from diffusers.schedulers.scheduling_ddim import DDIMScheduler
+
+    scheduler = DDIMScheduler.from_pretrained(base / "scheduler")
+    if num_inference_steps > scheduler.config["num_train_timesteps"]:
+        msg = (
+            f"generate.num_inference_steps: {num_inference_steps} is more than the base's "
+            f"{scheduler.config['num_train_timesteps']} timesteps"
+        )
+        raise ValueError(msg)
+    scheduler.set_timesteps(num_inference_steps)
+    return scheduler
+
+
+def seeded_noise(
+    shape: tuple[int, ...], *, seed: int, index: int, stream: str
+) -> Float[Tensor, "..."]:
+    """Gaussian noise of one sample: the same at any batch size, device and process count.
+
+    Args:
+        shape: of the noise.
+        seed: of the run.
+        index: of the sample.
+        stream: "latent" or "condition": independent noises of one sample.
+    """
+    offset = {"latent": 0, "condition": 1}[stream]
+    generator = torch.Generator().manual_seed((seed * 1_000_003 + index) * 2 + offset)
+    return torch.randn(shape, generator=generator)
+
+
+@torch.inference_mode()
+def denoise(
+    model: ContraDiff,
+    scheduler: "DDIMScheduler",
+    latents: Latents,
+    tokens: Tokens,
+    *,
+    null_tokens: Tokens | None,
+    guidance_scale: float,
+) -> Latents:
+    """Run the reverse process from pure noise, deterministically (eta = 0).
+
+    Args:
+        model: evaluation mode.
+        scheduler: with its timesteps set.
+        latents: Gaussian noise.
+        tokens: conditions.
+        null_tokens: for guidance: prediction = null + scale * (conditional - null).
+        guidance_scale: has an effect only with `null_tokens`.
+    """
+    for timestep in scheduler.timesteps:
+        steps = torch.full((len(latents),), int(timestep), device=latents.device)
+        if null_tokens is None:
+            noise_pred = model.noise_pred(latents, steps, tokens)
+        else:
+            both = model.noise_pred(
+                latents.repeat(2, 1, 1, 1), steps.repeat(2), torch.cat([null_tokens, tokens])
+            )
+            null, conditional = both.chunk(2)
+            noise_pred = null + guidance_scale * (conditional - null)
+        latents = scheduler.step(noise_pred, int(timestep), latents, eta=0.0).prev_sample  # pyright: ignore[reportAttributeAccessIssue, reportUnknownMemberType]
+    return latents
+
+
+def generate_unconditional(
+    model: ContraDiff,
+    vae: "AutoencoderKL",
+    scheduler: "DDIMScheduler",
+    *,
+    params: GenerateParams,
+    image_size: int,
+    seed: int,
+    device: torch.device,
+    on_progress: Callable[[int], None],
+) -> Iterator[ByteImages]:
+    """Yield batches of images, in the order of their sample indices.
+
+    Unconditional means a condition of Gaussian pixels (App. A), c(noise): the null condition
+    itself, so that there is nothing to guide.
+
+    Args:
+        model: evaluation mode, LoRA merged or not, on `device`.
+        vae: on `device`.
+        scheduler: DDIM with its timesteps set.
+        params: counts and steps.
+        image_size: side of the conditioner's pixels.
+        seed: sample i has noise of (seed, i).
+        device: where to compute.
+        on_progress: told the number of images of each batch.
+    """
+    unet = model.unet.config
+    shape = (unet["in_channels"], unet["sample_size"], unet["sample_size"])
+    if image_size % unet["sample_size"]:
+        msg = f"data.image_size: {image_size} does not fit latents of side {unet['sample_size']}"
+        raise ValueError(msg)
+    for start in range(0, params.num_samples, params.batch_size):
+        indices = range(start, min(start + params.batch_size, params.num_samples))
+        latents = torch.stack(
+            [seeded_noise(shape, seed=seed, index=i, stream="latent") for i in indices]
+        )
+        pixels = torch.stack(
+            [
+                seeded_noise((3, image_size, image_size), seed=seed, index=i, stream="condition")
+                for i in indices
+            ]
+        )
+        with torch.inference_mode():
+            tokens = model.encode_condition(pixels.to(device))
+        clean = denoise(
+            model,
+            scheduler,
+            latents.to(device) * scheduler.init_noise_sigma,
+            tokens,
+            null_tokens=None,
+            guidance_scale=1.0,
+        )
+        yield decode_latents(vae, clean).cpu()
+        on_progress(len(indices))

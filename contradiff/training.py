@@ -1,0 +1,283 @@
+"""Pretraining: reconstruction + lambda * contrast (Sec. 3.4, Table 1), resumable at any step."""
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, Self
+
+import torch
+from pydantic import Field, model_validator
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from contradiff.atomic import replace_file
+from contradiff.conditioner import ConditionerParams
+from contradiff.config import Section
+from contradiff.data.loader import PairedShards, TrainingStream, ViewChoice, training_batches
+from contradiff.latents import sample
+from contradiff.losses import LossParams
+from contradiff.model import ContraDiff, TrainingBatch
+from contradiff.noise import NUM_LEVELS, NUM_VIEWS, NoiseParams, draw_timesteps, timestep_probabilities
+from contradiff.optim import build_adamw, cosine_with_warmup, scaled_lr
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+CURVE_ROWS = 200
+"""Rows that the stored curve has, about; live logging is as dense as the caller asks."""
+
+OnStep = Callable[[int, Mapping[str, float] | None], None]
+"""Told every step's number and, at some, its losses."""
+
+
+class PretrainParams(Section):
+    """Section `pretrain` (Table 1)."""
+
+    epochs: int = Field(ge=0, description="0: the base as it is, for Table 7's first row")
+    warmup_epochs: float = Field(ge=0)
+    batch_size: int = Field(ge=2, description="images a step, over all processes")
+    lr: float = Field(gt=0, description="peak learning rate, or its base if scale_lr")
+    scale_lr: bool = Field(description="multiply lr by batch_size / 256, as MAE does")
+    beta1: float = Field(ge=0, lt=1, description="the paper's momentum 0.9")
+    beta2: float = Field(ge=0, lt=1)
+    weight_decay: float = Field(ge=0)
+    max_grad_norm: float = Field(gt=0)
+    precision: Literal["fp32", "bf16"]
+
+    @model_validator(mode="after")
+    def _warmup_ends_within_training(self) -> Self:
+        if self.epochs and self.warmup_epochs >= self.epochs:
+            msg = (
+                f"pretrain.warmup_epochs is {self.warmup_epochs:g}, which leaves nothing of the "
+                f"{self.epochs} in pretrain.epochs: make it smaller"
+            )
+            raise ValueError(msg)
+        return self
+
+
+@dataclass(frozen=True)
+class TrainingRecipe:
+    """The sections that decide a training, together."""
+
+    seed: int
+    noise: NoiseParams
+    conditioner: ConditionerParams
+    loss: LossParams
+    pretrain: PretrainParams
+
+    @property
+    def shared_condition(self) -> bool:
+        """Whether both views have one condition, which is then encoded once."""
+        return self.conditioner.cond_view == "same"
+
+
+def pretrain(
+    model: ContraDiff,
+    pairs: PairedShards,
+    *,
+    recipe: TrainingRecipe,
+    accelerator: "Accelerator",
+    work_dir: Path,
+    num_workers: int,
+    log_every: int,
+    checkpoint_every: int,
+    on_step: OnStep,
+) -> list[dict[str, float]]:
+    """Train the model in place; begun again with the same `work_dir`, go on where it was stopped.
+
+    Everything random in step s of process r is drawn from a generator seeded by (seed, s, r), and
+    the data's order is fixed by the seed, so that an interrupted training ends with the same
+    weights, bit for bit on one machine.
+
+    Args:
+        model: on any device; moved to the accelerator's.
+        pairs: image and latent shards of the training split.
+        recipe: what to do.
+        accelerator: processes, device and precision.
+        work_dir: where the state to resume from is kept.
+        num_workers: data-loading processes.
+        log_every: steps between two live reports of losses.
+        checkpoint_every: steps between two saved states.
+        on_step: progress callback.
+
+    Returns:
+        The curve: rows of step, epoch, lr, loss, reconstruction, contrastive, grad_norm.
+
+    Raises:
+        ValueError: the batch does not divide over the processes, or is larger than the data.
+        FloatingPointError: the loss is no longer finite.
+    """
+    params = recipe.pretrain
+    local_batch = _local_batch(params.batch_size, accelerator.num_processes)
+    steps_per_epoch = pairs.num_samples // params.batch_size
+    if steps_per_epoch == 0:
+        msg = f"pretrain.batch_size: {params.batch_size} is more than the {pairs.num_samples} images"
+        raise ValueError(msg)
+    total_steps = params.epochs * steps_per_epoch
+    if total_steps == 0:
+        return []
+    warmup_steps = round(params.warmup_epochs * steps_per_epoch)
+    lr = scaled_lr(params.lr, batch_size=params.batch_size, enabled=params.scale_lr)
+    stride = max(1, total_steps // CURVE_ROWS)
+
+    if recipe.loss.weight == 0:
+        # The reconstruction loss never reaches them (and DDP refuses parameters without gradient).
+        model.attention.requires_grad_(requires_grad=False)
+        model.projector.requires_grad_(requires_grad=False)
+    model.to(accelerator.device)
+    optimizer = build_adamw(
+        model.named_parameters(),
+        lr=lr,
+        betas=(params.beta1, params.beta2),
+        weight_decay=params.weight_decay,
+    )
+    state = _State(work_dir / "state.safetensors", model, optimizer)
+    start, curve = state.load()
+    wrapped, optimizer = accelerator.prepare(model.train(), optimizer)
+    draw = _BatchDrawer(model, pairs, recipe, accelerator)
+    stream = TrainingStream(
+        pairs,
+        choice=ViewChoice(recipe.loss.latent_views, recipe.conditioner.cond_view),
+        batch_size=local_batch,
+        start_step=start,
+        seed=recipe.seed,
+        rank=accelerator.process_index,
+        world_size=accelerator.num_processes,
+    )
+    batches = training_batches(stream, num_workers=num_workers)
+    for step in range(start, total_steps):
+        scale = cosine_with_warmup(step, total_steps=total_steps, warmup_steps=warmup_steps)
+        for group in optimizer.param_groups:
+            group["lr"] = lr * scale
+        batch = draw(next(batches), step)
+        with accelerator.autocast():
+            losses = wrapped(batch, loss=recipe.loss, shared_condition=recipe.shared_condition)
+        accelerator.backward(losses["loss"])
+        grad_norm = accelerator.clip_grad_norm_(model.parameters(), params.max_grad_norm)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+        done = step + 1
+        row = None
+        if done % stride == 0 or done % log_every == 0 or done == total_steps:
+            row = _row(done, done / steps_per_epoch, lr * scale, losses, grad_norm, accelerator)
+            if done % stride == 0 or done == total_steps:
+                curve.append(row)
+        on_step(done, row)
+        if done % checkpoint_every == 0 and done < total_steps and accelerator.is_main_process:
+            state.save(done, curve)
+    return curve
+
+
+class _BatchDrawer:
+    """Adds to the loader's views all that is random in a step."""
+
+    def __init__(
+        self,
+        model: ContraDiff,
+        pairs: PairedShards,
+        recipe: TrainingRecipe,
+        accelerator: "Accelerator",
+    ) -> None:
+        self.recipe, self.device = recipe, accelerator.device
+        self.rank, self.world_size = accelerator.process_index, accelerator.num_processes
+        self.scaling_factor: float = pairs.latent_index.facts["scaling_factor"]
+        self.probabilities = timestep_probabilities(
+            model.schedule.alphas_cumprod, schedule=recipe.noise.schedule
+        ).to(self.device)
+
+    def __call__(self, loaded: Mapping[str, Tensor], step: int) -> TrainingBatch:
+        generator = torch.Generator(self.device)
+        generator.manual_seed((self.recipe.seed * 1_000_003 + step) * self.world_size + self.rank)
+
+        def gaussian(*shape: int) -> Tensor:
+            return torch.randn(shape, generator=generator, device=self.device)
+
+        moments = loaded["moments"].to(self.device, non_blocking=True)
+        conditions = loaded["conditions"].to(self.device, non_blocking=True)
+        _, num_images, channels, height, width = moments.shape
+        latent_shape = (num_images, channels // 2, height, width)
+        posterior_noise = gaussian(NUM_VIEWS, *latent_shape)
+        if self.recipe.loss.latent_views == "same":
+            posterior_noise[1] = posterior_noise[0]
+        latents = sample(
+            moments.flatten(0, 1),
+            noise=posterior_noise.flatten(0, 1),
+            scaling_factor=self.scaling_factor,
+        )
+        dropped = torch.rand(NUM_VIEWS, num_images, generator=generator, device=self.device)
+        dropped = dropped < self.recipe.conditioner.drop
+        if self.recipe.conditioner.cond_view == "null":
+            dropped[1] = True
+        return TrainingBatch(
+            latents=latents.unflatten(0, (NUM_VIEWS, num_images)),
+            conditions=conditions,
+            condition_noise=gaussian(*conditions.shape),
+            dropped=dropped,
+            timesteps=draw_timesteps(
+                self.probabilities,
+                batch_size=num_images,
+                recon_passes=self.recipe.loss.recon_passes,
+                uniform_mix=self.recipe.noise.uniform_mix,
+                generator=generator,
+            ),
+            noise=gaussian(NUM_VIEWS, NUM_LEVELS, *latent_shape),
+        )
+
+
+class _State:
+    """Trained weights, AdamW's moments, step and curve in one file, so that they always agree."""
+
+    def __init__(self, path: Path, model: ContraDiff, optimizer: torch.optim.Optimizer) -> None:
+        self.path, self.model, self.optimizer = path, model, optimizer
+
+    def save(self, step: int, curve: list[dict[str, float]]) -> None:
+        tensors = {f"model.{name}": value for name, value in self.model.trained_state().items()}
+        for index, moments in self.optimizer.state_dict()["state"].items():
+            tensors |= {f"optimizer.{index}.{name}": value for name, value in moments.items()}
+        contiguous = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
+        metadata = {"step": str(step), "curve": json.dumps(curve)}
+        with replace_file(self.path) as temporary:
+            save_file(contiguous, temporary, metadata)
+
+    def load(self) -> tuple[int, list[dict[str, float]]]:
+        """Restore; returns the steps done and the curve so far: (0, []) at a fresh start."""
+        if not self.path.is_file():
+            return 0, []
+        with safe_open(self.path, framework="pt") as file:
+            metadata = file.metadata()
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        self.model.load_trained_state(
+            {k.removeprefix("model."): v for k, v in tensors.items() if k.startswith("model.")}
+        )
+        moments: dict[int, dict[str, Tensor]] = {}
+        for name, value in tensors.items():
+            if name.startswith("optimizer."):
+                _, index, key = name.split(".", 2)
+                moments.setdefault(int(index), {})[key] = value
+        self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": moments})
+        return int(metadata["step"]), json.loads(metadata["curve"])
+
+
+def _local_batch(batch_size: int, num_processes: int) -> int:
+    if batch_size % num_processes:
+        msg = f"pretrain.batch_size: {batch_size} images do not divide over {num_processes} processes"
+        raise ValueError(msg)
+    return batch_size // num_processes
+
+
+def _row(
+    step: int,
+    epoch: float,
+    lr: float,
+    losses: Mapping[str, Tensor],
+    grad_norm: Tensor,
+    accelerator: "Accelerator",
+) -> dict[str, float]:
+    means = {name: accelerator.reduce(value.detach(), "mean").item() for name, value in losses.items()}
+    if not all(abs(value) < float("inf") for value in means.values()):
+        msg = f"step {step}: the loss is {means}; lower pretrain.lr"
+        raise FloatingPointError(msg)
+    return {"step": step, "epoch": round(epoch, 4), "lr": lr, **means, "grad_norm": float(grad_norm)}
