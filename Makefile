@@ -57,7 +57,7 @@ $(STAMP): requirements.lock pyproject.toml
 
 repro: $(STAMP)  ## reproduce everything that params.yaml asks for, from data to report
 	@python -m compileall -q contradiff stages
-	dvc pull models/tiny
+	dvc pull pretrain_base
 	dvc repro
 
 test: $(STAMP)  ## the tests, less the slow ones
@@ -90,7 +90,7 @@ smoke: $(STAMP)  ## the whole pipeline with presets/smoke.yaml, in a temporary c
 	cp presets/smoke.yaml params.yaml; \
 	dvc config --local core.no_scm true; \
 	dvc remote modify --local store url "$$store"; \
-	dvc pull models/tiny; \
+	dvc pull pretrain_base; \
 	dvc repro; \
 	echo "Again: nothing but track may run."; \
 	dvc repro > "$$top/again" 2>&1 || { cat "$$top/again"; exit 1; }; \
@@ -125,7 +125,7 @@ preset:  ## NAME=paper: make presets/paper.yaml the current params.yaml
 	echo "params.yaml is now presets/$(NAME).yaml"
 
 # The stage is frozen, so that nobody retrains the base by accident; `dvc repro -f` respects that.
-base: $(STAMP)  ## retrain the tiny base model (about half an hour); then `dvc push models/tiny`
+base: $(STAMP)  ## retrain the tiny base model (about half an hour); then `dvc push pretrain_base`
 	python -m stages.pretrain_base
 	dvc commit -f pretrain_base
 
@@ -139,4 +139,4 @@ lock: $(STAMP)  ## pin pyproject.toml's dependencies; ARGS=--upgrade takes the n
 
 clean:  ## remove build/, checkpoints and tools' caches (`dvc checkout` brings build/ back)
 	rm -rf build .work .pytest_cache .ruff_cache .hypothesis .import_linter_cache *.egg-info
-	find bench contradiff stages tests -name __pycache__ -type d -prune -exec rm -rf {} +
+	find . -path ./.venv -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -20,7 +20,6 @@ def main() -> int:
     """Compare, report and rewrite; return the exit code."""
     yaml = YAML()
     yaml.width = 100
-    yaml.indent(mapping=2, sequence=4, offset=2)
     path = ROOT / "dvc.yaml"
     document = yaml.load(path)
     changes: list[str] = []

@@ -3,7 +3,7 @@
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, Self, TypeVar
+from typing import TYPE_CHECKING, Literal, TypeVar
 
 import torch
 from pydantic import Field, model_validator
@@ -23,13 +23,15 @@ PARTS = ("vae", "unet", "scheduler")
 class BaseParams(Section):
     """Section `base`: which pretrained model everything starts from."""
 
-    source: Literal["local", "hub"] = Field(description="a folder in diffusers' format, or a hub id")
+    source: Literal["local", "hub"] = Field(
+        description="a folder in diffusers' format, or a hub id"
+    )
     path: str = Field(min_length=1, description="the folder, or the hub id")
     revision: str | None = Field(description="hub: a commit hash, which pins the weights")
 
     @model_validator(mode="after")
-    def _revision_belongs_to_hub(self) -> Self:
-        if self.source == "hub" and (self.revision is None or len(self.revision) != 40):  # noqa: PLR2004
+    def _revision_belongs_to_hub(self) -> "BaseParams":
+        if self.source == "hub" and (self.revision is None or len(self.revision) != 40):
             msg = "base.revision must be a full commit hash (40 digits) when base.source is hub"
             raise ValueError(msg)
         if self.source == "local" and self.revision is not None:
@@ -53,7 +55,7 @@ class NoiseSchedule:
     alphas_cumprod: Tensor
 
     @classmethod
-    def of_base(cls, folder: Path) -> Self:
+    def of_base(cls, folder: Path) -> "NoiseSchedule":
         """Read the schedule of a model folder's `scheduler/`."""
         from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 
@@ -149,9 +151,7 @@ def fetch_from_hub(name: str, revision: str, destination: Path) -> None:
     patterns = [f"{part}/*.json" for part in PARTS]
     patterns += [f"{part}/diffusion_pytorch_model.safetensors" for part in PARTS[:2]]
     try:
-        snapshot_download(
-            name, revision=revision, allow_patterns=patterns, local_dir=destination
-        )
+        snapshot_download(name, revision=revision, allow_patterns=patterns, local_dir=destination)
     except Exception as error:
         msg = (
             f"base.path: {name} at {revision} could not be fetched from the hub ({error}); without a "

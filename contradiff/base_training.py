@@ -113,13 +113,20 @@ def train_vae(
         noise = torch.randn(posterior.mean.shape, generator=generator)
         decoded = vae.decode(posterior.mean + posterior.std * noise).sample
         reconstruction = F.l1_loss(decoded, batch)
-        edges = _edge_loss(decoded, batch) + _edge_loss(F.avg_pool2d(decoded, 2), F.avg_pool2d(batch, 2))
+        edges = _edge_loss(decoded, batch) + _edge_loss(
+            F.avg_pool2d(decoded, 2), F.avg_pool2d(batch, 2)
+        )
         kl = posterior.kl().mean() / batch[0].numel()
         loss = reconstruction + edges + kl_weight * kl
         return loss, {"l1": reconstruction.item(), "kl": kl.item()}
 
     average = _train(
-        vae, loss_of, num_steps=num_steps, lr=lr, checkpoint=work_dir / "vae", on_progress=on_progress
+        vae,
+        loss_of,
+        num_steps=num_steps,
+        lr=lr,
+        checkpoint=work_dir / "vae",
+        on_progress=on_progress,
     )
     with torch.no_grad():
         generator = torch.Generator().manual_seed(seed)
@@ -177,11 +184,16 @@ def train_unet(
         return loss, {"loss": loss.item()}
 
     return _train(
-        unet, loss_of, num_steps=num_steps, lr=lr, checkpoint=work_dir / "unet", on_progress=on_progress
+        unet,
+        loss_of,
+        num_steps=num_steps,
+        lr=lr,
+        checkpoint=work_dir / "unet",
+        on_progress=on_progress,
     )
 
 
-def build_scheduler():  # noqa: ANN201 - diffusers' own type, imported lazily
+def build_scheduler():
     """Stable Diffusion's noise schedule: 1000 betas, scaled linear, 0.00085 to 0.012."""
     from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 
@@ -262,7 +274,12 @@ def _train(
 
 
 def _save(
-    folder: Path, step: int, *, model: nn.Module, average: nn.Module, optimizer: torch.optim.Optimizer
+    folder: Path,
+    step: int,
+    *,
+    model: nn.Module,
+    average: nn.Module,
+    optimizer: torch.optim.Optimizer,
 ) -> None:
     """One safetensors file with both sets of weights and AdamW's moments."""
     tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}

@@ -12,14 +12,20 @@ class Mlp(nn.Sequential):
 
     def __init__(self, width: int, *, ratio: int) -> None:
         """Random weights, PyTorch's initialisation."""
-        super().__init__(nn.Linear(width, ratio * width), nn.GELU(), nn.Linear(ratio * width, width))
+        super().__init__(
+            nn.Linear(width, ratio * width), nn.GELU(), nn.Linear(ratio * width, width)
+        )
 
 
 def attend(
-    query: Sequence, key: Float[Tensor, "batch others width"], value: Float[Tensor, "batch others width"],
-    *, num_heads: int,
+    query: Sequence,
+    key: Float[Tensor, "batch others width"],
+    value: Float[Tensor, "batch others width"],
+    *,
+    num_heads: int,
 ) -> Sequence:
     """Multi-head scaled dot-product attention, heads split from the width and joined again."""
+
     def split(tokens: Tensor) -> Tensor:
         return tokens.unflatten(-1, (num_heads, -1)).transpose(1, 2)
 

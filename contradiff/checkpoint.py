@@ -60,7 +60,9 @@ def save_checkpoint(
         "parameters": counts.to_json(),
         "params": dict(params),
     }
-    state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.trained_state().items()}
+    state = {
+        name: tensor.detach().cpu().contiguous() for name, tensor in model.trained_state().items()
+    }
     with replace_dir(folder) as temporary:
         save_file(state, temporary / WEIGHTS_NAME)
         (temporary / CONFIG_NAME).write_text(json.dumps(config, indent=1, sort_keys=True) + "\n")

@@ -1,6 +1,6 @@
 """The image conditioner: pixels -> tokens for the UNet's cross-attention (Sec. 4.1, Fig. 2)."""
 
-from typing import Literal, Self
+from typing import Literal
 
 import torch
 from jaxtyping import Bool
@@ -19,14 +19,16 @@ class ConditionerParams(Section):
     width: int = Field(ge=1)
     depth: int = Field(ge=1)
     num_heads: int = Field(ge=1)
-    drop: float = Field(ge=0, lt=1, description="chance that a condition is Gaussian pixels (App. A)")
+    drop: float = Field(
+        ge=0, lt=1, description="chance that a condition is Gaussian pixels (App. A)"
+    )
     cond_view: Literal["same", "crop", "null"] = Field(
         description="same: one clean image for both views (paper) | crop: an independent crop for each"
         " | null: as same, but the second view is unconditioned"
     )
 
     @model_validator(mode="after")
-    def _heads_divide_width(self) -> Self:
+    def _heads_divide_width(self) -> "ConditionerParams":
         if self.width % self.num_heads:
             msg = "conditioner.width must be a multiple of conditioner.num_heads"
             raise ValueError(msg)
@@ -66,7 +68,9 @@ class Conditioner(nn.Module):
         """
         super().__init__()
         if image_size % patch_size:
-            msg = f"conditioner.patch_size: {patch_size} does not divide data.image_size {image_size}"
+            msg = (
+                f"conditioner.patch_size: {patch_size} does not divide data.image_size {image_size}"
+            )
             raise ValueError(msg)
         num_tokens = (image_size // patch_size) ** 2
         self.to_patches = nn.Conv2d(3, width, kernel_size=patch_size, stride=patch_size)
@@ -85,9 +89,7 @@ class Conditioner(nn.Module):
         return self.to_tokens(self.norm(self.blocks(patches + self.positions)))
 
 
-def drop_conditions(
-    pixels: Pixels, *, dropped: Bool[Tensor, " batch"], noise: Pixels
-) -> Pixels:
+def drop_conditions(pixels: Pixels, *, dropped: Bool[Tensor, " batch"], noise: Pixels) -> Pixels:
     """Replace the images where `dropped` by Gaussian pixels, each image for itself.
 
     c(noise) is the paper's unconditional mode (App. A) and the null of classifier-free guidance.

@@ -13,11 +13,11 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from contradiff.data.loader import PairedShards
 from contradiff.data.shards import image_of
 from contradiff.data.transforms import apply_crop, centre_crop, decode, to_pixels
 from contradiff.features import FeaturesParams, LevelMaps
 from contradiff.latents import StoredLatents, encode, mode
+from contradiff.loading import PairedShards
 from contradiff.model import ContraDiff
 from contradiff.noise import NUM_LEVELS
 from contradiff.types import ByteImages, Latents, Pixels
@@ -99,7 +99,9 @@ def maps_of(
         raise ValueError(msg)
     noise = torch.stack(
         [
-            _image_noise((NUM_LEVELS, *batch.latents.shape[1:]), seed=seed, index=batch.first_index + i)
+            _image_noise(
+                (NUM_LEVELS, *batch.latents.shape[1:]), seed=seed, index=batch.first_index + i
+            )
             for i in range(len(batch.latents))
         ],
         dim=1,
@@ -109,7 +111,9 @@ def maps_of(
     else:
         pixels = torch.stack(
             [
-                _image_noise(tuple(batch.pixels.shape[1:]), seed=seed + 1, index=batch.first_index + i)
+                _image_noise(
+                    tuple(batch.pixels.shape[1:]), seed=seed + 1, index=batch.first_index + i
+                )
                 for i in range(len(batch.pixels))
             ]
         )

@@ -1,7 +1,7 @@
 """Bottleneck maps at three noise levels, and the attention that makes one feature of them (Eq. 4)."""
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, Self
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from jaxtyping import Float, Int
@@ -30,7 +30,7 @@ class HeadParams(Section):
     projector_out: int = Field(ge=1)
 
     @model_validator(mode="after")
-    def _heads_divide_width(self) -> Self:
+    def _heads_divide_width(self) -> "HeadParams":
         if self.width % self.num_heads:
             msg = "head.width must be a multiple of head.num_heads"
             raise ValueError(msg)
@@ -50,7 +50,7 @@ class FeaturesParams(Section):
     batch_size: int = Field(ge=1)
 
     @model_validator(mode="after")
-    def _distinct(self) -> Self:
+    def _distinct(self) -> "FeaturesParams":
         if len(set(self.timesteps)) < NUM_LEVELS or min(self.timesteps) < 0:
             msg = f"features.timesteps must be three distinct timesteps >= 0, not {self.timesteps}"
             raise ValueError(msg)

@@ -18,7 +18,15 @@ from torch import Tensor
 
 from contradiff.config import Section
 from contradiff.data.shards import Record, Sample, array_from_bytes, array_to_bytes
-from contradiff.data.transforms import Crop, apply_crop, centre_crop, decode, random_crop, to_bytes, to_pixels
+from contradiff.data.transforms import (
+    Crop,
+    apply_crop,
+    centre_crop,
+    decode,
+    random_crop,
+    to_bytes,
+    to_pixels,
+)
 from contradiff.types import ByteImages, Latents, Pixels
 
 if TYPE_CHECKING:
@@ -34,8 +42,12 @@ LOG_VARIANCE_RANGE = (-30.0, 20.0)
 class LatentsParams(Section):
     """Section `latents`: which crops of an image are encoded beforehand."""
 
-    views: int = Field(ge=1, description="K: the centre crop, and K-1 random crops of training images")
-    crop_scale_min: float = Field(gt=0, le=1, description="a random crop covers this to 1 of the area")
+    views: int = Field(
+        ge=1, description="K: the centre crop, and K-1 random crops of training images"
+    )
+    crop_scale_min: float = Field(
+        gt=0, le=1, description="a random crop covers this to 1 of the area"
+    )
     batch_size: int = Field(ge=1, description="crops encoded at once")
 
 
@@ -74,6 +86,11 @@ def choose_crops(
     rng = np.random.default_rng([seed, crc32(key.encode())])
     crops = [random_crop(rng, height, width, scale_min=crop_scale_min) for _ in range(views - 1)]
     return [centre_crop(height, width), *crops]
+
+
+def downsampling_factor(vae: "AutoencoderKL") -> int:
+    """Pixels to a latent's side: 8 for Stable Diffusion (the paper's "f = 4" is not its own)."""
+    return 2 ** (len(vae.config["block_out_channels"]) - 1)
 
 
 @torch.no_grad()

@@ -44,7 +44,7 @@ def contrastive_loss(
         ValueError: fewer than two images, so that there are no negatives.
     """
     num_images = views.shape[1]
-    if num_images < 2:  # noqa: PLR2004
+    if num_images < 2:
         msg = "pretrain.batch_size: a contrastive loss needs at least two images in a batch"
         raise ValueError(msg)
     unit = F.normalize(views.float(), dim=-1)

@@ -125,7 +125,10 @@ class ContraDiff(nn.Module):
         tokens = tokens.repeat_interleave(NUM_LEVELS, dim=0)[:num_draws].flatten(0, 1)
 
         noisy = add_noise(
-            latents.flatten(0, 1), noise.flatten(0, 1), timesteps.flatten(), self.schedule.alphas_cumprod
+            latents.flatten(0, 1),
+            noise.flatten(0, 1),
+            timesteps.flatten(),
+            self.schedule.alphas_cumprod,
         )
         encoded = encode_to_bottleneck(self.unet, noisy, timesteps.flatten(), tokens)
 
@@ -187,7 +190,7 @@ class ContraDiff(nn.Module):
             raise ValueError(msg)
         self.load_state_dict(state, strict=False)
 
-    def train(self, mode: bool = True) -> "ContraDiff":  # noqa: FBT001, FBT002 - torch's signature
+    def train(self, mode: bool = True) -> "ContraDiff":
         """As usual, but the frozen base stays in evaluation mode."""
         super().train(mode)
         self.unet.eval()
@@ -273,7 +276,7 @@ def count_parameters(model: ContraDiff, *, num_vae_parameters: int) -> Parameter
 
 
 def features_of(model: ContraDiff, maps: LevelMaps) -> Features:
-    """h of ordered bottleneck maps."""
+    """H of ordered bottleneck maps."""
     return model.attention(maps)
 
 

@@ -79,7 +79,10 @@ def draw_timesteps(
 
 
 def add_noise(
-    latents: Latents, noise: Latents, timesteps: Timesteps, alphas_cumprod: Float[Tensor, " timesteps"]
+    latents: Latents,
+    noise: Latents,
+    timesteps: Timesteps,
+    alphas_cumprod: Float[Tensor, " timesteps"],
 ) -> Latents:
     """q(z_t | z) in closed form: sqrt(alpha-bar_t) z + sqrt(1 - alpha-bar_t) noise (Eqs. 1, 5)."""
     alphas = alphas_cumprod[timesteps].to(latents).view(-1, 1, 1, 1)

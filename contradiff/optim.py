@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterable
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from pydantic import Field, model_validator
@@ -40,6 +40,10 @@ class SgdParams(Section):
             )
             raise ValueError(msg)
         return self
+
+    def sgd_settings(self) -> dict[str, Any]:
+        """The fields above, as keyword arguments of `probing.train_linear_probe`."""
+        return {name: getattr(self, name) for name in SgdParams.model_fields}
 
 
 def cosine_with_warmup(

@@ -8,7 +8,6 @@ from typing import ClassVar, Literal, TypeAlias
 
 import torch
 from jaxtyping import Float, Int64
-from pydantic import model_validator
 from torch import Tensor, nn
 
 from contradiff.evaluation.accuracy import topk_correct, wilson_interval
@@ -28,17 +27,6 @@ class ProbeParams(SgdParams):
 
     split: Literal["val", "dev"]
     head: Literal["linear", "attentive"]
-    pool: Literal["attention", "mean"]
-
-    @model_validator(mode="after")
-    def _attentive_head_replaces_pooling(self) -> "ProbeParams":
-        if self.head == "attentive" and self.pool == "mean":
-            msg = (
-                "probe.head: attentive trains the attention head, which probe.pool: mean leaves "
-                "out; set probe.pool to attention or probe.head to linear"
-            )
-            raise ValueError(msg)
-        return self
 
 
 class LinearProbe(nn.Module):

@@ -108,6 +108,19 @@ class ScoreMetrics(_Record):
     seed: int
 
 
+class _ProbeFile(_Record):
+    # DVC shows the metrics of all files in one table: each file has its own outer key.
+    probe: ProbeMetrics
+
+
+class _TransferFile(_Record):
+    transfer: TransferMetrics
+
+
+class _ScoreFile(_Record):
+    score: ScoreMetrics
+
+
 class ParameterCounts(_Record):
     """Sizes of the model: scalars, and [trainable, frozen] for each module."""
 
@@ -199,9 +212,9 @@ def read_results(root: Path, *, seed: int) -> Results:
     return Results(
         seed=seed,
         pretrain=_read_record(root, "build/pretrain/config.json", PretrainRecord),
-        probe=_read_record(root, "metrics/probe.json", ProbeMetrics),
-        transfer=_read_record(root, "metrics/transfer.json", TransferMetrics),
-        score=_read_record(root, "metrics/score.json", ScoreMetrics),
+        probe=_read_record(root, "metrics/probe.json", _ProbeFile).probe,
+        transfer=_read_record(root, "metrics/transfer.json", _TransferFile).transfer,
+        score=_read_record(root, "metrics/score.json", _ScoreFile).score,
         curve=curve,
         features=features,
         labels=labels,

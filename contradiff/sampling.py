@@ -10,7 +10,7 @@ from pydantic import Field
 from torch import Tensor
 
 from contradiff.config import Section
-from contradiff.latents import decode_latents
+from contradiff.latents import decode_latents, downsampling_factor
 from contradiff.model import ContraDiff
 from contradiff.types import ByteImages, Latents, Tokens
 
@@ -123,11 +123,9 @@ def generate_unconditional(
         device: where to compute.
         on_progress: told the number of images of each batch.
     """
-    unet = model.unet.config
-    shape = (unet["in_channels"], unet["sample_size"], unet["sample_size"])
-    if image_size % unet["sample_size"]:
-        msg = f"data.image_size: {image_size} does not fit latents of side {unet['sample_size']}"
-        raise ValueError(msg)
+    # Not the UNet's own sample_size: Stable Diffusion's is 64, for 512 pixels.
+    side = image_size // downsampling_factor(vae)
+    shape = (model.unet.config["in_channels"], side, side)
     for start in range(0, params.num_samples, params.batch_size):
         indices = range(start, min(start + params.batch_size, params.num_samples))
         latents = torch.stack(

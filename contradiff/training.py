@@ -4,7 +4,7 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, Self
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from pydantic import Field, model_validator
@@ -15,11 +15,17 @@ from torch import Tensor
 from contradiff.atomic import replace_file
 from contradiff.conditioner import ConditionerParams
 from contradiff.config import Section
-from contradiff.data.loader import PairedShards, TrainingStream, ViewChoice, training_batches
 from contradiff.latents import sample
+from contradiff.loading import PairedShards, TrainingStream, ViewChoice, training_batches
 from contradiff.losses import LossParams
 from contradiff.model import ContraDiff, TrainingBatch
-from contradiff.noise import NUM_LEVELS, NUM_VIEWS, NoiseParams, draw_timesteps, timestep_probabilities
+from contradiff.noise import (
+    NUM_LEVELS,
+    NUM_VIEWS,
+    NoiseParams,
+    draw_timesteps,
+    timestep_probabilities,
+)
 from contradiff.optim import build_adamw, cosine_with_warmup, scaled_lr
 
 if TYPE_CHECKING:
@@ -47,7 +53,7 @@ class PretrainParams(Section):
     precision: Literal["fp32", "bf16"]
 
     @model_validator(mode="after")
-    def _warmup_ends_within_training(self) -> Self:
+    def _warmup_ends_within_training(self) -> "PretrainParams":
         if self.epochs and self.warmup_epochs >= self.epochs:
             msg = (
                 f"pretrain.warmup_epochs is {self.warmup_epochs:g}, which leaves nothing of the "
@@ -113,7 +119,9 @@ def pretrain(
     local_batch = _local_batch(params.batch_size, accelerator.num_processes)
     steps_per_epoch = pairs.num_samples // params.batch_size
     if steps_per_epoch == 0:
-        msg = f"pretrain.batch_size: {params.batch_size} is more than the {pairs.num_samples} images"
+        msg = (
+            f"pretrain.batch_size: {params.batch_size} is more than the {pairs.num_samples} images"
+        )
         raise ValueError(msg)
     total_steps = params.epochs * steps_per_epoch
     if total_steps == 0:
@@ -263,7 +271,9 @@ class _State:
 
 def _local_batch(batch_size: int, num_processes: int) -> int:
     if batch_size % num_processes:
-        msg = f"pretrain.batch_size: {batch_size} images do not divide over {num_processes} processes"
+        msg = (
+            f"pretrain.batch_size: {batch_size} images do not divide over {num_processes} processes"
+        )
         raise ValueError(msg)
     return batch_size // num_processes
 
@@ -276,8 +286,16 @@ def _row(
     grad_norm: Tensor,
     accelerator: "Accelerator",
 ) -> dict[str, float]:
-    means = {name: accelerator.reduce(value.detach(), "mean").item() for name, value in losses.items()}
+    means = {
+        name: accelerator.reduce(value.detach(), "mean").item() for name, value in losses.items()
+    }
     if not all(abs(value) < float("inf") for value in means.values()):
         msg = f"step {step}: the loss is {means}; lower pretrain.lr"
         raise FloatingPointError(msg)
-    return {"step": step, "epoch": round(epoch, 4), "lr": lr, **means, "grad_norm": float(grad_norm)}
+    return {
+        "step": step,
+        "epoch": round(epoch, 4),
+        "lr": lr,
+        **means,
+        "grad_norm": float(grad_norm),
+    }

@@ -3,7 +3,7 @@
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal, Protocol, runtime_checkable
+from typing import ClassVar, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Float64, Int64
@@ -20,8 +20,6 @@ class TransferParams(SgdParams):
 
     section: ClassVar[str] = "transfer"
 
-    source: Literal["digits", "cifar100"]
-    root: str = Field(min_length=1, description="folder that holds train, test and meta")
     shots: int = Field(ge=1, description="training images a class")
     num_splits: int = Field(ge=1, description="seeded draws of the training images")
     ridge: float = Field(gt=0, description="penalty of the closed form, not divided by n")

@@ -13,6 +13,9 @@ from typing import Any, Literal
 
 import numpy as np
 from jaxtyping import Int64, UInt8
+from pydantic import Field
+
+from contradiff.config import Section
 
 SIDE = 32
 _PIXELS = 3 * SIDE * SIDE
@@ -29,6 +32,13 @@ _UNREADABLE = (
     TypeError,
     ValueError,
 )
+
+
+class TransferDataParams(Section):
+    """Section `transfer_data`: the set that features are transferred to."""
+
+    source: Literal["digits", "cifar100"] = Field(description="digits: written where root says")
+    root: str = Field(min_length=1, description="folder that holds train, test and meta")
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal
 
 import numpy as np
 from pydantic import Field, model_validator
@@ -26,12 +26,14 @@ class DataParams(Section):
 
     source: Literal["toy", "imagefolder"] = Field(description="toy: rendered where root says")
     root: str = Field(min_length=1, description="the raw tree, relative to the project's root")
-    image_size: int = Field(ge=8, multiple_of=8, description="side of the model's images, in pixels")
+    image_size: int = Field(
+        ge=8, multiple_of=8, description="side of the model's images, in pixels"
+    )
     num_train: int | None = Field(ge=1, description="toy: training images to render")
     num_val: int | None = Field(ge=1, description="toy: validation images to render")
 
     @model_validator(mode="after")
-    def _counts_belong_to_toy(self) -> Self:
+    def _counts_belong_to_toy(self) -> "DataParams":
         for name in ("num_train", "num_val"):
             given = getattr(self, name) is not None
             if self.source == "toy" and not given:
@@ -72,7 +74,7 @@ class Manifest:
     digest: str
 
     @classmethod
-    def scan(cls, root: Path, *, shown_root: str) -> Self:
+    def scan(cls, root: Path, *, shown_root: str) -> "Manifest":
         """List a tree. Classes are the sorted folder names of train/, as in torchvision.
 
         Args:
@@ -164,5 +166,5 @@ def _class_names(path: Path, class_ids: tuple[str, ...]) -> tuple[str, ...]:
     if not path.is_file():
         return class_ids
     lines = (line.split(maxsplit=1) for line in path.read_text().splitlines() if line.strip())
-    names = {line[0]: line[1].split(",")[0] for line in lines if len(line) == 2}  # noqa: PLR2004
+    names = {line[0]: line[1].split(",")[0] for line in lines if len(line) == 2}
     return tuple(names.get(class_id, class_id) for class_id in class_ids)

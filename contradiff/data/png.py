@@ -24,7 +24,6 @@ def image_grid(images: Sequence[bytes], *, columns: int, min_side: int = 64) -> 
         min_side: smaller images are magnified to this many pixels, or a little more, without
             smoothing.
     """
-
     decoded = torch.stack([decode(image, name="grid") for image in images])
     factor = -(-min_side // decoded.shape[-1])
     decoded = decoded.repeat_interleave(factor, dim=2).repeat_interleave(factor, dim=3)

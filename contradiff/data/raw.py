@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from contradiff.atomic import replace_file, sha256_of
+from contradiff.data.cifar import TransferDataParams
 from contradiff.data.imagenet import DataParams
-from contradiff.transfer import TransferParams
 
 RECIPE_NAME = ".rendered.json"
 """What a rendered folder was rendered from, written last: only then is it whole."""
@@ -65,11 +65,11 @@ def ensure_images(
     _mark_rendered(root, recipe)
 
 
-def ensure_transfer_archive(root: Path, params: TransferParams, *, seed: int) -> None:
+def ensure_transfer_archive(root: Path, params: TransferDataParams, *, seed: int) -> None:
     """Write the digits' archive at `root` unless it is there; CIFAR-100 must be there.
 
     Raises:
-        ValueError: files of the archive are missing; names transfer.root.
+        ValueError: files of the archive are missing; names transfer_data.root.
     """
     if params.source == "digits":
         recipe = {"renderer": _code_digest("digits.py"), "seed": seed}
@@ -83,7 +83,7 @@ def ensure_transfer_archive(root: Path, params: TransferParams, *, seed: int) ->
     missing = [name for name in ARCHIVE_FILES if not (root / name).is_file()]
     if missing:
         msg = (
-            f"transfer.root: {params.root} lacks {', '.join(missing)}; unpack cifar-100-python.tar.gz "
+            f"transfer_data.root: {params.root} lacks {', '.join(missing)}; unpack cifar-100-python.tar.gz "
             "there (nothing is downloaded)"
         )
         raise ValueError(msg)

@@ -2,7 +2,6 @@
 
 import math
 from dataclasses import dataclass
-from typing import Self
 
 import numpy as np
 import torch
@@ -33,7 +32,7 @@ class Crop:
         return np.asarray(values, dtype=np.int32)
 
     @classmethod
-    def from_array(cls, values: Int[np.ndarray, "5"]) -> Self:
+    def from_array(cls, values: Int[np.ndarray, "5"]) -> "Crop":
         """Inverse of `to_array`."""
         top, left, height, width, mirrored = (int(value) for value in values)
         return cls(top, left, height, width, bool(mirrored))
@@ -68,7 +67,7 @@ def random_crop(rng: np.random.Generator, height: int, width: int, *, scale_min:
         width: of the image, in pixels.
         scale_min: the box covers this to 1.0 of the area; aspect ratios 3/4 to 4/3, log-uniform.
     """
-    mirrored = bool(rng.random() < 0.5)  # noqa: PLR2004
+    mirrored = bool(rng.random() < 0.5)
     for _ in range(10):
         area = height * width * rng.uniform(scale_min, 1.0)
         ratio = math.exp(rng.uniform(math.log(ASPECT_RATIOS[0]), math.log(ASPECT_RATIOS[1])))

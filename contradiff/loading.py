@@ -156,7 +156,7 @@ class TrainingStream(IterableDataset[dict[str, Tensor]]):
         epoch = 0
         while True:
             order = np.random.default_rng([self.seed, epoch]).permutation(self.pairs.num_shards)
-            rng = random.Random(f"{self.seed}/{epoch}/{stream}")  # noqa: S311 - not for secrets
+            rng = random.Random(f"{self.seed}/{epoch}/{stream}")
             buffer: list[Pair] = []
             for shard in order[stream::num_streams]:
                 for pair in self.pairs.read(int(shard)):
@@ -184,7 +184,11 @@ class TrainingStream(IterableDataset[dict[str, Tensor]]):
         sample, stored = image_of(pair[0]), StoredLatents.of_record(pair[1])
         rng = np.random.default_rng([self.seed, epoch, crc32(sample.key.encode())])
         num_views = len(stored.crops)
-        first, second = (int(view) for view in rng.permutation(num_views).tolist()[:2]) if num_views > 1 else (0, 0)
+        first, second = (
+            (int(view) for view in rng.permutation(num_views).tolist()[:2])
+            if num_views > 1
+            else (0, 0)
+        )
         views = (first, second) if self.choice.latent_views == "two" else (first, first)
         image = decode(sample.image, name=sample.key)
         size = self.pairs.latent_index.facts["image_size"]

@@ -1,0 +1,35 @@
+"""base: the pretrained latent diffusion model => build/base, checked, in diffusers' format."""
+
+import shutil
+from pathlib import Path
+
+from stages._runtime import Run, execute
+from contradiff.atomic import replace_dir
+from contradiff.backbone import PARTS, BaseParams, check_base, fetch_from_hub
+from contradiff.config import Section
+
+
+class Params(Section):
+    base: BaseParams
+
+
+def main(params: Params, run: Run) -> None:
+    base = params.base
+    with replace_dir(Path("build/base")) as folder:
+        if base.source == "hub":
+            assert base.revision is not None
+            run.log(f"fetching {base.path} at {base.revision}")
+            fetch_from_hub(base.path, base.revision, folder)
+            shutil.rmtree(folder / ".cache", ignore_errors=True)
+        else:
+            # In DVC's temporary copies a folder that DVC tracks is here; one that it does not is
+            # only below the project's root.
+            source = Path(base.path) if Path(base.path).exists() else run.resolve(base.path)
+            check_base(source)
+            for part in PARTS:
+                shutil.copytree(source / part, folder / part)
+        check_base(folder)
+
+
+if __name__ == "__main__":
+    execute(Params, main)

@@ -1,0 +1,42 @@
+"""prepare: raw data => manifests. Renders the embedded default's images; checks what is there.
+
+The raw trees lie under the project's root, outside DVC: a manifest stands for each.
+"""
+
+from pathlib import Path
+
+from stages._runtime import Run, execute
+from contradiff.config import Section
+from contradiff.data.cifar import TransferDataParams
+from contradiff.data.imagenet import DataParams, Manifest
+from contradiff.data.raw import ensure_images, ensure_transfer_archive, transfer_manifest
+
+
+class Params(Section):
+    seed: int
+    data: DataParams
+    transfer_data: TransferDataParams
+
+
+def main(params: Params, run: Run) -> None:
+    data, root = params.data, run.resolve(params.data.root)
+    total = (data.num_train or 0) + (data.num_val or 0)
+    with run.progress("render images", total) as advance:
+        ensure_images(root, data, seed=params.seed, on_progress=advance)
+    ensure_transfer_archive(
+        run.resolve(params.transfer_data.root), params.transfer_data, seed=params.seed
+    )
+    manifest = Manifest.scan(root, shown_root=data.root)
+    for split, files in manifest.splits.items():
+        run.log(f"{len(files)} {split} images of {len(manifest.class_ids)} classes in {data.root}")
+    manifest.write(Path("build/manifest/images.json"))
+    run.write_json(
+        Path("build/manifest/transfer.json"),
+        transfer_manifest(
+            run.resolve(params.transfer_data.root), shown_root=params.transfer_data.root
+        ),
+    )
+
+
+if __name__ == "__main__":
+    execute(Params, main)

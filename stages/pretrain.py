@@ -1,0 +1,128 @@
+"""pretrain: LoRA, conditioner and attention head learn by reconstruction + lambda * contrast.
+
+Runs on as many processes as `python -m stages.launch stages.pretrain` starts.
+"""
+
+import csv
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from stages._runtime import Run, execute
+from contradiff.atomic import replace_file
+from contradiff.backbone import LoraParams, load_vae
+from contradiff.checkpoint import save_checkpoint
+from contradiff.conditioner import ConditionerParams
+from contradiff.config import Section
+from contradiff.data.imagenet import DataParams
+from contradiff.features import HeadParams
+from contradiff.loading import PairedShards
+from contradiff.losses import LossParams
+from contradiff.model import build_model, count_parameters
+from contradiff.noise import NoiseParams
+from contradiff.training import PretrainParams, TrainingRecipe, pretrain
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+BASE, IMAGES, LATENTS = Path("build/base"), Path("build/shards"), Path("build/latents")
+CHECKPOINT, CURVE = Path("build/pretrain"), Path("metrics/pretrain.csv")
+COLUMNS = ("step", "epoch", "lr", "loss", "reconstruction", "contrastive", "grad_norm")
+
+
+class Params(Section):
+    seed: int
+    data: DataParams
+    noise: NoiseParams
+    lora: LoraParams
+    conditioner: ConditionerParams
+    head: HeadParams
+    loss: LossParams
+    pretrain: PretrainParams
+
+
+def main(params: Params, run: Run) -> None:
+    accelerator = start_accelerator(params, run)
+    pairs = PairedShards.open(IMAGES, LATENTS, split="train")
+    model = build_model(
+        BASE,
+        lora=params.lora,
+        conditioner=params.conditioner,
+        head=params.head,
+        image_size=params.data.image_size,
+        seed=params.seed,
+    )
+    counts = count_parameters(
+        model, num_vae_parameters=sum(p.numel() for p in load_vae(BASE).parameters())
+    )
+    run.log(f"{counts.trainable:,} trainable and {counts.frozen:,} frozen parameters")
+    recipe = TrainingRecipe(
+        params.seed, params.noise, params.conditioner, params.loss, params.pretrain
+    )
+    num_steps = params.pretrain.epochs * (pairs.num_samples // params.pretrain.batch_size)
+    shown = params.model_dump(mode="json", by_alias=True)
+    inputs = [BASE, IMAGES / "index.json", LATENTS / "index.json"]
+    with (
+        run.work_dir(shown, inputs) as work,
+        run.training_run(work, shown) as log_metrics,
+        run.progress("train", num_steps, "step") as advance,
+    ):
+        seen = 0
+
+        def on_step(step: int, row: Mapping[str, float] | None) -> None:
+            nonlocal seen
+            advance(step - seen, **({"loss": f"{row['loss']:.3f}"} if row else {}))
+            seen = step
+            if row is not None:
+                log_metrics(step, {f"train/{name}": row[name] for name in row if name != "step"})
+
+        curve = pretrain(
+            model,
+            pairs,
+            recipe=recipe,
+            accelerator=accelerator,
+            work_dir=work,
+            num_workers=run.runtime.num_workers,
+            log_every=run.runtime.log_every,
+            checkpoint_every=run.runtime.checkpoint_every,
+            on_step=on_step,
+        )
+        if accelerator.is_main_process:
+            write_curve(CURVE, curve)
+            save_checkpoint(
+                CHECKPOINT,
+                model,
+                base=BASE,
+                image_size=params.data.image_size,
+                num_steps=num_steps,
+                counts=counts,
+                params=shown,
+            )
+        accelerator.wait_for_everyone()
+
+
+def start_accelerator(params: Params, run: Run) -> "Accelerator":
+    from accelerate import Accelerator
+
+    precision = {"fp32": "no", "bf16": "bf16"}[params.pretrain.precision]
+    accelerator = Accelerator(mixed_precision=precision, cpu=run.device.type == "cpu")
+    # Without CUDA, `accelerate launch` starts lone processes that all believe they are the first.
+    if accelerator.num_processes != int(os.environ.get("WORLD_SIZE", "1")):
+        msg = (
+            f"WORLD_SIZE is {os.environ.get('WORLD_SIZE')} but Accelerate joined "
+            f"{accelerator.num_processes} process; start by `python -m stages.launch stages.pretrain`"
+        )
+        raise ValueError(msg)
+    return accelerator
+
+
+def write_curve(path: Path, curve: Sequence[Mapping[str, float]]) -> None:
+    with replace_file(path) as temporary, temporary.open("w", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS, restval="", lineterminator="\n")
+        writer.writeheader()
+        writer.writerows({name: f"{value:.6g}" for name, value in row.items()} for row in curve)
+
+
+if __name__ == "__main__":
+    execute(Params, main)

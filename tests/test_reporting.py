@@ -1,0 +1,460 @@
+"""The report says how each score was measured, needs nothing beside itself, and refuses gaps."""
+
+import base64
+import io
+import itertools
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+from safetensors.numpy import save_file
+
+from stages._runtime import Run, RuntimeParams
+from contradiff.reporting import (
+    Embedding,
+    Figures,
+    Results,
+    draw_figures,
+    embed_features,
+    plot_embedding,
+    plot_losses,
+    read_results,
+    render_html,
+    render_markdown,
+    result_rows,
+    summarise,
+)
+from stages import report
+
+PROBE = {
+    "top1": 0.734,
+    "top5": 0.951,
+    "interval": [0.7058, 0.7605],
+    "total": 1000,
+    "split": "val",
+    "head": "linear",
+    "pool": "attention",
+}
+TRANSFER = {
+    "ridge": {"mean": 0.8123, "std": 0.0104},
+    "sgd": {"mean": 0.7891, "std": 0.0123},
+    "num_splits": 3,
+    "shots": 25,
+    "total": 797,
+    "source": "digits",
+}
+SCORE = {
+    "fid": 31.4159,
+    "inception_score": 6.28,
+    "inception_score_std": 0.17,
+    "num_samples": 1000,
+    "num_reference": 900,
+    "extractor": "domain-classifier",
+    "extractor_accuracy": 0.95,
+    "resizer": "none",
+    "reference": "val images, centre crop",
+    "seed": 7,
+}
+PRETRAIN = {
+    "params": {
+        "seed": 3,
+        "loss": {"lambda": 0.1, "contrastive": "ntxent", "temperature": 0.1},
+        "lora": {"rank": 16, "targets": ["attn2.to_q", "attn2.to_k"]},
+        "pretrain": {"lr": 0.0005, "scale_lr": False},
+    },
+    "parameters": {
+        "trainable": 250_000,
+        "frozen": 750_000,
+        "modules": {"unet": [50_000, 700_000], "vae": [0, 50_000], "head": [200_000, 0]},
+    },
+    "num_steps": 372,
+}
+
+EMBEDDING = Embedding(
+    positions=np.random.default_rng(0).normal(size=(60, 2)),
+    labels=np.arange(60) % 6,
+    num_classes=6,
+    num_images_total=60,
+    num_classes_total=6,
+    num_neighbours=10,
+    knn_accuracy=0.9,
+    silhouette=0.25,
+    seed=3,
+)
+
+
+def png_of(value: int) -> bytes:
+    buffer = io.BytesIO()
+    Image.new("L", (2, 2), value).save(buffer, "png")
+    return buffer.getvalue()
+
+
+# Distinct pictures in place of figures: drawing is tested by itself.
+FIGURES = Figures(loss=png_of(1), loss_dark=png_of(2), tsne=png_of(3), tsne_dark=png_of(4))
+
+
+def write_json(path: Path, content: object) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content), encoding="utf-8")
+
+
+def write_features(root: Path, *, num_images: int, num_classes: int, spread: float) -> None:
+    """Clusters along random axes, `spread` wide."""
+    generator = np.random.default_rng(0)
+    centres = generator.normal(size=(num_classes, 16))
+    labels = np.arange(num_images, dtype=np.int64) % num_classes
+    features = centres[labels] + spread * generator.normal(size=(num_images, 16))
+    path = root / "build/probe/features_val.safetensors"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_file({"features": features.astype(np.float32), "labels": labels}, path)
+
+
+def write_curve(root: Path, *, contrastive: bool) -> None:
+    lines = ["step,epoch,lr,loss,reconstruction,contrastive,grad_norm"]
+    for step in range(10, 380, 10):
+        reconstruction = 0.2 + 1 / step
+        extra = 3 / step**0.5 if contrastive else 0.0
+        shown = extra if contrastive else ""
+        total = reconstruction + 0.1 * extra
+        lines.append(f"{step},{step // 62},0.0005,{total},{reconstruction},{shown},{1 / step}")
+    (root / "metrics/pretrain.csv").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    """A project after all stages but the report."""
+    write_json(tmp_path / "metrics/probe.json", PROBE)
+    write_json(tmp_path / "metrics/transfer.json", TRANSFER)
+    write_json(tmp_path / "metrics/score.json", SCORE)
+    write_json(tmp_path / "build/pretrain/config.json", PRETRAIN)
+    write_curve(tmp_path, contrastive=True)
+    write_features(tmp_path, num_images=60, num_classes=6, spread=0.3)
+    for stage, seconds in {"score": 4.24, "pretrain": 192.0, "report": 99.0}.items():
+        write_json(tmp_path / f"build/timing/{stage}.json", {"seconds": seconds})
+    figure = tmp_path / "build/figures/samples.png"
+    figure.parent.mkdir(parents=True)
+    pixels = np.random.default_rng(0).integers(0, 256, (64, 96, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(figure)
+    return tmp_path
+
+
+def rows_of(root: Path) -> dict[str, tuple[str, str]]:
+    return {row.name: (row.value, row.detail) for row in result_rows(read_results(root, seed=3))}
+
+
+def page_of(root: Path) -> str:
+    return render_html(read_results(root, seed=3), EMBEDDING, FIGURES)
+
+
+def markdown_of(root: Path) -> str:
+    return render_markdown(read_results(root, seed=3), EMBEDDING)
+
+
+@pytest.fixture
+def page(root: Path) -> str:
+    return page_of(root)
+
+
+def read_and_embed(root: Path) -> tuple[Results, Embedding]:
+    results = read_results(root, seed=3)
+    return results, embed_features(results.features, results.labels, seed=results.seed)
+
+
+class References(HTMLParser):
+    """All that a page could load, its open tags, and its text."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.urls: list[str] = []
+        self.tags: list[str] = []
+        self.unclosed: list[str] = []
+        self.text: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        if tag not in {"meta", "img", "source"}:
+            self.unclosed.append(tag)
+        self.urls += [value or "" for name, value in attrs if name in {"src", "srcset", "href"}]
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.unclosed.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.text.append(data)
+
+
+class TestRows:
+    def test_values(self, root: Path) -> None:
+        rows = rows_of(root)
+        assert rows["λ"][0] == "0.1"
+        assert rows["LoRA rank"][0] == "16"
+        assert rows["FID ↓"][0] == "31.42 (biased)"
+        assert rows["Inception score ↑"][0] == "6.28 ± 0.17"
+        assert rows["Probe top-1 ↑"][0] == "73.4% [70.6%, 76.0%]"
+        assert rows["Probe top-5 ↑"][0] == "95.1%"
+        assert rows["Transfer top-1, ridge ↑"][0] == "81.2% ± 1.0%"
+        assert rows["Transfer top-1, SGD ↑"][0] == "78.9% ± 1.2%"
+        assert rows["Trainable parameters"] == (
+            "250,000",
+            "25.0% of 1,000,000 in all; 750,000 are frozen.",
+        )
+        assert "KID ↓" not in rows
+
+    def test_scores_state_reference_extractor_count_and_seed(self, root: Path) -> None:
+        rows = rows_of(root)
+        for fact in ("1,000 samples", "900 reference", "val images, centre crop", "resizer none"):
+            assert fact in rows["FID ↓"][1]
+        for name in ("FID ↓", "Inception score ↑"):
+            assert "domain-classifier (its accuracy: 95.0%)" in rows[name][1]
+            assert "seed 7" in rows[name][1]
+        for name in ("Probe top-1 ↑", "Probe top-5 ↑"):
+            for fact in ("1,000 images", "split val", "linear head", "attention", "seed 3"):
+                assert fact in rows[name][1]
+        for fact in ("3 splits of digits", "25 images a class", "797 test images", "seed 3"):
+            assert fact in rows["Transfer top-1, ridge ↑"][1]
+
+    @pytest.mark.parametrize(("num_samples", "biased"), [(9_999, True), (10_000, False)])
+    def test_fid_of_few_samples_is_marked(self, root: Path, num_samples: int, biased: bool) -> None:
+        write_json(root / "metrics/score.json", SCORE | {"num_samples": num_samples})
+        value, detail = rows_of(root)["FID ↓"]
+        assert ("biased" in value) == ("bias it upwards" in detail) == biased
+
+    def test_kid_and_unknown_extractor_accuracy(self, root: Path) -> None:
+        score = SCORE | {"kid": 0.01234, "kid_std": 0.002, "extractor_accuracy": None}
+        write_json(root / "metrics/score.json", score)
+        rows = rows_of(root)
+        assert rows["KID ↓"][0] == "0.0123 ± 0.0020"
+        assert "accuracy" not in rows["FID ↓"][1]
+
+    def test_times_are_in_the_order_of_the_pipeline_without_the_reports_own(
+        self, root: Path
+    ) -> None:
+        assert rows_of(root)["Time"] == ("3 min 16 s", "pretrain 3 min 12 s, score 4.2 s.")
+
+    def test_stages_from_the_cache_have_no_times(self, root: Path) -> None:
+        for path in (root / "build/timing").iterdir():
+            path.unlink()
+        assert "Time" not in rows_of(root)
+        assert "No times are recorded" in markdown_of(root)
+
+
+class TestReading:
+    @pytest.mark.parametrize(
+        ("name", "stage"),
+        [
+            ("metrics/pretrain.csv", "pretrain"),
+            ("metrics/probe.json", "probe"),
+            ("metrics/transfer.json", "transfer"),
+            ("metrics/score.json", "score"),
+            ("build/figures/samples.png", "generate"),
+            ("build/probe/features_val.safetensors", "probe"),
+            ("build/pretrain/config.json", "pretrain"),
+        ],
+    )
+    def test_missing_and_broken_files_are_named_with_their_stage(
+        self, root: Path, name: str, stage: str
+    ) -> None:
+        (root / name).write_text("{]", encoding="utf-8")
+        with pytest.raises(ValueError, match=rf"^{name}: .*dvc repro {stage}"):
+            page_of(root)
+        (root / name).unlink()
+        with pytest.raises(ValueError, match=rf"^{name}: no such file; the {stage} stage"):
+            read_results(root, seed=3)
+
+    @pytest.mark.parametrize(
+        ("name", "content", "match"),
+        [
+            ("metrics/score.json", SCORE | {"fid": float("nan")}, "fid"),
+            ("metrics/probe.json", PROBE | {"top1": 73.4}, "top1"),
+            ("metrics/probe.json", {k: v for k, v in PROBE.items() if k != "head"}, "head"),
+            ("metrics/transfer.json", TRANSFER | {"ridge": {"mean": 0.5}}, "ridge.std"),
+        ],
+    )
+    def test_wrong_values_are_named(
+        self, root: Path, name: str, content: dict[str, Any], match: str
+    ) -> None:
+        write_json(root / name, content)
+        with pytest.raises(ValueError, match=rf"{name}: {match}: "):
+            read_results(root, seed=3)
+
+    def test_pretraining_that_does_not_say_its_lambda(self, root: Path) -> None:
+        write_json(root / "build/pretrain/config.json", PRETRAIN | {"params": {"lora": {}}})
+        with pytest.raises(ValueError, match=r"params\.loss\.lambda: missing"):
+            rows_of(root)
+
+    def test_features_and_labels_that_do_not_fit(self, root: Path) -> None:
+        save_file(
+            {"features": np.zeros((5, 2), np.float32), "labels": np.zeros(4, np.int64)},
+            root / "build/probe/features_val.safetensors",
+        )
+        with pytest.raises(ValueError, match="do not fit"):
+            read_results(root, seed=3)
+
+    def test_curve_without_contrastive_loss(self, root: Path) -> None:
+        write_curve(root, contrastive=False)
+        curve = read_results(root, seed=3).curve
+        assert np.isnan(curve["contrastive"]).all()
+        assert np.isfinite(curve["loss"]).all()
+
+
+class TestEmbedding:
+    def test_knn_accuracy_and_silhouette_equal_slow_transcriptions(self, root: Path) -> None:
+        write_features(root, num_images=45, num_classes=5, spread=1.2)
+        results = read_results(root, seed=3)
+        embedding = embed_features(results.features, results.labels, seed=3)
+        unit = results.features / np.linalg.norm(results.features, axis=1, keepdims=True)
+        distances = 1 - unit.astype(np.float64) @ unit.T.astype(np.float64)
+        labels = results.labels
+        hits, silhouettes = 0, []
+        for i in range(len(labels)):
+            others = [j for j in np.argsort(distances[i]) if j != i][:10]
+            votes = np.bincount(labels[others], minlength=5)
+            hits += int(votes.argmax() == labels[i])
+            means = {
+                int(label): np.mean(
+                    [distances[i, j] for j in range(len(labels)) if labels[j] == label and j != i]
+                )
+                for label in np.unique(labels)
+            }
+            own = means.pop(int(labels[i]))
+            nearest = min(means.values())
+            silhouettes.append((nearest - own) / max(own, nearest))
+        assert 0.2 < embedding.knn_accuracy < 1  # the case is not trivial
+        assert embedding.knn_accuracy == pytest.approx(hits / len(labels))
+        assert embedding.silhouette == pytest.approx(np.mean(silhouettes), abs=1e-5)
+
+    def test_separate_clusters_stay_separate(self, root: Path) -> None:
+        _, embedding = read_and_embed(root)
+        assert embedding.knn_accuracy == 1
+        assert embedding.silhouette is not None
+        assert embedding.silhouette > 0.5
+
+    def test_same_seed_same_positions(self, root: Path) -> None:
+        first, second = read_and_embed(root)[1], read_and_embed(root)[1]
+        np.testing.assert_array_equal(first.positions, second.positions)
+
+    def test_many_classes_are_thinned_to_twenty(self, root: Path) -> None:
+        write_features(root, num_images=120, num_classes=40, spread=0.3)
+        _, embedding = read_and_embed(root)
+        assert embedding.num_classes == 20
+        assert len(embedding.labels) == 60
+        assert "60 of 120 validation features, 20 of 40 classes, seed 3" in embedding.caption
+        assert plot_embedding(embedding, dark=True).startswith(b"\x89PNG")
+
+    def test_many_images_are_thinned(self, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("contradiff.reporting.MAX_EMBEDDED_IMAGES", 30)
+        _, embedding = read_and_embed(root)
+        assert len(embedding.labels) == len(embedding.positions) == 30
+        assert "30 of 60" in embedding.caption
+
+    @pytest.mark.parametrize("num_classes", [1, 8])
+    def test_silhouette_is_not_always_defined(self, root: Path, num_classes: int) -> None:
+        write_features(root, num_images=8, num_classes=num_classes, spread=0.3)
+        _, embedding = read_and_embed(root)
+        assert embedding.silhouette is None
+        assert "silhouette not defined" in embedding.caption
+
+    def test_too_few_and_not_finite(self) -> None:
+        labels = np.arange(4)
+        with pytest.raises(ValueError, match=r"data\.num_val"):
+            embed_features(np.ones((3, 2), np.float32), labels[:3], seed=0)
+        with pytest.raises(ValueError, match="not finite"):
+            embed_features(np.full((4, 2), np.nan, np.float32), labels, seed=0)
+
+
+class TestPage:
+    def test_loads_nothing(self, page: str) -> None:
+        parsed = References()
+        parsed.feed(page)
+        assert parsed.unclosed == []
+        assert len(parsed.urls) == 5
+        assert all(url.startswith("data:image/png;base64,") for url in parsed.urls)
+        assert not {"script", "link", "iframe"} & set(parsed.tags)
+        assert "default-src 'none'" in page
+        assert not re.search(r"https?://|@import|url\(", page)
+
+    def test_images_are_whole(self, page: str, root: Path) -> None:
+        parsed = References()
+        parsed.feed(page)
+        pngs = [base64.b64decode(url.partition(",")[2]) for url in parsed.urls]
+        samples = (root / "build/figures/samples.png").read_bytes()
+        assert pngs == [samples, FIGURES.loss_dark, FIGURES.loss, FIGURES.tsne_dark, FIGURES.tsne]
+
+    def test_all_rows_and_parameters_are_in_both_reports(self, page: str, root: Path) -> None:
+        parsed = References()
+        parsed.feed(page)
+        texts = ["".join(parsed.text), markdown_of(root)]
+        rows = rows_of(root)
+        for text in texts:
+            for name, (value, detail) in rows.items():
+                assert name in text
+                assert value in text
+                assert detail in text
+            for fact in ("temperature", "attn2.to_q, attn2.to_k", "0.0005", "false", "700,000"):
+                assert fact in text
+            assert "dvc exp run -S seed=3 -S loss.lambda=0.1 -S lora.rank=16" in text
+            assert "sgd.std" in text
+
+    def test_text_is_escaped(self, root: Path) -> None:
+        write_json(root / "metrics/score.json", SCORE | {"reference": "<b>a|b</b>"})
+        assert "&lt;b&gt;a|b" in page_of(root)
+        assert "<b>" not in page_of(root)
+        assert r"a\|b" in markdown_of(root)
+
+    def test_tables_of_markdown_have_even_rows(self, root: Path) -> None:
+        lines = markdown_of(root).splitlines()
+        tables = 0
+        for before, line in itertools.pairwise(lines):
+            if before.startswith("|") and line.startswith("|"):
+                assert before.count("|") == line.count("|")
+            tables += line.startswith("|--")
+        assert tables == 5
+
+    def test_same_inputs_same_page_and_figures(self, root: Path) -> None:
+        assert page_of(root) == page_of(root)
+        results = read_results(root, seed=3)
+        assert draw_figures(results, EMBEDDING) == draw_figures(results, EMBEDDING)
+
+
+def test_loss_figure_has_no_panel_for_an_empty_column(root: Path) -> None:
+    with_contrastive = plot_losses(read_results(root, seed=3).curve, dark=False)
+    write_curve(root, contrastive=False)
+    without = plot_losses(read_results(root, seed=3).curve, dark=False)
+    corner = [
+        np.asarray(Image.open(io.BytesIO(png)).convert("L"))[420:700, 760:1400]
+        for png in (with_contrastive, without)
+    ]
+    assert corner[0].min() < 255
+    assert corner[1].min() == 255
+
+
+def test_loss_figure_of_one_step(root: Path) -> None:
+    curve = {name: values[:1] for name, values in read_results(root, seed=3).curve.items()}
+    assert plot_losses(curve, dark=True).startswith(b"\x89PNG")
+
+
+def test_summary(root: Path) -> None:
+    rows = result_rows(read_results(root, seed=3))
+    summary = json.loads(summarise(rows, report="build/report/index.html"))
+    assert summary["report"] == "build/report/index.html"
+    values = dict(summary["rows"])
+    assert values["λ"].startswith("0.1 — ")
+    assert values["FID ↓"].startswith("31.42 (biased) — Fewer than")
+    assert values["LoRA rank"] == "16"
+
+
+def test_stage_writes_its_outs(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    runtime = RuntimeParams(device="cpu", num_workers=0, log_every=1, checkpoint_every=1)
+    monkeypatch.chdir(root)
+    report.main(report.Params(seed=3), Run(stage="report", root=root, runtime=runtime))
+    for name in ("report/index.html", "report/report.md", "figures/loss.png", "figures/tsne.png"):
+        assert (root / "build" / name).stat().st_size > 0
+    for link in re.findall(r"\]\((.*?)\)", (root / "build/report/report.md").read_text("utf-8")):
+        assert (root / "build/report" / link).is_file()
+    summary = json.loads((root / "build/report/summary.json").read_text("utf-8"))
+    assert (root / summary["report"]).is_file()
