@@ -25,7 +25,9 @@ def main() -> int:
     changes: list[str] = []
     for name, stage in document["stages"].items():
         wanted = [str(file) for file in source_files(f"stages.{name}", code_root=ROOT)]
-        deps = stage.setdefault("deps", [])
+        if "deps" not in stage:
+            stage.insert(1, "deps", [])  # after the command
+        deps = stage["deps"]
         present = [dep for dep in deps if str(dep).endswith(".py")]
         if sorted(present) == wanted and len(set(present)) == len(present):
             continue

@@ -3,13 +3,13 @@
 import hashlib
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 
 
 @contextmanager
-def replace_file(path: Path) -> Iterator[Path]:
+def replace_file(path: Path) -> Generator[Path]:
     """Yield a temporary path beside `path`; rename it to `path` if the block succeeds.
 
     The temporary file lies in the same folder, so that the rename is atomic.
@@ -24,8 +24,8 @@ def replace_file(path: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def replace_dir(path: Path) -> Iterator[Path]:
-    """Yield a new, empty temporary folder beside `path`; it replaces `path` if the block succeeds."""
+def replace_dir(path: Path) -> Generator[Path]:
+    """Yield a new, empty folder beside `path`; it replaces `path` if the block succeeds."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     shutil.rmtree(temporary, ignore_errors=True)

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 M = TypeVar("M", bound=nn.Module)
 
 PARTS = ("vae", "unet", "scheduler")
+UNUSED_INPUTS = ("addition_embed_type", "class_embed_type", "encoder_hid_dim_type")
+"""A UNet with one of these (SDXL's has) wants more than noisy latents, timesteps and tokens."""
 
 
 class BaseParams(Section):
@@ -59,7 +61,9 @@ class NoiseSchedule:
         """Read the schedule of a model folder's `scheduler/`."""
         from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 
-        return cls(DDIMScheduler.from_pretrained(folder / "scheduler").alphas_cumprod)
+        scheduler = DDIMScheduler.from_pretrained(folder / "scheduler")
+        assert isinstance(scheduler, DDIMScheduler)
+        return cls(scheduler.alphas_cumprod)
 
     @property
     def num_train_timesteps(self) -> int:
@@ -77,22 +81,32 @@ def check_base(folder: Path) -> None:
         config = folder / part / ("scheduler_config.json" if part == "scheduler" else "config.json")
         if not config.is_file():
             msg = (
-                f"base.path: {folder} has no {config.relative_to(folder)}; expected a model folder in "
-                "diffusers' format with vae/, unet/ and scheduler/. The tiny base comes by "
+                f"base.path: {folder} has no {config.relative_to(folder)}; expected a model folder "
+                "in diffusers' format with vae/, unet/ and scheduler/. The tiny base comes by "
                 "`dvc pull models/tiny`, or is retrained by `make base`"
             )
             raise ValueError(msg)
     for part in ("vae", "unet"):
         if not list((folder / part).glob("*.safetensors")):
-            msg = f"base.path: {folder / part} holds no .safetensors file; pickled weights are not read"
+            msg = (
+                f"base.path: {folder / part} holds no .safetensors file; pickled weights are not "
+                "read"
+            )
             raise ValueError(msg)
     unet = json.loads((folder / "unet" / "config.json").read_text())
     if unet.get("_class_name") != "UNet2DConditionModel" or "CrossAttn" not in str(unet):
         msg = f"base.path: {folder}/unet is no UNet2DConditionModel with cross-attention"
         raise ValueError(msg)
+    for key in UNUSED_INPUTS:
+        if unet.get(key) is not None:
+            msg = f"base.path: {folder}/unet has {key} {unet[key]!r}, which is not supported"
+            raise ValueError(msg)
     scheduler = json.loads((folder / "scheduler" / "scheduler_config.json").read_text())
     if scheduler.get("prediction_type", "epsilon") != "epsilon":
-        msg = f"base.path: {folder}/scheduler predicts {scheduler['prediction_type']}; Eq. 3 needs epsilon"
+        msg = (
+            f"base.path: {folder}/scheduler predicts {scheduler['prediction_type']}; "
+            "Eq. 3 needs epsilon"
+        )
         raise ValueError(msg)
 
 
@@ -129,7 +143,10 @@ def add_lora(unet: "UNet2DConditionModel", *, rank: int, alpha: float, targets: 
     names = [name for name, module in unet.named_modules() if isinstance(module, nn.Linear)]
     for target in targets:
         if not any(name == target or name.endswith(f".{target}") for name in names):
-            msg = f"lora.targets: {target!r} matches no linear layer of the UNet (such as {names[0]!r})"
+            msg = (
+                f"lora.targets: {target!r} matches no linear layer of the UNet "
+                f"(such as {names[0]!r})"
+            )
             raise ValueError(msg)
     config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets, lora_dropout=0.0)  # pyright: ignore[reportArgumentType]
     inject_adapter_in_model(config, unet)
@@ -154,8 +171,8 @@ def fetch_from_hub(name: str, revision: str, destination: Path) -> None:
         snapshot_download(name, revision=revision, allow_patterns=patterns, local_dir=destination)
     except Exception as error:
         msg = (
-            f"base.path: {name} at {revision} could not be fetched from the hub ({error}); without a "
-            "network, download it elsewhere and set base.source: local and base.path to its folder"
+            f"base.path: {name} at {revision} could not be fetched from the hub ({error}); without "
+            "a network, download it elsewhere, set base.source: local and base.path to its folder"
         )
         raise ValueError(msg) from error
 

@@ -1,10 +1,10 @@
 """The recipe of the tiny base: a latent diffusion model of a few MB, trained without labels.
 
 It plays Stable Diffusion's part in the embedded default: pretrained on other images than those
-that ContraDiff is later trained on (same renderer, other seeds), conditioned through cross-attention
-on "captions" that know no classes, frozen afterwards. A caption here is the mean colour of the
-image's four quadrants, projected by a fixed random matrix: it stands where CLIP's text stood, so
-that the cross-attention which LoRA later adapts has learned to listen to something.
+that ContraDiff is later trained on (same renderer, other seeds), conditioned through
+cross-attention on "captions" that know no classes, frozen afterwards. A caption here is the mean
+colour of the image's four quadrants, projected by a fixed random matrix: it stands where CLIP's
+text stood, so that the cross-attention which LoRA later adapts has learned to listen to something.
 
 images (n 3 h w) in [-1, 1] -> AutoencoderKL, f = 4 -> latents (n 4 h/4 w/4) -> UNet2DConditionModel
 """
@@ -26,6 +26,7 @@ from contradiff.atomic import replace_file
 if TYPE_CHECKING:
     from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
     from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+    from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 
 CAPTION_DIM = 64
 """Cross-attention width of the tiny UNet, and so of its captions."""
@@ -39,9 +40,9 @@ def build_vae() -> "AutoencoderKL":
     from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 
     return AutoencoderKL(
-        block_out_channels=(16, 32, 64),
-        down_block_types=("DownEncoderBlock2D",) * 3,
-        up_block_types=("UpDecoderBlock2D",) * 3,
+        block_out_channels=(16, 32, 64),  # pyright: ignore[reportArgumentType]
+        down_block_types=("DownEncoderBlock2D",) * 3,  # pyright: ignore[reportArgumentType]
+        up_block_types=("UpDecoderBlock2D",) * 3,  # pyright: ignore[reportArgumentType]
         layers_per_block=1,
         latent_channels=4,
         norm_num_groups=8,
@@ -109,9 +110,9 @@ def train_vae(
     def loss_of(step: int) -> tuple[Tensor, dict[str, float]]:
         generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
         batch = _draw(images, batch_size, generator)
-        posterior = vae.encode(batch).latent_dist
+        posterior = vae.encode(batch).latent_dist  # pyright: ignore[reportAttributeAccessIssue]
         noise = torch.randn(posterior.mean.shape, generator=generator)
-        decoded = vae.decode(posterior.mean + posterior.std * noise).sample
+        decoded = vae.decode(posterior.mean + posterior.std * noise).sample  # pyright: ignore[reportAttributeAccessIssue]
         reconstruction = F.l1_loss(decoded, batch)
         edges = _edge_loss(decoded, batch) + _edge_loss(
             F.avg_pool2d(decoded, 2), F.avg_pool2d(batch, 2)
@@ -130,7 +131,7 @@ def train_vae(
     )
     with torch.no_grad():
         generator = torch.Generator().manual_seed(seed)
-        means = average.encode(_draw(images, min(2048, len(images)), generator)).latent_dist.mean
+        means = average.encode(_draw(images, min(2048, len(images)), generator)).latent_dist.mean  # pyright: ignore[reportAttributeAccessIssue]
     average.register_to_config(scaling_factor=round(1.0 / means.std().item(), 5))
     return average
 
@@ -165,7 +166,7 @@ def train_unet(
         on_progress: told the step and the loss.
     """
     torch.manual_seed(seed + 1)
-    unet = build_unet().to(memory_format=torch.channels_last)
+    unet = build_unet().to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
     scheduler = build_scheduler()
     alphas_cumprod = scheduler.alphas_cumprod
     num_train_timesteps = len(alphas_cumprod)
@@ -178,7 +179,7 @@ def train_unet(
         noise = torch.randn(clean.shape, generator=generator)
         timesteps = torch.randint(num_train_timesteps, (batch_size,), generator=generator)
         kept = torch.rand(batch_size, 1, 1, generator=generator) >= caption_drop
-        noisy = scheduler.add_noise(clean, noise, timesteps)
+        noisy = scheduler.add_noise(clean, noise, timesteps)  # pyright: ignore[reportArgumentType]
         prediction = unet(noisy, timesteps, encoder_hidden_states=tokens[index] * kept).sample
         loss = F.mse_loss(prediction, noise)
         return loss, {"loss": loss.item()}
@@ -193,7 +194,7 @@ def train_unet(
     )
 
 
-def build_scheduler():
+def build_scheduler() -> "DDIMScheduler":
     """Stable Diffusion's noise schedule: 1000 betas, scaled linear, 0.00085 to 0.012."""
     from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 
@@ -235,7 +236,7 @@ def _encode_all(
     for chunk in images.split(256):
         pixels = chunk.float().div(127.5).sub(1.0)
         for version in (pixels, pixels.flip(-1)):
-            posterior = vae.encode(version).latent_dist
+            posterior = vae.encode(version).latent_dist  # pyright: ignore[reportAttributeAccessIssue]
             noise = torch.randn(posterior.mean.shape, generator=generator)
             latents.append((posterior.mean + posterior.std * noise) * vae.config["scaling_factor"])
             tokens.append(captions(version))
@@ -266,7 +267,7 @@ def _train(
         optimizer.step()
         decay = min(0.999, (step + 1) / (step + 10))
         with torch.no_grad():
-            torch._foreach_lerp_(list(average.parameters()), list(model.parameters()), 1.0 - decay)
+            torch._foreach_lerp_(list(average.parameters()), list(model.parameters()), 1.0 - decay)  # pyright: ignore[reportPrivateUsage, reportPrivateImportUsage]
         on_progress(step + 1, parts)
         if (step + 1) % 500 == 0:
             _save(checkpoint, step + 1, model=model, average=average, optimizer=optimizer)

@@ -13,7 +13,7 @@ from contradiff.types import Pixels, Tokens
 
 
 class ConditionerParams(Section):
-    """Section `conditioner`. Paper: width 512; depth, heads and patches follow from its 68M count."""
+    """Section `conditioner`. Paper: width 512; depth, heads and patches follow from its count."""
 
     patch_size: int = Field(ge=1, description="pixels")
     width: int = Field(ge=1)
@@ -23,8 +23,8 @@ class ConditionerParams(Section):
         ge=0, lt=1, description="chance that a condition is Gaussian pixels (App. A)"
     )
     cond_view: Literal["same", "crop", "null"] = Field(
-        description="same: one clean image for both views (paper) | crop: an independent crop for each"
-        " | null: as same, but the second view is unconditioned"
+        description="same: one clean image for both views (paper) | crop: an independent crop for "
+        "each | null: as same, but the second view is unconditioned"
     )
 
     @model_validator(mode="after")

@@ -1,4 +1,4 @@
-"""Features of stored latents for evaluation: three fixed noise levels, noised from the clean latent.
+"""Features of stored latents for evaluation: the clean latent, noised to three fixed levels.
 
 image shards + latent shards => bottleneck maps (n 3 c h w) or features h (n d), with labels
 """

@@ -1,4 +1,4 @@
-"""Bottleneck maps at three noise levels, and the attention that makes one feature of them (Eq. 4)."""
+"""Bottleneck maps at three noise levels, and the attention that makes them one feature (Eq. 4)."""
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
@@ -100,8 +100,9 @@ def decode_from_bottleneck(
     """The second half of `unet.forward`: up blocks and output => predicted noise."""
     hidden, skips = encoded.bottleneck, encoded.skips
     for block in unet.up_blocks:
-        taken = len(block.resnets)
-        states, skips = skips[-taken:], skips[:-taken]
+        resnets = block.resnets
+        assert isinstance(resnets, nn.ModuleList)
+        states, skips = skips[-len(resnets) :], skips[: -len(resnets)]
         size = skips[-1].shape[2:] if skips else None
         if getattr(block, "has_cross_attention", False):
             hidden = block(
@@ -118,7 +119,7 @@ def decode_from_bottleneck(
                 res_hidden_states_tuple=states,
                 upsample_size=size,
             )
-    return unet.conv_out(unet.conv_act(unet.conv_norm_out(hidden)))
+    return unet.conv_out(unet.conv_act(unet.conv_norm_out(hidden)))  # pyright: ignore[reportOptionalCall]
 
 
 def order_by_noise(

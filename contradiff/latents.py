@@ -96,7 +96,7 @@ def downsampling_factor(vae: "AutoencoderKL") -> int:
 @torch.no_grad()
 def encode(vae: "AutoencoderKL", pixels: Pixels) -> Moments:
     """Moments of the posterior, log-variance held to diffusers' range."""
-    posterior = vae.encode(pixels).latent_dist
+    posterior = vae.encode(pixels).latent_dist  # pyright: ignore[reportAttributeAccessIssue]
     return torch.cat([posterior.mean, posterior.logvar.clamp(*LOG_VARIANCE_RANGE)], dim=1)
 
 
@@ -116,7 +116,8 @@ def mode(moments: Moments, *, scaling_factor: float) -> Latents:
 @torch.no_grad()
 def decode_latents(vae: "AutoencoderKL", latents: Latents) -> ByteImages:
     """Scaled latents => uint8 images."""
-    return to_bytes(vae.decode(latents / vae.config["scaling_factor"]).sample)
+    decoded = vae.decode(latents / vae.config["scaling_factor"])
+    return to_bytes(decoded.sample)  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def encode_samples(

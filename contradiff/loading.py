@@ -5,8 +5,9 @@ with their moments and the pixels that condition them
 """
 
 import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import count, islice
 from pathlib import Path
 from typing import Any
 from zlib import crc32
@@ -112,7 +113,7 @@ class TrainingStream(IterableDataset[dict[str, Tensor]]):
         rank: int,
         world_size: int,
     ) -> None:
-        """Describe the stream; nothing is read yet.
+        """Describe the stream; nothing is read yet, nor by a start in mid-run any earlier epoch.
 
         Args:
             pairs: images and latents.
@@ -122,8 +123,14 @@ class TrainingStream(IterableDataset[dict[str, Tensor]]):
             seed: of order, views and crops.
             rank: this process's number.
             world_size: number of processes.
+
+        Raises:
+            ValueError: two different views are asked for where only one was encoded.
         """
         super().__init__()
+        if choice.latent_views == "two" and pairs.latent_index.facts["views"] < 2:
+            msg = "loss.latent_views: two needs latents.views of 2 or more (same: one view does)"
+            raise ValueError(msg)
         self.pairs, self.choice, self.batch_size = pairs, choice, batch_size
         self.start_step, self.seed, self.rank, self.world_size = start_step, seed, rank, world_size
 
@@ -136,39 +143,40 @@ class TrainingStream(IterableDataset[dict[str, Tensor]]):
         number = (number + self.start_step) % num_workers
         first = -(-(self.start_step - number) // num_workers)
         stream = self.rank * num_workers + number
-        batch: list[tuple[int, Pair]] = []
-        taken = 0
-        for pair in self._pairs(stream, self.world_size * num_workers):
-            batch.append(pair)
-            if len(batch) == self.batch_size:
-                if taken >= first:
-                    yield self._collate(batch)
-                taken += 1
-                batch = []
+        pairs = self._pairs(
+            stream, self.world_size * num_workers, num_skipped=first * self.batch_size
+        )
+        while batch := list(islice(pairs, self.batch_size)):
+            yield self._collate(batch)
 
-    def _pairs(self, stream: int, num_streams: int) -> Iterator[tuple[int, Pair]]:
-        if num_streams > self.pairs.num_shards:
-            msg = (
-                f"shard.samples_per_shard: {self.pairs.num_shards} shards cannot feed {num_streams} "
-                "streams (processes x runtime.num_workers); make smaller shards or use fewer"
-            )
-            raise ValueError(msg)
-        epoch = 0
-        while True:
+    def _pairs(
+        self, stream: int, num_streams: int, *, num_skipped: int
+    ) -> Iterator[tuple[int, Pair]]:
+        """Yield a stream's pairs, each with its epoch, without end; epochs skipped are not read."""
+        assert num_streams <= self.pairs.num_shards, "training_batches refuses this"
+        sizes = [shard.num_samples for shard in self.pairs.image_index.shards(self.pairs.split)]
+        for epoch in count():
             order = np.random.default_rng([self.seed, epoch]).permutation(self.pairs.num_shards)
-            rng = random.Random(f"{self.seed}/{epoch}/{stream}")
-            buffer: list[Pair] = []
-            for shard in order[stream::num_streams]:
-                for pair in self.pairs.read(int(shard)):
-                    buffer.append(pair)
-                    if len(buffer) > SHUFFLE_BUFFER:
-                        yield epoch, _pop_random(buffer, rng)
-            while buffer:
-                yield epoch, _pop_random(buffer, rng)
-            epoch += 1
+            shards = [int(shard) for shard in order[stream::num_streams]]
+            num_samples = sum(sizes[shard] for shard in shards)
+            if num_skipped < num_samples:
+                rng = random.Random(f"{self.seed}/{epoch}/{stream}")
+                for pair in islice(self._shuffled(shards, rng), num_skipped, None):
+                    yield epoch, pair
+            num_skipped = max(0, num_skipped - num_samples)
+
+    def _shuffled(self, shards: Sequence[int], rng: random.Random) -> Iterator[Pair]:
+        buffer: list[Pair] = []
+        for shard in shards:
+            for pair in self.pairs.read(shard):
+                buffer.append(pair)
+                if len(buffer) > SHUFFLE_BUFFER:
+                    yield _pop_random(buffer, rng)
+        while buffer:
+            yield _pop_random(buffer, rng)
 
     def _collate(self, batch: list[tuple[int, Pair]]) -> dict[str, Tensor]:
-        """Stack to "moments" (2 batch 2c h w) float16 and "conditions" (2 batch 3 s s) in [-1, 1]."""
+        """Stack to "moments" (2 batch 2c h w), float16, and "conditions" (2 batch 3 s s)."""
         chosen = [self._choose(epoch, pair) for epoch, pair in batch]
         moments = np.stack([item[0] for item in chosen], axis=1)
         conditions = torch.stack([item[1] for item in chosen], dim=1)
@@ -202,7 +210,18 @@ class TrainingStream(IterableDataset[dict[str, Tensor]]):
 
 
 def training_batches(stream: TrainingStream, *, num_workers: int) -> Iterator[Mapping[str, Any]]:
-    """Run the stream in worker processes (0: in this one)."""
+    """Run the stream in worker processes (0: in this one).
+
+    Raises:
+        ValueError: there are fewer shards than streams.
+    """
+    num_streams = stream.world_size * max(1, num_workers)
+    if num_streams > stream.pairs.num_shards:
+        msg = (
+            f"shard.samples_per_shard: {stream.pairs.num_shards} shards cannot feed {num_streams} "
+            "streams (processes x runtime.num_workers); make smaller shards or use fewer streams"
+        )
+        raise ValueError(msg)
     loader = DataLoader(
         stream,
         batch_size=None,

@@ -23,7 +23,7 @@ class LossParams(Section):
     contrastive: ContrastiveKind = Field(description="dcl_paper is Eq. 6 as printed, but the mean")
     temperature: float = Field(gt=0, description="tau of Eq. 6")
     latent_views: Literal["same", "two"] = Field(
-        description="same: both views are noisings of one latent (Eq. 5) | two: of two crops' latents"
+        description="same: both views noise one latent (Eq. 5) | two: the latents of two crops"
     )
     recon_passes: int = Field(ge=1, le=6, description="of six draws, how many are denoised (Eq. 3)")
 
@@ -47,9 +47,11 @@ def contrastive_loss(
     if num_images < 2:
         msg = "pretrain.batch_size: a contrastive loss needs at least two images in a batch"
         raise ValueError(msg)
-    unit = F.normalize(views.float(), dim=-1)
     loss = {"ntxent": _ntxent, "dcl_paper": _dcl_paper, "infonce": _infonce}[kind]
-    return loss(unit, temperature, torch.arange(num_images, device=views.device)[anchors])
+    rows = torch.arange(num_images, device=views.device)[anchors]
+    # Autocast would round the similarities to bfloat16, which 1 / tau then magnifies.
+    with torch.autocast(views.device.type, enabled=False):
+        return loss(F.normalize(views.float(), dim=-1), temperature, rows)
 
 
 def _ntxent(unit: Views, temperature: float, anchors: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""ContraDiff: the frozen base with LoRA, conditioner, attention head and projector, put together."""
+"""ContraDiff: the frozen base with LoRA, conditioner, attention and projector, put together."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -105,8 +105,8 @@ class ContraDiff(nn.Module):
         """L = L_recon + lambda * L_contrast (Eq. 7) of one batch.
 
         All six draws go through down and mid blocks as one batch; only the first `recon_passes` of
-        them, in the order (view, level), go on through the up blocks to predict their noise (Eq. 3).
-        With lambda = 0 the other draws are not computed at all.
+        them, in the order (view, level), go on through the up blocks to predict their noise
+        (Eq. 3). With lambda = 0 the other draws are not computed at all.
 
         Args:
             batch: this process's images.
@@ -161,7 +161,7 @@ class ContraDiff(nn.Module):
         timesteps: list[int],
         noise: Float[Tensor, "3 batch channels h w"],
     ) -> LevelMaps:
-        """Bottleneck maps of clean latents at a fixed triple, ordered noisiest, middle, cleanest."""
+        """Bottleneck maps of clean latents at a fixed triple: noisiest, middle, cleanest."""
         levels = torch.tensor(sorted(timesteps, reverse=True), device=latents.device)
         steps = levels.repeat_interleave(len(latents))
         repeated = latents.repeat(NUM_LEVELS, 1, 1, 1)
@@ -183,10 +183,14 @@ class ContraDiff(nn.Module):
         Raises:
             ValueError: the weights are not exactly those of this model's trainable parts.
         """
-        expected, given = set(self.trained_state()), set(state)
+        expected = {(name, tensor.shape) for name, tensor in self.trained_state().items()}
+        given = {(name, tensor.shape) for name, tensor in state.items()}
         if expected != given:
-            difference = sorted(expected ^ given)[:3]
-            msg = f"checkpoint: made with other lora, conditioner or head parameters (such as {difference})"
+            difference = sorted({name for name, _ in expected ^ given})[:3]
+            msg = (
+                "checkpoint: made with other lora, conditioner or head parameters "
+                f"(such as {difference})"
+            )
             raise ValueError(msg)
         self.load_state_dict(state, strict=False)
 

@@ -30,9 +30,10 @@ def timestep_probabilities(
 ) -> Float[Tensor, " timesteps"]:
     """Probability of each training timestep.
 
-    SODA (Hudson et al., 2024) draws u uniformly and noises to alpha-bar(u) = (2/pi) arccos(sqrt(u)),
-    so that P(alpha-bar <= a) = 1 - cos^2(pi a / 2). On a grid of alpha-bars each timestep takes the
-    probability between the midpoints to its neighbours, with 1 and 0 at the ends.
+    SODA (Hudson et al., 2024) draws u uniformly and noises to
+    alpha-bar(u) = (2/pi) arccos(sqrt(u)), so that P(alpha-bar <= a) = 1 - cos^2(pi a / 2). On a
+    grid of alpha-bars each timestep takes the probability between the midpoints to its neighbours,
+    with 1 and 0 at the ends.
 
     Args:
         alphas_cumprod: alpha-bar of the base's grid, falling from near 1 to near 0.
@@ -85,5 +86,5 @@ def add_noise(
     alphas_cumprod: Float[Tensor, " timesteps"],
 ) -> Latents:
     """q(z_t | z) in closed form: sqrt(alpha-bar_t) z + sqrt(1 - alpha-bar_t) noise (Eqs. 1, 5)."""
-    alphas = alphas_cumprod[timesteps].to(latents).view(-1, 1, 1, 1)
+    alphas = alphas_cumprod.to(latents)[timesteps].view(-1, 1, 1, 1)
     return alphas.sqrt() * latents + (1.0 - alphas).sqrt() * noise

@@ -37,14 +37,18 @@ def load_scheduler(base: Path, *, num_inference_steps: int) -> "DDIMScheduler":
     from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 
     scheduler = DDIMScheduler.from_pretrained(base / "scheduler")
-    if num_inference_steps > scheduler.config["num_train_timesteps"]:
-        msg = (
-            f"generate.num_inference_steps: {num_inference_steps} is more than the base's "
-            f"{scheduler.config['num_train_timesteps']} timesteps"
-        )
-        raise ValueError(msg)
-    scheduler.set_timesteps(num_inference_steps)
-    return scheduler
+    assert isinstance(scheduler, DDIMScheduler)
+    num_timesteps: int = scheduler.config["num_train_timesteps"]
+    if num_inference_steps <= num_timesteps:
+        scheduler.set_timesteps(num_inference_steps)
+        # With all of Stable Diffusion's 1000 steps, steps_offset pushes the first beyond the grid.
+        if int(scheduler.timesteps.max()) < num_timesteps:
+            return scheduler
+    msg = (
+        f"generate.num_inference_steps: {num_inference_steps} is more than the base's schedule of "
+        f"{num_timesteps} timesteps has room for"
+    )
+    raise ValueError(msg)
 
 
 def seeded_noise(

@@ -1,6 +1,7 @@
 """Pretraining: reconstruction + lambda * contrast (Sec. 3.4, Table 1), resumable at any step."""
 
 import json
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -112,8 +113,8 @@ def pretrain(
         The curve: rows of step, epoch, lr, loss, reconstruction, contrastive, grad_norm.
 
     Raises:
-        ValueError: the batch does not divide over the processes, or is larger than the data.
-        FloatingPointError: the loss is no longer finite.
+        ValueError: the batch does not divide over the processes or is larger than the data, or
+            the loss or its gradient is no longer finite.
     """
     params = recipe.pretrain
     local_batch = _local_batch(params.batch_size, accelerator.num_processes)
@@ -170,7 +171,14 @@ def pretrain(
         done = step + 1
         row = None
         if done % stride == 0 or done % log_every == 0 or done == total_steps:
-            row = _row(done, done / steps_per_epoch, lr * scale, losses, grad_norm, accelerator)
+            row = _row(
+                done,
+                epoch=done / steps_per_epoch,
+                lr=lr * scale,
+                losses=losses,
+                grad_norm=grad_norm,
+                accelerator=accelerator,
+            )
             if done % stride == 0 or done == total_steps:
                 curve.append(row)
         on_step(done, row)
@@ -280,22 +288,22 @@ def _local_batch(batch_size: int, num_processes: int) -> int:
 
 def _row(
     step: int,
+    *,
     epoch: float,
     lr: float,
     losses: Mapping[str, Tensor],
-    grad_norm: Tensor,
+    grad_norm: Tensor | None,
     accelerator: "Accelerator",
 ) -> dict[str, float]:
-    means = {
-        name: accelerator.reduce(value.detach(), "mean").item() for name, value in losses.items()
-    }
-    if not all(abs(value) < float("inf") for value in means.values()):
-        msg = f"step {step}: the loss is {means}; lower pretrain.lr"
-        raise FloatingPointError(msg)
-    return {
-        "step": step,
-        "epoch": round(epoch, 4),
-        "lr": lr,
-        **means,
-        "grad_norm": float(grad_norm),
-    }
+    assert grad_norm is not None, "only DeepSpeed keeps it to itself"
+    row = {"step": float(step), "epoch": round(epoch, 4), "lr": lr}
+    for name, value in losses.items():
+        mean = accelerator.reduce(value.detach(), "mean")
+        assert isinstance(mean, Tensor)
+        row[name] = mean.item()
+    row["grad_norm"] = grad_norm.item()
+    for name, value in row.items():
+        if not math.isfinite(value):
+            msg = f"pretrain.lr: {name} is {value} at step {step}, training diverged; lower it"
+            raise ValueError(msg)
+    return row

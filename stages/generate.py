@@ -28,7 +28,7 @@ def main(params: Params, run: Run) -> None:
     scheduler = load_scheduler(BASE, num_inference_steps=params.generate.num_inference_steps)
     model = load_checkpoint(CHECKPOINT, base=BASE).to(run.device)
     merge_lora(model.unet)
-    vae = load_vae(BASE).to(run.device)
+    vae = load_vae(BASE).to(run.device)  # pyright: ignore[reportArgumentType]
     first: list[bytes] = []
     with (
         replace_dir(Path("build/samples")) as folder,

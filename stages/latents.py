@@ -1,5 +1,6 @@
 """latents: image shards => shards of VAE moments of each image's crops, in the same order."""
 
+import shutil
 from pathlib import Path
 
 from stages._runtime import Run, execute
@@ -33,7 +34,7 @@ class Params(Section):
 
 def main(params: Params, run: Run) -> None:
     index = ShardIndex.read(IMAGES)
-    vae = load_vae(BASE).to(run.device)
+    vae = load_vae(BASE).to(run.device)  # pyright: ignore[reportArgumentType]
     compression = params.shard.compression
     splits: dict[str, list[Shard]] = {}
     # Shards that an interrupted run has finished are found again and not encoded anew.
@@ -59,7 +60,7 @@ def main(params: Params, run: Run) -> None:
                     advance(shard.num_samples)
         with replace_dir(Path("build/latents")) as folder:
             for shard in (shard for shards in splits.values() for shard in shards):
-                (work / shard.name).rename(folder / shard.name)
+                shutil.move(work / shard.name, folder / shard.name)
             facts = latent_facts(vae, params=params.latents, image_size=params.data.image_size)
             ShardIndex({k: tuple(v) for k, v in splits.items()}, facts).write(folder)
 

@@ -28,7 +28,15 @@ if TYPE_CHECKING:
 
 BASE, IMAGES, LATENTS = Path("build/base"), Path("build/shards"), Path("build/latents")
 CHECKPOINT, CURVE = Path("build/pretrain"), Path("metrics/pretrain.csv")
-COLUMNS = ("step", "epoch", "lr", "loss", "reconstruction", "contrastive", "grad_norm")
+COLUMNS: Sequence[str] = (
+    "step",
+    "epoch",
+    "lr",
+    "loss",
+    "reconstruction",
+    "contrastive",
+    "grad_norm",
+)
 
 
 class Params(Section):
@@ -111,7 +119,8 @@ def start_accelerator(params: Params, run: Run) -> "Accelerator":
     if accelerator.num_processes != int(os.environ.get("WORLD_SIZE", "1")):
         msg = (
             f"WORLD_SIZE is {os.environ.get('WORLD_SIZE')} but Accelerate joined "
-            f"{accelerator.num_processes} process; start by `python -m stages.launch stages.pretrain`"
+            f"{accelerator.num_processes} process; start by "
+            "`python -m stages.launch stages.pretrain`"
         )
         raise ValueError(msg)
     return accelerator
@@ -121,7 +130,9 @@ def write_curve(path: Path, curve: Sequence[Mapping[str, float]]) -> None:
     with replace_file(path) as temporary, temporary.open("w", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS, restval="", lineterminator="\n")
         writer.writeheader()
-        writer.writerows({name: f"{value:.6g}" for name, value in row.items()} for row in curve)
+        for row in curve:
+            numbers = {name: f"{value:.6g}" for name, value in row.items()}
+            writer.writerow({**numbers, "step": int(row["step"])})
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """probe: features of the frozen model at the fixed triple => linear classifier, top-1 and top-5."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -72,7 +72,7 @@ def main(params: Params, run: Run) -> None:
     settings = params.probe.sgd_settings()
     with run.progress("train the probe", params.probe.epochs, "epoch") as advance:
 
-        def on_progress(_epoch: int, losses: dict[str, float]) -> None:
+        def on_progress(_epoch: int, losses: Mapping[str, float]) -> None:
             advance(1, loss=f"{losses['loss']:.3f}")
 
         if attentive:

@@ -23,7 +23,10 @@ def main(params: Params, run: Run) -> None:
     ensure_images(root, params.data, seed=params.seed)
     manifest = Manifest.scan(root, shown_root=params.data.root)
     if manifest.digest != read_manifest(MANIFEST)["digest"]:
-        msg = f"data.root: {params.data.root} has changed since {MANIFEST}; run `dvc repro -f prepare`"
+        msg = (
+            f"data.root: {params.data.root} has changed since {MANIFEST}; "
+            "run `dvc repro -f prepare`"
+        )
         raise ValueError(msg)
     splits: dict[str, tuple[Shard, ...]] = {}
     with (

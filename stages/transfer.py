@@ -34,7 +34,10 @@ def main(params: Params, run: Run) -> None:
     root = run.resolve(params.transfer_data.root)
     ensure_transfer_archive(root, params.transfer_data, seed=params.seed)
     if transfer_manifest(root, shown_root=params.transfer_data.root) != read_manifest(MANIFEST):
-        msg = f"transfer_data.root: {params.transfer_data.root} has changed since {MANIFEST}; run `dvc repro -f prepare`"
+        msg = (
+            f"transfer_data.root: {params.transfer_data.root} has changed since {MANIFEST}; "
+            "run `dvc repro -f prepare`"
+        )
         raise ValueError(msg)
     pool, test = read_cifar100(root, split="train"), read_cifar100(root, split="test")
     splits = draw_splits(
@@ -45,7 +48,7 @@ def main(params: Params, run: Run) -> None:
     )
     used, rows = compact_splits(splits)
 
-    vae = load_vae(Path("build/base")).to(run.device)
+    vae = load_vae(Path("build/base")).to(run.device)  # pyright: ignore[reportArgumentType]
     model = load_checkpoint(Path("build/pretrain"), base=Path("build/base")).to(run.device)
 
     def batches(images: np.ndarray, labels: np.ndarray) -> Iterator[CleanBatch]:

@@ -14,6 +14,7 @@ from contradiff.atomic import replace_file
 from contradiff.config import Section, parse, read_params
 from stages import (
     base,
+    extractor,
     generate,
     latents,
     prepare,
@@ -21,6 +22,7 @@ from stages import (
     pretrain_base,
     probe,
     report,
+    score,
     shard,
     track,
     transfer,
@@ -37,6 +39,8 @@ STAGES: tuple[type[Section], ...] = (
     probe.Params,
     transfer.Params,
     generate.Params,
+    extractor.Params,
+    score.Params,
     report.Params,
     track.Params,
 )

@@ -1,5 +1,7 @@
 """Set-up of all tests: checked array shapes, one thread, no network, no live tracking store."""
 
+from __future__ import annotations
+
 import os
 
 # Before anything imports torch or numpy. One thread: tests are small, and CI has two cores.
@@ -11,8 +13,16 @@ os.environ["MPLBACKEND"] = "Agg"
 for _name in ("MLFLOW_TRACKING_URI", "MLFLOW_RUN_ID", "DVC_ROOT", "DVC_STAGE", "DVC_EXP_NAME"):
     os.environ.pop(_name, None)
 
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
 from hypothesis import settings
 from jaxtyping import install_import_hook
+
+if TYPE_CHECKING:
+    from contradiff.model import ContraDiff
 
 # Shapes and types of `contradiff` are enforced here, and only here: a run pays nothing for them.
 # The hook stays for the whole session, so it is installed without its context manager.
@@ -21,3 +31,102 @@ install_import_hook("contradiff", "beartype.beartype")
 # The same examples on every run, and no deadline: no test here asserts on time.
 settings.register_profile("contradiff", deadline=None, derandomize=True, database=None)
 settings.load_profile("contradiff")
+
+
+@pytest.fixture(scope="session")
+def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A base with random weights in diffusers' format: 32 pixels, 8x8x4 latents, 2x2x32 bottleneck.
+
+    Like Stable Diffusion's UNet, its last down block and first up block have no cross-attention.
+    """
+    import torch
+    from diffusers import AutoencoderKL, UNet2DConditionModel
+
+    from contradiff.base_training import build_scheduler
+
+    folder = tmp_path_factory.mktemp("tiny_base")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        vae = AutoencoderKL(
+            block_out_channels=(8, 8, 16),
+            down_block_types=("DownEncoderBlock2D",) * 3,
+            up_block_types=("UpDecoderBlock2D",) * 3,
+            layers_per_block=1,
+            latent_channels=4,
+            norm_num_groups=4,
+            sample_size=32,
+            scaling_factor=0.5,
+        )
+        unet = UNet2DConditionModel(
+            sample_size=8,
+            block_out_channels=(16, 32, 32),
+            layers_per_block=1,
+            down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
+            up_block_types=("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
+            cross_attention_dim=16,
+            attention_head_dim=4,
+            norm_num_groups=8,
+        )
+    vae.save_pretrained(folder / "vae")
+    unet.save_pretrained(folder / "unet")
+    build_scheduler().save_pretrained(folder / "scheduler")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_params() -> dict[str, Any]:
+    """Sections `lora`, `conditioner` and `head` of a ContraDiff on `tiny_base`."""
+    return {
+        "lora": {
+            "rank": 4,
+            "alpha": 4.0,
+            "targets": ["attn2.to_q", "attn2.to_k", "attn2.to_v"],
+        },
+        "conditioner": {
+            "patch_size": 8,
+            "width": 16,
+            "depth": 1,
+            "num_heads": 2,
+            "drop": 0.1,
+            "cond_view": "same",
+        },
+        "head": {
+            "width": 16,
+            "num_heads": 2,
+            "mlp_ratio": 2,
+            "projector_width": 12,
+            "projector_out": 8,
+        },
+    }
+
+
+@pytest.fixture
+def build_tiny(tiny_base: Path, tiny_params: dict[str, Any]) -> Callable[..., ContraDiff]:
+    """Build a ContraDiff on `tiny_base`, in evaluation mode; keyword: `seed`.
+
+    What starts at zero (LoRA's B, the conditioner's last layer) is made random, so that a test of
+    values or gradients sees every part.
+    """
+    import torch
+
+    from contradiff.checkpoint import Architecture
+    from contradiff.model import build_model
+
+    def build(*, seed: int = 0) -> ContraDiff:
+        shapes = Architecture.model_validate(tiny_params)
+        with torch.random.fork_rng(devices=[]):
+            model = build_model(
+                tiny_base,
+                lora=shapes.lora,
+                conditioner=shapes.conditioner,
+                head=shapes.head,
+                image_size=32,
+                seed=seed,
+            )
+            with torch.no_grad():
+                for parameter in model.parameters():
+                    if parameter.requires_grad and not parameter.any():
+                        parameter.normal_(std=0.2)
+        return model.eval()
+
+    return build

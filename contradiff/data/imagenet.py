@@ -1,4 +1,4 @@
-"""An ImageNet-style tree, train/<class>/* and val/<class>/*, and the manifest that stands for it."""
+"""An ImageNet-style tree, train/<class>/* and val/<class>/*, and what stands for it in DVC."""
 
 import hashlib
 import json
@@ -59,8 +59,8 @@ class ImageFile:
         The class folder is part of it where the file's name does not begin with it already.
         """
         path = Path(self.path)
-        stem = path.stem.replace(".", "_")
-        return stem if stem.startswith(path.parent.name) else f"{path.parent.name}_{stem}"
+        stem, folder = path.stem.replace(".", "_"), path.parent.name.replace(".", "_")
+        return stem if stem.startswith(folder) else f"{folder}_{stem}"
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,8 @@ class Manifest:
             shown_root: how the parameters name it; kept in the manifest.
 
         Raises:
-            ValueError: no such folder, no images, an empty class, or val classes that train lacks.
+            ValueError: no such folder, no images, an empty class, val classes that train lacks, or
+                two images with one key.
         """
         class_ids = tuple(sorted(_folders(root / "train", shown=f"{shown_root}/train")))
         labels = {name: label for label, name in enumerate(class_ids)}
@@ -91,7 +92,10 @@ class Manifest:
         for split in SPLITS:
             unknown = set(_folders(root / split, shown=f"{shown_root}/{split}")) - set(labels)
             if unknown:
-                msg = f"data.root: {shown_root}/{split} has classes that train/ lacks: {sorted(unknown)[:5]}"
+                msg = (
+                    f"data.root: {shown_root}/{split} has classes that train/ lacks: "
+                    f"{sorted(unknown)[:5]}"
+                )
                 raise ValueError(msg)
             files: list[ImageFile] = []
             for class_id in class_ids:
@@ -100,6 +104,7 @@ class Manifest:
                     relative = path.relative_to(root).as_posix()
                     files.append(ImageFile(relative, labels[class_id]))
                     hasher.update(f"{relative}\t{path.stat().st_size}\n".encode())
+            _check_keys(files)
             splits[split] = tuple(files)
             for file in files[:: max(1, len(files) // NUM_SAMPLED_HASHES)]:
                 hasher.update((root / file.path).read_bytes())
@@ -145,7 +150,10 @@ def shuffled_samples(
 
 def _folders(root: Path, *, shown: str) -> list[str]:
     if not root.is_dir():
-        msg = f"data.root: no folder {shown}; expected an ImageNet-style tree of train/<class>/*, val/<class>/*"
+        msg = (
+            f"data.root: no folder {shown}; expected an ImageNet-style tree of train/<class>/* and "
+            "val/<class>/*"
+        )
         raise ValueError(msg)
     names = [path.name for path in root.iterdir() if path.is_dir()]
     if not names:
@@ -160,6 +168,14 @@ def _images(folder: Path, *, shown: str) -> list[Path]:
         msg = f"data.root: {shown} holds no images ({', '.join(sorted(EXTENSIONS))})"
         raise ValueError(msg)
     return paths
+
+
+def _check_keys(files: list[ImageFile]) -> None:
+    seen: dict[str, ImageFile] = {}
+    for file in files:
+        if (other := seen.setdefault(file.key, file)) is not file:
+            msg = f"data.root: {other.path} and {file.path} would both be {file.key}: rename one"
+            raise ValueError(msg)
 
 
 def _class_names(path: Path, class_ids: tuple[str, ...]) -> tuple[str, ...]:

@@ -83,8 +83,8 @@ def ensure_transfer_archive(root: Path, params: TransferDataParams, *, seed: int
     missing = [name for name in ARCHIVE_FILES if not (root / name).is_file()]
     if missing:
         msg = (
-            f"transfer_data.root: {params.root} lacks {', '.join(missing)}; unpack cifar-100-python.tar.gz "
-            "there (nothing is downloaded)"
+            f"transfer_data.root: {params.root} lacks {', '.join(missing)}; unpack "
+            "cifar-100-python.tar.gz there (nothing is downloaded)"
         )
         raise ValueError(msg)
 

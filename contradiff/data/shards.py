@@ -1,17 +1,18 @@
 """WebDataset shards with an index: the form in which images, latents and samples travel.
 
-A folder of shards holds `<split>-00000.tar` (or .tar.gz) files that any WebDataset reader takes, and
-`index.json` with each shard's sample count, size and sha256. The only user of webdataset.
+A folder of shards holds `<split>-00000.tar` (or .tar.gz) files that any WebDataset reader takes,
+and `index.json` with each shard's sample count, size and sha256. The only user of webdataset.
 """
 
 import gzip
+import hashlib
 import io
 import json
 import tarfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, BinaryIO, Literal
 
 import numpy as np
 from pydantic import Field
@@ -142,10 +143,11 @@ def write_shard(path: Path, records: Iterable[Record], *, compression: Compressi
 def resume_shard(path: Path, records: Iterable[Record], *, compression: Compression) -> Shard:
     """As `write_shard`, unless an interrupted run has written this shard already.
 
-    A note beside the shard, written after it, says that it is whole.
+    A note beside the shard, written after it, says that it is whole. The note alone is not enough:
+    an interrupted run may have moved the shard away.
     """
     note = path.with_name(f"{path.name}.json")
-    if note.is_file():
+    if note.is_file() and path.is_file():
         return Shard(**json.loads(note.read_text()))
     shard = write_shard(path, records, compression=compression)
     with replace_file(note) as temporary:
@@ -184,6 +186,8 @@ def write_split(
 def read_shard(path: Path, shard: Shard) -> Iterator[dict[str, bytes]]:
     """Yield a shard's samples in order, as extension => content and "__key__" => key.
 
+    Every byte is hashed on the way: damage that tar does not notice shows after the last sample.
+
     Raises:
         ValueError: the shard is truncated or damaged, or holds another number of samples.
     """
@@ -193,7 +197,8 @@ def read_shard(path: Path, shard: Shard) -> Iterator[dict[str, bytes]]:
     num_samples = 0
     try:
         with path.open("rb") as file:
-            files = tar_file_expander([{"url": str(path), "stream": file}])
+            stream = _HashedStream(file)
+            files = tar_file_expander([{"url": str(path), "stream": stream}])
             for sample in group_by_keys(files):
                 num_samples += 1
                 yield {
@@ -201,9 +206,12 @@ def read_shard(path: Path, shard: Shard) -> Iterator[dict[str, bytes]]:
                     for name, value in sample.items()
                     if name == "__key__" or not name.startswith("__")
                 }
-    except (tarfile.TarError, gzip.BadGzipFile, EOFError, OSError) as error:
-        msg = f"{path}: damaged ({error}); make it anew, or fetch it by `dvc pull {path.parent}`"
-        raise ValueError(msg) from error
+            digest = stream.digest_of_all()
+    except (tarfile.TarError, EOFError, OSError) as error:
+        # webdataset appends more to the arguments, which would make a tuple of the message
+        raise ValueError(_damage(path, error.args[0] if error.args else "unreadable")) from error
+    if digest != shard.sha256:
+        raise ValueError(_damage(path, f"its sha256 is not that of {INDEX_NAME}"))
     if num_samples != shard.num_samples:
         msg = f"{path}: {num_samples} samples where {INDEX_NAME} says {shard.num_samples}"
         raise ValueError(msg)
@@ -252,6 +260,27 @@ def array_from_bytes(content: bytes) -> "np.ndarray[Any, Any]":
     return np.load(io.BytesIO(content), allow_pickle=False)
 
 
+class _HashedStream:
+    """A file that is hashed as it is read."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.file, self.hasher = file, hashlib.sha256()
+
+    def read(self, size: int = -1) -> bytes:
+        content = self.file.read(size)
+        self.hasher.update(content)
+        return content
+
+    def digest_of_all(self) -> str:
+        """SHA-256 of the whole file: tar's padding at the end is read here, if nowhere else."""
+        self.read()
+        return self.hasher.hexdigest()
+
+
+def _damage(path: Path, reason: object) -> str:
+    return f"{path}: damaged ({reason}); make it anew, or fetch it by `dvc pull {path.parent}`"
+
+
 def _contents(record: Record) -> dict[str, bytes]:
     return {name: content for name, content in record.items() if name != "__key__"}
 
@@ -262,7 +291,7 @@ def _check_size(path: Path, shard: Shard) -> None:
         raise ValueError(msg)
     if path.stat().st_size != shard.num_bytes:
         msg = (
-            f"{path}: truncated or overwritten: {path.stat().st_size} bytes where {INDEX_NAME} says "
-            f"{shard.num_bytes}; make it anew, or fetch it by `dvc pull {path.parent}`"
+            f"{path}: truncated or overwritten: {path.stat().st_size} bytes where {INDEX_NAME} "
+            f"says {shard.num_bytes}; make it anew, or fetch it by `dvc pull {path.parent}`"
         )
         raise ValueError(msg)

@@ -1,6 +1,7 @@
 """Encoded images -> cropped pixels, with every crop written down as a box."""
 
 import math
+import re
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,6 +15,9 @@ from contradiff.types import ByteImages, Pixels
 
 ASPECT_RATIOS = (3 / 4, 4 / 3)
 """Of random crops, as in torchvision's RandomResizedCrop and SimCLR."""
+
+_SOURCE = re.compile(r"^.*?\.cpp:\d+, ")
+"""Where in torchvision's source an error arose: no news for users."""
 
 
 @dataclass(frozen=True)
@@ -44,12 +48,16 @@ def decode(encoded: bytes, *, name: str) -> UInt8[Tensor, "3 height width"]:
     Raises:
         ValueError: the bytes are no image that can be read; names the sample.
     """
-    data = torch.frombuffer(bytearray(encoded), dtype=torch.uint8)
     try:
-        return decode_image(data, mode=ImageReadMode.RGB)
-    except RuntimeError as error:
-        msg = f"{name}: not a readable image ({str(error).splitlines()[0]})"
+        data = torch.frombuffer(bytearray(encoded), dtype=torch.uint8)
+        image = decode_image(data, mode=ImageReadMode.RGB)
+    except (RuntimeError, ValueError) as error:
+        reason = "empty file" if not encoded else _SOURCE.sub("", str(error).splitlines()[0])
+        msg = f"{name}: not a readable image ({reason})"
         raise ValueError(msg) from error
+    if image.dtype == torch.uint16:  # PNG of 16 bits a channel
+        return image.to(torch.int32).div(257).round().to(torch.uint8)
+    return image
 
 
 def centre_crop(height: int, width: int) -> Crop:

@@ -1,30 +1,62 @@
-"""Accuracy: counts of right answers, and how sure they make us."""
+"""Top-k accuracy and how uncertain it is."""
 
 import math
 
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-Z_95 = 1.959963984540054
-"""Two-sided 95% quantile of the standard normal distribution."""
+_Z_95 = 1.959963984540054
+"""Standard normal quantile at 0.975."""
 
 
-def topk_correct(logits: Float[Tensor, "n c"], labels: Int64[Tensor, " n"], k: int) -> int:
-    """How many labels are among the k largest logits of their row."""
-    best = logits.topk(k, dim=1).indices
-    return int((best == labels[:, None]).any(dim=1).sum())
+def topk_correct(logits: Float[Tensor, "n classes"], labels: Int64[Tensor, " n"], k: int) -> int:
+    """Count the samples whose label is among their `k` highest logits.
+
+    Counts, unlike means, add up exactly over batches of any sizes.
+
+    Args:
+        logits: scores of each class; only their order matters. Ties fall as `torch.topk` lets them.
+        labels: classes in [0, classes).
+        k: at least 1, at most the number of classes.
+
+    Raises:
+        ValueError: `k` is out of range, or a logit is NaN, which has no order.
+    """
+    num_classes = logits.shape[1]
+    if not 1 <= k <= num_classes:
+        msg = f"top-{k} needs k between 1 and the number of classes, {num_classes}"
+        raise ValueError(msg)
+    if bool(logits.isnan().any()):
+        msg = "logits hold NaN: the classifier diverged, so that it has no accuracy"
+        raise ValueError(msg)
+    predictions = logits.topk(k, dim=1).indices
+    return int((predictions == labels[:, None]).sum())
 
 
 def wilson_interval(correct: int, total: int) -> tuple[float, float]:
-    """Wilson's 95% interval of an accuracy, in [0, 1] also near its ends.
+    """95% confidence interval of an accuracy (Wilson, 1927).
+
+    Unlike the normal approximation it stays within [0, 1] and is right near its ends. It accounts
+    for the choice of the test images only, not for the training's seed.
+
+    Args:
+        correct: samples classified correctly.
+        total: samples in all.
+
+    Returns:
+        The lower and the upper end, as fractions.
 
     Raises:
-        ValueError: no samples, or more right answers than samples.
+        ValueError: there are no samples, or `correct` is not between 0 and `total`.
     """
-    if not 0 <= correct <= total or total == 0:
-        msg = f"no interval for {correct} right answers of {total}"
+    if total < 1 or not 0 <= correct <= total:
+        msg = f"no accuracy: {correct} correct of {total} samples"
         raise ValueError(msg)
-    share, z2 = correct / total, Z_95**2
-    centre = (share + z2 / (2 * total)) / (1 + z2 / total)
-    half = math.sqrt(share * (1 - share) / total + z2 / (4 * total**2)) * Z_95 / (1 + z2 / total)
-    return max(0.0, centre - half), min(1.0, centre + half)
+    rate = correct / total
+    shrink = 1 + _Z_95**2 / total
+    centre = (rate + _Z_95**2 / (2 * total)) / shrink
+    margin = _Z_95 / shrink * math.sqrt(rate * (1 - rate) / total + (_Z_95 / (2 * total)) ** 2)
+    # At 0 and at `total` an end is exactly 0 or 1; rounding would leave it a hair beside.
+    lower = 0.0 if correct == 0 else centre - margin
+    upper = 1.0 if correct == total else centre + margin
+    return lower, upper

@@ -1,0 +1,207 @@
+"""The Fréchet distance of two sets of features (Heusel et al., 2017).
+
+features (b d), batch by batch -> FeatureStatistics: count, mean (d), scatter (d d), all float64
+-> frechet_distance: one number
+"""
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from jaxtyping import Float, Float64
+from torch import Tensor
+
+from contradiff.atomic import replace_file
+
+_FORMAT = "contradiff-feature-statistics-1"
+
+
+@dataclass(frozen=True)
+class FeatureSource:
+    """What features were computed from and with. A Fréchet distance is meaningless without it.
+
+    Attributes:
+        reference: the images in words, such as "val" or "samples of build/samples".
+        resizer: how they were brought to the extractor's size.
+        extractor: the extractor's name.
+        fingerprint: sha256 of the extractor's weights.
+    """
+
+    reference: str
+    resizer: str
+    extractor: str
+    fingerprint: str
+
+
+class FeatureStatistics:
+    """Count, mean and covariance of features that stream by, in float64.
+
+    Keeps the mean and the scatter matrix about it (Chan et al., 1983), so memory does not grow with
+    the number of samples, and a mean far from zero costs no digits.
+
+    Attributes:
+        source: what the features were computed from and with.
+        num_features: their dimension d.
+        num_samples: how many there were so far.
+        mean: (d) float64 on the CPU; zero when there are none.
+        scatter: (d, d) sum of the outer products of the features less their mean.
+    """
+
+    def __init__(self, num_features: int, *, source: FeatureSource) -> None:
+        self.source = source
+        self.num_features = num_features
+        self.num_samples = 0
+        self.mean = torch.zeros(num_features, dtype=torch.float64)
+        self.scatter = torch.zeros(num_features, num_features, dtype=torch.float64)
+
+    @property
+    def covariance(self) -> Float64[Tensor, "d d"]:
+        """Unbiased covariance of the features so far.
+
+        Raises:
+            ValueError: there are fewer than two samples.
+        """
+        if self.num_samples < 2:
+            msg = f"covariance needs two samples, {self.source.reference} has {self.num_samples}"
+            raise ValueError(msg)
+        return self.scatter / (self.num_samples - 1)
+
+    def update(self, features: Float[Tensor, "batch features"]) -> None:
+        """Take in a batch; an empty one changes nothing.
+
+        The sums are formed on the features' device and added on the CPU.
+
+        Raises:
+            ValueError: the features have another dimension, or are not finite.
+        """
+        if features.ndim != 2 or features.shape[1] != self.num_features:
+            shape = tuple(features.shape)
+            msg = f"expected features of shape (batch, {self.num_features}), got {shape}"
+            raise ValueError(msg)
+        if not bool(features.isfinite().all()):
+            msg = f"features of {self.source.reference} hold NaN or infinities"
+            raise ValueError(msg)
+        if len(features) == 0:
+            return
+        batch = features.detach().double()
+        mean = batch.mean(0)
+        centred = batch - mean
+        self._add(len(batch), mean.cpu(), (centred.T @ centred).cpu())
+
+    def merge(self, other: "FeatureStatistics") -> None:
+        """Take in the samples of `other`, as if they had been streamed through `update`.
+
+        Raises:
+            ValueError: `other` has another dimension or another source.
+        """
+        if (other.num_features, other.source) != (self.num_features, self.source):
+            msg = (
+                f"cannot merge statistics of different features: {self.num_features} of "
+                f"{self.source} and {other.num_features} of {other.source}"
+            )
+            raise ValueError(msg)
+        if other.num_samples:
+            self._add(other.num_samples, other.mean, other.scatter)
+
+    def _add(
+        self, count: int, mean: Float64[Tensor, " d"], scatter: Float64[Tensor, "d d"]
+    ) -> None:
+        total = self.num_samples + count
+        delta = mean - self.mean
+        self.scatter = (
+            self.scatter + scatter + torch.outer(delta, delta) * (self.num_samples * count / total)
+        )
+        self.mean = self.mean + delta * (count / total)
+        self.num_samples = total
+
+    def save(self, path: Path) -> None:
+        """Write everything to a safetensors file, its source in the file's metadata."""
+        from safetensors.torch import save_file
+
+        metadata = {"format": _FORMAT, "num_samples": str(self.num_samples)}
+        metadata["source"] = json.dumps(asdict(self.source))
+        with replace_file(path) as temporary:
+            save_file({"mean": self.mean, "scatter": self.scatter}, temporary, metadata)
+
+    @classmethod
+    def load(cls, path: Path) -> "FeatureStatistics":
+        """Read what `save` wrote.
+
+        Raises:
+            ValueError: the file is missing, or is no such file.
+        """
+        from safetensors import SafetensorError, safe_open
+
+        if not path.is_file():
+            msg = f"{path}: no such file of feature statistics"
+            raise ValueError(msg)
+        try:
+            with safe_open(path, framework="pt") as file:
+                metadata = file.metadata() or {}
+                if metadata.get("format") != _FORMAT:
+                    msg = f"{path}: not written by FeatureStatistics.save, or by another version"
+                    raise ValueError(msg)
+                mean, scatter = file.get_tensor("mean"), file.get_tensor("scatter")
+        except SafetensorError as error:
+            msg = f"{path}: not a safetensors file: {error}"
+            raise ValueError(msg) from error
+        statistics = cls(len(mean), source=FeatureSource(**json.loads(metadata["source"])))
+        statistics.num_samples = int(metadata["num_samples"])
+        statistics.mean, statistics.scatter = mean, scatter
+        return statistics
+
+
+def frechet_distance(a: FeatureStatistics, b: FeatureStatistics) -> float:
+    """Fréchet distance of two sets of features, each taken for a Gaussian; symmetric.
+
+    It is biased upwards when samples are few, the more the higher the features' dimension: compare
+    distances of equal counts only.
+
+    Raises:
+        ValueError: the features were made by different extractors or resizers, or a set has fewer
+            samples than its features have dimensions, so that its covariance must be singular.
+    """
+    for name in ("extractor", "resizer", "fingerprint"):
+        of_a, of_b = getattr(a.source, name), getattr(b.source, name)
+        if of_a != of_b:
+            msg = (
+                f"no Fréchet distance between features of different kinds: {a.source.reference} "
+                f"has {name} {of_a}, {b.source.reference} has {of_b}"
+            )
+            raise ValueError(msg)
+    assert a.num_features == b.num_features, "one extractor, two dimensions"
+    for statistics in (a, b):
+        if statistics.num_samples < statistics.num_features:
+            msg = (
+                f"no Fréchet distance from {statistics.num_samples} samples "
+                f"({statistics.source.reference}) of {statistics.num_features} feature dimensions: "
+                "there must be at least as many samples as dimensions (generate.num_samples for "
+                "generated images, data.num_val for the reference)"
+            )
+            raise ValueError(msg)
+    return gaussian_frechet_distance(a.mean, a.covariance, b.mean, b.covariance)
+
+
+def gaussian_frechet_distance(
+    mean_a: Float64[Tensor, " d"],
+    covariance_a: Float64[Tensor, "d d"],
+    mean_b: Float64[Tensor, " d"],
+    covariance_b: Float64[Tensor, "d d"],
+) -> float:
+    """|m_a - m_b|² + tr(A + B - 2 (A B)^½), the squared 2-Wasserstein distance of two Gaussians.
+
+    With A = L Lᵀ the matrix A B has the eigenvalues of Lᵀ B L, which is symmetric: no square root
+    of a matrix is formed and no imaginary part arises, and it takes a tenth of the time of
+    `scipy.linalg.sqrtm`. L is the Cholesky factor, or V Λ^½ of A = V Λ Vᵀ where A is singular.
+    Rounding below zero is returned as zero.
+    """
+    factor, failed = torch.linalg.cholesky_ex(covariance_a)
+    if int(failed):
+        eigenvalues, eigenvectors = torch.linalg.eigh(covariance_a)
+        factor = eigenvectors * eigenvalues.clamp(min=0).sqrt()
+    squared = torch.linalg.eigvalsh(factor.T @ covariance_b @ factor)
+    trace_of_root = squared.clamp(min=0).sqrt().sum()
+    difference = mean_a - mean_b
+    traces = covariance_a.trace() + covariance_b.trace()
+    return max(0.0, float(difference @ difference + traces - 2 * trace_of_root))
