@@ -16,7 +16,7 @@ from contradiff.types import Features, Latents, Maps, Timesteps, Tokens
 if TYPE_CHECKING:
     from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 
-LevelMaps = Float[Tensor, "batch 3 channels h w"]
+LevelMaps = Float[Tensor, "batch 3 width_m h_m w_m"]
 """Bottleneck maps of one view, ordered: noisiest, middle, cleanest."""
 
 
@@ -123,7 +123,7 @@ def decode_from_bottleneck(
 
 
 def order_by_noise(
-    maps: Float[Tensor, "levels batch channels h w"], timesteps: Int[Tensor, "levels batch"]
+    maps: Float[Tensor, "levels batch width_m h_m w_m"], timesteps: Int[Tensor, "levels batch"]
 ) -> LevelMaps:
     """Order each image's maps from the noisiest to the cleanest: query, key, value."""
     order = timesteps.argsort(dim=0, descending=True, stable=True)

@@ -23,6 +23,7 @@ from contradiff.data.transforms import (
     apply_crop,
     centre_crop,
     decode,
+    jitter_colours,
     random_crop,
     to_bytes,
     to_pixels,
@@ -47,6 +48,9 @@ class LatentsParams(Section):
     )
     crop_scale_min: float = Field(
         gt=0, le=1, description="a random crop covers this to 1 of the area"
+    )
+    colour_jitter: float = Field(
+        ge=0, le=1, description="strength of SimCLR's colour distortion of the random crops"
     )
     batch_size: int = Field(ge=1, description="crops encoded at once")
 
@@ -135,10 +139,10 @@ def encode_samples(
     Args:
         vae: frozen, float32, on `device`.
         samples: encoded images.
-        params: crop scale and batch size.
+        params: how crops are distorted, and the batch size.
         views: crops an image; 1 for images that are only evaluated.
         image_size: side of the crops, in pixels.
-        seed: of the random crops.
+        seed: of the random crops and colours.
         device: where the VAE runs.
     """
     images_at_once = max(1, params.batch_size // views)
@@ -151,7 +155,11 @@ def encode_samples(
                 image, key=item.key, views=views, crop_scale_min=params.crop_scale_min, seed=seed
             )
             crops.append(chosen)
-            pixels += [apply_crop(image, crop, size=image_size) for crop in chosen]
+            for view, crop in enumerate(chosen):
+                cut = apply_crop(image, crop, size=image_size)
+                rng = np.random.default_rng([seed, crc32(item.key.encode()), view])
+                strength = params.colour_jitter if view > 0 else 0.0
+                pixels.append(jitter_colours(cut, rng, strength=strength))
         moments = encode(vae, to_pixels(torch.stack(pixels)).to(device))
         stored = moments.half().cpu().unflatten(0, (len(chunk), views)).numpy()
         for item, views_of_item, crops_of_item in zip(chunk, stored, crops, strict=True):
@@ -172,4 +180,5 @@ def latent_facts(vae: "AutoencoderKL", *, params: LatentsParams, image_size: int
         "image_size": image_size,
         "views": params.views,
         "crop_scale_min": params.crop_scale_min,
+        "colour_jitter": params.colour_jitter,
     }

@@ -192,12 +192,11 @@ class TrainingStream(IterableDataset[dict[str, Tensor]]):
         sample, stored = image_of(pair[0]), StoredLatents.of_record(pair[1])
         rng = np.random.default_rng([self.seed, epoch, crc32(sample.key.encode())])
         num_views = len(stored.crops)
-        first, second = (
-            (int(view) for view in rng.permutation(num_views).tolist()[:2])
-            if num_views > 1
-            else (0, 0)
-        )
-        views = (first, second) if self.choice.latent_views == "two" else (first, first)
+        if self.choice.latent_views == "same":
+            first = second = int(rng.integers(num_views))
+        else:
+            first, second = 0, int(rng.integers(1, num_views))
+        views = (first, second)
         image = decode(sample.image, name=sample.key)
         size = self.pairs.latent_index.facts["image_size"]
         if self.choice.cond_view == "crop":

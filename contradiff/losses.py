@@ -23,7 +23,8 @@ class LossParams(Section):
     contrastive: ContrastiveKind = Field(description="dcl_paper is Eq. 6 as printed, but the mean")
     temperature: float = Field(gt=0, description="tau of Eq. 6")
     latent_views: Literal["same", "two"] = Field(
-        description="same: both views noise one latent (Eq. 5) | two: the latents of two crops"
+        description="same: both views are noisings of one latent (Eq. 5) | two: the first is of the"
+        " centre crop, the second of a random crop"
     )
     recon_passes: int = Field(ge=1, le=6, description="of six draws, how many are denoised (Eq. 3)")
 

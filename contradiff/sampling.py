@@ -20,11 +20,13 @@ if TYPE_CHECKING:
 
 
 class GenerateParams(Section):
-    """Section `generate`. Paper: 50,000 images, 100 steps, classifier-free guidance."""
+    """Section `generate`. Paper: 50,000 images, 100 steps.
+
+    Unconditional samples, which have nothing to guide: their condition is the null condition.
+    """
 
     num_samples: int = Field(ge=1)
     num_inference_steps: int = Field(ge=1, description="DDIM steps, eta = 0")
-    guidance_scale: float = Field(ge=1, description="1: none; unconditional sampling needs none")
     batch_size: int = Field(ge=1)
 
 
@@ -69,13 +71,7 @@ def seeded_noise(
 
 @torch.inference_mode()
 def denoise(
-    model: ContraDiff,
-    scheduler: "DDIMScheduler",
-    latents: Latents,
-    tokens: Tokens,
-    *,
-    null_tokens: Tokens | None,
-    guidance_scale: float,
+    model: ContraDiff, scheduler: "DDIMScheduler", latents: Latents, tokens: Tokens
 ) -> Latents:
     """Run the reverse process from pure noise, deterministically (eta = 0).
 
@@ -84,20 +80,11 @@ def denoise(
         scheduler: with its timesteps set.
         latents: Gaussian noise.
         tokens: conditions.
-        null_tokens: for guidance: prediction = null + scale * (conditional - null).
-        guidance_scale: has an effect only with `null_tokens`.
     """
     for timestep in scheduler.timesteps:
         steps = torch.full((len(latents),), int(timestep), device=latents.device)
-        if null_tokens is None:
-            noise_pred = model.noise_pred(latents, steps, tokens)
-        else:
-            both = model.noise_pred(
-                latents.repeat(2, 1, 1, 1), steps.repeat(2), torch.cat([null_tokens, tokens])
-            )
-            null, conditional = both.chunk(2)
-            noise_pred = null + guidance_scale * (conditional - null)
-        latents = scheduler.step(noise_pred, int(timestep), latents, eta=0.0).prev_sample  # pyright: ignore[reportAttributeAccessIssue, reportUnknownMemberType]
+        noise_pred = model.noise_pred(latents, steps, tokens)
+        latents = scheduler.step(noise_pred, int(timestep), latents, eta=0.0).prev_sample  # pyright: ignore[reportAttributeAccessIssue]
     return latents
 
 
@@ -143,13 +130,7 @@ def generate_unconditional(
         )
         with torch.inference_mode():
             tokens = model.encode_condition(pixels.to(device))
-        clean = denoise(
-            model,
-            scheduler,
-            latents.to(device) * scheduler.init_noise_sigma,
-            tokens,
-            null_tokens=None,
-            guidance_scale=1.0,
-        )
+        start_noise = latents.to(device) * scheduler.init_noise_sigma
+        clean = denoise(model, scheduler, start_noise, tokens)
         yield decode_latents(vae, clean).cpu()
         on_progress(len(indices))

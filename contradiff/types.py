@@ -18,7 +18,7 @@ Timesteps = Int[Tensor, " batch"]
 Tokens = Float[Tensor, "batch num_tokens width_c"]
 """encoder_hidden_states: what the UNet's cross-attention attends to."""
 
-Maps = Float[Tensor, "batch channels h w"]
+Maps = Float[Tensor, "batch width_m h_m w_m"]
 """Bottleneck maps: the output of the UNet's mid block."""
 
 Features = Float[Tensor, "batch width"]

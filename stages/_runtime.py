@@ -11,6 +11,7 @@ The only place that knows DVC's environment; MLflow's part is in `_tracking`. A 
 """
 
 import argparse
+import ctypes
 import inspect
 import json
 import math
@@ -39,6 +40,13 @@ if TYPE_CHECKING:
 # OpenMP threads that spin while they wait starve every other process of the machine. libgomp reads
 # this once, when torch is loaded: hence at import, and stages import this module before torch.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+# glibc gives large buffers back to the system at once, and a training asks for the same ones again
+# at every step: keeping up to 2 GiB saves a tenth of its CPU time (page faults).
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
+if sys.platform == "linux" and hasattr(_libc := ctypes.CDLL(None), "mallopt"):
+    _libc.mallopt(_M_MMAP_THRESHOLD, 1 << 30)
+    _libc.mallopt(_M_TRIM_THRESHOLD, (1 << 31) - 1)
 
 PARAMS_FILE = Path("params.yaml")
 

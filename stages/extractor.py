@@ -1,11 +1,11 @@
 """extractor: the network that scores are made of: a classifier trained here, or given Inception."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 
 from stages._runtime import Run, execute
-
 from contradiff.config import Section
 from contradiff.data.imagenet import DataParams
 from contradiff.data.shards import ShardIndex
@@ -38,7 +38,7 @@ def main(params: Params, run: Run) -> None:
     with run.progress("train the classifier", num_steps, "step") as advance:
         done = 0
 
-        def on_progress(step: int, values: dict[str, float]) -> None:
+        def on_progress(step: int, values: Mapping[str, float]) -> None:
             nonlocal done
             advance(step - done, loss=f"{values['loss']:.3f}")
             done = step

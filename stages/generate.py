@@ -65,7 +65,7 @@ def main(params: Params, run: Run) -> None:
             "kind": "samples",
             "condition": "unconditional: c(noise)",
             "seed": params.seed,
-            **params.generate.model_dump(include={"num_inference_steps", "guidance_scale"}),
+            "num_inference_steps": params.generate.num_inference_steps,
         }
         ShardIndex({"sample": shards}, facts).write(folder)
     with replace_file(GRID) as path:

@@ -21,7 +21,7 @@ SEED = 1000
 """Of the base's own images: ContraDiff's have `seed` of params.yaml, and another form of seed."""
 NUM_IMAGES = 16_000
 VAE_STEPS, VAE_BATCH = 2_500, 32
-UNET_STEPS, UNET_BATCH = 6_000, 64
+UNET_STEPS, UNET_BATCH = 7_000, 64
 
 
 class Params(Section):

@@ -3,7 +3,6 @@
 from pathlib import Path
 
 from stages._runtime import Run, execute
-
 from contradiff.config import Section
 from contradiff.data.imagenet import DataParams
 from contradiff.data.shards import ShardIndex

@@ -4,6 +4,7 @@ It runs at the end of every reproduction, also where all other stages came from 
 """
 
 import json
+import textwrap
 from pathlib import Path
 
 from stages._runtime import PARAMS_FILE, Run, execute
@@ -11,6 +12,7 @@ from contradiff.config import Section, read_params
 from stages._experiments import Results, upsert_row
 from stages._tracking import CHECKPOINT
 
+LINE_WIDTH = 100
 SUMMARY = Path("build/report/summary.json")
 
 
@@ -40,8 +42,13 @@ def table(summary: Path) -> str:
     """
     content = json.loads(summary.read_text(encoding="utf-8"))
     rows: list[tuple[str, str]] = content["rows"]
-    width = max((len(name) for name, _ in rows), default=0)
-    lines = [f"{name:<{width}}  {value}" for name, value in rows]
+    width = max((len(name) for name, _ in rows), default=0) + 2
+    lines = [
+        textwrap.fill(
+            value, LINE_WIDTH, initial_indent=f"{name:<{width}}", subsequent_indent=" " * width
+        )
+        for name, value in rows
+    ]
     return "\n".join([*lines, "", f"report: {content['report']}"])
 
 

@@ -5,7 +5,7 @@ stage depends on the whole file. Its out is a constant: it runs at every change 
 nothing.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -87,8 +87,24 @@ def check(content: Mapping[str, Any], *, source: str) -> None:
             parse(schema, content, source=source)
         except ValueError as error:
             faults |= dict.fromkeys(str(error).splitlines())
+    if not faults:
+        faults = {f"{source}: {fault}": None for fault in contradictions(content)}
     if faults:
         raise ValueError("\n".join(faults))
+
+
+def contradictions(content: Mapping[str, Any]) -> Iterator[str]:
+    """Yield what is wrong between sections that no one stage has together."""
+    data, latents = content["data"], content["latents"]
+    conditioner, loss = content["conditioner"], content["loss"]
+    if data["image_size"] % conditioner["patch_size"]:
+        yield "conditioner.patch_size: must divide data.image_size"
+    if loss["latent_views"] == "two" and latents["views"] < 2:
+        yield "loss.latent_views: two needs latents.views of at least 2"
+    if latents["colour_jitter"] > 0 and latents["views"] < 2:
+        yield "latents.colour_jitter: is of random crops; with latents.views 1 there are none"
+    if content["score"]["splits"] > content["generate"]["num_samples"]:
+        yield "score.splits: more than generate.num_samples"
 
 
 if __name__ == "__main__":

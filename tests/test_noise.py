@@ -28,7 +28,7 @@ def draw(probabilities: Tensor, *, recon_passes: int, uniform_mix: float, n: int
 
 
 def test_probabilities_equal_the_closed_form(alphas_cumprod: Tensor):
-    """u in [0, 1] falls to the t whose alpha-bar is nearest to (2 / pi) arccos(sqrt(u))."""
+    """Each u in [0, 1] falls to the t whose alpha-bar is nearest to (2 / pi) arccos(sqrt(u))."""
     probabilities = timestep_probabilities(alphas_cumprod, schedule="inverse_cosine").tolist()
     alphas = alphas_cumprod.tolist()
     for t in (0, 1, 300, 998, 999):

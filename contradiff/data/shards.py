@@ -10,11 +10,13 @@ import io
 import json
 import tarfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
 import numpy as np
+from jaxtyping import Shaped
 from pydantic import Field
 
 from contradiff.atomic import replace_file, sha256_of
@@ -127,16 +129,14 @@ def write_shard(path: Path, records: Iterable[Record], *, compression: Compressi
 
     num_samples = 0
     with replace_file(path) as temporary:
-        with temporary.open("wb") as file:
-            # No name and no time in the gzip header, so that equal records give equal bytes.
-            stream = gzip.GzipFile("", "wb", 6, file, mtime=0) if compression == "gzip" else file
-            writer = TarWriter(stream, encoder=False, mtime=0)  # pyright: ignore[reportArgumentType]
+        with (
+            temporary.open("wb") as file,
+            _compressed(file, compression) as stream,
+            TarWriter(stream, encoder=False, mtime=0) as writer,  # pyright: ignore[reportArgumentType]
+        ):
             for record in records:
                 writer.write({"__key__": record["__key__"].decode(), **_contents(record)})
                 num_samples += 1
-            writer.close()
-            if stream is not file:
-                stream.close()
         return Shard(path.name, num_samples, temporary.stat().st_size, sha256_of(temporary))
 
 
@@ -248,16 +248,23 @@ def image_of(record: Record) -> Sample:
     return Sample(record["__key__"].decode(), record[extension], int(record["cls"]))
 
 
-def array_to_bytes(array: "np.ndarray[Any, Any]") -> bytes:
+def array_to_bytes(array: Shaped[np.ndarray, "..."]) -> bytes:
     """An array as the content of an .npy file."""
     buffer = io.BytesIO()
     np.save(buffer, array, allow_pickle=False)
     return buffer.getvalue()
 
 
-def array_from_bytes(content: bytes) -> "np.ndarray[Any, Any]":
+def array_from_bytes(content: bytes) -> Shaped[np.ndarray, "..."]:
     """Inverse of `array_to_bytes`; never unpickles."""
     return np.load(io.BytesIO(content), allow_pickle=False)
+
+
+def _compressed(file: BinaryIO, compression: Compression) -> AbstractContextManager[Any]:
+    if compression == "none":
+        return nullcontext(file)
+    # No name and no time in the gzip header, so that equal records give equal bytes.
+    return gzip.GzipFile("", "wb", 6, file, mtime=0)
 
 
 class _HashedStream:

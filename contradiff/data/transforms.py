@@ -100,6 +100,26 @@ def apply_crop(
     return cut.flip(-1) if crop.mirrored else cut.contiguous()
 
 
+def jitter_colours(
+    image: UInt8[Tensor, "3 height width"], rng: np.random.Generator, *, strength: float
+) -> UInt8[Tensor, "3 height width"]:
+    """SimCLR's colour distortion: brightness, contrast, saturation, hue; grey one time in five.
+
+    Args:
+        image: pixels.
+        rng: source of the random numbers; as many are drawn at every strength but 0.
+        strength: SimCLR's s: factors within 1 ± 0.8 s, hue within ± 0.2 s turns; 0 changes nothing.
+    """
+    if strength == 0:
+        return image
+    low, high = max(0.0, 1 - 0.8 * strength), 1 + 0.8 * strength
+    image = transforms.adjust_brightness(image, rng.uniform(low, high))
+    image = transforms.adjust_contrast(image, rng.uniform(low, high))
+    image = transforms.adjust_saturation(image, rng.uniform(low, high))
+    image = transforms.adjust_hue(image, rng.uniform(-0.2, 0.2) * strength)
+    return transforms.rgb_to_grayscale(image, 3) if rng.random() < 0.2 else image
+
+
 def to_pixels(images: ByteImages) -> Pixels:
     """uint8, 0 to 255 => float32 in [-1, 1]."""
     return images.float().div(127.5).sub(1.0)

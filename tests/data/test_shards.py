@@ -1,0 +1,247 @@
+"""contradiff.data.shards: nothing is lost, doubled, reordered or silently damaged."""
+
+import gzip
+import io
+import json
+import tarfile
+import tempfile
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import webdataset
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from contradiff.data.shards import (
+    INDEX_NAME,
+    Compression,
+    Record,
+    Sample,
+    Shard,
+    ShardIndex,
+    array_from_bytes,
+    array_to_bytes,
+    image_of,
+    image_record,
+    read_images,
+    read_shard,
+    read_split,
+    resume_shard,
+    write_shard,
+    write_split,
+)
+
+each_compression = pytest.mark.parametrize("compression", ["none", "gzip"])
+RNG = np.random.default_rng(0)
+
+
+def record(number: int, *, num_bytes: int = 700) -> Record:
+    image = RNG.integers(256, size=num_bytes, dtype=np.uint8).tobytes()
+    return image_record(Sample(f"n0{number % 3}_{number}", image, number % 3), extension="jpg")
+
+
+RECORDS = [record(number) for number in range(10)]
+
+
+def write_folder(folder: Path, compression: Compression = "none") -> ShardIndex:
+    shards = write_split(folder, "train", RECORDS, samples_per_shard=4, compression=compression)
+    index = ShardIndex({"train": shards}, {"seed": 1})
+    index.write(folder)
+    return index
+
+
+@each_compression
+def test_round_trip(tmp_path: Path, compression: Compression):
+    index = write_folder(tmp_path, compression)
+    assert ShardIndex.read(tmp_path) == index
+    assert [shard.num_samples for shard in index.shards("train")] == [4, 4, 2]
+    assert index.num_samples("train") == 10
+    assert list(read_split(tmp_path, "train")) == RECORDS
+    assert list(read_images(tmp_path, "train")) == [image_of(item) for item in RECORDS]
+
+
+@each_compression
+@settings(max_examples=30)
+@given(
+    contents=st.dictionaries(
+        st.text("abcXYZ019_-éß/ ", min_size=1, max_size=40).filter(lambda key: key[-1] != "/"),
+        st.tuples(st.binary(max_size=2000), st.integers(0, 999)),
+        max_size=12,
+    ),
+    samples_per_shard=st.integers(1, 13),
+)
+def test_nothing_is_lost_or_doubled(
+    contents: dict[str, tuple[bytes, int]], samples_per_shard: int, compression: Compression
+):
+    samples = [Sample(key, image, label) for key, (image, label) in contents.items()]
+    told: list[int] = []
+    with tempfile.TemporaryDirectory() as name:
+        shards = write_split(
+            Path(name),
+            "val",
+            (image_record(sample, extension="png") for sample in samples),
+            samples_per_shard=samples_per_shard,
+            compression=compression,
+            on_progress=told.append,
+        )
+        ShardIndex({"val": shards}, {}).write(Path(name))
+        assert list(read_images(Path(name), "val")) == samples
+    assert sum(told) == len(samples)
+    assert len(shards) == -(-len(samples) // samples_per_shard)
+    assert all(shard.num_samples == samples_per_shard for shard in shards[:-1])
+
+
+@each_compression
+def test_equal_records_give_equal_bytes(
+    tmp_path: Path, compression: Compression, monkeypatch: pytest.MonkeyPatch
+):
+    first = write_shard(tmp_path / "a" / "x.tar", RECORDS, compression=compression)
+    monkeypatch.setattr("time.time", lambda: 2e9)
+    second = write_shard(tmp_path / "b" / "x.tar", RECORDS, compression=compression)
+    assert first == second
+    third = write_shard(tmp_path / "c" / "x.tar", RECORDS[::-1], compression=compression)
+    assert third.sha256 != first.sha256
+
+
+@each_compression
+def test_webdataset_reads_them(tmp_path: Path, compression: Compression):
+    index = write_folder(tmp_path, compression)
+    urls = [str(tmp_path / shard.name) for shard in index.shards("train")]
+    read = webdataset.WebDataset(urls, shardshuffle=False, empty_check=False)
+    assert [(item["__key__"].encode(), item["jpg"], item["cls"]) for item in read] == [
+        (item["__key__"], item["jpg"], item["cls"]) for item in RECORDS
+    ]
+
+
+def test_names_say_how_they_are_compressed(tmp_path: Path):
+    write_folder(tmp_path / "plain", "none")
+    write_folder(tmp_path / "small", "gzip")
+    with tarfile.open(tmp_path / "plain" / "train-00000.tar", "r:") as file:
+        assert len(file.getnames()) == 8
+    with tarfile.open(tmp_path / "small" / "train-00000.tar.gz", "r:gz") as file:
+        assert len(file.getnames()) == 8
+
+
+def test_missing_index_is_named(tmp_path: Path):
+    with pytest.raises(ValueError, match=rf"{INDEX_NAME}: missing; run `dvc repro`"):
+        ShardIndex.read(tmp_path)
+
+
+def test_missing_split_is_named(tmp_path: Path):
+    with pytest.raises(ValueError, match=r"no split 'val' among \['train'\]"):
+        write_folder(tmp_path).shards("val")
+
+
+@each_compression
+def test_missing_shard_is_named(tmp_path: Path, compression: Compression):
+    shard = write_folder(tmp_path, compression).shards("train")[1]
+    (tmp_path / shard.name).unlink()
+    with pytest.raises(ValueError, match=rf"{shard.name}: missing, though .*dvc pull"):
+        ShardIndex.read(tmp_path)
+
+
+@each_compression
+@pytest.mark.parametrize("kept", [0, 1, 600, -1])
+def test_truncated_shard_is_named(tmp_path: Path, compression: Compression, kept: int):
+    shard = write_folder(tmp_path, compression).shards("train")[1]
+    path = tmp_path / shard.name
+    path.write_bytes(path.read_bytes()[:kept])
+    with pytest.raises(ValueError, match=rf"{shard.name}: truncated or overwritten"):
+        ShardIndex.read(tmp_path)
+    with pytest.raises(ValueError, match=rf"{shard.name}: truncated or overwritten"):
+        list(read_shard(path, shard))
+
+
+@each_compression
+def test_any_wrong_byte_is_noticed(tmp_path: Path, compression: Compression):
+    """Also where tar would take it for an image's, or read the archive as shorter than it is."""
+    shard = write_folder(tmp_path, compression).shards("train")[1]
+    path = tmp_path / shard.name
+    whole = path.read_bytes()
+    for place in [*range(0, len(whole), 231), len(whole) - 1]:
+        damaged = bytearray(whole)
+        damaged[place] ^= 0x55
+        path.write_bytes(damaged)
+        with pytest.raises(ValueError, match=rf"{shard.name}: damaged .*dvc pull") as caught:
+            list(read_shard(path, shard))
+        assert "\n" not in str(caught.value)
+
+
+def test_shard_cut_and_padded_to_its_size_is_damaged(tmp_path: Path):
+    shard = write_folder(tmp_path, "gzip").shards("train")[0]
+    path = tmp_path / shard.name
+    half = path.read_bytes()[: shard.num_bytes // 2]
+    path.write_bytes(half.ljust(shard.num_bytes, b"\0"))
+    with pytest.raises(ValueError, match=rf"{shard.name}: damaged"):
+        list(read_shard(path, shard))
+
+
+def test_index_with_another_count_is_noticed(tmp_path: Path):
+    shard = write_folder(tmp_path).shards("train")[0]
+    wrong = replace(shard, num_samples=5)
+    with pytest.raises(ValueError, match=r"train-00000.tar: 4 samples where index.json says 5"):
+        list(read_shard(tmp_path / shard.name, wrong))
+
+
+def test_failed_writer_leaves_no_shard(tmp_path: Path):
+    def records() -> Iterator[Record]:
+        yield RECORDS[0]
+        raise OSError
+
+    with pytest.raises(OSError, match="^$"):
+        write_shard(tmp_path / "x.tar", records(), compression="gzip")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_resumed_shard_is_not_made_anew(tmp_path: Path):
+    def records() -> Iterator[Record]:
+        pytest.fail("asked for a record")
+        yield RECORDS[0]
+
+    path = tmp_path / "x.tar"
+    first = resume_shard(path, iter(RECORDS), compression="none")
+    assert first == write_shard(tmp_path / "y" / "x.tar", RECORDS, compression="none")
+    assert resume_shard(path, records(), compression="none") == first
+
+
+def test_shard_that_was_moved_away_is_made_anew(tmp_path: Path):
+    """As an interrupted `latents` leaves it: the note is there, the shard is not."""
+    path = tmp_path / "x.tar"
+    first = resume_shard(path, iter(RECORDS), compression="none")
+    path.unlink()
+    assert resume_shard(path, iter(RECORDS), compression="none") == first
+    assert list(read_shard(path, first)) == RECORDS
+
+
+def test_shard_without_its_note_is_made_anew(tmp_path: Path):
+    path = tmp_path / "x.tar"
+    path.write_bytes(b"half of a shard")
+    shard = resume_shard(path, iter(RECORDS), compression="none")
+    assert list(read_shard(path, shard)) == RECORDS
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32", "int32", "uint8"])
+def test_arrays_round_trip(dtype: str):
+    array = RNG.normal(size=(3, 2, 4)).astype(dtype)
+    read = array_from_bytes(array_to_bytes(array))
+    assert read.dtype == array.dtype
+    np.testing.assert_array_equal(read, array)
+
+
+def test_pickled_arrays_are_refused():
+    buffer = io.BytesIO()
+    np.save(buffer, np.array([{}], dtype=object), allow_pickle=True)
+    with pytest.raises(ValueError, match="allow_pickle"):
+        array_from_bytes(buffer.getvalue())
+
+
+def test_index_is_readable_by_anyone(tmp_path: Path):
+    write_folder(tmp_path, "gzip")
+    content = json.loads((tmp_path / INDEX_NAME).read_text())
+    path = tmp_path / "train-00002.tar.gz"
+    assert content["facts"] == {"seed": 1}
+    assert Shard(**content["splits"]["train"][2]).num_bytes == path.stat().st_size
+    gzip.decompress(path.read_bytes())  # checks its own CRC

@@ -1,0 +1,190 @@
+"""contradiff.data.transforms against Pillow, torchvision and closed forms."""
+
+import io
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+from torch import Tensor
+from torchvision.transforms.v2 import RandomResizedCrop
+
+from contradiff.data.transforms import (
+    ASPECT_RATIOS,
+    Crop,
+    apply_crop,
+    centre_crop,
+    decode,
+    random_crop,
+    to_bytes,
+    to_pixels,
+)
+
+sides = st.integers(1, 600)
+
+
+def picture(height: int, width: int) -> Image.Image:
+    """Smooth, coloured, different everywhere."""
+    y, x = np.mgrid[0:height, 0:width]
+    planes = [127 + 90 * np.sin(x / 5 + k) * np.cos(y / 7 - k) + 0.5 * k * y for k in range(3)]
+    return Image.fromarray(np.stack(planes, axis=-1).clip(0, 255).astype(np.uint8))
+
+
+def encoded(image: Image.Image, kind: str) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, kind)
+    return buffer.getvalue()
+
+
+def tensor_of(image: Image.Image) -> Tensor:
+    return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
+
+
+def test_png_is_decoded_exactly():
+    image = picture(20, 33)
+    assert decode(encoded(image, "PNG"), name="x").equal(tensor_of(image))
+
+
+def test_jpeg_is_decoded_as_pillow_does():
+    content = encoded(picture(40, 33), "JPEG")
+    expected = tensor_of(Image.open(io.BytesIO(content)))
+    difference = decode(content, name="x").int() - expected.int()
+    assert difference.abs().max() <= 2
+
+
+@pytest.mark.parametrize(
+    ("mode", "kind", "tolerance"),
+    [("L", "PNG", 0), ("L", "JPEG", 1), ("CMYK", "JPEG", 1), ("P", "PNG", 0), ("1", "PNG", 0)],
+)
+def test_every_colour_mode_becomes_rgb(mode: str, kind: str, tolerance: int):
+    image = picture(16, 24).convert(mode)
+    expected = tensor_of(Image.open(io.BytesIO(encoded(image, kind))))
+    shown = decode(encoded(image, kind), name="x")
+    assert (shown.int() - expected.int()).abs().max() <= tolerance
+
+
+def test_sixteen_bits_become_eight():
+    values = np.arange(0, 65536, 257, dtype=np.uint16).reshape(16, 16)
+    shown = decode(encoded(Image.fromarray(values), "PNG"), name="x")
+    assert shown.dtype == torch.uint8
+    assert shown[1].flatten().tolist() == list(range(256))
+
+
+@pytest.mark.parametrize(
+    ("content", "fault"),
+    [
+        (b"", "empty file"),
+        (b"no image", "Unsupported image file"),
+        (encoded(picture(64, 64), "JPEG")[:700], "incomplete or truncated"),
+    ],
+)
+def test_unreadable_image_is_named(content: bytes, fault: str):
+    with pytest.raises(ValueError, match=rf"^n01_5: not a readable image \([^/]*{fault}"):
+        decode(content, name="n01_5")
+
+
+@given(
+    numbers=st.lists(st.integers(0, 2**31 - 1), min_size=4, max_size=4), mirrored=st.booleans()
+)
+def test_crops_round_trip(numbers: list[int], mirrored: bool):
+    crop = Crop(*numbers, mirrored)
+    assert Crop.from_array(crop.to_array()) == crop
+
+
+@given(height=sides, width=sides)
+def test_centre_crop_is_the_largest_square_in_the_middle(height: int, width: int):
+    crop = centre_crop(height, width)
+    assert crop.height == crop.width == min(height, width)
+    assert not crop.mirrored
+    for start, side in ((crop.top, height), (crop.left, width)):
+        after = side - start - crop.height
+        assert 0 <= after - start <= 1
+
+
+@given(
+    height=sides,
+    width=sides,
+    scale_min=st.floats(0.05, 1.0),
+    seed=st.integers(0, 2**32),
+)
+def test_random_crop_lies_within_the_image(height: int, width: int, scale_min: float, seed: int):
+    crop = random_crop(np.random.default_rng(seed), height, width, scale_min=scale_min)
+    assert crop.top >= 0
+    assert crop.left >= 0
+    assert crop.height >= 1
+    assert crop.width >= 1
+    assert crop.top + crop.height <= height
+    assert crop.left + crop.width <= width
+
+
+def test_random_crops_are_distributed_as_torchvisions():
+    rng = np.random.default_rng(0)
+    ours = [random_crop(rng, 300, 400, scale_min=0.2) for _ in range(2000)]
+    image = torch.empty(3, 300, 400)
+    peer = RandomResizedCrop(8, scale=(0.2, 1.0), ratio=ASPECT_RATIOS)
+    torch.manual_seed(0)
+    drawn = [peer.make_params([image]) for _ in range(2000)]
+    theirs = [Crop(p["top"], p["left"], p["height"], p["width"], mirrored=False) for p in drawn]
+
+    def moments(crops: list[Crop]) -> np.ndarray:
+        values = np.array(
+            [
+                (
+                    crop.height * crop.width / (300 * 400),
+                    math.log(crop.width / crop.height),
+                    crop.top / 300,
+                    crop.left / 400,
+                )
+                for crop in crops
+            ]
+        )
+        return np.concatenate([values.mean(axis=0), values.std(axis=0)])
+
+    # the standard error of each is below 0.006
+    np.testing.assert_allclose(moments(ours), moments(theirs), atol=0.025)
+    assert 0.45 < np.mean([crop.mirrored for crop in ours]) < 0.55
+
+
+def test_image_too_narrow_for_the_ratios_is_cropped_in_the_middle():
+    crop = random_crop(np.random.default_rng(0), 10, 500, scale_min=0.9)
+    assert (crop.top, crop.left, crop.height, crop.width) == (0, 245, 10, 10)
+
+
+@pytest.mark.parametrize("size", [8, 24, 64])
+@pytest.mark.parametrize(
+    "crop", [Crop(0, 0, 40, 40, mirrored=False), Crop(5, 9, 23, 31, mirrored=False)]
+)
+def test_crop_is_resized_as_pillow_does(crop: Crop, size: int):
+    image = picture(40, 52)
+    right, bottom = crop.left + crop.width, crop.top + crop.height
+    cut = image.crop((crop.left, crop.top, right, bottom))
+    expected = tensor_of(cut.resize((size, size), Image.Resampling.BICUBIC))
+    shown = apply_crop(tensor_of(image), crop, size=size)
+    assert (shown.int() - expected.int()).abs().max() <= 1
+
+
+def test_crop_of_the_right_size_is_a_plain_cut():
+    image = tensor_of(picture(40, 52))
+    shown = apply_crop(image, Crop(3, 4, 16, 16, mirrored=False), size=16)
+    assert shown.equal(image[:, 3:19, 4:20])
+
+
+def test_mirrored_crop_is_the_crop_mirrored():
+    image = tensor_of(picture(40, 52))
+    plain = apply_crop(image, Crop(5, 9, 23, 31, mirrored=False), size=16)
+    assert apply_crop(image, Crop(5, 9, 23, 31, mirrored=True), size=16).equal(plain.flip(2))
+
+
+def test_bytes_survive_as_pixels():
+    images = torch.arange(256, dtype=torch.uint8).repeat(3).view(1, 3, 16, 16)
+    pixels = to_pixels(images)
+    assert (pixels.min(), pixels.max()) == (-1, 1)
+    assert to_bytes(pixels).equal(images)
+
+
+def test_pixels_beyond_the_range_are_cut_off():
+    pixels = torch.tensor([-3.0, -1.0, 0.0, 1.0, 7.0]).expand(1, 3, 1, 5)
+    assert to_bytes(pixels)[0, 0, 0].tolist() == [0, 0, 128, 255, 255]

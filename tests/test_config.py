@@ -1,0 +1,179 @@
+"""contradiff.config: what a mistaken parameter file is told."""
+
+from pathlib import Path
+from typing import Any, Literal
+
+import pytest
+from pydantic import Field, model_validator
+
+from contradiff.config import Section, parse, parse_exactly, read_params
+
+
+class Loss(Section):
+    weight: float = Field(alias="lambda", ge=0)
+    kind: Literal["ntxent", "infonce"]
+    levels: list[int]
+
+
+class Train(Section):
+    lr: float = Field(gt=0)
+    epochs: int = Field(ge=1)
+    warmup_epochs: int = Field(ge=0)
+
+    @model_validator(mode="after")
+    def _warmup_ends(self) -> "Train":
+        if self.warmup_epochs >= self.epochs:
+            msg = "train.warmup_epochs must be less than train.epochs"
+            raise ValueError(msg)
+        return self
+
+
+class Params(Section):
+    seed: int
+    loss: Loss
+    train: Train
+
+
+VALID: dict[str, Any] = {
+    "seed": 0,
+    "loss": {"lambda": 0.1, "kind": "ntxent", "levels": [3, 2, 1]},
+    "train": {"lr": 0.1, "epochs": 2, "warmup_epochs": 1},
+}
+
+
+def changed(section: str, **values: object) -> dict[str, Any]:
+    return VALID | {section: VALID[section] | values}
+
+
+def complaint(content: dict[str, Any]) -> str:
+    with pytest.raises(ValueError, match="params.yaml") as caught:
+        parse(Params, content, source="params.yaml")
+    return str(caught.value)
+
+
+def test_valid_values_come_through():
+    params = parse(Params, VALID, source="params.yaml")
+    assert params.loss.weight == 0.1
+    assert params.model_dump(by_alias=True) == VALID
+
+
+def test_lambda_is_known_by_its_name_in_the_file():
+    message = complaint(changed("loss", **{"lambda": -1.0}))
+    assert message.startswith("params.yaml: loss.lambda: ")
+    assert message.endswith("(got -1.0)")
+
+
+def test_unknown_key_is_named():
+    assert "params.yaml: train.epocs: unknown key" in complaint(changed("train", epocs=3))
+
+
+def test_missing_key_is_named():
+    content = VALID | {"loss": {"lambda": 0.1, "levels": []}}
+    assert complaint(content).startswith("params.yaml: loss.kind: missing")
+
+
+def test_missing_section_is_named():
+    content = {name: value for name, value in VALID.items() if name != "train"}
+    assert complaint(content).startswith("params.yaml: train: missing")
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("lr", True),
+        ("lr", "0.1"),
+        ("lr", "1e-05"),
+        ("lr", float("nan")),
+        ("lr", float("inf")),
+        ("lr", None),
+        ("epochs", 2.0),
+        ("epochs", "2"),
+        ("epochs", True),
+        ("epochs", 0),
+    ],
+)
+def test_wrong_value_is_named_and_shown(key: str, value: object):
+    message = complaint(changed("train", **{key: value}))
+    assert message.startswith(f"params.yaml: train.{key}: ")
+    assert message.endswith(f"(got {value!r})")
+    assert message.count("\n") == 0
+
+
+def test_items_of_lists_are_numbered():
+    assert "params.yaml: loss.levels.1: " in complaint(changed("loss", levels=[3, "2", 1]))
+
+
+def test_every_fault_has_its_line():
+    content = changed("loss", kind="l2", **{"lambda": "0.1"}) | {"seed": "0"}
+    lines = complaint(content).splitlines()
+    assert [line.split(": ")[1] for line in lines] == ["seed", "loss.lambda", "loss.kind"]
+
+
+def test_contradiction_names_both_keys():
+    message = complaint(changed("train", warmup_epochs=2))
+    expected = "params.yaml: train: train.warmup_epochs must be less than train.epochs"
+    assert message == expected
+
+
+def test_whole_number_is_a_float():
+    weight = parse(Params, changed("loss", **{"lambda": 0}), source="").loss.weight
+    assert (weight, type(weight)) == (0.0, float)
+
+
+def test_sections_of_other_stages_are_no_fault_of_this_one():
+    parse(Params, VALID | {"other": {"x": 1}}, source="params.yaml")
+    with pytest.raises(ValueError, match=r"params.yaml: other: unknown key"):
+        parse_exactly(Params, VALID | {"other": {"x": 1}}, source="params.yaml")
+
+
+def test_sections_do_not_change():
+    params = parse(Params, VALID, source="params.yaml")
+    with pytest.raises(ValueError, match="frozen"):
+        params.seed = 1
+
+
+def written(folder: Path, text: str) -> Path:
+    path = folder / "params.yaml"
+    path.write_text(text)
+    return path
+
+
+@pytest.mark.parametrize("number", ["1e-05", "1.0e-05", "0.00001", "1E-5"])
+def test_exponents_as_dvc_writes_them_are_floats(tmp_path: Path, number: str):
+    assert read_params(written(tmp_path, f"lr: {number}\n")) == {"lr": 1e-05}
+
+
+def test_words_are_words(tmp_path: Path):
+    assert read_params(written(tmp_path, "a: no\nb: on\nc: 010\n")) == {"a": "no", "b": "on", "c": 10}
+
+
+def test_what_dvc_sets_is_read_as_it_was_meant(tmp_path: Path):
+    """`dvc exp run -S train.lr=0.00001` rewrites the file by DVC's own serializer."""
+    from dvc.utils.serialize import modify_yaml
+
+    path = written(tmp_path, "train: {lr: 0.1}\n")
+    with modify_yaml(str(path)) as content:
+        content["train"]["lr"] = 0.00001
+    assert "e" in path.read_text().split(":")[-1]
+    assert read_params(path) == {"train": {"lr": 1e-05}}
+
+
+@pytest.mark.parametrize(
+    ("text", "fault"),
+    [
+        ("a: 1\na: 2\n", "duplicate key"),
+        ("a: [1\n", "not valid YAML"),
+        ("- a\n", "expected a mapping of sections, found list"),
+        ("", "expected a mapping of sections, found NoneType"),
+    ],
+)
+def test_unreadable_file_is_named(tmp_path: Path, text: str, fault: str):
+    path = written(tmp_path, text)
+    with pytest.raises(ValueError, match=fault) as caught:
+        read_params(path)
+    assert str(caught.value).startswith(f"{path}: ")
+
+
+def test_missing_file_is_named(tmp_path: Path):
+    with pytest.raises(ValueError, match=r"params.yaml: no such file"):
+        read_params(tmp_path / "params.yaml")
