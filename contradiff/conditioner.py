@@ -22,9 +22,9 @@ class ConditionerParams(Section):
     drop: float = Field(
         ge=0, lt=1, description="chance that a condition is Gaussian pixels (App. A)"
     )
-    cond_view: Literal["same", "crop", "null"] = Field(
+    cond_view: Literal["same", "crop", "noise"] = Field(
         description="same: one clean image for both views (paper) | crop: an independent crop for "
-        "each | null: as same, but the second view is unconditioned"
+        "each | noise: as same, but the second view has the null condition"
     )
 
     @model_validator(mode="after")

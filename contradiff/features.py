@@ -43,7 +43,7 @@ class FeaturesParams(Section):
     timesteps: list[int] = Field(
         min_length=NUM_LEVELS, max_length=NUM_LEVELS, description="the fixed evaluation triple"
     )
-    condition: Literal["image", "null"] = Field(description="what the conditioner sees")
+    condition: Literal["image", "noise"] = Field(description="what the conditioner sees")
     pool: Literal["attention", "mean"] = Field(
         description="attention: h of Eq. 4 | mean: the maps averaged over space (SD Features)"
     )

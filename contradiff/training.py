@@ -225,7 +225,7 @@ class _BatchDrawer:
         )
         dropped = torch.rand(NUM_VIEWS, num_images, generator=generator, device=self.device)
         dropped = dropped < self.recipe.conditioner.drop
-        if self.recipe.conditioner.cond_view == "null":
+        if self.recipe.conditioner.cond_view == "noise":
             dropped[1] = True
         return TrainingBatch(
             latents=latents.unflatten(0, (NUM_VIEWS, num_images)),

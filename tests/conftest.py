@@ -130,3 +130,50 @@ def build_tiny(tiny_base: Path, tiny_params: dict[str, Any]) -> Callable[..., Co
         return model.eval()
 
     return build
+
+
+@pytest.fixture(scope="session")
+def tiny_data(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folders `images` and `latents` of shards: 24 train images (3 views), 8 val (1 view).
+
+    Six a shard. The images are coloured waves of 40 x 36 pixels in three classes; `latents` are the
+    moments of their 32-pixel crops by `tiny_base`.
+    """
+    import torch
+
+    from contradiff.backbone import load_vae
+    from contradiff.data.png import encode_png
+    from contradiff.data.shards import Sample, ShardIndex, image_record, write_split
+    from contradiff.latents import LatentsParams, encode_samples, latent_facts
+
+    folder = tmp_path_factory.mktemp("tiny_data")
+    vae = load_vae(tiny_base)
+    params = LatentsParams(views=3, crop_scale_min=0.4, colour_jitter=0.0, batch_size=24)
+    generator = torch.Generator().manual_seed(0)
+    y, x = torch.meshgrid(torch.arange(40), torch.arange(36), indexing="ij")
+    images, latents = {}, {}
+    for split, number, views in (("train", 24, 3), ("val", 8, 1)):
+        samples = []
+        for index in range(number):
+            angle, phase = torch.rand(2, 3, 1, 1, generator=generator) * 6
+            wave = torch.sin((x * angle.cos() + y * angle.sin()) / (2 + index % 3) + phase)
+            content = encode_png((wave * 127 + 128).to(torch.uint8))
+            samples.append(Sample(f"{split}-{index:03d}", content, index % 3))
+        stored = encode_samples(
+            vae,
+            iter(samples),
+            params=params,
+            views=views,
+            image_size=32,
+            seed=0,
+            device=torch.device("cpu"),
+        )
+        size = {"samples_per_shard": 6, "compression": "none"}
+        records = [image_record(sample, extension="png") for sample in samples]
+        images[split] = write_split(folder / "images", split, records, **size)
+        records = [item.to_record() for item in stored]
+        latents[split] = write_split(folder / "latents", split, records, **size)
+    ShardIndex(images, {"class_ids": ["a", "b", "c"]}).write(folder / "images")
+    facts = latent_facts(vae, params=params, image_size=32)
+    ShardIndex(latents, facts).write(folder / "latents")
+    return folder

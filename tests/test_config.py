@@ -46,7 +46,7 @@ def changed(section: str, **values: object) -> dict[str, Any]:
 
 
 def complaint(content: dict[str, Any]) -> str:
-    with pytest.raises(ValueError, match="params.yaml") as caught:
+    with pytest.raises(ValueError, match=r"params\.yaml") as caught:
         parse(Params, content, source="params.yaml")
     return str(caught.value)
 
@@ -144,7 +144,11 @@ def test_exponents_as_dvc_writes_them_are_floats(tmp_path: Path, number: str):
 
 
 def test_words_are_words(tmp_path: Path):
-    assert read_params(written(tmp_path, "a: no\nb: on\nc: 010\n")) == {"a": "no", "b": "on", "c": 10}
+    assert read_params(written(tmp_path, "a: no\nb: on\nc: 010\n")) == {
+        "a": "no",
+        "b": "on",
+        "c": 10,
+    }
 
 
 def test_what_dvc_sets_is_read_as_it_was_meant(tmp_path: Path):

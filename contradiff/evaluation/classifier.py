@@ -24,24 +24,28 @@ WEIGHT_DECAY = 0.05
 
 
 class _ResidualBlock(nn.Module):
-    """Pre-activation residual block: two 3x3 convolutions, the first with the stride."""
+    """Pre-activation residual block: two 3x3 convolutions, the first with the stride (1 or 2)."""
 
     def __init__(self, channels_in: int, channels_out: int, *, stride: int) -> None:
         super().__init__()
+        self.stride = stride
         self.norm1 = nn.BatchNorm2d(channels_in)
         self.conv1 = nn.Conv2d(channels_in, channels_out, 3, stride=stride, padding=1, bias=False)
         self.norm2 = nn.BatchNorm2d(channels_out)
         self.conv2 = nn.Conv2d(channels_out, channels_out, 3, padding=1, bias=False)
+        # Pool, then mix channels (ResNet-D). The usual 1x1 convolution with stride 2 corrupts the
+        # heap in its backward on CPUs, with channels_last and fewer than 8 or 16 channels
+        # (uxlfoundation/oneDNN#6035; seen here with torch 2.15).
         self.shortcut = (
-            nn.Identity()
-            if stride == 1 and channels_in == channels_out
-            else nn.Conv2d(channels_in, channels_out, 1, stride=stride, bias=False)
+            nn.Identity() if stride == 1 else nn.Conv2d(channels_in, channels_out, 1, bias=False)
         )
 
     def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b d h2 w2"]:
         hidden = F.relu(self.norm1(x))
         residual = self.conv2(F.relu(self.norm2(self.conv1(hidden))))
-        return self.shortcut(x if isinstance(self.shortcut, nn.Identity) else hidden) + residual
+        if self.stride == 1:
+            return x + residual
+        return self.shortcut(F.avg_pool2d(hidden, 2, ceil_mode=True)) + residual
 
 
 class ResidualClassifier(nn.Module):

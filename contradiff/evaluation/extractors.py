@@ -148,9 +148,9 @@ class InceptionExtractor(Extractor):
     """Inception as in StyleGAN2-ADA and clean-fid: TorchScript made from the network of 2015.
 
     Images are resized as clean-fid's mode `clean` does, by antialiased bicubic interpolation in
-    float without rounding, but in batches: torch's result differs from PIL's by less than 1e-3 of
-    255 levels. The logits leave out the last layer's bias, as the first implementation of the
-    inception score did and all published scores do.
+    float without rounding, but in batches: torch's result differs from PIL's by less than 0.01 of
+    255 grey levels. The logits leave out the last layer's bias, as the first implementation of the
+    inception score does, and StyleGAN2-ADA after it.
     """
 
     def __init__(self, script: Any, card: ExtractorCard, *, device: torch.device) -> None:

@@ -82,7 +82,7 @@ def test_real_images_are_never_replaced(tmp_path: Path):
     photo = tmp_path / "train" / "cat" / "1.jpg"
     photo.parent.mkdir(parents=True)
     photo.write_text("precious")
-    with pytest.raises(ValueError, match="data.root"):
+    with pytest.raises(ValueError, match=r"data\.root"):
         ensure_images(tmp_path, toy_params(), seed=0)
     assert photo.read_text() == "precious"
 

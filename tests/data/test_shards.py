@@ -191,7 +191,7 @@ def test_failed_writer_leaves_no_shard(tmp_path: Path):
         yield RECORDS[0]
         raise OSError
 
-    with pytest.raises(OSError, match="^$"):
+    with pytest.raises(OSError, match=r"^$"):
         write_shard(tmp_path / "x.tar", records(), compression="gzip")
     assert list(tmp_path.iterdir()) == []
 

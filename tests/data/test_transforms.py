@@ -18,6 +18,7 @@ from contradiff.data.transforms import (
     apply_crop,
     centre_crop,
     decode,
+    jitter_colours,
     random_crop,
     to_bytes,
     to_pixels,
@@ -86,9 +87,7 @@ def test_unreadable_image_is_named(content: bytes, fault: str):
         decode(content, name="n01_5")
 
 
-@given(
-    numbers=st.lists(st.integers(0, 2**31 - 1), min_size=4, max_size=4), mirrored=st.booleans()
-)
+@given(numbers=st.lists(st.integers(0, 2**31 - 1), min_size=4, max_size=4), mirrored=st.booleans())
 def test_crops_round_trip(numbers: list[int], mirrored: bool):
     crop = Crop(*numbers, mirrored)
     assert Crop.from_array(crop.to_array()) == crop
@@ -176,6 +175,42 @@ def test_mirrored_crop_is_the_crop_mirrored():
     image = tensor_of(picture(40, 52))
     plain = apply_crop(image, Crop(5, 9, 23, 31, mirrored=False), size=16)
     assert apply_crop(image, Crop(5, 9, 23, 31, mirrored=True), size=16).equal(plain.flip(2))
+
+
+def test_colours_are_left_alone_at_strength_zero():
+    image = tensor_of(picture(12, 12))
+    assert jitter_colours(image, np.random.default_rng(0), strength=0.0).equal(image)
+
+
+@pytest.mark.parametrize("strength", [0.1, 0.5, 1.0])
+def test_colours_are_distorted_as_the_generator_says(strength: float):
+    image = tensor_of(picture(12, 12))
+    first, again, other = (
+        jitter_colours(image, np.random.default_rng(seed), strength=strength) for seed in (0, 0, 1)
+    )
+    assert (first.shape, first.dtype) == (image.shape, torch.uint8)
+    assert first.equal(again)
+    assert not first.equal(image)
+    assert not first.equal(other)
+
+
+def test_colours_of_one_in_five_are_taken_away():
+    image = tensor_of(picture(6, 6))
+    rng = np.random.default_rng(0)
+    distorted = [jitter_colours(image, rng, strength=0.5) for _ in range(500)]
+    num_grey = sum(shown[0].equal(shown[1]) and shown[0].equal(shown[2]) for shown in distorted)
+    assert 70 < num_grey < 130  # 100 on average, with a deviation of 9
+
+
+def test_grey_pixels_change_in_brightness_alone():
+    """Contrast, saturation and hue leave a uniform grey as it is: factors are within 1 ± 0.8 s."""
+    image = torch.full((3, 4, 4), 100, dtype=torch.uint8)
+    rng = np.random.default_rng(0)
+    values = torch.stack([jitter_colours(image, rng, strength=0.5) for _ in range(300)]).float()
+    assert values.flatten(1).std(dim=1).max() <= 1
+    # two more for rounding at every step
+    assert 58 <= values.min() < 65
+    assert 135 < values.max() <= 142
 
 
 def test_bytes_survive_as_pixels():

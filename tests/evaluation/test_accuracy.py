@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import binomtest
 from sklearn.metrics import top_k_accuracy_score
@@ -39,6 +39,7 @@ def test_topk_refuses_what_has_no_order():
             topk_correct(torch.zeros(2, 2), labels, k)
 
 
+@settings(max_examples=30)
 @given(st.integers(1, 3000).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n))))
 def test_wilson_equals_scipy(counts: tuple[int, int]):
     correct, total = counts

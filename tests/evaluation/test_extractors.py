@@ -42,8 +42,8 @@ class StandIn(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.layers = nn.Sequential(nn.Conv2d(3, 6, 8, stride=32), nn.ReLU(), nn.AvgPool2d(10))
-        self.output = nn.Linear(6, 4)
+        self.layers = nn.Sequential(nn.Conv2d(3, 2048, 4, stride=32), nn.ReLU(), nn.AvgPool2d(10))
+        self.output = nn.Linear(2048, 4)
 
     def forward(
         self,
@@ -52,7 +52,7 @@ class StandIn(nn.Module):
         use_fp16: bool = False,  # noqa: ARG002
         no_output_bias: bool = False,
     ) -> Tensor:
-        features = self.layers((img.to(torch.float32) - 128) / 128).reshape(-1, 6)
+        features = self.layers((img.to(torch.float32) - 128) / 128).reshape(-1, 2048)
         if return_features:
             return features
         bias = torch.zeros_like(self.output.bias) if no_output_bias else self.output.bias
@@ -152,12 +152,14 @@ def test_load_refuses_wrong_files(tmp_path: Path, classifier: ResidualClassifier
 def test_inception_equals_the_scripts_own_outputs(tmp_path: Path, script: Path):
     """At 299 pixels the script does not resize either, so it says what it should say."""
     card = save_inception(tmp_path / "extractor", script, sha256=sha256_of(script))
-    assert (card.num_features, card.num_classes, card.val_accuracy) == (6, 4, None)
+    assert (card.num_features, card.num_classes, card.val_accuracy) == (2048, 4, None)
     extractor = load_extractor(tmp_path / "extractor", device=CPU)
     assert extractor.resizer == "clean"
     images = pictures(3, height=299, width=299)
     features, logits = extractor(images)
-    module = torch.jit.load(script)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        module = torch.jit.load(script)
     with torch.no_grad():
         expected_features = module(images, return_features=True)
         expected = module(images, no_output_bias=True)
@@ -173,7 +175,10 @@ def test_inception_equals_clean_fid(tmp_path: Path, script: Path):
     save_inception(tmp_path / "extractor", script, sha256=sha256_of(script))
     images = pictures(3, height=64, width=48)
     features, _ = load_extractor(tmp_path / "extractor", device=CPU)(images)
-    peer, resize = InceptionV3W(str(tmp_path), download=False), build_resizer("clean")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        peer = InceptionV3W(str(tmp_path), download=False)
+    resize = build_resizer("clean")
     for image, ours in zip(images, features, strict=True):
         resized = resize(image.permute(1, 2, 0).numpy())
         with torch.no_grad():
@@ -188,7 +193,7 @@ def test_resize_equals_clean_fids(height: int, width: int):
     image = pictures(1, height=height, width=width)
     expected = build_resizer("clean")(image[0].permute(1, 2, 0).numpy())
     ours = resize_clean(image, side=299)[0].permute(1, 2, 0).numpy()
-    assert np.abs(ours - expected).max() < 1e-3
+    assert np.abs(ours - expected).max() < 0.01  # of 255 grey levels, on noise: the worst case
 
 
 def test_inception_refuses_missing_and_other_files(tmp_path: Path, script: Path):

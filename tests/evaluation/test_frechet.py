@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 from scipy import linalg
@@ -45,6 +45,7 @@ def pytorch_fid(mu1, sigma1, mu2, sigma2) -> float:
 # --- Statistics ---------------------------------------------------------------------------------
 
 
+@settings(max_examples=30)
 @given(st.lists(st.integers(1, 30), min_size=1, max_size=6), st.integers(0, 1000))
 def test_streaming_equals_numpy(sizes: list[int], seed: int):
     features = correlated(sum(sizes) + 1, 5, seed=seed, shift=100.0)
@@ -167,6 +168,7 @@ def test_singular_covariances():
     assert gaussian_frechet_distance(zero, nothing, zero, nothing) == 0.0
 
 
+@settings(max_examples=30)
 @given(st.integers(0, 1000))
 def test_of_itself_it_is_zero_and_otherwise_positive(seed: int):
     a = statistics_of(correlated(50, 6, seed=seed))

@@ -1,0 +1,178 @@
+"""contradiff.extraction: features are those of the image, whatever else is in its batch."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from contradiff.backbone import load_vae
+from contradiff.data.shards import image_of, read_images, read_split
+from contradiff.data.transforms import apply_crop, centre_crop, decode, to_pixels
+from contradiff.extraction import (
+    CleanBatch,
+    FeatureSet,
+    encoded_batches,
+    extract,
+    maps_of,
+    stored_batches,
+)
+from contradiff.features import FeaturesParams
+from contradiff.latents import StoredLatents
+from contradiff.model import ContraDiff
+
+CPU = torch.device("cpu")
+Build = Callable[..., ContraDiff]
+
+
+@pytest.fixture
+def model(build_tiny: Build) -> ContraDiff:
+    return build_tiny()
+
+
+def params_of(**changes: Any) -> FeaturesParams:
+    settings = {
+        "timesteps": [401, 201, 101],
+        "condition": "image",
+        "pool": "attention",
+        "batch_size": 8,
+    }
+    return FeaturesParams.model_validate(settings | changes)
+
+
+def batches_of(tiny_data: Path, *, split: str = "train", batch_size: int = 8) -> list[CleanBatch]:
+    folders = tiny_data / "images", tiny_data / "latents"
+    return list(stored_batches(*folders, split=split, batch_size=batch_size))
+
+
+def features_of(
+    model: ContraDiff, batches: list[CleanBatch], *, pool: Any = "attention", **changes: Any
+) -> FeatureSet:
+    told: list[int] = []
+    features = extract(
+        model,
+        batches,
+        params=params_of(**changes),
+        pool=pool,
+        seed=0,
+        device=CPU,
+        on_progress=told.append,
+    )
+    assert told == [len(batch.keys) for batch in batches]
+    return features
+
+
+def test_stored_batches_are_the_split_in_order(tiny_data: Path):
+    batches = batches_of(tiny_data, batch_size=10)
+    assert [len(batch.keys) for batch in batches] == [10, 10, 4]
+    assert [batch.first_index for batch in batches] == [0, 10, 20]
+    images = list(read_images(tiny_data / "images", "train"))
+    assert [key for batch in batches for key in batch.keys] == [image.key for image in images]
+    labels = torch.cat([batch.labels for batch in batches])
+    assert labels.tolist() == [image.label for image in images]
+
+
+def test_stored_batches_show_the_centre_crop(tiny_data: Path):
+    (batch,) = batches_of(tiny_data, split="val")
+    records = zip(
+        read_split(tiny_data / "images", "val"),
+        read_split(tiny_data / "latents", "val"),
+        strict=True,
+    )
+    for index, (image, latent) in enumerate(records):
+        sample, stored = image_of(image), StoredLatents.of_record(latent)
+        shown = apply_crop(decode(sample.image, name=""), centre_crop(40, 36), size=32)
+        assert batch.pixels[index].equal(to_pixels(shown[None])[0])
+        mean = torch.from_numpy(stored.moments[0, :4]).float()
+        assert batch.latents[index].equal(0.5 * mean)  # tiny_base's scaling factor
+
+
+@pytest.mark.parametrize("condition", ["image", "noise"])
+@pytest.mark.parametrize("batch_size", [1, 7, 24])
+def test_batch_size_changes_nothing(
+    model: ContraDiff, tiny_data: Path, condition: str, batch_size: int
+):
+    expected = features_of(model, batches_of(tiny_data), condition=condition)
+    batches = batches_of(tiny_data, batch_size=batch_size)
+    shown = features_of(model, batches, condition=condition)
+    assert (shown.keys, shown.labels.tolist()) == (expected.keys, expected.labels.tolist())
+    assert expected.features.std(dim=0).min() > 1e-2
+    torch.testing.assert_close(shown.features, expected.features, atol=1e-4, rtol=1e-4)
+
+
+def test_order_of_the_triple_changes_nothing(model: ContraDiff, tiny_data: Path):
+    """The noisiest level is the query, wherever it stands in the parameters."""
+    batches = batches_of(tiny_data, split="val")
+    first = features_of(model, batches, timesteps=[401, 201, 101]).features
+    assert features_of(model, batches, timesteps=[101, 401, 201]).features.equal(first)
+    other = features_of(model, batches, timesteps=[402, 201, 101]).features
+    assert (other - first).abs().max() > 1e-6
+
+
+def test_condition_is_used(model: ContraDiff, tiny_data: Path):
+    batches = batches_of(tiny_data, split="val")
+    with_image = features_of(model, batches, condition="image").features
+    with_noise = features_of(model, batches, condition="noise").features
+    assert (with_image - with_noise).abs().max() > 1e-4
+
+
+def test_every_image_has_noise_of_its_own(model: ContraDiff, tiny_data: Path):
+    (batch,) = batches_of(tiny_data, split="val")
+    twins = CleanBatch(
+        0,
+        batch.latents[:1].repeat(2, 1, 1, 1),
+        batch.pixels[:1].repeat(2, 1, 1, 1),
+        batch.labels[:2],
+        batch.keys[:2],
+    )
+    first, second = features_of(model, [twins]).features
+    assert (first - second).abs().max() > 1e-4
+
+
+def test_pooling(model: ContraDiff, tiny_data: Path):
+    batches = batches_of(tiny_data, split="val", batch_size=5)
+    maps = features_of(model, batches, pool="none").features
+    assert maps.shape == (8, 3, 32, 2, 2)
+    mean = features_of(model, batches, pool="mean").features
+    torch.testing.assert_close(mean, maps.mean(dim=(3, 4)).reshape(8, 3 * 32))
+    with torch.no_grad():
+        expected = model.attention(maps)
+    attended = features_of(model, batches, pool="attention").features
+    torch.testing.assert_close(attended, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_timestep_beyond_the_base_is_named(model: ContraDiff, tiny_data: Path):
+    (batch,) = batches_of(tiny_data, split="val")
+    with pytest.raises(ValueError, match=r"^features\.timesteps: .* last timestep, 999$"):
+        maps_of(model, batch, params=params_of(timesteps=[1000, 2, 1]), seed=0, device=CPU)
+    maps_of(model, batch, params=params_of(timesteps=[999, 1, 0]), seed=0, device=CPU)
+
+
+@pytest.mark.parametrize("batch_size", [3, 8])
+def test_images_in_memory_are_encoded_as_stored_ones(
+    tiny_base: Path, tiny_data: Path, batch_size: int
+):
+    (stored,) = batches_of(tiny_data, split="val")
+    images = torch.stack(
+        [
+            decode(image.image, name="")[:, 2:38]  # the centre crop
+            for image in read_images(tiny_data / "images", "val")
+        ]
+    )
+    batches = list(
+        encoded_batches(
+            load_vae(tiny_base),
+            images,
+            stored.labels,
+            image_size=32,
+            batch_size=batch_size,
+            device=CPU,
+        )
+    )
+    assert [batch.first_index for batch in batches] == list(range(0, 8, batch_size))
+    assert [key for batch in batches for key in batch.keys] == [str(index) for index in range(8)]
+    assert torch.cat([batch.labels for batch in batches]).equal(stored.labels)
+    assert torch.cat([batch.pixels for batch in batches]).equal(stored.pixels)
+    latents = torch.cat([batch.latents for batch in batches])
+    torch.testing.assert_close(latents, stored.latents, atol=2e-3, rtol=2e-3)

@@ -1,0 +1,264 @@
+"""contradiff.loading: every image in its turn, whoever reads it and wherever one starts."""
+
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from contradiff import loading
+from contradiff.data.shards import ShardIndex, read_images, read_split, write_split
+from contradiff.data.transforms import apply_crop, decode, to_pixels
+from contradiff.latents import StoredLatents
+from contradiff.loading import PairedShards, TrainingStream, ViewChoice, training_batches
+
+NUM_IMAGES = 24
+
+
+@pytest.fixture
+def pairs(tiny_data: Path) -> PairedShards:
+    return PairedShards.open(tiny_data / "images", tiny_data / "latents", split="train")
+
+
+def stream_of(pairs: PairedShards, **changes: Any) -> TrainingStream:
+    settings: dict[str, Any] = {
+        "choice": ViewChoice("two", "crop"),
+        "batch_size": 4,
+        "start_step": 0,
+        "seed": 0,
+        "rank": 0,
+        "world_size": 1,
+    }
+    return TrainingStream(pairs, **(settings | changes))
+
+
+def batches_of(
+    pairs: PairedShards, number: int, *, num_workers: int = 0, **changes: Any
+) -> list[dict[str, Tensor]]:
+    stream = stream_of(pairs, **changes)
+    return [
+        dict(item) for item in islice(training_batches(stream, num_workers=num_workers), number)
+    ]
+
+
+@pytest.fixture(scope="module")
+def views(tiny_data: Path) -> dict[bytes, tuple[str, int]]:
+    """Which image's which view some moments are."""
+    stored = map(StoredLatents.of_record, read_split(tiny_data / "latents", "train"))
+    found = {
+        moments.tobytes(): (item.key, view)
+        for item in stored
+        for view, moments in enumerate(item.moments)
+    }
+    assert len(found) == 3 * NUM_IMAGES
+    return found
+
+
+Views = dict[bytes, tuple[str, int]]
+
+
+def shown(batch: dict[str, Tensor], views: Views) -> list[tuple[tuple[str, int], tuple[str, int]]]:
+    """Image and view of each pair of moments."""
+    first, second = batch["moments"].numpy()
+    return [(views[a.tobytes()], views[b.tobytes()]) for a, b in zip(first, second, strict=True)]
+
+
+def keys(batches: list[dict[str, Tensor]], views: Views) -> list[str]:
+    return [first[0] for batch in batches for first, _ in shown(batch, views)]
+
+
+def test_batches_have_two_views_and_two_conditions(pairs: PairedShards):
+    (batch,) = batches_of(pairs, 1)
+    assert batch["moments"].shape == (2, 4, 8, 8, 8)
+    assert batch["moments"].dtype == torch.float16
+    assert batch["conditions"].shape == (2, 4, 3, 32, 32)
+    assert batch["conditions"].abs().max() <= 1
+
+
+def test_an_epoch_sees_every_image_once(pairs: PairedShards, views: Views):
+    seen = keys(batches_of(pairs, 18), views)
+    epochs = [seen[start : start + NUM_IMAGES] for start in (0, NUM_IMAGES, 2 * NUM_IMAGES)]
+    assert all(len(set(epoch)) == NUM_IMAGES for epoch in epochs)
+    assert epochs[0] != epochs[1] != epochs[2]
+
+
+def test_batches_may_straddle_epochs(pairs: PairedShards, views: Views):
+    seen = keys(batches_of(pairs, 10, batch_size=5), views)
+    assert seen[:48] == keys(batches_of(pairs, 12), views)
+
+
+def test_small_buffer_loses_nothing(
+    pairs: PairedShards, views: Views, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(loading, "SHUFFLE_BUFFER", 3)
+    seen = keys(batches_of(pairs, 12), views)
+    assert len(set(seen[:24])) == len(set(seen[24:])) == NUM_IMAGES
+
+
+def test_order_depends_on_the_seed(pairs: PairedShards, views: Views):
+    first, again, other = (keys(batches_of(pairs, 6, seed=seed), views) for seed in (0, 0, 1))
+    assert first == again != other
+
+
+def assert_same(batches: list[dict[str, Tensor]], expected: list[dict[str, Tensor]]) -> None:
+    assert len(batches) == len(expected)
+    for batch, other in zip(batches, expected, strict=True):
+        assert batch.keys() == other.keys()
+        assert all(batch[name].equal(other[name]) for name in batch)
+
+
+@pytest.mark.parametrize("start_step", [1, 5, 6, 7, 13])
+@pytest.mark.parametrize("batch_size", [4, 7])
+def test_stream_goes_on_where_it_was_left(pairs: PairedShards, start_step: int, batch_size: int):
+    whole = batches_of(pairs, 16, batch_size=batch_size)
+    rest = batches_of(pairs, 16 - start_step, batch_size=batch_size, start_step=start_step)
+    assert_same(rest, whole[start_step:])
+
+
+@pytest.mark.parametrize("start_step", [1, 4, 9])
+def test_stream_of_two_workers_goes_on_where_it_was_left(pairs: PairedShards, start_step: int):
+    whole = batches_of(pairs, 12, num_workers=2, batch_size=5)
+    rest = batches_of(pairs, 12 - start_step, num_workers=2, batch_size=5, start_step=start_step)
+    assert_same(rest, whole[start_step:])
+
+
+def test_start_in_mid_run_reads_no_earlier_epoch(
+    pairs: PairedShards, monkeypatch: pytest.MonkeyPatch
+):
+    read: list[int] = []
+    real = PairedShards.read
+
+    def counting(self: PairedShards, number: int) -> Iterator[Any]:
+        read.append(number)
+        return real(self, number)
+
+    monkeypatch.setattr(PairedShards, "read", counting)
+    batches_of(pairs, 1, start_step=6 * 1000 + 5)
+    assert sorted(read) == [0, 1, 2, 3]
+
+
+def test_workers_share_an_epochs_images(pairs: PairedShards, views: Views):
+    seen = keys(batches_of(pairs, 6, num_workers=2), views)
+    assert len(set(seen)) == NUM_IMAGES
+
+
+def test_ranks_share_no_shard(pairs: PairedShards, views: Views, tiny_data: Path):
+    shard_of = {
+        image.key: number // 6
+        for number, image in enumerate(read_images(tiny_data / "images", "train"))
+    }
+    seen = [keys(batches_of(pairs, 3, rank=rank, world_size=2), views) for rank in (0, 1)]
+    shards = [{shard_of[key] for key in of_rank} for of_rank in seen]
+    assert [len(of_rank) for of_rank in shards] == [2, 2]
+    assert shards[0] | shards[1] == {0, 1, 2, 3}
+    assert len(set(seen[0] + seen[1])) == NUM_IMAGES
+
+
+def test_views_depend_on_the_image_not_on_who_reads_it(pairs: PairedShards, views: Views):
+    def by_key(batches: list[dict[str, Tensor]]) -> dict[str, bytes]:
+        return {
+            key: batch["conditions"][:, index].numpy().tobytes() + bytes([view_1, view_2])
+            for batch in batches
+            for index, ((key, view_1), (_, view_2)) in enumerate(shown(batch, views))
+        }
+
+    alone = by_key(batches_of(pairs, 6))
+    ranks = [by_key(batches_of(pairs, 3, rank=rank, world_size=2)) for rank in (0, 1)]
+    assert alone == ranks[0] | ranks[1]
+
+
+@pytest.mark.parametrize("cond_view", ["same", "crop", "noise"])
+def test_two_latent_views_are_two_views_of_one_image(
+    pairs: PairedShards, views: Views, cond_view: str
+):
+    pairs_of_views = [
+        item
+        for batch in batches_of(pairs, 18, choice=ViewChoice("two", cond_view))
+        for item in shown(batch, views)
+    ]
+    assert all(a[0] == b[0] and a[1] != b[1] for a, b in pairs_of_views)
+    # the centre crop and one of two random crops, 36 times each on average
+    drawn = [(a[1], b[1]) for a, b in pairs_of_views]
+    assert set(drawn) == {(0, 1), (0, 2)}
+    assert 18 < drawn.count((0, 1)) < 54
+
+
+def test_same_latent_view_is_shown_twice(pairs: PairedShards, views: Views):
+    batches = batches_of(pairs, 18, choice=ViewChoice("same", "same"))
+    assert all(a == b for batch in batches for a, b in shown(batch, views))
+    assert {a[1] for batch in batches for a, _ in shown(batch, views)} == {0, 1, 2}
+
+
+@pytest.mark.parametrize("latent_views", ["same", "two"])
+@pytest.mark.parametrize("cond_view", ["same", "noise"])
+def test_same_condition_is_the_first_views_crop(
+    pairs: PairedShards, views: Views, tiny_data: Path, latent_views: str, cond_view: str
+):
+    images = {image.key: image.image for image in read_images(tiny_data / "images", "train")}
+    stored = map(StoredLatents.of_record, read_split(tiny_data / "latents", "train"))
+    crops = {item.key: item.crops for item in stored}
+    (batch,) = batches_of(pairs, 1, choice=ViewChoice(latent_views, cond_view))
+    for index, ((key, view), _) in enumerate(shown(batch, views)):
+        crop = apply_crop(decode(images[key], name=key), crops[key][view], size=32)
+        for condition in batch["conditions"][:, index]:
+            assert condition.equal(to_pixels(crop[None])[0])
+
+
+def test_cropped_conditions_are_two_new_crops(pairs: PairedShards):
+    batches = batches_of(pairs, 12, choice=ViewChoice("same", "crop"))
+    conditions = torch.cat([batch["conditions"] for batch in batches], dim=1)
+    assert not any(a.equal(b) for a, b in zip(*conditions, strict=True))
+    distinct = {condition.numpy().tobytes() for condition in conditions.flatten(0, 1)}
+    assert len(distinct) == 2 * 2 * NUM_IMAGES  # other crops in the second epoch
+
+
+def rewritten(tiny_data: Path, folder: Path, records: list[Any], samples_per_shard: int) -> Path:
+    shards = write_split(
+        folder, "train", records, samples_per_shard=samples_per_shard, compression="none"
+    )
+    facts = ShardIndex.read(tiny_data / "latents").facts
+    ShardIndex({"train": shards}, facts).write(folder)
+    return folder
+
+
+def test_folders_of_other_sizes_are_refused(tiny_data: Path, tmp_path: Path):
+    records = list(read_split(tiny_data / "latents", "train"))
+    latents = rewritten(tiny_data, tmp_path / "latents", records, 8)
+    with pytest.raises(ValueError, match=r"latents: made from other shards than .*images; run"):
+        PairedShards.open(tiny_data / "images", latents, split="train")
+
+
+def test_folders_of_other_orders_are_refused(tiny_data: Path, tmp_path: Path):
+    records = list(read_split(tiny_data / "latents", "train"))
+    latents = rewritten(tiny_data, tmp_path / "latents", records[::-1], 6)
+    pairs = PairedShards.open(tiny_data / "images", latents, split="train")
+    with pytest.raises(ValueError, match=r"train-0000\d.tar: key train-\d+ beside train-\d+; run"):
+        batches_of(pairs, 1)
+
+
+@pytest.mark.parametrize(("num_workers", "world_size"), [(5, 1), (0, 5), (2, 3)])
+def test_too_few_shards_are_refused(pairs: PairedShards, num_workers: int, world_size: int):
+    stream = stream_of(pairs, world_size=world_size)
+    with pytest.raises(ValueError, match=r"^shard\.samples_per_shard: 4 shards cannot feed [56] "):
+        training_batches(stream, num_workers=num_workers)
+
+
+def test_two_views_of_one_are_refused(tiny_data: Path):
+    pairs = PairedShards.open(tiny_data / "images", tiny_data / "latents", split="val")
+    facts = {**pairs.latent_index.facts, "views": 1}
+    index = ShardIndex(pairs.latent_index.splits, facts)
+    pairs = PairedShards(pairs.images, pairs.latents, "val", pairs.image_index, index)
+    with pytest.raises(ValueError, match=r"^loss\.latent_views: two needs latents\.views of 2"):
+        stream_of(pairs)
+    (batch,) = batches_of(pairs, 1, choice=ViewChoice("same", "same"))
+    assert batch["moments"][0].equal(batch["moments"][1])
+
+
+def test_counts_are_those_of_the_split(pairs: PairedShards):
+    assert (pairs.num_shards, pairs.num_samples) == (4, NUM_IMAGES)
+    numbers = [number for number in range(4) for _ in pairs.read(number)]
+    assert np.bincount(numbers).tolist() == [6, 6, 6, 6]

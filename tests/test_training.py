@@ -1,0 +1,257 @@
+"""contradiff.training: an interrupted run ends with the same weights, and faults are named."""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+from pydantic import ValidationError
+from torch import Tensor
+
+from contradiff import training
+from contradiff.checkpoint import Architecture
+from contradiff.loading import PairedShards
+from contradiff.losses import LossParams
+from contradiff.model import ContraDiff
+from contradiff.noise import NoiseParams
+from contradiff.training import PretrainParams, TrainingRecipe, pretrain
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+Build = Callable[..., ContraDiff]
+Row = Mapping[str, float] | None
+
+PRETRAIN: dict[str, Any] = {
+    "epochs": 2,
+    "warmup_epochs": 0.5,
+    "batch_size": 6,
+    "lr": 0.01,
+    "scale_lr": False,
+    "beta1": 0.9,
+    "beta2": 0.95,
+    "weight_decay": 0.05,
+    "max_grad_norm": 1.0,
+    "precision": "fp32",
+}
+LOSS: dict[str, Any] = {
+    "lambda": 0.1,
+    "contrastive": "ntxent",
+    "temperature": 0.1,
+    "latent_views": "two",
+    "recon_passes": 1,
+}
+ONE_EPOCH = {"epochs": 1}
+NUM_STEPS = 8  # 24 images, six a step, two epochs
+
+
+class Killed(BaseException):
+    """As SIGTERM makes it: nothing handles it on the way."""
+
+
+@pytest.fixture(scope="module")
+def accelerator() -> "Accelerator":
+    from accelerate import Accelerator
+
+    return Accelerator(cpu=True)
+
+
+@pytest.fixture
+def train(
+    tiny_data: Path, tiny_params: dict[str, Any], accelerator: "Accelerator", tmp_path: Path
+) -> Callable[..., list[dict[str, float]]]:
+    """Call `pretrain` with small settings; keywords change them."""
+    architecture = Architecture.model_validate(tiny_params)
+
+    def run(model: ContraDiff, **changes: Any) -> list[dict[str, float]]:
+        conditioner = {"cond_view": changes.pop("cond_view", "crop"), "drop": 0.3}
+        recipe = TrainingRecipe(
+            seed=changes.pop("seed", 0),
+            noise=NoiseParams(schedule="inverse_cosine", uniform_mix=0.25),
+            conditioner=architecture.conditioner.model_copy(update=conditioner),
+            loss=LossParams.model_validate(LOSS | changes.pop("loss", {})),
+            pretrain=PretrainParams.model_validate(PRETRAIN | changes.pop("pretrain", {})),
+        )
+        settings: dict[str, Any] = {
+            "work_dir": tmp_path,
+            "num_workers": 0,
+            "log_every": 5,
+            "checkpoint_every": 1000,
+            "on_step": lambda *_: None,
+        }
+        pairs = PairedShards.open(tiny_data / "images", tiny_data / "latents", split="train")
+        return pretrain(
+            model, pairs, recipe=recipe, accelerator=accelerator, **(settings | changes)
+        )
+
+    return run
+
+
+Train = Callable[..., list[dict[str, float]]]
+
+
+def state_of(model: ContraDiff) -> dict[str, Tensor]:
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def changed(model: ContraDiff, before: dict[str, Tensor]) -> set[str]:
+    """Names of the tensors that are no longer what they were, bit for bit."""
+    after = model.state_dict()
+    assert after.keys() == before.keys()
+    return {name for name in after if not after[name].equal(before[name])}
+
+
+def kill_at(step: int) -> Callable[[int, Row], None]:
+    def on_step(done: int, _row: Row) -> None:
+        if done == step:
+            raise Killed
+
+    return on_step
+
+
+@pytest.mark.parametrize(
+    ("killed_at", "settings"),
+    [
+        (1, {}),
+        (5, {"num_workers": 2}),
+        (6, {"loss": {"latent_views": "same", "recon_passes": 6}, "cond_view": "same"}),
+        (7, {"loss": {"lambda": 0.0}, "cond_view": "noise"}),
+    ],
+)
+def test_killed_and_resumed_equals_uninterrupted(
+    build_tiny: Build, train: Train, tmp_path: Path, killed_at: int, settings: dict[str, Any]
+):
+    whole = build_tiny()
+    expected = train(whole, work_dir=tmp_path / "whole", **settings)
+    assert len(expected) == NUM_STEPS
+
+    every = {"work_dir": tmp_path / "cut", "checkpoint_every": 2} | settings
+    with pytest.raises(Killed):
+        train(build_tiny(), on_step=kill_at(killed_at), **every)
+    assert (tmp_path / "cut" / "state.safetensors").exists() == (killed_at > 2)
+    # As after a restart: other weights in memory, another state of the global generator.
+    resumed = build_tiny() if killed_at <= 2 else build_tiny(seed=5)
+    torch.manual_seed(99)
+    steps: list[int] = []
+    curve = train(resumed, on_step=lambda step, _: steps.append(step), **every)
+    assert steps == list(range((killed_at - 1) // 2 * 2 + 1, NUM_STEPS + 1))
+    assert curve == expected
+    # The frozen base is not in the state: it comes from the same folder.
+    assert changed(resumed, state_of(whole)) == set()
+
+
+def test_another_seed_trains_otherwise(build_tiny: Build, train: Train, tmp_path: Path):
+    first, other = build_tiny(), build_tiny()
+    train(first, work_dir=tmp_path / "0", pretrain=ONE_EPOCH)
+    train(other, work_dir=tmp_path / "1", pretrain=ONE_EPOCH, seed=1)
+    assert changed(other, state_of(first))
+
+
+def test_trained_parts_change_and_the_base_does_not(build_tiny: Build, train: Train):
+    model = build_tiny()
+    before = state_of(model)
+    train(model, pretrain=ONE_EPOCH)
+    expected = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    statistics = {name for name in before if "running_" in name or "num_batches" in name}
+    assert changed(model, before) == expected | statistics
+    assert all("lora_" in name for name in expected if name.startswith("unet."))
+    parts = {name.split(".")[0] for name in expected}
+    assert parts == {"unet", "conditioner", "attention", "projector"}
+
+
+def test_without_contrast_the_head_is_untouched(build_tiny: Build, train: Train):
+    model = build_tiny()
+    before = state_of(model)
+    curve = train(model, pretrain=ONE_EPOCH, loss={"lambda": 0.0})
+    parts = {name.split(".")[0] for name in changed(model, before)}
+    assert parts == {"unet", "conditioner"}
+    assert all("contrastive" not in row for row in curve)
+    assert all(row["loss"] == row["reconstruction"] for row in curve)
+
+
+def test_no_epochs_leave_the_model_as_it_is(build_tiny: Build, train: Train, tmp_path: Path):
+    model = build_tiny()
+    before = state_of(model)
+    assert train(model, pretrain={"epochs": 0, "warmup_epochs": 0}) == []
+    assert changed(model, before) == set()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_curve_has_a_row_every_few_steps_and_at_the_end(
+    build_tiny: Build, train: Train, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(training, "CURVE_ROWS", 2)  # 11 // 2: every fifth step
+    seen: list[tuple[int, Row]] = []
+    curve = train(
+        build_tiny(),
+        log_every=4,
+        pretrain={"epochs": 11, "batch_size": 24, "warmup_epochs": 2.0, "lr": 0.5},
+        loss={"lambda": 0.25},
+        on_step=lambda step, row: seen.append((step, row)),
+    )
+    assert [row["step"] for row in curve] == [5, 10, 11]
+    assert [step for step, _ in seen] == list(range(1, 12))
+    assert [step for step, row in seen if row is not None] == [4, 5, 8, 10, 11]
+    assert [row for _, row in seen if row in curve] == curve
+    for row in curve:
+        assert list(row) == [
+            "step",
+            "epoch",
+            "lr",
+            "loss",
+            "reconstruction",
+            "contrastive",
+            "grad_norm",
+        ]
+        assert row["epoch"] == row["step"]
+        assert row["grad_norm"] > 0
+        total = row["reconstruction"] + 0.25 * row["contrastive"]
+        assert row["loss"] == pytest.approx(total, rel=1e-5)
+    # half a cosine over the nine steps after the warm-up; step 5 has taken 4 before it
+    cosine = 0.5 * (1 + torch.cos(torch.tensor(torch.pi * (4 - 2) / 9)).item())
+    assert curve[0]["lr"] == pytest.approx(0.5 * cosine, rel=1e-5)
+
+
+@pytest.mark.parametrize("log_every", [1, 1000])
+def test_diverged_training_ends_with_a_message(build_tiny: Build, train: Train, log_every: int):
+    """A ValueError, which stages show without a traceback."""
+    with pytest.raises(ValueError, match=r"^pretrain\.lr: \w+ is (nan|inf) at step \d+, .*lower"):
+        train(build_tiny(), log_every=log_every, pretrain={"lr": 1e25, "warmup_epochs": 0})
+
+
+def test_gradient_alone_may_diverge(build_tiny: Build, train: Train):
+    model = build_tiny()
+    weight = model.conditioner.to_tokens.weight
+    weight.register_hook(lambda gradient: gradient * torch.nan)
+    with pytest.raises(ValueError, match=r"^pretrain\.lr: grad_norm is nan at step 1, "):
+        train(model)
+
+
+def test_batch_larger_than_the_data_is_named(build_tiny: Build, train: Train):
+    expected = r"^pretrain\.batch_size: 25 is more than the 24 images$"
+    with pytest.raises(ValueError, match=expected):
+        train(build_tiny(), pretrain={"batch_size": 25})
+
+
+def test_batch_that_does_not_divide_is_named(
+    build_tiny: Build, train: Train, monkeypatch: pytest.MonkeyPatch, accelerator: "Accelerator"
+):
+    monkeypatch.setattr(type(accelerator), "num_processes", 4)
+    expected = r"^pretrain\.batch_size: 6 images do not divide over 4 processes$"
+    with pytest.raises(ValueError, match=expected):
+        train(build_tiny())
+
+
+@pytest.mark.parametrize(
+    ("changes", "fault"),
+    [
+        ({"warmup_epochs": 2.0}, r"pretrain\.warmup_epochs is 2, .* pretrain\.epochs"),
+        ({"batch_size": 1}, "greater than or equal to 2"),
+        ({"precision": "fp16"}, "'fp32' or 'bf16'"),
+        ({"lr": 0.0}, "greater than 0"),
+    ],
+)
+def test_contradicting_parameters_are_refused(changes: dict[str, Any], fault: str):
+    with pytest.raises(ValidationError, match=fault):
+        PretrainParams.model_validate(PRETRAIN | changes)
