@@ -5,9 +5,12 @@ Result-affecting fields have no defaults in code: params.yaml shows every value.
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+Seed = Annotated[int, Field(ge=0)]
+"""Of everything random; NumPy takes none below 0."""
 
 
 class Section(BaseModel):

@@ -16,7 +16,7 @@ from torch import Tensor
 from contradiff.data.shards import image_of
 from contradiff.data.transforms import apply_crop, centre_crop, decode, to_pixels
 from contradiff.features import FeaturesParams, LevelMaps
-from contradiff.latents import StoredLatents, encode, mode
+from contradiff.latents import StoredLatents, encode, mode, scaling_factor
 from contradiff.loading import PairedShards
 from contradiff.model import ContraDiff
 from contradiff.noise import NUM_LEVELS
@@ -196,7 +196,7 @@ def encoded_batches(
         moments = encode(vae, pixels.to(device))
         yield CleanBatch(
             first_index,
-            mode(moments, scaling_factor=float(vae.config["scaling_factor"])).cpu(),
+            mode(moments, scaling_factor=scaling_factor(vae)).cpu(),
             pixels,
             labels[rows],
             tuple(str(index) for index in range(first_index, first_index + len(pixels))),

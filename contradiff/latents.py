@@ -92,6 +92,11 @@ def choose_crops(
     return [centre_crop(height, width), *crops]
 
 
+def scaling_factor(vae: "AutoencoderKL") -> float:
+    """What latents are multiplied by, so that their standard deviation is about 1."""
+    return float(vae.config["scaling_factor"])
+
+
 def downsampling_factor(vae: "AutoencoderKL") -> int:
     """Pixels to a latent's side: 8 for Stable Diffusion (the paper's "f = 4" is not its own)."""
     return 2 ** (len(vae.config["block_out_channels"]) - 1)
@@ -122,6 +127,12 @@ def decode_latents(vae: "AutoencoderKL", latents: Latents) -> ByteImages:
     """Scaled latents => uint8 images."""
     decoded = vae.decode(latents / vae.config["scaling_factor"])
     return to_bytes(decoded.sample)  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def psnr(images: ByteImages, decoded: ByteImages) -> Float[Tensor, " batch"]:
+    """Peak signal-to-noise ratio of each image, in dB; identical images count as one level off."""
+    error = (images.float() - decoded.float()).square().mean(dim=(1, 2, 3))
+    return 10 * torch.log10(255**2 / error.clamp(min=1 / images[0].numel()))
 
 
 def encode_samples(
@@ -176,7 +187,7 @@ def latent_facts(vae: "AutoencoderKL", *, params: LatentsParams, image_size: int
     return {
         "kind": "moments",
         "dtype": "float16",
-        "scaling_factor": float(vae.config["scaling_factor"]),
+        "scaling_factor": scaling_factor(vae),
         "image_size": image_size,
         "views": params.views,
         "crop_scale_min": params.crop_scale_min,

@@ -77,7 +77,7 @@ class MeanStd(_Record):
     """Mean and standard deviation of an accuracy in [0, 1] over random splits."""
 
     mean: float = Field(ge=0, le=1)
-    std: float = Field(ge=0)
+    std: float | None = Field(ge=0, description="none of a single split")
 
 
 class TransferMetrics(_Record):
@@ -134,7 +134,7 @@ class PretrainRecord(_Record):
 
     params: dict[str, Any]
     parameters: ParameterCounts
-    num_steps: int = Field(gt=0)
+    num_steps: int = Field(ge=0)
 
 
 @dataclass(frozen=True)
@@ -283,10 +283,11 @@ def result_rows(results: Results) -> list[Row]:
         f"{transfer.shots} images a class, {transfer.total:,} test images, seed {seed}."
     )
     for name, result in (("ridge", transfer.ridge), ("SGD", transfer.sgd)):
+        spread = "" if result.std is None else f" ± {_percent(result.std)}"
         rows.append(
             Row(
                 f"Transfer top-1, {name} ↑",
-                f"{_percent(result.mean)} ± {_percent(result.std)}",
+                f"{_percent(result.mean)}{spread}",
                 few_shot,
                 "Transfer top-1 ↑" if name == "ridge" else "",
             )
@@ -381,7 +382,7 @@ def plot_losses(curve: Mapping[str, Float[np.ndarray, " rows"]], *, dark: bool) 
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
-    panels = {name: title for name, title in _PANELS.items() if not np.isnan(curve[name]).all()}
+    panels = {name: title for name, title in _PANELS.items() if np.isfinite(curve[name]).any()}
     with rc_context(_style(dark=dark)):
         figure = Figure(figsize=(10, 5.6), layout="constrained")
         axes = iter(figure.subplots(2, 2).flat)
@@ -394,7 +395,9 @@ def plot_losses(curve: Mapping[str, Float[np.ndarray, " rows"]], *, dark: bool) 
             axis.grid(visible=True, linewidth=0.5)
         for axis in axes:  # what zip left over
             axis.remove()
-        figure.supxlabel("step", fontsize="medium")
+        figure.supxlabel(
+            "step" if panels else "no training: pretrain.epochs is 0", fontsize="medium"
+        )
         return _png(figure)
 
 
@@ -540,8 +543,6 @@ def _read_curve(root: Path) -> dict[str, Float[np.ndarray, " rows"]]:
     absent = [column for column in _COLUMNS if column not in (reader.fieldnames or ())]
     if absent:
         raise ValueError(_fault(name, f"no column {', '.join(absent)}"))
-    if not rows:
-        raise ValueError(_fault(name, "no rows"))
     try:
         return {
             column: np.array([float(row[column] or "nan") for row in rows], dtype=np.float64)

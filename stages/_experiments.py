@@ -1,5 +1,7 @@
 """One row an experiment in MLflow, complete even where every stage came from DVC's cache."""
 
+from stages._runtime import Run
+
 import csv
 import hashlib
 import json
@@ -9,7 +11,6 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from stages._runtime import Run
 from contradiff.atomic import sha256_of
 from stages._tracking import (
     Point,

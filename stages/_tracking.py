@@ -21,9 +21,9 @@ from contradiff.atomic import replace_file, sha256_of
 from stages._work_dir import hold_lock
 
 if TYPE_CHECKING:
-    from mlflow import MlflowClient
-
     from stages._runtime import Run
+
+    from mlflow import MlflowClient
 
 TRAIN_EXPERIMENT = "contradiff-train"
 CHECKPOINT = Path("build/pretrain/model.safetensors")

@@ -1,9 +1,10 @@
 """base: the pretrained latent diffusion model => build/base, checked, in diffusers' format."""
 
+from stages._runtime import Run, execute
+
 import shutil
 from pathlib import Path
 
-from stages._runtime import Run, execute
 from contradiff.atomic import replace_dir
 from contradiff.backbone import PARTS, BaseParams, check_base, fetch_from_hub
 from contradiff.config import Section

@@ -1,12 +1,13 @@
 """extractor: the network that scores are made of: a classifier trained here, or given Inception."""
 
+from stages._runtime import Run, execute
+
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 
-from stages._runtime import Run, execute
-from contradiff.config import Section
+from contradiff.config import Section, Seed
 from contradiff.data.imagenet import DataParams
 from contradiff.data.shards import ShardIndex
 from contradiff.evaluation.classifier import train_classifier
@@ -17,7 +18,7 @@ IMAGES, EXTRACTOR = Path("build/shards"), Path("build/extractor")
 
 
 class Params(Section):
-    seed: int
+    seed: Seed
     data: DataParams
     extractor: ExtractorParams
 

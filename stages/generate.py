@@ -1,13 +1,14 @@
 """generate: DDIM sampling with LoRA merged => shards of PNG images, and a grid of the first."""
 
+from stages._runtime import Run, execute
+
 from collections.abc import Iterator
 from pathlib import Path
 
-from stages._runtime import Run, execute
 from contradiff.atomic import replace_dir, replace_file
 from contradiff.backbone import load_vae, merge_lora
 from contradiff.checkpoint import load_checkpoint
-from contradiff.config import Section
+from contradiff.config import Section, Seed
 from contradiff.data.imagenet import DataParams
 from contradiff.data.png import encode_png, image_grid
 from contradiff.data.shards import Record, ShardIndex, ShardParams, write_split
@@ -18,7 +19,7 @@ GRID, GRID_IMAGES = Path("build/figures/samples.png"), 96
 
 
 class Params(Section):
-    seed: int
+    seed: Seed
     data: DataParams
     shard: ShardParams
     generate: GenerateParams

@@ -3,17 +3,18 @@
 The raw trees lie under the project's root, outside DVC: a manifest stands for each.
 """
 
+from stages._runtime import Run, execute
+
 from pathlib import Path
 
-from stages._runtime import Run, execute
-from contradiff.config import Section
+from contradiff.config import Section, Seed
 from contradiff.data.cifar import TransferDataParams
 from contradiff.data.imagenet import DataParams, Manifest
 from contradiff.data.raw import ensure_images, ensure_transfer_archive, transfer_manifest
 
 
 class Params(Section):
-    seed: int
+    seed: Seed
     data: DataParams
     transfer_data: TransferDataParams
 

@@ -3,18 +3,19 @@
 Runs on as many processes as `python -m stages.launch stages.pretrain` starts.
 """
 
+from stages._runtime import Run, execute
+
 import csv
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from stages._runtime import Run, execute
 from contradiff.atomic import replace_file
 from contradiff.backbone import LoraParams, load_vae
 from contradiff.checkpoint import save_checkpoint
 from contradiff.conditioner import ConditionerParams
-from contradiff.config import Section
+from contradiff.config import Section, Seed
 from contradiff.data.imagenet import DataParams
 from contradiff.features import HeadParams
 from contradiff.loading import PairedShards
@@ -40,7 +41,7 @@ COLUMNS: Sequence[str] = (
 
 
 class Params(Section):
-    seed: int
+    seed: Seed
     data: DataParams
     noise: NoiseParams
     lora: LoraParams

@@ -4,13 +4,14 @@ Frozen in dvc.yaml: `dvc repro` takes its out as it is, as one takes Stable Diff
 retrains it.
 """
 
+from stages._runtime import Run, execute
+
 from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from stages._runtime import Run, execute
 from contradiff.atomic import replace_dir
 from contradiff.base_training import OnProgress, build_scheduler, train_unet, train_vae
 from contradiff.config import Section

@@ -1,5 +1,7 @@
 """probe: features of the frozen model at the fixed triple => linear classifier, top-1 and top-5."""
 
+from stages._runtime import Run, execute
+
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -7,10 +9,9 @@ import torch
 from pydantic import model_validator
 from safetensors.torch import save_file
 
-from stages._runtime import Run, execute
 from contradiff.atomic import replace_dir
 from contradiff.checkpoint import load_checkpoint
-from contradiff.config import Section
+from contradiff.config import Section, Seed
 from contradiff.data.shards import ShardIndex
 from contradiff.data.subsets import is_dev
 from contradiff.extraction import FeatureSet, extract, stored_batches
@@ -26,7 +27,7 @@ IMAGES, LATENTS = Path("build/shards"), Path("build/latents")
 
 
 class Params(Section):
-    seed: int
+    seed: Seed
     features: FeaturesParams
     probe: ProbeParams
 

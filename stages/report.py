@@ -1,10 +1,11 @@
 """report: all results of the run => one page, its Markdown twin, and a summary for programs."""
 
+from stages._runtime import Run, execute
+
 from pathlib import Path
 
-from stages._runtime import Run, execute
 from contradiff.atomic import replace_file
-from contradiff.config import Section
+from contradiff.config import Section, Seed
 from contradiff.reporting import (
     draw_figures,
     embed_features,
@@ -17,7 +18,7 @@ from contradiff.reporting import (
 
 
 class Params(Section):
-    seed: int
+    seed: Seed
 
 
 def main(params: Params, run: Run) -> None:

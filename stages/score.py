@@ -1,9 +1,10 @@
 """score: generated images against the real validation images => FID and inception score."""
 
+from stages._runtime import Run, execute
+
 from pathlib import Path
 
-from stages._runtime import Run, execute
-from contradiff.config import Section
+from contradiff.config import Section, Seed
 from contradiff.data.imagenet import DataParams
 from contradiff.data.shards import ShardIndex
 from contradiff.evaluation.extractors import ScoreParams, load_extractor, score_images
@@ -15,7 +16,7 @@ IMAGES, SAMPLES, EXTRACTOR = Path("build/shards"), Path("build/samples"), Path("
 
 
 class Params(Section):
-    seed: int
+    seed: Seed
     data: DataParams
     score: ScoreParams
 

@@ -1,10 +1,11 @@
 """shard: raw images => WebDataset shards in seeded random order, the files' own bytes, an index."""
 
+from stages._runtime import Run, execute
+
 from pathlib import Path
 
-from stages._runtime import Run, execute
 from contradiff.atomic import replace_dir
-from contradiff.config import Section
+from contradiff.config import Section, Seed
 from contradiff.data.imagenet import DataParams, Manifest, read_manifest, shuffled_samples
 from contradiff.data.raw import ensure_images
 from contradiff.data.shards import Shard, ShardIndex, ShardParams, image_record, write_split
@@ -13,7 +14,7 @@ MANIFEST = Path("build/manifest/images.json")
 
 
 class Params(Section):
-    seed: int
+    seed: Seed
     data: DataParams
     shard: ShardParams
 

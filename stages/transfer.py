@@ -1,5 +1,7 @@
 """transfer: 25-shot classification of another data set from frozen features (Table 6)."""
 
+from stages._runtime import Run, execute
+
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -7,10 +9,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from stages._runtime import Run, execute
 from contradiff.backbone import load_vae
 from contradiff.checkpoint import load_checkpoint
-from contradiff.config import Section
+from contradiff.config import Section, Seed
 from contradiff.data.cifar import TransferDataParams, read_cifar100
 from contradiff.data.imagenet import DataParams, read_manifest
 from contradiff.data.raw import ensure_transfer_archive, transfer_manifest
@@ -23,7 +24,7 @@ MANIFEST = Path("build/manifest/transfer.json")
 
 
 class Params(Section):
-    seed: int
+    seed: Seed
     data: DataParams
     features: FeaturesParams
     transfer_data: TransferDataParams

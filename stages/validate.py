@@ -5,11 +5,12 @@ stage depends on the whole file. Its out is a constant: it runs at every change 
 nothing.
 """
 
+from stages._runtime import PARAMS_FILE, Run, RuntimeSection, execute
+
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from stages._runtime import PARAMS_FILE, Run, RuntimeSection, execute
 from contradiff.atomic import replace_file
 from contradiff.config import Section, parse, read_params
 from stages import (

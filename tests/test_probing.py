@@ -28,7 +28,6 @@ SETTINGS = {
 PARAMS = {
     "split": "val",
     "head": "linear",
-    "pool": "attention",
     "lr": 0.01,
     "momentum": 0.9,
     "weight_decay": 0.0,
@@ -226,7 +225,5 @@ def test_single_samples_and_no_samples_are_refused():
 
 def test_params():
     assert ProbeParams.model_validate(PARAMS).batch_size == 256
-    with pytest.raises(ValidationError, match=r"probe\.head: attentive.*probe\.pool: mean"):
-        ProbeParams.model_validate({**PARAMS, "head": "attentive", "pool": "mean"})
     with pytest.raises(ValidationError, match=r"probe\.warmup_epochs is 50"):
         ProbeParams.model_validate({**PARAMS, "warmup_epochs": 50})

@@ -1,5 +1,7 @@
 """The report says how each score was measured, needs nothing beside itself, and refuses gaps."""
 
+from stages._runtime import Run, RuntimeParams
+
 import base64
 import io
 import itertools
@@ -14,7 +16,6 @@ import pytest
 from PIL import Image
 from safetensors.numpy import save_file
 
-from stages._runtime import Run, RuntimeParams
 from contradiff.reporting import (
     Embedding,
     Figures,
@@ -128,9 +129,9 @@ def write_curve(root: Path, *, contrastive: bool) -> None:
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
     """A project after all stages but the report."""
-    write_json(tmp_path / "metrics/probe.json", PROBE)
-    write_json(tmp_path / "metrics/transfer.json", TRANSFER)
-    write_json(tmp_path / "metrics/score.json", SCORE)
+    write_json(tmp_path / "metrics/probe.json", {"probe": PROBE})
+    write_json(tmp_path / "metrics/transfer.json", {"transfer": TRANSFER})
+    write_json(tmp_path / "metrics/score.json", {"score": SCORE})
     write_json(tmp_path / "build/pretrain/config.json", PRETRAIN)
     write_curve(tmp_path, contrastive=True)
     write_features(tmp_path, num_images=60, num_classes=6, spread=0.3)
@@ -220,13 +221,13 @@ class TestRows:
 
     @pytest.mark.parametrize(("num_samples", "biased"), [(9_999, True), (10_000, False)])
     def test_fid_of_few_samples_is_marked(self, root: Path, num_samples: int, biased: bool) -> None:
-        write_json(root / "metrics/score.json", SCORE | {"num_samples": num_samples})
+        write_json(root / "metrics/score.json", {"score": SCORE | {"num_samples": num_samples}})
         value, detail = rows_of(root)["FID ↓"]
         assert ("biased" in value) == ("bias it upwards" in detail) == biased
 
     def test_kid_and_unknown_extractor_accuracy(self, root: Path) -> None:
         score = SCORE | {"kid": 0.01234, "kid_std": 0.002, "extractor_accuracy": None}
-        write_json(root / "metrics/score.json", score)
+        write_json(root / "metrics/score.json", {"score": score})
         rows = rows_of(root)
         assert rows["KID ↓"][0] == "0.0123 ± 0.0020"
         assert "accuracy" not in rows["FID ↓"][1]
@@ -269,10 +270,18 @@ class TestReading:
     @pytest.mark.parametrize(
         ("name", "content", "match"),
         [
-            ("metrics/score.json", SCORE | {"fid": float("nan")}, "fid"),
-            ("metrics/probe.json", PROBE | {"top1": 73.4}, "top1"),
-            ("metrics/probe.json", {k: v for k, v in PROBE.items() if k != "head"}, "head"),
-            ("metrics/transfer.json", TRANSFER | {"ridge": {"mean": 0.5}}, "ridge.std"),
+            ("metrics/score.json", {"score": SCORE | {"fid": float("nan")}}, "score.fid"),
+            ("metrics/probe.json", {"probe": PROBE | {"top1": 73.4}}, "probe.top1"),
+            (
+                "metrics/probe.json",
+                {"probe": {k: v for k, v in PROBE.items() if k != "head"}},
+                "probe.head",
+            ),
+            (
+                "metrics/transfer.json",
+                {"transfer": TRANSFER | {"ridge": {"mean": 0.5}}},
+                "transfer.ridge.std",
+            ),
         ],
     )
     def test_wrong_values_are_named(
@@ -401,7 +410,7 @@ class TestPage:
             assert "sgd.std" in text
 
     def test_text_is_escaped(self, root: Path) -> None:
-        write_json(root / "metrics/score.json", SCORE | {"reference": "<b>a|b</b>"})
+        write_json(root / "metrics/score.json", {"score": SCORE | {"reference": "<b>a|b</b>"}})
         assert "&lt;b&gt;a|b" in page_of(root)
         assert "<b>" not in page_of(root)
         assert r"a\|b" in markdown_of(root)

@@ -20,8 +20,6 @@ from contradiff.transfer import (
 )
 
 PARAMS = {
-    "source": "digits",
-    "root": "data/raw/digits",
     "shots": 25,
     "num_splits": 3,
     "ridge": 1.0,

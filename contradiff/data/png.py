@@ -1,18 +1,21 @@
 """PNG: how generated images are stored without loss, and shown side by side."""
 
+import io
 from collections.abc import Sequence
 
 import torch
 from jaxtyping import UInt8
+from PIL import Image
 from torch import Tensor
-from torchvision.io import encode_png as torchvision_encode_png
 
 from contradiff.data.transforms import decode
 
 
 def encode_png(image: UInt8[Tensor, "3 height width"]) -> bytes:
     """Encode one image."""
-    return torchvision_encode_png(image).numpy().tobytes()
+    buffer = io.BytesIO()
+    Image.fromarray(image.permute(1, 2, 0).contiguous().numpy()).save(buffer, "PNG")
+    return buffer.getvalue()
 
 
 def image_grid(images: Sequence[bytes], *, columns: int, min_side: int = 64) -> bytes:

@@ -1,23 +1,20 @@
 """Encoded images -> cropped pixels, with every crop written down as a box."""
 
+import io
 import math
-import re
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from jaxtyping import Float, Int, UInt8
+from PIL import Image, UnidentifiedImageError
 from torch import Tensor
-from torchvision.io import ImageReadMode, decode_image
 from torchvision.transforms.v2 import functional as transforms
 
 from contradiff.types import ByteImages, Pixels
 
 ASPECT_RATIOS = (3 / 4, 4 / 3)
 """Of random crops, as in torchvision's RandomResizedCrop and SimCLR."""
-
-_SOURCE = re.compile(r"^.*?\.cpp:\d+, ")
-"""Where in torchvision's source an error arose: no news for users."""
 
 
 @dataclass(frozen=True)
@@ -48,16 +45,24 @@ def decode(encoded: bytes, *, name: str) -> UInt8[Tensor, "3 height width"]:
     Raises:
         ValueError: the bytes are no image that can be read; names the sample.
     """
+    if not encoded:
+        raise ValueError(_unreadable(name, "empty file"))
     try:
-        data = torch.frombuffer(bytearray(encoded), dtype=torch.uint8)
-        image = decode_image(data, mode=ImageReadMode.RGB)
-    except (RuntimeError, ValueError) as error:
-        reason = "empty file" if not encoded else _SOURCE.sub("", str(error).splitlines()[0])
-        msg = f"{name}: not a readable image ({reason})"
-        raise ValueError(msg) from error
-    if image.dtype == torch.uint16:  # PNG of 16 bits a channel
-        return image.to(torch.int32).div(257).round().to(torch.uint8)
-    return image
+        with Image.open(io.BytesIO(encoded)) as image:
+            if image.mode.startswith("I;16"):  # grey of 16 bits, which PIL would cut off at 255
+                grey = (np.asarray(image, dtype=np.float32) / 257).round().astype(np.uint8)
+                pixels = np.stack([grey] * 3, axis=-1)
+            else:
+                pixels = np.array(image.convert("RGB"))
+    except UnidentifiedImageError as error:
+        raise ValueError(_unreadable(name, "unknown format")) from error
+    except (OSError, ValueError, Image.DecompressionBombError) as error:
+        raise ValueError(_unreadable(name, str(error))) from error
+    return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
+
+
+def _unreadable(name: str, reason: str) -> str:
+    return f"{name}: not a readable image ({reason})"
 
 
 def centre_crop(height: int, width: int) -> Crop:

@@ -78,8 +78,8 @@ def test_sixteen_bits_become_eight():
     ("content", "fault"),
     [
         (b"", "empty file"),
-        (b"no image", "Unsupported image file"),
-        (encoded(picture(64, 64), "JPEG")[:700], "incomplete or truncated"),
+        (b"no image", "unknown format"),
+        (encoded(picture(64, 64), "JPEG")[:700], "image file is truncated"),
     ],
 )
 def test_unreadable_image_is_named(content: bytes, fault: str):

@@ -1,5 +1,7 @@
 """The frame of all stages: command line, failures, resuming."""
 
+from stages._runtime import Run, RuntimeParams
+
 import json
 import multiprocessing
 import os
@@ -12,7 +14,6 @@ from pathlib import Path
 
 import pytest
 
-from stages._runtime import Run, RuntimeParams
 from stages import launch
 from stages._progress import show_progress
 from stages._work_dir import fingerprint, source_files

@@ -1,5 +1,7 @@
 """The record of experiments, in a real MLflow store."""
 
+from stages._runtime import Run, RuntimeParams
+
 import json
 import multiprocessing
 import os
@@ -8,7 +10,6 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from stages._runtime import Run, RuntimeParams
 from stages import _tracking
 from stages._experiments import Results, upsert_row
 from stages._tracking import CHECKPOINT, connect, flatten_params
