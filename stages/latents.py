@@ -13,7 +13,7 @@ from contradiff.atomic import replace_dir, replace_file
 from contradiff.backbone import load_vae
 from contradiff.config import Section, Seed
 from contradiff.data.imagenet import DataParams
-from contradiff.data.png import image_grid
+from contradiff.data.png import encode_png, image_grid
 from contradiff.data.shards import (
     Shard,
     ShardIndex,
