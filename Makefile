@@ -11,9 +11,6 @@ STAMP := .venv/.installed
 
 # DVC looks `python` up here, and so do stages' subprocesses.
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
-# OpenMP threads that spin while they wait starve every other process of the machine.
-OMP_WAIT_POLICY ?= PASSIVE
-export OMP_WAIT_POLICY
 # Bytecode makes the heavy libraries load two to three times as fast.
 unexport PYTHONDONTWRITEBYTECODE
 

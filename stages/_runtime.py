@@ -37,9 +37,12 @@ if TYPE_CHECKING:
 
     from stages._tracking import LogMetrics
 
-# OpenMP threads that spin while they wait starve every other process of the machine. libgomp reads
-# this once, when torch is loaded: hence at import, and stages import this module before torch.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# How long OpenMP's threads spin before they sleep. By default long enough to starve another process
+# of the machine; with OMP_WAIT_POLICY=PASSIVE not at all, and two threads are then no faster than
+# one on small tensors (both measured: docs/log.md). libgomp reads this once, when torch is loaded:
+# hence at import, and stages import this module before torch.
+if "OMP_WAIT_POLICY" not in os.environ:
+    os.environ.setdefault("GOMP_SPINCOUNT", "2000")
 
 # glibc gives large buffers back to the system at once, and a training asks for the same ones again
 # at every step: keeping up to 2 GiB saves a tenth of its CPU time (page faults).

@@ -53,7 +53,6 @@ def command(arguments: Sequence[str]) -> list[str]:
 
 
 if __name__ == "__main__":
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         line = command(sys.argv[1:])
     except ValueError as error:
