@@ -160,9 +160,6 @@ class Run:
         Args:
             fingerprint_of: the parameters that decide the result, sections or values.
             inputs: the files and folders that decide the result.
-
-        Raises:
-            ValueError: another process runs the same work now.
         """
         key = fingerprint(
             self.stage,

@@ -17,8 +17,7 @@ from typing import TYPE_CHECKING, Protocol, TypeVar
 
 from pydantic import BaseModel
 
-from contradiff.atomic import replace_file, sha256_of
-from stages._work_dir import hold_lock
+from contradiff.atomic import hold_lock, replace_file, sha256_of
 
 if TYPE_CHECKING:
     from stages._runtime import Run

@@ -6,64 +6,37 @@ another folder, so that a checkpoint is never taken up by a run that would not h
 """
 
 import ast
-import fcntl
 import hashlib
 import json
-import os
 import shutil
+import sys
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 from pydantic import BaseModel
 
-from contradiff.atomic import sha256_of
+from contradiff.atomic import hold_lock, sha256_of
 
 PACKAGES = ("contradiff", "stages")
-
-
-@contextmanager
-def hold_lock(path: Path, *, busy: str | None = None) -> Generator[None]:
-    """Hold an exclusive lock that the system releases however the process ends.
-
-    The lock file is never deleted: another process might hold the deleted one.
-
-    Args:
-        path: the lock file; it then holds the process id of its last owner.
-        busy: what to say when another process holds it; None waits for it instead.
-
-    Raises:
-        ValueError: `busy`, with the owner's process id, when another process holds the lock.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a+") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | (fcntl.LOCK_NB if busy else 0))
-        except BlockingIOError:
-            file.seek(0)
-            msg = f"{busy} by process {file.read().strip() or '(unknown)'}"
-            raise ValueError(msg) from None
-        file.truncate(0)
-        file.write(str(os.getpid()))
-        file.flush()
-        yield
 
 
 @contextmanager
 def keep_until_success(folder: Path, *, stage: str, is_main: bool) -> Generator[Path]:
     """Yield `folder`, created if need be; delete it when the block succeeds, keep it otherwise.
 
-    Of several processes of one run only the main one locks and deletes.
-
-    Raises:
-        ValueError: another process runs the same work now.
+    Of several processes of one run only the main one locks and deletes. Where another run does the
+    same work now (experiments side by side, or a killed dvc's child), it is waited for.
     """
     folder.mkdir(parents=True, exist_ok=True)
     if not is_main:
         yield folder
         return
-    busy = f"{stage}: the same work is already being run"
-    with hold_lock(folder.parents[1] / "locks" / f"{stage}-{folder.name}", busy=busy):
+
+    def say(owner: str) -> None:
+        print(f"{stage}: waiting for process {owner}, which does the same work", file=sys.stderr)
+
+    with hold_lock(folder.parents[1] / "locks" / f"{stage}-{folder.name}", on_wait=say):
         folder.mkdir(parents=True, exist_ok=True)
         yield folder
         shutil.rmtree(folder, ignore_errors=True)

@@ -20,11 +20,11 @@ class Params(Section):
 
 
 def main(params: Params, run: Run) -> None:
-    data, root = params.data, run.resolve(params.data.root)
+    data = params.data
     total = (data.num_train or 0) + (data.num_val or 0)
     with run.progress("render images", total) as advance:
-        ensure_images(root, data, seed=params.seed, on_progress=advance)
-    ensure_transfer_archive(
+        root = ensure_images(run.resolve(data.root), data, seed=params.seed, on_progress=advance)
+    archive = ensure_transfer_archive(
         run.resolve(params.transfer_data.root), params.transfer_data, seed=params.seed
     )
     manifest = Manifest.scan(root, shown_root=data.root)
@@ -33,9 +33,7 @@ def main(params: Params, run: Run) -> None:
     manifest.write(Path("build/manifest/images.json"))
     run.write_json(
         Path("build/manifest/transfer.json"),
-        transfer_manifest(
-            run.resolve(params.transfer_data.root), shown_root=params.transfer_data.root
-        ),
+        transfer_manifest(archive, shown_root=params.transfer_data.root),
     )
 
 

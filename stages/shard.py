@@ -20,8 +20,7 @@ class Params(Section):
 
 
 def main(params: Params, run: Run) -> None:
-    root = run.resolve(params.data.root)
-    ensure_images(root, params.data, seed=params.seed)
+    root = ensure_images(run.resolve(params.data.root), params.data, seed=params.seed)
     manifest = Manifest.scan(root, shown_root=params.data.root)
     if manifest.digest != read_manifest(MANIFEST)["digest"]:
         msg = (

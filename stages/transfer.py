@@ -32,8 +32,9 @@ class Params(Section):
 
 
 def main(params: Params, run: Run) -> None:
-    root = run.resolve(params.transfer_data.root)
-    ensure_transfer_archive(root, params.transfer_data, seed=params.seed)
+    root = ensure_transfer_archive(
+        run.resolve(params.transfer_data.root), params.transfer_data, seed=params.seed
+    )
     if transfer_manifest(root, shown_root=params.transfer_data.root) != read_manifest(MANIFEST):
         msg = (
             f"transfer_data.root: {params.transfer_data.root} has changed since {MANIFEST}; "

@@ -1,11 +1,12 @@
 """Raw data where it lies: what the embedded default renders itself, and what a user brings."""
 
+import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from contradiff.atomic import replace_file, sha256_of
+from contradiff.atomic import hold_lock, replace_file, sha256_of
 from contradiff.data.cifar import TransferDataParams
 from contradiff.data.imagenet import DataParams
 
@@ -19,8 +20,11 @@ DIGITS_PER_CLASS = 60
 
 def ensure_images(
     root: Path, params: DataParams, *, seed: int, on_progress: Callable[[int], None] | None = None
-) -> None:
-    """Render the toy tree at `root` unless it is there already; other sources are left alone.
+) -> Path:
+    """Return the raw tree, which is `root` itself, or for toy a rendered folder below it.
+
+    Each rendering has a folder of its own, named by its recipe, so that experiments with different
+    seeds may run side by side; what is there already is not rendered again.
 
     Args:
         root: where `data.root` is.
@@ -29,10 +33,10 @@ def ensure_images(
         on_progress: told the number of images rendered since the last call.
 
     Raises:
-        ValueError: `root` holds something that was not rendered here.
+        ValueError: there are too few images for the classes.
     """
     if params.source != "toy":
-        return
+        return root
     assert params.num_train is not None
     assert params.num_val is not None
     recipe = {
@@ -42,10 +46,7 @@ def ensure_images(
         "image_size": params.image_size,
         "seed": seed,
     }
-    if _is_rendered(root, recipe):
-        return
-    from contradiff.data.toy import render_tree
-
+    tree = _folder_of(root, recipe)
     done = 0
 
     def report(total: int) -> None:
@@ -54,32 +55,40 @@ def ensure_images(
             on_progress(total - done)
         done = total
 
-    render_tree(
-        root,
-        num_train=params.num_train,
-        num_val=params.num_val,
-        image_size=params.image_size,
-        seed=seed,
-        on_progress=report,
-    )
-    _mark_rendered(root, recipe)
+    with hold_lock(root / ".lock"):
+        if not _is_rendered(tree, recipe):
+            from contradiff.data.toy import render_tree
+
+            render_tree(
+                tree,
+                num_train=params.num_train,
+                num_val=params.num_val,
+                image_size=params.image_size,
+                seed=seed,
+                on_progress=report,
+            )
+            _mark_rendered(tree, recipe)
+    return tree
 
 
-def ensure_transfer_archive(root: Path, params: TransferDataParams, *, seed: int) -> None:
-    """Write the digits' archive at `root` unless it is there; CIFAR-100 must be there.
+def ensure_transfer_archive(root: Path, params: TransferDataParams, *, seed: int) -> Path:
+    """Return the archive's folder: `root`, or for the digits a folder below it, as for images.
+
+    CIFAR-100 must be there.
 
     Raises:
         ValueError: files of the archive are missing; names transfer_data.root.
     """
     if params.source == "digits":
         recipe = {"renderer": _code_digest("digits.py"), "seed": seed}
-        if _is_rendered(root, recipe):
-            return
-        from contradiff.data.digits import write_digits_archive
+        folder = _folder_of(root, recipe)
+        with hold_lock(root / ".lock"):
+            if not _is_rendered(folder, recipe):
+                from contradiff.data.digits import write_digits_archive
 
-        write_digits_archive(root, num_train_per_class=DIGITS_PER_CLASS, seed=seed)
-        _mark_rendered(root, recipe)
-        return
+                write_digits_archive(folder, num_train_per_class=DIGITS_PER_CLASS, seed=seed)
+                _mark_rendered(folder, recipe)
+        return folder
     missing = [name for name in ARCHIVE_FILES if not (root / name).is_file()]
     if missing:
         msg = (
@@ -87,6 +96,7 @@ def ensure_transfer_archive(root: Path, params: TransferDataParams, *, seed: int
             "cifar-100-python.tar.gz there (nothing is downloaded)"
         )
         raise ValueError(msg)
+    return root
 
 
 def transfer_manifest(root: Path, *, shown_root: str) -> dict[str, Any]:
@@ -96,6 +106,11 @@ def transfer_manifest(root: Path, *, shown_root: str) -> dict[str, Any]:
         for name in ARCHIVE_FILES
     }
     return {"root": shown_root, "files": files}
+
+
+def _folder_of(root: Path, recipe: dict[str, Any]) -> Path:
+    text = json.dumps(recipe, sort_keys=True)
+    return root / hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
 def _is_rendered(root: Path, recipe: dict[str, Any]) -> bool:
