@@ -54,7 +54,10 @@ $(STAMP): requirements.lock pyproject.toml
 
 repro: $(STAMP)  ## reproduce everything that params.yaml asks for, from data to report
 	@python -m compileall -q contradiff stages
-	dvc pull pretrain_base
+	@dvc pull models/tiny || { \
+	    echo "The base model could not be fetched from the store that .dvc/config names (artifacts/" >&2; \
+	    echo "in a whole checkout). Restore it, or retrain the base: make base (about 80 minutes)." >&2; \
+	    exit 1; }
 	dvc repro
 
 test: $(STAMP)  ## the tests, less the slow ones
@@ -122,7 +125,7 @@ preset:  ## NAME=paper: make presets/paper.yaml the current params.yaml
 	echo "params.yaml is now presets/$(NAME).yaml"
 
 # The stage is frozen, so that nobody retrains the base by accident; `dvc repro -f` respects that.
-base: $(STAMP)  ## retrain the tiny base model (about half an hour); then `dvc push pretrain_base`
+base: $(STAMP)  ## retrain the tiny base model (about 80 minutes); then `dvc push pretrain_base`
 	python -m stages.pretrain_base
 	dvc commit -f pretrain_base
 
