@@ -26,7 +26,7 @@ from contradiff.features import (
 )
 from contradiff.losses import LossParams, contrastive_loss
 from contradiff.noise import NUM_LEVELS, add_noise
-from contradiff.types import Features, Latents, Pixels, Timesteps, Tokens
+from contradiff.types import Latents, Pixels, Timesteps, Tokens
 
 if TYPE_CHECKING:
     from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
@@ -277,11 +277,6 @@ def count_parameters(model: ContraDiff, *, num_vae_parameters: int) -> Parameter
     for name in TRAINED_PARTS[1:]:
         modules[name] = (sum(p.numel() for p in getattr(model, name).parameters()), 0)
     return ParameterCounts(modules)
-
-
-def features_of(model: ContraDiff, maps: LevelMaps) -> Features:
-    """H of ordered bottleneck maps."""
-    return model.attention(maps)
 
 
 def build_model(
