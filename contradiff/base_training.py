@@ -12,10 +12,12 @@ images (n 3 h w) in [-1, 1] -> AutoencoderKL, f = 4 -> latents (n 4 h/4 w/4) -> 
 import math
 from collections.abc import Callable, Mapping
 from copy import deepcopy
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from jaxtyping import Float, UInt8
 from safetensors.torch import load_file, save_file
@@ -34,8 +36,47 @@ CAPTION_DIM = 64
 MIN_SNR_GAMMA = 5.0
 """Of the denoiser's loss (Hang et al., 2023): less weight on low noise, which a glance forgives."""
 
+CHECKPOINT_EVERY = 500
+"""Optimiser steps between two saved states."""
+
 OnProgress = Callable[[int, Mapping[str, float]], None]
 M = TypeVar("M", bound=nn.Module)
+
+
+@dataclass(frozen=True)
+class Share:
+    """One process's part of every batch: row i belongs to process i modulo `num_processes`.
+
+    All random numbers are drawn for the whole batch by every process, and gradients are averaged,
+    so that the result does not depend on the number of processes, up to the order of float sums.
+    """
+
+    rank: int
+    num_processes: int
+    device: torch.device
+
+    def check(self, batch_size: int) -> None:
+        """Raise ValueError if a batch does not divide evenly."""
+        if batch_size % self.num_processes:
+            msg = f"{batch_size} images do not divide over {self.num_processes} processes"
+            raise ValueError(msg)
+
+    def of(self, batch: Tensor) -> Tensor:
+        """This process's rows, on its device."""
+        return batch[self.rank :: self.num_processes].to(self.device)
+
+    def average_gradients(self, model: nn.Module) -> None:
+        """Replace every gradient by its mean over all processes."""
+        if self.num_processes == 1:
+            return
+        gradients = [p.grad for p in model.parameters() if p.grad is not None]
+        flat = torch.cat([gradient.flatten() for gradient in gradients])
+        dist.all_reduce(flat)
+        flat /= self.num_processes
+        for gradient, mean in zip(
+            gradients, flat.split([gradient.numel() for gradient in gradients]), strict=True
+        ):
+            gradient.copy_(mean.view_as(gradient))
 
 
 def build_vae() -> "AutoencoderKL":
@@ -55,17 +96,21 @@ def build_vae() -> "AutoencoderKL":
 
 
 def build_unet() -> "UNet2DConditionModel":
-    """UNet2DConditionModel over 8x8x4 latents with a 2x2x64 bottleneck, random weights."""
+    """UNet2DConditionModel over 8x8x4 latents, random weights; its bottleneck is 96x4x4.
+
+    Like Stable Diffusion's at 256 pixels the bottleneck has 4 x 4 positions. Attention stands there
+    alone: the same compute in wider convolutions at 8 x 8 gave a lower loss (docs/log.md).
+    """
     from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 
     return UNet2DConditionModel(
         sample_size=8,
         in_channels=4,
         out_channels=4,
-        block_out_channels=(32, 64, 64),
+        block_out_channels=(64, 96),
         layers_per_block=1,
-        down_block_types=("CrossAttnDownBlock2D",) * 3,
-        up_block_types=("CrossAttnUpBlock2D",) * 3,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
         cross_attention_dim=CAPTION_DIM,
         attention_head_dim=4,
         norm_num_groups=16,
@@ -88,33 +133,39 @@ def train_vae(
     lr: float,
     kl_weight: float,
     seed: int,
+    share: Share,
     work_dir: Path,
     on_progress: OnProgress,
 ) -> "AutoencoderKL":
     """Train the autoencoder on |x - x'| + |grad x - grad x'| + kl_weight * KL.
 
-    The gradient term (finite differences at two scales) keeps edges that a plain L1 blurs. Stops
-    and resumes at any 500th step; the averaged weights are returned, and the scaling factor is set
-    to 1 / std of the latents, as for Stable Diffusion.
+    The gradient term (finite differences at two scales) keeps edges that a plain L1 blurs. After a
+    kill it goes on at the last checkpoint. The averaged weights are returned; the scaling factor is
+    set to 1 / std of the latents, as for Stable Diffusion.
 
     Args:
         images: uint8 pixels.
         num_steps: optimiser steps.
-        batch_size: images a step.
+        batch_size: images a step, over all processes.
         lr: peak learning rate of AdamW; one cycle of warm-up and cosine.
         kl_weight: weight of the KL divergence to N(0, 1), per image and per pixel of the output.
         seed: of weights, order and noise.
+        share: this process's part of each batch.
         work_dir: where checkpoints go.
         on_progress: told the step and the losses.
+
+    Raises:
+        ValueError: the batch does not divide over the processes.
     """
+    share.check(batch_size)
     torch.manual_seed(seed)
-    vae = build_vae()
+    vae = build_vae().to(share.device)  # pyright: ignore[reportArgumentType]
 
     def loss_of(step: int) -> tuple[Tensor, dict[str, float]]:
         generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
-        batch = _draw(images, batch_size, generator)
+        batch = share.of(_draw(images, batch_size, generator))
         posterior = vae.encode(batch).latent_dist  # pyright: ignore[reportAttributeAccessIssue]
-        noise = torch.randn(posterior.mean.shape, generator=generator)
+        noise = share.of(torch.randn(batch_size, *posterior.mean.shape[1:], generator=generator))
         decoded = vae.decode(posterior.mean + posterior.std * noise).sample  # pyright: ignore[reportAttributeAccessIssue]
         reconstruction = F.l1_loss(decoded, batch)
         edges = _edge_loss(decoded, batch) + _edge_loss(
@@ -129,12 +180,14 @@ def train_vae(
         loss_of,
         num_steps=num_steps,
         lr=lr,
+        share=share,
         checkpoint=work_dir / "vae",
         on_progress=on_progress,
     )
     with torch.no_grad():
         generator = torch.Generator().manual_seed(seed)
-        means = average.encode(_draw(images, min(2048, len(images)), generator)).latent_dist.mean  # pyright: ignore[reportAttributeAccessIssue]
+        some = _draw(images, min(2048, len(images)), generator).to(share.device)
+        means = average.encode(some).latent_dist.mean  # pyright: ignore[reportAttributeAccessIssue]
     average.register_to_config(scaling_factor=round(1.0 / means.std().item(), 5))
     return average
 
@@ -148,6 +201,7 @@ def train_unet(
     lr: float,
     caption_drop: float,
     seed: int,
+    share: Share,
     work_dir: Path,
     on_progress: OnProgress,
 ) -> "UNet2DConditionModel":
@@ -159,32 +213,37 @@ def train_unet(
 
     Args:
         images: uint8 pixels.
-        vae: trained autoencoder with its scaling factor.
+        vae: trained autoencoder with its scaling factor, on the share's device.
         num_steps: optimiser steps.
-        batch_size: images a step.
+        batch_size: images a step, over all processes.
         lr: peak learning rate.
         caption_drop: probability in [0, 1].
         seed: of weights, order and noise.
+        share: this process's part of each batch.
         work_dir: where checkpoints go.
         on_progress: told the step and the loss.
+
+    Raises:
+        ValueError: the batch does not divide over the processes.
     """
+    share.check(batch_size)
     torch.manual_seed(seed + 1)
-    unet = build_unet().to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+    unet = build_unet().to(share.device, memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
     scheduler = build_scheduler()
     alphas_cumprod = scheduler.alphas_cumprod
     num_train_timesteps = len(alphas_cumprod)
     signal_to_noise = alphas_cumprod / (1.0 - alphas_cumprod)
-    weights = signal_to_noise.clamp(max=MIN_SNR_GAMMA) / signal_to_noise
-    latents, tokens = _encode_all(images, vae, seed=seed)
+    weights = (signal_to_noise.clamp(max=MIN_SNR_GAMMA) / signal_to_noise).to(share.device)
+    latents, tokens = _encode_all(images, vae, seed=seed, device=share.device)
 
     def loss_of(step: int) -> tuple[Tensor, dict[str, float]]:
         generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
         index = torch.randint(len(latents), (batch_size,), generator=generator)
-        clean = latents[index]
-        noise = torch.randn(clean.shape, generator=generator)
+        noise = torch.randn(batch_size, *latents.shape[1:], generator=generator)
         timesteps = torch.randint(num_train_timesteps, (batch_size,), generator=generator)
         kept = torch.rand(batch_size, 1, 1, generator=generator) >= caption_drop
-        noisy = scheduler.add_noise(clean, noise, timesteps)  # pyright: ignore[reportArgumentType]
+        index, noise, timesteps, kept = (share.of(x) for x in (index, noise, timesteps, kept))
+        noisy = scheduler.add_noise(latents[index], noise, timesteps)  # pyright: ignore[reportArgumentType]
         prediction = unet(noisy, timesteps, encoder_hidden_states=tokens[index] * kept).sample
         error = F.mse_loss(prediction, noise, reduction="none").mean(dim=(1, 2, 3))
         loss = (weights[timesteps] * error).mean()
@@ -195,6 +254,7 @@ def train_unet(
         loss_of,
         num_steps=num_steps,
         lr=lr,
+        share=share,
         checkpoint=work_dir / "unet",
         on_progress=on_progress,
     )
@@ -233,17 +293,21 @@ def _edge_loss(first: Tensor, second: Tensor) -> Tensor:
 
 @torch.no_grad()
 def _encode_all(
-    images: UInt8[Tensor, "num_images 3 height width"], vae: "AutoencoderKL", *, seed: int
+    images: UInt8[Tensor, "num_images 3 height width"],
+    vae: "AutoencoderKL",
+    *,
+    seed: int,
+    device: torch.device,
 ) -> tuple[Float[Tensor, "twice 4 h w"], Float[Tensor, "twice 4 width_c"]]:
     """Latents, scaled, and captions of every image and its mirror image."""
     generator = torch.Generator().manual_seed(seed)
     latents: list[Tensor] = []
     tokens: list[Tensor] = []
     for chunk in images.split(256):
-        pixels = chunk.float().div(127.5).sub(1.0)
+        pixels = chunk.float().div(127.5).sub(1.0).to(device)
         for version in (pixels, pixels.flip(-1)):
             posterior = vae.encode(version).latent_dist  # pyright: ignore[reportAttributeAccessIssue]
-            noise = torch.randn(posterior.mean.shape, generator=generator)
+            noise = torch.randn(posterior.mean.shape, generator=generator).to(device)
             latents.append((posterior.mean + posterior.std * noise) * vae.config["scaling_factor"])
             tokens.append(captions(version))
     return torch.cat(latents).contiguous(), torch.cat(tokens)
@@ -255,10 +319,11 @@ def _train(
     *,
     num_steps: int,
     lr: float,
+    share: Share,
     checkpoint: Path,
     on_progress: OnProgress,
 ) -> M:
-    """AdamW with warm-up and cosine, an average of the weights, a checkpoint every 500 steps."""
+    """AdamW with warm-up and cosine, an average of the weights, a checkpoint now and then."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.99), weight_decay=1e-4)
     average = deepcopy(model).requires_grad_(requires_grad=False)
     start = _resume(checkpoint, model=model, average=average, optimizer=optimizer)
@@ -269,13 +334,14 @@ def _train(
         loss, parts = loss_of(step)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
+        share.average_gradients(model)
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         decay = min(0.999, (step + 1) / (step + 10))
         with torch.no_grad():
             torch._foreach_lerp_(list(average.parameters()), list(model.parameters()), 1.0 - decay)  # pyright: ignore[reportPrivateUsage, reportPrivateImportUsage]
         on_progress(step + 1, parts)
-        if (step + 1) % 500 == 0:
+        if (step + 1) % CHECKPOINT_EVERY == 0 and share.rank == 0:
             _save(checkpoint, step + 1, model=model, average=average, optimizer=optimizer)
     return average.eval()
 

@@ -1,7 +1,7 @@
 """pretrain_base: the tiny base's recipe => models/tiny, in diffusers' format. No labels are used.
 
 Frozen in dvc.yaml: `dvc repro` takes its out as it is, as one takes Stable Diffusion. `make base`
-retrains it.
+retrains it, on as many processes as `python -m stages.launch` starts (CONTRADIFF_NUM_PROCESSES).
 """
 
 from stages._runtime import Run, execute
@@ -11,9 +11,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from accelerate import PartialState
 
 from contradiff.atomic import replace_dir
-from contradiff.base_training import OnProgress, build_scheduler, train_unet, train_vae
+from contradiff.base_training import OnProgress, Share, build_scheduler, train_unet, train_vae
 from contradiff.config import Section
 from contradiff.data.toy import CLASSES, render_image
 from stages._progress import Advance
@@ -37,6 +38,9 @@ def main(_params: Params, run: Run) -> None:
             drawn = render_image(int(rng.integers(len(CLASSES))), rng, image_size=32)
             images[number] = torch.from_numpy(drawn).permute(2, 0, 1)
             advance(1)
+    # Joins the processes that torchrun has started, if it has.
+    state = PartialState(cpu=run.device.type == "cpu")
+    share = Share(state.process_index, state.num_processes, run.device)
     recipe = {"vae": [VAE_STEPS, VAE_BATCH], "unet": [UNET_STEPS, UNET_BATCH]}
     with run.work_dir(recipe, []) as work:
         with run.progress("autoencoder", VAE_STEPS, "step") as advance:
@@ -47,6 +51,7 @@ def main(_params: Params, run: Run) -> None:
                 lr=2e-3,
                 kl_weight=1e-4,
                 seed=0,
+                share=share,
                 work_dir=work,
                 on_progress=reporter(advance),
             )
@@ -59,14 +64,17 @@ def main(_params: Params, run: Run) -> None:
                 lr=1e-3,
                 caption_drop=0.5,
                 seed=0,
+                share=share,
                 work_dir=work,
                 on_progress=reporter(advance),
             )
-        with replace_dir(Path("models/tiny")) as folder:
-            # Half precision halves the store; it is loaded as float32.
-            vae.half().save_pretrained(folder / "vae")
-            unet.half().save_pretrained(folder / "unet")
-            build_scheduler().save_pretrained(folder / "scheduler")
+        if run.is_main:
+            with replace_dir(Path("models/tiny")) as folder:
+                # Half precision halves the store; it is loaded as float32.
+                vae.half().save_pretrained(folder / "vae")
+                unet.half().save_pretrained(folder / "unet")
+                build_scheduler().save_pretrained(folder / "scheduler")
+        state.wait_for_everyone()
 
 
 def reporter(advance: Advance) -> OnProgress:
