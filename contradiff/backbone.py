@@ -1,6 +1,7 @@
 """The pretrained latent diffusion model, frozen, and the LoRA that adapts its cross-attention."""
 
 import json
+from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypeVar
@@ -14,12 +15,16 @@ from contradiff.config import Section
 if TYPE_CHECKING:
     from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
     from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+    from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 
 M = TypeVar("M", bound=nn.Module)
 
 PARTS = ("vae", "unet", "scheduler")
 UNUSED_INPUTS = ("addition_embed_type", "class_embed_type", "encoder_hid_dim_type")
 """A UNet with one of these (SDXL's has) wants more than noisy latents, timesteps and tokens."""
+
+SHIPPED_CONFIGS = {"CompVis/stable-diffusion-v1-4": "stable-diffusion-v1-4"}
+"""Hub ids whose configuration the project ships, and its folder there."""
 
 
 class BaseParams(Section):
@@ -54,16 +59,23 @@ class LoraParams(Section):
 class NoiseSchedule:
     """The base's own forward process (Eq. 1): alpha-bar on its grid of training timesteps."""
 
-    alphas_cumprod: Tensor
+    scheduler: "DDIMScheduler"
 
     @classmethod
     def of_base(cls, folder: Path) -> "NoiseSchedule":
         """Read the schedule of a model folder's `scheduler/`."""
-        from diffusers.schedulers.scheduling_ddim import DDIMScheduler
+        return cls(_ddim_scheduler(folder))
 
-        scheduler = DDIMScheduler.from_pretrained(folder / "scheduler")
-        assert isinstance(scheduler, DDIMScheduler)
-        return cls(scheduler.alphas_cumprod)
+    @property
+    def alphas_cumprod(self) -> Tensor:
+        """alpha-bar of each timestep, falling."""
+        return self.scheduler.alphas_cumprod
+
+    def ddim_timesteps(self, num_steps: int) -> list[int]:
+        """The base's own grid of a DDIM chain, rising: 1, 51, ... for 20 steps of SD's 1000."""
+        scheduler = deepcopy(self.scheduler)
+        scheduler.set_timesteps(num_steps)
+        return sorted(scheduler.timesteps.tolist())
 
     @property
     def num_train_timesteps(self) -> int:
@@ -71,8 +83,83 @@ class NoiseSchedule:
         return len(self.alphas_cumprod)
 
 
+def load_scheduler(folder: Path, *, num_inference_steps: int) -> "DDIMScheduler":
+    """DDIM on the base's own schedule and settings (steps_offset, set_alpha_to_one).
+
+    Raises:
+        ValueError: more steps than the schedule has; names generate.num_inference_steps.
+    """
+    scheduler = _ddim_scheduler(folder)
+    num_timesteps: int = scheduler.config["num_train_timesteps"]
+    if num_inference_steps <= num_timesteps:
+        scheduler.set_timesteps(num_inference_steps)
+        # With all of Stable Diffusion's 1000 steps, steps_offset pushes the first beyond the grid.
+        if int(scheduler.timesteps.max()) < num_timesteps:
+            return scheduler
+    msg = (
+        f"generate.num_inference_steps: {num_inference_steps} is more than the base's schedule of "
+        f"{num_timesteps} timesteps has room for"
+    )
+    raise ValueError(msg)
+
+
+def _ddim_scheduler(folder: Path) -> "DDIMScheduler":
+    """Read any scheduler's file into DDIM, as diffusers' own pipelines do.
+
+    Clipping to [-1, 1] is for pixels, never for latents, and stays off: DDIM's own default is on,
+    and files of other kinds (Stable Diffusion's is PNDM's) need not name it.
+    """
+    from diffusers.schedulers.scheduling_ddim import DDIMScheduler
+
+    scheduler = DDIMScheduler.from_pretrained(folder / "scheduler", clip_sample=False)
+    assert isinstance(scheduler, DDIMScheduler)
+    return scheduler
+
+
+def config_folder(base: BaseParams, *, root: Path, shipped: Path) -> Path:
+    """Where a base's configuration is read without weights and without a network.
+
+    Args:
+        base: which base.
+        root: the project's folder, which a local base's path is relative to.
+        shipped: folder of the configurations that the project ships.
+
+    Raises:
+        ValueError: there is none; names base.path.
+    """
+    if base.source == "local":
+        folder = root / base.path
+    elif base.path in SHIPPED_CONFIGS:
+        folder = shipped / SHIPPED_CONFIGS[base.path]
+    else:
+        msg = (
+            f"base.path: the configuration of {base.path} is not shipped in {shipped} (there: "
+            f"{', '.join(SHIPPED_CONFIGS)}), so that nothing is known of it before it is fetched; "
+            "or set base.source: local and base.path to a folder of it"
+        )
+        raise ValueError(msg)
+    check_config(folder)
+    return folder
+
+
 def check_base(folder: Path) -> None:
     """Refuse a folder that is no latent diffusion model in diffusers' format.
+
+    Raises:
+        ValueError: a part is missing, or is not what ContraDiff can use; names base.path.
+    """
+    check_config(folder)
+    for part in ("vae", "unet"):
+        if not list((folder / part).glob("*.safetensors")):
+            msg = (
+                f"base.path: {folder / part} holds no .safetensors file; pickled weights are not "
+                "read"
+            )
+            raise ValueError(msg)
+
+
+def check_config(folder: Path) -> None:
+    """As `check_base`, from the configuration files alone: there need be no weights.
 
     Raises:
         ValueError: a part is missing, or is not what ContraDiff can use; names base.path.
@@ -86,13 +173,6 @@ def check_base(folder: Path) -> None:
                 "`dvc pull models/tiny`, or is retrained by `make base`"
             )
             raise ValueError(msg)
-    for part in ("vae", "unet"):
-        if not list((folder / part).glob("*.safetensors")):
-            msg = (
-                f"base.path: {folder / part} holds no .safetensors file; pickled weights are not "
-                "read"
-            )
-            raise ValueError(msg)
     unet = json.loads((folder / "unet" / "config.json").read_text())
     if unet.get("_class_name") != "UNet2DConditionModel" or "CrossAttn" not in str(unet):
         msg = f"base.path: {folder}/unet is no UNet2DConditionModel with cross-attention"
@@ -101,6 +181,15 @@ def check_base(folder: Path) -> None:
         if unet.get(key) is not None:
             msg = f"base.path: {folder}/unet has {key} {unet[key]!r}, which is not supported"
             raise ValueError(msg)
+    vae = json.loads((folder / "vae" / "config.json").read_text())
+    # 4 is the default of both
+    latent_channels, in_channels = vae.get("latent_channels", 4), unet.get("in_channels", 4)
+    if latent_channels != in_channels:
+        msg = (
+            f"base.path: {folder}/unet takes {in_channels} channels (in_channels), but its vae "
+            f"makes latents of {latent_channels} (latent_channels)"
+        )
+        raise ValueError(msg)
     scheduler = json.loads((folder / "scheduler" / "scheduler_config.json").read_text())
     if scheduler.get("prediction_type", "epsilon") != "epsilon":
         msg = (
@@ -108,6 +197,82 @@ def check_base(folder: Path) -> None:
             "Eq. 3 needs epsilon"
         )
         raise ValueError(msg)
+
+
+def check_fit(
+    folder: Path,
+    *,
+    image_size: int,
+    lora_targets: list[str],
+    block: str,
+    timesteps: list[int],
+    num_inference_steps: int,
+) -> None:
+    """Refuse parameters that this base cannot serve, from its configuration files alone.
+
+    Each would else be found where it is first used: after the data has been encoded, or even after
+    training.
+
+    Args:
+        folder: of a base that `check_config` accepts.
+        image_size: data.image_size.
+        lora_targets: lora.targets.
+        block: head.block.
+        timesteps: features.timesteps.
+        num_inference_steps: generate.num_inference_steps.
+
+    Raises:
+        ValueError: names the parameter.
+    """
+    unet = unet_without_weights(folder)
+    check_lora_targets(unet, lora_targets)
+    num_up_blocks = len(unet.config["up_block_types"])
+    if "up.1" in block and num_up_blocks < 2:
+        msg = (
+            f"head.block: {block} reads the UNet's second up block, but the base has "
+            f"{num_up_blocks}; set it to mid"
+        )
+        raise ValueError(msg)
+    last = NoiseSchedule.of_base(folder).num_train_timesteps - 1
+    if max(timesteps) > last:
+        msg = f"features.timesteps: {timesteps} goes beyond the base's last timestep, {last}"
+        raise ValueError(msg)
+    load_scheduler(folder, num_inference_steps=num_inference_steps)
+    of_vae, of_unet = downsampling_of(folder), 2 ** (len(unet.config["block_out_channels"]) - 1)
+    if image_size % (of_vae * of_unet):
+        msg = (
+            f"data.image_size: {image_size} is no multiple of {of_vae * of_unet}: this base's VAE "
+            f"makes an image {of_vae} times smaller, and its UNet that {of_unet} times"
+        )
+        raise ValueError(msg)
+
+
+def unet_without_weights(folder: Path) -> "UNet2DConditionModel":
+    """The denoiser that a folder's configuration describes, on the meta device: shapes alone."""
+    from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+
+    config = json.loads((folder / "unet" / "config.json").read_text())
+    with torch.device("meta"):
+        unet = UNet2DConditionModel.from_config(config)
+    assert isinstance(unet, UNet2DConditionModel)
+    return _frozen(unet)
+
+
+def vae_without_weights(folder: Path) -> "AutoencoderKL":
+    """The autoencoder that a folder's configuration describes, on the meta device."""
+    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+
+    config = json.loads((folder / "vae" / "config.json").read_text())
+    with torch.device("meta"):
+        vae = AutoencoderKL.from_config(config)
+    assert isinstance(vae, AutoencoderKL)
+    return _frozen(vae)
+
+
+def downsampling_of(folder: Path) -> int:
+    """Side of an image over that of its latent, from the autoencoder's configuration."""
+    vae = json.loads((folder / "vae" / "config.json").read_text())
+    return 2 ** (len(vae["block_out_channels"]) - 1)
 
 
 def load_vae(folder: Path) -> "AutoencoderKL":
@@ -140,6 +305,17 @@ def add_lora(unet: "UNet2DConditionModel", *, rank: int, alpha: float, targets: 
     """
     from peft import LoraConfig, inject_adapter_in_model
 
+    check_lora_targets(unet, targets)
+    config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets, lora_dropout=0.0)  # pyright: ignore[reportArgumentType]
+    inject_adapter_in_model(config, unet)
+
+
+def check_lora_targets(unet: "UNet2DConditionModel", targets: list[str]) -> None:
+    """Refuse targets that would be adapted nowhere.
+
+    Raises:
+        ValueError: a target matches no linear layer; names lora.targets.
+    """
     names = [name for name, module in unet.named_modules() if isinstance(module, nn.Linear)]
     for target in targets:
         if not any(name == target or name.endswith(f".{target}") for name in names):
@@ -148,8 +324,6 @@ def add_lora(unet: "UNet2DConditionModel", *, rank: int, alpha: float, targets: 
                 f"(such as {names[0]!r})"
             )
             raise ValueError(msg)
-    config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets, lora_dropout=0.0)  # pyright: ignore[reportArgumentType]
-    inject_adapter_in_model(config, unet)
 
 
 def merge_lora(unet: nn.Module) -> None:
@@ -161,12 +335,32 @@ def merge_lora(unet: nn.Module) -> None:
             module.merge(safe_merge=False)  # pyright: ignore[reportAttributeAccessIssue, reportUnknownMemberType]
 
 
-def fetch_from_hub(name: str, revision: str, destination: Path) -> None:
-    """Download the parts that are used, at one pinned commit, as safetensors alone."""
+def disable_lora(unet: nn.Module) -> None:
+    """Leave the low-rank updates out, for good: the base's own function."""
+    from peft.tuners.lora import LoraLayer
+
+    for module in unet.modules():
+        if isinstance(module, LoraLayer):
+            module.enable_adapters(enabled=False)  # pyright: ignore[reportUnknownMemberType]
+
+
+def fetch_from_hub(name: str, revision: str, destination: Path, *, weights: bool) -> None:
+    """Download the parts that are used, at one pinned commit, as safetensors alone.
+
+    Args:
+        name: hub id.
+        revision: commit hash.
+        destination: folder.
+        weights: whether to, or the configuration alone.
+
+    Raises:
+        ValueError: it cannot be fetched; names base.path.
+    """
     from huggingface_hub import snapshot_download
 
     patterns = [f"{part}/*.json" for part in PARTS]
-    patterns += [f"{part}/diffusion_pytorch_model.safetensors" for part in PARTS[:2]]
+    if weights:
+        patterns += [f"{part}/diffusion_pytorch_model.safetensors" for part in PARTS[:2]]
     try:
         snapshot_download(name, revision=revision, allow_patterns=patterns, local_dir=destination)
     except Exception as error:

@@ -8,7 +8,7 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 
 from contradiff.atomic import replace_dir, sha256_of
-from contradiff.backbone import LoraParams, NoiseSchedule, load_unet
+from contradiff.backbone import LoraParams, NoiseSchedule, downsampling_of, load_unet
 from contradiff.conditioner import ConditionerParams
 from contradiff.config import Section, parse
 from contradiff.features import HeadParams
@@ -99,6 +99,7 @@ def load_checkpoint(folder: Path, *, base: Path) -> ContraDiff:
         conditioner=shapes.conditioner,
         head=shapes.head,
         image_size=config["image_size"],
+        downsampling=downsampling_of(base),
     )
     model.load_trained_state(load_file(folder / WEIGHTS_NAME))
     return model.eval()

@@ -1,6 +1,6 @@
-"""Features of stored latents for evaluation: the clean latent, noised to three fixed levels.
+"""Features of stored latents for evaluation: the clean latent, brought to three fixed levels.
 
-image shards + latent shards => bottleneck maps (n 3 c h w) or features h (n d), with labels
+image shards + latent shards => maps (n 3 c h w) or features h (n d), with labels
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -16,6 +16,7 @@ from torch import Tensor
 from contradiff.data.shards import image_of
 from contradiff.data.transforms import apply_crop, centre_crop, decode, to_pixels
 from contradiff.features import FeaturesParams, LevelMaps
+from contradiff.inversion import inverted_maps
 from contradiff.latents import StoredLatents, encode, mode, scaling_factor
 from contradiff.loading import PairedShards
 from contradiff.model import ContraDiff
@@ -84,12 +85,13 @@ def maps_of(
     seed: int,
     device: torch.device,
 ) -> LevelMaps:
-    """Bottleneck maps of a batch at the evaluation triple.
+    """Maps of a batch at the evaluation triple, noised directly (Eq. 5) or along a DDIM chain.
 
-    The noise is seeded by each image's index: features do not depend on the batch size.
+    Random noise, which the chain has none of, is seeded by each image's index: features do not
+    depend on the batch size.
 
     Raises:
-        ValueError: a timestep is outside the base's schedule.
+        ValueError: a timestep is outside the base's schedule, or not on the chain's grid.
     """
     if max(params.timesteps) >= model.schedule.num_train_timesteps:
         msg = (
@@ -97,30 +99,27 @@ def maps_of(
             f"{model.schedule.num_train_timesteps - 1}"
         )
         raise ValueError(msg)
+    if params.condition == "image":
+        conditions = model.conditioner.choose(pixels=batch.pixels, latents=batch.latents)
+    else:
+        conditions = torch.stack(
+            [
+                _image_noise(model.conditioner.shape, seed=seed + 1, index=batch.first_index + i)
+                for i in range(len(batch.labels))
+            ]
+        )
+    tokens = model.encode_condition(conditions.to(device))
+    latents = batch.latents.to(device)
+    if params.noising == "ddim_chain":
+        return inverted_maps(model, latents, tokens, timesteps=params.timesteps)
     noise = torch.stack(
         [
-            _image_noise(
-                (NUM_LEVELS, *batch.latents.shape[1:]), seed=seed, index=batch.first_index + i
-            )
-            for i in range(len(batch.latents))
+            _image_noise((NUM_LEVELS, *latents.shape[1:]), seed=seed, index=batch.first_index + i)
+            for i in range(len(latents))
         ],
         dim=1,
     )
-    if params.condition == "image":
-        pixels = batch.pixels
-    else:
-        pixels = torch.stack(
-            [
-                _image_noise(
-                    tuple(batch.pixels.shape[1:]), seed=seed + 1, index=batch.first_index + i
-                )
-                for i in range(len(batch.pixels))
-            ]
-        )
-    tokens = model.encode_condition(pixels.to(device))
-    return model.level_maps(
-        batch.latents.to(device), tokens, timesteps=params.timesteps, noise=noise.to(device)
-    )
+    return model.level_maps(latents, tokens, timesteps=params.timesteps, noise=noise.to(device))
 
 
 @torch.inference_mode()

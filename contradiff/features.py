@@ -1,9 +1,11 @@
-"""Bottleneck maps at three noise levels, and the attention that makes them one feature (Eq. 4)."""
+"""The UNet's maps at three noise levels, and the attention that makes them one feature (Eq. 4)."""
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float, Int
 from pydantic import Field, model_validator
 from torch import Tensor, nn
@@ -17,15 +19,24 @@ if TYPE_CHECKING:
     from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 
 LevelMaps = Float[Tensor, "batch 3 width_m h_m w_m"]
-"""Bottleneck maps of one view, ordered: noisiest, middle, cleanest."""
+"""Maps of one view, ordered: noisiest, middle, cleanest."""
+
+MapBlock = Literal["mid", "up.1", "mid+up.1"]
+"""Where in the UNet the maps come from: the mid block, the second up block, or both."""
 
 
 class HeadParams(Section):
     """Section `head`: tri-timestep attention and the projector behind it."""
 
+    block: MapBlock = Field(
+        description="whose maps are read: mid (paper) | up.1, on mid's grid | both, stacked"
+    )
     width: int = Field(ge=1, description="of the attention and of the feature h; paper-scale 1024")
     num_heads: int = Field(ge=1)
     mlp_ratio: int = Field(ge=1)
+    self_conditioning: bool = Field(
+        description="the decoder also sees the pooled bottleneck (paper: no)"
+    )
     projector_width: int = Field(ge=1)
     projector_out: int = Field(ge=1)
 
@@ -42,6 +53,9 @@ class FeaturesParams(Section):
 
     timesteps: list[int] = Field(
         min_length=NUM_LEVELS, max_length=NUM_LEVELS, description="the fixed evaluation triple"
+    )
+    noising: Literal["direct", "ddim_chain"] = Field(
+        description="direct: in one step (Eq. 5) | ddim_chain: DDIM inversion on a grid of 20 steps"
     )
     condition: Literal["image", "noise"] = Field(description="what the conditioner sees")
     pool: Literal["attention", "mean"] = Field(
@@ -98,8 +112,15 @@ def decode_from_bottleneck(
     unet: "UNet2DConditionModel", encoded: Encoded, tokens: Tokens
 ) -> Latents:
     """The second half of `unet.forward`: up blocks and output => predicted noise."""
+    hidden = _run_up_blocks(unet, encoded, tokens, num_blocks=len(unet.up_blocks))
+    return unet.conv_out(unet.conv_act(unet.conv_norm_out(hidden)))  # pyright: ignore[reportOptionalCall]
+
+
+def _run_up_blocks(
+    unet: "UNet2DConditionModel", encoded: Encoded, tokens: Tokens, *, num_blocks: int
+) -> Tensor:
     hidden, skips = encoded.bottleneck, encoded.skips
-    for block in unet.up_blocks:
+    for block in list(unet.up_blocks)[:num_blocks]:
         resnets = block.resnets
         assert isinstance(resnets, nn.ModuleList)
         states, skips = skips[-len(resnets) :], skips[: -len(resnets)]
@@ -119,7 +140,52 @@ def decode_from_bottleneck(
                 res_hidden_states_tuple=states,
                 upsample_size=size,
             )
-    return unet.conv_out(unet.conv_act(unet.conv_norm_out(hidden)))  # pyright: ignore[reportOptionalCall]
+    return hidden
+
+
+def block_maps(
+    unet: "UNet2DConditionModel", encoded: Encoded, tokens: Tokens, *, block: MapBlock
+) -> Maps:
+    """The maps that the tri-timestep attention reads, on the bottleneck's grid.
+
+    Deviation: the paper reads the mid block alone. `up.1` has a finer grid (for Stable
+    Diffusion four times the bottleneck's sides, 1280 channels) and is averaged down to it, so that
+    the attention has as many positions.
+
+    Args:
+        unet: the denoiser.
+        encoded: its state after the mid block.
+        tokens: the conditions that it was encoded with.
+        block: "mid" runs no up block; the others run the first two and no more. "mid+up.1" stacks
+            the channels of both, the mid block's first.
+
+    Returns:
+        As many channels as `block_channels` says.
+    """
+    if block == "mid":
+        return encoded.bottleneck
+    hidden = _run_up_blocks(unet, encoded, tokens, num_blocks=2)
+    height, width = encoded.bottleneck.shape[2:]
+    pooled = F.adaptive_avg_pool2d(hidden, (height, width))
+    return pooled if block == "up.1" else torch.cat([encoded.bottleneck, pooled], dim=1)
+
+
+def block_channels(unet: "UNet2DConditionModel", block: MapBlock) -> int:
+    """Channels of `block_maps`: 1280 of each block of Stable Diffusion.
+
+    Raises:
+        ValueError: the UNet has no second up block; names head.block.
+    """
+    widths: Sequence[int] = unet.config["block_out_channels"][::-1]
+    if block == "mid":
+        return widths[0]
+    if len(unet.up_blocks) < 2:
+        msg = (
+            f"head.block: {block} reads the UNet's second up block, but the base has "
+            f"{len(unet.up_blocks)}; set it to mid"
+        )
+        raise ValueError(msg)
+    return widths[1] if block == "up.1" else widths[0] + widths[1]
 
 
 def order_by_noise(
@@ -144,7 +210,7 @@ class TriTimestepAttention(nn.Module):
         """Random weights.
 
         Args:
-            in_channels: of the bottleneck maps; 1280 for Stable Diffusion.
+            in_channels: of the maps; 1280 for Stable Diffusion's mid block.
             width: of the attention and of h.
             num_heads: must divide `width`.
             mlp_ratio: hidden layer of the MLPs over `width`.
@@ -172,6 +238,29 @@ class TriTimestepAttention(nn.Module):
         tokens = tokens + self.mlp(self.norm_mlp(tokens))
         tokens = torch.cat([self.class_token.expand(len(tokens), -1, -1), tokens], dim=1)
         return self.norm_out(self.block(tokens)[:, 0])
+
+
+class SelfCondition(nn.Module):
+    """Self-conditioning of the denoiser on its own bottleneck (after DDAE++, Xiang et al., 2025).
+
+    The pooled bottleneck goes through a linear layer into the time embedding that the up blocks
+    see, so that the reconstruction loss itself asks the bottleneck for what the whole image is.
+    The layer starts at zero. The paper has none; of the two ideas beyond it that method.md offers,
+    this needs no second loss, no teacher and no further pass.
+    """
+
+    def __init__(self, unet: "UNet2DConditionModel") -> None:
+        """Make the layer that fits a UNet's bottleneck and time embedding."""
+        super().__init__()
+        widths = unet.config["block_out_channels"]
+        self.to_time = nn.Linear(widths[-1], 4 * widths[0])
+        nn.init.zeros_(self.to_time.weight)
+        nn.init.zeros_(self.to_time.bias)
+
+    def forward(self, encoded: Encoded) -> Encoded:
+        """The state with another time embedding for the up blocks."""
+        pooled = encoded.bottleneck.mean(dim=(2, 3))
+        return replace(encoded, time_embedding=encoded.time_embedding + self.to_time(pooled))
 
 
 class Projector(nn.Sequential):

@@ -1,7 +1,7 @@
 """Training batches: image shards and latent shards read side by side, in an order fixed by a seed.
 
 shard i of images, shard i of latents => (image bytes, views) pairs => shuffled => two chosen views
-with their moments and the pixels that condition them
+with their moments and the pixels that condition them (or latents, or the label)
 """
 
 import random
@@ -14,12 +14,12 @@ from zlib import crc32
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Shaped
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from contradiff.data.shards import ShardIndex, image_of, read_shard
-from contradiff.data.transforms import apply_crop, decode, random_crop, to_pixels
+from contradiff.data.shards import Sample, ShardIndex, image_of, read_shard
+from contradiff.data.transforms import Crop, apply_crop, decode, random_crop, to_pixels
 from contradiff.latents import StoredLatents
 
 SHUFFLE_BUFFER = 2048
@@ -30,10 +30,15 @@ Pair = tuple[dict[str, bytes], dict[str, bytes]]
 
 @dataclass(frozen=True)
 class ViewChoice:
-    """What the two views and their conditions are made of; see LossParams and ConditionerParams."""
+    """What the two views and their conditions are made of; see LossParams and ConditionerParams.
+
+    `condition` names what comes beside the latents: "pixels" or "latents" for the conditioner, or
+    "labels" for a class table. Only pixels are decoded.
+    """
 
     latent_views: str
     cond_view: str
+    condition: str
 
 
 @dataclass(frozen=True)
@@ -73,16 +78,19 @@ class PairedShards:
         """Of the split."""
         return self.image_index.num_samples(self.split)
 
-    def read(self, number: int) -> Iterator[Pair]:
-        """Yield the pairs of one shard.
+    def read(self, number: int, *, with_images: bool = True) -> Iterator[Pair]:
+        """Yield the pairs of one shard; without images, their half is empty and not read.
 
         Raises:
             ValueError: the two shards' keys differ.
         """
         image_shard = self.image_index.shards(self.split)[number]
         latent_shard = self.latent_index.shards(self.split)[number]
-        image_records = read_shard(self.images / image_shard.name, image_shard)
         latent_records = read_shard(self.latents / latent_shard.name, latent_shard)
+        if not with_images:
+            yield from (({}, latent) for latent in latent_records)
+            return
+        image_records = read_shard(self.images / image_shard.name, image_shard)
         for image, latent in zip(image_records, latent_records, strict=True):
             if image["__key__"] != latent["__key__"]:
                 msg = (
@@ -125,11 +133,18 @@ class TrainingStream(IterableDataset[dict[str, Tensor]]):
             world_size: number of processes.
 
         Raises:
-            ValueError: two different views are asked for where only one was encoded.
+            ValueError: different views are asked for where only one was encoded.
         """
         super().__init__()
         if choice.latent_views == "two" and pairs.latent_index.facts["views"] < 2:
             msg = "loss.latent_views: two needs latents.views of 2 or more (same: one view does)"
+            raise ValueError(msg)
+        crops_of_latents = choice.condition == "latents" and choice.cond_view == "crop"
+        if crops_of_latents and pairs.latent_index.facts["views"] < 2:
+            msg = (
+                "conditioner.cond_view: crop with conditioner.input latents draws from the stored "
+                "views, and needs latents.views of 2 or more"
+            )
             raise ValueError(msg)
         self.pairs, self.choice, self.batch_size = pairs, choice, batch_size
         self.start_step, self.seed, self.rank, self.world_size = start_step, seed, rank, world_size
@@ -168,7 +183,7 @@ class TrainingStream(IterableDataset[dict[str, Tensor]]):
     def _shuffled(self, shards: Sequence[int], rng: random.Random) -> Iterator[Pair]:
         buffer: list[Pair] = []
         for shard in shards:
-            for pair in self.pairs.read(shard):
+            for pair in self.pairs.read(shard, with_images=self.choice.condition != "latents"):
                 buffer.append(pair)
                 if len(buffer) > SHUFFLE_BUFFER:
                     yield _pop_random(buffer, rng)
@@ -176,36 +191,54 @@ class TrainingStream(IterableDataset[dict[str, Tensor]]):
             yield _pop_random(buffer, rng)
 
     def _collate(self, batch: list[tuple[int, Pair]]) -> dict[str, Tensor]:
-        """Stack to "moments" (2 batch 2c h w), float16, and "conditions" (2 batch 3 s s)."""
+        """Stack to "moments" (2 batch 2c h w), float16, and what the choice's `condition` names.
+
+        That is "conditions" (2 batch 3 s s), "condition_moments" (2 batch 2c h w) or "labels"
+        (batch).
+        """
+        name = {"pixels": "conditions", "latents": "condition_moments", "labels": "labels"}
         chosen = [self._choose(epoch, pair) for epoch, pair in batch]
-        moments = np.stack([item[0] for item in chosen], axis=1)
-        conditions = torch.stack([item[1] for item in chosen], dim=1)
-        return {"moments": torch.from_numpy(moments), "conditions": conditions}
+        moments = torch.stack([item[0] for item in chosen], dim=1)
+        others = [item[1] for item in chosen]
+        dim = 0 if self.choice.condition == "labels" else 1
+        return {"moments": moments, name[self.choice.condition]: torch.stack(others, dim=dim)}
 
     def _choose(
         self, epoch: int, pair: Pair
-    ) -> tuple[Float[np.ndarray, "2 moments h w"], Float[Tensor, "2 3 s s"]]:
-        """Two views of one image and the pixels of their conditions.
+    ) -> tuple[Float[Tensor, "2 moments h w"], Shaped[Tensor, "*shape"]]:
+        """Two views of one image and what conditions them.
 
         The random numbers depend on the seed, the epoch and the key, not on who reads the image.
         """
-        sample, stored = image_of(pair[0]), StoredLatents.of_record(pair[1])
-        rng = np.random.default_rng([self.seed, epoch, crc32(sample.key.encode())])
+        stored = StoredLatents.of_record(pair[1])
+        rng = np.random.default_rng([self.seed, epoch, crc32(stored.key.encode())])
         num_views = len(stored.crops)
         if self.choice.latent_views == "same":
             first = second = int(rng.integers(num_views))
         else:
             first, second = 0, int(rng.integers(1, num_views))
-        views = (first, second)
+        moments = torch.from_numpy(stored.moments)
+        match self.choice.condition:
+            case "pixels":
+                condition = self._pixels(image_of(pair[0]), stored.crops[first], rng)
+            case "latents" if self.choice.cond_view == "crop":
+                condition = moments[rng.integers(num_views, size=2)]
+            case "latents":
+                condition = moments[[first, first]]
+            case _:
+                condition = torch.tensor(image_of(pair[0]).label)
+        return moments[[first, second]], condition
+
+    def _pixels(
+        self, sample: Sample, crop: Crop, rng: np.random.Generator
+    ) -> Float[Tensor, "2 3 s s"]:
         image = decode(sample.image, name=sample.key)
-        size = self.pairs.latent_index.facts["image_size"]
+        facts = self.pairs.latent_index.facts
+        size, crops = facts["image_size"], [crop] * 2
         if self.choice.cond_view == "crop":
-            scale = self.pairs.latent_index.facts["crop_scale_min"]
-            crops = [random_crop(rng, *image.shape[1:], scale_min=scale) for _ in views]
-        else:
-            crops = [stored.crops[first]] * 2
-        pixels = torch.stack([apply_crop(image, crop, size=size) for crop in crops])
-        return stored.moments[list(views)], to_pixels(pixels)
+            scale = facts["crop_scale_min"]
+            crops = [random_crop(rng, *image.shape[1:], scale_min=scale) for _ in range(2)]
+        return to_pixels(torch.stack([apply_crop(image, crop, size=size) for crop in crops]))
 
 
 def training_batches(stream: TrainingStream, *, num_workers: int) -> Iterator[Mapping[str, Any]]:

@@ -1,6 +1,7 @@
-"""Contrastive losses over two views (Eq. 6 and its neighbours)."""
+"""The reconstruction loss (Eq. 3), and contrastive losses over two views (Eq. 6, neighbours)."""
 
 import math
+from contextlib import nullcontext
 from typing import Literal
 
 import torch
@@ -10,6 +11,7 @@ from pydantic import Field
 from torch import Tensor
 
 from contradiff.config import Section
+from contradiff.types import Latents
 
 ContrastiveKind = Literal["ntxent", "dcl_paper", "infonce"]
 Views = Float[Tensor, "2 num_images width"]
@@ -27,6 +29,30 @@ class LossParams(Section):
         " centre crop, the second of a random crop"
     )
     recon_passes: int = Field(ge=1, le=6, description="of six draws, how many are denoised (Eq. 3)")
+    min_snr_gamma: float = Field(
+        ge=0, description="reconstruction weights min(SNR, gamma) / SNR; 0: none (paper)"
+    )
+
+
+def reconstruction_loss(
+    noise_pred: Latents, noise: Latents, *, weights: Float[Tensor, " batch"] | None
+) -> Float[Tensor, ""]:
+    """Eq. 3: the mean squared error of the predicted noise, each sample times its weight."""
+    if weights is None:
+        return F.mse_loss(noise_pred.float(), noise.float())
+    error = F.mse_loss(noise_pred.float(), noise.float(), reduction="none")
+    return (weights * error.mean(dim=(1, 2, 3))).mean()
+
+
+def min_snr_weights(
+    alphas_cumprod: Float[Tensor, " timesteps"], *, gamma: float
+) -> Float[Tensor, " timesteps"]:
+    """min(SNR, gamma) / SNR of each timestep (Hang et al., 2023), for a predicted noise.
+
+    SNR = alpha-bar / (1 - alpha-bar). Less weight on low noise, whose error a glance forgives.
+    """
+    ratio = alphas_cumprod / (1.0 - alphas_cumprod)
+    return ratio.clamp(max=gamma) / ratio
 
 
 def contrastive_loss(
@@ -51,7 +77,9 @@ def contrastive_loss(
     loss = {"ntxent": _ntxent, "dcl_paper": _dcl_paper, "infonce": _infonce}[kind]
     rows = torch.arange(num_images, device=views.device)[anchors]
     # Autocast would round the similarities to bfloat16, which 1 / tau then magnifies.
-    with torch.autocast(views.device.type, enabled=False):
+    device = views.device.type
+    known = torch.amp.is_autocast_available(device)  # not to the meta device
+    with torch.autocast(device, enabled=False) if known else nullcontext():
         return loss(F.normalize(views.float(), dim=-1), temperature, rows)
 
 

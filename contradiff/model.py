@@ -8,30 +8,45 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 import torch.distributed.nn.functional as dist_nn
-import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from contradiff.backbone import LoraParams, NoiseSchedule, add_lora, load_unet
+from contradiff.backbone import (
+    LoraParams,
+    NoiseSchedule,
+    add_lora,
+    downsampling_of,
+    load_unet,
+)
 from contradiff.conditioner import Conditioner, ConditionerParams, drop_conditions
 from contradiff.features import (
     Encoded,
     HeadParams,
     LevelMaps,
+    MapBlock,
     Projector,
+    SelfCondition,
     TriTimestepAttention,
+    block_channels,
+    block_maps,
     decode_from_bottleneck,
     encode_to_bottleneck,
     order_by_noise,
 )
-from contradiff.losses import LossParams, contrastive_loss
+from contradiff.losses import (
+    LossParams,
+    contrastive_loss,
+    min_snr_weights,
+    reconstruction_loss,
+)
 from contradiff.noise import NUM_LEVELS, add_noise
-from contradiff.types import Latents, Pixels, Timesteps, Tokens
+from contradiff.types import Conditions, Latents, Timesteps, Tokens
 
 if TYPE_CHECKING:
     from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 
-TRAINED_PARTS = ("unet", "conditioner", "attention", "projector")
+TRAINED_PARTS = ("conditioner", "self_condition", "attention", "projector")
+"""Besides the LoRA in the UNet."""
 
 
 @dataclass(frozen=True)
@@ -39,8 +54,8 @@ class TrainingBatch:
     """All that one training step sees, random numbers included: two views, three levels each."""
 
     latents: Float[Tensor, "2 batch channels h w"]
-    conditions: Float[Tensor, "2 batch 3 height width"]
-    condition_noise: Float[Tensor, "2 batch 3 height width"]
+    conditions: Float[Tensor, "2 batch channels_x size size"]
+    condition_noise: Float[Tensor, "2 batch channels_x size size"]
     dropped: Bool[Tensor, "2 batch"]
     timesteps: Int[Tensor, "2 3 batch"]
     noise: Float[Tensor, "2 3 batch channels h w"]
@@ -63,6 +78,7 @@ class ContraDiff(nn.Module):
         conditioner: ConditionerParams,
         head: HeadParams,
         image_size: int,
+        downsampling: int,
     ) -> None:
         """Add the trainable parts to a frozen UNet; their weights are random, LoRA's update zero.
 
@@ -72,25 +88,32 @@ class ContraDiff(nn.Module):
             lora: rank, alpha and targets.
             conditioner: shape of the conditioner.
             head: shapes of attention and projector.
-            image_size: side of the conditioner's pixels.
+            image_size: side of the images.
+            downsampling: of the base's VAE, an image's side over its latent's.
 
         Raises:
-            ValueError: a LoRA target matches nothing, or patches do not tile the image.
+            ValueError: a LoRA target matches nothing, patches do not tile the image, or the UNet
+                has no block of head.block.
         """
         super().__init__()
         add_lora(unet, rank=lora.rank, alpha=lora.alpha, targets=lora.targets)
         self.unet = unet
         self.schedule = schedule
+        pixels = conditioner.input == "pixels"
         self.conditioner = Conditioner(
-            image_size=image_size,
+            input=conditioner.input,
+            in_channels=3 if pixels else unet.config["in_channels"],
+            size=image_size if pixels else image_size // downsampling,
             patch_size=conditioner.patch_size,
             width=conditioner.width,
             depth=conditioner.depth,
             num_heads=conditioner.num_heads,
             cross_attention_dim=unet.config["cross_attention_dim"],
         )
+        self.self_condition = SelfCondition(unet) if head.self_conditioning else None
+        self.block: MapBlock = head.block
         self.attention = TriTimestepAttention(
-            in_channels=unet.config["block_out_channels"][-1],
+            in_channels=block_channels(unet, head.block),
             width=head.width,
             num_heads=head.num_heads,
             mlp_ratio=head.mlp_ratio,
@@ -130,28 +153,36 @@ class ContraDiff(nn.Module):
             timesteps.flatten(),
             self.schedule.alphas_cumprod,
         )
-        encoded = encode_to_bottleneck(self.unet, noisy, timesteps.flatten(), tokens)
+        encoded = self.encode(noisy, timesteps.flatten(), tokens)
 
         trained = slice(0, loss.recon_passes * num_images)
         noise_pred = decode_from_bottleneck(self.unet, encoded[trained], tokens[trained])
-        target = noise.flatten(0, 1)[trained]
-        reconstruction = F.mse_loss(noise_pred.float(), target.float())
+        reconstruction = reconstruction_loss(
+            noise_pred,
+            noise.flatten(0, 1)[trained],
+            weights=self._weights(timesteps.flatten()[trained], loss.min_snr_gamma),
+        )
         if loss.weight == 0:
             return {"loss": reconstruction, "reconstruction": reconstruction}
 
-        features = self._view_features(encoded, batch.timesteps)
+        features = self._view_features(encoded, tokens, batch.timesteps)
         contrastive = self._contrast(features, loss)
         total = reconstruction + loss.weight * contrastive
         return {"loss": total, "reconstruction": reconstruction, "contrastive": contrastive}
 
-    def encode_condition(self, pixels: Pixels) -> Tokens:
-        """Images, or Gaussian pixels for the null condition => encoder_hidden_states."""
-        return self.conditioner(pixels)
+    def encode_condition(self, conditions: Conditions) -> Tokens:
+        """Images, or Gaussian noise for the null condition => encoder_hidden_states."""
+        return self.conditioner(conditions)
 
     def noise_pred(self, noisy_latents: Latents, timesteps: Timesteps, tokens: Tokens) -> Latents:
         """The UNet's whole pass: predicted noise."""
-        encoded = encode_to_bottleneck(self.unet, noisy_latents, timesteps, tokens)
+        encoded = self.encode(noisy_latents, timesteps, tokens)
         return decode_from_bottleneck(self.unet, encoded, tokens)
+
+    def encode(self, noisy_latents: Latents, timesteps: Timesteps, tokens: Tokens) -> Encoded:
+        """The UNet's first half, with self-conditioning where the model has it."""
+        encoded = encode_to_bottleneck(self.unet, noisy_latents, timesteps, tokens)
+        return encoded if self.self_condition is None else self.self_condition(encoded)
 
     def level_maps(
         self,
@@ -161,13 +192,15 @@ class ContraDiff(nn.Module):
         timesteps: list[int],
         noise: Float[Tensor, "3 batch channels h w"],
     ) -> LevelMaps:
-        """Bottleneck maps of clean latents at a fixed triple: noisiest, middle, cleanest."""
+        """Maps of clean latents noised to a fixed triple (Eq. 5): noisiest, middle, cleanest."""
         levels = torch.tensor(sorted(timesteps, reverse=True), device=latents.device)
         steps = levels.repeat_interleave(len(latents))
         repeated = latents.repeat(NUM_LEVELS, 1, 1, 1)
         noisy = add_noise(repeated, noise.flatten(0, 1), steps, self.schedule.alphas_cumprod)
-        encoded = encode_to_bottleneck(self.unet, noisy, steps, tokens.repeat(NUM_LEVELS, 1, 1))
-        return encoded.bottleneck.unflatten(0, (NUM_LEVELS, -1)).transpose(0, 1)
+        tokens = tokens.repeat(NUM_LEVELS, 1, 1)
+        encoded = self.encode(noisy, steps, tokens)
+        maps = block_maps(self.unet, encoded, tokens, block=self.block)
+        return maps.unflatten(0, (NUM_LEVELS, -1)).transpose(0, 1)
 
     def trained_state(self) -> dict[str, Tensor]:
         """The weights that training may change, and BatchNorm's statistics: not the frozen base."""
@@ -200,25 +233,35 @@ class ContraDiff(nn.Module):
         self.unet.eval()
         return self
 
+    def _weights(self, timesteps: Timesteps, gamma: float) -> Float[Tensor, " batch"] | None:
+        if gamma == 0:
+            return None
+        alphas_cumprod = self.schedule.alphas_cumprod.to(timesteps.device)
+        return min_snr_weights(alphas_cumprod, gamma=gamma)[timesteps]
+
     def _view_tokens(
         self, batch: TrainingBatch, *, shared: bool
     ) -> Float[Tensor, "2 batch num_tokens width_c"]:
         if shared:
-            pixels = drop_conditions(
+            conditions = drop_conditions(
                 batch.conditions[0], dropped=batch.dropped[0], noise=batch.condition_noise[0]
             )
-            return self.conditioner(pixels)[None].expand(2, -1, -1, -1)
-        pixels = drop_conditions(
+            return self.conditioner(conditions)[None].expand(2, -1, -1, -1)
+        conditions = drop_conditions(
             batch.conditions.flatten(0, 1),
             dropped=batch.dropped.flatten(),
             noise=batch.condition_noise.flatten(0, 1),
         )
-        return self.conditioner(pixels).unflatten(0, (2, -1))
+        return self.conditioner(conditions).unflatten(0, (2, -1))
 
     def _view_features(
-        self, encoded: Encoded, timesteps: Int[Tensor, "2 3 batch"]
+        self,
+        encoded: Encoded,
+        tokens: Float[Tensor, "draws num_tokens width_c"],
+        timesteps: Int[Tensor, "2 3 batch"],
     ) -> Float[Tensor, "2 batch width"]:
-        maps = encoded.bottleneck.unflatten(0, timesteps.shape)
+        maps = block_maps(self.unet, encoded, tokens, block=self.block)
+        maps = maps.unflatten(0, timesteps.shape)
         ordered = [order_by_noise(view, steps) for view, steps in zip(maps, timesteps, strict=True)]
         return self.attention(torch.cat(ordered)).unflatten(0, (2, -1))
 
@@ -274,8 +317,10 @@ def count_parameters(model: ContraDiff, *, num_vae_parameters: int) -> Parameter
     modules["unet"] = (0, unet)
     modules["vae"] = (0, num_vae_parameters)
     modules["lora"] = (lora, 0)
-    for name in TRAINED_PARTS[1:]:
-        modules[name] = (sum(p.numel() for p in getattr(model, name).parameters()), 0)
+    for name in TRAINED_PARTS:
+        part: nn.Module | None = getattr(model, name)
+        if part is not None:
+            modules[name] = (sum(p.numel() for p in part.parameters()), 0)
     return ParameterCounts(modules)
 
 
@@ -293,5 +338,11 @@ def build_model(
     schedule = NoiseSchedule.of_base(base)
     torch.manual_seed(seed)
     return ContraDiff(
-        unet, schedule, lora=lora, conditioner=conditioner, head=head, image_size=image_size
+        unet,
+        schedule,
+        lora=lora,
+        conditioner=conditioner,
+        head=head,
+        image_size=image_size,
+        downsampling=downsampling_of(base),
     )

@@ -41,7 +41,7 @@ _MAKERS = {
 # The pipeline's order, for the table of times; a stage not named here comes after these.
 _STAGES = (
     *("validate", "data", "prepare", "shard", "base", "latents", "pretrain", "features"),
-    *("probe", "transfer", "generate", "extractor", "score"),
+    *("class_condition", "probe", "transfer", "generate", "extractor", "score"),
 )
 _COLUMNS = ("step", "epoch", "lr", "loss", "reconstruction", "contrastive", "grad_norm")
 _PANELS = {

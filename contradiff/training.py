@@ -2,7 +2,8 @@
 
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -16,7 +17,7 @@ from torch import Tensor
 from contradiff.atomic import replace_file
 from contradiff.conditioner import ConditionerParams
 from contradiff.config import Section
-from contradiff.latents import sample
+from contradiff.latents import mode, sample
 from contradiff.loading import PairedShards, TrainingStream, ViewChoice, training_batches
 from contradiff.losses import LossParams
 from contradiff.model import ContraDiff, TrainingBatch
@@ -51,6 +52,15 @@ class PretrainParams(Section):
     beta2: float = Field(ge=0, lt=1)
     weight_decay: float = Field(ge=0)
     max_grad_norm: float = Field(gt=0)
+    grad_accumulation: int = Field(
+        ge=1, description="parts that a batch is taken in; negatives are those of one part"
+    )
+    ema_decay: float = Field(
+        ge=0, lt=1, description="the trained weights' moving average is kept; 0: the last weights"
+    )
+    gradient_checkpointing: bool = Field(
+        description="recompute the UNet's activations in the backward pass"
+    )
     precision: Literal["fp32", "bf16"]
 
     @model_validator(mode="after")
@@ -78,6 +88,18 @@ class TrainingRecipe:
     def shared_condition(self) -> bool:
         """Whether both views have one condition, which is then encoded once."""
         return self.conditioner.cond_view == "same"
+
+    @property
+    def warning(self) -> str | None:
+        """What a user should know who accumulates gradients of a contrastive loss."""
+        parts, batch = self.pretrain.grad_accumulation, self.pretrain.batch_size
+        if parts == 1 or self.loss.weight == 0:
+            return None
+        return (
+            f"pretrain.grad_accumulation: an image is contrasted with the {batch // parts} of its "
+            f"part alone, not with all {batch} of pretrain.batch_size, and the projector's "
+            "BatchNorm sees as many; pretrain.gradient_checkpointing saves memory without that"
+        )
 
 
 def pretrain(
@@ -117,7 +139,8 @@ def pretrain(
             the loss or its gradient is no longer finite.
     """
     params = recipe.pretrain
-    local_batch = _local_batch(params.batch_size, accelerator.num_processes)
+    num_parts = params.grad_accumulation
+    local_batch = _local_batch(params.batch_size, accelerator.num_processes, num_parts)
     steps_per_epoch = pairs.num_samples // params.batch_size
     if steps_per_epoch == 0:
         msg = (
@@ -131,10 +154,7 @@ def pretrain(
     lr = scaled_lr(params.lr, batch_size=params.batch_size, enabled=params.scale_lr)
     stride = max(1, total_steps // CURVE_ROWS)
 
-    if recipe.loss.weight == 0:
-        # The reconstruction loss never reaches them (and DDP refuses parameters without gradient).
-        model.attention.requires_grad_(requires_grad=False)
-        model.projector.requires_grad_(requires_grad=False)
+    _set_up(model, recipe)
     model.to(accelerator.device)
     optimizer = build_adamw(
         model.named_parameters(),
@@ -142,15 +162,18 @@ def pretrain(
         betas=(params.beta1, params.beta2),
         weight_decay=params.weight_decay,
     )
-    state = _State(work_dir / "state.safetensors", model, optimizer)
+    average = _Average(model, decay=params.ema_decay) if params.ema_decay else None
+    state = _State(work_dir / "state.safetensors", model, optimizer, average)
     start, curve = state.load()
     wrapped, optimizer = accelerator.prepare(model.train(), optimizer)
     draw = _BatchDrawer(model, pairs, recipe, accelerator)
     stream = TrainingStream(
         pairs,
-        choice=ViewChoice(recipe.loss.latent_views, recipe.conditioner.cond_view),
+        choice=ViewChoice(
+            recipe.loss.latent_views, recipe.conditioner.cond_view, recipe.conditioner.input
+        ),
         batch_size=local_batch,
-        start_step=start,
+        start_step=start * num_parts,
         seed=recipe.seed,
         rank=accelerator.process_index,
         world_size=accelerator.num_processes,
@@ -160,13 +183,13 @@ def pretrain(
         scale = cosine_with_warmup(step, total_steps=total_steps, warmup_steps=warmup_steps)
         for group in optimizer.param_groups:
             group["lr"] = lr * scale
-        batch = draw(next(batches), step)
-        with accelerator.autocast():
-            losses = wrapped(batch, loss=recipe.loss, shared_condition=recipe.shared_condition)
-        accelerator.backward(losses["loss"])
+        parts = (draw(next(batches), step * num_parts + part) for part in range(num_parts))
+        losses = _accumulate_gradients(wrapped, parts, recipe, accelerator)
         grad_norm = accelerator.clip_grad_norm_(model.parameters(), params.max_grad_norm)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
+        if average is not None:
+            average.update()
 
         done = step + 1
         row = None
@@ -184,7 +207,40 @@ def pretrain(
         on_step(done, row)
         if done % checkpoint_every == 0 and done < total_steps and accelerator.is_main_process:
             state.save(done, curve)
+    if average is not None:
+        average.copy_to_model()
     return curve
+
+
+def _set_up(model: ContraDiff, recipe: TrainingRecipe) -> None:
+    if recipe.loss.weight == 0:
+        # The reconstruction loss never reaches them (and DDP refuses parameters without gradient).
+        model.attention.requires_grad_(requires_grad=False)
+        model.projector.requires_grad_(requires_grad=False)
+    if recipe.pretrain.gradient_checkpointing:
+        model.unet.enable_gradient_checkpointing()
+
+
+def _accumulate_gradients(
+    wrapped: ContraDiff,
+    parts: Iterable[TrainingBatch],
+    recipe: TrainingRecipe,
+    accelerator: "Accelerator",
+) -> dict[str, Tensor]:
+    """Leave the mean gradient of a step's parts in the parameters; returns their mean losses."""
+    num_parts = recipe.pretrain.grad_accumulation
+    losses: dict[str, Tensor] = {}
+    for number, batch in enumerate(parts, start=1):
+        # Processes average their gradients once a step, with the last part.
+        averaged = nullcontext() if number == num_parts else accelerator.no_sync(wrapped)
+        with averaged:
+            with accelerator.autocast():
+                of_part = wrapped(batch, loss=recipe.loss, shared_condition=recipe.shared_condition)
+            accelerator.backward(of_part["loss"] / num_parts)
+        for name, value in of_part.items():
+            mean = value.detach() / num_parts
+            losses[name] = losses[name] + mean if name in losses else mean
+    return losses
 
 
 class _BatchDrawer:
@@ -199,20 +255,21 @@ class _BatchDrawer:
     ) -> None:
         self.recipe, self.device = recipe, accelerator.device
         self.rank, self.world_size = accelerator.process_index, accelerator.num_processes
+        self.shape = model.conditioner.shape
         self.scaling_factor: float = pairs.latent_index.facts["scaling_factor"]
         self.probabilities = timestep_probabilities(
             model.schedule.alphas_cumprod, schedule=recipe.noise.schedule
         ).to(self.device)
 
-    def __call__(self, loaded: Mapping[str, Tensor], step: int) -> TrainingBatch:
+    def __call__(self, loaded: Mapping[str, Tensor], number: int) -> TrainingBatch:
+        """Batch (part of a step) `number` of this process."""
         generator = torch.Generator(self.device)
-        generator.manual_seed((self.recipe.seed * 1_000_003 + step) * self.world_size + self.rank)
+        generator.manual_seed((self.recipe.seed * 1_000_003 + number) * self.world_size + self.rank)
 
         def gaussian(*shape: int) -> Tensor:
             return torch.randn(shape, generator=generator, device=self.device)
 
         moments = loaded["moments"].to(self.device, non_blocking=True)
-        conditions = loaded["conditions"].to(self.device, non_blocking=True)
         _, num_images, channels, height, width = moments.shape
         latent_shape = (num_images, channels // 2, height, width)
         posterior_noise = gaussian(NUM_VIEWS, *latent_shape)
@@ -229,8 +286,8 @@ class _BatchDrawer:
             dropped[1] = True
         return TrainingBatch(
             latents=latents.unflatten(0, (NUM_VIEWS, num_images)),
-            conditions=conditions,
-            condition_noise=gaussian(*conditions.shape),
+            conditions=self._conditions(loaded),
+            condition_noise=gaussian(NUM_VIEWS, num_images, *self.shape),
             dropped=dropped,
             timesteps=draw_timesteps(
                 self.probabilities,
@@ -242,17 +299,60 @@ class _BatchDrawer:
             noise=gaussian(NUM_VIEWS, NUM_LEVELS, *latent_shape),
         )
 
+    def _conditions(self, loaded: Mapping[str, Tensor]) -> Tensor:
+        """Clean images as the conditioner takes them; latents without the posterior's noise."""
+        if self.recipe.conditioner.input == "pixels":
+            return loaded["conditions"].to(self.device, non_blocking=True)
+        moments = loaded["condition_moments"].to(self.device, non_blocking=True)
+        clean = mode(moments.flatten(0, 1), scaling_factor=self.scaling_factor)
+        return clean.unflatten(0, moments.shape[:2])
+
+
+class _Average:
+    """Exponential moving average of what is trained (diffusers' EMAModel, with its warm-up)."""
+
+    def __init__(self, model: ContraDiff, *, decay: float) -> None:
+        from diffusers.training_utils import EMAModel
+
+        named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+        self.names = [name for name, _ in named]
+        self.parameters = [parameter for _, parameter in named]
+        self.ema = EMAModel(self.parameters, decay=decay, foreach=True)
+
+    def update(self) -> None:
+        """After an optimiser step: decay min(decay, (1 + step) / (10 + step))."""
+        self.ema.step(self.parameters)
+
+    def copy_to_model(self) -> None:
+        self.ema.copy_to(self.parameters)
+
+    def state(self) -> dict[str, Tensor]:
+        return dict(zip(self.names, self.ema.shadow_params, strict=True))
+
+    def load(self, state: Mapping[str, Tensor], *, step: int) -> None:
+        for name, shadow in zip(self.names, self.ema.shadow_params, strict=True):
+            shadow.copy_(state[name])
+        self.ema.optimization_step = step
+
 
 class _State:
-    """Trained weights, AdamW's moments, step and curve in one file, so that they always agree."""
+    """Trained weights, their average, AdamW's moments, step and curve in one file: they agree."""
 
-    def __init__(self, path: Path, model: ContraDiff, optimizer: torch.optim.Optimizer) -> None:
-        self.path, self.model, self.optimizer = path, model, optimizer
+    def __init__(
+        self,
+        path: Path,
+        model: ContraDiff,
+        optimizer: torch.optim.Optimizer,
+        average: _Average | None,
+    ) -> None:
+        self.path, self.model, self.optimizer, self.average = path, model, optimizer, average
 
     def save(self, step: int, curve: list[dict[str, float]]) -> None:
         tensors = {f"model.{name}": value for name, value in self.model.trained_state().items()}
         for index, moments in self.optimizer.state_dict()["state"].items():
             tensors |= {f"optimizer.{index}.{name}": value for name, value in moments.items()}
+        if self.average is not None:
+            tensors |= {f"average.{name}": value for name, value in self.average.state().items()}
         contiguous = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
         metadata = {"step": str(step), "curve": json.dumps(curve)}
         with replace_file(self.path) as temporary:
@@ -274,16 +374,26 @@ class _State:
                 _, index, key = name.split(".", 2)
                 moments.setdefault(int(index), {})[key] = value
         self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": moments})
-        return int(metadata["step"]), json.loads(metadata["curve"])
+        step = int(metadata["step"])
+        if self.average is not None:
+            prefix = "average."
+            self.average.load(
+                {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)},
+                step=step,
+            )
+        return step, json.loads(metadata["curve"])
 
 
-def _local_batch(batch_size: int, num_processes: int) -> int:
-    if batch_size % num_processes:
+def _local_batch(batch_size: int, num_processes: int, parts: int) -> int:
+    """Images that one process takes at once."""
+    if batch_size % (num_processes * parts):
         msg = (
             f"pretrain.batch_size: {batch_size} images do not divide over {num_processes} processes"
         )
+        if parts > 1:
+            msg += f" and {parts} parts (pretrain.grad_accumulation)"
         raise ValueError(msg)
-    return batch_size // num_processes
+    return batch_size // (num_processes * parts)
 
 
 def _row(

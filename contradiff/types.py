@@ -6,6 +6,9 @@ from torch import Tensor
 Pixels = Float[Tensor, "batch 3 height width"]
 """Images for the networks: RGB in [-1, 1]."""
 
+Conditions = Float[Tensor, "batch channels_x size size"]
+"""What the conditioner sees: Pixels, or clean Latents; or Gaussian noise of that shape."""
+
 ByteImages = UInt8[Tensor, "batch 3 height width"]
 """Images as stored, generated and scored: RGB, 0 to 255."""
 
@@ -19,7 +22,7 @@ Tokens = Float[Tensor, "batch num_tokens width_c"]
 """encoder_hidden_states: what the UNet's cross-attention attends to."""
 
 Maps = Float[Tensor, "batch width_m h_m w_m"]
-"""Bottleneck maps: the output of the UNet's mid block."""
+"""Maps of the UNet at one noise level: of its mid block, and whatever else head.block names."""
 
 Features = Float[Tensor, "batch width"]
 """The feature h of Eq. 4."""

@@ -6,7 +6,13 @@ import shutil
 from pathlib import Path
 
 from contradiff.atomic import replace_dir
-from contradiff.backbone import PARTS, BaseParams, check_base, fetch_from_hub
+from contradiff.backbone import (
+    PARTS,
+    BaseParams,
+    check_base,
+    check_config,
+    fetch_from_hub,
+)
 from contradiff.config import Section
 
 
@@ -20,7 +26,10 @@ def main(params: Params, run: Run) -> None:
         if base.source == "hub":
             assert base.revision is not None
             run.log(f"fetching {base.path} at {base.revision}")
-            fetch_from_hub(base.path, base.revision, folder)
+            # Its configuration first: what cannot be used is refused before gigabytes are fetched.
+            fetch_from_hub(base.path, base.revision, folder, weights=False)
+            check_config(folder)
+            fetch_from_hub(base.path, base.revision, folder, weights=True)
             shutil.rmtree(folder / ".cache", ignore_errors=True)
         else:
             # In DVC's temporary copies a folder that DVC tracks is here; one that it does not is

@@ -3,7 +3,7 @@
 Runs on as many processes as `python -m stages.launch stages.pretrain` starts.
 """
 
-from stages._runtime import Run, execute
+from stages._runtime import PARAMS_FILE, Run, execute
 
 import csv
 import os
@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from contradiff.atomic import replace_file
-from contradiff.backbone import LoraParams, load_vae
+from contradiff.backbone import BaseParams, LoraParams, config_folder, load_vae
+from contradiff.budget import format_table, parameter_rows
 from contradiff.checkpoint import save_checkpoint
 from contradiff.conditioner import ConditionerParams
-from contradiff.config import Section, Seed
+from contradiff.config import Section, Seed, parse, read_params
 from contradiff.data.imagenet import DataParams
 from contradiff.features import HeadParams
 from contradiff.loading import PairedShards
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 
 BASE, IMAGES, LATENTS = Path("build/base"), Path("build/shards"), Path("build/latents")
 CHECKPOINT, CURVE = Path("build/pretrain"), Path("metrics/pretrain.csv")
+SHIPPED = Path(__file__).resolve().parents[1] / "presets"
 COLUMNS: Sequence[str] = (
     "step",
     "epoch",
@@ -51,6 +53,24 @@ class Params(Section):
     pretrain: PretrainParams
 
 
+class BaseSection(Section):
+    """What `--dry-run` alone reads; training reads build/base."""
+
+    base: BaseParams
+
+
+def describe(params: Params) -> str:
+    base = parse(BaseSection, read_params(PARAMS_FILE), source=str(PARAMS_FILE)).base
+    rows = parameter_rows(
+        config_folder(base, root=Path(), shipped=SHIPPED),
+        lora=params.lora,
+        conditioner=params.conditioner,
+        head=params.head,
+        image_size=params.data.image_size,
+    )
+    return "\n" + format_table(rows)
+
+
 def main(params: Params, run: Run) -> None:
     accelerator = start_accelerator(params, run)
     pairs = PairedShards.open(IMAGES, LATENTS, split="train")
@@ -69,6 +89,8 @@ def main(params: Params, run: Run) -> None:
     recipe = TrainingRecipe(
         params.seed, params.noise, params.conditioner, params.loss, params.pretrain
     )
+    if recipe.warning:
+        run.log(recipe.warning)
     num_steps = params.pretrain.epochs * (pairs.num_samples // params.pretrain.batch_size)
     shown = params.model_dump(mode="json", by_alias=True)
     inputs = [BASE, IMAGES / "index.json", LATENTS / "index.json"]

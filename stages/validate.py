@@ -12,9 +12,18 @@ from pathlib import Path
 from typing import Any
 
 from contradiff.atomic import replace_file
+from contradiff.backbone import (
+    SHIPPED_CONFIGS,
+    NoiseSchedule,
+    check_fit,
+    config_folder,
+    downsampling_of,
+)
 from contradiff.config import Section, parse, read_params
+from contradiff.inversion import chain_to
 from stages import (
     base,
+    class_condition,
     extractor,
     generate,
     latents,
@@ -37,6 +46,7 @@ STAGES: tuple[type[Section], ...] = (
     base.Params,
     latents.Params,
     pretrain.Params,
+    class_condition.Params,
     probe.Params,
     transfer.Params,
     generate.Params,
@@ -51,8 +61,10 @@ class Params(Section):
     """None by name: the whole file."""
 
 
-def main(_params: Params, _run: Run) -> None:
-    check(read_params(PARAMS_FILE), source=str(PARAMS_FILE))
+def main(_params: Params, run: Run) -> None:
+    content = read_params(PARAMS_FILE)
+    check(content, source=str(PARAMS_FILE))
+    check_with_base(content, root=run.root)
     with replace_file(Path("build/validated")) as temporary:
         temporary.write_text("params.yaml is valid\n", encoding="utf-8")
 
@@ -94,18 +106,61 @@ def check(content: Mapping[str, Any], *, source: str) -> None:
         raise ValueError("\n".join(faults))
 
 
+def check_with_base(content: Mapping[str, Any], *, root: Path) -> None:
+    """Refuse what this base cannot serve, if its configuration is here; else a later stage does.
+
+    Args:
+        content: a whole parameter file that `check` accepts.
+        root: the project's folder.
+
+    Raises:
+        ValueError: names the parameter.
+    """
+    base_params = parse(base.Params, content, source=str(PARAMS_FILE)).base
+    if not ((root / base_params.path).is_dir() or base_params.path in SHIPPED_CONFIGS):
+        return
+    folder = config_folder(base_params, root=root, shipped=root / "presets")
+    image_size, conditioner = content["data"]["image_size"], content["conditioner"]
+    check_fit(
+        folder,
+        image_size=image_size,
+        lora_targets=content["lora"]["targets"],
+        block=content["head"]["block"],
+        timesteps=content["features"]["timesteps"],
+        num_inference_steps=content["generate"]["num_inference_steps"],
+    )
+    features = content["features"]
+    if features["noising"] == "ddim_chain":
+        chain_to(features["timesteps"], schedule=NoiseSchedule.of_base(folder))
+    latent_size = image_size // downsampling_of(folder)
+    if conditioner["input"] == "latents" and latent_size % conditioner["patch_size"]:
+        msg = (
+            f"conditioner.patch_size: must divide the latent's side of {latent_size} "
+            f"(conditioner.input: latents; got {conditioner['patch_size']})"
+        )
+        raise ValueError(msg)
+
+
 def contradictions(content: Mapping[str, Any]) -> Iterator[str]:
     """Yield what is wrong between sections that no one stage has together."""
     data, latents = content["data"], content["latents"]
     conditioner, loss = content["conditioner"], content["loss"]
-    if data["image_size"] % conditioner["patch_size"]:
+    if conditioner["input"] == "pixels" and data["image_size"] % conditioner["patch_size"]:
         yield "conditioner.patch_size: must divide data.image_size"
+    cropped = conditioner["input"] == "latents" and conditioner["cond_view"] == "crop"
+    if cropped and latents["views"] < 2:
+        yield "conditioner.cond_view: crop of latents draws stored views; needs latents.views of 2"
     if loss["latent_views"] == "two" and latents["views"] < 2:
         yield "loss.latent_views: two needs latents.views of at least 2"
     if latents["colour_jitter"] > 0 and latents["views"] < 2:
         yield "latents.colour_jitter: is of random crops; with latents.views 1 there are none"
     if content["score"]["splits"] > content["generate"]["num_samples"]:
         yield "score.splits: more than generate.num_samples"
+    if content["generate"]["condition"] == "class" and content["class_condition"]["epochs"] == 0:
+        yield (
+            "generate.condition: class needs a table of classes; make class_condition.epochs 1 or "
+            "more (got 0)"
+        )
 
 
 if __name__ == "__main__":

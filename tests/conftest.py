@@ -83,6 +83,7 @@ def tiny_params() -> dict[str, Any]:
             "targets": ["attn2.to_q", "attn2.to_k", "attn2.to_v"],
         },
         "conditioner": {
+            "input": "pixels",
             "patch_size": 8,
             "width": 16,
             "depth": 1,
@@ -91,6 +92,8 @@ def tiny_params() -> dict[str, Any]:
             "cond_view": "same",
         },
         "head": {
+            "block": "mid",
+            "self_conditioning": False,
             "width": 16,
             "num_heads": 2,
             "mlp_ratio": 2,
@@ -102,7 +105,7 @@ def tiny_params() -> dict[str, Any]:
 
 @pytest.fixture
 def build_tiny(tiny_base: Path, tiny_params: dict[str, Any]) -> Callable[..., ContraDiff]:
-    """Build a ContraDiff on `tiny_base`, in evaluation mode; keyword: `seed`.
+    """Build a ContraDiff on `tiny_base`, in evaluation mode; keywords: `seed`, changed sections.
 
     What starts at zero (LoRA's B, the conditioner's last layer) is made random, so that a test of
     values or gradients sees every part.
@@ -112,8 +115,9 @@ def build_tiny(tiny_base: Path, tiny_params: dict[str, Any]) -> Callable[..., Co
     from contradiff.checkpoint import Architecture
     from contradiff.model import build_model
 
-    def build(*, seed: int = 0) -> ContraDiff:
-        shapes = Architecture.model_validate(tiny_params)
+    def build(*, seed: int = 0, **changes: dict[str, Any]) -> ContraDiff:
+        sections = {name: tiny_params[name] | changes.get(name, {}) for name in tiny_params}
+        shapes = Architecture.model_validate(sections)
         with torch.random.fork_rng(devices=[]):
             model = build_model(
                 tiny_base,

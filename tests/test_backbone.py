@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import UNet2DConditionModel
+from diffusers import PNDMScheduler
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from contradiff.backbone import (
@@ -16,11 +17,19 @@ from contradiff.backbone import (
     NoiseSchedule,
     add_lora,
     check_base,
+    check_config,
+    check_fit,
+    config_folder,
+    load_scheduler,
     load_unet,
     load_vae,
     merge_lora,
+    unet_without_weights,
+    vae_without_weights,
 )
 
+SHIPPED = Path(__file__).resolve().parents[1] / "presets"
+STABLE_DIFFUSION = SHIPPED / "stable-diffusion-v1-4"
 CROSS_ATTENTION = ["attn2.to_q", "attn2.to_k", "attn2.to_v"]
 
 
@@ -100,6 +109,98 @@ def test_another_prediction_type_is_refused(base: Path):
         check_base(base)
 
 
+def test_a_unet_and_a_vae_of_other_latents_are_refused(base: Path):
+    edit_json(base / "vae" / "config.json", latent_channels=16)
+    message = r"base\.path: .*unet takes 4 channels .*in_channels.*, but its vae .* latents of 16"
+    with pytest.raises(ValueError, match=message):
+        check_base(base)
+
+
+def test_a_configuration_needs_no_weights():
+    check_config(STABLE_DIFFUSION)
+    with pytest.raises(ValueError, match=r"holds no \.safetensors"):
+        check_base(STABLE_DIFFUSION)
+
+
+@pytest.mark.parametrize(
+    ("part", "build"), [("unet", unet_without_weights), ("vae", vae_without_weights)]
+)
+def test_the_configuration_has_the_shapes_of_the_weights(tiny_base: Path, part: str, build: Any):
+    module = build(tiny_base)
+    assert {p.device.type for p in module.parameters()} == {"meta"}
+    assert not any(p.requires_grad for p in module.parameters())
+    (weights,) = (tiny_base / part).glob("*.safetensors")
+    shapes = {name: tensor.shape for name, tensor in load_file(weights).items()}
+    assert {name: tensor.shape for name, tensor in module.state_dict().items()} == shapes
+
+
+FIT: dict[str, Any] = {
+    "image_size": 32,
+    "lora_targets": CROSS_ATTENTION,
+    "block": "mid+up.1",
+    "timesteps": [401, 201, 999],
+    "num_inference_steps": 999,
+}
+
+
+def test_fitting_parameters_pass(tiny_base: Path):
+    check_fit(tiny_base, **FIT)
+    check_fit(STABLE_DIFFUSION, **FIT | {"image_size": 256})
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"lora_targets": ["attn2.to_q", "attn3"]}, r"lora\.targets: 'attn3' matches no linear"),
+        ({"timesteps": [1000, 201, 101]}, r"features\.timesteps: \[1000, .* last timestep, 999"),
+        ({"num_inference_steps": 1000}, r"generate\.num_inference_steps: 1000 is more than"),
+        # The VAE makes 4x, the UNet 4x smaller: 8 latents a side, 2 at the bottleneck.
+        ({"image_size": 30}, r"data\.image_size: 30 is no multiple of 16"),
+        ({"image_size": 40}, r"data\.image_size: 40 is no multiple of 16"),
+    ],
+)
+def test_parameters_that_do_not_fit_the_base_are_refused(
+    tiny_base: Path, changes: dict[str, Any], message: str
+):
+    with pytest.raises(ValueError, match=message):
+        check_fit(tiny_base, **FIT | changes)
+
+
+@pytest.mark.parametrize("block", ["up.1", "mid+up.1"])
+def test_a_second_up_block_must_be_there(base: Path, block: str):
+    """And need not be, where it is not asked for."""
+    edit_json(
+        base / "unet" / "config.json",
+        block_out_channels=[16],
+        down_block_types=["CrossAttnDownBlock2D"],
+        up_block_types=["CrossAttnUpBlock2D"],
+    )
+    check_fit(base, **FIT | {"block": "mid"})
+    with pytest.raises(ValueError, match=rf"head\.block: {re.escape(block)} reads .* has 1; set"):
+        check_fit(base, **FIT | {"block": block})
+
+
+def test_fit_is_judged_without_weights(base: Path):
+    for weights in base.rglob("*.safetensors"):
+        weights.unlink()
+    check_fit(base, **FIT)
+
+
+def test_configurations_are_found_without_a_network(tiny_base: Path, tmp_path: Path):
+    def find(source: str, path: str) -> Path:
+        revision = "a" * 40 if source == "hub" else None
+        base = BaseParams.model_validate({"source": source, "path": path, "revision": revision})
+        return config_folder(base, root=tiny_base.parent, shipped=SHIPPED)
+
+    assert find("local", tiny_base.name) == tiny_base
+    assert find("local", str(tiny_base)) == tiny_base
+    assert find("hub", "CompVis/stable-diffusion-v1-4") == STABLE_DIFFUSION
+    with pytest.raises(ValueError, match=r"base\.path: the configuration of a/b is not shipped"):
+        find("hub", "a/b")
+    with pytest.raises(ValueError, match=r"base\.path: .* has no vae/config\.json"):
+        find("local", str(tmp_path))
+
+
 @pytest.mark.parametrize("load", [load_vae, load_unet])
 def test_the_base_is_loaded_frozen_in_float32(tiny_base: Path, load: Any):
     module = load(tiny_base)
@@ -114,6 +215,41 @@ def test_noise_schedule_is_the_bases_own(tiny_base: Path):
     expected = (1 - betas).cumprod(0).float()
     assert schedule.num_train_timesteps == 1000
     torch.testing.assert_close(schedule.alphas_cumprod, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_published_scheduler_is_read_into_ddim_with_its_own_settings(tiny_base: Path):
+    """Stable Diffusion's file is PNDM's; the tiny base's is DDIM's, with every setting spelled."""
+    published = load_scheduler(STABLE_DIFFUSION, num_inference_steps=100)
+    spelled = load_scheduler(tiny_base, num_inference_steps=100)
+    given = json.loads((STABLE_DIFFUSION / "scheduler" / "scheduler_config.json").read_text())
+    assert given["_class_name"] == "PNDMScheduler"
+    of_pndm = {"_class_name", "_diffusers_version", "skip_prk_steps"}
+    assert {k: v for k, v in given.items() if k not in of_pndm}.items() <= published.config.items()
+    assert not published.config["clip_sample"]
+    private = {key for key in published.config if key.startswith("_")} | of_pndm
+    assert {k: v for k, v in published.config.items() if k not in private} == {
+        k: v for k, v in spelled.config.items() if not k.startswith("_")
+    }
+    assert torch.equal(published.alphas_cumprod, spelled.alphas_cumprod)
+    assert torch.equal(published.final_alpha_cumprod, published.alphas_cumprod[0])
+    assert published.timesteps.tolist() == list(range(991, 0, -10))
+    schedule = NoiseSchedule.of_base(STABLE_DIFFUSION)
+    assert torch.equal(schedule.alphas_cumprod, PNDMScheduler.from_config(given).alphas_cumprod)
+
+
+@pytest.mark.parametrize("setting", [None, True])
+def test_latents_are_never_clipped(base: Path, setting: bool | None):
+    """Early files of Stable Diffusion leave it out, and DDIM's own default is to clip."""
+    path = base / "scheduler" / "scheduler_config.json"
+    content = json.loads(path.read_text())
+    del content["clip_sample"]
+    path.write_text(json.dumps(content | ({} if setting is None else {"clip_sample": setting})))
+    scheduler = load_scheduler(base, num_inference_steps=10)
+    latents, noise_pred = torch.full((1, 4, 2, 2), 3.0), torch.zeros(1, 4, 2, 2)
+    timestep = int(scheduler.timesteps[-1])
+    ratio = scheduler.alphas_cumprod[0] / scheduler.alphas_cumprod[timestep]
+    stepped = scheduler.step(noise_pred, timestep, latents, eta=0.0).prev_sample
+    torch.testing.assert_close(stepped, latents * ratio.sqrt())
 
 
 @pytest.mark.parametrize(
@@ -193,16 +329,9 @@ def test_a_target_that_matches_nothing_is_refused(tiny_base: Path, targets: list
 
 def test_parameter_counts_of_stable_diffusion():
     """Its v1.4 configuration, without memory behind it."""
+    unet = unet_without_weights(STABLE_DIFFUSION)
+    assert sum(p.numel() for p in unet.parameters()) == 859_520_964
     with torch.device("meta"):
-        unet = UNet2DConditionModel(
-            block_out_channels=(320, 640, 1280, 1280),
-            layers_per_block=2,
-            attention_head_dim=8,
-            cross_attention_dim=768,
-            down_block_types=(*("CrossAttnDownBlock2D",) * 3, "DownBlock2D"),
-            up_block_types=("UpBlock2D", *("CrossAttnUpBlock2D",) * 3),
-        )
-        assert sum(p.numel() for p in unet.parameters()) == 859_520_964
         add_lora(unet, rank=16, alpha=16.0, targets=CROSS_ATTENTION)
     trainable = sum(p.numel() for p in unet.parameters() if p.requires_grad)
     assert trainable == 1_191_936

@@ -9,7 +9,9 @@ from torch import nn
 from contradiff.conditioner import Conditioner, ConditionerParams, drop_conditions
 
 SIZES: dict[str, Any] = {
-    "image_size": 16,
+    "input": "pixels",
+    "in_channels": 3,
+    "size": 16,
     "patch_size": 4,
     "width": 8,
     "depth": 2,
@@ -17,6 +19,7 @@ SIZES: dict[str, Any] = {
     "cross_attention_dim": 12,
 }
 PARAMS: dict[str, Any] = {
+    "input": "pixels",
     "patch_size": 4,
     "width": 8,
     "depth": 2,
@@ -26,18 +29,27 @@ PARAMS: dict[str, Any] = {
 }
 
 
-def test_parameter_count_at_the_papers_scale():
+@pytest.mark.parametrize(
+    ("takes", "shape", "patch_size", "count"),
+    [("pixels", (3, 256, 256), 16, 38_729_984), ("latents", (4, 32, 32), 2, 38_344_960)],
+)
+def test_parameter_count_at_the_papers_scale(
+    takes: str, shape: tuple[int, int, int], patch_size: int, count: int
+):
     with torch.device("meta"):
         conditioner = Conditioner(
-            image_size=256,
-            patch_size=16,
+            input=takes,  # pyright: ignore[reportArgumentType]
+            in_channels=shape[0],
+            size=shape[1],
+            patch_size=patch_size,
             width=512,
             depth=12,
             num_heads=8,
             cross_attention_dim=768,
         )
-        tokens = conditioner(torch.empty(2, 3, 256, 256))
-    assert sum(p.numel() for p in conditioner.parameters()) == 38_729_984
+        tokens = conditioner(torch.empty(2, *shape))
+    assert sum(p.numel() for p in conditioner.parameters()) == count
+    assert conditioner.shape == shape
     assert tokens.shape == (2, 256, 768)
 
 
@@ -84,7 +96,7 @@ def test_conditions_are_dropped_image_by_image():
 
 def test_patches_must_tile_the_image():
     with pytest.raises(
-        ValueError, match=r"conditioner\.patch_size: 5 does not divide data\.image_size 16"
+        ValueError, match=r"conditioner\.patch_size: 5 does not divide 16, .*data\.image_size"
     ):
         Conditioner(**SIZES | {"patch_size": 5})
 

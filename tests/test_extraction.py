@@ -34,6 +34,7 @@ def model(build_tiny: Build) -> ContraDiff:
 def params_of(**changes: Any) -> FeaturesParams:
     settings = {
         "timesteps": [401, 201, 101],
+        "noising": "direct",
         "condition": "image",
         "pool": "attention",
         "batch_size": 8,
@@ -88,14 +89,17 @@ def test_stored_batches_show_the_centre_crop(tiny_data: Path):
         assert batch.latents[index].equal(0.5 * mean)  # tiny_base's scaling factor
 
 
-@pytest.mark.parametrize("condition", ["image", "noise"])
+@pytest.mark.parametrize(
+    ("noising", "condition"), [("direct", "image"), ("direct", "noise"), ("ddim_chain", "image")]
+)
 @pytest.mark.parametrize("batch_size", [1, 7, 24])
 def test_batch_size_changes_nothing(
-    model: ContraDiff, tiny_data: Path, condition: str, batch_size: int
+    model: ContraDiff, tiny_data: Path, noising: str, condition: str, batch_size: int
 ):
-    expected = features_of(model, batches_of(tiny_data), condition=condition)
+    settings = {"noising": noising, "condition": condition}
+    expected = features_of(model, batches_of(tiny_data), **settings)
     batches = batches_of(tiny_data, batch_size=batch_size)
-    shown = features_of(model, batches, condition=condition)
+    shown = features_of(model, batches, **settings)
     assert (shown.keys, shown.labels.tolist()) == (expected.keys, expected.labels.tolist())
     assert expected.features.std(dim=0).min() > 1e-2
     torch.testing.assert_close(shown.features, expected.features, atol=1e-4, rtol=1e-4)
@@ -117,7 +121,9 @@ def test_condition_is_used(model: ContraDiff, tiny_data: Path):
     assert (with_image - with_noise).abs().max() > 1e-4
 
 
-def test_every_image_has_noise_of_its_own(model: ContraDiff, tiny_data: Path):
+@pytest.mark.parametrize("noising", ["direct", "ddim_chain"])
+def test_only_direct_noising_is_random(model: ContraDiff, tiny_data: Path, noising: str):
+    """There, every image has noise of its own, and every seed another."""
     (batch,) = batches_of(tiny_data, split="val")
     twins = CleanBatch(
         0,
@@ -126,8 +132,19 @@ def test_every_image_has_noise_of_its_own(model: ContraDiff, tiny_data: Path):
         batch.labels[:2],
         batch.keys[:2],
     )
-    first, second = features_of(model, [twins]).features
-    assert (first - second).abs().max() > 1e-4
+    params = params_of(noising=noising)
+    first, second = maps_of(model, twins, params=params, seed=0, device=CPU)
+    other, _ = maps_of(model, twins, params=params, seed=1, device=CPU)
+    for changed in (second, other):
+        difference = (first - changed).abs().max()
+        assert difference > 1e-2 if noising == "direct" else difference < 1e-5
+
+
+def test_a_chain_needs_a_triple_on_its_grid(model: ContraDiff, tiny_data: Path):
+    (batch,) = batches_of(tiny_data, split="val")
+    params = params_of(noising="ddim_chain", timesteps=[401, 200, 101])
+    with pytest.raises(ValueError, match=r"^features\.timesteps: with features\.noising ddim"):
+        maps_of(model, batch, params=params, seed=0, device=CPU)
 
 
 def test_pooling(model: ContraDiff, tiny_data: Path):

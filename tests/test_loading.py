@@ -1,6 +1,7 @@
 """contradiff.loading: every image in its turn, whoever reads it and wherever one starts."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ def pairs(tiny_data: Path) -> PairedShards:
 
 def stream_of(pairs: PairedShards, **changes: Any) -> TrainingStream:
     settings: dict[str, Any] = {
-        "choice": ViewChoice("two", "crop"),
+        "choice": ViewChoice("two", "crop", "pixels"),
         "batch_size": 4,
         "start_step": 0,
         "seed": 0,
@@ -132,9 +133,9 @@ def test_start_in_mid_run_reads_no_earlier_epoch(
     read: list[int] = []
     real = PairedShards.read
 
-    def counting(self: PairedShards, number: int) -> Iterator[Any]:
+    def counting(self: PairedShards, number: int, **keywords: bool) -> Iterator[Any]:
         read.append(number)
-        return real(self, number)
+        return real(self, number, **keywords)
 
     monkeypatch.setattr(PairedShards, "read", counting)
     batches_of(pairs, 1, start_step=6 * 1000 + 5)
@@ -177,7 +178,7 @@ def test_two_latent_views_are_two_views_of_one_image(
 ):
     pairs_of_views = [
         item
-        for batch in batches_of(pairs, 18, choice=ViewChoice("two", cond_view))
+        for batch in batches_of(pairs, 18, choice=ViewChoice("two", cond_view, "pixels"))
         for item in shown(batch, views)
     ]
     assert all(a[0] == b[0] and a[1] != b[1] for a, b in pairs_of_views)
@@ -188,7 +189,7 @@ def test_two_latent_views_are_two_views_of_one_image(
 
 
 def test_same_latent_view_is_shown_twice(pairs: PairedShards, views: Views):
-    batches = batches_of(pairs, 18, choice=ViewChoice("same", "same"))
+    batches = batches_of(pairs, 18, choice=ViewChoice("same", "same", "pixels"))
     assert all(a == b for batch in batches for a, b in shown(batch, views))
     assert {a[1] for batch in batches for a, _ in shown(batch, views)} == {0, 1, 2}
 
@@ -201,15 +202,48 @@ def test_same_condition_is_the_first_views_crop(
     images = {image.key: image.image for image in read_images(tiny_data / "images", "train")}
     stored = map(StoredLatents.of_record, read_split(tiny_data / "latents", "train"))
     crops = {item.key: item.crops for item in stored}
-    (batch,) = batches_of(pairs, 1, choice=ViewChoice(latent_views, cond_view))
+    (batch,) = batches_of(pairs, 1, choice=ViewChoice(latent_views, cond_view, "pixels"))
     for index, ((key, view), _) in enumerate(shown(batch, views)):
         crop = apply_crop(decode(images[key], name=key), crops[key][view], size=32)
         for condition in batch["conditions"][:, index]:
             assert condition.equal(to_pixels(crop[None])[0])
 
 
+@pytest.mark.parametrize("cond_view", ["same", "crop"])
+def test_latent_conditions_are_stored_views_and_need_no_images(
+    pairs: PairedShards, views: Views, tmp_path: Path, cond_view: str
+):
+    without_images = replace(pairs, images=tmp_path / "nothing")
+    drawn: list[tuple[int, int, int]] = []
+    for batch in batches_of(without_images, 18, choice=ViewChoice("two", cond_view, "latents")):
+        conditions = shown({"moments": batch["condition_moments"]}, views)
+        for (a, _), (c, d) in zip(shown(batch, views), conditions, strict=True):
+            assert a[0] == c[0] == d[0]
+            drawn.append((a[1], c[1], d[1]))
+    if cond_view == "same":
+        assert set(drawn) == {(0, 0, 0)}
+    else:
+        # both independent of the view and of each other, 72 times
+        assert {(c, d) for _, c, d in drawn} == {(i, j) for i in range(3) for j in range(3)}
+
+
+def test_labels_are_those_of_the_images(pairs: PairedShards, views: Views, tiny_data: Path):
+    labels = {image.key: image.label for image in read_images(tiny_data / "images", "train")}
+    for batch in batches_of(pairs, 6, choice=ViewChoice("same", "same", "labels")):
+        keys_of = [first[0] for first, _ in shown(batch, views)]
+        assert batch["labels"].tolist() == [labels[key] for key in keys_of]
+        assert set(batch) == {"moments", "labels"}
+
+
+def test_crops_of_latents_need_stored_views(pairs: PairedShards):
+    facts = pairs.latent_index.facts | {"views": 1}
+    one_view = replace(pairs, latent_index=replace(pairs.latent_index, facts=facts))
+    with pytest.raises(ValueError, match=r"^conditioner\.cond_view: crop .*latents\.views of 2"):
+        batches_of(one_view, 1, choice=ViewChoice("same", "crop", "latents"))
+
+
 def test_cropped_conditions_are_two_new_crops(pairs: PairedShards):
-    batches = batches_of(pairs, 12, choice=ViewChoice("same", "crop"))
+    batches = batches_of(pairs, 12, choice=ViewChoice("same", "crop", "pixels"))
     conditions = torch.cat([batch["conditions"] for batch in batches], dim=1)
     assert not any(a.equal(b) for a, b in zip(*conditions, strict=True))
     distinct = {condition.numpy().tobytes() for condition in conditions.flatten(0, 1)}
@@ -254,7 +288,7 @@ def test_two_views_of_one_are_refused(tiny_data: Path):
     pairs = PairedShards(pairs.images, pairs.latents, "val", pairs.image_index, index)
     with pytest.raises(ValueError, match=r"^loss\.latent_views: two needs latents\.views of 2"):
         stream_of(pairs)
-    (batch,) = batches_of(pairs, 1, choice=ViewChoice("same", "same"))
+    (batch,) = batches_of(pairs, 1, choice=ViewChoice("same", "same", "pixels"))
     assert batch["moments"][0].equal(batch["moments"][1])
 
 

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from contradiff.losses import ContrastiveKind, contrastive_loss
+from contradiff.base_training import build_scheduler
+from contradiff.losses import ContrastiveKind, contrastive_loss, min_snr_weights
 
 KINDS: list[ContrastiveKind] = ["ntxent", "dcl_paper", "infonce"]
 
@@ -21,6 +22,18 @@ def draw_views(num_images: int, *, width: int = 6, seed: int = 0) -> Tensor:
 def cosine(first: list[float], second: list[float]) -> float:
     dot = sum(a * b for a, b in zip(first, second, strict=True))
     return dot / (math.hypot(*first) * math.hypot(*second))
+
+
+def test_min_snr_weights_are_those_of_diffusers():
+    from diffusers.training_utils import compute_snr
+
+    scheduler = build_scheduler()
+    timesteps = torch.arange(1000)
+    ratio = compute_snr(scheduler, timesteps)
+    expected = torch.stack([ratio, torch.full_like(ratio, 5.0)]).min(dim=0).values / ratio
+    weights = min_snr_weights(scheduler.alphas_cumprod, gamma=5.0)
+    torch.testing.assert_close(weights, expected, rtol=1e-4, atol=1e-6)
+    assert weights.max() == 1
 
 
 def slow_ntxent(views: Tensor, tau: float) -> float:

@@ -14,7 +14,7 @@ from contradiff import training
 from contradiff.checkpoint import Architecture
 from contradiff.loading import PairedShards
 from contradiff.losses import LossParams
-from contradiff.model import ContraDiff
+from contradiff.model import ContraDiff, TrainingBatch
 from contradiff.noise import NoiseParams
 from contradiff.training import PretrainParams, TrainingRecipe, pretrain
 
@@ -34,6 +34,9 @@ PRETRAIN: dict[str, Any] = {
     "beta2": 0.95,
     "weight_decay": 0.05,
     "max_grad_norm": 1.0,
+    "grad_accumulation": 1,
+    "ema_decay": 0.0,
+    "gradient_checkpointing": False,
     "precision": "fp32",
 }
 LOSS: dict[str, Any] = {
@@ -42,6 +45,7 @@ LOSS: dict[str, Any] = {
     "temperature": 0.1,
     "latent_views": "two",
     "recon_passes": 1,
+    "min_snr_gamma": 0.0,
 }
 ONE_EPOCH = {"epochs": 1}
 NUM_STEPS = 8  # 24 images, six a step, two epochs
@@ -66,7 +70,11 @@ def train(
     architecture = Architecture.model_validate(tiny_params)
 
     def run(model: ContraDiff, **changes: Any) -> list[dict[str, float]]:
-        conditioner = {"cond_view": changes.pop("cond_view", "crop"), "drop": 0.3}
+        conditioner = {
+            "cond_view": changes.pop("cond_view", "crop"),
+            "drop": 0.3,
+            "input": model.conditioner.input,
+        }
         recipe = TrainingRecipe(
             seed=changes.pop("seed", 0),
             noise=NoiseParams(schedule="inverse_cosine", uniform_mix=0.25),
@@ -118,6 +126,7 @@ def kill_at(step: int) -> Callable[[int, Row], None]:
         (5, {"num_workers": 2}),
         (6, {"loss": {"latent_views": "same", "recon_passes": 6}, "cond_view": "same"}),
         (7, {"loss": {"lambda": 0.0}, "cond_view": "noise"}),
+        (5, {"pretrain": {"grad_accumulation": 3, "ema_decay": 0.5}, "num_workers": 2}),
     ],
 )
 def test_killed_and_resumed_equals_uninterrupted(
@@ -169,6 +178,115 @@ def test_without_contrast_the_head_is_untouched(build_tiny: Build, train: Train)
     assert parts == {"unet", "conditioner"}
     assert all("contrastive" not in row for row in curve)
     assert all(row["loss"] == row["reconstruction"] for row in curve)
+
+
+@pytest.mark.parametrize("cond_view", ["same", "crop", "noise"])
+def test_latents_condition_as_pixels_do(build_tiny: Build, train: Train, cond_view: str):
+    model = build_tiny(conditioner={"input": "latents", "patch_size": 2})
+    before = state_of(model)
+    train(model, pretrain=ONE_EPOCH, cond_view=cond_view)
+    after = {name for name in changed(model, before) if name.startswith("conditioner.")}
+    assert after == {f"conditioner.{name}" for name, _ in model.conditioner.named_parameters()}
+
+
+class Recorder:
+    """Keeps the batches that a model was trained on, and the gradients of each step."""
+
+    def __init__(self, model: ContraDiff, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.batches: list[TrainingBatch] = []
+        self.gradients: list[dict[str, Tensor]] = []
+        model.register_forward_pre_hook(lambda _, args: self.batches.append(args[0]))
+        step = torch.optim.AdamW.step
+
+        def recorded(optimizer: torch.optim.AdamW, *args: Any) -> Any:
+            named = model.named_parameters()
+            self.gradients.append({n: p.grad.clone() for n, p in named if p.grad is not None})
+            return step(optimizer, *args)
+
+        monkeypatch.setattr(torch.optim.AdamW, "step", recorded)
+
+
+def test_accumulated_gradient_is_the_mean_of_the_parts(
+    build_tiny: Build, train: Train, monkeypatch: pytest.MonkeyPatch
+):
+    model, copy = build_tiny(), build_tiny().train()
+    seen = Recorder(model, monkeypatch)
+    curve = train(
+        model,
+        log_every=1,
+        pretrain=ONE_EPOCH | {"grad_accumulation": 3, "max_grad_norm": 1e9, "warmup_epochs": 0},
+    )
+    assert [batch.latents.shape[1] for batch in seen.batches] == [2] * 12  # 24 images, once each
+    losses: list[Tensor] = []
+    for batch in seen.batches[:3]:
+        loss = LossParams.model_validate(LOSS)
+        losses.append(copy(batch, loss=loss, shared_condition=False)["loss"])
+    torch.stack(losses).mean().backward()
+    assert curve[0]["loss"] == pytest.approx(torch.stack(losses).mean().item(), rel=1e-5)
+    expected = {n: p.grad for n, p in copy.named_parameters() if p.grad is not None}
+    assert seen.gradients[0].keys() == expected.keys()
+    for name, gradient in expected.items():
+        torch.testing.assert_close(seen.gradients[0][name], gradient, rtol=1e-4, atol=1e-6)
+
+
+def test_accumulation_warns_that_it_adds_no_negatives(tiny_params: dict[str, Any]):
+    def recipe(parts: int, weight: float) -> TrainingRecipe:
+        return TrainingRecipe(
+            seed=0,
+            noise=NoiseParams(schedule="uniform", uniform_mix=0.0),
+            conditioner=Architecture.model_validate(tiny_params).conditioner,
+            loss=LossParams.model_validate(LOSS | {"lambda": weight}),
+            pretrain=PretrainParams.model_validate(PRETRAIN | {"grad_accumulation": parts}),
+        )
+
+    assert recipe(1, 0.1).warning is None
+    assert recipe(3, 0.0).warning is None
+    warning = recipe(3, 0.1).warning
+    assert warning is not None
+    assert "contrasted with the 2 of its part alone, not with all 6" in warning
+
+
+def test_checkpointed_gradients_are_the_same_and_reach_lora(
+    build_tiny: Build, train: Train, monkeypatch: pytest.MonkeyPatch
+):
+    """The frozen UNet's inputs need no gradient: only a checkpoint that is not reentrant works."""
+    recorders: list[Recorder] = []
+    for enabled in (False, True):
+        model = build_tiny()
+        with monkeypatch.context() as patch:
+            recorders.append(Recorder(model, patch))
+            train(model, pretrain=ONE_EPOCH | {"gradient_checkpointing": enabled})
+        assert model.unet.is_gradient_checkpointing == enabled
+    plain, checkpointed = (recorder.gradients for recorder in recorders)
+    assert len(plain) == 4
+    for expected, ours in zip(plain, checkpointed, strict=True):
+        assert ours.keys() == expected.keys()
+        for name, gradient in ours.items():
+            torch.testing.assert_close(gradient, expected[name], rtol=1e-4, atol=1e-6)
+    assert all(gradient.any() for name, gradient in checkpointed[1].items() if "lora_" in name)
+
+
+def test_average_of_the_weights_is_what_is_kept(
+    build_tiny: Build, train: Train, monkeypatch: pytest.MonkeyPatch
+):
+    """Decay min(0.6, (1 + s) / (10 + s)) after step s, over weights recorded at each step."""
+    model = build_tiny()
+    weights = [model.conditioner.to_tokens.weight.detach().clone()]
+    step = torch.optim.AdamW.step
+
+    def recorded(optimizer: torch.optim.AdamW, *args: Any) -> Any:
+        result = step(optimizer, *args)
+        weights.append(model.conditioner.to_tokens.weight.detach().clone())
+        return result
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", recorded)
+    train(model, pretrain={"ema_decay": 0.3})
+    average = weights[0]
+    for number, weight in enumerate(weights[1:], start=1):
+        decay = min(0.3, number / (9 + number)) if number > 1 else 0.0
+        average = decay * average + (1 - decay) * weight
+    torch.testing.assert_close(model.conditioner.to_tokens.weight.detach(), average)
+    assert not torch.allclose(average, weights[-1])
 
 
 def test_no_epochs_leave_the_model_as_it_is(build_tiny: Build, train: Train, tmp_path: Path):
@@ -242,6 +360,10 @@ def test_batch_that_does_not_divide_is_named(
     expected = r"^pretrain\.batch_size: 6 images do not divide over 4 processes$"
     with pytest.raises(ValueError, match=expected):
         train(build_tiny())
+    monkeypatch.setattr(type(accelerator), "num_processes", 3)
+    expected = r"^pretrain\.batch_size: 6 .* over 3 processes and 4 .*pretrain\.grad_accumulation"
+    with pytest.raises(ValueError, match=expected):
+        train(build_tiny(), pretrain={"grad_accumulation": 4})
 
 
 @pytest.mark.parametrize(

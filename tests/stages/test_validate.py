@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from contradiff.config import read_params
-from stages.validate import check
+from stages.validate import check, check_with_base
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -42,3 +42,83 @@ def test_what_dvc_lets_pass_is_refused(content: dict[str, Any], value: object):
     content["loss"]["lambda"] = value
     with pytest.raises(ValueError, match=r"loss\.lambda"):
         check(content, source="params.yaml")
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("loss.lambda", -0.1),
+        ("loss.temperature", 0.0),
+        ("loss.temperature", -0.1),
+        ("lora.rank", 0),
+        ("lora.targets", []),
+        ("features.timesteps", [401, 401, 101]),
+        ("features.timesteps", [401, 201]),
+        ("features.timesteps", [401, 201, -1]),
+    ],
+)
+def test_impossible_value_is_refused_by_its_key(content: dict[str, Any], key: str, value: object):
+    section, name = key.split(".")
+    content[section][name] = value
+    with pytest.raises(ValueError, match=r"params\.yaml: ") as caught:
+        check(content, source="params.yaml")
+    assert all(key in line for line in str(caught.value).splitlines())
+
+
+def test_classes_need_a_table(content: dict[str, Any]):
+    content["generate"]["condition"] = "class"
+    expected = r"generate\.condition: class .* class_condition\.epochs 1 or more"
+    with pytest.raises(ValueError, match=expected):
+        check(content, source="params.yaml")
+    content["class_condition"]["epochs"] = 1
+    check(content, source="params.yaml")
+
+
+def test_noise_has_nothing_to_guide(content: dict[str, Any]):
+    content["generate"]["guidance"] = 1.5
+    expected = r"generate\.guidance is 1\.5, but generate\.condition: noise"
+    with pytest.raises(ValueError, match=expected):
+        check(content, source="params.yaml")
+
+
+@pytest.mark.parametrize(
+    ("changes", "fault"),
+    [
+        ({"lora": {"targets": ["attn3.to_q"]}}, r"^lora\.targets: .*attn3\.to_q"),
+        ({"features": {"timesteps": [401, 201, 1000]}}, r"^features\.timesteps: "),
+        (
+            {"features": {"timesteps": [401, 201, 100], "noising": "ddim_chain"}},
+            r"^features\.timesteps: .*20-step grid",
+        ),
+        ({"generate": {"num_inference_steps": 1001}}, r"^generate\.num_inference_steps: "),
+        ({"data": {"image_size": 36}}, r"^data\.image_size: "),
+        (
+            {"conditioner": {"input": "latents", "patch_size": 3}},
+            r"^conditioner\.patch_size: .* side of 8 ",
+        ),
+    ],
+)
+def test_what_the_base_cannot_serve_is_refused(
+    tiny_base: Path, tmp_path: Path, changes: dict[str, dict[str, Any]], fault: str
+):
+    content = read_params(ROOT / "presets/tiny.yaml")
+    content["base"]["path"] = str(tiny_base)
+    check_with_base(content, root=tmp_path)
+    for section, values in changes.items():
+        content[section] |= values
+    with pytest.raises(ValueError, match=fault):
+        check_with_base(content, root=tmp_path)
+
+
+def test_a_base_that_is_not_here_yet_is_not_asked(tmp_path: Path):
+    content = read_params(ROOT / "presets/tiny.yaml")
+    content["lora"]["targets"] = ["nothing"]
+    check_with_base(content, root=tmp_path)
+
+
+def test_the_papers_base_is_known_without_weights():
+    content = read_params(ROOT / "presets/paper.yaml")
+    check_with_base(content, root=ROOT)
+    content["conditioner"] |= {"input": "latents", "patch_size": 3}
+    with pytest.raises(ValueError, match=r"^conditioner\.patch_size: .* side of 32 "):
+        check_with_base(content, root=ROOT)

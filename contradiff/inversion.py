@@ -1,0 +1,72 @@
+"""Maps along a chain of DDIM inversion: the image's own noise in the place of random noise."""
+
+import torch
+
+from contradiff.backbone import NoiseSchedule
+from contradiff.features import LevelMaps, block_maps, decode_from_bottleneck
+from contradiff.model import ContraDiff
+from contradiff.types import Latents, Maps, Tokens
+
+CHAIN_STEPS = 20
+"""Length of the whole chain's grid ("using 20 denoising steps", the linear probe's section)."""
+
+
+def chain_to(timesteps: list[int], *, schedule: NoiseSchedule) -> list[int]:
+    """The grid's points from the cleanest up to the noisiest of `timesteps`.
+
+    Raises:
+        ValueError: a timestep is not on the grid; names features.timesteps and features.noising.
+    """
+    grid = schedule.ddim_timesteps(CHAIN_STEPS)
+    if not set(timesteps) <= set(grid):
+        msg = (
+            f"features.timesteps: with features.noising ddim_chain they must be of the base's "
+            f"{CHAIN_STEPS}-step grid {grid}, not {timesteps}"
+        )
+        raise ValueError(msg)
+    return grid[: grid.index(max(timesteps)) + 1]
+
+
+def inverted_maps(
+    model: ContraDiff, latents: Latents, tokens: Tokens, *, timesteps: list[int]
+) -> LevelMaps:
+    """Maps at three points of a deterministic DDIM inversion (eta = 0): noisiest, middle, cleanest.
+
+    The chain climbs the base's own 20-step grid t_0 < t_1 < ..., for Stable Diffusion 1, 51, ...,
+    951. The clean latent itself is taken to be z_{t_0}: it is not scaled to t_0's noise level,
+    where alpha-bar is 0.998. Every grid point has one pass: it sees z_{t_k} at timestep t_k, gives
+    the maps of t_k, and its predicted noise e leads on (Eq. 12 of Song et al., 2021, upwards), with
+    a and a' the alpha-bars of t_k and t_{k+1}:
+
+        z_{t_{k+1}} = sqrt(a') (z_{t_k} - sqrt(1 - a) e) / sqrt(a) + sqrt(1 - a') e
+
+    which is exact only where e is the same at both points. diffusers' pipelines predict e at
+    timestep t_{k+1} from z_{t_k} instead; maps so taken would lag behind their timestep. The chain
+    ends at the noisiest timestep, whose noise is not predicted.
+
+    Deviation: the paper says neither how its 20 steps go nor which of their maps are read. This is
+    one reading; Eq. 5, in one step, is the other (`ContraDiff.level_maps`).
+
+    Args:
+        model: evaluation mode.
+        latents: clean, at unit scale.
+        tokens: their conditions, under which the model predicts the noise.
+        timesteps: three points of the grid, in any order.
+
+    Raises:
+        ValueError: a timestep is not on the grid; names features.timesteps and features.noising.
+    """
+    chain = chain_to(timesteps, schedule=model.schedule)
+    alphas = model.schedule.alphas_cumprod.to(latents)
+    maps: list[Maps] = []
+    for index, timestep in enumerate(chain):
+        steps = torch.full((len(latents),), timestep, device=latents.device)
+        encoded = model.encode(latents, steps, tokens)
+        if timestep in timesteps:
+            maps.append(block_maps(model.unet, encoded, tokens, block=model.block))
+        if timestep != chain[-1]:
+            noise_pred = decode_from_bottleneck(model.unet, encoded, tokens)
+            here, above = alphas[timestep], alphas[chain[index + 1]]
+            clean_pred = (latents - (1 - here).sqrt() * noise_pred) / here.sqrt()
+            latents = above.sqrt() * clean_pred + (1 - above).sqrt() * noise_pred
+    return torch.stack(maps[::-1], dim=1)

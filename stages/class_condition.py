@@ -1,0 +1,101 @@
+"""class_condition: a table of class embeddings learns to condition the trained model (Table 5).
+
+With class_condition.epochs 0 there is no table, and a note that says so.
+"""
+
+from stages._runtime import Run, execute
+
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from contradiff.backbone import disable_lora, merge_lora
+from contradiff.checkpoint import load_checkpoint, read_config
+from contradiff.class_condition import (
+    ClassConditionParams,
+    ClassTable,
+    count_steps,
+    save_class_table,
+    train_class_table,
+)
+from contradiff.config import Section, Seed
+from contradiff.loading import PairedShards
+
+BASE, CHECKPOINT = Path("build/base"), Path("build/pretrain")
+IMAGES, LATENTS = Path("build/shards"), Path("build/latents")
+CLASSES = Path("build/class_condition")
+
+
+class Params(Section):
+    seed: Seed
+    class_condition: ClassConditionParams
+
+
+def main(params: Params, run: Run) -> None:
+    section = params.class_condition
+    pairs = PairedShards.open(IMAGES, LATENTS, split="train")
+    num_classes = len(pairs.image_index.facts["class_ids"])
+    num_steps = count_steps(section, num_samples=pairs.num_samples)
+    save = partial(
+        save_class_table,
+        CLASSES,
+        checkpoint=CHECKPOINT,
+        num_classes=num_classes,
+        num_steps=num_steps,
+        params=section,
+    )
+    if num_steps == 0:
+        save(None)
+        return
+    model = load_checkpoint(CHECKPOINT, base=BASE).to(run.device)
+    if section.lora:
+        merge_lora(model.unet)
+    else:
+        disable_lora(model.unet)
+    torch.manual_seed(params.seed)
+    table = ClassTable(
+        num_classes=num_classes,
+        width=section.width,
+        cross_attention_dim=model.unet.config["cross_attention_dim"],
+    )
+    run.log(f"{sum(p.numel() for p in table.parameters()):,} trainable parameters")
+    shown = params.model_dump(mode="json", by_alias=True)
+    inputs = [BASE, CHECKPOINT, IMAGES / "index.json", LATENTS / "index.json"]
+    # A run that is not filed as the checkpoint's own training, which is pretraining's.
+    unfiled = replace(run, on_success=[])
+    with (
+        run.work_dir(shown, inputs) as work,
+        unfiled.training_run(work, shown) as log_metrics,
+        run.progress("train", num_steps, "step") as advance,
+    ):
+        seen = 0
+
+        def on_step(step: int, loss: float | None) -> None:
+            nonlocal seen
+            advance(step - seen, **({"loss": f"{loss:.3f}"} if loss is not None else {}))
+            seen = step
+            if loss is not None:
+                log_metrics(step, {"class_condition/loss": loss})
+
+        train_class_table(
+            model,
+            table,
+            pairs,
+            params=section,
+            # that of pretraining: the same passes of the same model
+            precision=read_config(CHECKPOINT)["params"]["pretrain"]["precision"],
+            seed=params.seed,
+            device=run.device,
+            work_dir=work,
+            num_workers=run.runtime.num_workers,
+            log_every=run.runtime.log_every,
+            checkpoint_every=run.runtime.checkpoint_every,
+            on_step=on_step,
+        )
+        save(table)
+
+
+if __name__ == "__main__":
+    execute(Params, main)

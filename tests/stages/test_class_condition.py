@@ -1,0 +1,63 @@
+"""stages.class_condition: a table for the checkpoint there is, or a note that there is none."""
+
+from stages._runtime import Run
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from contradiff.atomic import sha256_of
+from contradiff.class_condition import load_class_table
+from contradiff.config import parse
+from stages import class_condition
+
+TABLE, CHECKPOINT = Path("build/class_condition"), Path("build/pretrain")
+
+
+def call(run: Run, **changes: Any) -> dict[str, Any]:
+    """Run the stage; returns the config.json it wrote."""
+    section: dict[str, Any] = {
+        "epochs": 1,
+        "width": 8,
+        "drop": 0.1,
+        "batch_size": 12,
+        "lr": 0.01,
+        "lora": True,
+    }
+    content = {"seed": 0, "class_condition": section | changes}
+    class_condition.main(parse(class_condition.Params, content, source="params.yaml"), run)
+    return json.loads((TABLE / "config.json").read_text())
+
+
+def test_a_table_is_trained_with_lora_or_without(trained_project: Run):
+    embeddings = []
+    for lora in (True, False):
+        config = call(trained_project, lora=lora)
+        assert config == {
+            "checkpoint_sha256": sha256_of(CHECKPOINT / "model.safetensors"),
+            "drop": 0.1,
+            "lora": lora,
+            "num_classes": 3,
+            "num_steps": 2,
+            "width": 8,
+        }
+        table = load_class_table(TABLE, checkpoint=CHECKPOINT)
+        assert table.to_tokens.weight.any()
+        embeddings.append(table.embedding.weight)
+        # nothing to resume is left, and the checkpoint's own training run is still pretraining's
+        assert list((trained_project.root / ".work/class_condition").iterdir()) == []
+        assert trained_project.on_success == []
+    assert not embeddings[0].equal(embeddings[1])
+
+
+def test_no_epochs_leave_a_note_and_need_no_model(
+    trained_project: Run, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.delattr(class_condition, "load_checkpoint")
+    config = call(trained_project, epochs=0, batch_size=1000)
+    assert config["num_steps"] == 0
+    assert [path.name for path in TABLE.iterdir()] == ["config.json"]
+    with pytest.raises(ValueError, match=r"class_condition\.epochs"):
+        load_class_table(TABLE, checkpoint=CHECKPOINT)

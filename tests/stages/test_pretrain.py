@@ -1,0 +1,84 @@
+"""stages.pretrain --dry-run: the table of parameters, to the integer, without weights."""
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+from ruamel.yaml import YAML
+
+from contradiff.backbone import BaseParams
+from contradiff.config import parse, read_params
+from stages import pretrain
+
+ROOT = Path(__file__).resolve().parents[2]
+
+# Our reading of Tables 3, 7 and 9: trainable, frozen, the paper's own number.
+PAPER_SCALE = {
+    "LoRA": ("1,191,936", "", ""),
+    "conditional encoder": ("38,729,984", "", ""),
+    "tri-timestep attention": ("25,976,320", "", ""),
+    "projector": ("1,181,696", "", ""),
+    "linear classifier": ("1,025,000", "", ""),
+    "UNet": ("", "859,520,964", ""),
+    "VAE": ("", "83,653,863", ""),
+    "feature extraction": ("28,183,016", "", "28M"),
+    "sum": ("68,104,936", "943,174,827", "68M trainable, 980M frozen"),
+    "total": ("", "1,011,279,763", "1048M"),
+}
+
+
+@pytest.fixture
+def content(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    monkeypatch.chdir(tmp_path)
+    return copy.deepcopy(read_params(ROOT / "presets/paper.yaml"))
+
+
+def describe(content: dict[str, Any]) -> str:
+    YAML().dump(content, Path("params.yaml"))
+    return pretrain.describe(parse(pretrain.Params, content, source="params.yaml"))
+
+
+def read_table(text: str) -> dict[str, tuple[str, str, str]]:
+    lines = text.partition("\n\n")[0].strip("\n").splitlines()
+    return {
+        line[:22].strip(): (line[24:38].strip(), line[40:54].strip(), line[56:].strip())
+        for line in lines[1:]
+    }
+
+
+def test_paper_scale_counts(content: dict[str, Any]):
+    text = describe(content)
+    assert read_table(text) == PAPER_SCALE
+    assert "CLIP's text encoder, which the method does not use" in text
+    assert "linear classifier over 1000 classes, which the probe stage trains" in text
+
+
+def test_conditioner_over_latents_counts(content: dict[str, Any]):
+    content["conditioner"] |= {"input": "latents", "patch_size": 2}
+    assert read_table(describe(content))["conditional encoder"][0] == "38,344,960"
+
+
+def test_papers_numbers_stand_beside_the_papers_base_alone(
+    content: dict[str, Any], tiny_base: Path
+):
+    """By its architecture, not by its name: here the same files in a local folder."""
+    local = {"source": "local", "revision": None}
+    content["base"] = local | {"path": str(ROOT / "presets" / "stable-diffusion-v1-4")}
+    assert read_table(describe(content)) == PAPER_SCALE
+    content["base"] = local | {"path": str(tiny_base)}
+    content["data"]["image_size"] = 32
+    text = describe(content)
+    table = read_table(text)
+    assert list(table) == [name for name in PAPER_SCALE if name != "linear classifier"]
+    assert [paper for _, _, paper in table.values() if paper] == []
+    assert "paper" not in text
+    total = int(table["total"][1].replace(",", ""))
+    assert total == sum(int(n.replace(",", "")) for n in table["sum"][:2])
+
+
+def test_unknown_configuration_is_said(content: dict[str, Any]):
+    base = {"source": "hub", "path": "a/b", "revision": "a" * 40}
+    BaseParams.model_validate(base)
+    with pytest.raises(ValueError, match=r"base\.path: the configuration of a/b is not shipped"):
+        describe(content | {"base": base})
