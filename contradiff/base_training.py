@@ -24,6 +24,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from contradiff.atomic import replace_file
+from contradiff.losses import min_snr_weights
 
 if TYPE_CHECKING:
     from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
@@ -232,8 +233,7 @@ def train_unet(
     scheduler = build_scheduler()
     alphas_cumprod = scheduler.alphas_cumprod
     num_train_timesteps = len(alphas_cumprod)
-    signal_to_noise = alphas_cumprod / (1.0 - alphas_cumprod)
-    weights = (signal_to_noise.clamp(max=MIN_SNR_GAMMA) / signal_to_noise).to(share.device)
+    weights = min_snr_weights(alphas_cumprod, gamma=MIN_SNR_GAMMA).to(share.device)
     latents, tokens = _encode_all(images, vae, seed=seed, device=share.device)
 
     def loss_of(step: int) -> tuple[Tensor, dict[str, float]]:

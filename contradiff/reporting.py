@@ -103,6 +103,8 @@ class ScoreMetrics(_Record):
     num_reference: int = Field(gt=0)
     extractor: str
     extractor_accuracy: float | None
+    condition: str
+    guidance: float
     resizer: str
     reference: str
     seed: int
@@ -241,7 +243,8 @@ def result_rows(results: Results) -> list[Row]:
         else f" (its accuracy: {_percent(score.extractor_accuracy)})"
     )
     compared = (
-        f"{score.num_samples:,} samples against {score.num_reference:,} reference images "
+        f"{score.num_samples:,} samples ({score.condition}; guidance {score.guidance:g}) against "
+        f"{score.num_reference:,} reference images "
         f"({score.reference}), extractor {score.extractor}{accuracy}, resizer {score.resizer}, "
         f"seed {score.seed}."
     )

@@ -23,7 +23,7 @@ SEED = 1000
 """Of the base's own images: ContraDiff's have `seed` of params.yaml, and another form of seed."""
 NUM_IMAGES = 16_000
 VAE_STEPS, VAE_BATCH = 2_500, 32
-UNET_STEPS, UNET_BATCH = 7_000, 64
+UNET_STEPS, UNET_BATCH = 6_000, 128
 
 
 class Params(Section):
@@ -61,7 +61,7 @@ def main(_params: Params, run: Run) -> None:
                 vae,
                 num_steps=UNET_STEPS,
                 batch_size=UNET_BATCH,
-                lr=1e-3,
+                lr=2e-3,
                 caption_drop=0.5,
                 seed=0,
                 share=share,

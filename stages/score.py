@@ -25,7 +25,8 @@ def main(params: Params, run: Run) -> None:
     extractor = load_extractor(EXTRACTOR, device=run.device)
     size, batch_size = params.data.image_size, params.score.batch_size
     num_reference = ShardIndex.read(IMAGES).num_samples("val")
-    num_samples = ShardIndex.read(SAMPLES).num_samples("sample")
+    samples = ShardIndex.read(SAMPLES)
+    num_samples = samples.num_samples("sample")
     reference = f"{num_reference} val images, centre crop {size} px"
     with run.progress("features", num_reference + num_samples) as advance:
         done = 0
@@ -62,6 +63,8 @@ def main(params: Params, run: Run) -> None:
                 "inception_score": mean,
                 "inception_score_std": std,
                 "num_samples": num_samples,
+                "condition": samples.facts["condition"],
+                "guidance": samples.facts["guidance"],
                 "num_reference": num_reference,
                 "reference": reference,
                 "extractor": extractor.name,

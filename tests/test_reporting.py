@@ -57,6 +57,8 @@ SCORE = {
     "num_reference": 900,
     "extractor": "domain-classifier",
     "extractor_accuracy": 0.95,
+    "condition": "unconditional: c(noise)",
+    "guidance": 1.0,
     "resizer": "none",
     "reference": "val images, centre crop",
     "seed": 7,
