@@ -20,8 +20,11 @@ if TYPE_CHECKING:
 M = TypeVar("M", bound=nn.Module)
 
 PARTS = ("vae", "unet", "scheduler")
-UNUSED_INPUTS = ("addition_embed_type", "class_embed_type", "encoder_hid_dim_type")
-"""A UNet with one of these (SDXL's has) wants more than noisy latents, timesteps and tokens."""
+UNUSED_INPUTS = (
+    *("addition_embed_type", "class_embed_type", "num_class_embeds"),
+    *("encoder_hid_dim_type", "encoder_hid_dim", "center_input_sample"),
+)
+"""A UNet with one of these (SDXL's has) does more than noisy latents, timesteps and tokens ask."""
 
 SHIPPED_CONFIGS = {"CompVis/stable-diffusion-v1-4": "stable-diffusion-v1-4"}
 """Hub ids whose configuration the project ships, and its folder there."""
@@ -174,13 +177,19 @@ def check_config(folder: Path) -> None:
             )
             raise ValueError(msg)
     unet = json.loads((folder / "unet" / "config.json").read_text())
-    if unet.get("_class_name") != "UNet2DConditionModel" or "CrossAttn" not in str(unet):
+    blocks = [*unet.get("down_block_types", []), *unet.get("up_block_types", [])]
+    attends = any("CrossAttn" in block for block in blocks)
+    if unet.get("_class_name") != "UNet2DConditionModel" or not attends:
         msg = f"base.path: {folder}/unet is no UNet2DConditionModel with cross-attention"
         raise ValueError(msg)
     for key in UNUSED_INPUTS:
-        if unet.get(key) is not None:
+        if unet.get(key):
             msg = f"base.path: {folder}/unet has {key} {unet[key]!r}, which is not supported"
             raise ValueError(msg)
+    mid = "UNetMidBlock2DCrossAttn"
+    if unet.get("mid_block_type", mid) != mid:
+        msg = f"base.path: {folder}/unet has mid_block_type {unet['mid_block_type']!r}, not {mid}"
+        raise ValueError(msg)
     vae = json.loads((folder / "vae" / "config.json").read_text())
     # 4 is the default of both
     latent_channels, in_channels = vae.get("latent_channels", 4), unet.get("in_channels", 4)

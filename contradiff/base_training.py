@@ -229,7 +229,7 @@ def train_unet(
     """
     share.check(batch_size)
     torch.manual_seed(seed + 1)
-    unet = build_unet().to(share.device, memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+    unet = build_unet().to(share.device, memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue, reportArgumentType]
     scheduler = build_scheduler()
     alphas_cumprod = scheduler.alphas_cumprod
     num_train_timesteps = len(alphas_cumprod)

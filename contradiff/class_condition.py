@@ -18,10 +18,18 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from contradiff.atomic import replace_dir, replace_file, sha256_of
+from contradiff.backbone import disable_lora, merge_lora
 from contradiff.checkpoint import CONFIG_NAME, WEIGHTS_NAME
 from contradiff.config import Section
 from contradiff.latents import sample
-from contradiff.loading import PairedShards, TrainingStream, ViewChoice, training_batches
+from contradiff.loading import (
+    PairedShards,
+    TrainingStream,
+    ViewChoice,
+    check_layout,
+    stream_layout,
+    training_batches,
+)
 from contradiff.model import ContraDiff
 from contradiff.noise import add_noise
 from contradiff.optim import build_adamw, cosine_with_warmup
@@ -86,6 +94,15 @@ class ClassTable(nn.Module):
         return self.to_tokens(self.embedding(labels))[:, None]
 
 
+def choose_denoiser(model: ContraDiff, *, lora: bool) -> None:
+    """Leave ContraDiff's denoiser (LoRA merged), or the base's own, whatever was trained in it."""
+    if lora:
+        merge_lora(model.unet)
+    else:
+        disable_lora(model.unet)
+        model.self_condition = None
+
+
 def count_steps(params: ClassConditionParams, *, num_samples: int) -> int:
     """Optimiser steps of the whole training; what is left over of an epoch is dropped.
 
@@ -142,7 +159,8 @@ def train_class_table(
         on_step: progress callback.
 
     Raises:
-        ValueError: a batch is more than all images, or the loss is no longer finite.
+        ValueError: a batch is more than all images, the state is of a run with other data streams,
+            or the loss is no longer finite.
     """
     total_steps = count_steps(params, num_samples=pairs.num_samples)
     if total_steps == 0:
@@ -153,7 +171,8 @@ def train_class_table(
     optimizer = build_adamw(
         table.named_parameters(), lr=params.lr, betas=(0.9, 0.999), weight_decay=0.0
     )
-    state = _State(work_dir / "state.safetensors", table, optimizer)
+    layout = stream_layout(world_size=1, num_workers=num_workers)
+    state = _State(work_dir / "state.safetensors", table, optimizer, layout=layout)
     start = state.load()
     batches = training_batches(
         _centre_crops(pairs, batch_size=params.batch_size, start_step=start, seed=seed),
@@ -243,8 +262,10 @@ def _draw(
 class _State:
     """The table, AdamW's moments and the step in one file, so that they always agree."""
 
-    def __init__(self, path: Path, table: ClassTable, optimizer: torch.optim.Optimizer) -> None:
-        self.path, self.table, self.optimizer = path, table, optimizer
+    def __init__(
+        self, path: Path, table: ClassTable, optimizer: torch.optim.Optimizer, *, layout: str
+    ) -> None:
+        self.path, self.table, self.optimizer, self.layout = path, table, optimizer, layout
 
     def save(self, step: int) -> None:
         tensors = {f"table.{name}": value for name, value in self.table.state_dict().items()}
@@ -252,13 +273,14 @@ class _State:
             tensors |= {f"optimizer.{index}.{name}": value for name, value in moments.items()}
         contiguous = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
         with replace_file(self.path) as temporary:
-            save_file(contiguous, temporary, {"step": str(step)})
+            save_file(contiguous, temporary, {"step": str(step), "layout": self.layout})
 
     def load(self) -> int:
         """Restore; returns the steps done: 0 at a fresh start."""
         if not self.path.is_file():
             return 0
         with safe_open(self.path, framework="pt") as file:
+            check_layout(self.layout, saved=file.metadata()["layout"], state=self.path)
             step = int(file.metadata()["step"])
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         weights: dict[str, Tensor] = {}

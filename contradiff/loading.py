@@ -264,6 +264,26 @@ def training_batches(stream: TrainingStream, *, num_workers: int) -> Iterator[Ma
     return iter(loader)
 
 
+def stream_layout(*, world_size: int, num_workers: int) -> str:
+    """What, besides the seed, decides the order of the data: kept beside a training's state."""
+    return f"{world_size} x {max(1, num_workers)} data streams (processes x runtime.num_workers)"
+
+
+def check_layout(layout: str, *, saved: str, state: Path) -> None:
+    """Refuse to go on with another layout, which would repeat some images and leave out others.
+
+    Raises:
+        ValueError: names runtime.num_workers.
+    """
+    if saved != layout:
+        msg = (
+            f"runtime.num_workers: {state} was saved by a run of {saved}, this one has {layout}: "
+            "it would repeat some images and leave out others. Use the same numbers, or delete "
+            f"{state.parent} to begin anew"
+        )
+        raise ValueError(msg)
+
+
 def _pop_random(buffer: list[Pair], rng: random.Random) -> Pair:
     index = rng.randrange(len(buffer))
     buffer[index], buffer[-1] = buffer[-1], buffer[index]

@@ -11,11 +11,11 @@ from pathlib import Path
 
 import torch
 
-from contradiff.backbone import disable_lora, merge_lora
 from contradiff.checkpoint import load_checkpoint, read_config
 from contradiff.class_condition import (
     ClassConditionParams,
     ClassTable,
+    choose_denoiser,
     count_steps,
     save_class_table,
     train_class_table,
@@ -50,10 +50,7 @@ def main(params: Params, run: Run) -> None:
         save(None)
         return
     model = load_checkpoint(CHECKPOINT, base=BASE).to(run.device)
-    if section.lora:
-        merge_lora(model.unet)
-    else:
-        disable_lora(model.unet)
+    choose_denoiser(model, lora=section.lora)
     torch.manual_seed(params.seed)
     table = ClassTable(
         num_classes=num_classes,

@@ -12,9 +12,9 @@ from pathlib import Path
 import torch
 
 from contradiff.atomic import replace_dir, replace_file
-from contradiff.backbone import disable_lora, load_scheduler, load_vae, merge_lora
+from contradiff.backbone import load_scheduler, load_vae, merge_lora
 from contradiff.checkpoint import load_checkpoint
-from contradiff.class_condition import load_class_table, read_class_config
+from contradiff.class_condition import choose_denoiser, load_class_table, read_class_config
 from contradiff.config import Section, Seed
 from contradiff.data.imagenet import DataParams
 from contradiff.data.png import encode_png, image_grid
@@ -112,10 +112,7 @@ def conditioning_of(params: Params, run: Run, model: ContraDiff) -> tuple[Condit
     section, device = params.generate, run.device
     if section.condition == "class":
         table = load_class_table(CLASSES, checkpoint=CHECKPOINT).to(device)
-        if read_class_config(CLASSES)["lora"]:
-            merge_lora(model.unet)
-        else:
-            disable_lora(model.unet)
+        choose_denoiser(model, lora=read_class_config(CLASSES)["lora"])
         return class_conditional(table, device=device), table.null_label
     merge_lora(model.unet)
     null = unconditional(model, seed=params.seed, device=device)

@@ -87,7 +87,7 @@ def test_pickled_weights_are_refused(base: Path, part: str):
     "changes",
     [
         {"_class_name": "DiTTransformer2DModel"},
-        {"down_block_types": ["DownBlock2D"], "mid_block_type": None, "up_block_types": []},
+        {"down_block_types": ["DownBlock2D"], "up_block_types": ["UpBlock2D"]},
     ],
 )
 def test_another_kind_of_denoiser_is_refused(base: Path, changes: dict[str, Any]):
@@ -96,10 +96,19 @@ def test_another_kind_of_denoiser_is_refused(base: Path, changes: dict[str, Any]
         check_base(base)
 
 
-def test_a_unet_that_wants_more_inputs_is_refused(base: Path):
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("addition_embed_type", "text_time"),
+        ("num_class_embeds", 1000),
+        ("center_input_sample", True),
+        ("mid_block_type", "UNetMidBlock2D"),
+    ],
+)
+def test_a_unet_that_does_more_is_refused(base: Path, key: str, value: object):
     """As SDXL's does: its added embedding would silently be left out."""
-    edit_json(base / "unet" / "config.json", addition_embed_type="text_time")
-    with pytest.raises(ValueError, match=r"base\.path: .* addition_embed_type 'text_time'"):
+    edit_json(base / "unet" / "config.json", **{key: value})
+    with pytest.raises(ValueError, match=rf"base\.path: .* {key} {value!r}"):
         check_base(base)
 
 

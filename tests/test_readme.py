@@ -45,6 +45,10 @@ def test_documented_parameters_are_valid(overrides: list[tuple[str, str]]):
     check(content, source="params.yaml")
 
 
+def test_nothing_is_left_to_fill_in():
+    assert "@@" not in README
+
+
 def test_the_ablations_are_there():
     """Else the patterns above no longer find anything."""
     keys = {key for overrides in commands() for key, _ in overrides}

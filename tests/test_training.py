@@ -151,6 +151,14 @@ def test_killed_and_resumed_equals_uninterrupted(
     assert changed(resumed, state_of(whole)) == set()
 
 
+def test_resuming_with_other_data_streams_is_refused(build_tiny: Build, train: Train):
+    """They would read the data in another order."""
+    with pytest.raises(Killed):
+        train(build_tiny(), on_step=kill_at(3), checkpoint_every=2)
+    with pytest.raises(ValueError, match=r"^runtime\.num_workers: .* 1 x 1 .* this one has 1 x 2 "):
+        train(build_tiny(), num_workers=2)
+
+
 def test_another_seed_trains_otherwise(build_tiny: Build, train: Train, tmp_path: Path):
     first, other = build_tiny(), build_tiny()
     train(first, work_dir=tmp_path / "0", pretrain=ONE_EPOCH)
@@ -360,10 +368,9 @@ def test_batch_that_does_not_divide_is_named(
     expected = r"^pretrain\.batch_size: 6 images do not divide over 4 processes$"
     with pytest.raises(ValueError, match=expected):
         train(build_tiny())
-    monkeypatch.setattr(type(accelerator), "num_processes", 3)
-    expected = r"^pretrain\.batch_size: 6 .* over 3 processes and 4 .*pretrain\.grad_accumulation"
+    expected = r"^pretrain\.batch_size: 6 .* over 4 processes and 3 .*pretrain\.grad_accumulation"
     with pytest.raises(ValueError, match=expected):
-        train(build_tiny(), pretrain={"grad_accumulation": 4})
+        train(build_tiny(), pretrain={"grad_accumulation": 3})
 
 
 @pytest.mark.parametrize(
@@ -371,6 +378,8 @@ def test_batch_that_does_not_divide_is_named(
     [
         ({"warmup_epochs": 2.0}, r"pretrain\.warmup_epochs is 2, .* pretrain\.epochs"),
         ({"batch_size": 1}, "greater than or equal to 2"),
+        ({"grad_accumulation": 4}, r"^[^$]*pretrain\.grad_accumulation: 4 parts .* must be equal"),
+        ({"grad_accumulation": 6}, r"pretrain\.grad_accumulation: 6 parts .* two images or more"),
         ({"precision": "fp16"}, "'fp32' or 'bf16'"),
         ({"lr": 0.0}, "greater than 0"),
     ],
