@@ -134,7 +134,7 @@ ui: $(STAMP)  ## MLflow's pages on this machine; they take up to a minute to sta
 
 lock: $(STAMP)  ## pin pyproject.toml's dependencies; ARGS=--upgrade takes the newest
 	uv pip compile pyproject.toml --group dev --universal --python-version 3.11 \
-	    --generate-hashes --no-emit-index-url --no-annotate --no-header \
+	    --generate-hashes --no-annotate --no-header \
 	    -o requirements.lock -q $(ARGS)
 
 clean:  ## remove build/, checkpoints and tools' caches (`dvc checkout` brings build/ back)
