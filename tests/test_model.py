@@ -415,6 +415,10 @@ def test_two_processes_have_the_gradient_of_one(
     for rank in ranks:
         names = {name.removeprefix("gradient.") for name in rank if name.startswith("gradient.")}
         assert names == expected.keys()
+        for name, gradient in expected.items():
+            torch.testing.assert_close(
+                rank[f"gradient.{name}"], gradient, rtol=1e-4, atol=1e-6, msg=name
+            )
         differences = [rank[f"gradient.{name}"] - expected[name] for name in expected]
         assert torch.cat([d.flatten() for d in differences]).norm() <= 1e-6 * length
         for name, tensor in model.projector.named_buffers():
