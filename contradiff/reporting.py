@@ -38,11 +38,6 @@ _MAKERS = {
     "build/figures/samples.png": "generate",
     "metrics/score.json": "score",
 }
-# The pipeline's order, for the table of times; a stage not named here comes after these.
-_STAGES = (
-    *("validate", "data", "prepare", "shard", "base", "latents", "pretrain", "features"),
-    *("class_condition", "probe", "transfer", "generate", "extractor", "score"),
-)
 _COLUMNS = ("step", "epoch", "lr", "loss", "reconstruction", "contrastive", "grad_norm")
 _PANELS = {
     "loss": "total loss",
@@ -144,7 +139,7 @@ class Results:
     """All that the report shows.
 
     `curve` maps each column of metrics/pretrain.csv to (rows,) float64, NaN where the file is
-    empty; `samples` is a PNG; `seconds` maps stages to their time in the pipeline's order.
+    empty; `samples` is a PNG.
     """
 
     seed: int
@@ -156,7 +151,6 @@ class Results:
     features: Float[np.ndarray, "images width"]
     labels: Int[np.ndarray, " images"]
     samples: bytes
-    seconds: dict[str, float]
 
 
 @dataclass(frozen=True)
@@ -221,7 +215,6 @@ def read_results(root: Path, *, seed: int) -> Results:
         features=features,
         labels=labels,
         samples=_require(root, "build/figures/samples.png").read_bytes(),
-        seconds=_read_seconds(root / "build" / "timing"),
     )
 
 
@@ -306,9 +299,6 @@ def result_rows(results: Results) -> list[Row]:
         ),
         Row("Pretraining steps", f"{pretrain.num_steps:,}", f"Seed {seed}."),
     ]
-    if results.seconds:
-        stages = ", ".join(f"{stage} {_duration(s)}" for stage, s in results.seconds.items())
-        rows.append(Row("Time", _duration(sum(results.seconds.values())), f"{stages}."))
     return rows
 
 
@@ -493,16 +483,14 @@ def _render(template: str, results: Results, embedding: Embedding, uris: Mapping
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    environment.filters |= {"duration": _duration, "cell": _cell}
+    environment.filters["cell"] = _cell
     rows = result_rows(results)
-    slowest = max(results.seconds.values(), default=0.0) or 1.0
     return environment.get_template(template).render(
         rows=rows,
         headlines=[row for row in rows if row.headline],
         results=results,
         embedding=embedding,
         uris=uris,
-        times=[(stage, s, 100 * s / slowest) for stage, s in results.seconds.items()],
         sections=_by_section(results.pretrain.params),
         records={
             "metrics/probe.json": _flatten(results.probe.model_dump(exclude_unset=True)),
@@ -574,24 +562,6 @@ def _read_features(
     return features, labels
 
 
-def _read_seconds(folder: Path) -> dict[str, float]:
-    """Times that are there: a stage restored from DVC's cache has none.
-
-    The report's own would be that of an earlier run.
-    """
-    seconds: dict[str, float] = {}
-    for path in folder.glob("*.json"):
-        if path.stem == "report":
-            continue
-        try:
-            seconds[path.stem] = float(json.loads(path.read_bytes())["seconds"])
-        except (ValueError, KeyError, TypeError):
-            msg = f"build/timing/{path.name}: expected {{'seconds': number}}; delete the file"
-            raise ValueError(msg) from None
-    order = {stage: place for place, stage in enumerate(_STAGES)}
-    return dict(sorted(seconds.items(), key=lambda item: (order.get(item[0], 99), item[0])))
-
-
 def _lookup(params: Mapping[str, Any], key: str) -> object:
     value: Any = params
     for part in key.split("."):
@@ -632,17 +602,6 @@ def _plain(value: object) -> str:
 
 def _percent(fraction: float) -> str:
     return f"{100 * fraction:.1f}%"
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 10:
-        return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    if minutes == 0:
-        return f"{rest} s"
-    if minutes < 60:
-        return f"{minutes} min {rest:02d} s"
-    return f"{minutes // 60} h {minutes % 60:02d} min"
 
 
 def _cell(text: str) -> str:

@@ -34,6 +34,7 @@ from stages._work_dir import fingerprint, keep_until_success
 
 if TYPE_CHECKING:
     import torch
+    from accelerate import Accelerator
 
     from stages._tracking import LogMetrics
 
@@ -111,6 +112,26 @@ class Run:
             msg = "runtime.device: torch finds no CUDA device; use auto or cpu (got 'cuda')"
             raise ValueError(msg)
         return torch.device("cpu")
+
+    def accelerator(self, *, precision: Literal["fp32", "bf16"] = "fp32") -> "Accelerator":
+        """Join the processes that `python -m stages.launch` started, if several.
+
+        Raises:
+            ValueError: they did not find each other.
+        """
+        from accelerate import Accelerator
+
+        mixed = {"fp32": "no", "bf16": "bf16"}[precision]
+        accelerator = Accelerator(mixed_precision=mixed, cpu=self.device.type == "cpu")
+        # Without CUDA, `accelerate launch` starts lone processes that all believe to be the first.
+        if accelerator.num_processes != int(os.environ.get("WORLD_SIZE", "1")):
+            msg = (
+                f"WORLD_SIZE is {os.environ.get('WORLD_SIZE')} but Accelerate joined "
+                f"{accelerator.num_processes} process; start by "
+                f"`python -m stages.launch stages.{self.stage}`"
+            )
+            raise ValueError(msg)
+        return accelerator
 
     def resolve(self, path: str) -> Path:
         """Return a path of raw data: relative ones are relative to the project's root."""
@@ -231,7 +252,7 @@ def execute(
             return
         main(params, run)
         seconds = time.perf_counter() - started
-        run.write_json(Path("build/timing") / f"{stage}.json", {"seconds": round(seconds, 2)})
+        run.log(f"done in {seconds:.1f} s")
         for call in run.on_success:
             call()
     except (ValueError, OSError) as error:

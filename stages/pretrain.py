@@ -6,10 +6,8 @@ Runs on as many processes as `python -m stages.launch stages.pretrain` starts.
 from stages._runtime import PARAMS_FILE, Run, execute
 
 import csv
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from contradiff.atomic import replace_file
 from contradiff.backbone import BaseParams, LoraParams, config_folder, load_vae
@@ -24,9 +22,6 @@ from contradiff.losses import LossParams
 from contradiff.model import build_model, count_parameters
 from contradiff.noise import NoiseParams
 from contradiff.training import PretrainParams, TrainingRecipe, pretrain
-
-if TYPE_CHECKING:
-    from accelerate import Accelerator
 
 BASE, IMAGES, LATENTS = Path("build/base"), Path("build/shards"), Path("build/latents")
 CHECKPOINT, CURVE = Path("build/pretrain"), Path("metrics/pretrain.csv")
@@ -72,7 +67,7 @@ def describe(params: Params) -> str:
 
 
 def main(params: Params, run: Run) -> None:
-    accelerator = start_accelerator(params, run)
+    accelerator = run.accelerator(precision=params.pretrain.precision)
     pairs = PairedShards.open(IMAGES, LATENTS, split="train")
     model = build_model(
         BASE,
@@ -131,22 +126,6 @@ def main(params: Params, run: Run) -> None:
                 params=shown,
             )
         accelerator.wait_for_everyone()
-
-
-def start_accelerator(params: Params, run: Run) -> "Accelerator":
-    from accelerate import Accelerator
-
-    precision = {"fp32": "no", "bf16": "bf16"}[params.pretrain.precision]
-    accelerator = Accelerator(mixed_precision=precision, cpu=run.device.type == "cpu")
-    # Without CUDA, `accelerate launch` starts lone processes that all believe they are the first.
-    if accelerator.num_processes != int(os.environ.get("WORLD_SIZE", "1")):
-        msg = (
-            f"WORLD_SIZE is {os.environ.get('WORLD_SIZE')} but Accelerate joined "
-            f"{accelerator.num_processes} process; start by "
-            "`python -m stages.launch stages.pretrain`"
-        )
-        raise ValueError(msg)
-    return accelerator
 
 
 def write_curve(path: Path, curve: Sequence[Mapping[str, float]]) -> None:

@@ -137,8 +137,6 @@ def root(tmp_path: Path) -> Path:
     write_json(tmp_path / "build/pretrain/config.json", PRETRAIN)
     write_curve(tmp_path, contrastive=True)
     write_features(tmp_path, num_images=60, num_classes=6, spread=0.3)
-    for stage, seconds in {"score": 4.24, "pretrain": 192.0, "report": 99.0}.items():
-        write_json(tmp_path / f"build/timing/{stage}.json", {"seconds": seconds})
     figure = tmp_path / "build/figures/samples.png"
     figure.parent.mkdir(parents=True)
     pixels = np.random.default_rng(0).integers(0, 256, (64, 96, 3), dtype=np.uint8)
@@ -233,17 +231,6 @@ class TestRows:
         rows = rows_of(root)
         assert rows["KID ↓"][0] == "0.0123 ± 0.0020"
         assert "accuracy" not in rows["FID ↓"][1]
-
-    def test_times_are_in_the_order_of_the_pipeline_without_the_reports_own(
-        self, root: Path
-    ) -> None:
-        assert rows_of(root)["Time"] == ("3 min 16 s", "pretrain 3 min 12 s, score 4.2 s.")
-
-    def test_stages_from_the_cache_have_no_times(self, root: Path) -> None:
-        for path in (root / "build/timing").iterdir():
-            path.unlink()
-        assert "Time" not in rows_of(root)
-        assert "No times are recorded" in markdown_of(root)
 
 
 class TestReading:
@@ -424,7 +411,7 @@ class TestPage:
             if before.startswith("|") and line.startswith("|"):
                 assert before.count("|") == line.count("|")
             tables += line.startswith("|--")
-        assert tables == 5
+        assert tables == 4
 
     def test_same_inputs_same_page_and_figures(self, root: Path) -> None:
         assert page_of(root) == page_of(root)

@@ -102,12 +102,11 @@ def project(tmp_path: Path) -> Project:
     return Project(tmp_path)
 
 
-def test_stage_writes_its_outs_and_its_time(project: Project):
+def test_stage_writes_its_outs(project: Project):
     main_repository = project.folder / "elsewhere"
     assert project.run(DVC_ROOT=str(main_repository))[0] == 0
     written = json.loads((project.folder / "build/out.json").read_text())
     assert written == {"root": str(main_repository), "weight": 1e-5}
-    assert json.loads((project.folder / "build/timing/demo.json").read_text())["seconds"] >= 0
 
 
 def test_dry_run_shows_parameters_and_does_nothing(project: Project):
@@ -144,7 +143,7 @@ def test_bugs_keep_their_traceback(project: Project):
     status, _, err = project.run(ACT="bug")
     assert status == 1
     assert "Traceback" in err
-    assert not (project.folder / "build/timing").exists()
+    assert "done in" not in err
 
 
 def test_wrong_parameters_are_named(project: Project):
