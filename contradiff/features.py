@@ -24,6 +24,9 @@ LevelMaps = Float[Tensor, "batch 3 width_m h_m w_m"]
 MapBlock = Literal["mid", "up.1", "mid+up.1"]
 """Where in the UNet the maps come from: the mid block, the second up block, or both."""
 
+NUM_UP_BLOCKS: dict[MapBlock, int] = {"mid": 0, "up.1": 2, "mid+up.1": 2}
+"""How many up blocks run before the maps are there."""
+
 
 class HeadParams(Section):
     """Section `head`: tri-timestep attention and the projector behind it."""
@@ -73,18 +76,30 @@ class FeaturesParams(Section):
 
 @dataclass(frozen=True)
 class Encoded:
-    """The UNet's state after the mid block: all that the up path needs."""
+    """The UNet's state after the mid block or a later one: all that the rest of the pass needs.
+
+    Attributes:
+        bottleneck: the mid block's output.
+        hidden: the last block's output; the bottleneck, if no up block has run.
+        skips: what the up blocks yet to come will take.
+        time_embedding: what they see of the timestep.
+        num_up_blocks: how many up blocks have run.
+    """
 
     bottleneck: Maps
+    hidden: Float[Tensor, "batch width_h h_h w_h"]
     skips: tuple[Tensor, ...]
     time_embedding: Float[Tensor, "batch width_t"]
+    num_up_blocks: int
 
     def __getitem__(self, rows: slice) -> "Encoded":
         """The state of some of the batch's rows."""
         return Encoded(
             self.bottleneck[rows],
+            self.hidden[rows],
             tuple(skip[rows] for skip in self.skips),
             self.time_embedding[rows],
+            self.num_up_blocks,
         )
 
 
@@ -105,22 +120,23 @@ def encode_to_bottleneck(
             hidden, states = block(hidden, temb=time_embedding)
         skips += states
     bottleneck = unet.mid_block(hidden, time_embedding, encoder_hidden_states=tokens)
-    return Encoded(bottleneck, skips, time_embedding)
+    return Encoded(bottleneck, bottleneck, skips, time_embedding, num_up_blocks=0)
 
 
 def decode_from_bottleneck(
     unet: "UNet2DConditionModel", encoded: Encoded, tokens: Tokens
 ) -> Latents:
-    """The second half of `unet.forward`: up blocks and output => predicted noise."""
-    hidden = _run_up_blocks(unet, encoded, tokens, num_blocks=len(unet.up_blocks))
+    """The rest of `unet.forward`: the up blocks yet to come and the output => predicted noise."""
+    hidden = advance(unet, encoded, tokens, num_up_blocks=len(unet.up_blocks)).hidden
     return unet.conv_out(unet.conv_act(unet.conv_norm_out(hidden)))  # pyright: ignore[reportOptionalCall]
 
 
-def _run_up_blocks(
-    unet: "UNet2DConditionModel", encoded: Encoded, tokens: Tokens, *, num_blocks: int
-) -> Tensor:
-    hidden, skips = encoded.bottleneck, encoded.skips
-    for block in list(unet.up_blocks)[:num_blocks]:
+def advance(
+    unet: "UNet2DConditionModel", encoded: Encoded, tokens: Tokens, *, num_up_blocks: int
+) -> Encoded:
+    """Run up blocks until `num_up_blocks` have run in all; those that have are not run again."""
+    hidden, skips = encoded.hidden, encoded.skips
+    for block in list(unet.up_blocks)[encoded.num_up_blocks : num_up_blocks]:
         resnets = block.resnets
         assert isinstance(resnets, nn.ModuleList)
         states, skips = skips[-len(resnets) :], skips[: -len(resnets)]
@@ -140,7 +156,8 @@ def _run_up_blocks(
                 res_hidden_states_tuple=states,
                 upsample_size=size,
             )
-    return hidden
+    num_up_blocks = max(num_up_blocks, encoded.num_up_blocks)
+    return replace(encoded, hidden=hidden, skips=skips, num_up_blocks=num_up_blocks)
 
 
 def block_maps(
@@ -154,7 +171,7 @@ def block_maps(
 
     Args:
         unet: the denoiser.
-        encoded: its state after the mid block.
+        encoded: its state after the mid block, or `advance`d by `NUM_UP_BLOCKS` already.
         tokens: the conditions that it was encoded with.
         block: "mid" runs no up block; the others run the first two and no more. "mid+up.1" stacks
             the channels of both, the mid block's first.
@@ -164,7 +181,7 @@ def block_maps(
     """
     if block == "mid":
         return encoded.bottleneck
-    hidden = _run_up_blocks(unet, encoded, tokens, num_blocks=2)
+    hidden = advance(unet, encoded, tokens, num_up_blocks=NUM_UP_BLOCKS[block]).hidden
     height, width = encoded.bottleneck.shape[2:]
     pooled = F.adaptive_avg_pool2d(hidden, (height, width))
     return pooled if block == "up.1" else torch.cat([encoded.bottleneck, pooled], dim=1)

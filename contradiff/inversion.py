@@ -3,7 +3,13 @@
 import torch
 
 from contradiff.backbone import NoiseSchedule
-from contradiff.features import LevelMaps, block_maps, decode_from_bottleneck
+from contradiff.features import (
+    NUM_UP_BLOCKS,
+    LevelMaps,
+    advance,
+    block_maps,
+    decode_from_bottleneck,
+)
 from contradiff.model import ContraDiff
 from contradiff.types import Latents, Maps, Tokens
 
@@ -63,6 +69,8 @@ def inverted_maps(
         steps = torch.full((len(latents),), timestep, device=latents.device)
         encoded = model.encode(latents, steps, tokens)
         if timestep in timesteps:
+            num_up_blocks = NUM_UP_BLOCKS[model.block]
+            encoded = advance(model.unet, encoded, tokens, num_up_blocks=num_up_blocks)
             maps.append(block_maps(model.unet, encoded, tokens, block=model.block))
         if timestep != chain[-1]:
             noise_pred = decode_from_bottleneck(model.unet, encoded, tokens)

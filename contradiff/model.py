@@ -20,6 +20,7 @@ from contradiff.backbone import (
 )
 from contradiff.conditioner import Conditioner, ConditionerParams, drop_conditions
 from contradiff.features import (
+    NUM_UP_BLOCKS,
     Encoded,
     HeadParams,
     LevelMaps,
@@ -28,6 +29,7 @@ from contradiff.features import (
     SelfCondition,
     TriTimestepAttention,
     block_channels,
+    advance,
     block_maps,
     decode_from_bottleneck,
     encode_to_bottleneck,
@@ -144,7 +146,8 @@ class ContraDiff(nn.Module):
         timesteps = batch.timesteps.flatten(0, 1)[:num_draws]
         noise = batch.noise.flatten(0, 1)[:num_draws]
         latents = batch.latents.repeat_interleave(NUM_LEVELS, dim=0)[:num_draws]
-        tokens = self._view_tokens(batch, shared=shared_condition)
+        num_views = -(-num_draws // NUM_LEVELS)
+        tokens = self._view_tokens(batch, num_views=num_views, shared=shared_condition)
         tokens = tokens.repeat_interleave(NUM_LEVELS, dim=0)[:num_draws].flatten(0, 1)
 
         noisy = add_noise(
@@ -154,6 +157,10 @@ class ContraDiff(nn.Module):
             self.schedule.alphas_cumprod,
         )
         encoded = self.encode(noisy, timesteps.flatten(), tokens)
+        if loss.weight > 0:
+            # For all draws at once, so that the reconstructed ones need not go there again.
+            num_up_blocks = NUM_UP_BLOCKS[self.block]
+            encoded = advance(self.unet, encoded, tokens, num_up_blocks=num_up_blocks)
 
         trained = slice(0, loss.recon_passes * num_images)
         noise_pred = decode_from_bottleneck(self.unet, encoded[trained], tokens[trained])
@@ -240,19 +247,16 @@ class ContraDiff(nn.Module):
         return min_snr_weights(alphas_cumprod, gamma=gamma)[timesteps]
 
     def _view_tokens(
-        self, batch: TrainingBatch, *, shared: bool
-    ) -> Float[Tensor, "2 batch num_tokens width_c"]:
-        if shared:
-            conditions = drop_conditions(
-                batch.conditions[0], dropped=batch.dropped[0], noise=batch.condition_noise[0]
-            )
-            return self.conditioner(conditions)[None].expand(2, -1, -1, -1)
+        self, batch: TrainingBatch, *, num_views: int, shared: bool
+    ) -> Float[Tensor, "views batch num_tokens width_c"]:
+        num_encoded = 1 if shared else num_views
         conditions = drop_conditions(
-            batch.conditions.flatten(0, 1),
-            dropped=batch.dropped.flatten(),
-            noise=batch.condition_noise.flatten(0, 1),
+            batch.conditions[:num_encoded].flatten(0, 1),
+            dropped=batch.dropped[:num_encoded].flatten(),
+            noise=batch.condition_noise[:num_encoded].flatten(0, 1),
         )
-        return self.conditioner(conditions).unflatten(0, (2, -1))
+        tokens = self.conditioner(conditions).unflatten(0, (num_encoded, -1))
+        return tokens.expand(num_views, -1, -1, -1)
 
     def _view_features(
         self,
