@@ -1,10 +1,15 @@
-"""FLOPs of a training step and of one image's features, for each switch of the method.
+"""FLOPs and kept activations of a training step, FLOPs of features, for each switch of the method.
 
     python -m bench flops                 the paper preset: Stable Diffusion v1.4 at 256 pixels
     python -m bench flops presets/tiny.yaml
 
-Counted by torch's FlopCounterMode while a step runs forward and backward on the meta device:
-exact, the same on every machine, seconds. Matrix products, convolutions and attention count.
+FLOPs are counted by torch's FlopCounterMode while a step runs forward and backward on the meta
+device: exact, the same on every machine. Matrix products, convolutions and attention count.
+
+Kept activations are the bytes that autograd saves for the backward pass, by torch's own hooks on
+fake tensors under the preset's precision (attention as CPU kernels save it, which is what CUDA's
+flash attention saves: queries, keys, values, output and one number a row). A GPU needs these, the
+weights, their gradients and moments, and the workspace of the largest layer.
 """
 
 from collections.abc import Sequence
@@ -13,6 +18,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.flop_counter import FlopCounterMode
 
 from contradiff.backbone import (
@@ -29,7 +37,7 @@ from contradiff.features import FeaturesParams, HeadParams
 from contradiff.inversion import inverted_maps
 from contradiff.losses import LossParams
 from contradiff.model import ContraDiff, TrainingBatch
-from contradiff.training import PretrainParams
+from contradiff.training import PretrainParams, set_up
 
 NUM_IMAGES = 4
 """FLOPs an image do not depend on it, but for the contrastive loss's own few."""
@@ -68,16 +76,18 @@ def main(arguments: Sequence[str]) -> None:
     """Print the table for a parameter file."""
     path = Path(arguments[0] if arguments else "presets/paper.yaml")
     content = read_params(path)
-    print(f"{path}: GFLOPs an image\n")
-    print(f"{'':38}{'training step':>16}{'':>8}{'features':>12}")
+    print(f"{path}: GFLOPs and kept megabytes (10^6 bytes) an image\n")
+    print(f"{'':38}{'training step':>16}{'':>8}{'features':>12}{'':>8}{'kept MB':>10}")
     first: tuple[float, float] | None = None
     for name, changes in VARIANTS.items():
         params = parse(Params, changed(content, changes), source=str(path))
         folder = config_folder(params.base, root=Path(), shipped=Path("presets"))
         step, features = of_training_step(params, folder), of_features(params, folder)
+        kept = kept_bytes(params, folder) / 1e6
         first = first or (step, features)
         ratios = f"{step / first[0]:>6.2f}x", f"{features / first[1]:>6.2f}x"
-        print(f"{name:38}{step:>16.3f}{ratios[0]:>8}{features:>12.3f}{ratios[1]:>8}", flush=True)
+        numbers = f"{step:>16.3f}{ratios[0]:>8}{features:>12.3f}{ratios[1]:>8}{kept:>10.3f}"
+        print(f"{name:38}{numbers}", flush=True)
 
 
 def changed(content: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
@@ -112,26 +122,71 @@ def latent_shape(model: ContraDiff, params: Params, folder: Path) -> tuple[int, 
 
 def of_training_step(params: Params, folder: Path) -> float:
     """GFLOPs an image of forward and backward."""
-    model = build(params, folder).train()
-    if params.pretrain.gradient_checkpointing:
-        model.unet.enable_gradient_checkpointing()
+    model = build(params, folder)
     with torch.device("meta"):
-        if params.loss.weight == 0:
-            model.attention.requires_grad_(requires_grad=False)
-            model.projector.requires_grad_(requires_grad=False)
-        latent = latent_shape(model, params, folder)
-        batch = TrainingBatch(
-            latents=torch.empty(2, NUM_IMAGES, *latent),
-            conditions=torch.empty(2, NUM_IMAGES, *model.conditioner.shape),
-            condition_noise=torch.empty(2, NUM_IMAGES, *model.conditioner.shape),
-            dropped=torch.empty(2, NUM_IMAGES, dtype=torch.bool),
-            timesteps=torch.empty(2, 3, NUM_IMAGES, dtype=torch.long),
-            noise=torch.empty(2, 3, NUM_IMAGES, *latent),
-        )
-        shared = params.conditioner.cond_view == "same"
+        step = _Step(model, params, folder, num_images=NUM_IMAGES)
         with FlopCounterMode(display=False) as counter:
-            model(batch, loss=params.loss, shared_condition=shared)["loss"].backward()
+            step.forward().backward()
     return counter.get_total_flops() / NUM_IMAGES / 1e9
+
+
+def kept_bytes(params: Params, folder: Path) -> float:
+    """Bytes an image that the forward pass of a training step keeps for the backward one."""
+    # What does not grow with the batch (weights in half precision) is not an activation.
+    few, more = (_kept(params, folder, num_images=n) for n in (NUM_IMAGES, 2 * NUM_IMAGES))
+    return (more - few) / NUM_IMAGES
+
+
+def _kept(params: Params, folder: Path, *, num_images: int) -> int:
+    model = build(params, folder)
+    seen: dict[StorageWeakRef, int] = {}
+
+    def note(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        seen[StorageWeakRef(storage)] = storage.nbytes()
+        return tensor
+
+    half = params.pretrain.precision == "bf16"
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        # Autocast knows no meta device; fake tensors are said to be on the CPU.
+        for module in model.modules():
+            for name, parameter in list(module.named_parameters(recurse=False)):
+                fake = nn.Parameter(torch.empty(parameter.shape), parameter.requires_grad)
+                setattr(module, name, fake)
+            for name, buffer in list(module.named_buffers(recurse=False)):
+                setattr(module, name, torch.empty(buffer.shape, dtype=buffer.dtype))
+        step = _Step(model, params, folder, num_images=num_images)
+        hooks = torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor)
+        with hooks, torch.autocast("cpu", torch.bfloat16, enabled=half):
+            loss = step.forward()
+    assert loss.requires_grad  # and with it all that it keeps is still alive
+    weights = {StorageWeakRef(p.untyped_storage()) for p in model.parameters()}
+    return sum(size for storage, size in seen.items() if storage not in weights)
+
+
+class _Step:
+    """A model in training and a batch without content, on torch's current default device."""
+
+    def __init__(self, model: ContraDiff, params: Params, folder: Path, *, num_images: int) -> None:
+        self.model = model.train()
+        self.loss = params.loss
+        self.shared = params.conditioner.cond_view == "same"
+        checkpointing = params.pretrain.gradient_checkpointing
+        set_up(self.model, loss=params.loss, gradient_checkpointing=checkpointing)
+        latent = latent_shape(self.model, params, folder)
+        condition = self.model.conditioner.shape
+        self.batch = TrainingBatch(
+            latents=torch.empty(2, num_images, *latent),
+            conditions=torch.empty(2, num_images, *condition),
+            condition_noise=torch.empty(2, num_images, *condition),
+            dropped=torch.empty(2, num_images, dtype=torch.bool),
+            timesteps=torch.empty(2, 3, num_images, dtype=torch.long),
+            noise=torch.empty(2, 3, num_images, *latent),
+        )
+
+    def forward(self) -> Tensor:
+        """The step's loss."""
+        return self.model(self.batch, loss=self.loss, shared_condition=self.shared)["loss"]
 
 
 def of_features(params: Params, folder: Path) -> float:

@@ -20,11 +20,10 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from jaxtyping import Float, UInt8
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from contradiff.atomic import replace_file
 from contradiff.losses import min_snr_weights
+from contradiff.training_state import load_training_state, save_training_state
 
 if TYPE_CHECKING:
     from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
@@ -182,7 +181,7 @@ def train_vae(
         num_steps=num_steps,
         lr=lr,
         share=share,
-        checkpoint=work_dir / "vae",
+        checkpoint=work_dir / "vae.safetensors",
         on_progress=on_progress,
     )
     with torch.no_grad():
@@ -255,7 +254,7 @@ def train_unet(
         num_steps=num_steps,
         lr=lr,
         share=share,
-        checkpoint=work_dir / "unet",
+        checkpoint=work_dir / "unet.safetensors",
         on_progress=on_progress,
     )
 
@@ -326,7 +325,12 @@ def _train(
     """AdamW with warm-up and cosine, an average of the weights, a checkpoint now and then."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.99), weight_decay=1e-4)
     average = deepcopy(model).requires_grad_(requires_grad=False)
-    start = _resume(checkpoint, model=model, average=average, optimizer=optimizer)
+    start = 0
+    if (state := load_training_state(checkpoint)) is not None:
+        model.load_state_dict(state.parts["model"])
+        average.load_state_dict(state.parts["average"])
+        state.restore(optimizer)
+        start = state.step
     for step in range(start, num_steps):
         warmup = min(1.0, (step + 1) / 200)
         for group in optimizer.param_groups:
@@ -342,48 +346,11 @@ def _train(
             torch._foreach_lerp_(list(average.parameters()), list(model.parameters()), 1.0 - decay)  # pyright: ignore[reportPrivateUsage, reportPrivateImportUsage]
         on_progress(step + 1, parts)
         if (step + 1) % CHECKPOINT_EVERY == 0 and share.rank == 0:
-            _save(checkpoint, step + 1, model=model, average=average, optimizer=optimizer)
+            save_training_state(
+                checkpoint,
+                step=step + 1,
+                parts={"model": model.state_dict(), "average": average.state_dict()},
+                optimizer=optimizer,
+                notes={},
+            )
     return average.eval()
-
-
-def _save(
-    folder: Path,
-    step: int,
-    *,
-    model: nn.Module,
-    average: nn.Module,
-    optimizer: torch.optim.Optimizer,
-) -> None:
-    """One safetensors file with both sets of weights and AdamW's moments."""
-    tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
-    tensors |= {f"average.{name}": tensor for name, tensor in average.state_dict().items()}
-    for index, state in optimizer.state_dict()["state"].items():
-        tensors |= {f"optimizer.{index}.{name}": value for name, value in state.items()}
-    with replace_file(folder / "state.safetensors") as path:
-        save_file({k: v.contiguous() for k, v in tensors.items()}, path, {"step": str(step)})
-
-
-def _resume(
-    folder: Path, *, model: nn.Module, average: nn.Module, optimizer: torch.optim.Optimizer
-) -> int:
-    """Load what `_save` wrote; the step to go on from, 0 without a checkpoint."""
-    path = folder / "state.safetensors"
-    if not path.is_file():
-        return 0
-    from safetensors import safe_open
-
-    with safe_open(path, framework="pt") as file:
-        step = int((file.metadata() or {})["step"])
-    tensors = load_file(path)
-
-    def part(prefix: str) -> dict[str, Tensor]:
-        return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
-
-    model.load_state_dict(part("model."))
-    average.load_state_dict(part("average."))
-    state: dict[int, dict[str, Tensor]] = {}
-    for name, value in part("optimizer.").items():
-        index, key = name.split(".", 1)
-        state.setdefault(int(index), {})[key] = value
-    optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
-    return step

@@ -104,7 +104,6 @@ def parameter_rows(
     frozen = {name: count for name, (_, count) in counts.modules.items()}
     classifier = (head.width + 1) * PAPER_CLASSES if beside_paper else 0
     extraction = trainable["attention"] + trainable["projector"] + classifier
-    total = counts.trainable + classifier + counts.frozen
     rows = [Row(NAMES[name], trainable[name]) for name in NAMES if name in trainable]
     if beside_paper:
         rows += [Row("linear classifier", classifier)]
@@ -112,8 +111,7 @@ def parameter_rows(
         Row("UNet", None, frozen["unet"]),
         Row("VAE", None, frozen["vae"]),
         Row("feature extraction", extraction, None, "28M"),
-        Row("sum", counts.trainable + classifier, counts.frozen, "68M trainable, 980M frozen"),
-        Row("total", None, total, "1048M"),
+        Row("sum", counts.trainable + classifier, counts.frozen, "68M, 980M; together 1048M"),
     ]
     if beside_paper:
         return rows
@@ -135,7 +133,9 @@ def format_table(rows: Sequence[Row]) -> str:
     beside_paper = any(row.paper for row in rows)
     lines = [_line("parameters", "trainable", "frozen", "paper" if beside_paper else "")]
     lines += [_line(row.name, _shown(row.trainable), _shown(row.frozen), row.paper) for row in rows]
-    return "\n".join([*lines, *([NOTES] if beside_paper else [])])
+    together = (rows[-1].trainable or 0) + (rows[-1].frozen or 0)
+    lines += ["", f"Trainable and frozen together: {together:,}."]
+    return "\n".join([*lines, *([NOTES.lstrip()] if beside_paper else [])])
 
 
 def _line(name: str, trainable: str, frozen: str, paper: str) -> str:

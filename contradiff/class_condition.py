@@ -13,11 +13,10 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Int64
 from pydantic import Field
-from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from contradiff.atomic import replace_dir, replace_file, sha256_of
+from contradiff.atomic import replace_dir, sha256_of
 from contradiff.backbone import disable_lora, merge_lora
 from contradiff.checkpoint import CONFIG_NAME, WEIGHTS_NAME
 from contradiff.config import Section
@@ -33,6 +32,7 @@ from contradiff.loading import (
 from contradiff.model import ContraDiff
 from contradiff.noise import add_noise
 from contradiff.optim import build_adamw, cosine_with_warmup
+from contradiff.training_state import load_training_state, save_training_state
 from contradiff.types import Tokens
 
 TABLE_NAME = "table.safetensors"
@@ -172,8 +172,12 @@ def train_class_table(
         table.named_parameters(), lr=params.lr, betas=(0.9, 0.999), weight_decay=0.0
     )
     layout = stream_layout(world_size=1, num_workers=num_workers)
-    state = _State(work_dir / "state.safetensors", table, optimizer, layout=layout)
-    start = state.load()
+    state_file, start = work_dir / "state.safetensors", 0
+    if (state := load_training_state(state_file)) is not None:
+        check_layout(layout, saved=state.notes["layout"], state=state_file)
+        table.load_state_dict(state.parts["table"])
+        state.restore(optimizer)
+        start = state.step
     batches = training_batches(
         _centre_crops(pairs, batch_size=params.batch_size, start_step=start, seed=seed),
         num_workers=num_workers,
@@ -206,7 +210,8 @@ def train_class_table(
 
         done = step + 1
         value = None
-        if done % log_every == 0 or done == total_steps:
+        saved = done % checkpoint_every == 0 and done < total_steps
+        if done % log_every == 0 or done == total_steps or saved:
             value = loss.item()
             if not math.isfinite(value):
                 msg = (
@@ -215,8 +220,14 @@ def train_class_table(
                 )
                 raise ValueError(msg)
         on_step(done, value)
-        if done % checkpoint_every == 0 and done < total_steps:
-            state.save(done)
+        if saved:
+            save_training_state(
+                state_file,
+                step=done,
+                parts={"table": table.state_dict()},
+                optimizer=optimizer,
+                notes={"layout": layout},
+            )
     table.eval()
 
 
@@ -257,44 +268,6 @@ def _draw(
     num_timesteps = model.schedule.num_train_timesteps
     timesteps = torch.randint(num_timesteps, (batch_size,), generator=generator, device=device)
     return latents, labels.masked_fill(dropped, table.null_label), timesteps, noise
-
-
-class _State:
-    """The table, AdamW's moments and the step in one file, so that they always agree."""
-
-    def __init__(
-        self, path: Path, table: ClassTable, optimizer: torch.optim.Optimizer, *, layout: str
-    ) -> None:
-        self.path, self.table, self.optimizer, self.layout = path, table, optimizer, layout
-
-    def save(self, step: int) -> None:
-        tensors = {f"table.{name}": value for name, value in self.table.state_dict().items()}
-        for index, moments in self.optimizer.state_dict()["state"].items():
-            tensors |= {f"optimizer.{index}.{name}": value for name, value in moments.items()}
-        contiguous = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
-        with replace_file(self.path) as temporary:
-            save_file(contiguous, temporary, {"step": str(step), "layout": self.layout})
-
-    def load(self) -> int:
-        """Restore; returns the steps done: 0 at a fresh start."""
-        if not self.path.is_file():
-            return 0
-        with safe_open(self.path, framework="pt") as file:
-            check_layout(self.layout, saved=file.metadata()["layout"], state=self.path)
-            step = int(file.metadata()["step"])
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        weights: dict[str, Tensor] = {}
-        moments: dict[int, dict[str, Tensor]] = {}
-        for name, value in tensors.items():
-            owner, rest = name.split(".", 1)
-            if owner == "table":
-                weights[rest] = value
-            else:
-                index, key = rest.split(".", 1)
-                moments.setdefault(int(index), {})[key] = value
-        self.table.load_state_dict(weights)
-        self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": moments})
-        return step
 
 
 def save_class_table(

@@ -10,11 +10,8 @@ from typing import TYPE_CHECKING, Literal
 
 import torch
 from pydantic import Field, model_validator
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from contradiff.atomic import replace_file
 from contradiff.conditioner import ConditionerParams
 from contradiff.config import Section
 from contradiff.latents import mode, sample
@@ -36,6 +33,7 @@ from contradiff.noise import (
     timestep_probabilities,
 )
 from contradiff.optim import build_adamw, cosine_with_warmup, scaled_lr
+from contradiff.training_state import load_training_state, save_training_state
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -172,7 +170,7 @@ def pretrain(
     lr = scaled_lr(params.lr, batch_size=params.batch_size, enabled=params.scale_lr)
     stride = max(1, total_steps // CURVE_ROWS)
 
-    _set_up(model, recipe)
+    set_up(model, loss=recipe.loss, gradient_checkpointing=params.gradient_checkpointing)
     model.to(accelerator.device)
     optimizer = build_adamw(
         model.named_parameters(),
@@ -182,8 +180,8 @@ def pretrain(
     )
     average = _Average(model, decay=params.ema_decay) if params.ema_decay else None
     layout = stream_layout(world_size=accelerator.num_processes, num_workers=num_workers)
-    state = _State(work_dir / "state.safetensors", model, optimizer, average, layout=layout)
-    start, curve = state.load()
+    state_file = work_dir / "state.safetensors"
+    start, curve = _resume(state_file, model, optimizer, average, layout=layout)
     wrapped, optimizer = accelerator.prepare(model.train(), optimizer)
     draw = _BatchDrawer(model, pairs, recipe, accelerator)
     stream = TrainingStream(
@@ -224,20 +222,55 @@ def pretrain(
             if done % stride == 0 or done == total_steps:
                 curve.append(row)
         on_step(done, row)
-        if done % checkpoint_every == 0 and done < total_steps and accelerator.is_main_process:
-            state.save(done, curve)
+        if done % checkpoint_every == 0 and done < total_steps:
+            # The norm is one number for all processes; where it is not finite, weights are not.
+            _check_finite({"grad_norm": _number(grad_norm)}, step=done)
+            if accelerator.is_main_process:
+                averaged = {} if average is None else {"average": average.state()}
+                save_training_state(
+                    state_file,
+                    step=done,
+                    parts={"model": model.trained_state(), **averaged},
+                    optimizer=optimizer,
+                    notes={"curve": json.dumps(curve), "layout": layout},
+                )
     if average is not None:
         average.copy_to_model()
     return curve
 
 
-def _set_up(model: ContraDiff, recipe: TrainingRecipe) -> None:
-    if recipe.loss.weight == 0:
+def set_up(model: ContraDiff, *, loss: LossParams, gradient_checkpointing: bool) -> None:
+    """Freeze what the loss does not reach, and choose which activations are kept.
+
+    Checkpointing is diffusers' own: resnets and transformer blocks are computed again in the
+    backward pass, without reentrance, so that LoRA's gradients live on under a frozen input.
+    """
+    if loss.weight == 0:
         # The reconstruction loss never reaches them (and DDP refuses parameters without gradient).
         model.attention.requires_grad_(requires_grad=False)
         model.projector.requires_grad_(requires_grad=False)
-    if recipe.pretrain.gradient_checkpointing:
+    if gradient_checkpointing:
         model.unet.enable_gradient_checkpointing()
+
+
+def _resume(
+    path: Path,
+    model: ContraDiff,
+    optimizer: torch.optim.Optimizer,
+    average: "_Average | None",
+    *,
+    layout: str,
+) -> tuple[int, list[dict[str, float]]]:
+    """Restore everything; returns the steps done and the curve so far: 0 and [] at the start."""
+    state = load_training_state(path)
+    if state is None:
+        return 0, []
+    check_layout(layout, saved=state.notes["layout"], state=path)
+    model.load_trained_state(state.parts["model"])
+    state.restore(optimizer)
+    if average is not None:
+        average.load(state.parts["average"], step=state.step)
+    return state.step, json.loads(state.notes["curve"])
 
 
 def _accumulate_gradients(
@@ -354,59 +387,6 @@ class _Average:
         self.ema.optimization_step = step
 
 
-class _State:
-    """Trained weights, their average, AdamW's moments, step and curve in one file: they agree."""
-
-    def __init__(
-        self,
-        path: Path,
-        model: ContraDiff,
-        optimizer: torch.optim.Optimizer,
-        average: _Average | None,
-        *,
-        layout: str,
-    ) -> None:
-        self.path, self.model, self.optimizer, self.average = path, model, optimizer, average
-        self.layout = layout
-
-    def save(self, step: int, curve: list[dict[str, float]]) -> None:
-        tensors = {f"model.{name}": value for name, value in self.model.trained_state().items()}
-        for index, moments in self.optimizer.state_dict()["state"].items():
-            tensors |= {f"optimizer.{index}.{name}": value for name, value in moments.items()}
-        if self.average is not None:
-            tensors |= {f"average.{name}": value for name, value in self.average.state().items()}
-        contiguous = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
-        metadata = {"step": str(step), "curve": json.dumps(curve), "layout": self.layout}
-        with replace_file(self.path) as temporary:
-            save_file(contiguous, temporary, metadata)
-
-    def load(self) -> tuple[int, list[dict[str, float]]]:
-        """Restore; returns the steps done and the curve so far: (0, []) at a fresh start."""
-        if not self.path.is_file():
-            return 0, []
-        with safe_open(self.path, framework="pt") as file:
-            metadata = file.metadata()
-            check_layout(self.layout, saved=metadata["layout"], state=self.path)
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        self.model.load_trained_state(
-            {k.removeprefix("model."): v for k, v in tensors.items() if k.startswith("model.")}
-        )
-        moments: dict[int, dict[str, Tensor]] = {}
-        for name, value in tensors.items():
-            if name.startswith("optimizer."):
-                _, index, key = name.split(".", 2)
-                moments.setdefault(int(index), {})[key] = value
-        self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": moments})
-        step = int(metadata["step"])
-        if self.average is not None:
-            prefix = "average."
-            self.average.load(
-                {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)},
-                step=step,
-            )
-        return step, json.loads(metadata["curve"])
-
-
 def _local_batch(batch_size: int, num_processes: int, parts: int) -> int:
     """Images that one process takes at once."""
     if batch_size % (num_processes * parts):
@@ -428,15 +408,23 @@ def _row(
     grad_norm: Tensor | None,
     accelerator: "Accelerator",
 ) -> dict[str, float]:
-    assert grad_norm is not None, "only DeepSpeed keeps it to itself"
     row = {"step": float(step), "epoch": round(epoch, 4), "lr": lr}
     for name, value in losses.items():
         mean = accelerator.reduce(value.detach(), "mean")
         assert isinstance(mean, Tensor)
         row[name] = mean.item()
-    row["grad_norm"] = grad_norm.item()
-    for name, value in row.items():
+    row["grad_norm"] = _number(grad_norm)
+    _check_finite(row, step=step)
+    return row
+
+
+def _number(grad_norm: Tensor | None) -> float:
+    assert grad_norm is not None, "only DeepSpeed keeps it to itself"
+    return grad_norm.item()
+
+
+def _check_finite(values: Mapping[str, float], *, step: int) -> None:
+    for name, value in values.items():
         if not math.isfinite(value):
             msg = f"pretrain.lr: {name} is {value} at step {step}, training diverged; lower it"
             raise ValueError(msg)
-    return row

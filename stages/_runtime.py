@@ -193,16 +193,27 @@ class Run:
             yield kept
 
     def training_run(
-        self, work_dir: Path, params: Mapping[str, object] | Section
+        self,
+        work_dir: Path,
+        params: Mapping[str, object] | Section,
+        *,
+        files_checkpoint: bool,
     ) -> "AbstractContextManager[LogMetrics]":
         """Log metrics of a training live to MLflow; a resumed training goes on in the same run.
+
+        Args:
+            work_dir: of the training; keeps the run's id.
+            params: to log.
+            files_checkpoint: whether it makes build/pretrain, whose row this run then hangs under.
 
         Raises:
             ValueError: MLflow's store cannot be used. Later failures of it are only warned of.
         """
         from stages._tracking import training_run
 
-        return training_run(self, work_dir=work_dir, params=params)
+        return training_run(
+            self, work_dir=work_dir, params=params, files_checkpoint=files_checkpoint
+        )
 
 
 def _rounded(value: object, *, key: str) -> object:

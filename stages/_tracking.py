@@ -178,13 +178,17 @@ def _git_revision(*, short: bool) -> str | None:
 
 @contextmanager
 def training_run(
-    run: "Run", *, work_dir: Path, params: Mapping[str, object] | BaseModel
+    run: "Run",
+    *,
+    work_dir: Path,
+    params: Mapping[str, object] | BaseModel,
+    files_checkpoint: bool,
 ) -> Generator[LogMetrics]:
     """Yield a function that logs metrics live; see `Run.training_run`.
 
     The run id is kept in `work_dir`, so that a resumed training goes on in the same MLflow run;
-    steps that it repeats are not logged twice. After success the id is filed under the hash of the
-    checkpoint, where `train_run_of` finds it.
+    steps that it repeats are not logged twice. After success of the training that makes the
+    checkpoint, the id is filed under its hash, where `train_run_of` finds it.
     """
     if not run.is_main:
         yield _log_nothing
@@ -202,7 +206,8 @@ def training_run(
         raise
     finally:
         log.end(status)
-    run.on_success.append(lambda: _file_train_run(run.root, run_id=log.run_id, uri=store.uri))
+    if files_checkpoint:
+        run.on_success.append(lambda: _file_train_run(run.root, run_id=log.run_id, uri=store.uri))
 
 
 def _log_nothing(_step: int, _values: Mapping[str, float], /) -> None:

@@ -5,7 +5,6 @@ With class_condition.epochs 0 there is no table, and a note that says so.
 
 from stages._runtime import Run, execute
 
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -60,11 +59,9 @@ def main(params: Params, run: Run) -> None:
     run.log(f"{sum(p.numel() for p in table.parameters()):,} trainable parameters")
     shown = params.model_dump(mode="json", by_alias=True)
     inputs = [BASE, CHECKPOINT, IMAGES / "index.json", LATENTS / "index.json"]
-    # A run that is not filed as the checkpoint's own training, which is pretraining's.
-    unfiled = replace(run, on_success=[])
     with (
         run.work_dir(shown, inputs) as work,
-        unfiled.training_run(work, shown) as log_metrics,
+        run.training_run(work, shown, files_checkpoint=False) as log_metrics,
         run.progress("train", num_steps, "step") as advance,
     ):
         seen = 0

@@ -91,7 +91,7 @@ def main(params: Params, run: Run) -> None:
     inputs = [BASE, IMAGES / "index.json", LATENTS / "index.json"]
     with (
         run.work_dir(shown, inputs) as work,
-        run.training_run(work, shown) as log_metrics,
+        run.training_run(work, shown, files_checkpoint=True) as log_metrics,
         run.progress("train", num_steps, "step") as advance,
     ):
         seen = 0

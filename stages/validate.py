@@ -154,6 +154,13 @@ def contradictions(content: Mapping[str, Any]) -> Iterator[str]:
         yield "loss.latent_views: two needs latents.views of at least 2"
     if latents["colour_jitter"] > 0 and latents["views"] < 2:
         yield "latents.colour_jitter: is of random crops; with latents.views 1 there are none"
+    if latents["colour_jitter"] > 0 and (
+        loss["latent_views"] == "same" or loss["recon_passes"] > 3
+    ):
+        yield (
+            "latents.colour_jitter: the distorted crops would be reconstructed too, as "
+            "loss.latent_views: same and loss.recon_passes over 3 do; set it to 0"
+        )
     if content["score"]["splits"] > content["generate"]["num_samples"]:
         yield "score.splits: more than generate.num_samples"
     if content["generate"]["condition"] == "class" and content["class_condition"]["epochs"] == 0:

@@ -97,6 +97,30 @@ def test_autoencoder_learns_and_has_unit_latents(images: Tensor, tmp_path: Path)
     assert 0.8 < means.std() < 1.25  # of other draws and mirrored images: not exactly 1
 
 
+def test_autoencoders_first_losses_are_those_written_out(images: Tensor, tmp_path: Path):
+    """Step 0, seed 3: every random number drawn again in the documented order."""
+    seen: list[Mapping[str, float]] = []
+    vae_of(images, tmp_path, seed=3, num_steps=1, on_progress=lambda _, parts: seen.append(parts))
+    torch.manual_seed(3)
+    vae = base_training.build_vae()
+    generator = torch.Generator().manual_seed(3 * 1_000_003)
+    index = torch.randint(24, (4,), generator=generator)
+    mirrored = torch.rand(4, 1, 1, 1, generator=generator) < 0.5
+    noise = torch.randn(4, 4, 4, 4, generator=generator)
+    error = divergence = 0.0
+    with torch.no_grad():
+        for i, flipped, eps in zip(index, mirrored.flatten(), noise, strict=True):
+            image = images[i].float() / 127.5 - 1
+            image = image.flip(2) if flipped else image
+            mean, log_variance = vae.quant_conv(vae.encoder(image[None])).chunk(2, dim=1)
+            decoded = vae.decode(mean + (log_variance / 2).exp() * eps).sample[0]
+            error += float((decoded - image).abs().mean()) / 4
+            terms = mean.square() + log_variance.exp() - 1 - log_variance
+            divergence += float(terms.sum()) / 2 / (3 * 16 * 16) / 4
+    assert seen[0]["l1"] == pytest.approx(error, rel=1e-4)
+    assert seen[0]["kl"] == pytest.approx(divergence, rel=1e-4)
+
+
 def test_killed_trainings_resume_to_the_same_weights(images: Tensor, tmp_path: Path):
     vae = vae_of(images, tmp_path / "whole")
     with pytest.raises(Killed):

@@ -1,15 +1,18 @@
 """bench.flops: its counts against the parts that a step is made of."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from bench import flops
 from contradiff.config import parse, read_params
 from contradiff.features import encode_to_bottleneck
+from contradiff.model import ContraDiff
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -40,6 +43,35 @@ def test_features_are_three_half_passes_a_condition_and_the_head(count: Any, tin
         )
         model.attention(torch.empty(1, 3, 32, 2, 2))
     assert count()[1] == pytest.approx(counter.get_total_flops() / 1e9)
+
+
+@pytest.mark.parametrize("block", ["mid", "mid+up.1"])
+def test_kept_bytes_are_those_of_a_real_step(
+    tiny_base: Path, build_tiny: Callable[..., ContraDiff], block: str
+):
+    """Counted by the same hooks on real tensors, for two sizes of batch."""
+    content = read_params(ROOT / "presets/tiny.yaml")
+    content = flops.changed(content, {"head.block": block})
+    params = parse(flops.Params, content, source="tiny")
+    model = build_tiny(**{k: content[k] for k in ("lora", "conditioner", "head")}).train()
+    sizes: list[int] = []
+    for num_images in (3, 5):
+        kept: dict[int, Tensor] = {}
+
+        def note(tensor: Tensor, kept: dict[int, Tensor] = kept) -> Tensor:
+            kept[tensor.untyped_storage().data_ptr()] = tensor
+            return tensor
+
+        step = flops._Step(model, params, tiny_base, num_images=num_images)
+        step.batch.timesteps.zero_()
+        step.batch.dropped.zero_()
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+            loss = step.forward()
+        assert loss.requires_grad
+        sizes.append(sum(tensor.untyped_storage().nbytes() for tensor in kept.values()))
+    expected = (sizes[1] - sizes[0]) / 2
+    # the similarities of a batch grow with its square
+    assert flops.kept_bytes(params, tiny_base) == pytest.approx(expected, rel=0.01)
 
 
 def test_switches_cost_what_they_add(count: Any):

@@ -81,9 +81,8 @@ def draw_batch(num_images: int, *, shared: bool = False, seed: int = 0) -> Train
 
 
 def in_float64(batch: TrainingBatch) -> TrainingBatch:
-    tensors = {name: tensor for name, tensor in asdict(batch).items()}
     return TrainingBatch(
-        **{k: v.double() if v.is_floating_point() else v for k, v in tensors.items()}
+        **{k: v.double() if v.is_floating_point() else v for k, v in asdict(batch).items()}
     )
 
 

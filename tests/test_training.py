@@ -17,6 +17,7 @@ from contradiff.losses import LossParams
 from contradiff.model import ContraDiff, TrainingBatch
 from contradiff.noise import NoiseParams
 from contradiff.training import PretrainParams, TrainingRecipe, pretrain
+from contradiff.training_state import load_training_state
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -48,6 +49,8 @@ LOSS: dict[str, Any] = {
     "min_snr_gamma": 0.0,
 }
 ONE_EPOCH = {"epochs": 1}
+LONG = {"epochs": 400, "warmup_epochs": 1}
+"""So many that the curve's rows, about 200, are eight steps apart."""
 NUM_STEPS = 8  # 24 images, six a step, two epochs
 
 
@@ -149,6 +152,24 @@ def test_killed_and_resumed_equals_uninterrupted(
     assert curve == expected
     # The frozen base is not in the state: it comes from the same folder.
     assert changed(resumed, state_of(whole)) == set()
+
+
+@pytest.mark.parametrize("checkpoint_every", [1, 3])
+def test_a_training_that_diverged_is_never_saved(
+    build_tiny: Build, train: Train, tmp_path: Path, checkpoint_every: int
+):
+    """Also between two logged steps, which are all that is looked at otherwise."""
+
+    def spoil(step: int, _row: Row) -> None:
+        if step == 1:
+            with torch.no_grad():
+                model.conditioner.positions.fill_(math.inf)
+
+    model = build_tiny()
+    with pytest.raises(ValueError, match=r"^pretrain\.lr: grad_norm is nan at step [23]"):
+        train(model, on_step=spoil, checkpoint_every=checkpoint_every, log_every=100, pretrain=LONG)
+    state = load_training_state(tmp_path / "state.safetensors")
+    assert (state.step if state else 0) == (1 if checkpoint_every == 1 else 0)
 
 
 def test_resuming_with_other_data_streams_is_refused(build_tiny: Build, train: Train):

@@ -302,7 +302,7 @@ def test_only_the_main_process_writes(
     run.log("hello")
     with run.progress("train", total=2) as advance:
         advance(2)
-    with run.training_run(run.root, {}) as log:
+    with run.training_run(run.root, {}, files_checkpoint=True) as log:
         log(1, {"loss": 1.0})
     assert list(run.root.iterdir()) == []
     assert capfd.readouterr() == ("", "")

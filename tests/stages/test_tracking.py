@@ -181,7 +181,7 @@ class TestRow:
 
     def test_training_is_its_child(self, results: Results, root: Path, client: "MlflowClient"):
         pretrain = run_of(root, "pretrain")
-        with pretrain.training_run(root, PARAMS) as log:
+        with pretrain.training_run(root, PARAMS, files_checkpoint=True) as log:
             log(0, {"loss": 2.0})
         for call in pretrain.on_success:
             call()
@@ -195,7 +195,7 @@ class TestRow:
         self, results: Results, root: Path, client: "MlflowClient"
     ):
         pretrain = run_of(root, "pretrain")
-        with pretrain.training_run(root, PARAMS):
+        with pretrain.training_run(root, PARAMS, files_checkpoint=True):
             pass
         for call in pretrain.on_success:
             call()
@@ -209,7 +209,9 @@ class TestTraining:
         self, root: Path, tmp_path: Path, client: "MlflowClient"
     ):
         def train(steps: range, *, fails: bool) -> None:
-            with run_of(root, "pretrain").training_run(tmp_path, PARAMS) as log:
+            with run_of(root, "pretrain").training_run(
+                tmp_path, PARAMS, files_checkpoint=True
+            ) as log:
                 for step in steps:
                     log(step, {"loss": 1.0 - step / 8})
                 if fails:
@@ -236,7 +238,7 @@ class TestTraining:
     ):
         monkeypatch.setattr(_tracking, "_SECONDS_BETWEEN_BATCHES", 0.0)
         monkeypatch.setattr(_tracking, "_SECONDS_BEFORE_RETRY", 0.0)
-        with run_of(root, "pretrain").training_run(tmp_path, PARAMS) as log:
+        with run_of(root, "pretrain").training_run(tmp_path, PARAMS, files_checkpoint=True) as log:
             log(0, {"loss": 3.0})
             with monkeypatch.context() as patch:
                 patch.setattr(_tracking.Store, "log", lambda *_, **__: 1 / 0)
@@ -253,7 +255,7 @@ class TestTraining:
         monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
         with (
             pytest.raises(ValueError, match=f"MLflow's store {uri} cannot be used"),
-            run_of(tmp_path, "pretrain").training_run(tmp_path, PARAMS),
+            run_of(tmp_path, "pretrain").training_run(tmp_path, PARAMS, files_checkpoint=True),
         ):
             pass
 
@@ -264,7 +266,7 @@ class TestTraining:
         monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
         other = tmp_path / "other"
         other.mkdir()
-        with run_of(other, "pretrain").training_run(tmp_path, PARAMS):
+        with run_of(other, "pretrain").training_run(tmp_path, PARAMS, files_checkpoint=True):
             pass
         assert not (other / "mlflow.db").exists()
         assert os.environ["MLFLOW_TRACKING_URI"] == uri
@@ -273,7 +275,7 @@ class TestTraining:
 def _train_once(root: Path, number: int) -> None:
     folder = root / f"work-{number}"
     folder.mkdir()
-    with run_of(root, "pretrain").training_run(folder, PARAMS) as log:
+    with run_of(root, "pretrain").training_run(folder, PARAMS, files_checkpoint=True) as log:
         log(0, {"loss": 1.0})
 
 

@@ -74,6 +74,25 @@ def test_classes_need_a_table(content: dict[str, Any]):
     check(content, source="params.yaml")
 
 
+@pytest.mark.parametrize(
+    ("loss", "refused"),
+    [
+        ({"latent_views": "same"}, True),
+        ({"recon_passes": 4}, True),
+        ({"recon_passes": 3}, False),
+    ],
+)
+def test_distorted_colours_are_never_reconstructed(
+    content: dict[str, Any], loss: dict[str, Any], *, refused: bool
+):
+    content["loss"] |= loss
+    if refused:
+        with pytest.raises(ValueError, match=r"latents\.colour_jitter: .* set it to 0"):
+            check(content, source="params.yaml")
+        content["latents"]["colour_jitter"] = 0
+    check(content, source="params.yaml")
+
+
 def test_noise_has_nothing_to_guide(content: dict[str, Any]):
     content["generate"]["guidance"] = 1.5
     expected = r"generate\.guidance is 1\.5, but generate\.condition: noise"
