@@ -16,7 +16,7 @@ from stages.validate import check
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 OVERRIDE = re.compile(r"""-S '?([\w.]+)=([^\s'`]+)""")
-SWITCH = re.compile(r"^\| `([\w.]+)=([^`]+)`", re.MULTILINE)
+SWITCH = re.compile(r"^\| `([\w.]+=[^`]+)`", re.MULTILINE)
 
 
 def commands() -> Iterator[list[tuple[str, str]]]:
@@ -27,7 +27,8 @@ def commands() -> Iterator[list[tuple[str, str]]]:
         grid = [[(key, value) for value in values.split(",")] for key, values in overrides]
         if overrides:
             yield from (list(point) for point in product(*grid))
-    yield from ([switch] for switch in SWITCH.findall(README))
+    for switch in SWITCH.findall(README):
+        yield [(key, value) for key, _, value in (part.partition("=") for part in switch.split())]
 
 
 def changed(content: dict[str, Any], overrides: list[tuple[str, str]]) -> dict[str, Any]:

@@ -1,0 +1,31 @@
+"""bench.experiments: rows are named by what differs from their commit."""
+
+from typing import Any
+
+from bench.experiments import table
+
+
+def data(*, weight: float, top1: float | None) -> dict[str, Any]:
+    metrics: dict[str, Any] = {"metrics/score.json": {"data": {"score": {"fid": 9.216}}}}
+    if top1 is not None:
+        metrics["metrics/probe.json"] = {"data": {"probe": {"top1": top1}}}
+    params = {"seed": 0, "loss": {"lambda": weight}, "lora": {"targets": ["a", "b"]}}
+    return {"params": {"params.yaml": {"data": params}}, "metrics": metrics}
+
+
+def test_rows_are_named_by_their_changes():
+    commit = {
+        "rev": "0123456789",
+        "data": data(weight=0.1, top1=0.695),
+        "experiments": [
+            {"revs": [{"data": data(weight=0.01, top1=None)}]},
+            {"revs": [{"data": None}]},
+        ],
+    }
+    lines = list(table([{"rev": "workspace", "data": data(weight=9.0, top1=1.0)}, commit]))
+    assert lines[0].startswith("| commit | parameters | probe top-1 | FID | IS |")
+    assert lines[2:] == [
+        "| 0123456 | as committed | 69.5% | 9.22 |  |  |  |",
+        "| 0123456 | loss.lambda=0.01 |  | 9.22 |  |  |  |",
+    ]
+    assert len({line.count("|") for line in lines}) == 1
