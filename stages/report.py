@@ -6,15 +6,9 @@ from pathlib import Path
 
 from contradiff.atomic import replace_file
 from contradiff.config import Section, Seed
-from contradiff.reporting import (
-    draw_figures,
-    embed_features,
-    read_results,
-    render_html,
-    render_markdown,
-    result_rows,
-    summarise,
-)
+from contradiff.figures import draw_figures, embed_features
+from contradiff.reporting import render_html, render_markdown, result_rows, summarise
+from contradiff.results import read_results
 
 
 class Params(Section):

@@ -16,20 +16,16 @@ import pytest
 from PIL import Image
 from safetensors.numpy import save_file
 
-from contradiff.reporting import (
+from contradiff.figures import (
     Embedding,
     Figures,
-    Results,
     draw_figures,
     embed_features,
     plot_embedding,
     plot_losses,
-    read_results,
-    render_html,
-    render_markdown,
-    result_rows,
-    summarise,
 )
+from contradiff.reporting import render_html, render_markdown, result_rows, summarise
+from contradiff.results import Results, read_results
 from stages import report
 
 PROBE = {
@@ -345,7 +341,7 @@ class TestEmbedding:
         assert plot_embedding(embedding, dark=True).startswith(b"\x89PNG")
 
     def test_many_images_are_thinned(self, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr("contradiff.reporting.MAX_EMBEDDED_IMAGES", 30)
+        monkeypatch.setattr("contradiff.figures.MAX_EMBEDDED_IMAGES", 30)
         _, embedding = read_and_embed(root)
         assert len(embedding.labels) == len(embedding.positions) == 30
         assert "30 of 60" in embedding.caption
@@ -395,7 +391,7 @@ class TestPage:
                 assert detail in text
             for fact in ("temperature", "attn2.to_q, attn2.to_k", "0.0005", "false", "700,000"):
                 assert fact in text
-            assert "dvc exp run -S seed=3 -S loss.lambda=0.1 -S lora.rank=16" in text
+            assert "whose dvc.lock has these results" in text
             assert "sgd.std" in text
 
     def test_text_is_escaped(self, root: Path) -> None:
