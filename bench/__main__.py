@@ -1,13 +1,14 @@
 """`python -m bench NAME`: measurements, each a table on stdout. Ratios, not seconds, are quoted.
 
 flops: what each switch of the method costs, counted on the meta device (no weights, no GPU)
+shards: writing and reading shards beside webdataset, tarfile and ImageFolder, on the same files
 """
 
 import sys
 
-from bench import flops
+from bench import flops, shards
 
-BENCHES = {"flops": flops.main}
+BENCHES = {"flops": flops.main, "shards": shards.main}
 
 if __name__ == "__main__":
     if len(sys.argv) < 2 or sys.argv[1] not in BENCHES:

@@ -5,6 +5,8 @@ from stages._runtime import Run, execute
 from functools import partial
 from pathlib import Path
 
+from pydantic import model_validator
+
 from contradiff.atomic import replace_dir
 from contradiff.config import Section, Seed
 from contradiff.data.full_disk import explain_full_disk
@@ -33,6 +35,14 @@ class Params(Section):
     data: DataParams
     shard: ShardParams
     ingest: IngestParams
+
+    @model_validator(mode="after")
+    def _images_are_not_enlarged_again(self) -> "Params":
+        resize, image_size = self.ingest.resize, self.data.image_size
+        if resize is not None and resize < image_size:
+            msg = f"ingest.resize must be null or at least data.image_size ({image_size})"
+            raise ValueError(msg)
+        return self
 
 
 def main(params: Params, run: Run) -> None:

@@ -20,8 +20,9 @@ def check_free_space(folder: Path, num_bytes: int) -> None:
     lacking = num_bytes + SPARE_BYTES - free
     if num_bytes and lacking > 0:
         msg = (
-            f"{folder}: {_shown(num_bytes)} are to be written and {_shown(free)} are free: free "
-            f"{_shown(lacking)} more, or put the project on a larger disk"
+            f"{folder}: {_shown(num_bytes)} are to be written and {_shown(free)} are free, of "
+            f"which {_shown(SPARE_BYTES)} are to stay so: free {_shown(lacking)} more, or put the "
+            "project on a larger disk"
         )
         raise ValueError(msg)
 

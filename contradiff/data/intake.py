@@ -112,7 +112,7 @@ def _check_end(content: bytes, kind: str) -> None:
     """
     if kind in {"JPEG", "MPO"}:
         # In the data after the header 0xFF is escaped, so that this can be nothing else.
-        is_whole = content.find(b"\xff\xd9", _start_of_scan(content)) >= 0
+        is_whole = content.rfind(b"\xff\xd9", _start_of_scan(content)) >= 0
     elif kind == "PNG":
         is_whole = b"IEND\xaeB`\x82" in content[-4096:]
     else:  # RIFF: the size that the header tells
