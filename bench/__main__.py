@@ -1,16 +1,19 @@
-"""`python -m bench NAME`: measurements, each a table on stdout. Ratios, not seconds, are quoted.
+"""`python -m bench NAME`: measurements, each a table on stdout. Ratios, not seconds, are quoted."""
 
-flops: what each switch of the method costs, counted without weights and without GPU
-experiments: DVC's experiments as a Markdown table
-"""
-
+import importlib
 import sys
+from pathlib import Path
 
-from bench import experiments, flops
+BENCHES = sorted(path.stem for path in Path(__file__).parent.glob("[!_]*.py"))
 
-BENCHES = {"flops": flops.main, "experiments": experiments.main}
+
+def first_line(name: str) -> str:
+    """What a bench measures, in the words of its module."""
+    return (importlib.import_module(f"bench.{name}").__doc__ or "").splitlines()[0]
+
 
 if __name__ == "__main__":
     if len(sys.argv) < 2 or sys.argv[1] not in BENCHES:
-        sys.exit(f"usage: python -m bench {{{','.join(BENCHES)}}} [arguments]")
-    BENCHES[sys.argv[1]](sys.argv[2:])
+        lines = [f"  {name:12} {first_line(name)}" for name in BENCHES]
+        sys.exit("\n".join(["usage: python -m bench NAME [arguments]", *lines]))
+    importlib.import_module(f"bench.{sys.argv[1]}").main(sys.argv[2:])

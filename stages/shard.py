@@ -2,21 +2,47 @@
 
 from stages._runtime import Run, execute
 
+from functools import partial
 from pathlib import Path
+
+from pydantic import model_validator
 
 from contradiff.atomic import replace_dir
 from contradiff.config import Section, Seed
-from contradiff.data.imagenet import DataParams, Manifest, read_manifest, shuffled_samples
+from contradiff.data.full_disk import explain_full_disk
+from contradiff.data.imagenet import DataParams, Manifest, read_manifest
+from contradiff.data.pool import run_jobs
 from contradiff.data.raw import ensure_images
-from contradiff.data.shards import Shard, ShardIndex, ShardParams, image_record, write_split
+from contradiff.data.sharding import (
+    FolderReader,
+    IngestParams,
+    PlannedShard,
+    Recipe,
+    check_space,
+    find_done,
+    plan_shards,
+    publish,
+    write_planned,
+)
+from contradiff.data.shards import ShardIndex, ShardParams
+from contradiff.data.tally import QUARANTINE_NAME, Tally
 
-MANIFEST = Path("build/manifest/images.json")
+MANIFEST, SHARDS = Path("build/manifest/images.json"), Path("build/shards")
 
 
 class Params(Section):
     seed: Seed
     data: DataParams
     shard: ShardParams
+    ingest: IngestParams
+
+    @model_validator(mode="after")
+    def _images_are_not_enlarged_again(self) -> "Params":
+        resize, image_size = self.ingest.resize, self.data.image_size
+        if resize is not None and resize < image_size:
+            msg = f"ingest.resize must be null or at least data.image_size ({image_size})"
+            raise ValueError(msg)
+        return self
 
 
 def main(params: Params, run: Run) -> None:
@@ -28,28 +54,82 @@ def main(params: Params, run: Run) -> None:
             "run `dvc repro -f prepare`"
         )
         raise ValueError(msg)
-    splits: dict[str, tuple[Shard, ...]] = {}
-    with (
-        replace_dir(Path("build/shards")) as folder,
-        run.progress("images", sum(map(len, manifest.splits.values()))) as advance,
-    ):
-        for split, files in manifest.splits.items():
-            samples = shuffled_samples(root, files, seed=params.seed, split=split)
-            splits[split] = write_split(
-                folder,
-                split,
-                (image_record(sample, extension="jpg") for sample in samples),
-                samples_per_shard=params.shard.samples_per_shard,
-                compression=params.shard.compression,
-                on_progress=advance,
-            )
+    read, plan = FolderReader(root), plan_of(params, manifest, root)
+    recipe = Recipe(params.shard.compression, params.ingest.verify, params.ingest.resize)
+    # Shards that an interrupted run has finished are found again. The threshold changes none.
+    decisive = params.model_dump(by_alias=True, exclude={"ingest": {"max_quarantined"}})
+    with run.work_dir(decisive, [MANIFEST]) as work:
+        tally = Tally(plan, max_quarantined=params.ingest.max_quarantined)
+        missing = write_missing(plan, tally, run, work=work, read=read, recipe=recipe)
+        if missing < len(plan):
+            run.log(f"{len(plan) - missing} of {len(plan)} shards were there already")
         facts = {
             "kind": "images",
             "seed": params.seed,
             "class_ids": list(manifest.class_ids),
             "class_names": list(manifest.class_names),
+            **tally.facts(class_ids=manifest.class_ids),
         }
-        ShardIndex(splits, facts).write(folder)
+        with replace_dir(SHARDS) as folder, explain_full_disk(folder):
+            splits = {split: tally.shards(split) for split in manifest.splits}
+            for shards in splits.values():
+                publish(shards, work=work, folder=folder)
+            tally.write_quarantine(folder)
+            ShardIndex(splits, facts).write(folder)
+    for split in manifest.splits:
+        say_what_was_odd(tally, split, run)
+
+
+def plan_of(params: Params, manifest: Manifest, root: Path) -> list[PlannedShard]:
+    megabytes = params.ingest.max_shard_megabytes
+    return [
+        planned
+        for split, files in manifest.splits.items()
+        for planned in plan_shards(
+            files,
+            [(root / file.path).stat().st_size for file in files],
+            split=split,
+            seed=params.seed,
+            samples_per_shard=params.shard.samples_per_shard,
+            max_bytes=None if megabytes is None else megabytes * 1_000_000,
+            compression=params.shard.compression,
+        )
+    ]
+
+
+def write_missing(
+    plan: list[PlannedShard],
+    tally: Tally,
+    run: Run,
+    *,
+    work: Path,
+    read: FolderReader,
+    recipe: Recipe,
+) -> int:
+    """Write what no earlier run has, in runtime.num_workers processes; return how many shards."""
+    for path in work.glob(".*.part"):  # of processes that were killed
+        path.unlink()
+    missing: list[PlannedShard] = []
+    for planned in plan:
+        if done := find_done(planned, work, recipe=recipe):
+            tally.add(planned, done, folder=work)
+        else:
+            missing.append(planned)
+    SHARDS.parent.mkdir(exist_ok=True)
+    check_space(plan, missing, work=work, target=SHARDS.parent)
+    task = partial(write_planned, folder=work, read=read, recipe=recipe)
+    workers = run.runtime.num_workers
+    with run.progress("images", sum(len(planned.files) for planned in missing)) as advance:
+        for planned, done in run_jobs(task, missing, num_workers=workers, on_progress=advance):
+            tally.add(planned, done, folder=work)
+    return len(missing)
+
+
+def say_what_was_odd(tally: Tally, split: str, run: Run) -> None:
+    if counts := tally.oddities(split):
+        run.log(f"{split}: " + ", ".join(f"{number} {name}" for name, number in counts.items()))
+    if left_out := len(tally.quarantined(split)):
+        run.log(f"{split}: {left_out} unreadable, left out, see {SHARDS / QUARANTINE_NAME}")
 
 
 if __name__ == "__main__":

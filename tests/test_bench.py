@@ -1,4 +1,4 @@
-"""bench.flops: its counts against the parts that a step is made of."""
+"""bench: flops against the parts that a step is made of; the others run and print their table."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from bench import flops
+from bench import flops, shards
 from contradiff.config import parse, read_params
 from contradiff.features import encode_to_bottleneck
 from contradiff.model import ContraDiff
@@ -84,3 +84,17 @@ def test_switches_cost_what_they_add(count: Any):
     assert thrice - twice == pytest.approx(twice - step)
     assert count(pretrain__gradient_checkpointing=True)[0] > 1.2 * step
     assert count(features__noising="ddim_chain")[1] > 5 * features
+
+
+def test_shards_are_measured_each_way(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+):
+    for name, value in (("NUM_IMAGES", 20), ("NUM_ROUNDS", 1), ("SAMPLES_PER_SHARD", 8)):
+        monkeypatch.setattr(shards, name, value)
+    shards.make_images(tmp_path / "train", side=32)
+    shards.main([str(tmp_path), "15"])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith(f"{tmp_path}: 15 images")
+    rows = [line for line in lines if line.startswith(("write: ", "read: "))]
+    assert len(rows) == 9
+    assert [row.split()[-1] for row in rows if "webdataset's" in row] == ["1.00x"]

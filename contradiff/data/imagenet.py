@@ -2,17 +2,15 @@
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 from pydantic import Field, model_validator
 
 from contradiff.atomic import replace_file
 from contradiff.config import Section
-from contradiff.data.shards import Sample
 
 SPLITS = ("train", "val")
 EXTENSIONS = frozenset({".jpeg", ".jpg", ".png", ".webp"})
@@ -133,19 +131,6 @@ def read_manifest(path: Path) -> dict[str, Any]:
         msg = f"{path}: missing; run `dvc repro prepare`"
         raise ValueError(msg)
     return json.loads(path.read_text())
-
-
-def shuffled_samples(
-    root: Path, files: tuple[ImageFile, ...], *, seed: int, split: str
-) -> Iterator[Sample]:
-    """Read raw images in a seeded random order, so that any shard is a fair sample of the classes.
-
-    The bytes are the original file's: nothing is re-encoded.
-    """
-    rng = np.random.default_rng([seed, SPLITS.index(split)])
-    for index in rng.permutation(len(files)):
-        file = files[index]
-        yield Sample(file.key, (root / file.path).read_bytes(), file.label)
 
 
 def _folders(root: Path, *, shown: str) -> list[str]:

@@ -1,7 +1,8 @@
 """WebDataset shards with an index: the form in which images, latents and samples travel.
 
 A folder of shards holds `<split>-00000.tar` (or .tar.gz) files that any WebDataset reader takes,
-and `index.json` with each shard's sample count, size and sha256. The only user of webdataset.
+and `index.json` with each shard's sample count, size, sha256 and class histogram. The only user of
+webdataset.
 """
 
 import gzip
@@ -9,7 +10,8 @@ import hashlib
 import io
 import json
 import tarfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,10 +21,13 @@ import numpy as np
 from jaxtyping import Shaped
 from pydantic import Field
 
-from contradiff.atomic import replace_file, sha256_of
+from contradiff.atomic import replace_file
 from contradiff.config import Section
+from contradiff.data.tar import TarWriter
 
 INDEX_NAME = "index.json"
+BUFFER_BYTES = 1 << 20
+"""What is hashed and written at once."""
 Compression = Literal["none", "gzip"]
 Record = Mapping[str, bytes]
 """One sample: file extension => content, besides "__key__"."""
@@ -37,12 +42,20 @@ class ShardParams(Section):
 
 @dataclass(frozen=True)
 class Shard:
-    """One tar file: its name, how many samples it holds, its size and sha256."""
+    """One tar file: its name, how many samples it holds, its size and sha256.
+
+    `class_counts` tells how many samples there are of class 0, 1, …, up to the last one that
+    occurs; it is empty where samples have no class.
+    """
 
     name: str
     num_samples: int
     num_bytes: int
     sha256: str
+    class_counts: Sequence[int] = ()
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "class_counts", tuple(self.class_counts))  # JSON has lists
 
 
 @dataclass(frozen=True)
@@ -82,15 +95,18 @@ class ShardIndex:
         return cls(splits, content["facts"])
 
     def write(self, folder: Path) -> None:
-        """Write `index.json`, last of all, when every shard is whole."""
-        content = {
-            "splits": {
-                split: [asdict(shard) for shard in shards] for split, shards in self.splits.items()
-            },
-            "facts": dict(self.facts),
-        }
+        """Write `index.json`, last of all, when every shard is whole: one line a shard or fact."""
+        splits = [
+            f"  {json.dumps(split)}: [\n"
+            + ",\n".join(f"   {json.dumps(asdict(shard))}" for shard in shards)
+            + "\n  ]"
+            for split, shards in self.splits.items()
+        ]
+        facts = [f"  {json.dumps(key)}: {json.dumps(value)}" for key, value in self.facts.items()]
+        parts = {"splits": splits, "facts": facts}
+        text = ",\n".join(f' "{k}": {{\n' + ",\n".join(v) + "\n }" for k, v in parts.items())
         with replace_file(folder / INDEX_NAME) as path:
-            path.write_text(json.dumps(content, indent=1) + "\n")
+            path.write_text(f"{{\n{text}\n}}\n")
 
     def num_samples(self, split: str) -> int:
         """How many samples a split holds.
@@ -122,22 +138,31 @@ def write_shard(path: Path, records: Iterable[Record], *, compression: Compressi
 
     Args:
         path: of the tar file.
-        records: samples: "__key__" => key as bytes, extension => content.
+        records: samples: "__key__" => key as bytes, extension => content. A "cls" is counted.
         compression: of the tar file.
     """
-    from webdataset.writer import TarWriter
-
     num_samples = 0
+    labels: Counter[int] = Counter()
     with replace_file(path) as temporary:
-        with (
-            temporary.open("wb") as file,
-            _compressed(file, compression) as stream,
-            TarWriter(stream, encoder=False, mtime=0) as writer,  # pyright: ignore[reportArgumentType]
-        ):
-            for record in records:
-                writer.write({"__key__": record["__key__"].decode(), **_contents(record)})
-                num_samples += 1
-        return Shard(path.name, num_samples, temporary.stat().st_size, sha256_of(temporary))
+        with temporary.open("wb", buffering=0) as file:
+            hashed = _HashedWriter(file)
+            with (
+                io.BufferedWriter(hashed, BUFFER_BYTES) as buffer,
+                _compressed(buffer, compression) as stream,
+            ):
+                writer = TarWriter(stream)
+                for record in records:
+                    key = record["__key__"].decode()
+                    # in webdataset's order
+                    for name in sorted(name for name in record if not name.startswith("_")):
+                        writer.add(f"{key}.{name}", record[name])
+                    if "cls" in record:
+                        labels[int(record["cls"])] += 1
+                    num_samples += 1
+                writer.finish()
+        class_counts = tuple(labels[label] for label in range(max(labels, default=-1) + 1))
+        digest = hashed.hasher.hexdigest()
+        return Shard(path.name, num_samples, hashed.num_bytes, digest, class_counts)
 
 
 def resume_shard(path: Path, records: Iterable[Record], *, compression: Compression) -> Shard:
@@ -260,11 +285,28 @@ def array_from_bytes(content: bytes) -> Shaped[np.ndarray, "..."]:
     return np.load(io.BytesIO(content), allow_pickle=False)
 
 
-def _compressed(file: BinaryIO, compression: Compression) -> AbstractContextManager[Any]:
+def _compressed(file: io.BufferedIOBase, compression: Compression) -> AbstractContextManager[Any]:
     if compression == "none":
         return nullcontext(file)
     # No name and no time in the gzip header, so that equal records give equal bytes.
     return gzip.GzipFile("", "wb", 6, file, mtime=0)
+
+
+class _HashedWriter(io.RawIOBase):
+    """A file that is hashed as it is written."""
+
+    def __init__(self, file: io.FileIO) -> None:
+        super().__init__()
+        self.file, self.hasher, self.num_bytes = file, hashlib.sha256(), 0
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, content: Any, /) -> int:
+        num_written = self.file.write(content) or 0
+        self.hasher.update(memoryview(content)[:num_written])
+        self.num_bytes += num_written
+        return num_written
 
 
 class _HashedStream:
@@ -286,10 +328,6 @@ class _HashedStream:
 
 def _damage(path: Path, reason: object) -> str:
     return f"{path}: damaged ({reason}); make it anew, or fetch it by `dvc pull {path.parent}`"
-
-
-def _contents(record: Record) -> dict[str, bytes]:
-    return {name: content for name, content in record.items() if name != "__key__"}
 
 
 def _check_size(path: Path, shard: Shard) -> None:

@@ -1,16 +1,15 @@
 """Encoded images -> cropped pixels, with every crop written down as a box."""
 
-import io
 import math
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from jaxtyping import Float, Int, UInt8
-from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from torchvision.transforms.v2 import functional as transforms
 
+from contradiff.data.decoding import decode_rgb
 from contradiff.types import ByteImages, Pixels
 
 ASPECT_RATIOS = (3 / 4, 4 / 3)
@@ -40,29 +39,13 @@ class Crop:
 
 
 def decode(encoded: bytes, *, name: str) -> UInt8[Tensor, "3 height width"]:
-    """Decode a JPEG or PNG to RGB.
+    """Decode a JPEG, PNG or WebP to upright RGB, as `contradiff.data.decoding` says.
 
     Raises:
         ValueError: the bytes are no image that can be read; names the sample.
     """
-    if not encoded:
-        raise ValueError(_unreadable(name, "empty file"))
-    try:
-        with Image.open(io.BytesIO(encoded)) as image:
-            if image.mode.startswith("I;16"):  # grey of 16 bits, which PIL would cut off at 255
-                grey = (np.asarray(image, dtype=np.float32) / 257).round().astype(np.uint8)
-                pixels = np.stack([grey] * 3, axis=-1)
-            else:
-                pixels = np.array(image.convert("RGB"))
-    except UnidentifiedImageError as error:
-        raise ValueError(_unreadable(name, "unknown format")) from error
-    except (OSError, ValueError, Image.DecompressionBombError) as error:
-        raise ValueError(_unreadable(name, str(error))) from error
+    pixels = np.array(decode_rgb(encoded, name=name))
     return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
-
-
-def _unreadable(name: str, reason: str) -> str:
-    return f"{name}: not a readable image ({reason})"
 
 
 def centre_crop(height: int, width: int) -> Crop:

@@ -15,7 +15,6 @@ from contradiff.data.imagenet import (
     ImageFile,
     Manifest,
     read_manifest,
-    shuffled_samples,
 )
 
 PARAMS = {
@@ -192,21 +191,6 @@ def test_two_images_of_one_key_are_named(root: Path, first: str, second: str):
         scan(root)
     assert first in str(caught.value)
     assert second in str(caught.value)
-
-
-def test_samples_are_the_files_in_seeded_order(root: Path):
-    files = scan(root).splits["train"]
-    samples = list(shuffled_samples(root, files, seed=0, split="train"))
-    assert sorted(sample.key for sample in samples) == sorted(file.key for file in files)
-    for sample in samples:
-        assert sample.image == f"pixels of {sample.key}.JPEG".encode()
-        assert sample.label == int(sample.key.startswith("n02"))
-    assert samples == list(shuffled_samples(root, files, seed=0, split="train"))
-    orders = {
-        tuple(sample.key for sample in shuffled_samples(root, files, seed=seed, split="train"))
-        for seed in range(20)
-    }
-    assert len(orders) > 15
 
 
 @pytest.mark.parametrize(

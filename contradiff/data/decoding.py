@@ -1,0 +1,94 @@
+"""Encoded images -> upright RGB, by Pillow alone: what real collections hold, handled once."""
+
+import io
+import struct
+import zlib
+from collections.abc import Generator
+from contextlib import contextmanager
+
+import numpy as np
+from PIL import ExifTags, Image, UnidentifiedImageError
+
+_FAULTS = (
+    OSError,
+    ValueError,
+    SyntaxError,  # what Pillow raises for a broken PNG
+    EOFError,
+    IndexError,
+    KeyError,
+    TypeError,
+    OverflowError,
+    struct.error,
+    zlib.error,
+    Image.DecompressionBombError,
+)
+"""What Pillow raises for files that are not as they should be."""
+
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""EXIF's orientation => what undoes it; 1 is upright."""
+
+
+@contextmanager
+def opened(encoded: bytes, *, name: str) -> Generator[Image.Image]:
+    """Open an encoded image; whatever Pillow finds wrong inside the block is a ValueError.
+
+    Raises:
+        ValueError: the bytes are no image that can be read; names the sample.
+    """
+    if not encoded:
+        raise ValueError(_unreadable(name, "empty file"))
+    try:
+        with Image.open(io.BytesIO(encoded)) as image:
+            yield image
+    except UnidentifiedImageError as error:
+        raise ValueError(_unreadable(name, "unknown format")) from error
+    except _FAULTS as error:
+        raise ValueError(_unreadable(name, str(error))) from error
+
+
+def decode_rgb(encoded: bytes, *, name: str) -> Image.Image:
+    """Decode to upright RGB: rotated as EXIF says, whatever the colour mode.
+
+    CMYK (Adobe's inverted one too), grey of 8 and 16 bits and palettes become RGB; an alpha channel
+    is dropped, as torchvision's loader does. *Unlike* that loader, EXIF's orientation is applied.
+
+    Raises:
+        ValueError: the bytes are no image that can be read; names the sample.
+    """
+    with opened(encoded, name=name) as image:
+        return upright(_to_rgb(image), orientation=orientation_of(image))
+
+
+def orientation_of(image: Image.Image) -> int:
+    """EXIF's orientation, 1 to 8; 1 (upright) where there is none or it makes no sense."""
+    try:
+        value = image.getexif().get(ExifTags.Base.Orientation, 1)
+    except _FAULTS:  # damaged EXIF around a sound image
+        return 1
+    return value if value in _UPRIGHT else 1
+
+
+def upright(image: Image.Image, *, orientation: int) -> Image.Image:
+    """Undo an orientation."""
+    return image if orientation == 1 else image.transpose(_UPRIGHT[orientation])
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I;16"):  # grey of 16 bits, which Pillow would cut off at 255
+        grey = (np.asarray(image, dtype=np.float32) / 257).round().astype(np.uint8)
+        return Image.fromarray(grey).convert("RGB")
+    if image.mode == "P" and "transparency" in image.info:  # Pillow warns of the direct way
+        return image.convert("RGBA").convert("RGB")
+    return image.convert("RGB")
+
+
+def _unreadable(name: str, reason: str) -> str:
+    return f"{name}: not a readable image ({reason})"

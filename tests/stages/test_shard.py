@@ -1,0 +1,150 @@
+"""stages.shard: a whole run, killed and resumed, and what it says of odd images."""
+
+from stages._runtime import Run, RuntimeParams
+
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+from pydantic import ValidationError
+
+from contradiff.config import read_params
+from contradiff.data.imagenet import Manifest
+from contradiff.data.shards import ShardIndex, read_images
+from stages import shard
+
+ROOT = Path(__file__).resolve().parents[2]
+CLASSES = ("n01", "n02")
+
+
+def encoded(number: int, kind: str = "JPEG", mode: str = "RGB") -> bytes:
+    values = np.random.default_rng(number).integers(256, size=(12, 16, 3), dtype=np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(values).convert(mode).save(buffer, kind)
+    return buffer.getvalue()
+
+
+@pytest.fixture
+def project(workplace: Path) -> Path:
+    """Fourteen training images of two classes, four for validation, and their manifest."""
+    for number in range(18):
+        split, class_id = "train" if number < 14 else "val", CLASSES[number % 2]
+        path = workplace / f"raw/{split}/{class_id}/{class_id}_{number}.JPEG"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(encoded(number))
+    list_images(workplace)
+    return workplace
+
+
+def list_images(project: Path) -> None:
+    manifest = Manifest.scan(project / "raw", shown_root="raw")
+    manifest.write(project / "build/manifest/images.json")
+
+
+def content_with(**changes: dict[str, Any]) -> dict[str, Any]:
+    content = read_params(ROOT / "presets/tiny.yaml")
+    content["data"] |= {"source": "imagefolder", "root": "raw", "num_train": None, "num_val": None}
+    content["shard"] |= {"samples_per_shard": 4, "compression": "none"}
+    for section, values in changes.items():
+        content[section] |= values
+    return content
+
+
+def run_stage(project: Path, **changes: dict[str, Any]) -> ShardIndex:
+    content = content_with(**changes)
+    params = {name: content[name] for name in shard.Params.model_fields}
+    runtime = RuntimeParams.model_validate(content["runtime"])
+    shard.main(shard.Params.model_validate(params), Run("shard", project, runtime))
+    return ShardIndex.read(Path("build/shards"))
+
+
+def test_shards_hold_the_files_own_bytes(project: Path, capsys: pytest.CaptureFixture[str]):
+    odd = {"n01/n01_0": encoded(0, "PNG"), "n02/n02_1": encoded(1, mode="CMYK")}
+    for name, content in odd.items():
+        (project / f"raw/train/{name}.JPEG").write_bytes(content)
+    list_images(project)
+    index = run_stage(project)
+    assert [one.num_samples for one in index.shards("train")] == [4, 4, 4, 2]
+    assert index.facts["class_counts"] == {"train": [7, 7], "val": [2, 2]}
+    assert index.facts["oddities"] == {"train": {"cmyk": 1, "png_named_jpeg": 1}, "val": {}}
+    for split, number in (("train", 14), ("val", 4)):
+        samples = list(read_images(Path("build/shards"), split))
+        assert len(samples) == number
+        for sample in samples:
+            path = project / f"raw/{split}/{CLASSES[sample.label]}/{sample.key}.JPEG"
+            assert sample.image == path.read_bytes()
+    assert "train: 1 cmyk, 1 png_named_jpeg" in capsys.readouterr().err
+    assert not list((project / ".work/shard").iterdir())
+
+
+def test_unreadable_images_are_left_out_up_to_a_share(
+    project: Path, capsys: pytest.CaptureFixture[str]
+):
+    (project / "raw/train/n01/n01_4.JPEG").write_bytes(encoded(4)[:200])
+    list_images(project)
+    with pytest.raises(ValueError, match=r"ingest\.max_quarantined: 1 of 14 ") as caught:
+        run_stage(project)
+    assert "train/n01/n01_4.JPEG: not a readable image" in str(caught.value)
+    assert not Path("build/shards").exists()
+    index = run_stage(project, ingest={"max_quarantined": 0.1})
+    assert index.num_samples("train") == 13
+    listed = json.loads(Path("build/shards/quarantine.json").read_text())
+    assert [item["key"] for item in listed["train"]] == ["n01_4"]
+    assert listed["val"] == []
+    told = capsys.readouterr().err
+    assert "train: 1 unreadable, left out, see build/shards/quarantine.json" in told
+    assert "shards were there already" in told  # the threshold is no reason to begin anew
+
+
+def test_changed_images_are_noticed(project: Path):
+    (project / "raw/val/n01/n01_16.JPEG").write_bytes(encoded(99, "PNG"))
+    with pytest.raises(ValueError, match=r"^data\.root: raw has changed since .*images\.json"):
+        run_stage(project)
+
+
+def test_images_made_too_small_are_refused(project: Path):
+    with pytest.raises(ValidationError, match=r"ingest\.resize must be .* data\.image_size \(32\)"):
+        run_stage(project, ingest={"resize": 31})
+    assert run_stage(project, ingest={"resize": 32}).num_samples("train") == 14
+
+
+DYING = """
+import os, runpy, signal
+import contradiff.data.sharding as sharding
+
+take_in, num_taken = sharding.take_in, 0
+
+def dying(*arguments, **options):
+    global num_taken
+    num_taken += 1
+    if num_taken == 8:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return take_in(*arguments, **options)
+
+sharding.take_in = dying
+runpy.run_module("stages.shard", run_name="__main__", alter_sys=True)
+"""
+
+
+def test_killed_run_goes_on_with_the_same_bytes(project: Path):
+    packing = {"samples_per_shard": 3}
+    expected = run_stage(project, shard=packing)
+    whole = {path.name: path.read_bytes() for path in Path("build/shards").iterdir()}
+    Path("params.yaml").write_text(json.dumps(content_with(shard=packing)))
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "DVC_ROOT": str(project)}
+    killed = subprocess.run([sys.executable, "-c", DYING], env=environment, check=False)
+    assert killed.returncode == -signal.SIGKILL
+    kept = {p.name: p.stat().st_mtime_ns for p in (project / ".work/shard").glob("*/*.tar")}
+    assert sorted(kept) == ["train-00000.tar", "train-00001.tar"]
+    assert run_stage(project, shard=packing) == expected
+    assert {path.name: path.read_bytes() for path in Path("build/shards").iterdir()} == whole
+    for name, written in kept.items():
+        assert (Path("build/shards") / name).stat().st_mtime_ns == written
