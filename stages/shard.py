@@ -21,7 +21,14 @@ class Params(Section):
 
 def main(params: Params, run: Run) -> None:
     root = ensure_images(run.resolve(params.data.root), params.data, seed=params.seed)
-    manifest = Manifest.scan(root, shown_root=params.data.root)
+    manifest = Manifest.scan(
+        root,
+        shown_root=params.data.root,
+        layout=params.data.layout,
+        cache=run.root / ".work/archives",
+        on_message=run.log,
+    )
+    read = manifest.reader(root)
     if manifest.digest != read_manifest(MANIFEST)["digest"]:
         msg = (
             f"data.root: {params.data.root} has changed since {MANIFEST}; "
@@ -34,7 +41,7 @@ def main(params: Params, run: Run) -> None:
         run.progress("images", sum(map(len, manifest.splits.values()))) as advance,
     ):
         for split, files in manifest.splits.items():
-            samples = shuffled_samples(root, files, seed=params.seed, split=split)
+            samples = shuffled_samples(read, files, seed=params.seed, split=split)
             splits[split] = write_split(
                 folder,
                 split,

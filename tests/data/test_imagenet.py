@@ -50,8 +50,8 @@ def test_tree_is_listed(root: Path):
     manifest = scan(root)
     assert manifest.class_ids == manifest.class_names == ("n01", "n02")
     assert manifest.splits["val"] == (
-        ImageFile("val/n01/ILSVRC2012_val_n01.png", 0),
-        ImageFile("val/n02/ILSVRC2012_val_n02.png", 1),
+        ImageFile("val/n01/ILSVRC2012_val_n01.png", 0, num_bytes=32),
+        ImageFile("val/n02/ILSVRC2012_val_n02.png", 1, num_bytes=32),
     )
     assert [file.label for file in manifest.splits["train"]] == [0, 0, 0, 1, 1, 1]
     assert [Path(file.path).name for file in manifest.splits["train"][:3]] == [
@@ -105,6 +105,7 @@ def test_written_manifest_counts_and_names(root: Path, tmp_path: Path):
     manifest.write(path)
     assert read_manifest(path) == {
         "root": "data/raw",
+        "layout": "imagefolder",
         "digest": manifest.digest,
         "num_images": {"train": 6, "val": 2},
         "classes": {"n01": "n01", "n02": "tench"},
@@ -195,15 +196,16 @@ def test_two_images_of_one_key_are_named(root: Path, first: str, second: str):
 
 
 def test_samples_are_the_files_in_seeded_order(root: Path):
-    files = scan(root).splits["train"]
-    samples = list(shuffled_samples(root, files, seed=0, split="train"))
+    manifest = scan(root)
+    read, files = manifest.reader(root), manifest.splits["train"]
+    samples = list(shuffled_samples(read, files, seed=0, split="train"))
     assert sorted(sample.key for sample in samples) == sorted(file.key for file in files)
     for sample in samples:
         assert sample.image == f"pixels of {sample.key}.JPEG".encode()
         assert sample.label == int(sample.key.startswith("n02"))
-    assert samples == list(shuffled_samples(root, files, seed=0, split="train"))
+    assert samples == list(shuffled_samples(read, files, seed=0, split="train"))
     orders = {
-        tuple(sample.key for sample in shuffled_samples(root, files, seed=seed, split="train"))
+        tuple(sample.key for sample in shuffled_samples(read, files, seed=seed, split="train"))
         for seed in range(20)
     }
     assert len(orders) > 15
