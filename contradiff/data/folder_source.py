@@ -141,7 +141,9 @@ def _images(folder: Path, *, shown: str) -> list[tuple[str, int]]:
             with os.scandir(folder) as entries:
                 found = sorted((e.name, e.stat().st_size) for e in entries if is_image_name(e.name))
         except OSError as error:
-            raise unreadable(error, shown=shown) from error
+            # one entry's error has its path, which is not that of the folder
+            below = os.path.relpath(error.filename or folder, folder)
+            raise unreadable(error, shown=shown if below == "." else f"{shown}/{below}") from error
     if not found:
         msg = f"data.root: {shown} holds no images ({', '.join(sorted(EXTENSIONS))})"
         raise ValueError(msg)

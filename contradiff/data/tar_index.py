@@ -47,7 +47,7 @@ def walk_tar(descriptor: int, *, start: int, end: int, shown: str) -> Iterator[M
     """
     position, long_name = start, ""
     while True:
-        block = os.pread(descriptor, min(BLOCK, end - position), position)
+        block = os.pread(descriptor, max(0, min(BLOCK, end - position)), position)
         if block.count(0) == BLOCK:
             return
         try:
