@@ -20,9 +20,10 @@ from PIL import Image
 from torchvision.datasets import ImageFolder
 from webdataset import ShardWriter, WebDataset
 
-from contradiff.data.imagenet import EXTENSIONS, ImageFile
+from contradiff.data.folder_source import FileReader
+from contradiff.data.image_files import EXTENSIONS, ImageFile
 from contradiff.data.intake import Verify
-from contradiff.data.sharding import FolderReader, Recipe, plan_shards, write_planned
+from contradiff.data.sharding import Recipe, plan_shards, write_planned
 from contradiff.data.shards import Shard, ShardIndex, read_images, write_split
 
 SAMPLES_PER_SHARD = 500
@@ -71,7 +72,7 @@ def measure(title: str, root: Path, num_images: int, scratch: Path) -> None:
         if path.suffix.lower() in EXTENSIONS
     ][:num_images]
     sizes = [(root / file.path).stat().st_size for file in files]
-    read = FolderReader(root)
+    read = FileReader(root)
     plan = plan_shards(
         files,
         sizes,

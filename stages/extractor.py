@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from contradiff.config import Section, Seed
-from contradiff.data.imagenet import DataParams
+from contradiff.data.params import DataParams
 from contradiff.data.shards import ShardIndex
 from contradiff.evaluation.classifier import train_classifier
 from contradiff.evaluation.extractors import ExtractorParams, save_classifier, save_inception

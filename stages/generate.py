@@ -16,7 +16,7 @@ from contradiff.backbone import load_scheduler, load_vae, merge_lora
 from contradiff.checkpoint import load_checkpoint
 from contradiff.class_condition import choose_denoiser, load_class_table, read_class_config
 from contradiff.config import Section, Seed
-from contradiff.data.imagenet import DataParams
+from contradiff.data.params import DataParams
 from contradiff.data.png import encode_png, image_grid
 from contradiff.data.shards import Record, ShardIndex, ShardParams, write_split
 from contradiff.data.transforms import to_bytes

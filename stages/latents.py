@@ -12,7 +12,7 @@ import torch
 from contradiff.atomic import replace_dir, replace_file
 from contradiff.backbone import load_vae
 from contradiff.config import Section, Seed
-from contradiff.data.imagenet import DataParams
+from contradiff.data.params import DataParams
 from contradiff.data.png import encode_png, image_grid
 from contradiff.data.shards import (
     Shard,

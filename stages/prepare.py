@@ -9,13 +9,15 @@ from pathlib import Path
 
 from contradiff.config import Section, Seed
 from contradiff.data.cifar import TransferDataParams
-from contradiff.data.imagenet import DataParams, Manifest
+from contradiff.data.imagenet import Manifest
+from contradiff.data.params import DataParams, RawParams
 from contradiff.data.raw import ensure_images, ensure_transfer_archive, transfer_manifest
 
 
 class Params(Section):
     seed: Seed
     data: DataParams
+    raw: RawParams
     transfer_data: TransferDataParams
 
 
@@ -27,7 +29,14 @@ def main(params: Params, run: Run) -> None:
     archive = ensure_transfer_archive(
         run.resolve(params.transfer_data.root), params.transfer_data, seed=params.seed
     )
-    manifest = Manifest.scan(root, shown_root=data.root)
+    manifest = Manifest.scan(
+        root,
+        shown_root=data.root,
+        layout=data.layout,
+        cache=run.root / ".work/archives",
+        verify=params.raw.verify,
+        on_message=run.log,
+    )
     for split, files in manifest.splits.items():
         run.log(f"{len(files)} {split} images of {len(manifest.class_ids)} classes in {data.root}")
     manifest.write(Path("build/manifest/images.json"))

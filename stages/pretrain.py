@@ -15,7 +15,7 @@ from contradiff.budget import format_table, parameter_rows
 from contradiff.checkpoint import save_checkpoint
 from contradiff.conditioner import ConditionerParams
 from contradiff.config import Section, Seed, parse, read_params
-from contradiff.data.imagenet import DataParams
+from contradiff.data.params import DataParams
 from contradiff.features import HeadParams
 from contradiff.loading import PairedShards
 from contradiff.losses import LossParams

@@ -5,7 +5,7 @@ from stages._runtime import Run, execute
 from pathlib import Path
 
 from contradiff.config import Section, Seed
-from contradiff.data.imagenet import DataParams
+from contradiff.data.params import DataParams
 from contradiff.data.shards import ShardIndex
 from contradiff.evaluation.extractors import ScoreParams, load_extractor, score_images
 from contradiff.evaluation.frechet import frechet_distance

@@ -10,11 +10,11 @@ from pydantic import model_validator
 from contradiff.atomic import replace_dir
 from contradiff.config import Section, Seed
 from contradiff.data.full_disk import explain_full_disk
+from contradiff.data.image_files import Read
 from contradiff.data.imagenet import DataParams, Manifest, read_manifest
 from contradiff.data.pool import run_jobs
 from contradiff.data.raw import ensure_images
 from contradiff.data.sharding import (
-    FolderReader,
     IngestParams,
     PlannedShard,
     Recipe,
@@ -47,14 +47,21 @@ class Params(Section):
 
 def main(params: Params, run: Run) -> None:
     root = ensure_images(run.resolve(params.data.root), params.data, seed=params.seed)
-    manifest = Manifest.scan(root, shown_root=params.data.root)
+    manifest = Manifest.scan(
+        root,
+        shown_root=params.data.root,
+        layout=params.data.layout,
+        cache=run.root / ".work/archives",
+        on_message=run.log,
+    )
+    read = manifest.reader(root)
     if manifest.digest != read_manifest(MANIFEST)["digest"]:
         msg = (
             f"data.root: {params.data.root} has changed since {MANIFEST}; "
             "run `dvc repro -f prepare`"
         )
         raise ValueError(msg)
-    read, plan = FolderReader(root), plan_of(params, manifest, root)
+    plan = plan_of(params, manifest)
     recipe = Recipe(params.shard.compression, params.ingest.verify, params.ingest.resize)
     # Shards that an interrupted run has finished are found again. The threshold changes none.
     decisive = params.model_dump(by_alias=True, exclude={"ingest": {"max_quarantined"}})
@@ -80,14 +87,14 @@ def main(params: Params, run: Run) -> None:
         say_what_was_odd(tally, split, run)
 
 
-def plan_of(params: Params, manifest: Manifest, root: Path) -> list[PlannedShard]:
+def plan_of(params: Params, manifest: Manifest) -> list[PlannedShard]:
     megabytes = params.ingest.max_shard_megabytes
     return [
         planned
         for split, files in manifest.splits.items()
         for planned in plan_shards(
             files,
-            [(root / file.path).stat().st_size for file in files],
+            [file.num_bytes for file in files],
             split=split,
             seed=params.seed,
             samples_per_shard=params.shard.samples_per_shard,
@@ -103,7 +110,7 @@ def write_missing(
     run: Run,
     *,
     work: Path,
-    read: FolderReader,
+    read: Read,
     recipe: Recipe,
 ) -> int:
     """Write what no earlier run has, in runtime.num_workers processes; return how many shards."""

@@ -1,118 +1,140 @@
-"""An ImageNet-style tree, train/<class>/* and val/<class>/*, and what stands for it in DVC."""
+"""ImageNet as people have it, and what stands for it in DVC.
+
+A tree of class folders, ILSVRC's archives, Kaggle's download or Hugging Face's parquet shards: each
+source lists the same images with the same labels. The raw data are never hashed file by file: a
+manifest of names, sizes and sampled contents stands for them.
+"""
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field, model_validator
-
 from contradiff.atomic import replace_file
-from contradiff.config import Section
+from contradiff.data import params
+from contradiff.data.archive_source import (
+    TRAIN_ARCHIVE,
+    VAL_ARCHIVE,
+    ArchiveReader,
+    scan_archives,
+    verify_archives,
+)
+from contradiff.data.folder_source import KAGGLE_IMAGES, FileReader, scan_folder, scan_kaggle
+from contradiff.data.image_files import ImageFile, Listing, Read, check_listing
+from contradiff.data.params import Layout
+from contradiff.data.parquet_reader import ParquetReader
+from contradiff.data.parquet_source import parquet_files, scan_parquet
 
-SPLITS = ("train", "val")
-EXTENSIONS = frozenset({".jpeg", ".jpg", ".png", ".webp"})
-SYNSETS_NAME = "LOC_synset_mapping.txt"
-"""Kaggle's list of class folders and their names; optional."""
+DataParams = params.DataParams
+"""Here too, for what reads raw data; what only needs the image size imports it from `params`."""
+
 NUM_SAMPLED_HASHES = 200
-
-
-class DataParams(Section):
-    """Section `data`: the raw images."""
-
-    source: Literal["toy", "imagefolder"] = Field(description="toy: rendered where root says")
-    root: str = Field(min_length=1, description="the raw tree, relative to the project's root")
-    image_size: int = Field(
-        ge=8, multiple_of=8, description="side of the model's images, in pixels"
-    )
-    num_train: int | None = Field(ge=1, description="toy: training images to render")
-    num_val: int | None = Field(ge=1, description="toy: validation images to render")
-
-    @model_validator(mode="after")
-    def _counts_belong_to_toy(self) -> "DataParams":
-        for name in ("num_train", "num_val"):
-            given = getattr(self, name) is not None
-            if self.source == "toy" and not given:
-                msg = f"data.{name} is needed when data.source is toy"
-                raise ValueError(msg)
-            if self.source == "imagefolder" and given:
-                msg = f"data.{name} has no meaning when data.source is imagefolder; set it to null"
-                raise ValueError(msg)
-        return self
-
-
-@dataclass(frozen=True)
-class ImageFile:
-    """One raw image: its path below the tree's root and its class index."""
-
-    path: str
-    label: int
-
-    @property
-    def key(self) -> str:
-        """Unique, and without the dots that WebDataset would take for an extension.
-
-        The class folder is part of it where the file's name does not begin with it already.
-        """
-        path = Path(self.path)
-        stem, folder = path.stem.replace(".", "_"), path.parent.name.replace(".", "_")
-        return stem if stem.startswith(folder) else f"{folder}_{stem}"
+LOOKED_FOR: Mapping[Layout, str] = {
+    "imagefolder": "train/<class>/",
+    "archives": f"{TRAIN_ARCHIVE} or {VAL_ARCHIVE}",
+    "kaggle": f"{KAGGLE_IMAGES}/train/",
+    "parquet": "data/train-*.parquet",
+}
+"""What shows that a layout is there."""
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """What stands for a raw tree in DVC: every path and size, and sampled contents' hashes."""
+    """What stands for raw images in DVC: every name and size, and sampled contents' hashes.
+
+    Attributes:
+        root: where they are, as the parameters name it.
+        layout: how they are stored.
+        class_ids: sorted; a label is an index into them.
+        class_names: one a class.
+        splits: the images of `train` and `val`.
+        digest: changes when an image is added, removed, renamed or has another size, and most
+            likely when many contents change. It is the same for a tree, archives and Kaggle's
+            layout of the same images.
+    """
 
     root: str
+    layout: Layout
     class_ids: tuple[str, ...]
     class_names: tuple[str, ...]
     splits: Mapping[str, tuple[ImageFile, ...]]
     digest: str
 
     @classmethod
-    def scan(cls, root: Path, *, shown_root: str) -> "Manifest":
-        """List a tree. Classes are the sorted folder names of train/, as in torchvision.
+    def scan(
+        cls,
+        root: Path,
+        *,
+        shown_root: str,
+        layout: Layout | Literal["auto"] = "imagefolder",
+        cache: Path | None = None,
+        verify: bool = False,
+        on_message: Callable[[str], None] = lambda _: None,
+    ) -> "Manifest":
+        """List the images.
 
         Args:
-            root: the tree.
+            root: where they are.
             shown_root: how the parameters name it; kept in the manifest.
+            layout: how they are stored; auto: as it is found.
+            cache: a folder that keeps the index of archives between runs.
+            verify: compare the archives' md5 with ILSVRC's first.
+            on_message: told what was found, and what takes long.
 
         Raises:
-            ValueError: no such folder, no images, an empty class, val classes that train lacks, or
-                two images with one key.
+            ValueError: no layout or several are found, or what each source names: missing, empty,
+                damaged or contradicting data; two images with one key.
         """
-        class_ids = tuple(sorted(_folders(root / "train", shown=f"{shown_root}/train")))
-        labels = {name: label for label, name in enumerate(class_ids)}
-        splits: dict[str, tuple[ImageFile, ...]] = {}
-        hasher = hashlib.sha256()
-        for split in SPLITS:
-            unknown = set(_folders(root / split, shown=f"{shown_root}/{split}")) - set(labels)
-            if unknown:
-                msg = (
-                    f"data.root: {shown_root}/{split} has classes that train/ lacks: "
-                    f"{sorted(unknown)[:5]}"
+        if layout == "auto":
+            layout = _detect(root, shown_root=shown_root)
+            on_message(f"data.source auto: found {layout} ({LOOKED_FOR[layout]}) in {shown_root}")
+        if verify and layout != "archives":
+            msg = (
+                f"raw.verify: true compares the md5 of ILSVRC's archives, but {shown_root} is read "
+                f"as {layout}; set it to false"
+            )
+            raise ValueError(msg)
+        if verify:
+            verify_archives(root, shown_root=shown_root, on_message=on_message)
+        match layout:
+            case "imagefolder":
+                listing = scan_folder(root, shown_root=shown_root)
+            case "kaggle":
+                listing = scan_kaggle(root, shown_root=shown_root)
+            case "parquet":
+                listing = scan_parquet(root, shown_root=shown_root)
+            case "archives":
+                # one folder of indices for each place, so that two sets do not oust each other
+                place = hashlib.sha256(str(root.resolve()).encode()).hexdigest()[:12]
+                listing = scan_archives(
+                    root,
+                    shown_root=shown_root,
+                    cache=None if cache is None else cache / place,
+                    on_message=on_message,
                 )
-                raise ValueError(msg)
-            files: list[ImageFile] = []
-            for class_id in class_ids:
-                paths = _images(root / split / class_id, shown=f"{shown_root}/{split}/{class_id}")
-                for path in paths:
-                    relative = path.relative_to(root).as_posix()
-                    files.append(ImageFile(relative, labels[class_id]))
-                    hasher.update(f"{relative}\t{path.stat().st_size}\n".encode())
-            _check_keys(files)
-            splits[split] = tuple(files)
-            for file in files[:: max(1, len(files) // NUM_SAMPLED_HASHES)]:
-                hasher.update((root / file.path).read_bytes())
-        names = _class_names(root / SYNSETS_NAME, class_ids)
-        return cls(shown_root, class_ids, names, splits, hasher.hexdigest())
+        check_listing(listing, shown_root=shown_root)
+        digest = _digest(listing, _reader(layout, root))
+        return cls(
+            shown_root, layout, listing.class_ids, listing.class_names, listing.splits, digest
+        )
+
+    def reader(self, root: Path) -> Read:
+        """Return what reads an image's original bytes.
+
+        It may be pickled: worker processes open files for themselves.
+
+        Args:
+            root: where the images are now.
+        """
+        return _reader(self.layout, root)
 
     def write(self, path: Path) -> None:
         """Write as JSON: facts, then one line a split's counts. Paths are not repeated in it."""
         content = {
             "root": self.root,
+            "layout": self.layout,
             "digest": self.digest,
             "num_images": {split: len(files) for split, files in self.splits.items()},
             "classes": dict(zip(self.class_ids, self.class_names, strict=True)),
@@ -133,39 +155,44 @@ def read_manifest(path: Path) -> dict[str, Any]:
     return json.loads(path.read_text())
 
 
-def _folders(root: Path, *, shown: str) -> list[str]:
-    if not root.is_dir():
-        msg = (
-            f"data.root: no folder {shown}; expected an ImageNet-style tree of train/<class>/* and "
-            "val/<class>/*"
-        )
-        raise ValueError(msg)
-    names = [path.name for path in root.iterdir() if path.is_dir()]
-    if not names:
-        msg = f"data.root: {shown} has no class folders with images in them"
-        raise ValueError(msg)
-    return names
+def _detect(root: Path, *, shown_root: str) -> Layout:
+    train = root / "train"
+    marks: dict[Layout, bool] = {
+        "imagefolder": train.is_dir() and any(path.is_dir() for path in train.iterdir()),
+        "archives": any((root / name).is_file() for name in (TRAIN_ARCHIVE, VAL_ARCHIVE)),
+        "kaggle": (root / KAGGLE_IMAGES / "train").is_dir(),
+        "parquet": bool(parquet_files(root, "train")),
+    }
+    found: list[Layout] = [layout for layout, is_there in marks.items() if is_there]
+    if len(found) == 1:
+        return found[0]
+    listed: list[Layout] = found or list(marks)
+    text = "; ".join(f"{layout}: {LOOKED_FOR[layout]}" for layout in listed)
+    msg = (
+        f"data.root: {shown_root} holds {len(found)} layouts ({text}); set data.source to one"
+        if found
+        else f"data.root: found no images in {shown_root}; looked for {text} "
+        "(data.source: auto; nothing is downloaded)"
+    )
+    raise ValueError(msg)
 
 
-def _images(folder: Path, *, shown: str) -> list[Path]:
-    paths = sorted(p for p in folder.glob("*") if p.suffix.lower() in EXTENSIONS)
-    if not paths:
-        msg = f"data.root: {shown} holds no images ({', '.join(sorted(EXTENSIONS))})"
-        raise ValueError(msg)
-    return paths
+def _reader(layout: Layout, root: Path) -> Read:
+    match layout:
+        case "imagefolder" | "kaggle":
+            return FileReader(root)
+        case "archives":
+            return ArchiveReader(root)
+        case "parquet":
+            return ParquetReader(root)
 
 
-def _check_keys(files: list[ImageFile]) -> None:
-    seen: dict[str, ImageFile] = {}
-    for file in files:
-        if (other := seen.setdefault(file.key, file)) is not file:
-            msg = f"data.root: {other.path} and {file.path} would both be {file.key}: rename one"
-            raise ValueError(msg)
-
-
-def _class_names(path: Path, class_ids: tuple[str, ...]) -> tuple[str, ...]:
-    if not path.is_file():
-        return class_ids
-    lines = (line.split(maxsplit=1) for line in path.read_text().splitlines() if line.strip())
-    names = {line[0]: line[1].split(",")[0] for line in lines if len(line) == 2}
-    return tuple(names.get(class_id, class_id) for class_id in class_ids)
+def _digest(listing: Listing, read: Read) -> str:
+    hasher = hashlib.sha256(listing.facts.encode())
+    for files in listing.splits.values():
+        for file in files:
+            line = f"{file.path}\t{file.num_bytes}\n"
+            hasher.update(line.encode(errors="surrogateescape"))
+        for file in files[:: max(1, len(files) // NUM_SAMPLED_HASHES)]:
+            hasher.update(read(file))
+    return hasher.hexdigest()

@@ -25,13 +25,10 @@ from pydantic import Field
 from contradiff.atomic import replace_file
 from contradiff.config import Section
 from contradiff.data.full_disk import check_free_space, explain_full_disk
-from contradiff.data.imagenet import SPLITS, ImageFile
+from contradiff.data.image_files import SPLITS, ImageFile, Read
 from contradiff.data.intake import Verify, take_in
 from contradiff.data.shards import Compression, Record, Shard, shard_name, write_shard
 from contradiff.data.tar import BLOCK, padded_size
-
-Read = Callable[[ImageFile], bytes]
-"""Gives an image's bytes; it must be picklable, for other processes."""
 
 
 class IngestParams(Section):
@@ -45,17 +42,6 @@ class IngestParams(Section):
     max_quarantined: float = Field(
         ge=0, lt=1, description="share of a split's images that may be unreadable"
     )
-
-
-@dataclass(frozen=True)
-class FolderReader:
-    """Read images below a folder."""
-
-    root: Path
-
-    def __call__(self, file: ImageFile) -> bytes:
-        """Return the file's bytes."""
-        return (self.root / file.path).read_bytes()
 
 
 @dataclass(frozen=True)
@@ -184,7 +170,7 @@ def write_planned(
     def records() -> Iterator[Record]:
         for file, size in zip(planned.files, planned.sizes, strict=True):
             content = read(file)
-            if len(content) != size:
+            if len(content) != size and not file.is_estimate:
                 msg = (
                     f"data.root: {file.path} has {len(content)} bytes, but had {size} when the "
                     "work began: let nobody write there, then run the same command again"

@@ -49,8 +49,8 @@ def test_tree_is_listed(root: Path):
     manifest = scan(root)
     assert manifest.class_ids == manifest.class_names == ("n01", "n02")
     assert manifest.splits["val"] == (
-        ImageFile("val/n01/ILSVRC2012_val_n01.png", 0),
-        ImageFile("val/n02/ILSVRC2012_val_n02.png", 1),
+        ImageFile("val/n01/ILSVRC2012_val_n01.png", 0, num_bytes=32),
+        ImageFile("val/n02/ILSVRC2012_val_n02.png", 1, num_bytes=32),
     )
     assert [file.label for file in manifest.splits["train"]] == [0, 0, 0, 1, 1, 1]
     assert [Path(file.path).name for file in manifest.splits["train"][:3]] == [
@@ -104,6 +104,7 @@ def test_written_manifest_counts_and_names(root: Path, tmp_path: Path):
     manifest.write(path)
     assert read_manifest(path) == {
         "root": "data/raw",
+        "layout": "imagefolder",
         "digest": manifest.digest,
         "num_images": {"train": 6, "val": 2},
         "classes": {"n01": "n01", "n02": "tench"},

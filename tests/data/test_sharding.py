@@ -22,10 +22,10 @@ from PIL import Image
 from pydantic import ValidationError
 
 from contradiff.data import full_disk
-from contradiff.data.imagenet import ImageFile
+from contradiff.data.folder_source import FileReader
+from contradiff.data.image_files import ImageFile
 from contradiff.data.pool import run_jobs
 from contradiff.data.sharding import (
-    FolderReader,
     IngestParams,
     PlannedShard,
     Read,
@@ -201,7 +201,7 @@ def test_bytes_do_not_depend_on_the_number_of_workers(
         tally = write_all(
             plan,
             folder,
-            FolderReader(tree),
+            FileReader(tree),
             recipe=recipe,
             max_quarantined=0.1,
             num_workers=number,
@@ -351,8 +351,8 @@ def test_image_that_changes_meanwhile_is_named(tmp_path: Path):
 
 def test_missing_image_is_no_damaged_one(tmp_path: Path):
     plan = memory(3).plan()
-    with pytest.raises(FileNotFoundError, match=r"\.png"):
-        write_planned(plan[0], tmp_path, read=FolderReader(tmp_path), recipe=PLAIN)
+    with pytest.raises(ValueError, match=r"\.png cannot be read: No such file"):
+        write_planned(plan[0], tmp_path, read=FileReader(tmp_path), recipe=PLAIN)
     assert list(tmp_path.iterdir()) == []
 
 

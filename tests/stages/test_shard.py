@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from contradiff.config import read_params
 from contradiff.data.imagenet import Manifest
 from contradiff.data.shards import ShardIndex, read_images
 from stages import shard
+from tests.data.imagenet_layouts import WRITERS, make_photos
 
 ROOT = Path(__file__).resolve().parents[2]
 CLASSES = ("n01", "n02")
@@ -148,3 +150,23 @@ def test_killed_run_goes_on_with_the_same_bytes(project: Path):
     assert {path.name: path.read_bytes() for path in Path("build/shards").iterdir()} == whole
     for name, written in kept.items():
         assert (Path("build/shards") / name).stat().st_mtime_ns == written
+
+
+def test_every_layout_gives_the_same_samples(workplace: Path):
+    """A whole stage each, so that planning by size works where parquet knows only means."""
+    drawn = make_photos(seed=0, num_train=5, num_val=2)
+    photos = [replace(photo, content=encoded(number)) for number, photo in enumerate(drawn)]
+    samples: dict[str, set[tuple[str, bytes, int]]] = {}
+    for layout, write in WRITERS.items():
+        project = workplace / layout
+        write(project / "raw", photos)
+        os.chdir(project)
+        Manifest.scan(project / "raw", shown_root="raw").write(Path("build/manifest/images.json"))
+        run_stage(project, data={"source": "auto"})
+        samples[layout] = {
+            (sample.key, sample.image, sample.label)
+            for split in ("train", "val")
+            for sample in read_images(Path("build/shards"), split)
+        }
+    assert len(samples["imagefolder"]) == 21
+    assert all(found == samples["imagefolder"] for found in samples.values())
