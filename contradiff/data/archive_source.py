@@ -81,10 +81,7 @@ def scan_archives(
         ValueError: an archive or the kit is missing, truncated, damaged, or holds what it should
             not; or they do not belong together.
     """
-    for name in (TRAIN_ARCHIVE, VAL_ARCHIVE):
-        if not (root / name).is_file():
-            msg = f"data.root: no {shown_root}/{name}; expected ILSVRC's archives of 2012"
-            raise ValueError(msg)
+    _check_presence(root, shown_root=shown_root)
     devkit = read_devkit(root, shown_root=shown_root)  # small, and as often missing as the rest
     groups = _index(root, TRAIN_ARCHIVE, shown_root, cache, on_message)
     if not groups:
@@ -118,8 +115,9 @@ def verify_archives(
     A development kit that is unpacked has none.
 
     Raises:
-        ValueError: one differs; names it.
+        ValueError: one is missing or differs; names it.
     """
+    _check_presence(root, shown_root=shown_root)
     for name, expected in MD5S.items():
         path = root / name
         if name == DEVKIT_ARCHIVE and not path.is_file():
@@ -136,6 +134,13 @@ def verify_archives(
                 f"data.root: {shown_root}/{name} has md5 {found}, ILSVRC's has {expected}: fetch "
                 "it anew (or set raw.verify to false for a set of your own)"
             )
+            raise ValueError(msg)
+
+
+def _check_presence(root: Path, *, shown_root: str) -> None:
+    for name in (TRAIN_ARCHIVE, VAL_ARCHIVE):
+        if not (root / name).is_file():
+            msg = f"data.root: no {shown_root}/{name}; expected ILSVRC's archives of 2012"
             raise ValueError(msg)
 
 

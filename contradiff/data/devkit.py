@@ -21,10 +21,11 @@ GROUND_TRUTH_NAME = "ILSVRC2012_validation_ground_truth.txt"
 
 @dataclass(frozen=True)
 class Devkit:
-    """Attributes.
+    """What the kit says of classes.
 
-    wnids: of each validation image, in the order of their numbers.
-    names: of the classes, by wnid.
+    Attributes:
+        wnids: of each validation image, in the order of their numbers.
+        names: of the classes, by wnid.
     """
 
     wnids: tuple[str, ...]

@@ -73,8 +73,11 @@ def test_only_images_count(root: Path, photos: list[Photo]):
 @pytest.mark.parametrize("name", [TRAIN, VAL])
 def test_missing_archive_is_named(root: Path, name: str):
     (root / name).unlink()
-    with pytest.raises(ValueError, match=rf"^data\.root: no data/raw/{name}; expected ILSVRC"):
+    expected = rf"^data\.root: no data/raw/{name}; expected ILSVRC"
+    with pytest.raises(ValueError, match=expected):
         scan(root)
+    with pytest.raises(ValueError, match=expected):
+        verify(root, [])
 
 
 @pytest.mark.parametrize("name", [TRAIN, VAL])
