@@ -31,6 +31,7 @@ from stages import (
     pretrain,
     pretrain_base,
     probe,
+    reference,
     report,
     score,
     shard,
@@ -51,6 +52,7 @@ STAGES: tuple[type[Section], ...] = (
     transfer.Params,
     generate.Params,
     extractor.Params,
+    reference.Params,
     score.Params,
     report.Params,
     track.Params,
@@ -154,12 +156,26 @@ def contradictions(content: Mapping[str, Any]) -> Iterator[str]:
         yield "loss.latent_views: two needs latents.views of at least 2"
     if latents["colour_jitter"] > 0 and latents["views"] < 2:
         yield "latents.colour_jitter: is of random crops; with latents.views 1 there are none"
-    if content["score"]["splits"] > content["generate"]["num_samples"]:
-        yield "score.splits: more than generate.num_samples"
+    yield from of_scores(content)
     if content["generate"]["condition"] == "class" and content["class_condition"]["epochs"] == 0:
         yield (
             "generate.condition: class needs a table of classes; make class_condition.epochs 1 or "
             "more (got 0)"
+        )
+
+
+def of_scores(content: Mapping[str, Any]) -> Iterator[str]:
+    """Yield what would make scores of so many images impossible, after hours of sampling."""
+    num_samples, section = content["generate"]["num_samples"], content["score"]
+    if section["splits"] > num_samples:
+        yield "score.splits: more than generate.num_samples"
+    if section["kid_subset_size"] > min(num_samples, content["reference"]["num_kept"]):
+        yield "score.kid_subset_size: more than generate.num_samples or reference.num_kept"
+    params = parse(extractor.Params, content, source=str(PARAMS_FILE)).extractor
+    if num_samples < params.num_features:
+        yield (
+            f"generate.num_samples: fewer than the {params.num_features} feature dimensions of "
+            f"extractor.kind {params.kind}; FID needs at least as many (got {num_samples})"
         )
 
 

@@ -4,17 +4,14 @@ features (b d), batch by batch -> FeatureStatistics: count, mean (d), scatter (d
 -> frechet_distance: one number
 """
 
-import json
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float, Float64
 from torch import Tensor
 
-from contradiff.atomic import replace_file
-
-_FORMAT = "contradiff-feature-statistics-1"
+_WELL_CONDITIONED = 1e-5
+"""Least ratio of the Cholesky factor's diagonal for which its product is trusted."""
 
 
 @dataclass(frozen=True)
@@ -115,42 +112,6 @@ class FeatureStatistics:
         self.mean = self.mean + delta * (count / total)
         self.num_samples = total
 
-    def save(self, path: Path) -> None:
-        """Write everything to a safetensors file, its source in the file's metadata."""
-        from safetensors.torch import save_file
-
-        metadata = {"format": _FORMAT, "num_samples": str(self.num_samples)}
-        metadata["source"] = json.dumps(asdict(self.source))
-        with replace_file(path) as temporary:
-            save_file({"mean": self.mean, "scatter": self.scatter}, temporary, metadata)
-
-    @classmethod
-    def load(cls, path: Path) -> "FeatureStatistics":
-        """Read what `save` wrote.
-
-        Raises:
-            ValueError: the file is missing, or is no such file.
-        """
-        from safetensors import SafetensorError, safe_open
-
-        if not path.is_file():
-            msg = f"{path}: no such file of feature statistics"
-            raise ValueError(msg)
-        try:
-            with safe_open(path, framework="pt") as file:
-                metadata = file.metadata() or {}
-                if metadata.get("format") != _FORMAT:
-                    msg = f"{path}: not written by FeatureStatistics.save, or by another version"
-                    raise ValueError(msg)
-                mean, scatter = file.get_tensor("mean"), file.get_tensor("scatter")
-        except SafetensorError as error:
-            msg = f"{path}: not a safetensors file: {error}"
-            raise ValueError(msg) from error
-        statistics = cls(len(mean), source=FeatureSource(**json.loads(metadata["source"])))
-        statistics.num_samples = int(metadata["num_samples"])
-        statistics.mean, statistics.scatter = mean, scatter
-        return statistics
-
 
 def frechet_distance(a: FeatureStatistics, b: FeatureStatistics) -> float:
     """Fréchet distance of two sets of features, each taken for a Gaussian; symmetric.
@@ -172,15 +133,28 @@ def frechet_distance(a: FeatureStatistics, b: FeatureStatistics) -> float:
             raise ValueError(msg)
     assert a.num_features == b.num_features, "one extractor, two dimensions"
     for statistics in (a, b):
-        if statistics.num_samples < statistics.num_features:
-            msg = (
-                f"no Fréchet distance from {statistics.num_samples} samples "
-                f"({statistics.source.reference}) of {statistics.num_features} feature dimensions: "
-                "there must be at least as many samples as dimensions (generate.num_samples for "
-                "generated images, data.num_val for the reference)"
-            )
-            raise ValueError(msg)
+        check_count(
+            statistics.num_samples,
+            num_features=statistics.num_features,
+            reference=statistics.source.reference,
+        )
     return gaussian_frechet_distance(a.mean, a.covariance, b.mean, b.covariance)
+
+
+def check_count(num_samples: int, *, num_features: int, reference: str) -> None:
+    """Refuse sets whose covariance must be singular; stages ask before they compute features.
+
+    Raises:
+        ValueError: there are fewer samples than features have dimensions.
+    """
+    if num_samples < num_features:
+        msg = (
+            f"no Fréchet distance from {num_samples} samples ({reference}) of {num_features} "
+            "feature dimensions: there must be at least as many samples as dimensions "
+            "(generate.num_samples for generated images; data.num_val, data.num_train or "
+            "reference.split for the reference)"
+        )
+        raise ValueError(msg)
 
 
 def gaussian_frechet_distance(
@@ -191,17 +165,27 @@ def gaussian_frechet_distance(
 ) -> float:
     """|m_a - m_b|² + tr(A + B - 2 (A B)^½), the squared 2-Wasserstein distance of two Gaussians.
 
-    With A = L Lᵀ the matrix A B has the eigenvalues of Lᵀ B L, which is symmetric: no square root
+    With A = F Fᵀ the matrix A B has the eigenvalues of Fᵀ B F, which is symmetric: no square root
     of a matrix is formed and no imaginary part arises, and it takes a tenth of the time of
-    `scipy.linalg.sqrtm`. L is the Cholesky factor, or V Λ^½ of A = V Λ Vᵀ where A is singular.
+    `scipy.linalg.sqrtm`. F is the Cholesky factor; where A is singular or nearly so, V Λ^½ of
+    A = V Λ Vᵀ without the eigenvalues that are zero but for rounding, whose roots would add up.
     Rounding below zero is returned as zero.
     """
     factor, failed = torch.linalg.cholesky_ex(covariance_a)
-    if int(failed):
+    diagonal = factor.diagonal().abs()
+    if int(failed) or bool(diagonal.min() < _WELL_CONDITIONED * diagonal.max()):
         eigenvalues, eigenvectors = torch.linalg.eigh(covariance_a)
-        factor = eigenvectors * eigenvalues.clamp(min=0).sqrt()
+        kept = eigenvalues > _rounding_of(eigenvalues)
+        factor = eigenvectors[:, kept] * eigenvalues[kept].sqrt()
     squared = torch.linalg.eigvalsh(factor.T @ covariance_b @ factor)
-    trace_of_root = squared.clamp(min=0).sqrt().sum()
+    trace_of_root = squared[squared > _rounding_of(squared)].sqrt().sum()
     difference = mean_a - mean_b
     traces = covariance_a.trace() + covariance_b.trace()
     return max(0.0, float(difference @ difference + traces - 2 * trace_of_root))
+
+
+def _rounding_of(eigenvalues: Float64[Tensor, " d"]) -> float:
+    """What an eigenvalue that is truly zero may come out as."""
+    if len(eigenvalues) == 0:
+        return 0.0
+    return float(eigenvalues.max().clamp(min=0)) * len(eigenvalues) * torch.finfo(torch.float64).eps
