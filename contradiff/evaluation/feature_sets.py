@@ -13,17 +13,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int64
+from jaxtyping import Float, Int64, UInt8
 from torch import Tensor
 
 from contradiff.atomic import replace_file
 from contradiff.evaluation.extractors import Extractor
 from contradiff.evaluation.frechet import FeatureSource, FeatureStatistics
 from contradiff.evaluation.inception_score import InceptionSums
-from contradiff.evaluation.resizers import Images
 
 _FORMAT = "contradiff-feature-set-1"
-Shards = Sequence[tuple[int, Callable[[], Iterable[Images]]]]
+Batches = Iterable[UInt8[Tensor, "_ 3 _ _"]]
+"""Images, RGB from 0 to 255; the batches' sizes may differ."""
+Shards = Sequence[tuple[int, Callable[[], Batches]]]
 """Of each shard: how many images it holds, and their batches, read when asked for."""
 
 
@@ -123,7 +124,7 @@ def choose_kept(num_images: int, *, num_kept: int, seed: int) -> Int64[Tensor, "
 
 
 def measure(
-    image_batches: Iterable[Images],
+    image_batches: Batches,
     extractor: Extractor,
     *,
     reference: str,
