@@ -9,7 +9,6 @@ from contradiff.config import Section, Seed
 from contradiff.data.imagenet import DataParams
 from contradiff.data.shards import ShardIndex
 from contradiff.evaluation.extractors import load_extractor, read_card
-from contradiff.evaluation.feature_sets import measure_shards, merge_shards
 from contradiff.evaluation.frechet import check_count
 from contradiff.evaluation.images import reference_shard
 from contradiff.evaluation.reference import (
@@ -18,6 +17,7 @@ from contradiff.evaluation.reference import (
     fingerprint_of,
     write_reference,
 )
+from stages._features import measure_set
 
 IMAGES, EXTRACTOR = Path("build/shards"), Path("build/extractor")
 REFERENCE = Path("build/reference")
@@ -50,24 +50,19 @@ def main(params: Params, run: Run) -> None:
     inputs = [IMAGES / "index.json", EXTRACTOR]
     accelerator = run.accelerator()
     with run.work_dir(params.model_dump(by_alias=True), inputs) as work:
-        # Each process shows and does its own share.
-        own = shards[accelerator.process_index :: accelerator.num_processes]
-        with run.progress("features", sum(shard.num_samples for shard in own)) as advance:
-            measure_shards(
-                [(shard.num_samples, partial(read, shard)) for shard in shards],
-                load_extractor(EXTRACTOR, device=run.device),
-                work,
-                reference=card.description,
-                num_kept=section.num_kept,
-                splits=None,
-                seed=params.seed,
-                process_index=accelerator.process_index,
-                num_processes=accelerator.num_processes,
-                on_progress=advance,
-            )
-        accelerator.wait_for_everyone()
+        features = measure_set(
+            shards,
+            read,
+            load_extractor(EXTRACTOR, device=run.device),
+            work,
+            run=run,
+            accelerator=accelerator,
+            reference=card.description,
+            num_kept=section.num_kept,
+            splits=None,
+            seed=params.seed,
+        )
         if accelerator.is_main_process:
-            features = merge_shards(work, num_shards=len(shards), resizers=card.resizers)
             write_reference(REFERENCE, card, features)
         accelerator.wait_for_everyone()
 

@@ -9,11 +9,12 @@ from contradiff.config import Section, Seed
 from contradiff.data.imagenet import DataParams
 from contradiff.data.shards import ShardIndex
 from contradiff.evaluation.extractors import load_extractor, read_card
-from contradiff.evaluation.feature_sets import FeatureSet, measure_shards, merge_shards
+from contradiff.evaluation.feature_sets import FeatureSet
 from contradiff.evaluation.frechet import check_count
 from contradiff.evaluation.images import generated_shard
 from contradiff.evaluation.reference import read_reference, read_reference_card
 from contradiff.evaluation.scores import MIN_UNBIASED_IMAGES, ScoreParams, is_biased, scores_of
+from stages._features import measure_set
 
 SAMPLES, EXTRACTOR = Path("build/samples"), Path("build/extractor")
 REFERENCE = Path("build/reference")
@@ -38,24 +39,19 @@ def main(params: Params, run: Run) -> None:
     inputs = [SAMPLES / "index.json", EXTRACTOR, REFERENCE]
     accelerator = run.accelerator()
     with run.work_dir(params.model_dump(by_alias=True), inputs) as work:
-        # Each process shows and does its own share.
-        own = shards[accelerator.process_index :: accelerator.num_processes]
-        with run.progress("features", sum(shard.num_samples for shard in own)) as advance:
-            measure_shards(
-                [(shard.num_samples, partial(read, shard)) for shard in shards],
-                load_extractor(EXTRACTOR, device=run.device),
-                work,
-                reference=words,
-                num_kept=reference.num_kept,
-                splits=section.splits,
-                seed=params.seed,
-                process_index=accelerator.process_index,
-                num_processes=accelerator.num_processes,
-                on_progress=advance,
-            )
-        accelerator.wait_for_everyone()
+        found = measure_set(
+            shards,
+            read,
+            load_extractor(EXTRACTOR, device=run.device),
+            work,
+            run=run,
+            accelerator=accelerator,
+            reference=words,
+            num_kept=reference.num_kept,
+            splits=section.splits,
+            seed=params.seed,
+        )
         if accelerator.is_main_process:
-            found = merge_shards(work, num_shards=len(shards), resizers=extractor.resizers)
             real = read_reference(REFERENCE, reference)
             by_resizer = {
                 resizer: score(found[resizer], real[resizer], params, run)

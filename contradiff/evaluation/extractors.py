@@ -171,7 +171,11 @@ class InceptionExtractor(Extractor):
         Raises:
             ValueError: Inception has no such resizer.
         """
-        return self._network(inception_input(images.to(self._device), resizer=resizer))
+        pixels = inception_input(images.to(self._device), resizer=resizer)
+        # Convolutions on NVIDIA GPUs round to 10 bits (TF32) unless told not to, which would tell
+        # in the third digit of a score.
+        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+            return self._network(pixels)
 
 
 def save_classifier(

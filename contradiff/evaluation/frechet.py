@@ -183,7 +183,7 @@ def gaussian_frechet_distance(
 def _well_conditioned_trace(
     a: Float64[Tensor, "d d"], b: Float64[Tensor, "d d"]
 ) -> Float64[Tensor, ""] | None:
-    """Tr (A B)^½, or none where rounding would tell in it."""
+    """Trace of (A B)^½, or none where rounding would tell in it."""
     lower, failed = torch.linalg.cholesky_ex(a)
     if int(failed):
         return None
