@@ -5,7 +5,7 @@ Used by `python -m bench fid` and by the tests that compare our scores with thei
 
 import io
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -17,6 +17,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 State = dict[str, Tensor]
+Array = np.ndarray[Any, Any]
 SCRIPT_NAME = "inception-2015-12-05.pt"
 """clean-fid looks for this name."""
 
@@ -117,29 +118,40 @@ def pictures(num_images: int, *, side: int, seed: int, contrast: float) -> Tenso
     return (128 + contrast * smooth + 8 * noise).clamp(0, 255).to(torch.uint8)
 
 
-def pytorch_fid_features(folder: Path, state: State, *, dims: int = 2048) -> np.ndarray[Any, Any]:
-    """Features by pytorch-fid's own loop (n dims)."""
+def pytorch_fid_features(state: State, *, dims: int = 2048) -> Callable[[Path], Array]:
+    """Build pytorch-fid's network; it then computes features (n dims) by the library's own loop."""
     from pytorch_fid import fid_score, inception
 
     with mock.patch.object(inception, "load_state_dict_from_url", return_value=state):
         model = inception.InceptionV3([inception.InceptionV3.BLOCK_INDEX_BY_DIM[dims]])
-    files = sorted(folder.glob("*.png"))
-    with mock.patch.object(fid_score, "tqdm", lambda loader: loader):
-        return fid_score.get_activations(files, model, batch_size=8, dims=dims, num_workers=0)
+
+    def features(folder: Path) -> Array:
+        files = sorted(folder.glob("*.png"))
+        with mock.patch.object(fid_score, "tqdm", lambda loader: loader):
+            return fid_score.get_activations(files, model, batch_size=8, dims=dims, num_workers=0)
+
+    return features
 
 
-def clean_fid_features(folder: Path, script: Path, *, mode: str) -> np.ndarray[Any, Any]:
-    """Features by clean-fid's own loop (n 2048), mode `clean` or `legacy_tensorflow`."""
+def clean_fid_features(script: Path, *, mode: str) -> Callable[[Path], Array]:
+    """Load clean-fid's network; it then computes features (n 2048) by the library's own loop.
+
+    Args:
+        script: as from `write_script`.
+        mode: clean or legacy_tensorflow.
+    """
     from cleanfid import fid
     from cleanfid.inception_torchscript import InceptionV3W
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        resize_inside = mode == "legacy_tensorflow"
-        model = InceptionV3W(str(script.parent), download=False, resize_inside=resize_inside)
+        inside = mode == "legacy_tensorflow"
+        model = InceptionV3W(str(script.parent), download=False, resize_inside=inside).eval()
+
+    def features(folder: Path) -> Array:
         return fid.get_folder_features(
             str(folder),
-            model.eval(),
+            model,
             num_workers=0,
             batch_size=8,
             device=torch.device("cpu"),
@@ -147,11 +159,13 @@ def clean_fid_features(folder: Path, script: Path, *, mode: str) -> np.ndarray[A
             verbose=False,
         )
 
+    return features
+
 
 def torch_fidelity_features(
-    folder: Path, weights: Path, layers: Sequence[str] = ("2048", "logits_unbiased")
-) -> dict[str, Tensor]:
-    """Features by torch-fidelity's own loop, by layer (n d)."""
+    weights: Path, layers: Sequence[str] = ("2048", "logits_unbiased")
+) -> Callable[[Path], dict[str, Tensor]]:
+    """Load torch-fidelity's network; it then computes features by layer by the library's loop."""
     from torch_fidelity.datasets import ImagesPathDataset
     from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
     from torch_fidelity.utils import get_featuresdict_from_dataset
@@ -159,10 +173,14 @@ def torch_fidelity_features(
     extractor = FeatureExtractorInceptionV3(
         "peer", list(layers), feature_extractor_weights_path=str(weights)
     )
-    dataset = ImagesPathDataset([str(file) for file in sorted(folder.glob("*.png"))])
-    return get_featuresdict_from_dataset(
-        dataset, extractor, batch_size=8, cuda=False, save_cpu_ram=True, verbose=False
-    )
+
+    def features(folder: Path) -> dict[str, Tensor]:
+        dataset = ImagesPathDataset([str(file) for file in sorted(folder.glob("*.png"))])
+        return get_featuresdict_from_dataset(
+            dataset, extractor, batch_size=8, cuda=False, save_cpu_ram=True, verbose=False
+        )
+
+    return features
 
 
 def torch_fidelity_scores(

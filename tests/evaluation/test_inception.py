@@ -97,12 +97,12 @@ def test_state_dict_equals_torch_fidelity_and_pytorch_fid(
     images = peers.pictures(2, side=48, seed=0, contrast=50.0)
     folder = peers.write_pngs(tmp_path / "images", images)
     features, logits = extractor(images, resizer="legacy_tensorflow")
-    peer = peers.torch_fidelity_features(folder, state_file)
+    peer = peers.torch_fidelity_features(state_file)(folder)
     torch.testing.assert_close(features, peer["2048"], rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(logits, peer["logits_unbiased"], rtol=1e-4, atol=1e-4)
     assert features.std() > 0.01  # or the weights would let everything agree
     features, _ = extractor(images, resizer="legacy_pytorch")
-    expected = peers.pytorch_fid_features(folder, inception_state)
+    expected = peers.pytorch_fid_features(inception_state)(folder)
     np.testing.assert_allclose(features.numpy(), expected, rtol=1e-4, atol=1e-5)
 
 
@@ -208,7 +208,7 @@ def test_scores_of_early_features_equal_torch_fidelity(
             splits=None,
         )
         ours.append(parts["legacy_tensorflow"])
-        theirs.append(peers.torch_fidelity_features(folder, state_file, ["64"])["64"])
+        theirs.append(peers.torch_fidelity_features(state_file, ["64"])(folder)["64"])
     subsets = {"num_subsets": 5, "subset_size": 16, "seed": 1}
     peer = peers.torch_fidelity_scores(*theirs, **subsets)
     found = fid.distance(*ours)
@@ -239,11 +239,11 @@ def test_scores_equal_all_three_libraries(tmp_path: Path, state_file: Path):
     extractor = fid.our_extractor(script, fid.RESIZERS)
     ours = [fid.measured(folder, extractor, n) for folder in folders]
     theirs = {
-        "clean": [peers.clean_fid_features(f, script, mode="clean") for f in folders],
-        "legacy_tensorflow": [
-            peers.clean_fid_features(f, script, mode="legacy_tensorflow") for f in folders
-        ],
-        "legacy_pytorch": [peers.pytorch_fid_features(f, state) for f in folders],
+        "clean": list(map(peers.clean_fid_features(script, mode="clean"), folders)),
+        "legacy_tensorflow": list(
+            map(peers.clean_fid_features(script, mode="legacy_tensorflow"), folders)
+        ),
+        "legacy_pytorch": list(map(peers.pytorch_fid_features(state), folders)),
     }
     subsets = {"num_subsets": 5, "subset_size": n, "seed": 1}
     for resizer, features in theirs.items():
@@ -254,7 +254,7 @@ def test_scores_equal_all_three_libraries(tmp_path: Path, state_file: Path):
         assert found == pytest.approx(scores["frechet_inception_distance"], rel=1e-3)
         kid, _ = kernel_distance(ours[0][resizer].kept, ours[1][resizer].kept, **subsets)
         assert kid == pytest.approx(clean_kid(features[1], features[0], num_subsets=1), rel=1e-3)
-    peer = peers.torch_fidelity_features(folders[0], state_file)
+    peer = peers.torch_fidelity_features(state_file)(folders[0])
     isc = isc_features_to_metric(peer["logits_unbiased"], splits=fid.SPLITS, shuffle=False)
     sums = ours[0]["legacy_tensorflow"].sums
     expected = isc["inception_score_mean"], isc["inception_score_std"]
