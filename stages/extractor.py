@@ -13,6 +13,7 @@ from contradiff.data.shards import ShardIndex
 from contradiff.evaluation.classifier import train_classifier
 from contradiff.evaluation.extractors import ExtractorParams, save_classifier, save_inception
 from contradiff.evaluation.images import reference_batches
+from contradiff.evaluation.inception import download_inception
 
 IMAGES, EXTRACTOR = Path("build/shards"), Path("build/extractor")
 
@@ -26,7 +27,10 @@ class Params(Section):
 def main(params: Params, run: Run) -> None:
     settings = params.extractor
     if settings.weights is not None:
-        save_inception(EXTRACTOR, run.resolve(settings.weights))
+        weights = run.resolve(settings.weights)
+        if settings.download:
+            download_inception(weights)
+        save_inception(EXTRACTOR, weights, resizers=settings.resizers)
         return
     index = ShardIndex.read(IMAGES)
     size = params.data.image_size

@@ -1,18 +1,23 @@
-"""score: generated images against the real validation images => FID and inception score."""
+"""score: generated images against the reference => FID, KID, precision, inception score."""
 
 from stages._runtime import Run, execute
 
+from functools import partial
 from pathlib import Path
 
 from contradiff.config import Section, Seed
 from contradiff.data.params import DataParams
 from contradiff.data.shards import ShardIndex
-from contradiff.evaluation.extractors import ScoreParams, load_extractor, score_images
-from contradiff.evaluation.frechet import frechet_distance
-from contradiff.evaluation.images import generated_batches, reference_batches
-from contradiff.evaluation.inception_score import inception_score
+from contradiff.evaluation.extractors import load_extractor, read_card
+from contradiff.evaluation.feature_sets import FeatureSet
+from contradiff.evaluation.frechet import check_count
+from contradiff.evaluation.images import generated_shard
+from contradiff.evaluation.reference import read_reference, read_reference_card
+from contradiff.evaluation.scores import MIN_UNBIASED_IMAGES, ScoreParams, is_biased, scores_of
+from stages._features import measure_set
 
-IMAGES, SAMPLES, EXTRACTOR = Path("build/shards"), Path("build/samples"), Path("build/extractor")
+SAMPLES, EXTRACTOR = Path("build/samples"), Path("build/extractor")
+REFERENCE = Path("build/reference")
 
 
 class Params(Section):
@@ -22,58 +27,80 @@ class Params(Section):
 
 
 def main(params: Params, run: Run) -> None:
-    extractor = load_extractor(EXTRACTOR, device=run.device)
-    size, batch_size = params.data.image_size, params.score.batch_size
-    num_reference = ShardIndex.read(IMAGES).num_samples("val")
+    section, size = params.score, params.data.image_size
     samples = ShardIndex.read(SAMPLES)
+    shards = samples.shards("sample")
     num_samples = samples.num_samples("sample")
-    reference = f"{num_reference} val images, centre crop {size} px"
-    with run.progress("features", num_reference + num_samples) as advance:
-        done = 0
-
-        def on_progress(total: int) -> None:
-            nonlocal done
-            advance(total - done)
-            done = total
-
-        real = (
-            images
-            for images, _ in reference_batches(
-                IMAGES, split="val", image_size=size, batch_size=batch_size
-            )
+    extractor = read_card(EXTRACTOR)
+    reference = read_reference_card(REFERENCE, extractor=extractor, image_size=size)
+    words = f"{num_samples} samples"
+    check_count(num_samples, num_features=extractor.num_features, reference=words)
+    read = partial(generated_shard, SAMPLES, image_size=size, batch_size=section.batch_size)
+    inputs = [SAMPLES / "index.json", EXTRACTOR, REFERENCE]
+    accelerator = run.accelerator()
+    with run.work_dir(params.model_dump(by_alias=True), inputs) as work:
+        found = measure_set(
+            shards,
+            read,
+            load_extractor(EXTRACTOR, device=run.device),
+            work,
+            run=run,
+            accelerator=accelerator,
+            reference=words,
+            num_kept=reference.num_kept,
+            splits=section.splits,
+            seed=params.seed,
         )
-        real_statistics, _ = score_images(
-            real, extractor, reference=reference, on_progress=on_progress
-        )
-        done = 0
-        statistics, probabilities = score_images(
-            generated_batches(SAMPLES, batch_size=batch_size),
-            extractor,
-            reference=f"{num_samples} samples",
-            on_progress=on_progress,
-        )
-    mean, std = inception_score(probabilities, splits=params.score.splits)
-    fid = frechet_distance(statistics, real_statistics)
-    run.log(f"FID ({extractor.name}) {fid:.2f}, IS {mean:.2f} ± {std:.2f}")
-    run.write_json(
-        Path("metrics/score.json"),
-        {
-            "score": {
-                "fid": fid,
-                "inception_score": mean,
-                "inception_score_std": std,
+        if accelerator.is_main_process:
+            real = read_reference(REFERENCE, reference)
+            by_resizer = {
+                resizer: score(found[resizer], real[resizer], params, run)
+                for resizer in extractor.resizers
+            }
+            main_one, *others = extractor.resizers
+            biased = is_biased(num_samples, reference.num_images)
+            if biased:
+                run.log(
+                    f"FID is biased upwards: fewer than {MIN_UNBIASED_IMAGES:,} images "
+                    f"({num_samples} samples, {reference.num_images} of the reference); see KID"
+                )
+            facts = {
+                "biased": biased,
                 "num_samples": num_samples,
                 "condition": samples.facts["condition"],
                 "guidance": samples.facts["guidance"],
-                "num_reference": num_reference,
-                "reference": reference,
+                "num_reference": reference.num_images,
+                "num_kept": min(reference.num_kept, num_samples, reference.num_images),
+                "reference": reference.description,
+                "reference_sha256": reference.images_sha256,
                 "extractor": extractor.name,
-                "extractor_accuracy": extractor.card.val_accuracy,
-                "resizer": extractor.resizer,
+                "extractor_accuracy": extractor.val_accuracy,
+                "resizer": main_one,
                 "seed": params.seed,
             }
-        },
+            rest = {resizer: by_resizer[resizer] for resizer in others}
+            content = {"score": by_resizer[main_one] | facts | rest}
+            run.write_json(Path("metrics/score.json"), content)
+        accelerator.wait_for_everyone()
+
+
+def score(samples: FeatureSet, reference: FeatureSet, params: Params, run: Run) -> dict[str, float]:
+    """Scores with one resizer; a line of the log says the main ones."""
+    values = scores_of(
+        samples,
+        reference,
+        kid_subsets=params.score.kid_subsets,
+        kid_subset_size=params.score.kid_subset_size,
+        seed=params.seed,
+        device=run.device,
     )
+    source = samples.statistics.source
+    run.log(
+        f"FID ({source.extractor}, resizer {source.resizer}) {values['fid']:.2f}, "
+        f"KID {values['kid']:.4f} ± {values['kid_std']:.4f}, "
+        f"IS {values['inception_score']:.2f} ± {values['inception_score_std']:.2f}"
+    )
+    return values
 
 
 if __name__ == "__main__":

@@ -31,6 +31,7 @@ from stages import (
     pretrain,
     pretrain_base,
     probe,
+    reference,
     report,
     score,
     shard,
@@ -51,6 +52,7 @@ STAGES: tuple[type[Section], ...] = (
     transfer.Params,
     generate.Params,
     extractor.Params,
+    reference.Params,
     score.Params,
     report.Params,
     track.Params,
@@ -161,12 +163,26 @@ def contradictions(content: Mapping[str, Any]) -> Iterator[str]:
             "latents.colour_jitter: the distorted crops would be reconstructed too, as "
             "loss.latent_views: same and loss.recon_passes over 3 do; set it to 0"
         )
-    if content["score"]["splits"] > content["generate"]["num_samples"]:
-        yield "score.splits: more than generate.num_samples"
+    yield from of_scores(content)
     if content["generate"]["condition"] == "class" and content["class_condition"]["epochs"] == 0:
         yield (
             "generate.condition: class needs a table of classes; make class_condition.epochs 1 or "
             "more (got 0)"
+        )
+
+
+def of_scores(content: Mapping[str, Any]) -> Iterator[str]:
+    """Yield what would make scores of so many images impossible, after hours of sampling."""
+    num_samples, section = content["generate"]["num_samples"], content["score"]
+    if section["splits"] > num_samples:
+        yield "score.splits: more than generate.num_samples"
+    if section["kid_subset_size"] > min(num_samples, content["reference"]["num_kept"]):
+        yield "score.kid_subset_size: more than generate.num_samples or reference.num_kept"
+    params = parse(extractor.Params, content, source=str(PARAMS_FILE)).extractor
+    if num_samples < params.num_features:
+        yield (
+            f"generate.num_samples: fewer than the {params.num_features} feature dimensions of "
+            f"extractor.kind {params.kind}; FID needs at least as many (got {num_samples})"
         )
 
 

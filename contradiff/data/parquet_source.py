@@ -238,6 +238,6 @@ def _image_files(split: str, rows: _Rows, class_ids: Sequence[str]) -> list[Imag
         if path:
             stem, _ = _stem_and_wnid(path)
             name = stem + path[path.rfind(".") :] if stem else path.rpartition("/")[2]
-        path = f"{split}/{class_ids[label]}/{name}"
-        files.append(ImageFile(path, label, size, stored, row, is_estimate=True))
+        place = f"{split}/{class_ids[label]}/{name}"
+        files.append(ImageFile(place, label, size, stored, row, is_estimate=True))
     return files

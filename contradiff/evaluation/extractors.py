@@ -8,44 +8,45 @@ images (b 3 h w) uint8 -> [resizer] -> features (b d), logits (b classes), both 
 
 import json
 import shutil
-import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
-import torch.nn.functional as F
-from jaxtyping import Float, UInt8
+from jaxtyping import Float
 from pydantic import Field, model_validator
 from torch import Tensor
 
 from contradiff.atomic import replace_dir, replace_file, sha256_of
 from contradiff.config import Section, parse_exactly
 from contradiff.evaluation.classifier import ResidualClassifier
-from contradiff.evaluation.frechet import FeatureSource, FeatureStatistics
+from contradiff.evaluation.inception import (
+    PINNED,
+    Inception,
+    check_inception,
+    load_inception,
+    no_weights,
+)
+from contradiff.evaluation.resizers import Images, Resizer, inception_input
 
 Kind = Literal["classifier", "inception"]
-Images = UInt8[Tensor, "batch 3 height width"]
 Outputs = tuple[Float[Tensor, "batch features"], Float[Tensor, "batch classes"]]
 
 WEIGHTS_NAME: dict[Kind, str] = {"classifier": "extractor.safetensors", "inception": "inception.pt"}
-INCEPTION_SIDE = 299
-INCEPTION_URL = (
-    "https://nvlabs-fi-cdn.nvidia.com/stylegan2-ada-pytorch/pretrained/metrics/"
-    "inception-2015-12-05.pt"
-)
-INCEPTION_SHA256 = "f58cb9b6ec323ed63459aa4fb441fe750cfe39fafad6da5cb504a16f19e958f4"
-"""Of the file at `INCEPTION_URL`: the digest that k-diffusion (crowsonkb) and others pin for it.
-
-Not computed here, where there is no network."""
+NUM_INCEPTION_FEATURES = 2048
 
 
 class ExtractorParams(Section):
     """Section `extractor`: the network that generated images are scored with."""
 
     kind: Kind
-    weights: str | None = Field(description="inception: path of inception-2015-12-05.pt")
+    weights: str | None = Field(
+        description="inception: path of inception-2015-12-05.pt, or of the .pth of pytorch-fid"
+    )
+    download: bool = Field(description="inception: fetch weights that are not there")
+    resizers: list[Resizer] = Field(
+        min_length=1, description="scores are made with each, the first is the main one"
+    )
     width: int = Field(ge=2, multiple_of=2, description="classifier: its features are 2·width")
     epochs: int = Field(gt=0)
     batch_size: int = Field(gt=1)
@@ -60,15 +61,35 @@ class ExtractorParams(Section):
             )
             raise ValueError(msg)
         if self.kind == "inception" and self.weights is None:
-            raise ValueError(_no_weights("extractor.weights is null"))
+            raise ValueError(no_weights("extractor.weights is null"))
+        if self.kind == "classifier" and self.download:
+            msg = "extractor.download is of Inception; extractor.kind classifier is trained here"
+            raise ValueError(msg)
         return self
 
+    @model_validator(mode="after")
+    def _resizers_belong_to_the_kind(self) -> "ExtractorParams":
+        if len(set(self.resizers)) < len(self.resizers):
+            msg = f"extractor.resizers: {self.resizers} names one twice"
+            raise ValueError(msg)
+        if self.kind == "classifier" and self.resizers != ["none"]:
+            msg = (
+                f"extractor.resizers is {self.resizers}, but extractor.kind classifier sees images "
+                "as they are: set it to [none]"
+            )
+            raise ValueError(msg)
+        if self.kind == "inception" and "none" in self.resizers:
+            msg = (
+                "extractor.resizers: extractor.kind inception needs a resizer: "
+                "[clean, legacy_tensorflow]"
+            )
+            raise ValueError(msg)
+        return self
 
-class ScoreParams(Section):
-    """Section `score`: how generated images are scored."""
-
-    splits: int = Field(gt=0, description="of the inception score")
-    batch_size: int = Field(gt=0)
+    @property
+    def num_features(self) -> int:
+        """Dimension of the features; there must be at least as many images."""
+        return 2 * self.width if self.kind == "classifier" else NUM_INCEPTION_FEATURES
 
 
 class ExtractorCard(Section):
@@ -76,7 +97,7 @@ class ExtractorCard(Section):
 
     kind: Kind
     name: str
-    resizer: str
+    resizers: list[Resizer] = Field(min_length=1)
     num_features: int = Field(gt=0)
     num_classes: int = Field(gt=0)
     image_size: int | None = Field(description="side it was trained on; null: any")
@@ -96,24 +117,14 @@ class Extractor(ABC):
     def __init__(self, card: ExtractorCard) -> None:
         self.card = card
 
-    @property
-    def name(self) -> str:
-        """The name that its scores carry."""
-        return self.card.name
-
-    @property
-    def resizer(self) -> str:
-        """How images are brought to its input size."""
-        return self.card.resizer
-
-    @property
-    def num_features(self) -> int:
-        """Dimension of the features."""
-        return self.card.num_features
-
     @abstractmethod
-    def __call__(self, images: Images) -> Outputs:
-        """Features and logits of images in RGB from 0 to 255, on the extractor's device."""
+    def __call__(self, images: Images, *, resizer: Resizer) -> Outputs:
+        """Features and logits of images in RGB from 0 to 255, on the extractor's device.
+
+        Args:
+            images: of one size.
+            resizer: one of the card's.
+        """
 
 
 class ClassifierExtractor(Extractor):
@@ -127,12 +138,13 @@ class ClassifierExtractor(Extractor):
         self._device = device
 
     @torch.inference_mode()
-    def __call__(self, images: Images) -> Outputs:
+    def __call__(self, images: Images, *, resizer: Resizer) -> Outputs:
         """Features and logits.
 
         Raises:
             ValueError: the images have another size than the training images.
         """
+        assert resizer == "none", "the classifier sees images as they are"
         side = self.card.image_size
         if images.shape[2:] != (side, side):
             height, width = images.shape[2:]
@@ -145,37 +157,25 @@ class ClassifierExtractor(Extractor):
 
 
 class InceptionExtractor(Extractor):
-    """Inception as in StyleGAN2-ADA and clean-fid: TorchScript made from the network of 2015.
+    """Inception of 2015; images are resized in batches, where the peers take them one by one."""
 
-    Images are resized as clean-fid's mode `clean` does, by antialiased bicubic interpolation in
-    float without rounding, but in batches: torch's result differs from PIL's by less than 0.01 of
-    255 grey levels. The logits leave out the last layer's bias, as the first implementation of the
-    inception score does, and StyleGAN2-ADA after it.
-    """
-
-    def __init__(self, script: Any, card: ExtractorCard, *, device: torch.device) -> None:
+    def __init__(self, network: Inception, card: ExtractorCard, *, device: torch.device) -> None:
         super().__init__(card)
-        self._script = script.to(device)
+        self._network = network.to(device)
         self._device = device
 
     @torch.inference_mode()
-    def __call__(self, images: Images) -> Outputs:
-        """Features of the last pooling, and logits without bias."""
-        resized = resize_clean(images.to(self._device), side=INCEPTION_SIDE)
-        pixels = ((resized - 128) / 128).contiguous(memory_format=torch.channels_last)
-        # The script's own forward would resize in TensorFlow's old way, and run twice.
-        features = self._script.layers(pixels).reshape(len(images), -1).float()
-        return features, F.linear(features, self._script.output.weight.float())
+    def __call__(self, images: Images, *, resizer: Resizer) -> Outputs:
+        """Features of the last pooling, and logits without bias.
 
-
-def resize_clean(images: Images, *, side: int) -> Float[Tensor, "batch 3 side side"]:
-    """clean-fid's resize of mode `clean`: antialiased bicubic in float, clipped to [0, 255]."""
-    pixels = images.float()
-    if pixels.shape[2:] != (side, side):
-        pixels = F.interpolate(
-            pixels, size=(side, side), mode="bicubic", align_corners=False, antialias=True
-        )
-    return pixels.clamp(0, 255)
+        Raises:
+            ValueError: Inception has no such resizer.
+        """
+        pixels = inception_input(images.to(self._device), resizer=resizer)
+        # Convolutions on NVIDIA GPUs round to 10 bits (TF32) unless told not to, which would tell
+        # in the third digit of a score.
+        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+            return self._network(pixels)
 
 
 def save_classifier(
@@ -204,7 +204,7 @@ def save_classifier(
         card = ExtractorCard(
             kind="classifier",
             name="domain-classifier",
-            resizer="none",
+            resizers=["none"],
             num_features=classifier.num_features,
             num_classes=classifier.num_classes,
             image_size=image_size,
@@ -217,36 +217,30 @@ def save_classifier(
     return card
 
 
-def save_inception(folder: Path, weights: Path, *, sha256: str = INCEPTION_SHA256) -> ExtractorCard:
+def save_inception(
+    folder: Path, weights: Path, *, resizers: list[Resizer], pinned: tuple[str, ...] = PINNED
+) -> ExtractorCard:
     """Check a copy of Inception and put it into `folder`, which is replaced as a whole.
 
     Args:
         folder: for instance build/extractor.
-        weights: `extractor.weights`, an inception-2015-12-05.pt.
-        sha256: what the file must hash to; tests put stand-ins here.
+        weights: `extractor.weights`: TorchScript or state dict.
+        resizers: what scores are made with, the main one first.
+        pinned: what the file may hash to; tests put stand-ins here.
 
     Raises:
-        ValueError: the file is missing, is another file, or is no Inception script.
+        ValueError: the file is missing, is another file, or is not of Inception.
     """
-    if not weights.is_file():
-        raise ValueError(_no_weights(f"extractor.weights: {weights} does not exist"))
-    found = sha256_of(weights)
-    if found != sha256:
-        msg = (
-            f"extractor.weights: {weights} is not the expected file: its sha256 is {found}, "
-            f"expected {sha256}; the file usually comes from {INCEPTION_URL}"
-        )
-        raise ValueError(msg)
-    script = _load_script(weights, torch.device("cpu"))
-    num_classes, num_features = script.output.weight.shape
+    found = check_inception(weights, pinned=pinned)
+    network = load_inception(weights, device=torch.device("cpu"))
     with replace_dir(folder) as temporary:
         shutil.copyfile(weights, temporary / WEIGHTS_NAME["inception"])
         card = ExtractorCard(
             kind="inception",
             name="inception-2015-12-05",
-            resizer="clean",
-            num_features=num_features,
-            num_classes=num_classes,
+            resizers=resizers,
+            num_features=network.num_features,
+            num_classes=network.num_classes,
             image_size=None,
             width=None,
             val_accuracy=None,
@@ -273,7 +267,7 @@ def load_extractor(folder: Path, *, device: torch.device) -> Extractor:
         )
         raise ValueError(msg)
     if card.kind == "inception":
-        return InceptionExtractor(_load_script(weights, device), card, device=device)
+        return InceptionExtractor(load_inception(weights, device=device), card, device=device)
 
     from safetensors.torch import load_file
 
@@ -301,76 +295,6 @@ def read_card(folder: Path) -> ExtractorCard:
     return parse_exactly(ExtractorCard, content, source=str(path))
 
 
-def score_images(
-    image_batches: Iterable[Images],
-    extractor: Extractor,
-    *,
-    reference: str,
-    on_progress: Callable[[int], None] | None = None,
-) -> tuple[FeatureStatistics, Float[Tensor, "n classes"]]:
-    """Stream images through an extractor.
-
-    Args:
-        image_batches: uint8 batches; only one is held at a time.
-        extractor: as from `load_extractor`.
-        reference: what the images are, in words; it names them in the statistics.
-        on_progress: called after each batch with the number of images done so far.
-
-    Returns:
-        Statistics of the features for `frechet_distance`, and the class probabilities of each image
-        in order, float32 on the CPU, for `inception_score`.
-
-    Raises:
-        ValueError: there are no images.
-    """
-    source = FeatureSource(
-        reference=reference,
-        resizer=extractor.resizer,
-        extractor=extractor.name,
-        fingerprint=extractor.card.weights_sha256,
-    )
-    statistics = FeatureStatistics(extractor.num_features, source=source)
-    probabilities: list[Tensor] = []
-    for images in image_batches:
-        features, logits = extractor(images)
-        statistics.update(features)
-        probabilities.append(logits.float().softmax(1).cpu())
-        if on_progress is not None:
-            on_progress(statistics.num_samples)
-    if statistics.num_samples == 0:
-        msg = f"no images to score in {reference}"
-        raise ValueError(msg)
-    return statistics, torch.cat(probabilities)
-
-
-def _no_weights(fault: str) -> str:
-    return (
-        f"{fault}: extractor.kind inception needs the file inception-2015-12-05.pt. It usually "
-        f"comes from {INCEPTION_URL} (91 MiB). No network is used here: fetch it yourself and set "
-        "extractor.weights to its path, or set extractor.kind to classifier"
-    )
-
-
 def _write_card(folder: Path, card: ExtractorCard) -> None:
     with replace_file(folder / "extractor.json") as path:
         path.write_text(card.model_dump_json(indent=2) + "\n", encoding="utf-8")
-
-
-def _load_script(path: Path, device: torch.device) -> Any:
-    """The TorchScript module in evaluation mode.
-
-    Raises:
-        ValueError: it is no TorchScript file, or has not the parts that Inception has.
-    """
-    try:
-        with warnings.catch_warnings():
-            # torch has no other reader for this file; that TorchScript is deprecated helps no user.
-            warnings.filterwarnings("ignore", message=".*torch.jit.load.*")
-            script: Any = torch.jit.load(path, map_location=device)
-    except RuntimeError as error:
-        msg = f"extractor.weights: {path} is no TorchScript file: {error}"
-        raise ValueError(msg) from error
-    if not (hasattr(script, "layers") and hasattr(script, "output")):
-        msg = f"extractor.weights: {path} has not Inception's parts `layers` and `output`"
-        raise ValueError(msg)
-    return script.eval().to(memory_format=torch.channels_last)

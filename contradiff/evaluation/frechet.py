@@ -4,17 +4,14 @@ features (b d), batch by batch -> FeatureStatistics: count, mean (d), scatter (d
 -> frechet_distance: one number
 """
 
-import json
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float, Float64
 from torch import Tensor
 
-from contradiff.atomic import replace_file
-
-_FORMAT = "contradiff-feature-statistics-1"
+_LEAST_RATIO = 1e-12
+"""Of eigenvalues of A B: above it their roots are right to 1e-10 of the largest."""
 
 
 @dataclass(frozen=True)
@@ -115,42 +112,6 @@ class FeatureStatistics:
         self.mean = self.mean + delta * (count / total)
         self.num_samples = total
 
-    def save(self, path: Path) -> None:
-        """Write everything to a safetensors file, its source in the file's metadata."""
-        from safetensors.torch import save_file
-
-        metadata = {"format": _FORMAT, "num_samples": str(self.num_samples)}
-        metadata["source"] = json.dumps(asdict(self.source))
-        with replace_file(path) as temporary:
-            save_file({"mean": self.mean, "scatter": self.scatter}, temporary, metadata)
-
-    @classmethod
-    def load(cls, path: Path) -> "FeatureStatistics":
-        """Read what `save` wrote.
-
-        Raises:
-            ValueError: the file is missing, or is no such file.
-        """
-        from safetensors import SafetensorError, safe_open
-
-        if not path.is_file():
-            msg = f"{path}: no such file of feature statistics"
-            raise ValueError(msg)
-        try:
-            with safe_open(path, framework="pt") as file:
-                metadata = file.metadata() or {}
-                if metadata.get("format") != _FORMAT:
-                    msg = f"{path}: not written by FeatureStatistics.save, or by another version"
-                    raise ValueError(msg)
-                mean, scatter = file.get_tensor("mean"), file.get_tensor("scatter")
-        except SafetensorError as error:
-            msg = f"{path}: not a safetensors file: {error}"
-            raise ValueError(msg) from error
-        statistics = cls(len(mean), source=FeatureSource(**json.loads(metadata["source"])))
-        statistics.num_samples = int(metadata["num_samples"])
-        statistics.mean, statistics.scatter = mean, scatter
-        return statistics
-
 
 def frechet_distance(a: FeatureStatistics, b: FeatureStatistics) -> float:
     """Fréchet distance of two sets of features, each taken for a Gaussian; symmetric.
@@ -172,15 +133,28 @@ def frechet_distance(a: FeatureStatistics, b: FeatureStatistics) -> float:
             raise ValueError(msg)
     assert a.num_features == b.num_features, "one extractor, two dimensions"
     for statistics in (a, b):
-        if statistics.num_samples < statistics.num_features:
-            msg = (
-                f"no Fréchet distance from {statistics.num_samples} samples "
-                f"({statistics.source.reference}) of {statistics.num_features} feature dimensions: "
-                "there must be at least as many samples as dimensions (generate.num_samples for "
-                "generated images, data.num_val for the reference)"
-            )
-            raise ValueError(msg)
+        check_count(
+            statistics.num_samples,
+            num_features=statistics.num_features,
+            reference=statistics.source.reference,
+        )
     return gaussian_frechet_distance(a.mean, a.covariance, b.mean, b.covariance)
+
+
+def check_count(num_samples: int, *, num_features: int, reference: str) -> None:
+    """Refuse sets whose covariance must be singular; stages ask before they compute features.
+
+    Raises:
+        ValueError: there are fewer samples than features have dimensions.
+    """
+    if num_samples < num_features:
+        msg = (
+            f"no Fréchet distance from {num_samples} samples ({reference}) of {num_features} "
+            "feature dimensions: there must be at least as many samples as dimensions "
+            "(generate.num_samples for generated images; data.num_val, data.num_train or "
+            "reference.split for the reference)"
+        )
+        raise ValueError(msg)
 
 
 def gaussian_frechet_distance(
@@ -191,17 +165,37 @@ def gaussian_frechet_distance(
 ) -> float:
     """|m_a - m_b|² + tr(A + B - 2 (A B)^½), the squared 2-Wasserstein distance of two Gaussians.
 
-    With A = L Lᵀ the matrix A B has the eigenvalues of Lᵀ B L, which is symmetric: no square root
-    of a matrix is formed and no imaginary part arises, and it takes a tenth of the time of
-    `scipy.linalg.sqrtm`. L is the Cholesky factor, or V Λ^½ of A = V Λ Vᵀ where A is singular.
-    Rounding below zero is returned as zero.
+    No square root of a matrix is formed, and no imaginary part arises. With A = L Lᵀ (Cholesky) the
+    matrix A B has the eigenvalues of Lᵀ B L, which is symmetric: a small part of the time of
+    `scipy.linalg.sqrtm`. Rounding of 1e-16 in an eigenvalue is 1e-8 in its root, so where some are
+    that small, or A is singular, the roots are found as the singular values of Fᵀ G instead, with
+    A = F Fᵀ and B = G Gᵀ by their eigenvectors. A distance below zero by rounding is zero.
     """
-    factor, failed = torch.linalg.cholesky_ex(covariance_a)
-    if int(failed):
-        eigenvalues, eigenvectors = torch.linalg.eigh(covariance_a)
-        factor = eigenvectors * eigenvalues.clamp(min=0).sqrt()
-    squared = torch.linalg.eigvalsh(factor.T @ covariance_b @ factor)
-    trace_of_root = squared.clamp(min=0).sqrt().sum()
+    trace_of_root = _well_conditioned_trace(covariance_a, covariance_b)
+    if trace_of_root is None:
+        product = _factor(covariance_a).T @ _factor(covariance_b)
+        trace_of_root = torch.linalg.svdvals(product).sum()
     difference = mean_a - mean_b
     traces = covariance_a.trace() + covariance_b.trace()
     return max(0.0, float(difference @ difference + traces - 2 * trace_of_root))
+
+
+def _well_conditioned_trace(
+    a: Float64[Tensor, "d d"], b: Float64[Tensor, "d d"]
+) -> Float64[Tensor, ""] | None:
+    """Trace of (A B)^½, or none where rounding would tell in it."""
+    lower, failed = torch.linalg.cholesky_ex(a)
+    if int(failed):
+        return None
+    squared = torch.linalg.eigvalsh(lower.T @ b @ lower)
+    if bool(squared.min() <= _LEAST_RATIO * squared.max()):
+        return None
+    return squared.sqrt().sum()
+
+
+def _factor(covariance: Float64[Tensor, "d d"]) -> Float64[Tensor, "d rank"]:
+    """V Λ^½, without the eigenvalues that are zero but for rounding: their roots would add up."""
+    eigenvalues, eigenvectors = torch.linalg.eigh(covariance)
+    rounding = len(eigenvalues) * torch.finfo(torch.float64).eps * eigenvalues.max()
+    kept = eigenvalues > rounding.clamp(min=0)
+    return eigenvectors[:, kept] * eigenvalues[kept].sqrt()

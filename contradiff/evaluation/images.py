@@ -1,6 +1,6 @@
 """Shards of images => uint8 batches, as extractors take them."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
 
@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Int64
 from torch import Tensor
 
-from contradiff.data.shards import read_images, read_split
+from contradiff.data.shards import Sample, Shard, image_of, read_images, read_shard
 from contradiff.data.transforms import apply_crop, centre_crop, decode
 from contradiff.types import ByteImages
 
@@ -19,23 +19,45 @@ def reference_batches(
     """Yield a split's real images, Resize(size) + CenterCrop(size), and their labels, in order."""
     samples = read_images(folder, split)
     while chunk := list(islice(samples, batch_size)):
-        decoded = [decode(sample.image, name=sample.key) for sample in chunk]
-        crops = [
-            apply_crop(image, centre_crop(*image.shape[1:]), size=image_size) for image in decoded
-        ]
-        yield torch.stack(crops), torch.tensor([sample.label for sample in chunk])
+        yield _crops(chunk, image_size), torch.tensor([sample.label for sample in chunk])
 
 
-def generated_batches(folder: Path, *, batch_size: int) -> Iterator[ByteImages]:
-    """Yield generated images as they are stored, in order.
+def reference_shard(
+    folder: Path, shard: Shard, *, image_size: int, batch_size: int
+) -> Iterator[ByteImages]:
+    """Yield one shard's real images, Resize(size) + CenterCrop(size), in order."""
+    samples = (image_of(record) for record in read_shard(folder / shard.name, shard))
+    while chunk := list(islice(samples, batch_size)):
+        yield _crops(chunk, image_size)
+
+
+def generated_shard(
+    folder: Path, shard: Shard, *, image_size: int, batch_size: int
+) -> Iterator[ByteImages]:
+    """Yield one shard's generated images as they are stored, in order.
 
     Raises:
-        ValueError: images of several sizes.
+        ValueError: an image has not data.image_size pixels a side; names it.
     """
-    records = read_split(folder, "sample")
+    records = read_shard(folder / shard.name, shard)
     while chunk := list(islice(records, batch_size)):
-        images = [decode(record["png"], name=record["__key__"].decode()) for record in chunk]
-        if len({image.shape for image in images}) > 1:
-            msg = f"{folder}: images of several sizes; run `dvc repro -f generate`"
-            raise ValueError(msg)
+        images: list[Tensor] = []
+        for record in chunk:
+            name = record["__key__"].decode()
+            image = decode(record["png"], name=name)
+            if image.shape[1:] != (image_size, image_size):
+                height, width = image.shape[1:]
+                msg = (
+                    f"{folder / shard.name}: image {name} has {height}x{width} pixels, not "
+                    f"{image_size}x{image_size} (data.image_size); run `dvc repro -f generate`"
+                )
+                raise ValueError(msg)
+            images.append(image)
         yield torch.stack(images)
+
+
+def _crops(samples: Iterable[Sample], image_size: int) -> ByteImages:
+    decoded = [decode(sample.image, name=sample.key) for sample in samples]
+    return torch.stack(
+        [apply_crop(image, centre_crop(*image.shape[1:]), size=image_size) for image in decoded]
+    )

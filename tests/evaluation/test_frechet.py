@@ -1,14 +1,12 @@
 """contradiff.evaluation.frechet against pytorch-fid's formula, numpy and closed forms."""
 
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.torch import save_file
 from scipy import linalg
 from torch import Tensor
 
@@ -108,31 +106,6 @@ def test_merge_refuses_other_sources():
         statistics.merge(FeatureStatistics(4, source=SOURCE))
 
 
-def test_save_and_load(tmp_path: Path):
-    statistics = statistics_of(correlated(20, 4, seed=0))
-    path = tmp_path / "folder" / "val.safetensors"
-    statistics.save(path)
-    loaded = FeatureStatistics.load(path)
-    assert (loaded.source, loaded.num_samples, loaded.num_features) == (SOURCE, 20, 4)
-    assert torch.equal(loaded.mean, statistics.mean)
-    assert torch.equal(loaded.covariance, statistics.covariance)
-    assert [entry.name for entry in path.parent.iterdir()] == ["val.safetensors"]
-    loaded.update(correlated(5, 4, seed=1))
-    assert loaded.num_samples == 25
-
-
-def test_load_refuses_other_files(tmp_path: Path):
-    path = tmp_path / "x.safetensors"
-    with pytest.raises(ValueError, match="no such file"):
-        FeatureStatistics.load(path)
-    save_file({"mean": torch.zeros(2)}, path)
-    with pytest.raises(ValueError, match="not written by"):
-        FeatureStatistics.load(path)
-    path.write_bytes(b"nonsense")
-    with pytest.raises(ValueError, match="not a safetensors file"):
-        FeatureStatistics.load(path)
-
-
 # --- Distance -----------------------------------------------------------------------------------
 
 
@@ -166,6 +139,33 @@ def test_singular_covariances():
     assert gaussian_frechet_distance(zero, a, zero, a) == pytest.approx(0.0, abs=1e-6)
     nothing = torch.zeros(6, 6, dtype=torch.float64)
     assert gaussian_frechet_distance(zero, nothing, zero, nothing) == 0.0
+
+
+@pytest.mark.parametrize("smallest", [1e-3, 1e-6, 1e-9, 0.0])
+def test_nearly_singular_covariances(smallest: float):
+    """Of one basis: Σ (s - t)², though most of the eigenvalues are nearly zero or zero."""
+    d, zero = 60, torch.zeros(60, dtype=torch.float64)
+    sigma = torch.full((d,), smallest, dtype=torch.float64)
+    tau = sigma.clone()
+    sigma[:9], tau[:5] = torch.linspace(1, 3, 9), 2.0
+    rotation = torch.linalg.qr(correlated(d, d, seed=0)).Q
+    a, b = (rotation @ torch.diag(s**2) @ rotation.T for s in (sigma, tau))
+    expected = float(((sigma - tau) ** 2).sum())
+    for pair in ((a, b), (b, a)):
+        found = gaussian_frechet_distance(zero, pair[0], zero, pair[1])
+        assert found == pytest.approx(expected, rel=2e-6)
+
+
+def test_fewer_samples_than_dimensions_have_a_distance():
+    """torch-fidelity's formula, which bears singular covariances; `frechet_distance` refuses."""
+    from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
+
+    sets = [correlated(12, 40, seed=0), correlated(15, 40, seed=0, shift=0.5) * 1.5]
+    a, b = (statistics_of(features) for features in sets)
+    found = gaussian_frechet_distance(a.mean, a.covariance, b.mean, b.covariance)
+    peers = [fid_features_to_statistics(features) for features in sets]
+    expected = fid_statistics_to_metric(*peers, verbose=False)["frechet_inception_distance"]
+    assert found == pytest.approx(expected, rel=1e-5)
 
 
 @settings(max_examples=30)

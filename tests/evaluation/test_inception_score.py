@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from contradiff.evaluation.inception_score import inception_score
+from contradiff.evaluation.inception_score import InceptionSums, inception_score
 
 
 def transcription(probabilities: np.ndarray, splits: int) -> tuple[float, float]:
@@ -40,6 +40,30 @@ def test_float32_probabilities_are_good_enough():
     single, double = logits.softmax(1), logits.double().softmax(1)
     expected = inception_score(double, splits=5)
     assert inception_score(single, splits=5) == pytest.approx(expected, rel=1e-5)
+
+
+def test_streaming_and_merging_change_nothing():
+    """Batches and shards end anywhere, also within a split."""
+    generator = torch.Generator().manual_seed(2)
+    probabilities = torch.randn(53, 6, generator=generator).double().softmax(1)
+    expected = inception_score(probabilities, splits=7)
+    whole = InceptionSums(num_images=53, splits=7, num_classes=6)
+    for first, end in ((0, 20), (20, 21), (21, 53)):
+        part = InceptionSums(num_images=53, splits=7, num_classes=6)
+        for start in range(first, end, 8):
+            part.update(probabilities[start : min(start + 8, end)], start=start)
+        whole.merge(part)
+    assert whole.score() == pytest.approx(expected, rel=1e-12)
+
+
+def test_equals_torch_fidelity():
+    from torch_fidelity.metric_isc import isc_features_to_metric
+
+    logits = 3 * torch.randn(100, 30, generator=torch.Generator().manual_seed(3))
+    peer = isc_features_to_metric(logits, splits=4, shuffle=False)
+    expected = peer["inception_score_mean"], peer["inception_score_std"]
+    found = inception_score(logits.double().softmax(1), splits=4)
+    assert found == pytest.approx(expected, rel=1e-9)
 
 
 def test_uniform_is_one():

@@ -161,7 +161,8 @@ def test_every_layout_gives_the_same_samples(workplace: Path):
         project = workplace / layout
         write(project / "raw", photos)
         os.chdir(project)
-        Manifest.scan(project / "raw", shown_root="raw").write(Path("build/manifest/images.json"))
+        manifest = Manifest.scan(project / "raw", shown_root="raw", layout="auto")
+        manifest.write(Path("build/manifest/images.json"))
         run_stage(project, data={"source": "auto"})
         samples[layout] = {
             (sample.key, sample.image, sample.label)

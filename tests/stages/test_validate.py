@@ -93,6 +93,28 @@ def test_distorted_colours_are_never_reconstructed(
     check(content, source="params.yaml")
 
 
+@pytest.mark.parametrize(
+    ("changes", "fault"),
+    [
+        ({"generate": {"num_samples": 9}}, r"score\.splits: more than generate\.num_samples"),
+        ({"generate": {"num_samples": 499}}, r"score\.kid_subset_size: more than generate"),
+        ({"reference": {"num_kept": 499}}, r"score\.kid_subset_size: more than .*num_kept"),
+        ({"extractor": {"width": 502}}, r"generate\.num_samples: fewer than the 1004 feature"),
+        (
+            {"extractor": {"kind": "inception", "weights": "x", "resizers": ["clean"]}},
+            r"generate\.num_samples: fewer than the 2048 feature dimensions of extractor\.kind inc",
+        ),
+    ],
+)
+def test_scores_that_cannot_be_made_are_refused_before_sampling(
+    content: dict[str, Any], changes: dict[str, dict[str, Any]], fault: str
+):
+    for section, values in changes.items():
+        content[section] |= values
+    with pytest.raises(ValueError, match=fault):
+        check(content, source="params.yaml")
+
+
 def test_noise_has_nothing_to_guide(content: dict[str, Any]):
     content["generate"]["guidance"] = 1.5
     expected = r"generate\.guidance is 1\.5, but generate\.condition: noise"
