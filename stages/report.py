@@ -28,7 +28,6 @@ def main(params: Params, run: Run) -> None:
     page = Path("build/report/index.html")
     outs = {
         Path("build/figures/loss.png"): figures.loss,
-        Path("build/figures/tsne.png"): figures.tsne,
         page.with_name("report.md"): render_markdown(results, embedding).encode(),
         page.with_name("summary.json"): summarise(
             result_rows(results), report=page.as_posix()
