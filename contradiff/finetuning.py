@@ -95,6 +95,9 @@ def finetune(
 ) -> nn.Linear:
     """Minimise the cross-entropy of linear(h), in place; base and conditioner stay as they are.
 
+    Of the LoRA only what lies before the maps that h reads learns: with head.block "mid" not that
+    of the up blocks.
+
     h is taken as in evaluation, at the fixed triple of timesteps, but the noise is drawn anew at
     every step; images are not augmented. AdamW, whose rate falls along half a cosine; the last
     epoch's weights are the result.

@@ -1,4 +1,4 @@
-"""contradiff.separability against scikit-learn; the base's features against an untrained model's."""
+"""contradiff.separability against scikit-learn; base features against an untrained model's."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -127,9 +127,13 @@ def val_batch(tiny_data: Path) -> CleanBatch:
     return batch
 
 
-@pytest.mark.parametrize("head", [{}, {"self_conditioning": True, "block": "mid+up.1"}])
-@pytest.mark.parametrize("noising", ["direct", "ddim_chain"])
-def test_the_base_is_the_model_before_training(
+CHANGED_HEAD = {"self_conditioning": True, "block": "mid+up.1"}
+
+
+@pytest.mark.parametrize(
+    ("head", "noising"), [({}, "direct"), (CHANGED_HEAD, "direct"), (CHANGED_HEAD, "ddim_chain")]
+)
+def test_the_base_is_the_model_before_training(  # noqa: PLR0917
     build_tiny: Callable[..., ContraDiff],
     tiny_base: Path,
     tiny_params: dict[str, Any],
@@ -164,7 +168,7 @@ def test_the_base_is_the_model_before_training(
     assert own.shape != expected.shape or (own - expected).abs().max() > 1e-3
 
 
-def test_figure_is_deterministic_and_shows_both(monkeypatch: pytest.MonkeyPatch):
+def test_figure_is_deterministic_and_shows_both():
     import io
 
     from PIL import Image
