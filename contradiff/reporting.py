@@ -13,10 +13,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from contradiff.figures import Embedding, Figures
-from contradiff.results import Results, fault, lookup, percent
+from contradiff.results import (
+    OfShots,
+    Results,
+    SampleScores,
+    ScoreMetrics,
+    SeparabilityMetrics,
+    TransferMetrics,
+    fault,
+    lookup,
+    percent,
+)
 
-MIN_UNBIASED_SAMPLES = 10_000
+BIAS = "Fewer than 10,000 images bias it upwards; KID is not. "
 
 
 @dataclass(frozen=True)
@@ -32,46 +41,30 @@ class Row:
 def result_rows(results: Results) -> list[Row]:
     """The table of results: each score with its reference, extractor, count and seed.
 
-    An FID of fewer than 10,000 samples is marked as biased: its expectation falls as they grow.
+    An FID of fewer than 10,000 images is marked as biased: its expectation falls as they grow.
 
     Raises:
         ValueError: build/pretrain/config.json names no `loss.lambda` or `lora.rank`.
     """
     pretrain, probe, score, seed = results.pretrain, results.probe, results.score, results.seed
     counts = pretrain.parameters
-    biased = score.num_samples < MIN_UNBIASED_SAMPLES
-    bias = f"Fewer than {MIN_UNBIASED_SAMPLES:,} samples bias it upwards. " if biased else ""
     accuracy = (
         ""
         if score.extractor_accuracy is None
         else f" (its accuracy: {percent(score.extractor_accuracy)})"
     )
-    compared = (
+    facts = (
         f"{score.num_samples:,} samples ({score.condition}; guidance {score.guidance:g}) against "
         f"{score.num_reference:,} reference images "
-        f"({score.reference}), extractor {score.extractor}{accuracy}, resizer {score.resizer}, "
-        f"seed {score.seed}."
+        f"({score.reference}; {score.reference_sha256[:8]}), extractor {score.extractor}"
+        f"{accuracy}, seed {score.seed}"
     )
     rows = [
         Row("λ", _plain(lookup(pretrain.params, "loss.lambda")), "Weight of the contrastive loss"),
         Row("LoRA rank", _plain(lookup(pretrain.params, "lora.rank")), ""),
-        Row(
-            "FID ↓",
-            f"{score.fid:.2f}{' (biased)' if biased else ''}",
-            f"{bias}{compared}",
-            "FID ↓",
-        ),
-        Row(
-            "Inception score ↑",
-            f"{score.inception_score:.2f} ± {score.inception_score_std:.2f}",
-            f"{score.num_samples:,} samples, no reference, classes of {score.extractor}"
-            f"{accuracy}, resizer {score.resizer}, seed {score.seed}.",
-            "Inception score ↑",
-        ),
     ]
-    if score.kid is not None:
-        spread = "" if score.kid_std is None else f" ± {score.kid_std:.4f}"
-        rows.append(Row("KID ↓", f"{score.kid:.4f}{spread}", compared))
+    for resizer, scores in score.by_resizer.items():
+        rows += _sample_rows(score, scores, facts=f"{facts}, resizer {resizer}.")
     judged = f"{probe.total:,} images of split {probe.split}"
     setting = f"{probe.head} head on {probe.pool} features, seed {seed}."
     low, high = probe.interval
@@ -84,21 +77,9 @@ def result_rows(results: Results) -> list[Row]:
         ),
         Row("Probe top-5 ↑", percent(probe.top5), f"{judged}, {setting}"),
     ]
-    transfer = results.transfer
-    few_shot = (
-        f"Mean ± standard deviation over {transfer.num_splits} splits of {transfer.source}, "
-        f"{transfer.shots} images a class, {transfer.total:,} test images, seed {seed}."
-    )
-    for name, result in (("ridge", transfer.ridge), ("SGD", transfer.sgd)):
-        spread = "" if result.std is None else f" ± {percent(result.std)}"
-        rows.append(
-            Row(
-                f"Transfer top-1, {name} ↑",
-                f"{percent(result.mean)}{spread}",
-                few_shot,
-                "Transfer top-1 ↑" if name == "ridge" else "",
-            )
-        )
+    for shots, of_shots in results.transfer.by_shots.items():
+        rows += _transfer_rows(results.transfer, shots, of_shots, seed=seed)
+    rows += _separability_rows(results.separability)
     total = counts.trainable + counts.frozen
     rows += [
         Row(
@@ -113,22 +94,84 @@ def result_rows(results: Results) -> list[Row]:
     return rows
 
 
-def render_html(results: Results, embedding: Embedding, figures: Figures) -> str:
-    """The whole report as one file: images are data URIs, and its policy forbids any request."""
-    uris = {
-        "samples": _data_uri(results.samples),
-        "loss": _data_uri(figures.loss),
-        "loss_dark": _data_uri(figures.loss_dark),
-        "tsne": _data_uri(figures.tsne),
-        "tsne_dark": _data_uri(figures.tsne_dark),
+def _sample_rows(score: ScoreMetrics, scores: SampleScores, *, facts: str) -> list[Row]:
+    """Scores by one resizer; the first one's FID and inception score head the page."""
+    first = scores is score
+    mark, bias = (" (biased)", BIAS) if score.biased else ("", "")
+    kept = f"On at most {score.num_kept:,} features a side; {facts}"
+    inception = f"{scores.inception_score:.2f} ± {scores.inception_score_std:.2f}"
+    pairs = {
+        "Precision, recall ↑": f"{scores.precision:.3f}, {scores.recall:.3f}",
+        "Density, coverage ↑": f"{scores.density:.3f}, {scores.coverage:.3f}",
     }
-    return _render("report.html", results, embedding, uris)
+    return [
+        Row("FID ↓", f"{scores.fid:.2f}{mark}", f"{bias}{facts}", "FID ↓" if first else ""),
+        Row("KID ↓", f"{scores.kid:.4f} ± {scores.kid_std:.4f}", kept),
+        *(Row(name, value, kept) for name, value in pairs.items()),
+        Row("Inception score ↑", inception, facts, "Inception score ↑" if first else ""),
+    ]
 
 
-def render_markdown(results: Results, embedding: Embedding) -> str:
+def _transfer_rows(
+    transfer: TransferMetrics, shots: str, of_shots: OfShots, *, seed: int
+) -> list[Row]:
+    taken = "all training images" if shots == "full" else f"{shots} images a class"
+    how = (
+        f"Mean ± standard deviation over {of_shots.num_splits} splits of {transfer.source}, "
+        f"{taken}, {transfer.total:,} test images, seed {seed}."
+    )
+    rows: list[Row] = []
+    trained = {"ridge": of_shots.ridge, "SGD": of_shots.sgd, "fine-tuned": of_shots.finetuned}
+    for name, result in trained.items():
+        if result is not None:
+            spread = "" if result.std is None else f" ± {percent(result.std)}"
+            heads = name == "ridge" and shots == str(transfer.shots)
+            headline = "Transfer top-1 ↑" if heads else ""
+            value = f"{percent(result.mean)}{spread}"
+            rows.append(Row(f"Transfer top-1, {name} ↑", value, how, headline))
+    return rows
+
+
+def _separability_rows(found: SeparabilityMetrics) -> list[Row]:
+    how = (
+        f"In feature space, cosine distance, {found.num_images:,} validation images of "
+        f"{found.num_classes} classes, {found.num_neighbours} neighbours, each image left out."
+    )
+    return [
+        Row(
+            f"Separability, {name} ↑",
+            f"kNN {percent(of.knn)}, silhouette "
+            + ("not defined" if of.silhouette is None else f"{of.silhouette:.3f}"),
+            how,
+        )
+        for name, of in (("features", found.contradiff), ("base alone", found.base))
+    ]
+
+
+def render_html(results: Results, *, loss: bytes, loss_dark: bytes) -> str:
+    """The whole report as one file: images are data URIs, and its policy forbids any request.
+
+    Args:
+        results: from `read_results`.
+        loss: PNG of the losses, for a light page.
+        loss_dark: for a dark one.
+    """
+    pictures = {
+        "samples": results.samples,
+        "loss": loss,
+        "loss_dark": loss_dark,
+        "tsne": results.tsne,
+        "tsne_dark": results.tsne_dark,
+    }
+    return _render(
+        "report.html", results, {name: _data_uri(png) for name, png in pictures.items()}
+    )
+
+
+def render_markdown(results: Results) -> str:
     """The same report for a terminal or a code host; figures are links from build/report."""
     uris = {name: f"../figures/{name}.png" for name in ("samples", "loss", "tsne")}
-    return _render("report.md", results, embedding, uris)
+    return _render("report.md", results, uris)
 
 
 def summarise(rows: Sequence[Row], *, report: str) -> str:
@@ -142,7 +185,7 @@ def summarise(rows: Sequence[Row], *, report: str) -> str:
     return json.dumps({"rows": pairs, "report": report}, indent=2, ensure_ascii=False) + "\n"
 
 
-def _render(template: str, results: Results, embedding: Embedding, uris: Mapping[str, str]) -> str:
+def _render(template: str, results: Results, uris: Mapping[str, str]) -> str:
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     environment = Environment(
@@ -159,13 +202,13 @@ def _render(template: str, results: Results, embedding: Embedding, uris: Mapping
         rows=rows,
         headlines=[row for row in rows if row.headline],
         results=results,
-        embedding=embedding,
         uris=uris,
         sections=_by_section(results.pretrain.params),
         records={
             "metrics/probe.json": _flatten(results.probe.model_dump(exclude_unset=True)),
             "metrics/transfer.json": _flatten(results.transfer.model_dump(exclude_unset=True)),
             "metrics/score.json": _flatten(results.score.model_dump(exclude_unset=True)),
+            "metrics/separability.json": _flatten(results.separability.model_dump()),
         },
         rank=_plain(lookup(results.pretrain.params, "lora.rank")),
         weight=_plain(lookup(results.pretrain.params, "loss.lambda")),

@@ -7,10 +7,10 @@ import csv
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 # Which stage makes a file, so that a message can say what to run.
@@ -18,7 +18,9 @@ _MAKERS = {
     "build/pretrain/config.json": "pretrain",
     "metrics/pretrain.csv": "pretrain",
     "metrics/probe.json": "probe",
-    "build/probe/features_val.safetensors": "probe",
+    "metrics/separability.json": "separability",
+    "build/figures/tsne.png": "separability",
+    "build/figures/tsne_dark.png": "separability",
     "metrics/transfer.json": "transfer",
     "build/figures/samples.png": "generate",
     "metrics/score.json": "score",
@@ -54,34 +56,80 @@ class MeanStd(_Record):
     std: float | None = Field(ge=0, description="none of a single split")
 
 
-class TransferMetrics(_Record):
-    """metrics/transfer.json: two classifiers on the same few-shot splits."""
+class OfShots(_Record):
+    """Classifiers trained on so many images a class."""
 
     ridge: MeanStd
     sgd: MeanStd
+    finetuned: MeanStd | None = None
     num_splits: int = Field(gt=0)
-    shots: int = Field(gt=0, description="training images a class")
+
+
+class TransferMetrics(OfShots):
+    """metrics/transfer.json: classifiers on the same few-shot splits, and for other shots."""
+
+    shots: int | Literal["full"] = Field(description="training images a class")
     total: int = Field(gt=0, description="test images judged a split")
     source: str
+    by_shots: dict[str, OfShots]
 
 
-class ScoreMetrics(_Record):
-    """metrics/score.json: scores of the generated images."""
+class SampleScores(_Record):
+    """Scores of the generated images by one resizer."""
 
     fid: float
+    kid: float
+    kid_std: float
+    precision: float
+    recall: float
+    density: float
+    coverage: float
     inception_score: float
     inception_score_std: float
-    kid: float | None = None
-    kid_std: float | None = None
+
+
+class ScoreMetrics(SampleScores):
+    """metrics/score.json: scores by the first resizer; those by another stand under its name."""
+
+    biased: bool = Field(description="an FID of so few images")
     num_samples: int = Field(gt=0)
     num_reference: int = Field(gt=0)
+    num_kept: int = Field(gt=0, description="features a side, for KID, precision and the like")
     extractor: str
     extractor_accuracy: float | None
     condition: str
     guidance: float
     resizer: str
     reference: str
+    reference_sha256: str
     seed: int
+
+    @property
+    def by_resizer(self) -> dict[str, SampleScores]:
+        """The first resizer's scores and the others'."""
+        others = {
+            name: SampleScores.model_validate(value)
+            for name, value in (self.model_extra or {}).items()
+            if isinstance(value, dict)
+        }
+        return {self.resizer: self, **others}
+
+
+class Separation(_Record):
+    """How well classes separate in one feature space."""
+
+    knn: float = Field(ge=0, le=1, description="accuracy of the neighbours' vote")
+    silhouette: float | None = Field(ge=-1, le=1, description="none where it is not defined")
+
+
+class SeparabilityMetrics(_Record):
+    """metrics/separability.json: the trained model's features beside its base's own."""
+
+    contradiff: Separation
+    base: Separation
+    num_images: int = Field(gt=0)
+    num_classes: int = Field(gt=0)
+    num_neighbours: int = Field(gt=0)
 
 
 class _ProbeFile(_Record):
@@ -95,6 +143,10 @@ class _TransferFile(_Record):
 
 class _ScoreFile(_Record):
     score: ScoreMetrics
+
+
+class _SeparabilityFile(_Record):
+    separability: SeparabilityMetrics
 
 
 class ParameterCounts(_Record):
@@ -118,7 +170,7 @@ class Results:
     """All that the report shows.
 
     `curve` maps each column of metrics/pretrain.csv to (rows,) float64, NaN where the file is
-    empty; `samples` is a PNG.
+    empty; `samples`, `tsne` and `tsne_dark` are PNGs.
     """
 
     seed: int
@@ -127,9 +179,10 @@ class Results:
     transfer: TransferMetrics
     score: ScoreMetrics
     curve: dict[str, Float[np.ndarray, " rows"]]
-    features: Float[np.ndarray, "images width"]
-    labels: Int[np.ndarray, " images"]
+    separability: SeparabilityMetrics
     samples: bytes
+    tsne: bytes
+    tsne_dark: bytes
 
 
 def read_results(root: Path, *, seed: int) -> Results:
@@ -140,7 +193,7 @@ def read_results(root: Path, *, seed: int) -> Results:
             makes it.
     """
     curve = _read_curve(root)
-    features, labels = _read_features(root)
+    separability = _read_record(root, "metrics/separability.json", _SeparabilityFile).separability
     return Results(
         seed=seed,
         pretrain=_read_record(root, "build/pretrain/config.json", PretrainRecord),
@@ -148,9 +201,10 @@ def read_results(root: Path, *, seed: int) -> Results:
         transfer=_read_record(root, "metrics/transfer.json", _TransferFile).transfer,
         score=_read_record(root, "metrics/score.json", _ScoreFile).score,
         curve=curve,
-        features=features,
-        labels=labels,
+        separability=separability,
         samples=_require(root, "build/figures/samples.png").read_bytes(),
+        tsne=_require(root, "build/figures/tsne.png").read_bytes(),
+        tsne_dark=_require(root, "build/figures/tsne_dark.png").read_bytes(),
     )
 
 
@@ -193,25 +247,6 @@ def _read_curve(root: Path) -> dict[str, Float[np.ndarray, " rows"]]:
         }
     except ValueError as error:
         raise ValueError(fault(name, str(error))) from None
-
-
-def _read_features(
-    root: Path,
-) -> tuple[Float[np.ndarray, "images width"], Int[np.ndarray, " images"]]:
-    from safetensors import SafetensorError
-    from safetensors.numpy import load_file
-
-    name = "build/probe/features_val.safetensors"
-    path = _require(root, name)
-    try:
-        tensors = load_file(path)
-        features, labels = tensors["features"], tensors["labels"]
-    except (KeyError, SafetensorError) as error:
-        raise ValueError(fault(name, f"cannot be read: {error}")) from None
-    if features.ndim != 2 or labels.shape != features.shape[:1]:
-        what = f"features {features.shape} and labels {labels.shape} do not fit each other"
-        raise ValueError(fault(name, what))
-    return features, labels
 
 
 def percent(fraction: float) -> str:

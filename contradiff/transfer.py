@@ -1,18 +1,21 @@
-"""Few-shot transfer of frozen features to another data set (Sec. 4.2.3, Table 6)."""
+"""Few-shot transfer of features to another data set (Sec. 4.2.3, Table 6)."""
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Protocol, runtime_checkable
+from typing import Any, ClassVar, Literal, Protocol, TypeAlias, runtime_checkable
 
 import torch
 from jaxtyping import Float, Float64, Int64
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from contradiff.data.subsets import k_shot_split
 from contradiff.evaluation.accuracy import topk_correct
 from contradiff.optim import SgdParams
+
+Shots: TypeAlias = int | Literal["full"]
+"""Training images a class, or all that there are."""
 
 
 class TransferParams(SgdParams):
@@ -20,9 +23,25 @@ class TransferParams(SgdParams):
 
     section: ClassVar[str] = "transfer"
 
-    shots: int = Field(ge=1, description="training images a class")
-    num_splits: int = Field(ge=1, description="seeded draws of the training images")
+    shots: list[Shots] = Field(
+        min_length=1, description="training images a class, or full; the first is the headline"
+    )
+    num_splits: int = Field(ge=1, description="seeded draws of the training images; of full one")
     ridge: float = Field(gt=0, description="penalty of the closed form, not divided by n")
+    finetune_epochs: int = Field(
+        ge=0, description="of LoRA, attention head and a linear classifier; 0: none (paper)"
+    )
+    finetune_lr: float = Field(gt=0, description="AdamW's peak learning rate")
+    finetune_weight_decay: float = Field(ge=0)
+    finetune_batch_size: int = Field(ge=1)
+
+    @model_validator(mode="after")
+    def _shots_are_counts(self) -> "TransferParams":
+        counts = [shots for shots in self.shots if shots != "full"]
+        if len(set(self.shots)) < len(self.shots) or any(count < 1 for count in counts):
+            msg = f"transfer.shots: distinct numbers of 1 or more, or full; not {self.shots}"
+            raise ValueError(msg)
+        return self
 
 
 @runtime_checkable
@@ -131,13 +150,15 @@ def ridge_classifier(
 
 
 def draw_splits(
-    labels: Sequence[int], *, shots: int, num_splits: int, seed: int
+    labels: Sequence[int], *, shots: Shots, num_splits: int, seed: int
 ) -> list[list[int]]:
     """Draw the training samples of each split: split i is `k_shot_split` with seed + i.
 
+    Splits are nested: of one seed, fewer shots are a part of more.
+
     Args:
         labels: Classes of the whole training pool.
-        shots: Samples a class.
+        shots: Samples a class; "full" is the whole pool, of which there is one split.
         num_splits: Number of splits, at least 1.
         seed: Seed of the first.
 
@@ -147,18 +168,26 @@ def draw_splits(
     Raises:
         ValueError: a class has fewer samples than `shots`.
     """
+    if shots == "full":
+        return [list(range(len(labels)))]
     return [k_shot_split(labels, shots=shots, seed=seed + index) for index in range(num_splits)]
 
 
-def compact_splits(splits: Sequence[Sequence[int]]) -> tuple[list[int], list[list[int]]]:
+def compact_splits(
+    splits: Mapping[Shots, Sequence[Sequence[int]]],
+) -> tuple[list[int], dict[Shots, list[list[int]]]]:
     """Keep of the pool only what some split uses, so that features are computed for no other.
 
     Returns:
         The used indices into the pool, ascending, and the splits as indices into these.
     """
-    used = sorted({index for split in splits for index in split})
+    used = sorted({index for group in splits.values() for split in group for index in split})
     position = {index: row for row, index in enumerate(used)}
-    return used, [[position[index] for index in split] for split in splits]
+    rows: dict[Shots, list[list[int]]] = {
+        shots: [[position[index] for index in split] for split in group]
+        for shots, group in splits.items()
+    }
+    return used, rows
 
 
 def transfer(
@@ -197,14 +226,39 @@ def transfer(
         with torch.no_grad():
             probe_top1.append(_top1(probe(features_test.float()), labels_test))
     return TransferResult(
-        ridge=_summarise(ridge_top1), probe=_summarise(probe_top1), total=len(labels_test)
+        ridge=summarise(ridge_top1), probe=summarise(probe_top1), total=len(labels_test)
     )
+
+
+def summarise(top1_of_splits: list[float]) -> TransferScores:
+    """Mean and deviation over splits."""
+    std = statistics.stdev(top1_of_splits) if len(top1_of_splits) > 1 else None
+    return TransferScores(top1=top1_of_splits, mean=statistics.fmean(top1_of_splits), std=std)
+
+
+def transfer_metrics(
+    scores: Mapping[Shots, Mapping[str, TransferScores]], *, total: int, source: str
+) -> dict[str, Any]:
+    """What metrics/transfer.json holds under `transfer`.
+
+    Args:
+        scores: for each number of shots, the headline's first, each classifier's scores.
+        total: test samples that each split is judged on.
+        source: name of the data set.
+
+    Returns:
+        The headline's classifiers at the top, and every number of shots below `by_shots`.
+    """
+    by_shots: dict[Shots, dict[str, Any]] = {
+        shots: {name: {"mean": kind.mean, "std": kind.std} for name, kind in kinds.items()}
+        | {"num_splits": len(next(iter(kinds.values())).top1)}
+        for shots, kinds in scores.items()
+    }
+    headline = next(iter(by_shots))
+    named = {str(shots): content for shots, content in by_shots.items()}
+    facts = {"shots": headline, "total": total, "source": source, "by_shots": named}
+    return by_shots[headline] | facts
 
 
 def _top1(logits: Float[Tensor, "m c"], labels: Int64[Tensor, " m"]) -> float:
     return topk_correct(logits, labels, 1) / len(labels)
-
-
-def _summarise(top1: list[float]) -> TransferScores:
-    std = statistics.stdev(top1) if len(top1) > 1 else None
-    return TransferScores(top1=top1, mean=statistics.fmean(top1), std=std)

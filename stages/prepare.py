@@ -8,10 +8,10 @@ from stages._runtime import Run, execute
 from pathlib import Path
 
 from contradiff.config import Section, Seed
-from contradiff.data.cifar import TransferDataParams
 from contradiff.data.imagenet import Manifest
 from contradiff.data.params import DataParams, RawParams
 from contradiff.data.raw import ensure_images, ensure_transfer_archive, transfer_manifest
+from contradiff.data.transfer_set import TransferDataParams
 
 
 class Params(Section):
@@ -42,7 +42,9 @@ def main(params: Params, run: Run) -> None:
     manifest.write(Path("build/manifest/images.json"))
     run.write_json(
         Path("build/manifest/transfer.json"),
-        transfer_manifest(archive, shown_root=params.transfer_data.root),
+        transfer_manifest(
+            archive, source=params.transfer_data.source, shown_root=params.transfer_data.root
+        ),
     )
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from contradiff.atomic import replace_file
 from contradiff.config import Section, Seed
-from contradiff.figures import draw_figures, embed_features
+from contradiff.figures import plot_losses
 from contradiff.reporting import render_html, render_markdown, result_rows, summarise
 from contradiff.results import read_results
 
@@ -17,17 +17,14 @@ class Params(Section):
 
 def main(params: Params, run: Run) -> None:
     results = read_results(Path(), seed=params.seed)
-    embedding = embed_features(results.features, results.labels, seed=params.seed)
-    figures = draw_figures(results, embedding)
     page = Path("build/report/index.html")
+    loss, loss_dark = (plot_losses(results.curve, dark=dark) for dark in (False, True))
+    summary = summarise(result_rows(results), report=page.as_posix())
     outs = {
-        Path("build/figures/loss.png"): figures.loss,
-        Path("build/figures/tsne.png"): figures.tsne,
-        page.with_name("report.md"): render_markdown(results, embedding).encode(),
-        page.with_name("summary.json"): summarise(
-            result_rows(results), report=page.as_posix()
-        ).encode(),
-        page: render_html(results, embedding, figures).encode(),
+        Path("build/figures/loss.png"): loss,
+        page.with_name("report.md"): render_markdown(results).encode(),
+        page.with_name("summary.json"): summary.encode(),
+        page: render_html(results, loss=loss, loss_dark=loss_dark).encode(),
     }
     for path, content in outs.items():
         with replace_file(path) as temporary:

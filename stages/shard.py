@@ -11,9 +11,10 @@ from contradiff.atomic import replace_dir
 from contradiff.config import Section, Seed
 from contradiff.data.full_disk import explain_full_disk
 from contradiff.data.image_files import Read
-from contradiff.data.imagenet import DataParams, Manifest, read_manifest
+from contradiff.data.imagenet import Manifest
+from contradiff.data.params import DataParams
 from contradiff.data.pool import run_jobs
-from contradiff.data.raw import ensure_images
+from contradiff.data.raw import ensure_images, read_manifest
 from contradiff.data.sharding import (
     IngestParams,
     PlannedShard,

@@ -1,26 +1,44 @@
-"""transfer: 25-shot classification of another data set from frozen features (Table 6)."""
+"""transfer: few-shot classification of another data set, by default from frozen features (Table 6).
+
+Runs on as many processes as `python -m stages.launch stages.transfer` starts; the result is the
+same.
+"""
 
 from stages._runtime import Run, execute
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 import torch
+from accelerate.utils import gather_object
+from pydantic import model_validator
 
 from contradiff.backbone import load_vae
 from contradiff.checkpoint import load_checkpoint
 from contradiff.config import Section, Seed
-from contradiff.data.cifar import TransferDataParams, read_cifar100
-from contradiff.data.imagenet import DataParams, read_manifest
-from contradiff.data.raw import ensure_transfer_archive, transfer_manifest
-from contradiff.extraction import CleanBatch, encoded_batches, extract
+from contradiff.data.params import DataParams
+from contradiff.data.raw import ensure_transfer_archive, read_manifest, transfer_manifest
+from contradiff.data.transfer_set import TransferDataParams, TransferSplit, read_transfer_split
+from contradiff.extraction import CleanBatch, FeatureSet, extract
 from contradiff.features import FeaturesParams
+from contradiff.finetuning import EncodedImages, finetune, finetuned_top1, weights_kept
+from contradiff.model import ContraDiff
 from contradiff.probing import train_linear_probe
-from contradiff.transfer import TransferParams, compact_splits, draw_splits, transfer
+from contradiff.transfer import (
+    Shots,
+    TransferParams,
+    TransferScores,
+    compact_splits,
+    draw_splits,
+    summarise,
+    transfer,
+    transfer_metrics,
+)
+from contradiff.transfer_features import gather_features, share_of, transfer_batches
 
 MANIFEST = Path("build/manifest/transfer.json")
+BASE, CHECKPOINT = Path("build/base"), Path("build/pretrain")
 
 
 class Params(Section):
@@ -30,76 +48,191 @@ class Params(Section):
     transfer_data: TransferDataParams
     transfer: TransferParams
 
+    @model_validator(mode="after")
+    def _finetuning_trains_the_head_at_random_noise(self) -> "Params":
+        if self.transfer.finetune_epochs and self.features.pool == "mean":
+            msg = (
+                "transfer.finetune_epochs: trains the attention head, which features.pool: mean "
+                "leaves out; set features.pool to attention or transfer.finetune_epochs to 0"
+            )
+            raise ValueError(msg)
+        if self.transfer.finetune_epochs and self.features.noising != "direct":
+            msg = (
+                "transfer.finetune_epochs: trains on directly noised latents; set features.noising "
+                "to direct or transfer.finetune_epochs to 0"
+            )
+            raise ValueError(msg)
+        return self
+
 
 def main(params: Params, run: Run) -> None:
-    root = ensure_transfer_archive(
-        run.resolve(params.transfer_data.root), params.transfer_data, seed=params.seed
-    )
-    if transfer_manifest(root, shown_root=params.transfer_data.root) != read_manifest(MANIFEST):
-        msg = (
-            f"transfer_data.root: {params.transfer_data.root} has changed since {MANIFEST}; "
-            "run `dvc repro -f prepare`"
+    accelerator = run.accelerator()
+    pool, test = open_splits(params, run)
+    settings = params.transfer
+    splits: dict[Shots, list[list[int]]] = {
+        shots: draw_splits(
+            pool.labels.tolist(), shots=shots, num_splits=settings.num_splits, seed=params.seed
         )
-        raise ValueError(msg)
-    pool, test = read_cifar100(root, split="train"), read_cifar100(root, split="test")
-    splits = draw_splits(
-        pool.labels.tolist(),
-        shots=params.transfer.shots,
-        num_splits=params.transfer.num_splits,
-        seed=params.seed,
-    )
+        for shots in settings.shots
+    }
     used, rows = compact_splits(splits)
+    vae = load_vae(BASE).to(run.device)  # pyright: ignore[reportArgumentType]
+    model = load_checkpoint(CHECKPOINT, base=BASE).to(run.device)
 
-    vae = load_vae(Path("build/base")).to(run.device)  # pyright: ignore[reportArgumentType]
-    model = load_checkpoint(Path("build/pretrain"), base=Path("build/base")).to(run.device)
-
-    def batches(images: np.ndarray, labels: np.ndarray) -> Iterator[CleanBatch]:
-        return encoded_batches(
+    def batches(images: TransferSplit, chosen: Sequence[int], share: range) -> Iterator[CleanBatch]:
+        return transfer_batches(
             vae,
-            torch.from_numpy(images),
-            torch.from_numpy(labels),
+            images,
+            chosen,
+            share=share,
             image_size=params.data.image_size,
             batch_size=params.features.batch_size,
             device=run.device,
         )
 
-    with run.progress("features", len(used) + len(test.labels)) as advance:
-        featured = partial(
-            extract,
-            model,
-            params=params.features,
-            pool=params.features.pool,
-            seed=params.seed,
-            device=run.device,
-            on_progress=advance,
+    def features_of(images: TransferSplit, chosen: Sequence[int], name: str) -> FeatureSet:
+        share = share_of(
+            len(chosen),
+            batch_size=params.features.batch_size,
+            rank=accelerator.process_index,
+            num_processes=accelerator.num_processes,
         )
-        train_features = featured(batches(pool.images[used], pool.labels[used]))
-        test_features = featured(batches(test.images, test.labels))
-    result = transfer(
-        train_features.features,
-        train_features.labels,
-        test_features.features,
-        test_features.labels,
-        splits=rows,
-        num_classes=len(pool.class_names),
-        ridge=params.transfer.ridge,
-        train_probe=partial(train_linear_probe, **params.transfer.sgd_settings()),
-        seed=params.seed,
-    )
-    run.write_json(Path("build/transfer/splits.json"), {"splits": splits})
-    run.write_json(
-        Path("metrics/transfer.json"),
-        {
-            "transfer": {
-                "ridge": {"mean": result.ridge.mean, "std": result.ridge.std},
-                "sgd": {"mean": result.probe.mean, "std": result.probe.std},
-                "num_splits": params.transfer.num_splits,
-                "shots": params.transfer.shots,
-                "total": result.total,
-                "source": params.transfer_data.source,
+        with run.progress(f"{name} features", len(share)) as advance:
+            part = (
+                extract(
+                    model,
+                    batches(images, chosen, share),
+                    params=params.features,
+                    pool=params.features.pool,
+                    seed=params.seed,
+                    device=run.device,
+                    on_progress=advance,
+                )
+                if share
+                else None
+            )
+        return gather_features(part)
+
+    everything = range(len(test.labels))
+    train_features = features_of(pool, used, "train")
+    test_features = features_of(test, everything, "test")
+    finetuned: Mapping[Shots, list[float]] = {}
+    if settings.finetune_epochs:
+        finetuned = finetune_all(
+            model,
+            EncodedImages.of(batches(pool, used, range(len(used)))),
+            EncodedImages.of(batches(test, everything, everything)),
+            rows=rows,
+            num_classes=len(pool.class_names),
+            params=params,
+            run=run,
+            processes=(accelerator.process_index, accelerator.num_processes),
+        )
+    if not accelerator.is_main_process:
+        return
+    scores: dict[Shots, dict[str, TransferScores]] = {}
+    for shots in settings.shots:
+        result = transfer(
+            train_features.features,
+            train_features.labels,
+            test_features.features,
+            test_features.labels,
+            splits=rows[shots],
+            num_classes=len(pool.class_names),
+            ridge=settings.ridge,
+            train_probe=partial(train_linear_probe, **settings.sgd_settings()),
+            seed=params.seed,
+        )
+        scores[shots] = {"ridge": result.ridge, "sgd": result.probe}
+        if shots in finetuned:
+            scores[shots]["finetuned"] = summarise(finetuned[shots])
+        shown = ", ".join(f"{name} {kind.mean:.1%}" for name, kind in scores[shots].items())
+        run.log(f"{shots} shots: top-1 {shown} on {result.total} test images")
+    drawn = {
+        str(shots): [
+            {
+                "seed": params.seed + index,
+                "indices": split,
+                "keys": [pool.keys[row] for row in split],
+                "top1": {name: kind.top1[index] for name, kind in scores[shots].items()},
             }
-        },
+            for index, split in enumerate(group)
+        ]
+        for shots, group in splits.items()
+    }
+    run.write_json(Path("build/transfer/splits.json"), {"splits": drawn})
+    metrics = transfer_metrics(scores, total=len(test.labels), source=params.transfer_data.source)
+    run.write_json(Path("metrics/transfer.json"), {"transfer": metrics})
+
+
+def open_splits(params: Params, run: Run) -> tuple[TransferSplit, TransferSplit]:
+    """The training pool and the test set, if they are what `prepare` has seen."""
+    data = params.transfer_data
+    root = ensure_transfer_archive(run.resolve(data.root), data, seed=params.seed)
+    if transfer_manifest(root, source=data.source, shown_root=data.root) != read_manifest(MANIFEST):
+        msg = (
+            f"transfer_data.root: {data.root} has changed since {MANIFEST}; "
+            "run `dvc repro -f prepare`"
+        )
+        raise ValueError(msg)
+    read = partial(
+        read_transfer_split,
+        root,
+        source=data.source,
+        image_size=params.data.image_size,
+        shown_root=data.root,
     )
+    return read(split="train"), read(split="test")
+
+
+def finetune_all(
+    model: ContraDiff,
+    train: EncodedImages,
+    test: EncodedImages,
+    *,
+    rows: Mapping[Shots, Sequence[Sequence[int]]],
+    num_classes: int,
+    params: Params,
+    run: Run,
+    processes: tuple[int, int],
+) -> dict[Shots, list[float]]:
+    """Test accuracy of each split's own copy of the model; the processes take turns with splits."""
+    settings = params.transfer
+    jobs: list[tuple[Shots, int]] = [
+        (shots, index) for shots, group in rows.items() for index in range(len(group))
+    ]
+    rank, num_processes = processes
+    mine = jobs[rank::num_processes]
+    done: list[tuple[Shots, int, float]] = []
+    with run.progress("fine-tune", len(mine) * settings.finetune_epochs, "epoch") as advance:
+        for shots, index in mine:
+            with weights_kept(model):
+                classifier = finetune(
+                    model,
+                    train[torch.tensor(rows[shots][index])],
+                    num_classes=num_classes,
+                    features=params.features,
+                    epochs=settings.finetune_epochs,
+                    lr=settings.finetune_lr,
+                    weight_decay=settings.finetune_weight_decay,
+                    batch_size=settings.finetune_batch_size,
+                    seed=params.seed + index,
+                    device=run.device,
+                    on_epoch=lambda _, losses: advance(1, loss=f"{losses['loss']:.3f}"),
+                )
+                score = finetuned_top1(
+                    model,
+                    classifier,
+                    test,
+                    features=params.features,
+                    seed=params.seed,
+                    device=run.device,
+                )
+            done.append((shots, index, score))
+    found = {(shots, index): score for shots, index, score in gather_object(done)}
+    return {
+        shots: [found[shots, index] for index in range(len(group))] for shots, group in rows.items()
+    }
 
 
 if __name__ == "__main__":

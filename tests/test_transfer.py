@@ -11,16 +11,18 @@ from torch import Tensor, nn
 from contradiff.probing import train_linear_probe
 from contradiff.transfer import (
     TransferParams,
+    TransferScores,
     compact_splits,
     draw_splits,
     ridge_classifier,
     solve_dual,
     solve_primal,
     transfer,
+    transfer_metrics,
 )
 
 PARAMS = {
-    "shots": 25,
+    "shots": [25],
     "num_splits": 3,
     "ridge": 1.0,
     "lr": 0.01,
@@ -29,6 +31,10 @@ PARAMS = {
     "batch_size": 64,
     "epochs": 50,
     "warmup_epochs": 5,
+    "finetune_epochs": 0,
+    "finetune_lr": 0.001,
+    "finetune_weight_decay": 0.05,
+    "finetune_batch_size": 64,
 }
 
 
@@ -102,9 +108,29 @@ def test_splits_and_their_compact_form():
         *draw_splits(labels, shots=4, num_splits=1, seed=10),
         *draw_splits(labels, shots=4, num_splits=2, seed=11),
     ]
-    used, rows = compact_splits(splits)
+    used, rows = compact_splits({4: splits})
     assert used == sorted(set(used))
-    assert [[used[row] for row in split] for split in rows] == splits
+    assert [[used[row] for row in split] for split in rows[4]] == splits
+
+
+def test_splits_of_several_shots_are_nested():
+    labels = [index % 5 for index in range(200)]
+    splits = {
+        shots: draw_splits(labels, shots=shots, num_splits=3, seed=7)
+        for shots in (25, 1, 5, 10, "full")
+    }
+    assert splits["full"] == [list(range(200))]
+    for fewer, more in ((1, 5), (5, 10), (10, 25)):
+        for small, large in zip(splits[fewer], splits[more], strict=True):
+            assert len(small) == 5 * fewer
+            assert set(small) < set(large)
+    few = {shots: splits[shots] for shots in (25, 1, 5)}
+    used, rows = compact_splits(few)
+    # fewer shots ask for no further features: the headline's noise and score stay as they are
+    assert used == compact_splits({25: splits[25]})[0]
+    for shots, group in few.items():
+        assert [[used[row] for row in split] for split in rows[shots]] == group
+    assert compact_splits(splits)[0] == list(range(200))
 
 
 def test_transfer_scores_each_split_on_the_whole_test_set():
@@ -151,14 +177,54 @@ def test_transfer_scores_each_split_on_the_whole_test_set():
         assert scores.std == pytest.approx((squares / 2) ** 0.5)
         assert scores.std == pytest.approx(statistics.stdev(scores.top1))
 
-    used, rows = compact_splits(splits)
-    assert run(features[used], labels[used], rows) == result
+    used, rows = compact_splits({10: splits})
+    assert run(features[used], labels[used], rows[10]) == result
     assert run(features, labels, splits[:1]).ridge.std is None
 
 
+def test_metrics_have_the_headline_first():
+    def scores(mean: float, number: int) -> TransferScores:
+        std = 0.5 if number > 1 else None
+        return TransferScores(top1=[mean] * number, mean=mean, std=std)
+
+    metrics = transfer_metrics(
+        {
+            25: {"ridge": scores(0.25, 3), "sgd": scores(0.24, 3)},
+            "full": {"ridge": scores(0.9, 1), "sgd": scores(0.8, 1), "finetuned": scores(0.7, 1)},
+        },
+        total=99,
+        source="digits",
+    )
+    assert metrics == {
+        "ridge": {"mean": 0.25, "std": 0.5},
+        "sgd": {"mean": 0.24, "std": 0.5},
+        "num_splits": 3,
+        "shots": 25,
+        "total": 99,
+        "source": "digits",
+        "by_shots": {
+            "25": {
+                "ridge": {"mean": 0.25, "std": 0.5},
+                "sgd": {"mean": 0.24, "std": 0.5},
+                "num_splits": 3,
+            },
+            "full": {
+                "ridge": {"mean": 0.9, "std": None},
+                "sgd": {"mean": 0.8, "std": None},
+                "finetuned": {"mean": 0.7, "std": None},
+                "num_splits": 1,
+            },
+        },
+    }
+
+
 def test_params():
-    assert TransferParams.model_validate(PARAMS).shots == 25
-    for key in ("shots", "num_splits", "ridge"):
+    for shots in ([25], [25, 1, 5, 10, "full"], ["full"]):
+        assert TransferParams.model_validate({**PARAMS, "shots": shots}).shots == shots
+    for shots in ([0], [], 25, ["all"], [5, 5], [True], [2.0], ["full", "full"]):
+        with pytest.raises(ValidationError, match="shots"):
+            TransferParams.model_validate({**PARAMS, "shots": shots})
+    for key in ("num_splits", "ridge", "finetune_lr", "finetune_batch_size"):
         with pytest.raises(ValidationError, match=key):
             TransferParams.model_validate({**PARAMS, key: 0})
     with pytest.raises(ValidationError, match=r"transfer\.warmup_epochs"):

@@ -125,7 +125,7 @@ def _check_replaceable(root: Path) -> None:
     if not meta.is_file() or meta.read_bytes() != _meta_file():
         msg = (
             f"{root}: holds something other than the digits, which would replace it; set "
-            f"transfer.source to cifar100 to read it, or transfer.root to another folder"
+            f"transfer_data.source to cifar100 to read it, or transfer_data.root to another folder"
         )
         raise ValueError(msg)
 

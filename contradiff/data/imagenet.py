@@ -10,10 +10,9 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from contradiff.atomic import replace_file
-from contradiff.data import params
 from contradiff.data.archive_source import (
     TRAIN_ARCHIVE,
     VAL_ARCHIVE,
@@ -26,9 +25,6 @@ from contradiff.data.image_files import ImageFile, Listing, Read, check_listing
 from contradiff.data.params import Layout
 from contradiff.data.parquet_reader import ParquetReader
 from contradiff.data.parquet_source import parquet_files, scan_parquet
-
-DataParams = params.DataParams
-"""Here too, for what reads raw data; what only needs the image size imports it from `params`."""
 
 NUM_SAMPLED_HASHES = 200
 LOOKED_FOR: Mapping[Layout, str] = {
@@ -141,18 +137,6 @@ class Manifest:
         }
         with replace_file(path) as temporary:
             temporary.write_text(json.dumps(content, indent=1) + "\n")
-
-
-def read_manifest(path: Path) -> dict[str, Any]:
-    """The JSON of `Manifest.write`.
-
-    Raises:
-        ValueError: the file is missing.
-    """
-    if not path.is_file():
-        msg = f"{path}: missing; run `dvc repro prepare`"
-        raise ValueError(msg)
-    return json.loads(path.read_text())
 
 
 def _detect(root: Path, *, shown_root: str) -> Layout:

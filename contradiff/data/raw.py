@@ -7,13 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from contradiff.atomic import hold_lock, replace_file, sha256_of
-from contradiff.data.cifar import TransferDataParams
-from contradiff.data.imagenet import DataParams
+from contradiff.data.cifar_files import find_cifar
+from contradiff.data.image_folder import ImageFolder
+from contradiff.data.params import DataParams
+from contradiff.data.transfer_set import Source, TransferDataParams, cifar_name
 
 RECIPE_NAME = ".rendered.json"
 """What a rendered folder was rendered from, written last: only then is it whole."""
 
-ARCHIVE_FILES = ("train", "test", "meta")
 DIGITS_PER_CLASS = 60
 """Training pool of the digits, from which several 25-shot splits are drawn; the rest is test."""
 
@@ -72,40 +73,73 @@ def ensure_images(
 
 
 def ensure_transfer_archive(root: Path, params: TransferDataParams, *, seed: int) -> Path:
-    """Return the archive's folder: `root`, or for the digits a folder below it, as for images.
+    """Return where the set is: `root`, or for the digits a folder below it, as for images.
 
-    CIFAR-100 must be there.
+    The digits are written; every other set must be there. CIFAR's archives are compared with their
+    official checksums, unless `transfer_data.verify` is false.
 
     Raises:
-        ValueError: files of the archive are missing; names transfer_data.root.
+        ValueError: files are missing, or an archive is not the official one; names
+            transfer_data.root or the archive.
     """
-    if params.source == "digits":
-        recipe = {"renderer": _code_digest("digits.py"), "seed": seed}
-        folder = _folder_of(root, recipe)
-        with hold_lock(root / ".lock"):
-            if not _is_rendered(folder, recipe):
-                from contradiff.data.digits import write_digits_archive
+    match params.source:
+        case "digits":
+            recipe = {"renderer": _code_digest("digits.py"), "seed": seed}
+            folder = _folder_of(root, recipe)
+            with hold_lock(root / ".lock"):
+                if not _is_rendered(folder, recipe):
+                    from contradiff.data.digits import write_digits_archive
 
-                write_digits_archive(folder, num_train_per_class=DIGITS_PER_CLASS, seed=seed)
-                _mark_rendered(folder, recipe)
-        return folder
-    missing = [name for name in ARCHIVE_FILES if not (root / name).is_file()]
-    if missing:
-        msg = (
-            f"transfer_data.root: {params.root} lacks {', '.join(missing)}; unpack "
-            "cifar-100-python.tar.gz there (nothing is downloaded)"
-        )
-        raise ValueError(msg)
-    return root
+                    write_digits_archive(folder, num_train_per_class=DIGITS_PER_CLASS, seed=seed)
+                    _mark_rendered(folder, recipe)
+            return folder
+        case "cifar10" | "cifar100":
+            files = find_cifar(root, params.source, shown_root=params.root)
+            if params.verify:
+                files.verify()
+            return root
+        case "imagefolder":
+            return root
 
 
-def transfer_manifest(root: Path, *, shown_root: str) -> dict[str, Any]:
-    """What stands for the archive in DVC: its files' sizes and sha256."""
+def transfer_manifest(root: Path, *, source: Source, shown_root: str) -> dict[str, Any]:
+    """What stands for the set in DVC: sizes and hashes of all that is read of it.
+
+    Args:
+        root: as `ensure_transfer_archive` returned it.
+        source: `transfer_data.source`.
+        shown_root: `transfer_data.root`.
+
+    Raises:
+        ValueError: files are missing.
+    """
+    if source == "imagefolder":
+        folder = ImageFolder.scan(root, shown_root=shown_root)
+        counts = {split: len(files) for split, files in folder.splits.items()}
+        return {
+            "root": shown_root,
+            "classes": list(folder.class_names),
+            "num_images": counts,
+            "sha256": folder.digest(),
+        }
+    cifar = find_cifar(root, cifar_name(source), shown_root=shown_root)
     files = {
-        name: {"num_bytes": (root / name).stat().st_size, "sha256": sha256_of(root / name)}
-        for name in ARCHIVE_FILES
+        path.name: {"num_bytes": path.stat().st_size, "sha256": sha256_of(path)}
+        for path in cifar.paths
     }
     return {"root": shown_root, "files": files}
+
+
+def read_manifest(path: Path) -> dict[str, Any]:
+    """The JSON of `Manifest.write`.
+
+    Raises:
+        ValueError: the file is missing.
+    """
+    if not path.is_file():
+        msg = f"{path}: missing; run `dvc repro prepare`"
+        raise ValueError(msg)
+    return json.loads(path.read_text())
 
 
 def _folder_of(root: Path, recipe: dict[str, Any]) -> Path:

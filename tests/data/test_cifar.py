@@ -8,9 +8,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from contradiff.data.cifar import read_cifar100
+from contradiff.data.cifar import CifarSplit, read_cifar
+from contradiff.data.cifar_files import Split, find_cifar
 
 CLASSES = ["apple", "aquarium_fish", "baby"]
+
+
+def read_cifar100(root: Path, *, split: Split) -> CifarSplit:
+    return read_cifar(find_cifar(root, "cifar100", shown_root="data"), "cifar100", split=split)
 
 
 def write(path: Path, content: object, *, protocol: int = 2) -> None:
@@ -39,6 +44,7 @@ def test_round_trip(root: Path, images: np.ndarray, protocol: int):
     np.testing.assert_array_equal(split.images, images)
     np.testing.assert_array_equal(split.labels, [0, 1, 2, 0])
     assert split.class_names == CLASSES
+    assert split.keys == [f"train-{index:05d}" for index in range(4)]
     assert split.images.flags.writeable
     assert len(read_cifar100(root, split="test").images) == 1
 
@@ -122,7 +128,7 @@ def test_a_malicious_pickle_runs_nothing(root: Path, file: str, protocol: int):
 )
 def test_other_names_are_refused(root: Path, content: bytes):
     (root / "train").write_bytes(content)
-    with pytest.raises(ValueError, match="train: not a file of CIFAR-100"):
+    with pytest.raises(ValueError, match="train: not a file of CIFAR"):
         read_cifar100(root, split="train")
 
 
@@ -179,9 +185,16 @@ def test_byte_count_must_match_the_shape(root: Path, images: np.ndarray):
         read_cifar100(root, split="train")
 
 
+def test_file_names_are_the_keys(root: Path, images: np.ndarray):
+    content = {b"data": images.reshape(4, -1), b"fine_labels": [0, 1, 2, 0]}
+    names = [b"apple_s_000.png", b"b.png", b"c.png", b"d.png"]
+    write(root / "train", content | {b"filenames": names})
+    assert read_cifar100(root, split="train").keys == [name.decode() for name in names]
+
+
 def test_missing_files_and_entries(root: Path):
     write(root / "train", {b"data": GOOD, b"labels": [0, 1]})
-    with pytest.raises(ValueError, match=r"train: no entry 'fine_labels'.*not CIFAR-10"):
+    with pytest.raises(ValueError, match=r"train: no entry 'fine_labels'.*other CIFAR"):
         read_cifar100(root, split="train")
     write(root / "train", [1, 2])
     with pytest.raises(ValueError, match="train: expected a mapping, found list"):
@@ -190,5 +203,5 @@ def test_missing_files_and_entries(root: Path):
     with pytest.raises(ValueError, match="meta: fine_label_names is empty"):
         read_cifar100(root, split="train")
     (root / "meta").unlink()
-    with pytest.raises(ValueError, match=r"meta: no such file; transfer\.root"):
+    with pytest.raises(ValueError, match=r"transfer_data\.root: data lacks meta; put"):
         read_cifar100(root, split="train")

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from sklearn.datasets import load_digits
 
-from contradiff.data.cifar import read_cifar100
+from contradiff.data.cifar import read_cifar
+from contradiff.data.cifar_files import find_cifar
 from contradiff.data.digits import write_digits_archive
 
 
@@ -59,7 +60,8 @@ def test_strings_are_python_2s_so_that_torchvision_reads_them_as_text(root: Path
 
 
 def test_the_projects_reader_agrees_with_pickle(root: Path) -> None:
-    split = read_cifar100(root, split="test")
+    files = find_cifar(root, "cifar100", shown_root="digits")
+    split = read_cifar(files, "cifar100", split="test")
     expected = _load(root / "test")
     np.testing.assert_array_equal(split.images.reshape(len(split.images), -1), expected[b"data"])
     assert split.labels.tolist() == expected[b"fine_labels"]
@@ -118,7 +120,7 @@ def test_an_earlier_archive_is_replaced_but_other_data_are_not(tmp_path: Path) -
     real = tmp_path / "cifar-100-python"
     real.mkdir()
     (real / "meta").write_bytes(b"precious")
-    with pytest.raises(ValueError, match=r"transfer\.source"):
+    with pytest.raises(ValueError, match=r"transfer_data\.source"):
         write_digits_archive(real, num_train_per_class=5, seed=0)
     assert (real / "meta").read_bytes() == b"precious"
 

@@ -10,12 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from contradiff.data.imagenet import (
-    DataParams,
-    ImageFile,
-    Manifest,
-    read_manifest,
-)
+from contradiff.data.image_files import ImageFile
+from contradiff.data.imagenet import Manifest
+from contradiff.data.params import DataParams
+from contradiff.data.raw import read_manifest
 
 PARAMS = {
     "source": "toy",

@@ -7,9 +7,10 @@ import pytest
 
 from contradiff.atomic import sha256_of
 from contradiff.data import digits, raw, toy
-from contradiff.data.cifar import TransferDataParams, read_cifar100
-from contradiff.data.imagenet import DataParams, Manifest
+from contradiff.data.imagenet import Manifest
+from contradiff.data.params import DataParams
 from contradiff.data.raw import ensure_images, ensure_transfer_archive, transfer_manifest
+from contradiff.data.transfer_set import TransferDataParams, read_transfer_split
 
 NUM_CLASSES = len(toy.CLASSES)
 TOY: dict[str, Any] = {
@@ -19,8 +20,8 @@ TOY: dict[str, Any] = {
     "num_train": NUM_CLASSES,
     "num_val": NUM_CLASSES,
 }
-DIGITS = TransferDataParams(source="digits", root="data/raw/digits")
-CIFAR = TransferDataParams(source="cifar100", root="data/raw/cifar")
+DIGITS = TransferDataParams(source="digits", root="data/raw/digits", verify=True)
+CIFAR = TransferDataParams(source="cifar100", root="data/raw/cifar", verify=True)
 
 
 def toy_params(**changes: object) -> DataParams:
@@ -99,13 +100,15 @@ def test_digits_are_written_once(tmp_path: Path, renderings: list[str]):
     for seed in (0, 0, 1):
         folder = ensure_transfer_archive(tmp_path, DIGITS, seed=seed)
     assert renderings == ["write_digits_archive"] * 2
-    pool = read_cifar100(folder, split="train")
+    pool = read_transfer_split(
+        folder, source="digits", split="train", image_size=32, shown_root="digits"
+    )
     assert len(pool.labels) == 10 * raw.DIGITS_PER_CLASS
 
 
 def test_missing_files_of_cifar100_are_named(tmp_path: Path, renderings: list[str]):
     (tmp_path / "meta").touch()
-    expected = r"transfer_data\.root: data/raw/cifar lacks train, test; unpack"
+    expected = r"transfer_data\.root: data/raw/cifar lacks train, test; put cifar-100-python"
     with pytest.raises(ValueError, match=expected):
         ensure_transfer_archive(tmp_path, CIFAR, seed=0)
     for name in ("train", "test"):
@@ -114,14 +117,73 @@ def test_missing_files_of_cifar100_are_named(tmp_path: Path, renderings: list[st
     assert renderings == []
 
 
+def archive_of(root: Path, name: str) -> Path:
+    path = root / name
+    root.mkdir(exist_ok=True)
+    path.write_bytes(b"not the official one")
+    return path
+
+
+@pytest.mark.parametrize(
+    ("source", "name", "sha256"),
+    [
+        ("cifar100", "cifar-100-python.tar.gz", "85cd44d0"),
+        ("cifar100", "cifar-100-binary.tar.gz", "58a81ae1"),
+        ("cifar10", "cifar-10-python.tar.gz", "6d958be0"),
+        ("cifar10", "cifar-10-binary.tar.gz", "c4a38c50"),
+    ],
+)
+def test_archives_must_be_the_official_ones(tmp_path: Path, source: Any, name: str, sha256: str):
+    path = archive_of(tmp_path / "cifar", name)
+    params = TransferDataParams(source=source, root="data/raw/cifar", verify=True)
+    found = sha256_of(path)
+    expected = (
+        rf"{name}: not the official {name}: its sha256 is {found}, expected {sha256}\w+; fetch"
+    )
+    for root in (path, path.parent):
+        with pytest.raises(ValueError, match=expected) as caught:
+            ensure_transfer_archive(root, params, seed=0)
+        assert "transfer_data.verify to false" in str(caught.value)
+        trusting = params.model_copy(update={"verify": False})
+        assert ensure_transfer_archive(root, trusting, seed=0) == root
+
+
+def test_manifest_of_an_archive(tmp_path: Path):
+    path = archive_of(tmp_path, "cifar-10-binary.tar.gz")
+    manifest = transfer_manifest(tmp_path, source="cifar10", shown_root="cifar")
+    assert manifest == transfer_manifest(path, source="cifar10", shown_root="cifar")
+    assert list(manifest["files"]) == [path.name]
+    path.write_bytes(b"not the official onE")
+    assert transfer_manifest(path, source="cifar10", shown_root="cifar") != manifest
+
+
+def test_manifest_of_a_folder_of_images(tmp_path: Path):
+    for name in ("train/a/1.png", "train/a/2.png", "train/b/3.png", "test/a/4.png"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(name)
+
+    def manifest() -> dict[str, Any]:
+        return transfer_manifest(tmp_path, source="imagefolder", shown_root="images")
+
+    before = manifest()
+    assert before["num_images"] == {"train": 3, "test": 1}
+    assert before["classes"] == ["a", "b"]
+    assert manifest() == before
+    (tmp_path / "train/a/2.png").write_text("train/a/3.png")  # one byte, the same size
+    changed = manifest()
+    assert changed != before
+    (tmp_path / "train/a/2.png").rename(tmp_path / "train/a/0.png")
+    assert manifest() not in (before, changed)
+
+
 def test_manifest_stands_for_the_archives_bytes(tmp_path: Path):
     for name in ("train", "test", "meta"):
         (tmp_path / name).write_text(name)
-    manifest = transfer_manifest(tmp_path, shown_root="data/raw/cifar")
+    manifest = transfer_manifest(tmp_path, source="cifar100", shown_root="data/raw/cifar")
     assert manifest["root"] == "data/raw/cifar"
     assert manifest["files"]["meta"] == {
         "num_bytes": 4,
         "sha256": sha256_of(tmp_path / "meta"),
     }
     (tmp_path / "test").write_text("tesT")
-    assert transfer_manifest(tmp_path, shown_root="data/raw/cifar") != manifest
+    assert transfer_manifest(tmp_path, source="cifar100", shown_root="data/raw/cifar") != manifest

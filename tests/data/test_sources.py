@@ -12,7 +12,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from contradiff.data.imagenet import DataParams, Manifest
+from contradiff.data.imagenet import Manifest
+from contradiff.data.params import DataParams
 from tests.data.imagenet_layouts import WNIDS, WRITERS, make_photos
 
 each_layout = pytest.mark.parametrize("layout", list(WRITERS))

@@ -1,0 +1,95 @@
+"""separability: validation features beside the base's own => t-SNE, kNN, silhouette (Fig. 3)."""
+
+from stages._runtime import Run, execute
+
+from pathlib import Path
+
+import numpy as np
+
+from contradiff.atomic import replace_file
+from contradiff.checkpoint import load_checkpoint
+from contradiff.config import Section, Seed
+from contradiff.extraction import Pool, extract
+from contradiff.features import FeaturesParams
+from contradiff.model import ContraDiff
+from contradiff.separability import (
+    Panel,
+    Separability,
+    SeparabilityParams,
+    base_of,
+    choose_images,
+    chosen_batches,
+    embed,
+    labels_of,
+    plot_panels,
+    separability,
+    separability_metrics,
+)
+
+IMAGES, LATENTS = Path("build/shards"), Path("build/latents")
+FIGURE, DARK_FIGURE = Path("build/figures/tsne.png"), Path("build/figures/tsne_dark.png")
+
+
+class Params(Section):
+    seed: Seed
+    features: FeaturesParams
+    separability: SeparabilityParams
+
+
+def main(params: Params, run: Run) -> None:
+    settings = params.separability
+    all_labels = labels_of(IMAGES, split="val")
+    chosen = choose_images(
+        all_labels,
+        num_images=settings.num_images,
+        num_classes=settings.num_classes,
+        seed=params.seed,
+    )
+    labels = np.array([all_labels[index] for index in chosen])
+    model = load_checkpoint(Path("build/pretrain"), base=Path("build/base")).to(run.device)
+
+    def features_of(which: ContraDiff, *, pool: Pool, name: str) -> np.ndarray:
+        batches = chosen_batches(
+            IMAGES, LATENTS, chosen, split="val", batch_size=params.features.batch_size
+        )
+        with run.progress(f"features of {name}", len(chosen)) as advance:
+            return extract(
+                which,
+                batches,
+                params=params.features,
+                pool=pool,
+                seed=params.seed,
+                device=run.device,
+                on_progress=advance,
+            ).features.numpy()
+
+    featured = {
+        "contradiff": features_of(model, pool=params.features.pool, name="ContraDiff"),
+        "base": features_of(base_of(model), pool="mean", name="the base"),
+    }
+    titles = {
+        "contradiff": "ContraDiff: h"
+        if params.features.pool == "attention"
+        else "ContraDiff: maps",
+        "base": "base alone: pooled bottleneck",
+    }
+    found: dict[str, Separability] = {}
+    panels: list[Panel] = []
+    for name, features in featured.items():
+        found[name] = separability(features, labels, num_neighbours=settings.num_neighbours)
+        panels.append(Panel(titles[name], embed(features, seed=params.seed), found[name]))
+        run.log(f"{titles[name]}: {settings.num_neighbours}-NN accuracy {found[name].knn:.1%}")
+    for path, dark in ((FIGURE, False), (DARK_FIGURE, True)):
+        with replace_file(path) as temporary:
+            temporary.write_bytes(plot_panels(panels, labels, dark=dark))
+    metrics = separability_metrics(
+        found,
+        num_images=len(chosen),
+        num_classes=len(np.unique(labels)),
+        num_neighbours=settings.num_neighbours,
+    )
+    run.write_json(Path("metrics/separability.json"), {"separability": metrics})
+
+
+if __name__ == "__main__":
+    execute(Params, main)

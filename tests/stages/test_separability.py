@@ -1,0 +1,40 @@
+"""stages.separability: both models on the same validation images."""
+
+from stages._runtime import Run
+
+import json
+from pathlib import Path
+
+from contradiff.config import parse
+from stages import separability
+
+
+def test_stage_writes_its_outs(trained_project: Run):
+    content = {
+        "seed": 0,
+        "features": {
+            "timesteps": [401, 201, 101],
+            "noising": "direct",
+            "condition": "image",
+            "pool": "attention",
+            "batch_size": 3,
+        },
+        "separability": {"num_images": 7, "num_classes": 3, "num_neighbours": 2},
+    }
+    params = parse(separability.Params, content, source="params.yaml")
+    separability.main(params, trained_project)
+    written = [
+        Path("build/figures/tsne.png"),
+        Path("build/figures/tsne_dark.png"),
+        Path("metrics/separability.json"),
+    ]
+    first = [path.read_bytes() for path in written]
+    metrics = json.loads(first[-1])["separability"]
+    assert set(metrics) == {"base", "contradiff", "num_classes", "num_images", "num_neighbours"}
+    assert metrics["num_images"] == 7
+    for name in ("base", "contradiff"):
+        assert 0 <= metrics[name]["knn"] <= 1
+        assert -1 <= metrics[name]["silhouette"] <= 1
+    assert metrics["base"] != metrics["contradiff"]
+    separability.main(params, trained_project)
+    assert [path.read_bytes() for path in written] == first

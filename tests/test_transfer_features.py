@@ -1,0 +1,85 @@
+"""contradiff.transfer_features: the processes' shares are the whole, batch by batch."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from contradiff.backbone import load_vae
+from contradiff.data.transfer_set import TransferSplit
+from contradiff.extraction import CleanBatch, FeatureSet, encoded_batches
+from contradiff.transfer_features import gather_features, share_of, transfer_batches
+
+CPU = torch.device("cpu")
+
+
+@given(
+    num_rows=st.integers(0, 200),
+    batch_size=st.integers(1, 50),
+    num_processes=st.integers(1, 9),
+)
+def test_shares_are_the_whole_in_whole_batches(num_rows: int, batch_size: int, num_processes: int):
+    shares = [
+        share_of(num_rows, batch_size=batch_size, rank=rank, num_processes=num_processes)
+        for rank in range(num_processes)
+    ]
+    assert [row for share in shares for row in share] == list(range(num_rows))
+    assert all(share.start % batch_size == 0 for share in shares if share)
+    counts = [-(-len(share) // batch_size) for share in shares]
+    assert max(counts) - min(counts) <= 1
+
+
+@pytest.fixture
+def split() -> TransferSplit:
+    images = np.random.default_rng(0).integers(0, 256, (11, 3, 32, 32), dtype=np.uint8)
+    return TransferSplit(
+        labels=np.arange(11) % 3,
+        keys=tuple(f"image-{row}" for row in range(11)),
+        class_names=("a", "b", "c"),
+        read=lambda rows: images[list(rows)],
+    )
+
+
+def equal(ours: list[CleanBatch], expected: list[CleanBatch]) -> bool:
+    return len(ours) == len(expected) and all(
+        a.first_index == b.first_index
+        and a.latents.equal(b.latents)
+        and a.pixels.equal(b.pixels)
+        and a.labels.equal(b.labels)
+        for a, b in zip(ours, expected, strict=True)
+    )
+
+
+@pytest.mark.parametrize("num_processes", [1, 2, 3, 5])
+def test_batches_do_not_depend_on_the_processes(
+    tiny_base: Path, split: TransferSplit, num_processes: int
+):
+    """To the last bit those of all images at once; each image is read by one process."""
+    vae = load_vae(tiny_base)
+    rows = [10, 0, 3, 4, 5, 6, 9, 1]
+    settings = {"image_size": 32, "batch_size": 3, "device": CPU}
+    images = torch.from_numpy(split.read(rows))
+    expected = list(encoded_batches(vae, images, torch.from_numpy(split.labels[rows]), **settings))
+    ours = [
+        batch
+        for rank in range(num_processes)
+        for batch in transfer_batches(
+            vae,
+            split,
+            rows,
+            share=share_of(len(rows), batch_size=3, rank=rank, num_processes=num_processes),
+            **settings,
+        )
+    ]
+    assert equal(ours, expected)
+    assert [key for batch in ours for key in batch.keys] == [f"image-{row}" for row in rows]
+
+
+def test_one_process_gathers_its_own():
+    part = FeatureSet(torch.randn(4, 2), torch.arange(4), ("a", "b", "c", "d"))
+    whole = gather_features(part)
+    assert whole.features.equal(part.features)
+    assert (whole.labels.tolist(), whole.keys) == ([0, 1, 2, 3], part.keys)
