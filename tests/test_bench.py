@@ -1,4 +1,4 @@
-"""bench.flops: its counts against the parts that a step is made of."""
+"""bench.flops: its counts against the parts that a step is made of; bench.probe runs."""
 
 from pathlib import Path
 from typing import Any
@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from bench import flops
+from bench import flops, probe
 from contradiff.config import parse, read_params
 from contradiff.features import encode_to_bottleneck
 
@@ -52,3 +52,12 @@ def test_switches_cost_what_they_add(count: Any):
     assert thrice - twice == pytest.approx(twice - step)
     assert count(pretrain__gradient_checkpointing=True)[0] > 1.2 * step
     assert count(features__noising="ddim_chain")[1] > 5 * features
+
+
+def test_probe_bench_measures_probes_of_equal_accuracy(capsys: pytest.CaptureFixture[str]):
+    probe.main(["600", "16", "3"])
+    rows = capsys.readouterr().out.splitlines()[3:]
+    assert len(rows) == 4
+    accuracies = [float(row.split()[-1].rstrip("%")) for row in rows]
+    assert min(accuracies) > 60
+    assert max(accuracies) - min(accuracies) < 6
