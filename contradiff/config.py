@@ -63,17 +63,22 @@ def parse(schema: type[S], content: Mapping[str, Any], *, source: str) -> S:
     """Validate the keys of `content` that `schema` knows; other top-level keys belong to others.
 
     Args:
-        schema: the sections that the caller uses, one field each.
+        schema: the sections that the caller uses, one field each; a field with an alias such as
+            "probe.head" is one key of a section.
         content: a whole parameter file, as from `read_params`.
         source: the file's name, for messages.
 
     Raises:
         ValueError: one line for each wrong value, each beginning with its dotted key.
     """
-    names = {field.alias or name for name, field in schema.model_fields.items()}
-    return parse_exactly(
-        schema, {key: value for key, value in content.items() if key in names}, source=source
-    )
+    names = [field.alias or name for name, field in schema.model_fields.items()]
+    chosen = {name: content[name] for name in names if name in content}
+    # as DVC has it, a stage may depend on one key of another's section: "probe.head"
+    for name in names:
+        section, _, key = name.partition(".")
+        if key and isinstance(content.get(section), Mapping) and key in content[section]:
+            chosen[name] = content[section][key]
+    return parse_exactly(schema, chosen, source=source)
 
 
 def parse_exactly(schema: type[S], content: Mapping[str, Any], *, source: str) -> S:

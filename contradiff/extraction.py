@@ -3,11 +3,14 @@
 image shards + latent shards => maps (n 3 c h w) or features h (n d), with labels
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypeVar
 
 import torch
 from jaxtyping import Float, Int64
@@ -15,16 +18,24 @@ from torch import Tensor
 
 from contradiff.data.shards import image_of
 from contradiff.data.transforms import apply_crop, centre_crop, decode, to_pixels
-from contradiff.features import FeaturesParams, LevelMaps
-from contradiff.inversion import inverted_maps
+from contradiff.features import FeaturesParams, LevelMaps, MapBlock
+from contradiff.inversion import inverted_block_maps
 from contradiff.latents import StoredLatents, encode, mode, scaling_factor
-from contradiff.loading import PairedShards
+from contradiff.loading import Pair, PairedShards
 from contradiff.model import ContraDiff
 from contradiff.noise import NUM_LEVELS
-from contradiff.types import ByteImages, Latents, Pixels
+from contradiff.types import ByteImages, Latents, Pixels, Tokens
 
 if TYPE_CHECKING:
     from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+
+LOOKAHEAD = 2
+"""Batches whose images are decoded while one is computed."""
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+_Row: TypeAlias = tuple[str, int, Tensor, Tensor]
+"""Key, label, moments of the centre crop, its pixels."""
 
 Pool = Literal["attention", "mean", "none"]
 """attention: h of Eq. 4 | mean: the three maps averaged over space | none: the maps themselves."""
@@ -39,6 +50,23 @@ class CleanBatch:
     pixels: Pixels
     labels: Int64[Tensor, " batch"]
     keys: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class FeatureData:
+    """Where the images of a feature cache are, and how they are read.
+
+    Attributes:
+        images: folder of image shards.
+        latents: folder of latent shards, in the same order.
+        batch_size: images at once.
+        num_threads: that decode images ahead; 0: none.
+    """
+
+    images: Path
+    latents: Path
+    batch_size: int
+    num_threads: int
 
 
 @dataclass(frozen=True)
@@ -57,23 +85,156 @@ def stored_batches(
     pairs = PairedShards.open(images, latents, split=split)
     facts = pairs.latent_index.facts
     records = (pair for shard in range(pairs.num_shards) for pair in pairs.read(shard))
-    first_index = 0
-    while chunk := list(islice(records, batch_size)):
-        samples = [image_of(image) for image, _ in chunk]
-        stored = [StoredLatents.of_record(latent) for _, latent in chunk]
-        pixels = [
-            apply_crop(decode(item.image, name=item.key), view.crops[0], size=facts["image_size"])
-            for item, view in zip(samples, stored, strict=True)
-        ]
-        moments = torch.stack([torch.from_numpy(view.moments[0]) for view in stored])
+    rows = (_clean_row(pair, facts, with_pixels=True) for pair in records)
+    yield from _batched(rows, facts, first_index=0, batch_size=batch_size)
+
+
+def shard_batches(
+    pairs: PairedShards, number: int, *, batch_size: int, with_pixels: bool, num_threads: int
+) -> Iterator[CleanBatch]:
+    """Yield one shard's images in order; no batch reaches beyond the shard.
+
+    So a shard's features do not depend on who computes the others.
+
+    Args:
+        pairs: image and latent shards of a split.
+        number: of the shard.
+        batch_size: images at once.
+        with_pixels: whether the pixels are decoded; without, `pixels` has no rows and columns.
+        num_threads: that decode ahead; 0: none.
+    """
+    facts = pairs.latent_index.facts
+    shards = pairs.image_index.shards(pairs.split)
+    first_index = sum(shard.num_samples for shard in shards[:number])
+    make = partial(_clean_row, facts=facts, with_pixels=with_pixels)
+    rows = map_ahead(
+        make, pairs.read(number), num_threads=num_threads, num_ahead=LOOKAHEAD * batch_size
+    )
+    yield from _batched(rows, facts, first_index=first_index, batch_size=batch_size)
+
+
+def map_ahead(
+    function: Callable[[Item], Result],
+    items: Iterable[Item],
+    *,
+    num_threads: int,
+    num_ahead: int,
+) -> Iterator[Result]:
+    """As `map`, but threads work ahead, on so many items at most; 0 threads: none does."""
+    if num_threads == 0:
+        yield from map(function, items)
+        return
+    waiting: deque[Future[Result]] = deque()
+    with ThreadPoolExecutor(num_threads) as executor:
+        for item in items:
+            waiting.append(executor.submit(function, item))
+            if len(waiting) > num_ahead:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+
+
+def _clean_row(pair: Pair, facts: Mapping[str, Any], *, with_pixels: bool) -> _Row:
+    sample, stored = image_of(pair[0]), StoredLatents.of_record(pair[1])
+    pixels = torch.empty(3, 0, 0, dtype=torch.uint8)
+    if with_pixels:
+        image = decode(sample.image, name=sample.key)
+        pixels = apply_crop(image, stored.crops[0], size=facts["image_size"])
+    return sample.key, sample.label, torch.from_numpy(stored.moments[0]), pixels
+
+
+def _batched(
+    rows: Iterator[_Row], facts: Mapping[str, Any], *, first_index: int, batch_size: int
+) -> Iterator[CleanBatch]:
+    while chunk := list(islice(rows, batch_size)):
+        keys, labels, moments, pixels = zip(*chunk, strict=True)
         yield CleanBatch(
             first_index,
-            mode(moments, scaling_factor=facts["scaling_factor"]),
+            mode(torch.stack(moments), scaling_factor=facts["scaling_factor"]),
             to_pixels(torch.stack(pixels)),
-            torch.tensor([item.label for item in samples]),
-            tuple(item.key for item in samples),
+            torch.tensor(labels),
+            tuple(keys),
         )
         first_index += len(chunk)
+
+
+def tokens_of(
+    model: ContraDiff,
+    batch: CleanBatch,
+    *,
+    params: FeaturesParams,
+    seed: int,
+    device: torch.device,
+) -> Tokens:
+    """What conditions a batch: its own image's tokens, those of noise, or zeros for the base."""
+    if params.model != "contradiff":
+        width = model.unet.config["cross_attention_dim"]
+        return torch.zeros(len(batch.labels), 1, width, device=device)
+    if params.condition == "image":
+        conditions = model.conditioner.choose(pixels=batch.pixels, latents=batch.latents)
+    else:
+        conditions = torch.stack(
+            [
+                _image_noise(model.conditioner.shape, seed=seed + 1, index=batch.first_index + i)
+                for i in range(len(batch.labels))
+            ]
+        )
+    return model.encode_condition(conditions.to(device))
+
+
+def level_noise(batch: CleanBatch, *, seed: int) -> Float[Tensor, "3 batch channels h w"]:
+    """Noise of a batch's three levels, seeded by each image's index in its split.
+
+    Features so depend neither on the batch size nor on the number of processes.
+    """
+    return torch.stack(
+        [
+            _image_noise(
+                (NUM_LEVELS, *batch.latents.shape[1:]), seed=seed, index=batch.first_index + i
+            )
+            for i in range(len(batch.latents))
+        ],
+        dim=1,
+    )
+
+
+@torch.inference_mode()
+def block_maps_of(
+    model: ContraDiff,
+    batch: CleanBatch,
+    tokens: Tokens,
+    *,
+    timesteps: Sequence[int],
+    noising: str,
+    blocks: Sequence[MapBlock],
+    seed: int,
+    device: torch.device,
+) -> dict[MapBlock, LevelMaps]:
+    """Maps of a batch at one triple, noised directly (Eq. 5) or along a DDIM chain.
+
+    Raises:
+        ValueError: a timestep is outside the base's schedule, or not on the chain's grid.
+    """
+    check_timesteps(timesteps, num_train_timesteps=model.schedule.num_train_timesteps)
+    latents = batch.latents.to(device)
+    if noising == "ddim_chain":
+        return inverted_block_maps(model, latents, tokens, timesteps=timesteps, blocks=blocks)
+    noise = level_noise(batch, seed=seed).to(device)
+    return model.level_block_maps(latents, tokens, timesteps=timesteps, noise=noise, blocks=blocks)
+
+
+def check_timesteps(timesteps: Sequence[int], *, num_train_timesteps: int) -> None:
+    """Refuse a triple that the base's schedule does not hold.
+
+    Raises:
+        ValueError: names features.timesteps.
+    """
+    if max(timesteps) >= num_train_timesteps:
+        msg = (
+            f"features.timesteps: {list(timesteps)} goes beyond the base's last timestep, "
+            f"{num_train_timesteps - 1}"
+        )
+        raise ValueError(msg)
 
 
 @torch.inference_mode()
@@ -85,7 +246,7 @@ def maps_of(
     seed: int,
     device: torch.device,
 ) -> LevelMaps:
-    """Maps of a batch at the evaluation triple, noised directly (Eq. 5) or along a DDIM chain.
+    """Maps of a batch at the evaluation triple; see `block_maps_of`.
 
     Random noise, which the chain has none of, is seeded by each image's index: features do not
     depend on the batch size.
@@ -93,33 +254,23 @@ def maps_of(
     Raises:
         ValueError: a timestep is outside the base's schedule, or not on the chain's grid.
     """
-    if max(params.timesteps) >= model.schedule.num_train_timesteps:
-        msg = (
-            f"features.timesteps: {params.timesteps} goes beyond the base's last timestep, "
-            f"{model.schedule.num_train_timesteps - 1}"
-        )
-        raise ValueError(msg)
-    if params.condition == "image":
-        conditions = model.conditioner.choose(pixels=batch.pixels, latents=batch.latents)
-    else:
-        conditions = torch.stack(
-            [
-                _image_noise(model.conditioner.shape, seed=seed + 1, index=batch.first_index + i)
-                for i in range(len(batch.labels))
-            ]
-        )
-    tokens = model.encode_condition(conditions.to(device))
-    latents = batch.latents.to(device)
-    if params.noising == "ddim_chain":
-        return inverted_maps(model, latents, tokens, timesteps=params.timesteps)
-    noise = torch.stack(
-        [
-            _image_noise((NUM_LEVELS, *latents.shape[1:]), seed=seed, index=batch.first_index + i)
-            for i in range(len(latents))
-        ],
-        dim=1,
-    )
-    return model.level_maps(latents, tokens, timesteps=params.timesteps, noise=noise.to(device))
+    with autocast(device, params.precision):
+        tokens = tokens_of(model, batch, params=params, seed=seed, device=device)
+        return block_maps_of(
+            model,
+            batch,
+            tokens,
+            timesteps=params.timesteps,
+            noising=params.noising,
+            blocks=[model.block],
+            seed=seed,
+            device=device,
+        )[model.block]
+
+
+def autocast(device: torch.device, precision: str) -> torch.autocast:
+    """The context of features.precision."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
 
 
 @torch.inference_mode()
@@ -133,29 +284,39 @@ def extract(
     device: torch.device,
     on_progress: Callable[[int], None],
 ) -> FeatureSet:
-    """Features of all batches.
+    """Features of all batches, in memory: for sets of some thousand images (`transfer`).
 
     Args:
         model: evaluation mode, on `device`.
         batches: in order.
-        params: the evaluation triple and the condition.
+        params: the evaluation triple, the condition and the precision.
         pool: what is kept of the three maps.
         seed: of the noise.
         device: where to compute.
         on_progress: told the number of images of each batch.
+
+    Raises:
+        ValueError: params.model names another model than contradiff.
     """
+    if params.model != "contradiff":
+        msg = (
+            f"features.model: {params.model} is a baseline of the probe alone; run it as "
+            "`dvc exp run -S features.model=... probe`"
+        )
+        raise ValueError(msg)
     features: list[Tensor] = []
     labels: list[Tensor] = []
     keys: list[str] = []
     for batch in batches:
         maps = maps_of(model, batch, params=params, seed=seed, device=device)
-        match pool:
-            case "attention":
-                pooled = model.attention(maps)
-            case "mean":
-                pooled = maps.mean(dim=(3, 4)).flatten(1)
-            case "none":
-                pooled = maps
+        with autocast(device, params.precision):
+            match pool:
+                case "attention":
+                    pooled = model.attention(maps)
+                case "mean":
+                    pooled = maps.mean(dim=(3, 4)).flatten(1)
+                case "none":
+                    pooled = maps
         features.append(pooled.float().cpu())
         labels.append(batch.labels)
         keys += batch.keys

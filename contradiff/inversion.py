@@ -1,14 +1,17 @@
 """Maps along a chain of DDIM inversion: the image's own noise in the place of random noise."""
 
+from collections.abc import Sequence
+
 import torch
 
 from contradiff.backbone import NoiseSchedule
 from contradiff.features import (
     NUM_UP_BLOCKS,
     LevelMaps,
+    MapBlock,
     advance,
-    block_maps,
     decode_from_bottleneck,
+    maps_of_blocks,
 )
 from contradiff.model import ContraDiff
 from contradiff.types import Latents, Maps, Tokens
@@ -17,7 +20,7 @@ CHAIN_STEPS = 20
 """Length of the whole chain's grid ("using 20 denoising steps", the linear probe's section)."""
 
 
-def chain_to(timesteps: list[int], *, schedule: NoiseSchedule) -> list[int]:
+def chain_to(timesteps: Sequence[int], *, schedule: NoiseSchedule) -> list[int]:
     """The grid's points from the cleanest up to the noisiest of `timesteps`.
 
     Raises:
@@ -27,7 +30,7 @@ def chain_to(timesteps: list[int], *, schedule: NoiseSchedule) -> list[int]:
     if not set(timesteps) <= set(grid):
         msg = (
             f"features.timesteps: with features.noising ddim_chain they must be of the base's "
-            f"{CHAIN_STEPS}-step grid {grid}, not {timesteps}"
+            f"{CHAIN_STEPS}-step grid {grid}, not {list(timesteps)}"
         )
         raise ValueError(msg)
     return grid[: grid.index(max(timesteps)) + 1]
@@ -62,19 +65,35 @@ def inverted_maps(
     Raises:
         ValueError: a timestep is not on the grid; names features.timesteps and features.noising.
     """
+    blocks: list[MapBlock] = [model.block]
+    maps = inverted_block_maps(model, latents, tokens, timesteps=timesteps, blocks=blocks)
+    return maps[model.block]
+
+
+def inverted_block_maps(
+    model: ContraDiff,
+    latents: Latents,
+    tokens: Tokens,
+    *,
+    timesteps: Sequence[int],
+    blocks: Sequence[MapBlock],
+) -> dict[MapBlock, LevelMaps]:
+    """As `inverted_maps`, of several blocks of the same passes."""
     chain = chain_to(timesteps, schedule=model.schedule)
     alphas = model.schedule.alphas_cumprod.to(latents)
-    maps: list[Maps] = []
+    maps: dict[MapBlock, list[Maps]] = {block: [] for block in blocks}
     for index, timestep in enumerate(chain):
         steps = torch.full((len(latents),), timestep, device=latents.device)
         encoded = model.encode(latents, steps, tokens)
         if timestep in timesteps:
-            num_up_blocks = NUM_UP_BLOCKS[model.block]
+            num_up_blocks = max(NUM_UP_BLOCKS[block] for block in blocks)
             encoded = advance(model.unet, encoded, tokens, num_up_blocks=num_up_blocks)
-            maps.append(block_maps(model.unet, encoded, tokens, block=model.block))
+            found = maps_of_blocks(model.unet, encoded, tokens, blocks=blocks)
+            for block in blocks:
+                maps[block].append(found[block])
         if timestep != chain[-1]:
             noise_pred = decode_from_bottleneck(model.unet, encoded, tokens)
             here, above = alphas[timestep], alphas[chain[index + 1]]
             clean_pred = (latents - (1 - here).sqrt() * noise_pred) / here.sqrt()
             latents = above.sqrt() * clean_pred + (1 - above).sqrt() * noise_pred
-    return torch.stack(maps[::-1], dim=1)
+    return {block: torch.stack(found[::-1], dim=1) for block, found in maps.items()}

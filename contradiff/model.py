@@ -1,6 +1,6 @@
 """ContraDiff: the frozen base with LoRA, conditioner, attention and projector, put together."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -33,6 +33,7 @@ from contradiff.features import (
     block_maps,
     decode_from_bottleneck,
     encode_to_bottleneck,
+    maps_of_blocks,
     order_by_noise,
 )
 from contradiff.losses import (
@@ -200,14 +201,33 @@ class ContraDiff(nn.Module):
         noise: Float[Tensor, "3 batch channels h w"],
     ) -> LevelMaps:
         """Maps of clean latents noised to a fixed triple (Eq. 5): noisiest, middle, cleanest."""
+        blocks: list[MapBlock] = [self.block]
+        maps = self.level_block_maps(
+            latents, tokens, timesteps=timesteps, noise=noise, blocks=blocks
+        )
+        return maps[self.block]
+
+    def level_block_maps(
+        self,
+        latents: Latents,
+        tokens: Tokens,
+        *,
+        timesteps: Sequence[int],
+        noise: Float[Tensor, "3 batch channels h w"],
+        blocks: Sequence[MapBlock],
+    ) -> dict[MapBlock, LevelMaps]:
+        """As `level_maps`, of several blocks of the same pass."""
         levels = torch.tensor(sorted(timesteps, reverse=True), device=latents.device)
         steps = levels.repeat_interleave(len(latents))
         repeated = latents.repeat(NUM_LEVELS, 1, 1, 1)
         noisy = add_noise(repeated, noise.flatten(0, 1), steps, self.schedule.alphas_cumprod)
         tokens = tokens.repeat(NUM_LEVELS, 1, 1)
         encoded = self.encode(noisy, steps, tokens)
-        maps = block_maps(self.unet, encoded, tokens, block=self.block)
-        return maps.unflatten(0, (NUM_LEVELS, -1)).transpose(0, 1)
+        maps = maps_of_blocks(self.unet, encoded, tokens, blocks=blocks)
+        return {
+            block: found.unflatten(0, (NUM_LEVELS, -1)).transpose(0, 1)
+            for block, found in maps.items()
+        }
 
     def trained_state(self) -> dict[str, Tensor]:
         """The weights that training may change, and BatchNorm's statistics: not the frozen base."""

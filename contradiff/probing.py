@@ -2,15 +2,17 @@
 
 import copy
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal, TypeAlias
 
 import torch
 from jaxtyping import Float, Int64
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from contradiff.evaluation.accuracy import topk_correct, wilson_interval
+from contradiff.feature_cache import Rows
 from contradiff.optim import SgdParams, cosine_with_warmup
 
 # Called with the epochs done, and the epoch's mean loss and last learning rate.
@@ -25,8 +27,60 @@ class ProbeParams(SgdParams):
 
     section: ClassVar[str] = "probe"
 
-    split: Literal["val", "dev"]
-    head: Literal["linear", "attentive"]
+    split: Literal["val", "dev"] = Field(
+        description="what is judged: val | dev: a held-out tenth of the training images, to choose "
+        "among the grid"
+    )
+    head: Literal["linear", "attentive"] = Field(
+        description="linear: of frozen features | attentive: an attention head learns with labels"
+    )
+    lrs: list[float] = Field(description="further learning rates of the grid")
+    weight_decays: list[float] = Field(description="further weight decays of the grid")
+
+    @model_validator(mode="after")
+    def _grid_is_positive(self) -> "ProbeParams":
+        if min(self.lrs, default=1.0) <= 0:
+            msg = f"probe.lrs: {self.lrs} must be greater than 0"
+            raise ValueError(msg)
+        if min(self.weight_decays, default=0.0) < 0:
+            msg = f"probe.weight_decays: {self.weight_decays} must not be negative"
+            raise ValueError(msg)
+        return self
+
+    @property
+    def grid(self) -> "tuple[SgdSetting, ...]":
+        """Configured setting first, Table 2's somewhere, then rates x decays; none twice."""
+        configured = SgdSetting(self.lr, self.momentum, self.weight_decay)
+        others = [
+            SgdSetting(lr, self.momentum, weight_decay)
+            for lr in (self.lr, *self.lrs)
+            for weight_decay in (self.weight_decay, *self.weight_decays)
+        ]
+        return tuple(dict.fromkeys((configured, TABLE_2, *others)))
+
+    @property
+    def is_table_2(self) -> bool:
+        """Whether batch, epochs and warm-up, which the whole grid shares, are Table 2's."""
+        return (self.batch_size, self.epochs, self.warmup_epochs) == (256, 50, 5)
+
+
+@dataclass(frozen=True)
+class SgdSetting:
+    """What tells the heads of a grid apart.
+
+    Attributes:
+        lr: Peak learning rate.
+        momentum: SGD's momentum.
+        weight_decay: L2 penalty of weights and biases.
+    """
+
+    lr: float
+    momentum: float
+    weight_decay: float
+
+
+TABLE_2 = SgdSetting(lr=0.01, momentum=0.9, weight_decay=0.05)
+"""Table 2 to the letter; its weight decay destroys the layer, but it is in every grid."""
 
 
 class LinearProbe(nn.Module):
@@ -95,63 +149,83 @@ class ProbeResult:
     interval: tuple[float, float]
 
 
+def steps_per_epoch_of(num_samples: int, *, batch_size: int) -> int:
+    """Batches of an epoch, which differ in size by one at most.
+
+    Raises:
+        ValueError: a batch would hold a single sample.
+    """
+    steps_per_epoch = math.ceil(num_samples / batch_size)
+    if num_samples // max(1, steps_per_epoch) < _MIN_BATCH_FOR_NORM:
+        msg = (
+            f"{num_samples} samples in batches of {batch_size} leave one sample alone, which "
+            f"BatchNorm cannot normalise: raise batch_size"
+        )
+        raise ValueError(msg)
+    return steps_per_epoch
+
+
 def _fit(
-    probe: nn.Module,
-    inputs: Float[Tensor, "n ..."],
+    probes: Sequence[nn.Module],
+    inputs: Float[Tensor, "n ..."] | Rows,
     labels: Int64[Tensor, " n"],
     *,
-    lr: float,
-    momentum: float,
-    weight_decay: float,
+    settings: Sequence[SgdSetting],
     batch_size: int,
     epochs: int,
     warmup_epochs: float,
     generator: torch.Generator,
     on_progress: Progress | None,
 ) -> None:
-    """Minimise the cross-entropy by SGD, in place; leaves `probe` in evaluation mode.
+    """Minimise the cross-entropy by SGD, in place; leaves `probes` in evaluation mode.
 
+    Each probe has a setting of its own; all see the same batches, each of which is read once.
     Batches of an epoch differ in size by one at most, instead of a small last one, over which
     BatchNorm's statistics would be poor.
     """
     num_samples = len(inputs)
-    steps_per_epoch = math.ceil(num_samples / batch_size)
-    if num_samples // steps_per_epoch < _MIN_BATCH_FOR_NORM:
-        msg = (
-            f"{num_samples} samples in batches of {batch_size} leave one sample alone, which "
-            f"BatchNorm cannot normalise: raise batch_size"
-        )
-        raise ValueError(msg)
-    device = next(probe.parameters()).device
+    steps_per_epoch = steps_per_epoch_of(num_samples, batch_size=batch_size)
+    device = next(probes[0].parameters()).device
     labels = labels.to(inputs.device)
-    optimizer = torch.optim.SGD(
-        probe.parameters(), lr=lr, momentum=momentum, weight_decay=weight_decay
-    )
+    optimizers = [
+        torch.optim.SGD(
+            probe.parameters(),
+            lr=setting.lr,
+            momentum=setting.momentum,
+            weight_decay=setting.weight_decay,
+        )
+        for probe, setting in zip(probes, settings, strict=True)
+    ]
     total_steps = epochs * steps_per_epoch
     warmup_steps = round(warmup_epochs * steps_per_epoch)
-    probe.train()
+    for probe in probes:
+        probe.train()
     step = 0
     for epoch in range(1, epochs + 1):
         order = torch.randperm(num_samples, generator=generator).to(inputs.device)
         # Summed where it is, so that a GPU need not wait for the CPU at each step.
         loss_sum = torch.zeros((), device=device)
-        rate = 0.0
+        factor = 0.0
         for rows in order.tensor_split(steps_per_epoch):
-            rate = lr * cosine_with_warmup(step, total_steps=total_steps, warmup_steps=warmup_steps)
-            for group in optimizer.param_groups:
-                group["lr"] = rate
+            factor = cosine_with_warmup(step, total_steps=total_steps, warmup_steps=warmup_steps)
             # Cached inputs may be half precision, and lie in host memory if they are large.
             batch = inputs.index_select(0, rows).to(device, torch.float32)
             targets = labels.index_select(0, rows).to(device)
-            loss = nn.functional.cross_entropy(probe(batch), targets)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            loss_sum += loss.detach() * len(rows)
+            for number, (probe, optimizer) in enumerate(zip(probes, optimizers, strict=True)):
+                for group in optimizer.param_groups:
+                    group["lr"] = settings[number].lr * factor
+                loss = nn.functional.cross_entropy(probe(batch), targets)
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                if number == 0:
+                    loss_sum += loss.detach() * len(rows)
             step += 1
         if on_progress is not None:
+            rate = settings[0].lr * factor
             on_progress(epoch, {"loss": loss_sum.item() / num_samples, "lr": rate})
-    probe.eval()
+    for probe in probes:
+        probe.eval()
 
 
 def train_linear_probe(
@@ -199,12 +273,10 @@ def train_linear_probe(
     generator = torch.Generator().manual_seed(seed)
     probe = LinearProbe(features.shape[1], num_classes, generator=generator).to(features.device)
     _fit(
-        probe,
+        [probe],
         features,
         labels,
-        lr=lr,
-        momentum=momentum,
-        weight_decay=weight_decay,
+        settings=[SgdSetting(lr, momentum, weight_decay)],
         batch_size=batch_size,
         epochs=epochs,
         warmup_epochs=warmup_epochs,
@@ -215,7 +287,7 @@ def train_linear_probe(
 
 
 def train_attentive_probe(
-    maps: Float[Tensor, "n 3 channels h w"],
+    maps: Float[Tensor, "n 3 channels h w"] | Rows,
     labels: Int64[Tensor, " n"],
     *,
     attention_head: nn.Module,
@@ -235,8 +307,8 @@ def train_attentive_probe(
     head. As `train_linear_probe` otherwise; results are to be labelled `attentive`.
 
     Args:
-        maps: Bottleneck maps, from the noisiest to the cleanest. They may be memory-mapped on the
-            CPU: batches go to the head's device.
+        maps: Bottleneck maps, from the noisiest to the cleanest. They may be memory-mapped
+            (`Rows`): batches go to the head's device.
         labels: Classes in [0, num_classes).
         attention_head: Maps (b, 3, channels, h, w) to features (b, d); it is left as it is.
         num_classes: Number of classes.
@@ -255,32 +327,67 @@ def train_attentive_probe(
     Raises:
         ValueError: a batch would hold a single sample.
     """
+    [probe] = train_attentive_probes(
+        maps,
+        labels,
+        attention_head=attention_head,
+        num_classes=num_classes,
+        settings=[SgdSetting(lr, momentum, weight_decay)],
+        batch_size=batch_size,
+        epochs=epochs,
+        warmup_epochs=warmup_epochs,
+        seed=seed,
+        on_progress=on_progress,
+    )
+    return probe
+
+
+def train_attentive_probes(
+    maps: Float[Tensor, "n 3 channels h w"] | Rows,
+    labels: Int64[Tensor, " n"],
+    *,
+    attention_head: nn.Module,
+    num_classes: int,
+    settings: Sequence[SgdSetting],
+    batch_size: int,
+    epochs: int,
+    warmup_epochs: float,
+    seed: int,
+    on_progress: Progress | None = None,
+) -> list[AttentiveProbe]:
+    """As `train_attentive_probe` with each of the settings, all in one pass over the maps.
+
+    Every batch is read once and then trains each head; `on_progress` is told the first one's loss.
+
+    Raises:
+        ValueError: a batch would hold a single sample.
+    """
     generator = torch.Generator().manual_seed(seed)
     head = copy.deepcopy(attention_head).requires_grad_(True).eval()
     device = next(head.parameters()).device
     with torch.no_grad():
-        dim = head(maps[:1].to(device, torch.float32)).shape[1]
-    probe = AttentiveProbe(head, LinearProbe(dim, num_classes, generator=generator).to(device))
+        one = maps.index_select(0, torch.zeros(1, dtype=torch.int64, device=maps.device))
+        dim = head(one.to(device, torch.float32)).shape[1]
+    first = AttentiveProbe(head, LinearProbe(dim, num_classes, generator=generator).to(device))
+    probes = [first, *(copy.deepcopy(first) for _ in settings[1:])]
     _fit(
-        probe,
+        probes,
         maps,
         labels,
-        lr=lr,
-        momentum=momentum,
-        weight_decay=weight_decay,
+        settings=settings,
         batch_size=batch_size,
         epochs=epochs,
         warmup_epochs=warmup_epochs,
         generator=generator,
         on_progress=on_progress,
     )
-    return probe
+    return probes
 
 
 @torch.no_grad()
 def evaluate(
     probe: LinearProbe | AttentiveProbe,
-    features: Float[Tensor, "n ..."],
+    features: Float[Tensor, "n ..."] | Rows,
     labels: Int64[Tensor, " n"],
 ) -> ProbeResult:
     """Top-1 and top-5 accuracy over every sample given, none dropped.
@@ -291,7 +398,7 @@ def evaluate(
         labels: True classes.
 
     Raises:
-        ValueError: there are no samples.
+        ValueError: there are no samples, or the probe has diverged.
     """
     if len(labels) == 0:
         msg = "no samples to evaluate the probe on: probe.split chooses none of the data"

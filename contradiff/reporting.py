@@ -163,9 +163,7 @@ def render_html(results: Results, *, loss: bytes, loss_dark: bytes) -> str:
         "tsne": results.tsne,
         "tsne_dark": results.tsne_dark,
     }
-    return _render(
-        "report.html", results, {name: _data_uri(png) for name, png in pictures.items()}
-    )
+    return _render("report.html", results, {name: _data_uri(png) for name, png in pictures.items()})
 
 
 def render_markdown(results: Results) -> str:

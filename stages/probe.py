@@ -1,115 +1,64 @@
-"""probe: features of the frozen model at the fixed triple => linear classifier, top-1 and top-5."""
+"""probe: cached features => linear or attentive classifiers, a grid in one pass; top-1 and top-5.
+
+The headline, metrics/probe.json, is the configured setting's last epoch over every image of the
+split, whatever the grid shows. build/probe/grid.csv lists the grid, Table 2's literal setting among
+it. To choose from it, judge with probe.split: dev, a tenth of the training images: the best of many
+by the validation images would not be an honest figure of them.
+"""
 
 from stages._runtime import Run, execute
 
-from collections.abc import Mapping, Sequence
+import csv
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from pydantic import model_validator
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from contradiff.atomic import replace_dir
-from contradiff.checkpoint import load_checkpoint
 from contradiff.config import Section, Seed
-from contradiff.data.shards import ShardIndex
-from contradiff.data.subsets import is_dev
-from contradiff.extraction import FeatureSet, extract, stored_batches
-from contradiff.features import FeaturesParams
-from contradiff.probing import (
-    ProbeParams,
-    evaluate,
-    train_attentive_probe,
-    train_linear_probe,
-)
+from contradiff.feature_cache import HEAD_NAME, FeatureCache
+from contradiff.features import TriTimestepAttention
+from contradiff.probe_data import ProbeData
+from contradiff.probe_grid import Judged, grid_rows, judge_columns, judge_maps
+from contradiff.probing import TABLE_2, LinearProbe, ProbeParams
 
-IMAGES, LATENTS = Path("build/shards"), Path("build/latents")
+FEATURES, PRETRAIN, PROBE = Path("build/features"), Path("build/pretrain"), Path("build/probe")
+GRID_COLUMNS = (
+    *("name", "model", "head", "triple", "block", "pool", "lr", "momentum", "weight_decay"),
+    *("split", "total", "top1", "top5", "low", "high"),
+)
 
 
 class Params(Section):
     seed: Seed
-    features: FeaturesParams
     probe: ProbeParams
-
-    @model_validator(mode="after")
-    def _attentive_head_replaces_pooling(self) -> "Params":
-        if self.probe.head == "attentive" and self.features.pool == "mean":
-            msg = (
-                "probe.head: attentive trains the attention head, which features.pool: mean leaves "
-                "out; set features.pool to attention or probe.head to linear"
-            )
-            raise ValueError(msg)
-        return self
 
 
 def main(params: Params, run: Run) -> None:
-    index = ShardIndex.read(IMAGES)
-    num_classes = len(index.facts["class_ids"])
-    model = load_checkpoint(Path("build/pretrain"), base=Path("build/base")).to(run.device)
-    attentive = params.probe.head == "attentive"
-
-    def features_of(split: str) -> FeatureSet:
-        batches = stored_batches(
-            IMAGES, LATENTS, split=split, batch_size=params.features.batch_size
-        )
-        with run.progress(f"{split} features", index.num_samples(split)) as advance:
-            return extract(
-                model,
-                batches,
-                params=params.features,
-                pool="none" if attentive else params.features.pool,
-                seed=params.seed,
-                device=run.device,
-                on_progress=advance,
-            )
-
-    train = features_of("train")
-    if params.probe.split == "dev":
-        held_out = [is_dev(key) for key in train.keys]
-        train, evaluated = chosen(train, [not dev for dev in held_out]), chosen(train, held_out)
-    else:
-        evaluated = features_of("val")
-
-    settings = params.probe.sgd_settings()
-    with run.progress("train the probe", params.probe.epochs, "epoch") as advance:
-
-        def on_progress(_epoch: int, losses: Mapping[str, float]) -> None:
-            advance(1, loss=f"{losses['loss']:.3f}")
-
-        if attentive:
-            probe = train_attentive_probe(
-                train.features,
-                train.labels,
-                attention_head=model.attention,
-                num_classes=num_classes,
-                seed=params.seed,
-                on_progress=on_progress,
-                **settings,
-            )
-            with torch.inference_mode():
-                maps = evaluated.features.split(params.features.batch_size)
-                shown = torch.cat(
-                    [probe.attention_head(part.to(run.device)).cpu() for part in maps]
-                )
-        else:
-            probe = train_linear_probe(
-                train.features.to(run.device),
-                train.labels.to(run.device),
-                num_classes=num_classes,
-                seed=params.seed,
-                on_progress=on_progress,
-                **settings,
-            )
-            shown = evaluated.features
-    result = evaluate(probe, evaluated.features, evaluated.labels)
+    data = ProbeData(
+        FeatureCache.open(FEATURES, checkpoint=PRETRAIN), dev=params.probe.split == "dev"
+    )
+    grid = train(params, data, run)
+    result = grid[0].result
+    if result is None:
+        msg = f"probe.lr: the probe diverges (got {params.probe.lr}); lower it"
+        raise ValueError(msg)
     run.log(f"top-1 {result.top1:.1%} on {result.total} {params.probe.split} images")
-    with replace_dir(Path("build/probe")) as folder:
-        state = {name: tensor.cpu().contiguous() for name, tensor in probe.state_dict().items()}
-        save_file(state, folder / "head.safetensors")
-        save_file(
-            {"features": shown.contiguous(), "labels": evaluated.labels},
-            folder / "features_val.safetensors",
-        )
+    index = data.cache.index
+    with replace_dir(PROBE) as folder:
+        state = grid[0].probe.state_dict()
+        save_file({k: v.cpu().contiguous() for k, v in state.items()}, folder / "head.safetensors")
+        shown = {"features": shown_features(grid[0], data, run), "labels": data.labels()[1]}
+        save_file(shown, folder / "features_val.safetensors")
+        with (folder / "grid.csv").open("w", newline="") as file:
+            writer = csv.DictWriter(file, GRID_COLUMNS, restval="", lineterminator="\n")
+            writer.writeheader()
+            facts = {"model": index.model, "head": params.probe.head, "split": params.probe.split}
+            writer.writerows(row | facts for row in grid_rows(grid))
+    table_2 = next(head for head in grid if head.setting == TABLE_2).result
+    scores = {} if table_2 is None else {"top1": table_2.top1, "top5": table_2.top5}
     run.write_json(
         Path("metrics/probe.json"),
         {
@@ -120,17 +69,53 @@ def main(params: Params, run: Run) -> None:
                 "total": result.total,
                 "split": params.probe.split,
                 "head": params.probe.head,
-                "pool": params.features.pool,
+                "pool": index.columns[0].pool,
+                "model": index.model,
+                # literal: the epochs, warm-up and batch, which the grid shares, are Table 2's too
+                "table2": {**scores, "literal": params.probe.is_table_2},
             }
         },
     )
 
 
-def chosen(items: FeatureSet, kept: Sequence[bool]) -> FeatureSet:
-    """The rows where `kept`."""
-    mask = torch.tensor(kept)
-    keys = tuple(key for key, keep in zip(items.keys, kept, strict=True) if keep)
-    return FeatureSet(items.features[mask], items.labels[mask], keys)
+def train(params: Params, data: ProbeData, run: Run) -> list[Judged]:
+    index = data.cache.index
+    attentive = params.probe.head == "attentive"
+    num_passes = 1 if attentive else len(index.columns)
+    with run.progress("train", params.probe.epochs * num_passes, "epoch") as advance:
+
+        def on_progress(_epoch: int, losses: Mapping[str, float]) -> None:
+            advance(1, loss=f"{losses['loss']:.3f}")
+
+        if not attentive:
+            return judge_columns(
+                data,
+                params=params.probe,
+                seed=params.seed,
+                device=run.device,
+                on_progress=on_progress,
+            )
+        data.maps()  # refused here if there are none
+        assert index.head is not None, "it lies beside maps"
+        head = TriTimestepAttention(**index.head)
+        head.load_state_dict(load_file(FEATURES / HEAD_NAME))
+        return judge_maps(
+            data,
+            attention_head=head.to(run.device),
+            params=params.probe,
+            seed=params.seed,
+            on_progress=on_progress,
+        )
+
+
+@torch.inference_mode()
+def shown_features(head: Judged, data: ProbeData, run: Run) -> Tensor:
+    """What the classifier sees of the judged images, float32: for the report's t-SNE."""
+    if isinstance(head.probe, LinearProbe):
+        return data.column(head.column.name)[1].float()
+    attention, maps = head.probe.attention_head, data.maps()[1]
+    parts = [attention(part.to(run.device).float()).cpu() for part in maps.split(256)]
+    return torch.cat(parts).contiguous()
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ from stages import (
     base,
     class_condition,
     extractor,
+    features,
     generate,
     latents,
     prepare,
@@ -49,6 +50,7 @@ STAGES: tuple[type[Section], ...] = (
     latents.Params,
     pretrain.Params,
     class_condition.Params,
+    features.Params,
     probe.Params,
     transfer.Params,
     separability.Params,
@@ -125,17 +127,18 @@ def check_with_base(content: Mapping[str, Any], *, root: Path) -> None:
         return
     folder = config_folder(base_params, root=root, shipped=root / "presets")
     image_size, conditioner = content["data"]["image_size"], content["conditioner"]
+    triples = [content["features"]["timesteps"], *content["features"]["more_triples"]]
     check_fit(
         folder,
         image_size=image_size,
         lora_targets=content["lora"]["targets"],
         block=content["head"]["block"],
-        timesteps=content["features"]["timesteps"],
+        timesteps=[step for triple in triples for step in triple],
         num_inference_steps=content["generate"]["num_inference_steps"],
     )
-    features = content["features"]
-    if features["noising"] == "ddim_chain":
-        chain_to(features["timesteps"], schedule=NoiseSchedule.of_base(folder))
+    if content["features"]["noising"] == "ddim_chain":
+        for triple in triples:
+            chain_to(triple, schedule=NoiseSchedule.of_base(folder))
     latent_size = image_size // downsampling_of(folder)
     if conditioner["input"] == "latents" and latent_size % conditioner["patch_size"]:
         msg = (

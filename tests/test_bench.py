@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from bench import flops, shards
+from bench import flops, probe, shards
 from contradiff.config import parse, read_params
 from contradiff.features import encode_to_bottleneck
 from contradiff.model import ContraDiff
@@ -98,3 +98,12 @@ def test_shards_are_measured_each_way(
     rows = [line for line in lines if line.startswith(("write: ", "read: "))]
     assert len(rows) == 9
     assert [row.split()[-1] for row in rows if "webdataset's" in row] == ["1.00x"]
+
+
+def test_probe_bench_measures_probes_of_equal_accuracy(capsys: pytest.CaptureFixture[str]):
+    probe.main(["600", "16", "3"])
+    rows = capsys.readouterr().out.splitlines()[3:]
+    assert len(rows) == 4
+    accuracies = [float(row.split()[-1].rstrip("%")) for row in rows]
+    assert min(accuracies) > 60
+    assert max(accuracies) - min(accuracies) < 6

@@ -126,6 +126,20 @@ def test_sections_of_other_stages_are_no_fault_of_this_one():
         parse_exactly(Params, VALID | {"other": {"x": 1}}, source="params.yaml")
 
 
+class OneKey(Section):
+    kind: Literal["ntxent", "infonce"] = Field(alias="loss.kind")
+
+
+def test_a_stage_may_depend_on_one_key_of_a_section():
+    """As `params: [loss.kind]` in dvc.yaml."""
+    assert parse(OneKey, VALID, source="params.yaml").kind == "ntxent"
+    with pytest.raises(ValueError, match=r"^params\.yaml: loss\.kind: .*\(got 'l2'\)$"):
+        parse(OneKey, changed("loss", kind="l2"), source="params.yaml")
+    for content in ({}, {"loss": {}}, {"loss": 1}):
+        with pytest.raises(ValueError, match=r"^params\.yaml: loss\.kind: missing"):
+            parse(OneKey, content, source="params.yaml")
+
+
 def test_sections_do_not_change():
     params = parse(Params, VALID, source="params.yaml")
     with pytest.raises(ValueError, match="frozen"):

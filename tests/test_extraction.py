@@ -33,10 +33,18 @@ def model(build_tiny: Build) -> ContraDiff:
 
 def params_of(**changes: Any) -> FeaturesParams:
     settings = {
+        "model": "contradiff",
+        "timm_name": None,
+        "timm_weights": None,
+        "timm_pretrained": False,
         "timesteps": [401, 201, 101],
+        "more_triples": [],
+        "more_blocks": [],
         "noising": "direct",
         "condition": "image",
         "pool": "attention",
+        "dtype": "fp16",
+        "precision": "fp32",
         "batch_size": 8,
     }
     return FeaturesParams.model_validate(settings | changes)

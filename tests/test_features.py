@@ -296,10 +296,18 @@ HEAD = {
     "projector_out": 4,
 }
 FEATURES: dict[str, Any] = {
+    "model": "contradiff",
+    "timm_name": None,
+    "timm_weights": None,
+    "timm_pretrained": False,
     "timesteps": [401, 201, 101],
+    "more_triples": [],
+    "more_blocks": [],
     "noising": "direct",
     "condition": "image",
     "pool": "attention",
+    "dtype": "fp16",
+    "precision": "fp32",
     "batch_size": 4,
 }
 

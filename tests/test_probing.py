@@ -28,6 +28,8 @@ SETTINGS = {
 PARAMS = {
     "split": "val",
     "head": "linear",
+    "lrs": [],
+    "weight_decays": [],
     "lr": 0.01,
     "momentum": 0.9,
     "weight_decay": 0.0,

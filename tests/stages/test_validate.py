@@ -131,6 +131,7 @@ def test_noise_has_nothing_to_guide(content: dict[str, Any]):
             {"features": {"timesteps": [401, 201, 100], "noising": "ddim_chain"}},
             r"^features\.timesteps: .*20-step grid",
         ),
+        ({"features": {"more_triples": [[5, 201, 1000]]}}, r"^features\.timesteps: "),
         ({"generate": {"num_inference_steps": 1001}}, r"^generate\.num_inference_steps: "),
         ({"data": {"image_size": 36}}, r"^data\.image_size: "),
         (

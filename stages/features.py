@@ -1,0 +1,175 @@
+"""features: frozen features of every image, once, as shards that the probe reads.
+
+Runs on as many processes as `python -m stages.launch stages.features` starts, each of which takes
+every n-th shard; the result does not depend on their number. Interrupted, it goes on where it was.
+"""
+
+from stages._runtime import Run, execute
+
+import shutil
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, model_validator
+from safetensors.torch import save_file
+
+from contradiff.atomic import replace_dir, sha256_of
+from contradiff.config import Section, Seed
+from contradiff.data.shards import Shard, ShardIndex
+from contradiff.extraction import FeatureData
+from contradiff.feature_cache import (
+    HEAD_NAME,
+    CacheIndex,
+    checkpoint_fingerprint,
+    finished_rows,
+    resume_rows,
+)
+from contradiff.feature_models import (
+    DiffusionFeatures,
+    FeatureModel,
+    attention_shape,
+    bytes_of_image,
+    load_diffusion_features,
+    write_features,
+)
+from contradiff.features import FeaturesParams
+from contradiff.timm_features import TimmFeatures
+
+BASE, PRETRAIN = Path("build/base"), Path("build/pretrain")
+IMAGES, LATENTS, FEATURES = Path("build/shards"), Path("build/latents"), Path("build/features")
+
+
+class Params(Section):
+    seed: Seed
+    features: FeaturesParams
+    head: Literal["linear", "attentive"] = Field(
+        alias="probe.head", description="attentive: the maps of the main triple are stored too"
+    )
+
+    @model_validator(mode="after")
+    def _attentive_needs_maps(self) -> "Params":
+        if self.head == "attentive" and self.features.model == "timm":
+            msg = (
+                "probe.head: attentive trains on maps of three noise levels, which features.model: "
+                "timm has not; set probe.head: linear"
+            )
+            raise ValueError(msg)
+        return self
+
+
+def main(params: Params, run: Run) -> None:
+    accelerator = run.accelerator()
+    model = load_model(params, run)
+    index = ShardIndex.read(IMAGES)
+    data = FeatureData(IMAGES, LATENTS, params.features.batch_size, run.runtime.num_workers)
+    shards = [(split, i) for split in index.splits for i in range(len(index.shards(split)))]
+    own = shards[accelerator.process_index :: accelerator.num_processes]
+    inputs = [BASE, PRETRAIN, IMAGES / "index.json", LATENTS / "index.json"]
+    if params.features.model == "timm" and params.features.timm_weights is not None:
+        inputs.append(run.resolve(params.features.timm_weights))
+    with run.work_dir(params.model_dump(by_alias=True), inputs) as folder:
+        first = next(iter(model.read(data, *shards[0])))
+        num_images = sum(index.num_samples(split) for split in index.splits)
+        check_room(bytes_of_image(model, first) * num_images, folder, run)
+        # nobody writes before everybody has measured what is free
+        accelerator.wait_for_everyone()
+        num_own = sum(index.shards(split)[number].num_samples for split, number in own)
+        with run.progress("features", num_own) as advance:
+            for split, number in own:
+                path = file_of(folder, split, number)
+                # lazily: nothing is read of a shard that is finished
+                batches = model.read(data, split, number)
+                make = partial(write_features, path, model, batches, dtype=params.features.dtype)
+                resume_rows(path, make)
+                advance(index.shards(split)[number].num_samples)
+        accelerator.wait_for_everyone()
+        if accelerator.is_main_process:
+            collect(folder, params=params, model=model, index=index, run=run)
+        accelerator.wait_for_everyone()
+
+
+def file_of(folder: Path, split: str, number: int) -> Path:
+    return folder / f"{split}-{number:05d}.safetensors"
+
+
+def load_model(params: Params, run: Run) -> FeatureModel:
+    features = params.features
+    if features.model != "timm":
+        return load_diffusion_features(
+            features,
+            checkpoint=PRETRAIN,
+            base=BASE,
+            keep_maps=params.head == "attentive",
+            seed=params.seed,
+            device=run.device,
+        )
+    assert features.timm_name is not None
+    return TimmFeatures(
+        features.timm_name,
+        weights=None if features.timm_weights is None else run.resolve(features.timm_weights),
+        precision=features.precision,
+        device=run.device,
+    )
+
+
+def check_room(num_bytes: int, folder: Path, run: Run) -> None:
+    """Say how much will be written, and refuse it before the work if there is no room."""
+    there = sum(file.stat().st_size for file in folder.iterdir())
+    free = shutil.disk_usage(folder).free
+    run.log(f"features of {num_bytes / 1e9:.3g} GB; {free / 1e9:.3g} GB free at {folder}")
+    if num_bytes - there > free:
+        msg = (
+            f"features: {num_bytes / 1e9:.3g} GB to be written, but {free / 1e9:.3g} GB free at "
+            f"{folder}; make room, or store less: probe.head: linear (no maps), fewer "
+            "features.more_triples or features.more_blocks"
+        )
+        raise ValueError(msg)
+
+
+def collect(
+    folder: Path, *, params: Params, model: FeatureModel, index: ShardIndex, run: Run
+) -> None:
+    """Move the shards of all processes to their place, and write the index."""
+    files: dict[str, list[list[Shard]]] = {}
+    for split in index.splits:
+        paths = [file_of(folder, split, number) for number in range(len(index.shards(split)))]
+        files[split] = [finished_rows(path) or [] for path in paths]
+        assert all(files[split]), "every process has finished its shards"
+    facts: dict[str, Any] = {"seed": params.seed, **params.features.model_dump()}
+    if facts["timm_weights"] is not None and params.features.model == "timm":
+        facts["timm_weights_sha256"] = sha256_of(run.resolve(facts["timm_weights"]))
+    with replace_dir(FEATURES) as made:
+        for shard in (shard for split in files.values() for pair in split for shard in pair):
+            shutil.move(folder / shard.name, made / shard.name)
+        shape: dict[str, int] | None = None
+        if params.head == "attentive" and isinstance(model, DiffusionFeatures):
+            attention = model.initial_attention()
+            shape = attention_shape(model.head, in_channels=attention.norm_in.normalized_shape[0])
+            state = {name: value.cpu() for name, value in attention.state_dict().items()}
+            save_file(state, made / HEAD_NAME)
+        CacheIndex(
+            model=params.features.model,
+            checkpoint=checkpoint_of(params),
+            dtype=params.features.dtype,
+            num_classes=len(index.facts["class_ids"]),
+            columns=model.columns,
+            head=shape,
+            shards={split: tuple(pair[0] for pair in pairs) for split, pairs in files.items()},
+            maps={
+                split: tuple(pair[1] for pair in pairs)
+                for split, pairs in files.items()
+                if params.head == "attentive"
+            },
+            facts=facts,
+        ).write(made)
+    run.log(f"{len(model.columns)} columns: {', '.join(column.name for column in model.columns)}")
+
+
+def checkpoint_of(params: Params) -> str | None:
+    """Baselines do not change with the training."""
+    return checkpoint_fingerprint(PRETRAIN) if params.features.model == "contradiff" else None
+
+
+if __name__ == "__main__":
+    execute(Params, main)

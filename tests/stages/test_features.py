@@ -1,0 +1,249 @@
+"""stages.features and stages.probe: from a checkpoint to the accuracy, whoever does the work."""
+
+from stages._runtime import Run
+
+import csv
+import json
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from contradiff.backbone import load_unet
+from contradiff.checkpoint import load_checkpoint
+from contradiff.config import parse, read_params
+from contradiff.extraction import extract, level_noise, stored_batches
+from contradiff.feature_cache import FeatureCache
+from contradiff.features import FeaturesParams, encode_to_bottleneck
+from stages import features, probe
+
+ROOT = Path(__file__).resolve().parents[2]
+CACHE, PRETRAIN = Path("build/features"), Path("build/pretrain")
+CPU = torch.device("cpu")
+
+
+def content_of(*, probing: dict[str, Any] | None = None, **changes: Any) -> dict[str, Any]:
+    content = read_params(ROOT / "presets/tiny.yaml")
+    content["features"] |= {"batch_size": 4} | changes
+    content["probe"] |= {"epochs": 2, "warmup_epochs": 0, "batch_size": 8} | (probing or {})
+    return content
+
+
+def make(run: Run, *, rank: int = 0, world: int = 1, **changes: Any) -> FeatureCache | None:
+    """Run the stage as one of several processes."""
+    params = parse(features.Params, content_of(**changes), source="params.yaml")
+    accelerator = SimpleNamespace(
+        process_index=rank,
+        num_processes=world,
+        is_main_process=rank == 0,
+        wait_for_everyone=lambda: None,
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RANK", str(rank))
+        patch.setattr(Run, "accelerator", lambda _: accelerator)
+        features.main(params, run)
+    return FeatureCache.open(CACHE, checkpoint=PRETRAIN) if rank == 0 else None
+
+
+def judge(run: Run, **probing: Any) -> dict[str, Any]:
+    content = content_of(probing=probing)
+    probe.main(parse(probe.Params, content, source="params.yaml"), run)
+    return json.loads(Path("metrics/probe.json").read_text())["probe"]
+
+
+def digests() -> dict[str, str]:
+    return {file.name: file.read_bytes().hex() for file in sorted(CACHE.iterdir())}
+
+
+def test_the_cache_holds_what_extract_gives(trained_project: Run):
+    cache = make(trained_project, more_triples=[[999, 5, 300]], more_blocks=["mid", "up.1"])
+    assert cache is not None
+    names = [column.name for column in cache.index.columns]
+    assert names == [
+        f"{kind}@{triple}"
+        for triple in ("401-201-101", "999-5-300")
+        for kind in ("attention:mid", "mean:mid", "mean:up.1")
+    ]
+    model = load_checkpoint(PRETRAIN, base=Path("build/base"))
+    for split, number in (("train", 24), ("val", 8)):
+        batches = list(
+            stored_batches(
+                Path("build/shards"), Path("build/latents"), split=split, batch_size=number
+            )
+        )
+        for triple, name in (([401, 201, 101], names[0]), ([999, 5, 300], names[3])):
+            params = FeaturesParams.model_validate(content_of(timesteps=triple)["features"])
+            for pool, column in (("attention", name), ("mean", name.replace("attention", "mean"))):
+                expected = extract(
+                    model,
+                    batches,
+                    params=params,
+                    pool=pool,
+                    seed=0,
+                    device=CPU,
+                    on_progress=lambda _: None,
+                )
+                stored = cache.column(split, column)
+                assert stored.dtype == torch.float16
+                torch.testing.assert_close(stored.float(), expected.features, atol=2e-3, rtol=2e-3)
+                assert cache.labels(split).equal(expected.labels)
+                assert tuple(cache.keys(split)) == expected.keys
+
+
+def test_the_number_of_processes_and_threads_changes_no_bit(trained_project: Run):
+    run = trained_project
+    make(run, probing={"head": "attentive"})
+    alone = digests()
+    assert {"attention.safetensors", "train-00003.maps.safetensors", "index.json"} <= set(alone)
+    shutil.rmtree(CACHE)
+    threads = run.runtime.model_copy(update={"num_workers": 2})
+    several = Run(stage=run.stage, root=run.root, runtime=threads)
+    make(several, rank=1, world=2, probing={"head": "attentive"})
+    assert not CACHE.exists()
+    make(several, rank=0, world=2, probing={"head": "attentive"})
+    assert digests() == alone
+    work = run.root / ".work" / run.stage
+    assert list(work.iterdir()) == []
+
+
+def test_an_interrupted_run_goes_on_with_the_shards_that_are_left(
+    trained_project: Run, monkeypatch: pytest.MonkeyPatch
+):
+    write, written = features.write_features, []
+
+    def fail_at_third(path: Path, *args: Any, **kwargs: Any) -> Any:
+        if len(written) == 2:
+            raise KeyboardInterrupt
+        written.append(path.name)
+        return write(path, *args, **kwargs)
+
+    monkeypatch.setattr(features, "write_features", fail_at_third)
+    with pytest.raises(KeyboardInterrupt):
+        make(trained_project)
+    monkeypatch.setattr(
+        features,
+        "write_features",
+        lambda path, *a, **k: written.append(path.name) or write(path, *a, **k),
+    )
+    make(trained_project)
+    assert len(written) == len(set(written)) == 6
+    kept = digests()
+    shutil.rmtree(CACHE)
+    monkeypatch.setattr(features, "write_features", write)
+    make(trained_project)
+    assert digests() == kept
+
+
+def test_base_is_the_untouched_unet_with_zero_tokens(trained_project: Run):
+    cache = make(trained_project, model="base", pool="mean")
+    assert cache is not None
+    assert cache.index.checkpoint is None
+    [batch] = stored_batches(Path("build/shards"), Path("build/latents"), split="val", batch_size=8)
+    unet = load_unet(Path("build/base"))
+    noise = level_noise(batch, seed=0)
+    alphas = load_checkpoint(PRETRAIN, base=Path("build/base")).schedule.alphas_cumprod
+    expected = []
+    with torch.no_grad():
+        for level, timestep in enumerate((401, 201, 101)):
+            noisy = alphas[timestep] ** 0.5 * batch.latents
+            noisy += (1 - alphas[timestep]) ** 0.5 * noise[level]
+            steps = torch.full((8,), timestep)
+            tokens = torch.zeros(8, 7, 16)  # of any number: all are zero
+            state = encode_to_bottleneck(unet, noisy, steps, tokens)
+            expected.append(state.bottleneck.mean(dim=(2, 3)))
+    stored = cache.column("val", "mean:mid@401-201-101").float()
+    torch.testing.assert_close(stored, torch.cat(expected, dim=1), atol=2e-3, rtol=2e-3)
+
+
+def test_probe_writes_the_headline_the_grid_and_what_the_report_reads(trained_project: Run):
+    cache = make(trained_project, more_blocks=["up.1"])
+    assert cache is not None
+    result = judge(trained_project, lr=0.05, lrs=[0.2])
+    assert {"top1", "top5", "interval", "total", "split", "head", "pool", "model"} < set(result)
+    assert (result["total"], result["model"], result["pool"]) == (8, "contradiff", "attention")
+    assert result["table2"]["literal"] is False
+    shown = load_file("build/probe/features_val.safetensors")
+    assert shown["features"].dtype == torch.float32
+    assert shown["features"].equal(cache.column("val", "attention:mid@401-201-101").float())
+    assert shown["labels"].equal(cache.labels("val"))
+    assert "linear.weight" in load_file("build/probe/head.safetensors")
+    with Path("build/probe/grid.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row["name"] for row in rows] == ["configured", "table2", "", "", "", ""]
+    assert float(rows[0]["top1"]) == result["top1"]
+    assert float(rows[1]["top1"]) == result["table2"]["top1"]
+    assert {row["split"] for row in rows} == {"val"}
+    # the grid never moves the headline
+    assert judge(trained_project, lr=0.05, lrs=[])["top1"] == result["top1"]
+
+
+def test_attentive_probe_reads_maps_and_says_where_they_come_from(trained_project: Run):
+    make(trained_project)
+    with pytest.raises(ValueError, match=r"index\.json: no maps, .*dvc repro features"):
+        judge(trained_project, head="attentive")
+    make(trained_project, probing={"head": "attentive"})
+    result = judge(trained_project, head="attentive", lrs=[])
+    assert (result["head"], result["total"]) == ("attentive", 8)
+    shown = load_file("build/probe/features_val.safetensors")["features"]
+    assert shown.shape == (8, 16)
+    # linear probes are there as well
+    assert judge(trained_project, head="linear")["head"] == "linear"
+
+
+def test_diffeed_s_maps_get_a_head_of_their_own(trained_project: Run):
+    cache = make(trained_project, model="diffeed", pool="mean", probing={"head": "attentive"})
+    assert cache is not None
+    assert cache.column("val", "mean:diffeed@401-201-101").shape == (8, 3 * 4 * 32)
+    assert cache.maps("val").shape == (8, 3, 4 * 32, 2, 2)
+    assert judge(trained_project, head="attentive", lrs=[])["model"] == "diffeed"
+
+
+def test_another_checkpoint_s_features_are_refused(trained_project: Run):
+    make(trained_project)
+    config = json.loads((PRETRAIN / "config.json").read_text())
+    (PRETRAIN / "config.json").write_text(json.dumps(config | {"num_steps": 4}))
+    with pytest.raises(ValueError, match=r"build/features/index\.json: .*dvc repro features"):
+        judge(trained_project)
+
+
+def test_too_little_room_is_found_before_the_work(
+    trained_project: Run, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=32 * (8 + 2 * 16) - 1))
+    monkeypatch.setattr(features, "write_features", lambda *_: pytest.fail("it began"))
+    with pytest.raises(ValueError, match=r"^features: .* GB to be written, but .* GB free"):
+        make(trained_project)
+
+
+@pytest.mark.parametrize(
+    ("changes", "fault"),
+    [
+        ({"model": "base"}, r"features\.pool: attention is contradiff's .*features\.pool: mean"),
+        ({"model": "timm", "pool": "mean"}, r"features\.timm_name: "),
+        (
+            {"model": "timm", "pool": "mean", "timm_name": "x"},
+            r"features\.timm_weights: .*features\.timm_pretrained: true",
+        ),
+        (
+            {
+                "model": "timm",
+                "pool": "mean",
+                "timm_name": "x",
+                "timm_pretrained": True,
+                "probing": {"head": "attentive"},
+            },
+            r"probe\.head: attentive .*features\.model: timm has not",
+        ),
+        ({"model": "diffeed", "pool": "mean", "noising": "ddim_chain"}, r"features\.noising: "),
+        ({"model": "diffeed", "pool": "mean", "more_blocks": ["mid"]}, r"features\.more_blocks: "),
+        ({"more_triples": [[401, 101, 201]]}, r"features\.more_triples: a triple is repeated"),
+        ({"more_triples": [[1, 2]]}, r"features\.more_triples: \[1, 2\] are not three"),
+    ],
+)
+def test_contradictions_are_named(changes: dict[str, Any], fault: str):
+    with pytest.raises(ValueError, match=fault):
+        parse(features.Params, content_of(**changes), source="params.yaml")
