@@ -24,6 +24,7 @@ from contradiff.inversion import chain_to
 from stages import (
     base,
     class_condition,
+    conditions,
     extractor,
     generate,
     latents,
@@ -49,6 +50,7 @@ STAGES: tuple[type[Section], ...] = (
     class_condition.Params,
     probe.Params,
     transfer.Params,
+    conditions.Params,
     generate.Params,
     extractor.Params,
     score.Params,
