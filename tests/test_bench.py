@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from bench import flops
+from bench import flops, sampling
 from contradiff.config import parse, read_params
 from contradiff.features import encode_to_bottleneck
 
@@ -52,3 +52,16 @@ def test_switches_cost_what_they_add(count: Any):
     assert thrice - twice == pytest.approx(twice - step)
     assert count(pretrain__gradient_checkpointing=True)[0] > 1.2 * step
     assert count(features__noising="ddim_chain")[1] > 5 * features
+
+
+@pytest.mark.slow
+def test_sampling_compares_equal_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """All but the labelled solver make the first's images."""
+    monkeypatch.chdir(ROOT)
+    with torch.random.fork_rng(devices=[]):
+        rows = sampling.measure(sampling.write_base(tmp_path), images=2, steps=5, rounds=1)
+    assert [difference for _, _, difference in rows[:3]] in (
+        ["", f"{a} of 255 away", f"{b} of 255 away"] for a in (0, 1) for b in (0, 1)
+    )
+    assert [ratio > 0 for _, ratio, _ in rows] == [True] * 4
+    assert "other work" in rows[3][0]
