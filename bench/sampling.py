@@ -153,7 +153,9 @@ def measure(base: Path, *, images: int, steps: int, rounds: int) -> list[tuple[s
 
 def pipeline_of(vae: Any, unet: Any, scheduler: Any) -> Any:
     """StableDiffusionPipeline without a text encoder: it is given embeddings."""
-    from diffusers import StableDiffusionPipeline
+    from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import (
+        StableDiffusionPipeline,
+    )
 
     pipeline = StableDiffusionPipeline(
         vae=vae,
