@@ -1,29 +1,25 @@
-"""Generation: Gaussian noise -> DDIM steps -> latents -> images (Tables 4 and 5, Appendix A)."""
+"""Generation: Gaussian noise -> solver steps -> latents -> images (Tables 4 and 5, Appendix A)."""
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from itertools import islice
-from pathlib import Path
+from collections.abc import Iterator
+from copy import deepcopy
 from typing import TYPE_CHECKING, Literal
 
 import torch
-from jaxtyping import Float
 from pydantic import Field, model_validator
-from torch import Tensor
+from torch import nn
 
-from contradiff.class_condition import ClassTable
 from contradiff.config import Section
-from contradiff.extraction import CleanBatch, stored_batches
 from contradiff.latents import decode_latents, downsampling_factor
 from contradiff.model import ContraDiff
-from contradiff.types import ByteImages, Conditions, Latents, Tokens
+from contradiff.sample_conditions import Conditioning, stacked_noise
+from contradiff.solvers import Scheduler, Solver
+from contradiff.token_cache import keys_and_values_kept
+from contradiff.types import ByteImages, Latents, Tokens
 
 if TYPE_CHECKING:
     from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
-    from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 
-TokensOf = Callable[[range], Tokens]
-"""Conditions of the samples of these indices; asked for in order, from sample 0."""
+Precision = Literal["fp32", "bf16"]
 
 
 class GenerateParams(Section):
@@ -37,9 +33,16 @@ class GenerateParams(Section):
         "class: balanced labels (Table 5)"
     )
     guidance: float = Field(ge=0, description="classifier-free; 1: none")
+    guidance_interval: list[float] = Field(
+        min_length=2,
+        max_length=2,
+        description="part of the schedule that is guided: 0 is clean, 1 noise; 0 to 1: all",
+    )
     num_samples: int = Field(ge=1)
-    num_inference_steps: int = Field(ge=1, description="DDIM steps, eta = 0")
-    batch_size: int = Field(ge=1)
+    solver: Solver = Field(description="ddim (paper, eta = 0) | dpmsolver++ | unipc: fewer steps")
+    num_inference_steps: int = Field(ge=1, description="of the solver")
+    batch_size: int = Field(ge=1, description="images at once, within a shard")
+    precision: Precision = Field(description="of the UNet's passes; the VAE stays in fp32")
 
     @model_validator(mode="after")
     def _noise_has_nothing_to_guide(self) -> "GenerateParams":
@@ -51,209 +54,129 @@ class GenerateParams(Section):
             raise ValueError(msg)
         return self
 
-
-@dataclass(frozen=True)
-class Conditioning:
-    """What samples are conditioned on, and the null condition that guidance leads away from."""
-
-    tokens: TokensOf
-    null_tokens: TokensOf
-
-
-def seeded_noise(
-    shape: tuple[int, ...], *, seed: int, index: int, stream: str
-) -> Float[Tensor, "..."]:
-    """Gaussian noise of one sample: the same at any batch size, device and process count.
-
-    Args:
-        shape: of the noise.
-        seed: of the run.
-        index: of the sample.
-        stream: "latent" or "condition": independent noises of one sample.
-    """
-    offset = {"latent": 0, "condition": 1}[stream]
-    generator = torch.Generator().manual_seed((seed * 1_000_003 + index) * 2 + offset)
-    return torch.randn(shape, generator=generator)
-
-
-def unconditional(model: ContraDiff, *, seed: int, device: torch.device) -> Conditioning:
-    """A condition of Gaussian noise (App. A), c(noise): the null condition itself.
-
-    Args:
-        model: evaluation mode, on `device`.
-        seed: sample i has noise of (seed, i).
-        device: where to compute.
-    """
-
-    def tokens(indices: range) -> Tokens:
-        noise = _stacked_noise(
-            model.conditioner.shape, seed=seed, indices=indices, stream="condition"
-        )
-        return _encoded(model, noise.to(device))
-
-    return Conditioning(tokens, tokens)
-
-
-def image_conditional(
-    model: ContraDiff,
-    images: Iterator[CleanBatch],
-    *,
-    null_tokens: TokensOf,
-    device: torch.device,
-) -> Conditioning:
-    """Sample i is conditioned on the i-th of `images` (Fig. 4).
-
-    Args:
-        model: evaluation mode, on `device`.
-        images: one a batch, at least as many as samples; see `endless_images`.
-        null_tokens: `unconditional`'s.
-        device: where to compute.
-    """
-
-    def tokens(indices: range) -> Tokens:
-        chosen = [
-            model.conditioner.choose(pixels=image.pixels, latents=image.latents)
-            for image in islice(images, len(indices))
-        ]
-        return _encoded(model, torch.cat(chosen).to(device))
-
-    return Conditioning(tokens, null_tokens)
-
-
-def class_conditional(table: ClassTable, *, device: torch.device) -> Conditioning:
-    """Sample i is of class `balanced_label` (Table 5); the null is the table's last row.
-
-    Args:
-        table: evaluation mode, on `device`.
-        device: where to compute.
-    """
-
-    def tokens_of(labels: list[int]) -> Tokens:
-        with torch.inference_mode():
-            return table(torch.tensor(labels, device=device))
-
-    def tokens(indices: range) -> Tokens:
-        return tokens_of([balanced_label(i, num_classes=table.null_label) for i in indices])
-
-    def null_tokens(indices: range) -> Tokens:
-        return tokens_of([table.null_label] * len(indices))
-
-    return Conditioning(tokens, null_tokens)
-
-
-def balanced_label(index: int, *, num_classes: int) -> int:
-    """The class of a sample: all classes in turn."""
-    return index % num_classes
-
-
-def endless_images(images: Path, latents: Path, *, batch_size: int) -> Iterator[CleanBatch]:
-    """Yield the val split's centre crops one by one, in order, and again from the first.
-
-    Args:
-        images: folder of image shards.
-        latents: folder of their latents.
-        batch_size: images read at once.
-    """
-    while True:
-        for batch in stored_batches(images, latents, split="val", batch_size=batch_size):
-            for row, key in enumerate(batch.keys):
-                one = slice(row, row + 1)
-                yield CleanBatch(
-                    batch.first_index + row,
-                    batch.latents[one],
-                    batch.pixels[one],
-                    batch.labels[one],
-                    (key,),
-                )
+    @model_validator(mode="after")
+    def _interval_is_of_some_guidance(self) -> "GenerateParams":
+        low, high = self.guidance_interval
+        if not 0 <= low < high <= 1:
+            msg = (
+                "generate.guidance_interval must be two rising numbers between 0 and 1 "
+                f"(got {low:g}, {high:g})"
+            )
+            raise ValueError(msg)
+        if self.guidance == 1 and (low, high) != (0, 1):
+            msg = (
+                f"generate.guidance_interval is {low:g} to {high:g}, but generate.guidance 1 is "
+                "none; set the interval to 0 and 1, or some guidance"
+            )
+            raise ValueError(msg)
+        return self
 
 
 @torch.inference_mode()
 def denoise(
     model: ContraDiff,
-    scheduler: "DDIMScheduler",
-    latents: Latents,
+    scheduler: Scheduler,
+    noise: Latents,
     tokens: Tokens,
     *,
     null_tokens: Tokens | None = None,
     guidance: float = 1.0,
+    guidance_interval: tuple[float, float] = (0.0, 1.0),
+    precision: Precision = "fp32",
 ) -> Latents:
-    """Run the reverse process from pure noise, deterministically (eta = 0).
+    """Run the reverse process from pure noise, deterministically.
 
     With null tokens, by classifier-free guidance (Ho and Salimans, 2022, in the form in which 1 is
-    no guidance): eps = eps_null + guidance * (eps_cond - eps_null), both in one pass.
+    no guidance): eps = eps_null + guidance * (eps_cond - eps_null), both in one pass. Outside the
+    interval (Kynkäänniemi et al., 2024) eps_cond alone, in half the time.
 
     Args:
         model: evaluation mode.
-        scheduler: with its timesteps set.
-        latents: Gaussian noise.
+        scheduler: with its timesteps set; left as it is, though solvers keep state.
+        noise: Gaussian, of unit variance.
         tokens: conditions.
         null_tokens: null conditions of the same shape; None, for guidance 1, takes half the time.
         guidance: 0 is the null condition alone, 1 the condition alone, above 1 goes beyond it.
+        guidance_interval: guided are timesteps between these parts of the schedule.
+        precision: of the UNet's passes; the solver's own steps are float32.
     """
     assert null_tokens is not None or guidance == 1, "guidance needs the null condition"
-    for timestep in scheduler.timesteps:
-        steps = torch.full((len(latents),), int(timestep), device=latents.device)
-        if null_tokens is None:
-            noise_pred = model.noise_pred(latents, steps, tokens)
-        else:
-            both = model.noise_pred(
-                latents.repeat(2, 1, 1, 1), steps.repeat(2), torch.cat([tokens, null_tokens])
-            )
-            conditional, null = both.chunk(2)
-            noise_pred = null + guidance * (conditional - null)
-        latents = scheduler.step(noise_pred, int(timestep), latents, eta=0.0).prev_sample  # pyright: ignore[reportAttributeAccessIssue]
+    scheduler = deepcopy(scheduler)
+    low, high = (part * model.schedule.num_train_timesteps for part in guidance_interval)
+    both = None if null_tokens is None else torch.cat([tokens, null_tokens])
+    latents = noise * scheduler.init_noise_sigma
+    autocast = torch.autocast(noise.device.type, torch.bfloat16, enabled=precision == "bf16")
+    with keys_and_values_kept(model.unet), autocast:
+        for timestep in scheduler.timesteps:
+            inputs = scheduler.scale_model_input(latents, timestep)
+            steps = torch.full((len(inputs),), int(timestep), device=inputs.device)
+            if both is None or not low <= timestep <= high:
+                noise_pred = model.noise_pred(inputs, steps, tokens).float()
+            else:
+                predictions = model.noise_pred(
+                    inputs.repeat(2, 1, 1, 1), steps.repeat(2), both
+                ).float()
+                conditional, null = predictions.chunk(2)
+                noise_pred = null + guidance * (conditional - null)
+            latents = scheduler.step(noise_pred, timestep, latents).prev_sample
     return latents
+
+
+def cast_frozen_weights(unet: nn.Module) -> None:
+    """Make the weights of matrix products and convolutions bfloat16, once and for all.
+
+    Autocast would do so at every pass, to the same values. LoRA is to be merged before.
+    """
+    for module in unet.modules():
+        if isinstance(module, nn.Linear | nn.Conv2d):
+            module.to(torch.bfloat16)
 
 
 def generate(
     model: ContraDiff,
     vae: "AutoencoderKL",
-    scheduler: "DDIMScheduler",
+    scheduler: Scheduler,
     *,
+    indices: range,
     conditioning: Conditioning,
     params: GenerateParams,
     image_size: int,
     seed: int,
     device: torch.device,
-    on_progress: Callable[[int], None],
 ) -> Iterator[ByteImages]:
     """Yield batches of images, in the order of their sample indices.
 
     Args:
         model: evaluation mode, LoRA merged or not, on `device`.
-        vae: on `device`.
-        scheduler: DDIM with its timesteps set.
+        vae: float32, on `device`.
+        scheduler: with its timesteps set.
+        indices: of the samples to make, in steps of one.
         conditioning: `unconditional`, `image_conditional` or `class_conditional`.
-        params: counts, steps and guidance.
+        params: batch size, guidance and precision.
         image_size: side of the images.
         seed: sample i has noise of (seed, i).
         device: where to compute.
-        on_progress: told the number of images of each batch.
     """
     # Not the UNet's own sample_size: Stable Diffusion's is 64, for 512 pixels.
     side = image_size // downsampling_factor(vae)
     shape = (model.unet.config["in_channels"], side, side)
-    for start in range(0, params.num_samples, params.batch_size):
-        indices = range(start, min(start + params.batch_size, params.num_samples))
-        latents = _stacked_noise(shape, seed=seed, indices=indices, stream="latent")
+    low, high = params.guidance_interval
+    for first in range(0, len(indices), params.batch_size):
+        batch = indices[first : first + params.batch_size]
         clean = denoise(
             model,
             scheduler,
-            latents.to(device) * scheduler.init_noise_sigma,
-            conditioning.tokens(indices),
-            null_tokens=conditioning.null_tokens(indices) if params.guidance != 1 else None,
+            stacked_noise(shape, seed=seed, indices=batch, stream="latent").to(device),
+            conditioning.tokens(batch),
+            null_tokens=conditioning.null_tokens(batch) if params.guidance != 1 else None,
             guidance=params.guidance,
+            guidance_interval=(low, high),
+            precision=params.precision,
         )
         yield decode_latents(vae, clean).cpu()
-        on_progress(len(indices))
 
 
-@torch.inference_mode()
-def _encoded(model: ContraDiff, conditions: Conditions) -> Tokens:
-    return model.encode_condition(conditions)
-
-
-def _stacked_noise(
-    shape: tuple[int, ...], *, seed: int, indices: range, stream: str
-) -> Float[Tensor, "batch ..."]:
-    return torch.stack([seeded_noise(shape, seed=seed, index=i, stream=stream) for i in indices])
+def shard_indices(num_samples: int, *, samples_per_shard: int) -> list[range]:
+    """Cut samples into shards: a shard's own indices are all that its images depend on."""
+    starts = range(0, num_samples, samples_per_shard)
+    return [range(start, min(start + samples_per_shard, num_samples)) for start in starts]

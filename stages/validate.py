@@ -24,6 +24,7 @@ from contradiff.inversion import chain_to
 from stages import (
     base,
     class_condition,
+    conditions,
     extractor,
     features,
     generate,
@@ -54,6 +55,7 @@ STAGES: tuple[type[Section], ...] = (
     probe.Params,
     transfer.Params,
     separability.Params,
+    conditions.Params,
     generate.Params,
     extractor.Params,
     reference.Params,

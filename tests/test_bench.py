@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from bench import flops, probe, shards
+from bench import flops, probe, sampling, shards
 from contradiff.config import parse, read_params
 from contradiff.features import encode_to_bottleneck
 from contradiff.model import ContraDiff
@@ -107,3 +107,16 @@ def test_probe_bench_measures_probes_of_equal_accuracy(capsys: pytest.CaptureFix
     accuracies = [float(row.split()[-1].rstrip("%")) for row in rows]
     assert min(accuracies) > 60
     assert max(accuracies) - min(accuracies) < 6
+
+
+@pytest.mark.slow
+def test_sampling_compares_equal_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """All but the labelled solver make the first's images."""
+    monkeypatch.chdir(ROOT)
+    with torch.random.fork_rng(devices=[]):
+        rows = sampling.measure(sampling.write_base(tmp_path), images=2, steps=5, rounds=1)
+    assert [difference for _, _, difference in rows[:3]] in (
+        ["", f"{a} of 255 away", f"{b} of 255 away"] for a in (0, 1) for b in (0, 1)
+    )
+    assert [ratio > 0 for _, ratio, _ in rows] == [True] * 4
+    assert "other work" in rows[3][0]

@@ -168,16 +168,24 @@ def write_shard(path: Path, records: Iterable[Record], *, compression: Compressi
 def resume_shard(path: Path, records: Iterable[Record], *, compression: Compression) -> Shard:
     """As `write_shard`, unless an interrupted run has written this shard already.
 
-    A note beside the shard, written after it, says that it is whole. The note alone is not enough:
-    an interrupted run may have moved the shard away.
+    A note beside the shard, written after it, says that it is whole.
     """
-    note = path.with_name(f"{path.name}.json")
-    if note.is_file() and path.is_file():
-        return Shard(**json.loads(note.read_text()))
+    note = _note(path)
+    if (finished := finished_shard(path)) is not None:
+        return finished
     shard = write_shard(path, records, compression=compression)
     with replace_file(note) as temporary:
         temporary.write_text(json.dumps(asdict(shard)))
     return shard
+
+
+def finished_shard(path: Path) -> Shard | None:
+    """A shard that `resume_shard` has written, now or in an interrupted run; None if it is not.
+
+    The note alone is not enough: an interrupted run may have moved the shard away.
+    """
+    note = _note(path)
+    return Shard(**json.loads(note.read_text())) if note.is_file() and path.is_file() else None
 
 
 def write_split(
@@ -283,6 +291,10 @@ def array_to_bytes(array: Shaped[np.ndarray, "..."]) -> bytes:
 def array_from_bytes(content: bytes) -> Shaped[np.ndarray, "..."]:
     """Inverse of `array_to_bytes`; never unpickles."""
     return np.load(io.BytesIO(content), allow_pickle=False)
+
+
+def _note(path: Path) -> Path:
+    return path.with_name(f"{path.name}.json")
 
 
 def _compressed(file: io.BufferedIOBase, compression: Compression) -> AbstractContextManager[Any]:

@@ -1,6 +1,7 @@
 """contradiff.data.png against Pillow and by hand."""
 
 import io
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,7 +9,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from contradiff.data.png import encode_png, image_grid
+from contradiff.data.png import LiveGrid, encode_png, image_grid
 
 
 def random_image(seed: int, side: int) -> Tensor:
@@ -44,3 +45,22 @@ def test_small_images_are_magnified_without_smoothing(side: int, factor: int):
     grid = read(image_grid([encode_png(image)], columns=1))
     expected = np.kron(image.permute(1, 2, 0).numpy(), np.ones((factor, factor, 1), np.uint8))
     np.testing.assert_array_equal(grid, expected)
+
+
+def test_live_grid_shows_the_newest_images_and_is_renewed_in_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    now = 0.0
+    monkeypatch.setattr("time.monotonic", lambda: now)
+    images = [encode_png(random_image(seed, 64)) for seed in range(7)]
+    path = tmp_path / "preview.png"
+    grid = LiveGrid(path, columns=2, max_images=4, seconds=10.0)
+    grid.add(images[:2])
+    assert path.read_bytes() == image_grid(images[:2], columns=2)
+    now = 9.9
+    grid.add(images[2:4])
+    assert path.read_bytes() == image_grid(images[:2], columns=2)
+    now = 10.0
+    grid.add(images[4:])
+    assert path.read_bytes() == image_grid(images[3:], columns=2)
+    assert [item.name for item in tmp_path.iterdir()] == ["preview.png"]

@@ -1,33 +1,43 @@
-"""stages.generate: what the shards and the grid say about each kind of condition."""
+"""stages.generate: what the shards and the grid say, on one process or two, whole or resumed."""
 
 from stages._runtime import Run
 
+import multiprocessing
+import os
+import socket
+from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from contradiff.atomic import sha256_of
+from contradiff.backbone import load_vae
+from contradiff.checkpoint import base_digest
 from contradiff.class_condition import ClassConditionParams, ClassTable, save_class_table
 from contradiff.config import parse
 from contradiff.data.shards import ShardIndex, read_split
 from contradiff.data.transforms import decode
-from contradiff.sampling import endless_images
-from stages import generate
+from contradiff.sample_conditions import condition_images
+from stages import conditions, generate
 
 SAMPLES, TABLE = Path("build/samples"), Path("build/class_condition")
+SECTION: dict[str, Any] = {
+    "condition": "noise",
+    "guidance": 1.0,
+    "guidance_interval": [0.0, 1.0],
+    "num_samples": 5,
+    "solver": "ddim",
+    "num_inference_steps": 2,
+    "batch_size": 4,
+    "precision": "fp32",
+}
 
 
-def call(run: Run, **changes: Any) -> tuple[list[dict[str, bytes]], dict[str, Any]]:
-    """Run the stage; returns the samples' records and the facts about them."""
-    section: dict[str, Any] = {
-        "condition": "noise",
-        "guidance": 1.0,
-        "num_samples": 5,
-        "num_inference_steps": 2,
-        "batch_size": 4,
-    }
-    content = {
+def content_with(**changes: Any) -> dict[str, Any]:
+    return {
         "seed": 0,
         "data": {
             "source": "toy",
@@ -37,9 +47,21 @@ def call(run: Run, **changes: Any) -> tuple[list[dict[str, bytes]], dict[str, An
             "num_val": 8,
         },
         "shard": {"samples_per_shard": 4, "compression": "none"},
-        "generate": section | changes,
+        "generate": SECTION | changes,
     }
-    generate.main(parse(generate.Params, content, source="params.yaml"), run)
+
+
+def run_stage(run: Run, **changes: Any) -> None:
+    params = parse(generate.Params, content_with(**changes), source="params.yaml")
+    generate.main(params, replace(run, stage="generate"))
+
+
+def call(run: Run, **changes: Any) -> tuple[list[dict[str, bytes]], dict[str, Any]]:
+    """Run the stage, and that of its conditions; returns the samples' records and their facts."""
+    content = content_with(**changes)
+    wanted = {name: content[name] for name in ("shard", "generate")}
+    conditions.main(parse(conditions.Params, wanted, source="params.yaml"), run)
+    run_stage(run, **changes)
     return list(read_split(SAMPLES, "sample")), dict(ShardIndex.read(SAMPLES).facts)
 
 
@@ -59,17 +81,24 @@ def save_table(*, lora: bool) -> None:
 
 
 def test_unconditional_samples(trained_project: Run):
-    """Neither the data nor a table of classes is needed."""
-    (trained_project.root / "build/shards").unlink()
+    """Neither the latents nor a table of classes is needed."""
+    (trained_project.root / "build/latents").unlink()
     records, facts = call(trained_project)
     assert [set(record) for record in records] == [{"__key__", "png"}] * 5
     assert facts == {
         "kind": "samples",
         "condition": "unconditional: c(noise)",
         "guidance": 1.0,
+        "guidance_interval": [0.0, 1.0],
+        "num_samples": 5,
         "seed": 0,
+        "solver": "ddim",
         "num_inference_steps": 2,
+        "precision": "fp32",
+        "checkpoint_sha256": sha256_of(Path("build/pretrain/model.safetensors")),
+        "base_sha256": base_digest(Path("build/base")),
     }
+    assert [record["__key__"] for record in records] == [b"%06d" % i for i in range(5)]
     assert decode(generate.GRID.read_bytes(), name="grid").shape == (3, 64, 16 * 64)
 
 
@@ -85,10 +114,9 @@ def test_image_conditional_samples_lie_below_their_images(trained_project: Run):
     samples = torch.stack([decode(record["png"], name="sample") for record in records])
     assert torch.equal(cells[1], samples[:16])
     assert torch.equal(cells[3, :2], samples[16:])
-    images = endless_images(Path("build/shards"), Path("build/latents"), batch_size=8)
-    for number, image in zip(range(18), images, strict=False):
-        shown = cells[number // 16 * 2, number % 16].float() / 127.5 - 1
-        torch.testing.assert_close(shown[None], image.pixels, rtol=0, atol=1e-5)
+    images = condition_images(generate.CONDITIONS, start=0)
+    for number, item in enumerate(islice(images, 18)):
+        assert torch.equal(cells[number // 16 * 2, number % 16], item.image[0])
     assert (cells[2:, 2:] == 255).all()
 
 
@@ -116,3 +144,149 @@ def test_table_of_another_checkpoint_is_refused(trained_project: Run):
     with pytest.raises(ValueError, match=r"build/class_condition: trained with another model"):
         call(trained_project, condition="class")
     assert not SAMPLES.exists()
+
+
+def test_faults_are_found_before_anything_is_made(trained_project: Run):
+    with pytest.raises(ValueError, match=r"generate\.num_inference_steps: 1000 is more than"):
+        call(trained_project, num_inference_steps=1000)
+    assert not (trained_project.root / ".work").exists()
+
+
+@pytest.fixture
+def run_to_be_killed(trained_project: Run, monkeypatch: pytest.MonkeyPatch) -> Run:
+    """A run that dies at the third batch: in the second of the shards of two batches each."""
+    decoded = 0
+
+    def dying(vae: Any, latents: Any) -> Any:
+        nonlocal decoded
+        decoded += 1
+        if decoded == 4:
+            raise KeyboardInterrupt
+        return decode_latents(vae, latents)
+
+    from contradiff.latents import decode_latents
+
+    monkeypatch.setattr("contradiff.sampling.decode_latents", dying)
+    return trained_project
+
+
+def test_a_killed_run_goes_on_where_it_was(
+    run_to_be_killed: Run, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+):
+    settings = {"num_samples": 10, "batch_size": 2, "solver": "unipc"}
+    with pytest.raises(KeyboardInterrupt):
+        call(run_to_be_killed, **settings)
+    assert not SAMPLES.exists()
+    [work] = (run_to_be_killed.root / ".work/generate").iterdir()
+    assert decode((work / "preview.png").read_bytes(), name="preview").shape == (3, 64, 16 * 64)
+    assert [path.name for path in work.glob("*.tar")] == ["sample-00000.tar"]
+    monkeypatch.undo()
+    os.chdir(run_to_be_killed.root)
+    resumed, _ = call(run_to_be_killed, **settings)
+    assert "resumed: 6 of 10 images are still to be made" in capfd.readouterr().err
+    assert not work.exists()
+    whole, _ = call(run_to_be_killed, **settings)
+    assert resumed == whole
+    assert [record["__key__"] for record in whole] == [b"%06d" % i for i in range(10)]
+
+
+def test_what_another_checkpoint_made_is_not_taken_up(run_to_be_killed: Run):
+    with pytest.raises(KeyboardInterrupt):
+        call(run_to_be_killed, num_samples=10, batch_size=2)
+    [first] = (run_to_be_killed.root / ".work/generate").iterdir()
+    weights = run_to_be_killed.root / "build/pretrain/model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    call(run_to_be_killed, num_samples=10, batch_size=2)
+    assert list((run_to_be_killed.root / ".work/generate").iterdir()) == [first]
+
+
+def _one_of_two(rank: int, port: int, run: Run, settings: dict[str, Any], fail: bool) -> None:
+    from accelerate.state import AcceleratorState
+
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    AcceleratorState._reset_state(reset_partial_state=True)
+    if fail and rank == 1:
+
+        def failing(*_: Any, **__: Any) -> Any:
+            raise ValueError
+
+        generate.generate = failing
+    code = 0
+    try:
+        run_stage(run, **settings)
+    except ChildProcessError as error:
+        code = 3 if "process 1 has failed" in str(error) else 4
+    except ValueError:
+        code = 2
+    os._exit(code)
+
+
+def in_two_processes(run: Run, *, fail: bool = False, **settings: Any) -> list[int | None]:
+    """Fork two, joined by gloo; returns their exit codes."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    context = multiprocessing.get_context("fork")
+    processes = [
+        context.Process(target=_one_of_two, args=(rank, port, run, settings, fail))
+        for rank in range(2)
+    ]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(timeout=120)
+        process.kill()
+    return [process.exitcode for process in processes]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"solver": "dpmsolver++"}, {"condition": "image", "guidance": 2.0}],
+    ids=["noise", "image"],
+)
+def test_two_processes_make_the_same_samples(trained_project: Run, settings: dict[str, Any]):
+    """Bit for bit: three shards, of which the last is short."""
+    settings |= {"num_samples": 9, "batch_size": 3}
+    records, facts = call(trained_project, **settings)
+    files = {path.name: path.read_bytes() for path in SAMPLES.iterdir()}
+    grid = generate.GRID.read_bytes()
+    for path in (*SAMPLES.iterdir(), generate.GRID):
+        path.unlink()
+    assert in_two_processes(trained_project, **settings) == [0, 0]
+    assert {path.name: path.read_bytes() for path in SAMPLES.iterdir()} == files
+    assert generate.GRID.read_bytes() == grid
+    assert [record["__key__"] for record in records] == [b"%06d" % i for i in range(9)]
+    assert facts["num_samples"] == 9
+    assert list((trained_project.root / ".work/generate").iterdir()) == []
+
+
+def test_a_failing_process_ends_the_other(trained_project: Run):
+    """And what the other has made is kept for the next run."""
+    assert in_two_processes(trained_project, fail=True, num_samples=9) == [3, 2]
+    assert not SAMPLES.exists()
+    [work] = (trained_project.root / ".work/generate").iterdir()
+    assert sorted(path.name for path in work.glob("*.tar")) == [
+        "sample-00000.tar",
+        "sample-00002.tar",
+    ]
+    assert in_two_processes(trained_project, num_samples=9) == [0, 0]
+    assert len(list(read_split(SAMPLES, "sample"))) == 9
+
+
+def test_bf16_keeps_the_vae_in_float32(trained_project: Run, monkeypatch: pytest.MonkeyPatch):
+    seen: list[torch.dtype] = []
+
+    def load(folder: Path) -> Any:
+        vae = load_vae(folder)
+        vae.decoder.register_forward_hook(lambda *args: seen.append(args[2].dtype))
+        return vae
+
+    monkeypatch.setattr(generate, "load_vae", load)
+    exact, _ = call(trained_project)
+    rounded, facts = call(trained_project, precision="bf16")
+    assert set(seen) == {torch.float32}
+    assert facts["precision"] == "bf16"
+    assert exact != rounded

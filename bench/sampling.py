@@ -1,0 +1,171 @@
+"""Sampling beside diffusers' own pipeline: the same UNet, noise, conditions and evaluations.
+
+    python -m bench sampling                       the tiny UNet, 16 samples, 25 steps, guidance 1.5
+    python -m bench sampling --images 100 --steps 100
+
+From noise and conditions to uint8 images. The peer is StableDiffusionPipeline as it is, with DDIM,
+on the very same UNet: as peft leaves it after training (LoRA unmerged), and merged. All are run in
+turn, for several rounds; a ratio is the median over the rounds of the first peer's time over the
+row's. A solver in fewer steps is other work, and labelled so. Weights are random: no base is read.
+"""
+
+import argparse
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from contradiff.backbone import load_vae, merge_lora
+from contradiff.base_training import build_scheduler, build_unet, build_vae
+from contradiff.checkpoint import Architecture
+from contradiff.config import read_params
+from contradiff.latents import decode_latents
+from contradiff.model import ContraDiff, build_model
+from contradiff.sampling import denoise
+from contradiff.solvers import Solver, load_solver
+
+GUIDANCE = 1.5
+FEWER = 5
+"""Times fewer steps of the labelled solver: 20 for the paper's 100 of DDIM."""
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Print the table."""
+    parser = argparse.ArgumentParser(prog="python -m bench sampling", description=__doc__)
+    parser.add_argument("--images", type=int, default=16)
+    parser.add_argument("--steps", type=int, default=25)
+    parser.add_argument("--rounds", type=int, default=3)
+    options = parser.parse_args(arguments)
+    with tempfile.TemporaryDirectory() as name:
+        rows = measure(
+            write_base(Path(name)),
+            images=options.images,
+            steps=options.steps,
+            rounds=options.rounds,
+        )
+    print(f"{options.images} images, guidance {GUIDANCE:g}, median of {options.rounds} rounds\n")
+    for label, ratio, difference in rows:
+        print(f"{label:52}{ratio:>6.2f}x{difference:>24}", flush=True)
+
+
+def write_base(folder: Path) -> Path:
+    """The tiny base's architecture with random weights."""
+    torch.manual_seed(0)
+    build_vae().save_pretrained(folder / "vae")
+    build_unet().save_pretrained(folder / "unet")
+    build_scheduler().save_pretrained(folder / "scheduler")
+    return folder
+
+
+def random_model(base: Path) -> ContraDiff:
+    """The tiny preset's model, its LoRA random too: it starts as the identity."""
+    content = read_params(Path("presets/tiny.yaml"))
+    shapes = Architecture.model_validate(
+        {name: content[name] for name in Architecture.model_fields}
+    )
+    model = build_model(
+        base,
+        lora=shapes.lora,
+        conditioner=shapes.conditioner,
+        head=shapes.head,
+        image_size=content["data"]["image_size"],
+        seed=0,
+    )
+    with torch.no_grad():
+        for name, parameter in model.unet.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.02)
+    return model.eval()
+
+
+def measure(base: Path, *, images: int, steps: int, rounds: int) -> list[tuple[str, float, str]]:
+    """Rows of a label, how many times faster than the first, and how far from its images."""
+    unmerged, merged = random_model(base), random_model(base)
+    merge_lora(merged.unet)
+    vae = load_vae(base)
+    side = vae.config["sample_size"] // 4
+    width = merged.unet.config["cross_attention_dim"]
+    noise = torch.randn(images, 4, side, side)
+    tokens, null_tokens = torch.randn(2, images, 16, width)
+
+    def ours(solver: Solver, num_steps: int) -> Callable[[], Tensor]:
+        scheduler = load_solver(base, solver=solver, num_inference_steps=num_steps)
+
+        def sample() -> Tensor:
+            latents = denoise(
+                merged, scheduler, noise, tokens, null_tokens=null_tokens, guidance=GUIDANCE
+            )
+            return decode_latents(vae, latents)
+
+        return sample
+
+    def peer(unet: Any) -> Callable[[], Tensor]:
+        scheduler = load_solver(base, solver="ddim", num_inference_steps=steps)
+        pipeline = pipeline_of(vae, unet, scheduler)
+
+        def sample() -> Tensor:
+            result = pipeline(
+                prompt_embeds=tokens,
+                negative_prompt_embeds=null_tokens,
+                guidance_scale=GUIDANCE,
+                num_inference_steps=steps,
+                latents=noise,
+                height=side * 4,
+                width=side * 4,
+                output_type="np",
+            )
+            return torch.from_numpy((result.images * 255).round().astype("uint8")).permute(
+                0, 3, 1, 2
+            )
+
+        return sample
+
+    fast = max(1, steps // FEWER)
+    contenders = {
+        f"diffusers' pipeline, DDIM {steps}, LoRA unmerged": peer(unmerged.unet),
+        f"diffusers' pipeline, DDIM {steps}, LoRA merged": peer(merged.unet),
+        f"ours, DDIM {steps}": ours("ddim", steps),
+        f"ours, dpmsolver++ {fast} (other work)": ours("dpmsolver++", fast),
+    }
+    seconds: dict[str, list[float]] = {label: [] for label in contenders}
+    made: dict[str, Tensor] = {}
+    for number in range(rounds + 1):
+        for label, sample in contenders.items():
+            started = time.process_time()
+            made[label] = sample()
+            # the first round warms up
+            if number:
+                seconds[label].append(time.process_time() - started)
+    first = next(iter(contenders))
+    rows: list[tuple[str, float, str]] = []
+    for label, own in seconds.items():
+        ratio = statistics.median(a / b for a, b in zip(seconds[first], own, strict=True))
+        levels = (made[label].int() - made[first].int()).abs().max().item()
+        rows.append((label, ratio, f"{levels} of 255 away" if label != first else ""))
+    return rows
+
+
+def pipeline_of(vae: Any, unet: Any, scheduler: Any) -> Any:
+    """StableDiffusionPipeline without a text encoder: it is given embeddings."""
+    from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import (
+        StableDiffusionPipeline,
+    )
+
+    pipeline = StableDiffusionPipeline(
+        vae=vae,
+        text_encoder=None,  # pyright: ignore[reportArgumentType]
+        tokenizer=None,  # pyright: ignore[reportArgumentType]
+        unet=unet,
+        scheduler=deepcopy(scheduler),
+        safety_checker=None,  # pyright: ignore[reportArgumentType]
+        feature_extractor=None,  # pyright: ignore[reportArgumentType]
+        requires_safety_checker=False,
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline

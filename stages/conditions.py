@@ -1,0 +1,47 @@
+"""conditions: the validation images that samples are to be conditioned on, as the model sees them.
+
+With another generate.condition there are none, and an index that says so: generation then depends
+neither on the images nor on their latents, and runs where they are not.
+"""
+
+from stages._runtime import Run, execute
+
+from pathlib import Path
+
+from contradiff.atomic import replace_dir
+from contradiff.config import Section
+from contradiff.data.shards import ShardIndex, ShardParams
+from contradiff.extraction import stored_batches
+from contradiff.sample_conditions import write_conditions
+from contradiff.sampling import GenerateParams
+
+IMAGES, LATENTS = Path("build/shards"), Path("build/latents")
+CONDITIONS = Path("build/conditions")
+
+
+class Params(Section):
+    shard: ShardParams
+    generate: GenerateParams
+
+
+def main(params: Params, run: Run) -> None:
+    section = params.generate
+    wanted = section.num_samples if section.condition == "image" else 0
+    num_images = min(wanted, ShardIndex.read(IMAGES).num_samples("val"))
+    batches = stored_batches(IMAGES, LATENTS, split="val", batch_size=section.batch_size)
+    with (
+        replace_dir(CONDITIONS) as folder,
+        run.progress("store", num_images) as advance,
+    ):
+        write_conditions(
+            folder,
+            batches,
+            num_images=num_images,
+            samples_per_shard=params.shard.samples_per_shard,
+            compression=params.shard.compression,
+            on_progress=advance,
+        )
+
+
+if __name__ == "__main__":
+    execute(Params, main)
