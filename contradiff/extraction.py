@@ -284,7 +284,7 @@ def extract(
     device: torch.device,
     on_progress: Callable[[int], None],
 ) -> FeatureSet:
-    """Features of all batches, in memory: for sets of some thousand images (`transfer`).
+    """Features of ContraDiff or a bare copy of its base, in memory: for some thousand images.
 
     Args:
         model: evaluation mode, on `device`.

@@ -64,7 +64,7 @@ def result_rows(results: Results) -> list[Row]:
         Row("LoRA rank", _plain(lookup(pretrain.params, "lora.rank")), ""),
     ]
     for resizer, scores in score.by_resizer.items():
-        rows += _sample_rows(score, scores, facts=f"{facts}, resizer {resizer}.")
+        rows += _sample_rows(score, scores, resizer=resizer, facts=f"{facts}, resizer {resizer}.")
     judged = f"{probe.total:,} images of split {probe.split}"
     setting = f"{probe.head} head on {probe.pool} features, seed {seed}."
     low, high = probe.interval
@@ -94,21 +94,24 @@ def result_rows(results: Results) -> list[Row]:
     return rows
 
 
-def _sample_rows(score: ScoreMetrics, scores: SampleScores, *, facts: str) -> list[Row]:
+def _sample_rows(
+    score: ScoreMetrics, scores: SampleScores, *, resizer: str, facts: str
+) -> list[Row]:
     """Scores by one resizer; the first one's FID and inception score head the page."""
     first = scores is score
+    which = "" if first else f", {resizer}"
     mark, bias = (" (biased)", BIAS) if score.biased else ("", "")
     kept = f"On at most {score.num_kept:,} features a side; {facts}"
     inception = f"{scores.inception_score:.2f} ± {scores.inception_score_std:.2f}"
     pairs = {
-        "Precision, recall ↑": f"{scores.precision:.3f}, {scores.recall:.3f}",
-        "Density, coverage ↑": f"{scores.density:.3f}, {scores.coverage:.3f}",
+        f"Precision, recall{which} ↑": f"{scores.precision:.3f}, {scores.recall:.3f}",
+        f"Density, coverage{which} ↑": f"{scores.density:.3f}, {scores.coverage:.3f}",
     }
     return [
-        Row("FID ↓", f"{scores.fid:.2f}{mark}", f"{bias}{facts}", "FID ↓" if first else ""),
-        Row("KID ↓", f"{scores.kid:.4f} ± {scores.kid_std:.4f}", kept),
+        Row(f"FID{which} ↓", f"{scores.fid:.2f}{mark}", f"{bias}{facts}", "FID ↓" if first else ""),
+        Row(f"KID{which} ↓", f"{scores.kid:.4f} ± {scores.kid_std:.4f}", kept),
         *(Row(name, value, kept) for name, value in pairs.items()),
-        Row("Inception score ↑", inception, facts, "Inception score ↑" if first else ""),
+        Row(f"Inception score{which} ↑", inception, facts, "Inception score ↑" if first else ""),
     ]
 
 
@@ -125,10 +128,10 @@ def _transfer_rows(
     for name, result in trained.items():
         if result is not None:
             spread = "" if result.std is None else f" ± {percent(result.std)}"
-            heads = name == "ridge" and shots == str(transfer.shots)
-            headline = "Transfer top-1 ↑" if heads else ""
-            value = f"{percent(result.mean)}{spread}"
-            rows.append(Row(f"Transfer top-1, {name} ↑", value, how, headline))
+            first = shots == str(transfer.shots)
+            headline = "Transfer top-1 ↑" if first and name == "ridge" else ""
+            title = f"Transfer top-1, {name}{'' if first else f', {shots} shots'} ↑"
+            rows.append(Row(title, f"{percent(result.mean)}{spread}", how, headline))
     return rows
 
 

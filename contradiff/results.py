@@ -202,9 +202,9 @@ def read_results(root: Path, *, seed: int) -> Results:
         score=_read_record(root, "metrics/score.json", _ScoreFile).score,
         curve=curve,
         separability=separability,
-        samples=_require(root, "build/figures/samples.png").read_bytes(),
-        tsne=_require(root, "build/figures/tsne.png").read_bytes(),
-        tsne_dark=_require(root, "build/figures/tsne_dark.png").read_bytes(),
+        samples=_read_png(root, "build/figures/samples.png"),
+        tsne=_read_png(root, "build/figures/tsne.png"),
+        tsne_dark=_read_png(root, "build/figures/tsne_dark.png"),
     )
 
 
@@ -213,6 +213,13 @@ def _require(root: Path, name: str) -> Path:
     if not path.is_file():
         raise ValueError(fault(name, "no such file"))
     return path
+
+
+def _read_png(root: Path, name: str) -> bytes:
+    content = _require(root, name).read_bytes()
+    if not content.startswith(b"\x89PNG\r\n"):
+        raise ValueError(fault(name, "not a PNG"))
+    return content
 
 
 def fault(name: str, what: str) -> str:

@@ -25,16 +25,15 @@ from contradiff.feature_cache import (
     finished_rows,
     resume_rows,
 )
+from contradiff.feature_choice import load_feature_model
 from contradiff.feature_models import (
     DiffusionFeatures,
     FeatureModel,
     attention_shape,
     bytes_of_image,
-    load_diffusion_features,
     write_features,
 )
 from contradiff.features import FeaturesParams
-from contradiff.timm_features import TimmFeatures
 
 BASE, PRETRAIN = Path("build/base"), Path("build/pretrain")
 IMAGES, LATENTS, FEATURES = Path("build/shards"), Path("build/latents"), Path("build/features")
@@ -60,7 +59,15 @@ class Params(Section):
 
 def main(params: Params, run: Run) -> None:
     accelerator = run.accelerator()
-    model = load_model(params, run)
+    model = load_feature_model(
+        params.features,
+        checkpoint=PRETRAIN,
+        base=BASE,
+        keep_maps=params.head == "attentive",
+        seed=params.seed,
+        device=run.device,
+        root=run.root,
+    )
     index = ShardIndex.read(IMAGES)
     data = FeatureData(IMAGES, LATENTS, params.features.batch_size, run.runtime.num_workers)
     shards = [(split, i) for split in index.splits for i in range(len(index.shards(split)))]
@@ -91,26 +98,6 @@ def main(params: Params, run: Run) -> None:
 
 def file_of(folder: Path, split: str, number: int) -> Path:
     return folder / f"{split}-{number:05d}.safetensors"
-
-
-def load_model(params: Params, run: Run) -> FeatureModel:
-    features = params.features
-    if features.model != "timm":
-        return load_diffusion_features(
-            features,
-            checkpoint=PRETRAIN,
-            base=BASE,
-            keep_maps=params.head == "attentive",
-            seed=params.seed,
-            device=run.device,
-        )
-    assert features.timm_name is not None
-    return TimmFeatures(
-        features.timm_name,
-        weights=None if features.timm_weights is None else run.resolve(features.timm_weights),
-        precision=features.precision,
-        device=run.device,
-    )
 
 
 def check_room(num_bytes: int, folder: Path, run: Run) -> None:

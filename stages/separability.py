@@ -48,6 +48,9 @@ def main(params: Params, run: Run) -> None:
     labels = np.array([all_labels[index] for index in chosen])
     model = load_checkpoint(Path("build/pretrain"), base=Path("build/base")).to(run.device)
 
+    # whatever the probe is of: the trained model is set beside its base
+    features = params.features.model_copy(update={"model": "contradiff"})
+
     def features_of(which: ContraDiff, *, pool: Pool, name: str) -> np.ndarray:
         batches = chosen_batches(
             IMAGES, LATENTS, chosen, split="val", batch_size=params.features.batch_size
@@ -56,7 +59,7 @@ def main(params: Params, run: Run) -> None:
             return extract(
                 which,
                 batches,
-                params=params.features,
+                params=features,
                 pool=pool,
                 seed=params.seed,
                 device=run.device,

@@ -20,7 +20,8 @@ from contradiff.config import Section, Seed
 from contradiff.data.params import DataParams
 from contradiff.data.raw import ensure_transfer_archive, read_manifest, transfer_manifest
 from contradiff.data.transfer_set import TransferDataParams, TransferSplit, read_transfer_split
-from contradiff.extraction import CleanBatch, FeatureSet, extract
+from contradiff.extraction import CleanBatch, FeatureSet
+from contradiff.feature_choice import features_of_all, load_feature_model
 from contradiff.features import FeaturesParams
 from contradiff.finetuning import EncodedImages, finetune, finetuned_top1, weights_kept
 from contradiff.model import ContraDiff
@@ -77,7 +78,15 @@ def main(params: Params, run: Run) -> None:
     }
     used, rows = compact_splits(splits)
     vae = load_vae(BASE).to(run.device)  # pyright: ignore[reportArgumentType]
-    model = load_checkpoint(CHECKPOINT, base=BASE).to(run.device)
+    featured = load_feature_model(
+        params.features.model_copy(update={"more_triples": [], "more_blocks": []}),
+        checkpoint=CHECKPOINT,
+        base=BASE,
+        keep_maps=False,
+        seed=params.seed,
+        device=run.device,
+        root=run.root,
+    )
 
     def batches(images: TransferSplit, chosen: Sequence[int], share: range) -> Iterator[CleanBatch]:
         return transfer_batches(
@@ -99,15 +108,7 @@ def main(params: Params, run: Run) -> None:
         )
         with run.progress(f"{name} features", len(share)) as advance:
             part = (
-                extract(
-                    model,
-                    batches(images, chosen, share),
-                    params=params.features,
-                    pool=params.features.pool,
-                    seed=params.seed,
-                    device=run.device,
-                    on_progress=advance,
-                )
+                features_of_all(featured, batches(images, chosen, share), on_progress=advance)
                 if share
                 else None
             )
@@ -119,7 +120,7 @@ def main(params: Params, run: Run) -> None:
     finetuned: Mapping[Shots, list[float]] = {}
     if settings.finetune_epochs:
         finetuned = finetune_all(
-            model,
+            load_checkpoint(CHECKPOINT, base=BASE).to(run.device),
             EncodedImages.of(batches(pool, used, range(len(used)))),
             EncodedImages.of(batches(test, everything, everything)),
             rows=rows,

@@ -18,9 +18,9 @@ from contradiff.extraction import (
     maps_of,
     stored_batches,
 )
-from contradiff.features import FeaturesParams
 from contradiff.latents import StoredLatents
 from contradiff.model import ContraDiff
+from tests.settings import features_params
 
 CPU = torch.device("cpu")
 Build = Callable[..., ContraDiff]
@@ -29,25 +29,6 @@ Build = Callable[..., ContraDiff]
 @pytest.fixture
 def model(build_tiny: Build) -> ContraDiff:
     return build_tiny()
-
-
-def params_of(**changes: Any) -> FeaturesParams:
-    settings = {
-        "model": "contradiff",
-        "timm_name": None,
-        "timm_weights": None,
-        "timm_pretrained": False,
-        "timesteps": [401, 201, 101],
-        "more_triples": [],
-        "more_blocks": [],
-        "noising": "direct",
-        "condition": "image",
-        "pool": "attention",
-        "dtype": "fp16",
-        "precision": "fp32",
-        "batch_size": 8,
-    }
-    return FeaturesParams.model_validate(settings | changes)
 
 
 def batches_of(tiny_data: Path, *, split: str = "train", batch_size: int = 8) -> list[CleanBatch]:
@@ -62,7 +43,7 @@ def features_of(
     features = extract(
         model,
         batches,
-        params=params_of(**changes),
+        params=features_params(**changes),
         pool=pool,
         seed=0,
         device=CPU,
@@ -140,7 +121,7 @@ def test_only_direct_noising_is_random(model: ContraDiff, tiny_data: Path, noisi
         batch.labels[:2],
         batch.keys[:2],
     )
-    params = params_of(noising=noising)
+    params = features_params(noising=noising)
     first, second = maps_of(model, twins, params=params, seed=0, device=CPU)
     other, _ = maps_of(model, twins, params=params, seed=1, device=CPU)
     for changed in (second, other):
@@ -150,7 +131,7 @@ def test_only_direct_noising_is_random(model: ContraDiff, tiny_data: Path, noisi
 
 def test_a_chain_needs_a_triple_on_its_grid(model: ContraDiff, tiny_data: Path):
     (batch,) = batches_of(tiny_data, split="val")
-    params = params_of(noising="ddim_chain", timesteps=[401, 200, 101])
+    params = features_params(noising="ddim_chain", timesteps=[401, 200, 101])
     with pytest.raises(ValueError, match=r"^features\.timesteps: with features\.noising ddim"):
         maps_of(model, batch, params=params, seed=0, device=CPU)
 
@@ -170,8 +151,8 @@ def test_pooling(model: ContraDiff, tiny_data: Path):
 def test_timestep_beyond_the_base_is_named(model: ContraDiff, tiny_data: Path):
     (batch,) = batches_of(tiny_data, split="val")
     with pytest.raises(ValueError, match=r"^features\.timesteps: .* last timestep, 999$"):
-        maps_of(model, batch, params=params_of(timesteps=[1000, 2, 1]), seed=0, device=CPU)
-    maps_of(model, batch, params=params_of(timesteps=[999, 1, 0]), seed=0, device=CPU)
+        maps_of(model, batch, params=features_params(timesteps=[1000, 2, 1]), seed=0, device=CPU)
+    maps_of(model, batch, params=features_params(timesteps=[999, 1, 0]), seed=0, device=CPU)
 
 
 @pytest.mark.parametrize("batch_size", [3, 8])

@@ -1,7 +1,5 @@
 """contradiff.features against diffusers' own pass, and against Eq. 4 written out."""
 
-from typing import Any
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -10,7 +8,6 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from contradiff.features import (
-    FeaturesParams,
     HeadParams,
     MapBlock,
     Projector,
@@ -21,6 +18,7 @@ from contradiff.features import (
     encode_to_bottleneck,
     order_by_noise,
 )
+from tests.settings import features_params
 
 
 @pytest.fixture(scope="module")
@@ -295,21 +293,6 @@ HEAD = {
     "projector_width": 8,
     "projector_out": 4,
 }
-FEATURES: dict[str, Any] = {
-    "model": "contradiff",
-    "timm_name": None,
-    "timm_weights": None,
-    "timm_pretrained": False,
-    "timesteps": [401, 201, 101],
-    "more_triples": [],
-    "more_blocks": [],
-    "noising": "direct",
-    "condition": "image",
-    "pool": "attention",
-    "dtype": "fp16",
-    "precision": "fp32",
-    "batch_size": 4,
-}
 
 
 def test_heads_must_divide_the_width():
@@ -320,6 +303,5 @@ def test_heads_must_divide_the_width():
 
 @pytest.mark.parametrize("timesteps", [[401, 401, 101], [401, 201, -1], [401, 201]])
 def test_the_evaluation_triple_is_three_distinct_timesteps(timesteps: list[int]):
-    FeaturesParams.model_validate(FEATURES)
     with pytest.raises(ValueError, match="timesteps"):
-        FeaturesParams.model_validate(FEATURES | {"timesteps": timesteps})
+        features_params(timesteps=timesteps)

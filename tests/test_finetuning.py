@@ -9,18 +9,12 @@ import torch
 
 from contradiff.data.transforms import to_pixels
 from contradiff.extraction import extract, stored_batches
-from contradiff.features import FeaturesParams
 from contradiff.finetuning import EncodedImages, finetune, finetuned_top1, weights_kept
 from contradiff.model import ContraDiff
+from tests.settings import features_params
 
 CPU = torch.device("cpu")
-FEATURES = FeaturesParams(
-    timesteps=[401, 201, 101],
-    noising="direct",
-    condition="image",
-    pool="attention",
-    batch_size=8,
-)
+FEATURES = features_params()
 
 
 @pytest.fixture

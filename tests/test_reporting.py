@@ -14,18 +14,10 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
-from safetensors.numpy import save_file
 
-from contradiff.figures import (
-    Embedding,
-    Figures,
-    draw_figures,
-    embed_features,
-    plot_embedding,
-    plot_losses,
-)
+from contradiff.figures import plot_losses
 from contradiff.reporting import render_html, render_markdown, result_rows, summarise
-from contradiff.results import Results, read_results
+from contradiff.results import read_results
 from stages import report
 
 PROBE = {
@@ -37,7 +29,7 @@ PROBE = {
     "head": "linear",
     "pool": "attention",
 }
-TRANSFER = {
+TRANSFER: dict[str, Any] = {
     "ridge": {"mean": 0.8123, "std": 0.0104},
     "sgd": {"mean": 0.7891, "std": 0.0123},
     "num_splits": 3,
@@ -45,10 +37,38 @@ TRANSFER = {
     "total": 797,
     "source": "digits",
 }
-SCORE = {
+TRANSFER["by_shots"] = {
+    "25": {name: TRANSFER[name] for name in ("ridge", "sgd", "num_splits")},
+    "full": {
+        "ridge": {"mean": 0.95, "std": None},
+        "sgd": {"mean": 0.96, "std": None},
+        "finetuned": {"mean": 0.99, "std": None},
+        "num_splits": 1,
+    },
+}
+SEPARABILITY = {
+    "contradiff": {"knn": 0.625, "silhouette": 0.0712},
+    "base": {"knn": 0.5, "silhouette": None},
+    "num_images": 900,
+    "num_classes": 12,
+    "num_neighbours": 10,
+}
+SAMPLE_SCORES = {
     "fid": 31.4159,
+    "kid": 0.01234,
+    "kid_std": 0.002,
+    "precision": 0.7,
+    "recall": 0.65,
+    "density": 0.6042,
+    "coverage": 0.8,
     "inception_score": 6.28,
     "inception_score_std": 0.17,
+}
+SCORE: dict[str, Any] = {
+    **SAMPLE_SCORES,
+    "biased": True,
+    "num_kept": 500,
+    "reference_sha256": "a191c74b00",
     "num_samples": 1000,
     "num_reference": 900,
     "extractor": "domain-classifier",
@@ -74,18 +94,6 @@ PRETRAIN = {
     "num_steps": 372,
 }
 
-EMBEDDING = Embedding(
-    positions=np.random.default_rng(0).normal(size=(60, 2)),
-    labels=np.arange(60) % 6,
-    num_classes=6,
-    num_images_total=60,
-    num_classes_total=6,
-    num_neighbours=10,
-    knn_accuracy=0.9,
-    silhouette=0.25,
-    seed=3,
-)
-
 
 def png_of(value: int) -> bytes:
     buffer = io.BytesIO()
@@ -94,23 +102,13 @@ def png_of(value: int) -> bytes:
 
 
 # Distinct pictures in place of figures: drawing is tested by itself.
-FIGURES = Figures(loss=png_of(1), loss_dark=png_of(2), tsne=png_of(3), tsne_dark=png_of(4))
+PICTURES = {"loss": png_of(1), "loss_dark": png_of(2)}
+TSNE, TSNE_DARK = png_of(3), png_of(4)
 
 
 def write_json(path: Path, content: object) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(content), encoding="utf-8")
-
-
-def write_features(root: Path, *, num_images: int, num_classes: int, spread: float) -> None:
-    """Clusters along random axes, `spread` wide."""
-    generator = np.random.default_rng(0)
-    centres = generator.normal(size=(num_classes, 16))
-    labels = np.arange(num_images, dtype=np.int64) % num_classes
-    features = centres[labels] + spread * generator.normal(size=(num_images, 16))
-    path = root / "build/probe/features_val.safetensors"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    save_file({"features": features.astype(np.float32), "labels": labels}, path)
 
 
 def write_curve(root: Path, *, contrastive: bool) -> None:
@@ -132,11 +130,13 @@ def root(tmp_path: Path) -> Path:
     write_json(tmp_path / "metrics/score.json", {"score": SCORE})
     write_json(tmp_path / "build/pretrain/config.json", PRETRAIN)
     write_curve(tmp_path, contrastive=True)
-    write_features(tmp_path, num_images=60, num_classes=6, spread=0.3)
+    write_json(tmp_path / "metrics/separability.json", {"separability": SEPARABILITY})
     figure = tmp_path / "build/figures/samples.png"
     figure.parent.mkdir(parents=True)
     pixels = np.random.default_rng(0).integers(0, 256, (64, 96, 3), dtype=np.uint8)
     Image.fromarray(pixels).save(figure)
+    figure.with_name("tsne.png").write_bytes(TSNE)
+    figure.with_name("tsne_dark.png").write_bytes(TSNE_DARK)
     return tmp_path
 
 
@@ -145,21 +145,16 @@ def rows_of(root: Path) -> dict[str, tuple[str, str]]:
 
 
 def page_of(root: Path) -> str:
-    return render_html(read_results(root, seed=3), EMBEDDING, FIGURES)
+    return render_html(read_results(root, seed=3), **PICTURES)
 
 
 def markdown_of(root: Path) -> str:
-    return render_markdown(read_results(root, seed=3), EMBEDDING)
+    return render_markdown(read_results(root, seed=3))
 
 
 @pytest.fixture
 def page(root: Path) -> str:
     return page_of(root)
-
-
-def read_and_embed(root: Path) -> tuple[Results, Embedding]:
-    results = read_results(root, seed=3)
-    return results, embed_features(results.features, results.labels, seed=results.seed)
 
 
 class References(HTMLParser):
@@ -200,7 +195,23 @@ class TestRows:
             "250,000",
             "25.0% of 1,000,000 in all; 750,000 are frozen.",
         )
-        assert "KID ↓" not in rows
+        assert rows["KID ↓"][0] == "0.0123 ± 0.0020"
+        assert rows["Precision, recall ↑"][0] == "0.700, 0.650"
+        assert rows["Density, coverage ↑"][0] == "0.604, 0.800"
+        assert rows["Separability, features ↑"][0] == "kNN 62.5%, silhouette 0.071"
+        assert rows["Separability, base alone ↑"][0] == "kNN 50.0%, silhouette not defined"
+        assert rows["Transfer top-1, fine-tuned, full shots ↑"][0] == "99.0%"
+        assert "all training images" in rows["Transfer top-1, ridge, full shots ↑"][1]
+
+    def test_scores_by_two_resizers_stand_one_under_the_other(self, root: Path) -> None:
+        second = SAMPLE_SCORES | {"fid": 30.0}
+        score = SCORE | {"resizer": "clean", "legacy_tensorflow": second}
+        write_json(root / "metrics/score.json", {"score": score})
+        rows = rows_of(root)
+        assert rows["FID ↓"][0] == "31.42 (biased)"
+        assert "resizer clean" in rows["FID ↓"][1]
+        assert rows["FID, legacy_tensorflow ↓"][0] == "30.00 (biased)"
+        assert "resizer legacy_tensorflow" in rows["FID, legacy_tensorflow ↓"][1]
 
     def test_scores_state_reference_extractor_count_and_seed(self, root: Path) -> None:
         rows = rows_of(root)
@@ -215,18 +226,15 @@ class TestRows:
         for fact in ("3 splits of digits", "25 images a class", "797 test images", "seed 3"):
             assert fact in rows["Transfer top-1, ridge ↑"][1]
 
-    @pytest.mark.parametrize(("num_samples", "biased"), [(9_999, True), (10_000, False)])
-    def test_fid_of_few_samples_is_marked(self, root: Path, num_samples: int, biased: bool) -> None:
-        write_json(root / "metrics/score.json", {"score": SCORE | {"num_samples": num_samples}})
+    @pytest.mark.parametrize("biased", [True, False])
+    def test_fid_of_few_samples_is_marked(self, root: Path, *, biased: bool) -> None:
+        write_json(root / "metrics/score.json", {"score": SCORE | {"biased": biased}})
         value, detail = rows_of(root)["FID ↓"]
         assert ("biased" in value) == ("bias it upwards" in detail) == biased
 
-    def test_kid_and_unknown_extractor_accuracy(self, root: Path) -> None:
-        score = SCORE | {"kid": 0.01234, "kid_std": 0.002, "extractor_accuracy": None}
-        write_json(root / "metrics/score.json", {"score": score})
-        rows = rows_of(root)
-        assert rows["KID ↓"][0] == "0.0123 ± 0.0020"
-        assert "accuracy" not in rows["FID ↓"][1]
+    def test_unknown_extractor_accuracy(self, root: Path) -> None:
+        write_json(root / "metrics/score.json", {"score": SCORE | {"extractor_accuracy": None}})
+        assert "accuracy" not in rows_of(root)["FID ↓"][1]
 
 
 class TestReading:
@@ -238,7 +246,9 @@ class TestReading:
             ("metrics/transfer.json", "transfer"),
             ("metrics/score.json", "score"),
             ("build/figures/samples.png", "generate"),
-            ("build/probe/features_val.safetensors", "probe"),
+            ("metrics/separability.json", "separability"),
+            ("build/figures/tsne.png", "separability"),
+            ("build/figures/tsne_dark.png", "separability"),
             ("build/pretrain/config.json", "pretrain"),
         ],
     )
@@ -281,84 +291,11 @@ class TestReading:
         with pytest.raises(ValueError, match=r"params\.loss\.lambda: missing"):
             rows_of(root)
 
-    def test_features_and_labels_that_do_not_fit(self, root: Path) -> None:
-        save_file(
-            {"features": np.zeros((5, 2), np.float32), "labels": np.zeros(4, np.int64)},
-            root / "build/probe/features_val.safetensors",
-        )
-        with pytest.raises(ValueError, match="do not fit"):
-            read_results(root, seed=3)
-
     def test_curve_without_contrastive_loss(self, root: Path) -> None:
         write_curve(root, contrastive=False)
         curve = read_results(root, seed=3).curve
         assert np.isnan(curve["contrastive"]).all()
         assert np.isfinite(curve["loss"]).all()
-
-
-class TestEmbedding:
-    def test_knn_accuracy_and_silhouette_equal_slow_transcriptions(self, root: Path) -> None:
-        write_features(root, num_images=45, num_classes=5, spread=1.2)
-        results = read_results(root, seed=3)
-        embedding = embed_features(results.features, results.labels, seed=3)
-        unit = results.features / np.linalg.norm(results.features, axis=1, keepdims=True)
-        distances = 1 - unit.astype(np.float64) @ unit.T.astype(np.float64)
-        labels = results.labels
-        hits, silhouettes = 0, []
-        for i in range(len(labels)):
-            others = [j for j in np.argsort(distances[i]) if j != i][:10]
-            votes = np.bincount(labels[others], minlength=5)
-            hits += int(votes.argmax() == labels[i])
-            means = {
-                int(label): np.mean(
-                    [distances[i, j] for j in range(len(labels)) if labels[j] == label and j != i]
-                )
-                for label in np.unique(labels)
-            }
-            own = means.pop(int(labels[i]))
-            nearest = min(means.values())
-            silhouettes.append((nearest - own) / max(own, nearest))
-        assert 0.2 < embedding.knn_accuracy < 1  # the case is not trivial
-        assert embedding.knn_accuracy == pytest.approx(hits / len(labels))
-        assert embedding.silhouette == pytest.approx(np.mean(silhouettes), abs=1e-5)
-
-    def test_separate_clusters_stay_separate(self, root: Path) -> None:
-        _, embedding = read_and_embed(root)
-        assert embedding.knn_accuracy == 1
-        assert embedding.silhouette is not None
-        assert embedding.silhouette > 0.5
-
-    def test_same_seed_same_positions(self, root: Path) -> None:
-        first, second = read_and_embed(root)[1], read_and_embed(root)[1]
-        np.testing.assert_array_equal(first.positions, second.positions)
-
-    def test_many_classes_are_thinned_to_twenty(self, root: Path) -> None:
-        write_features(root, num_images=120, num_classes=40, spread=0.3)
-        _, embedding = read_and_embed(root)
-        assert embedding.num_classes == 20
-        assert len(embedding.labels) == 60
-        assert "60 of 120 validation features, 20 of 40 classes, seed 3" in embedding.caption
-        assert plot_embedding(embedding, dark=True).startswith(b"\x89PNG")
-
-    def test_many_images_are_thinned(self, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr("contradiff.figures.MAX_EMBEDDED_IMAGES", 30)
-        _, embedding = read_and_embed(root)
-        assert len(embedding.labels) == len(embedding.positions) == 30
-        assert "30 of 60" in embedding.caption
-
-    @pytest.mark.parametrize("num_classes", [1, 8])
-    def test_silhouette_is_not_always_defined(self, root: Path, num_classes: int) -> None:
-        write_features(root, num_images=8, num_classes=num_classes, spread=0.3)
-        _, embedding = read_and_embed(root)
-        assert embedding.silhouette is None
-        assert "silhouette not defined" in embedding.caption
-
-    def test_too_few_and_not_finite(self) -> None:
-        labels = np.arange(4)
-        with pytest.raises(ValueError, match=r"data\.num_val"):
-            embed_features(np.ones((3, 2), np.float32), labels[:3], seed=0)
-        with pytest.raises(ValueError, match="not finite"):
-            embed_features(np.full((4, 2), np.nan, np.float32), labels, seed=0)
 
 
 class TestPage:
@@ -377,7 +314,7 @@ class TestPage:
         parsed.feed(page)
         pngs = [base64.b64decode(url.partition(",")[2]) for url in parsed.urls]
         samples = (root / "build/figures/samples.png").read_bytes()
-        assert pngs == [samples, FIGURES.loss_dark, FIGURES.loss, FIGURES.tsne_dark, FIGURES.tsne]
+        assert pngs == [samples, PICTURES["loss_dark"], PICTURES["loss"], TSNE_DARK, TSNE]
 
     def test_all_rows_and_parameters_are_in_both_reports(self, page: str, root: Path) -> None:
         parsed = References()
@@ -411,8 +348,8 @@ class TestPage:
 
     def test_same_inputs_same_page_and_figures(self, root: Path) -> None:
         assert page_of(root) == page_of(root)
-        results = read_results(root, seed=3)
-        assert draw_figures(results, EMBEDDING) == draw_figures(results, EMBEDDING)
+        curve = read_results(root, seed=3).curve
+        assert plot_losses(curve, dark=True) == plot_losses(curve, dark=True)
 
 
 def test_loss_figure_has_no_panel_for_an_empty_column(root: Path) -> None:
@@ -445,7 +382,6 @@ def test_summary(root: Path) -> None:
 def test_stage_writes_its_outs(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     runtime = RuntimeParams(device="cpu", num_workers=0, log_every=1, checkpoint_every=1)
     monkeypatch.chdir(root)
-    (root / "build/figures/tsne.png").write_bytes(png_of(5))  # of the stage `separability`
     report.main(report.Params(seed=3), Run(stage="report", root=root, runtime=runtime))
     for name in ("report/index.html", "report/report.md", "figures/loss.png"):
         assert (root / "build" / name).stat().st_size > 0

@@ -10,7 +10,6 @@ import torch
 
 from contradiff.checkpoint import Architecture
 from contradiff.extraction import CleanBatch, extract, maps_of, stored_batches
-from contradiff.features import FeaturesParams
 from contradiff.model import ContraDiff, build_model
 from contradiff.separability import (
     Panel,
@@ -24,15 +23,10 @@ from contradiff.separability import (
     separability,
     separability_metrics,
 )
+from tests.settings import features_params
 
 CPU = torch.device("cpu")
-FEATURES = FeaturesParams(
-    timesteps=[401, 201, 101],
-    noising="direct",
-    condition="image",
-    pool="attention",
-    batch_size=8,
-)
+FEATURES = features_params()
 
 
 def clusters(*, num_images: int, num_classes: int, spread: float) -> tuple[np.ndarray, np.ndarray]:
