@@ -26,8 +26,6 @@ from contradiff.loading import (
     PairedShards,
     TrainingStream,
     ViewChoice,
-    check_layout,
-    stream_layout,
     training_batches,
 )
 from contradiff.model import ContraDiff
@@ -159,8 +157,7 @@ def train_class_table(
         on_step: progress callback.
 
     Raises:
-        ValueError: a batch is more than all images, the state is of a run with other data streams,
-            or the loss is no longer finite.
+        ValueError: a batch is more than all images, or the loss is no longer finite.
     """
     total_steps = count_steps(params, num_samples=pairs.num_samples)
     if total_steps == 0:
@@ -171,8 +168,7 @@ def train_class_table(
     optimizer = build_adamw(
         table.named_parameters(), lr=params.lr, betas=(0.9, 0.999), weight_decay=0.0
     )
-    layout = stream_layout(world_size=1, num_workers=num_workers)
-    state = _State(work_dir / "state.safetensors", table, optimizer, layout=layout)
+    state = _State(work_dir / "state.safetensors", table, optimizer)
     start = state.load()
     batches = training_batches(
         _centre_crops(pairs, batch_size=params.batch_size, start_step=start, seed=seed),
@@ -262,10 +258,8 @@ def _draw(
 class _State:
     """The table, AdamW's moments and the step in one file, so that they always agree."""
 
-    def __init__(
-        self, path: Path, table: ClassTable, optimizer: torch.optim.Optimizer, *, layout: str
-    ) -> None:
-        self.path, self.table, self.optimizer, self.layout = path, table, optimizer, layout
+    def __init__(self, path: Path, table: ClassTable, optimizer: torch.optim.Optimizer) -> None:
+        self.path, self.table, self.optimizer = path, table, optimizer
 
     def save(self, step: int) -> None:
         tensors = {f"table.{name}": value for name, value in self.table.state_dict().items()}
@@ -273,14 +267,13 @@ class _State:
             tensors |= {f"optimizer.{index}.{name}": value for name, value in moments.items()}
         contiguous = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
         with replace_file(self.path) as temporary:
-            save_file(contiguous, temporary, {"step": str(step), "layout": self.layout})
+            save_file(contiguous, temporary, {"step": str(step)})
 
     def load(self) -> int:
         """Restore; returns the steps done: 0 at a fresh start."""
         if not self.path.is_file():
             return 0
         with safe_open(self.path, framework="pt") as file:
-            check_layout(self.layout, saved=file.metadata()["layout"], state=self.path)
             step = int(file.metadata()["step"])
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         weights: dict[str, Tensor] = {}

@@ -22,8 +22,6 @@ from contradiff.loading import (
     PairedShards,
     TrainingStream,
     ViewChoice,
-    check_layout,
-    stream_layout,
     training_batches,
 )
 from contradiff.losses import LossParams
@@ -153,8 +151,8 @@ def pretrain(
         The curve: rows of step, epoch, lr, loss, reconstruction, contrastive, grad_norm.
 
     Raises:
-        ValueError: the batch does not divide over the processes or is larger than the data, the
-            state is of a run with other data streams, or the loss or its gradient is not finite.
+        ValueError: the batch does not divide over the processes or is larger than the data, or the
+            loss or its gradient is not finite.
     """
     params = recipe.pretrain
     num_parts = params.grad_accumulation
@@ -181,8 +179,7 @@ def pretrain(
         weight_decay=params.weight_decay,
     )
     average = _Average(model, decay=params.ema_decay) if params.ema_decay else None
-    layout = stream_layout(world_size=accelerator.num_processes, num_workers=num_workers)
-    state = _State(work_dir / "state.safetensors", model, optimizer, average, layout=layout)
+    state = _State(work_dir / "state.safetensors", model, optimizer, average)
     start, curve = state.load()
     wrapped, optimizer = accelerator.prepare(model.train(), optimizer)
     draw = _BatchDrawer(model, pairs, recipe, accelerator)
@@ -363,11 +360,8 @@ class _State:
         model: ContraDiff,
         optimizer: torch.optim.Optimizer,
         average: _Average | None,
-        *,
-        layout: str,
     ) -> None:
         self.path, self.model, self.optimizer, self.average = path, model, optimizer, average
-        self.layout = layout
 
     def save(self, step: int, curve: list[dict[str, float]]) -> None:
         tensors = {f"model.{name}": value for name, value in self.model.trained_state().items()}
@@ -376,7 +370,7 @@ class _State:
         if self.average is not None:
             tensors |= {f"average.{name}": value for name, value in self.average.state().items()}
         contiguous = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
-        metadata = {"step": str(step), "curve": json.dumps(curve), "layout": self.layout}
+        metadata = {"step": str(step), "curve": json.dumps(curve)}
         with replace_file(self.path) as temporary:
             save_file(contiguous, temporary, metadata)
 
@@ -386,7 +380,6 @@ class _State:
             return 0, []
         with safe_open(self.path, framework="pt") as file:
             metadata = file.metadata()
-            check_layout(self.layout, saved=metadata["layout"], state=self.path)
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         self.model.load_trained_state(
             {k.removeprefix("model."): v for k, v in tensors.items() if k.startswith("model.")}

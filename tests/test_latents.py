@@ -44,7 +44,15 @@ def stored(tiny_data: Path) -> list[StoredLatents]:
 
 
 def params_of(**changes: Any) -> LatentsParams:
-    settings = {"views": 3, "crop_scale_min": 0.4, "colour_jitter": 0.0, "batch_size": 24}
+    settings = {
+        "views": 3,
+        "flips": False,
+        "crop_scale_min": 0.4,
+        "colour_jitter": 0.0,
+        "dtype": "float16",
+        "min_psnr": 0.0,
+        "batch_size": 24,
+    }
     return LatentsParams.model_validate(settings | changes)
 
 
@@ -155,7 +163,9 @@ def test_batch_size_changes_nothing(
     params = params_of(batch_size=batch_size)
     samples = read_images(tiny_data / "images", "train")
     again = list(
-        encode_samples(vae, samples, params=params, views=3, image_size=32, seed=0, device=CPU)
+        encode_samples(
+            vae, samples, params=params, views=3, flips=False, image_size=32, seed=0, device=CPU
+        )
     )
     assert [(item.key, item.crops) for item in again] == [(s.key, s.crops) for s in stored]
     for item, expected in zip(again, stored, strict=True):
@@ -171,7 +181,14 @@ def test_colours_of_random_crops_alone_are_distorted(
         samples = islice(read_images(tiny_data / "images", "train"), 6)
         return list(
             encode_samples(
-                vae, samples, params=params, views=3, image_size=32, seed=seed, device=CPU
+                vae,
+                samples,
+                params=params,
+                views=3,
+                flips=False,
+                image_size=32,
+                seed=seed,
+                device=CPU,
             )
         )
 
