@@ -3,7 +3,7 @@
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -328,21 +328,31 @@ def global_batches(
     ]
 
 
-@pytest.mark.parametrize("folder", ["pairs", "uneven"])
+@pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning")
 @pytest.mark.parametrize(
-    ("num_workers", "world_size"), [(1, 1), (2, 1), (5, 1), (0, 2), (2, 2), (0, 3), (2, 3), (0, 6)]
+    ("folder", "num_workers", "world_size"),
+    [
+        ("pairs", 2, 2),
+        ("pairs", 0, 3),
+        ("uneven", 1, 1),
+        ("uneven", 2, 1),
+        ("uneven", 5, 1),
+        ("uneven", 0, 2),
+        ("uneven", 2, 3),
+        ("uneven", 0, 6),
+    ],
 )
 def test_batches_do_not_depend_on_who_reads_them(
     request: pytest.FixtureRequest, folder: str, num_workers: int, world_size: int
 ):
-    """Nor the samples of an epoch: 4 steps of 6, in 2.5 epochs, begun anywhere."""
+    """An epoch has 4 steps of 6; begun in mid-epoch, too."""
     pairs = request.getfixturevalue(folder)
-    expected = global_batches(pairs, 10, num_workers=0, world_size=1)
-    assert len(set(expected)) == 10
-    found = global_batches(pairs, 10, num_workers=num_workers, world_size=world_size)
+    expected = global_batches(pairs, 7, num_workers=0, world_size=1)
+    assert len(set(expected)) == 7
+    found = global_batches(pairs, 7, num_workers=num_workers, world_size=world_size)
     assert found == expected
-    rest = global_batches(pairs, 3, num_workers=num_workers, world_size=world_size, start_step=7)
-    assert rest == expected[7:]
+    rest = global_batches(pairs, 2, num_workers=num_workers, world_size=world_size, start_step=5)
+    assert rest == expected[5:]
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])
@@ -350,13 +360,11 @@ def test_uneven_shards_give_every_image_once_an_epoch(
     uneven: PairedShards, views: Views, world_size: int
 ):
     seen = [
-        keys(
-            batches_of(uneven, 4, batch_size=6 // world_size, rank=r, world_size=world_size), views
-        )
-        for r in range(world_size)
+        keys(batches_of(uneven, 4, batch_size=6 // world_size, **who), views)
+        for who in ({"rank": rank, "world_size": world_size} for rank in range(world_size))
     ]
     assert len({len(of_rank) for of_rank in seen}) == 1
-    assert sorted(sum(seen, [])) == sorted({key for key, _ in views.values()})
+    assert sorted(chain(*seen)) == sorted({key for key, _ in views.values()})
 
 
 def test_what_a_resumed_run_skips_is_not_decoded(
@@ -399,7 +407,7 @@ def test_shares_of_an_evaluation_are_the_split_in_its_order(uneven: PairedShards
         [image_of(image) for image, _ in uneven.read_share(rank=rank, world_size=world_size)]
         for rank in range(world_size)
     ]
-    assert sum(shares, []) == expected
+    assert list(chain(*shares)) == expected
     for rank, share in enumerate(shares):
         places = uneven.share_of(rank=rank, world_size=world_size)
         assert [expected[place] for place in places] == share
@@ -436,17 +444,17 @@ def test_mirrored_views_are_drawn_as_often_as_the_others(
     choice = ViewChoice(latent_views, "same", "latents")
     drawn = [
         (int(a), int(b))
-        for batch in batches_of(flipped, 60, choice=choice)
+        for batch in batches_of(flipped, 6, choice=choice, batch_size=24)
         for a, b in batch["moments"][:, :, 0, 0, 0].T
     ]
-    assert len(drawn) == 240
+    assert len(drawn) == 144
     if latent_views == "same":
         expected = {(view, view) for view in range(6)}
     else:
         expected = {(a, b) for a in (0, 3) for b in (1, 2, 4, 5)}
     assert set(drawn) == expected
-    # 40 and 30 times each on average, with a standard deviation of 6 and 5
-    assert min(drawn.count(pair) for pair in expected) > 10
+    # 24 and 18 times each on average, with a standard deviation of 4.5 and 4
+    assert min(drawn.count(pair) for pair in expected) > 6
 
 
 def test_digest_is_of_the_content_wherever_it_lies(
