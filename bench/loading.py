@@ -19,9 +19,10 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.utils.data import get_worker_info
 
 from contradiff.data.shards import Sample, ShardIndex, image_record, write_split
-from contradiff.data.transforms import Crop
+from contradiff.data.transforms import random_crop
 from contradiff.latents import StoredLatents
 from contradiff.loading import PairedShards, TrainingStream, ViewChoice, training_batches
 
@@ -47,7 +48,7 @@ def main(arguments: Sequence[str]) -> None:
         for _ in range(ROUNDS):
             for loader, build in loaders.items():
                 best[loader] = min(best[loader], seconds_of(build(), num_images // BATCH_SIZE))
-    print(f"{num_images} JPEGs of {size} pixels, {num_bytes / num_images / 1e3:.0f} kB each; ")
+    print(f"{num_images} JPEGs of {size} pixels, {num_bytes / num_images / 1e3:.0f} kB each")
     print(f"{num_workers} workers, {torch.get_num_threads()} threads, best of {ROUNDS} rounds\n")
     print(f"{'':28}{'images/s':>10}{'MB/s':>8}{'/ ImageFolder':>16}{'/ webdataset':>15}")
     folder_time, minimal_time = list(best.values())[:2]
@@ -65,20 +66,20 @@ def seconds_of(batches: Iterable[Any], number: int) -> float:
 
 
 def write_files(folder: Path, num_images: int, *, size: int) -> int:
-    """Write an ImageFolder tree, and shards of images and latents; return the bytes of the JPEGs."""
+    """Write an ImageFolder tree and shards of images and latents; return the JPEGs' bytes."""
     samples = list(draw_images(num_images, size=size))
     for sample in samples:
         path = folder / "tree" / str(sample.label) / f"{sample.key}.jpg"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(sample.image)
     rng = np.random.default_rng(1)
-    whole = Crop(0, 0, size, size, mirrored=False)
-    side = size // 8
     records = {
         "shards": (image_record(sample, extension="jpg") for sample in samples),
         "latents": (
             StoredLatents(
-                sample.key, rng.normal(size=(2, 8, side, side)).astype(np.float16), (whole, whole)
+                sample.key,
+                rng.normal(size=(2, 8, size // 8, size // 8)).astype(np.float16),
+                tuple(random_crop(rng, size, size, scale_min=CROP_SCALE) for _ in range(2)),
             ).to_record()
             for sample in samples
         ),
@@ -97,7 +98,7 @@ def write_files(folder: Path, num_images: int, *, size: int) -> int:
 
 
 def draw_images(num_images: int, *, size: int) -> Iterator[Sample]:
-    """Noise of all scales, which JPEG packs about as well as photographs."""
+    """Noise of all scales, which JPEG packs about as well as photographs (1.3 bits a pixel)."""
     from PIL import Image
 
     rng = np.random.default_rng(0)
@@ -107,6 +108,7 @@ def draw_images(num_images: int, *, size: int) -> Iterator[Sample]:
             coarse = rng.integers(256, size=(size // scale, size // scale, 3), dtype=np.uint8)
             layer = Image.fromarray(coarse).resize((size, size), Image.Resampling.BICUBIC)
             pixels += np.asarray(layer, np.float32) * scale
+        pixels += rng.normal(scale=pixels.std() / 10, size=pixels.shape)
         low, high = pixels.min(), pixels.max()
         buffer = io.BytesIO()
         scaled = ((pixels - low) / (high - low) * 255).astype(np.uint8)
@@ -159,10 +161,20 @@ def minimal_webdataset(folder: Path, size: int, num_workers: int) -> Iterable[An
     return webdataset.WebLoader(dataset, batch_size=BATCH_SIZE, num_workers=num_workers)
 
 
+class _OneEpoch(TrainingStream):
+    """The endless stream, ended as the others end: workers go no further ahead than theirs."""
+
+    def __iter__(self) -> Iterator[Any]:
+        worker = get_worker_info()
+        number, num_workers = (worker.id, worker.num_workers) if worker else (0, 1)
+        steps = range(number, self.order.steps_per_epoch, num_workers)
+        return islice(super().__iter__(), len(steps))
+
+
 def ours(folder: Path, condition: str, num_workers: int) -> Iterable[Any]:
     """As pretraining reads: one crop an image and two stored latents, or the latents alone."""
     views = "crop" if condition == "latents" else "same"
-    stream = TrainingStream(
+    stream = _OneEpoch(
         PairedShards.open(folder / "shards", folder / "latents", split="train"),
         choice=ViewChoice("two", views, condition),
         batch_size=BATCH_SIZE,

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from bench import flops
+from bench import flops, loading
 from contradiff.config import parse, read_params
 from contradiff.features import encode_to_bottleneck
 
@@ -52,3 +52,16 @@ def test_switches_cost_what_they_add(count: Any):
     assert thrice - twice == pytest.approx(twice - step)
     assert count(pretrain__gradient_checkpointing=True)[0] > 1.2 * step
     assert count(features__noising="ddim_chain")[1] > 5 * features
+
+
+def test_loaders_have_the_same_work(tmp_path: Path):
+    """Every image once, whoever loads it, also in workers that end with the epoch."""
+    num_bytes = loading.write_files(tmp_path, 100, size=128)
+    assert num_bytes == sum(path.stat().st_size for path in tmp_path.glob("tree/*/*.jpg"))
+    for build in (loading.image_folder, loading.minimal_webdataset):
+        batches = list(build(tmp_path, 128, 0))
+        assert [batch[0].shape for batch in batches] == [(50, 3, 128, 128)] * 2
+    for num_workers in (0, 2):
+        batches = list(loading.ours(tmp_path, "pixels", num_workers))
+        assert [batch["conditions"].shape for batch in batches] == [(2, 50, 3, 128, 128)] * 2
+        assert len({row.numpy().tobytes() for b in batches for row in b["moments"][0]}) == 100

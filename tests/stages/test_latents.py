@@ -86,10 +86,8 @@ def test_two_processes_write_what_one_writes(run: Run):
     index = ShardIndex.read(Path("build/latents"))
     assert {split: index.num_samples(split) for split in index.splits} == NUM_IMAGES
     assert index.facts["dtype"] == "bfloat16"
-    counts = [
-        len(StoredLatents.of_record(r).crops) for r in read_split(Path("build/latents"), "train")
-    ]
-    assert counts == [4] * 24
+    stored = map(StoredLatents.of_record, read_split(Path("build/latents"), "train"))
+    assert [len(item.crops) for item in stored] == [4] * 24
     assert not any((run.root / ".work" / "latents").iterdir())
     expected, metrics = outs(), Path("metrics/latents.json").read_bytes()
     for name in ("build/latents", "metrics"):
@@ -164,9 +162,7 @@ def test_a_full_disk_is_refused_before_anything_is_encoded(
 ):
     usage = shutil.disk_usage(".")._replace(free=100_000)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
-    with pytest.raises(
-        ValueError, match=r"^latents\.views: the latents need .* has 100\.0 kB free"
-    ):
+    with pytest.raises(ValueError, match=r"^latents\.views: the latents .* has 100\.0 kB free"):
         latents.main(params_of(), run)
     assert encoded == []
 
