@@ -14,7 +14,7 @@ from zlib import crc32
 
 import numpy as np
 import torch
-from jaxtyping import Float, Shaped
+from jaxtyping import Float, Shaped, UInt8
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
@@ -243,12 +243,18 @@ class TrainingStream(IterableDataset["dict[str, Tensor] | Exception"]):
         That is "conditions" (2 batch 3 s s), "condition_moments" (2 batch 2c h w) or "labels"
         (batch).
         """
-        name = {"pixels": "conditions", "latents": "condition_moments", "labels": "labels"}
         chosen = [self._choose(epoch, pair) for epoch, pair in batch]
         moments = torch.stack([item[0] for item in chosen], dim=1)
         others = [item[1] for item in chosen]
-        dim = 0 if self.choice.condition == "labels" else 1
-        return {"moments": moments, name[self.choice.condition]: torch.stack(others, dim=dim)}
+        match self.choice.condition:
+            case "pixels":  # one image, shown twice without a copy, or two
+                images = torch.stack(others, dim=1)
+                pixels = to_pixels(images.flatten(0, 1)).unflatten(0, images.shape[:2])
+                return {"moments": moments, "conditions": pixels.expand(2, -1, -1, -1, -1)}
+            case "latents":
+                return {"moments": moments, "condition_moments": torch.stack(others, dim=1)}
+            case _:
+                return {"moments": moments, "labels": torch.stack(others)}
 
     def _choose(
         self, epoch: int, pair: Pair
@@ -273,7 +279,7 @@ class TrainingStream(IterableDataset["dict[str, Tensor] | Exception"]):
         moments = torch.from_numpy(stored.moments)
         match self.choice.condition:
             case "pixels":
-                condition = self._pixels(image_of(pair[0]), stored.crops[first], rng)
+                condition = self._images(image_of(pair[0]), stored.crops[first], rng)
             case "latents" if self.choice.cond_view == "crop":
                 condition = moments[rng.integers(num_stored, size=2)]
             case "latents":
@@ -282,17 +288,17 @@ class TrainingStream(IterableDataset["dict[str, Tensor] | Exception"]):
                 condition = torch.tensor(image_of(pair[0]).label)
         return moments[[first, second]], condition
 
-    def _pixels(
+    def _images(
         self, sample: Sample, crop: Crop, rng: np.random.Generator
-    ) -> Float[Tensor, "2 3 s s"]:
+    ) -> UInt8[Tensor, "crops 3 s s"]:
+        """Two new crops, or the given one alone."""
         image = decode(sample.image, name=sample.key)
         facts = self.pairs.latent_index.facts
-        size = facts["image_size"]
-        if self.choice.cond_view != "crop":
-            return to_pixels(apply_crop(image, crop, size=size)[None]).expand(2, -1, -1, -1)
-        scale = facts["crop_scale_min"]
-        crops = [random_crop(rng, *image.shape[1:], scale_min=scale) for _ in range(2)]
-        return to_pixels(torch.stack([apply_crop(image, crop, size=size) for crop in crops]))
+        crops = [crop]
+        if self.choice.cond_view == "crop":
+            scale = facts["crop_scale_min"]
+            crops = [random_crop(rng, *image.shape[1:], scale_min=scale) for _ in range(2)]
+        return torch.stack([apply_crop(image, c, size=facts["image_size"]) for c in crops])
 
 
 class _Sequence:
