@@ -25,8 +25,6 @@ from contradiff.loading import (
     PairedShards,
     TrainingStream,
     ViewChoice,
-    check_layout,
-    stream_layout,
     training_batches,
 )
 from contradiff.model import ContraDiff
@@ -159,8 +157,7 @@ def train_class_table(
         on_step: progress callback.
 
     Raises:
-        ValueError: a batch is more than all images, the state is of a run with other data streams,
-            or the loss is no longer finite.
+        ValueError: a batch is more than all images, or the loss is no longer finite.
     """
     total_steps = count_steps(params, num_samples=pairs.num_samples)
     if total_steps == 0:
@@ -171,10 +168,8 @@ def train_class_table(
     optimizer = build_adamw(
         table.named_parameters(), lr=params.lr, betas=(0.9, 0.999), weight_decay=0.0
     )
-    layout = stream_layout(world_size=1, num_workers=num_workers)
     state_file, start = work_dir / "state.safetensors", 0
     if (state := load_training_state(state_file)) is not None:
-        check_layout(layout, saved=state.notes["layout"], state=state_file)
         table.load_state_dict(state.parts["table"])
         state.restore(optimizer)
         start = state.step
@@ -226,7 +221,7 @@ def train_class_table(
                 step=done,
                 parts={"table": table.state_dict()},
                 optimizer=optimizer,
-                notes={"layout": layout},
+                notes={},
             )
     table.eval()
 

@@ -1,13 +1,12 @@
 """Pixels <-> latents: the only place that knows the VAE's scaling factor.
 
-images, 3 x s x s in [-1, 1] => moments (mean, log-variance), 2c x s/f x s/f, float16, stored
+images, 3 x s x s in [-1, 1] => moments (mean, log-variance), 2c x s/f x s/f, 16 bits, stored
 moments => latents ~ N(mean, variance) * scaling_factor, unit scale, what the UNet sees
 """
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from itertools import islice
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Literal
 from zlib import crc32
 
 import numpy as np
@@ -40,11 +39,17 @@ LOG_VARIANCE_RANGE = (-30.0, 20.0)
 """Diffusers' bounds; also what keeps stored float16 moments finite."""
 
 
+Dtype = Literal["float16", "bfloat16"]
+
+
 class LatentsParams(Section):
     """Section `latents`: which crops of an image are encoded beforehand."""
 
     views: int = Field(
         ge=1, description="K: the centre crop, and K-1 random crops of training images"
+    )
+    flips: bool = Field(
+        description="each view of a training image also mirrored, encoded from mirrored pixels"
     )
     crop_scale_min: float = Field(
         gt=0, le=1, description="a random crop covers this to 1 of the area"
@@ -52,33 +57,48 @@ class LatentsParams(Section):
     colour_jitter: float = Field(
         ge=0, le=1, description="strength of SimCLR's colour distortion of the random crops"
     )
+    dtype: Dtype = Field(description="in which moments are stored; the VAE runs in float32")
+    min_psnr: float = Field(
+        description="decoded latents must show their images this well, on average, in dB"
+    )
     batch_size: int = Field(ge=1, description="crops encoded at once")
 
 
 @dataclass(frozen=True)
 class StoredLatents:
-    """One image's views: moments and the crops they show. View 0 is the centre crop."""
+    """One image's views: moments and the crops they show. View 0 is the centre crop.
+
+    If there are flips, the mirror images of all views stand behind them, in the same order. The
+    moments are float16, or bfloat16's values as float32, since NumPy has no bfloat16.
+    """
 
     key: str
     moments: Float[np.ndarray, "views moments h w"]
     crops: tuple[Crop, ...]
 
     def to_record(self) -> Record:
-        """As one WebDataset sample: `moments.npy` (float16) and `crops.npy` (int32)."""
+        """As one WebDataset sample: `moments.npy` and `crops.npy` (int32).
+
+        The moments are float16, or uint16: bfloat16's bits, which are the upper half of float32's.
+        """
+        moments = self.moments
+        if moments.dtype == np.float32:
+            moments = (moments.view(np.uint32) >> 16).astype(np.uint16)
         return {
             "__key__": self.key.encode(),
-            "moments.npy": array_to_bytes(self.moments),
+            "moments.npy": array_to_bytes(moments),
             "crops.npy": array_to_bytes(np.stack([crop.to_array() for crop in self.crops])),
         }
 
     @classmethod
     def of_record(cls, record: Mapping[str, bytes]) -> "StoredLatents":
         """Inverse of `to_record`."""
+        moments = array_from_bytes(record["moments.npy"])
+        if moments.dtype == np.uint16:
+            moments = (moments.astype(np.uint32) << 16).view(np.float32)
         crops = array_from_bytes(record["crops.npy"])
         return cls(
-            record["__key__"].decode(),
-            array_from_bytes(record["moments.npy"]),
-            tuple(Crop.from_array(crop) for crop in crops),
+            record["__key__"].decode(), moments, tuple(Crop.from_array(crop) for crop in crops)
         )
 
 
@@ -135,12 +155,100 @@ def psnr(images: ByteImages, decoded: ByteImages) -> Float[Tensor, " batch"]:
     return 10 * torch.log10(255**2 / error.clamp(min=1 / images[0].numel()))
 
 
-def encode_samples(
-    vae: "AutoencoderKL",
-    samples: Iterator[Sample],
+@dataclass(frozen=True)
+class Views:
+    """The crops of some images, cut out: what is encoded at once."""
+
+    keys: tuple[str, ...]
+    crops: tuple[tuple[Crop, ...], ...]
+    images: ByteImages
+
+
+def cut_views(
+    samples: Sequence[Sample],
     *,
     params: LatentsParams,
     views: int,
+    flips: bool,
+    image_size: int,
+    seed: int,
+) -> Views:
+    """Decode images and cut their crops out; the result depends on each sample and the seed alone.
+
+    Args:
+        samples: encoded images.
+        params: how crops are distorted.
+        views: crops an image.
+        flips: whether each crop is followed, behind all of the image's, by its mirror image.
+        image_size: side of the crops, in pixels.
+        seed: of the random crops and colours.
+
+    Raises:
+        ValueError: an image cannot be decoded.
+    """
+    crops: list[tuple[Crop, ...]] = []
+    images: list[Tensor] = []
+    for item in samples:
+        image = decode(item.image, name=item.key)
+        chosen = choose_crops(
+            image, key=item.key, views=views, crop_scale_min=params.crop_scale_min, seed=seed
+        )
+        cuts: list[Tensor] = []
+        for view, crop in enumerate(chosen):
+            cut = apply_crop(image, crop, size=image_size)
+            rng = np.random.default_rng([seed, crc32(item.key.encode()), view])
+            strength = params.colour_jitter if view > 0 else 0.0
+            cuts.append(jitter_colours(cut, rng, strength=strength))
+        if flips:
+            chosen += [replace(crop, mirrored=not crop.mirrored) for crop in chosen]
+            cuts += [cut.flip(-1) for cut in cuts]
+        crops.append(tuple(chosen))
+        images += cuts
+    return Views(tuple(item.key for item in samples), tuple(crops), torch.stack(images))
+
+
+def encode_views(
+    vae: "AutoencoderKL", views: Views, *, dtype: Dtype, device: torch.device
+) -> list[StoredLatents]:
+    """Encode what `cut_views` cut out.
+
+    Args:
+        vae: frozen, float32, on `device`.
+        views: of one or more images.
+        dtype: to which the moments are rounded.
+        device: where the VAE runs.
+    """
+    moments = encode(vae, to_pixels(views.images.to(device))).cpu()
+    rounded = moments.half() if dtype == "float16" else moments.bfloat16().float()
+    by_image = rounded.unflatten(0, (len(views.keys), -1)).numpy()
+    return [
+        StoredLatents(key, of_image, crops)
+        for key, of_image, crops in zip(views.keys, by_image, views.crops, strict=True)
+    ]
+
+
+def split_samples(
+    samples: Iterable[Sample], *, params: LatentsParams, views: int, flips: bool
+) -> Iterator[list[Sample]]:
+    """Yield the images whose crops are encoded together; the last ones when `samples` has ended."""
+    size = max(1, params.batch_size // (views * (1 + flips)))
+    chunk: list[Sample] = []
+    for sample in samples:
+        if len(chunk) == size:
+            yield chunk
+            chunk = []
+        chunk.append(sample)
+    if chunk:
+        yield chunk
+
+
+def encode_samples(
+    vae: "AutoencoderKL",
+    samples: Iterable[Sample],
+    *,
+    params: LatentsParams,
+    views: int,
+    flips: bool,
     image_size: int,
     seed: int,
     device: torch.device,
@@ -150,46 +258,29 @@ def encode_samples(
     Args:
         vae: frozen, float32, on `device`.
         samples: encoded images.
-        params: how crops are distorted, and the batch size.
+        params: how crops are distorted and stored, and the batch size.
         views: crops an image; 1 for images that are only evaluated.
+        flips: whether their mirror images are encoded too.
         image_size: side of the crops, in pixels.
         seed: of the random crops and colours.
         device: where the VAE runs.
     """
-    images_at_once = max(1, params.batch_size // views)
-    for chunk in _chunks(samples, images_at_once):
-        crops: list[list[Crop]] = []
-        pixels: list[Tensor] = []
-        for item in chunk:
-            image = decode(item.image, name=item.key)
-            chosen = choose_crops(
-                image, key=item.key, views=views, crop_scale_min=params.crop_scale_min, seed=seed
-            )
-            crops.append(chosen)
-            for view, crop in enumerate(chosen):
-                cut = apply_crop(image, crop, size=image_size)
-                rng = np.random.default_rng([seed, crc32(item.key.encode()), view])
-                strength = params.colour_jitter if view > 0 else 0.0
-                pixels.append(jitter_colours(cut, rng, strength=strength))
-        moments = encode(vae, to_pixels(torch.stack(pixels)).to(device))
-        stored = moments.half().cpu().unflatten(0, (len(chunk), views)).numpy()
-        for item, views_of_item, crops_of_item in zip(chunk, stored, crops, strict=True):
-            yield StoredLatents(item.key, views_of_item, tuple(crops_of_item))
-
-
-def _chunks(items: Iterator[Sample], size: int) -> Iterator[Sequence[Sample]]:
-    while chunk := list(islice(items, size)):
-        yield chunk
+    for chunk in split_samples(samples, params=params, views=views, flips=flips):
+        cut = cut_views(
+            chunk, params=params, views=views, flips=flips, image_size=image_size, seed=seed
+        )
+        yield from encode_views(vae, cut, dtype=params.dtype, device=device)
 
 
 def latent_facts(vae: "AutoencoderKL", *, params: LatentsParams, image_size: int) -> dict[str, Any]:
     """What a reader of the shards must know: kept in their index."""
     return {
         "kind": "moments",
-        "dtype": "float16",
+        "dtype": params.dtype,
         "scaling_factor": scaling_factor(vae),
         "image_size": image_size,
         "views": params.views,
+        "flips": params.flips,
         "crop_scale_min": params.crop_scale_min,
         "colour_jitter": params.colour_jitter,
     }

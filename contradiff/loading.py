@@ -4,26 +4,25 @@ shard i of images, shard i of latents => (image bytes, views) pairs => shuffled 
 with their moments and the pixels that condition them (or latents, or the label)
 """
 
-import random
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
 from itertools import count, islice
-from pathlib import Path
 from typing import Any
 from zlib import crc32
 
 import numpy as np
 import torch
-from jaxtyping import Float, Shaped
+from jaxtyping import Float, Shaped, UInt8
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
+from contradiff.data.order import Part, TrainingOrder, parts_of, share_of
+from contradiff.data.remote import Location, join
 from contradiff.data.shards import Sample, ShardIndex, image_of, read_shard
 from contradiff.data.transforms import Crop, apply_crop, decode, random_crop, to_pixels
 from contradiff.latents import StoredLatents
-
-SHUFFLE_BUFFER = 2048
-"""Samples held while shuffling; shards are themselves shuffled when written."""
 
 Pair = tuple[dict[str, bytes], dict[str, bytes]]
 
@@ -45,15 +44,20 @@ class ViewChoice:
 class PairedShards:
     """Two folders whose shards hold the same keys in the same order."""
 
-    images: Path
-    latents: Path
+    images: Location
+    latents: Location
     split: str
     image_index: ShardIndex
     latent_index: ShardIndex
 
     @classmethod
-    def open(cls, images: Path, latents: Path, *, split: str) -> "PairedShards":
+    def open(cls, images: Location, latents: Location, *, split: str) -> "PairedShards":
         """Read both indices.
+
+        Args:
+            images: a local folder, or a URL (s3://, gs://, http://, ...).
+            latents: likewise.
+            split: its name.
 
         Raises:
             ValueError: shards are missing or damaged, or the folders do not belong together.
@@ -74,9 +78,49 @@ class PairedShards:
         return len(self.image_index.shards(self.split))
 
     @property
+    def sizes(self) -> tuple[int, ...]:
+        """Samples of each shard."""
+        return tuple(shard.num_samples for shard in self.image_index.shards(self.split))
+
+    @property
     def num_samples(self) -> int:
         """Of the split."""
-        return self.image_index.num_samples(self.split)
+        return sum(self.sizes)
+
+    @property
+    def digest(self) -> str:
+        """What the split holds, wherever it lies: a hash of its shards' hashes and of the facts."""
+        content = [
+            [[asdict(shard) for shard in index.shards(self.split)], dict(index.facts)]
+            for index in (self.image_index, self.latent_index)
+        ]
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+    def share_of(self, *, rank: int, world_size: int) -> range:
+        """The places in the split of one process's samples: see `read_share`."""
+        return share_of(self.num_samples, rank=rank, world_size=world_size)
+
+    def read_share(self, *, rank: int, world_size: int, with_images: bool = True) -> Iterator[Pair]:
+        """Yield one process's pairs, for evaluation: consecutive, none twice, none left out.
+
+        One rank's after the other's, they are the split in its order.
+
+        Raises:
+            ValueError: as `read`.
+        """
+        samples = self.share_of(rank=rank, world_size=world_size)
+        for part in parts_of(self.sizes, samples, order=range(self.num_shards)):
+            yield from self.read_part(part, with_images)
+
+    def read_part(self, part: Part, with_images: bool) -> Iterator[Pair]:
+        """Yield the pairs of a part of a shard; what lies before it is read but not decoded.
+
+        Raises:
+            ValueError: as `read`.
+        """
+        # A shard is checked when it is read to its end, which whoever has its last sample does.
+        stop = None if part.last == self.sizes[part.shard] else part.last
+        yield from islice(self.read(part.shard, with_images=with_images), part.first, stop)
 
     def read(self, number: int, *, with_images: bool = True) -> Iterator[Pair]:
         """Yield the pairs of one shard; without images, their half is empty and not read.
@@ -86,28 +130,25 @@ class PairedShards:
         """
         image_shard = self.image_index.shards(self.split)[number]
         latent_shard = self.latent_index.shards(self.split)[number]
-        latent_records = read_shard(self.latents / latent_shard.name, latent_shard)
+        latent_records = read_shard(join(self.latents, latent_shard.name), latent_shard)
         if not with_images:
             yield from (({}, latent) for latent in latent_records)
             return
-        image_records = read_shard(self.images / image_shard.name, image_shard)
+        image_records = read_shard(join(self.images, image_shard.name), image_shard)
         for image, latent in zip(image_records, latent_records, strict=True):
             if image["__key__"] != latent["__key__"]:
-                msg = (
-                    f"{self.latents / latent_shard.name}: key {latent['__key__'].decode()} beside "
-                    f"{image['__key__'].decode()}; run `dvc repro latents`"
-                )
+                keys = [record["__key__"].decode() for record in (latent, image)]
+                path = join(self.latents, latent_shard.name)
+                msg = f"{path}: key {keys[0]} beside {keys[1]}; run `dvc repro latents`"
                 raise ValueError(msg)
             yield image, latent
 
 
-class TrainingStream(IterableDataset[dict[str, Tensor]]):
-    """An endless stream of batches, fixed by the seed, that can start at any step.
+class TrainingStream(IterableDataset["dict[str, Tensor] | Exception"]):
+    """An endless stream of one process's batches, that can start at any step.
 
-    Each process and worker owns every n-th shard of a seeded order, which differs between epochs,
-    shuffles in a buffer, and goes on with the next epoch when its shards are through: with one
-    stream an epoch sees each image once; with several, streams of unequal length drift apart by
-    less than a shard an epoch, and none is ever idle.
+    The samples of every global batch, and their order in it, depend on the seed, the batch size and
+    the shards alone, not on how many processes and workers there are: see `TrainingOrder`.
     """
 
     def __init__(
@@ -129,66 +170,72 @@ class TrainingStream(IterableDataset[dict[str, Tensor]]):
             batch_size: images a step in this process.
             start_step: batches that an earlier run has consumed.
             seed: of order, views and crops.
-            rank: this process's number.
+            rank: this process's number: it has rows rank * batch_size and on of the global batch.
             world_size: number of processes.
 
         Raises:
-            ValueError: different views are asked for where only one was encoded.
+            ValueError: different views are asked for where only one was encoded, or a batch is more
+                than all images.
         """
         super().__init__()
-        if choice.latent_views == "two" and pairs.latent_index.facts["views"] < 2:
+        facts = pairs.latent_index.facts
+        if choice.latent_views == "two" and facts["views"] < 2:
             msg = "loss.latent_views: two needs latents.views of 2 or more (same: one view does)"
             raise ValueError(msg)
         crops_of_latents = choice.condition == "latents" and choice.cond_view == "crop"
-        if crops_of_latents and pairs.latent_index.facts["views"] < 2:
+        if crops_of_latents and facts["views"] < 2:
             msg = (
                 "conditioner.cond_view: crop with conditioner.input latents draws from the stored "
                 "views, and needs latents.views of 2 or more"
             )
             raise ValueError(msg)
+        self.order = TrainingOrder(pairs.sizes, batch_size * world_size, seed)
+        if self.order.steps_per_epoch == 0:
+            msg = (
+                f"{pairs.images}: split {pairs.split!r} has {pairs.num_samples} images, fewer than "
+                f"a batch of {self.order.batch_size}"
+            )
+            raise ValueError(msg)
         self.pairs, self.choice, self.batch_size = pairs, choice, batch_size
         self.start_step, self.seed, self.rank, self.world_size = start_step, seed, rank, world_size
 
-    def __iter__(self) -> Iterator[dict[str, Tensor]]:
-        """Yield batches; see `_collate` for their content."""
+    def __iter__(self) -> Iterator[dict[str, Tensor] | Exception]:
+        """Yield batches; see `_collate` for their content. A fault ends them, yielded as itself."""
         worker = get_worker_info()
-        num_workers, number = (worker.num_workers, worker.id) if worker else (1, 0)
-        # The loader takes batches from its workers in turn, beginning with worker 0, also when it
-        # starts in mid-run: so the stream that is next must be worker 0's.
-        number = (number + self.start_step) % num_workers
-        first = -(-(self.start_step - number) // num_workers)
-        stream = self.rank * num_workers + number
-        pairs = self._pairs(
-            stream, self.world_size * num_workers, num_skipped=first * self.batch_size
-        )
-        while batch := list(islice(pairs, self.batch_size)):
-            yield self._collate(batch)
+        # The loader takes batches from its workers in turn, beginning with worker 0.
+        number, num_workers = (worker.id, worker.num_workers) if worker else (0, 1)
+        try:
+            for epoch, pairs in self._batches(self.start_step + number, num_workers):
+                yield self._collate([(epoch, pair) for pair in pairs])
+        except (ValueError, OSError) as error:  # raised by a worker, they would come as tracebacks
+            yield error
 
-    def _pairs(
-        self, stream: int, num_streams: int, *, num_skipped: int
-    ) -> Iterator[tuple[int, Pair]]:
-        """Yield a stream's pairs, each with its epoch, without end; epochs skipped are not read."""
-        assert num_streams <= self.pairs.num_shards, "training_batches refuses this"
-        sizes = [shard.num_samples for shard in self.pairs.image_index.shards(self.pairs.split)]
-        for epoch in count():
-            order = np.random.default_rng([self.seed, epoch]).permutation(self.pairs.num_shards)
-            shards = [int(shard) for shard in order[stream::num_streams]]
-            num_samples = sum(sizes[shard] for shard in shards)
-            if num_skipped < num_samples:
-                rng = random.Random(f"{self.seed}/{epoch}/{stream}")
-                for pair in islice(self._shuffled(shards, rng), num_skipped, None):
-                    yield epoch, pair
-            num_skipped = max(0, num_skipped - num_samples)
+    def _batches(self, first_step: int, stride: int) -> Iterator[tuple[int, list[Pair]]]:
+        """Yield epoch and pairs of every `stride`-th step."""
+        order, height = self.order, self.order.rows_per_lane
+        rows = list(order.rows_of(rank=self.rank, world_size=self.world_size))
+        streams: dict[tuple[int, int], _Sequence] = {}
+        current = -1
+        for step in count(first_step, stride):
+            epoch, within = divmod(step, order.steps_per_epoch)
+            turn, phase = divmod(within, order.num_phases)
+            if epoch != current:
+                streams, current = {}, epoch
+            batch: list[Pair] = []
+            for lane, own in rows:
+                if (lane, phase) not in streams:
+                    streams[lane, phase] = _Sequence(self._stream(epoch, lane, phase))
+                start = turn * height
+                taken = range(start + own.start, start + own.stop)
+                batch += streams[lane, phase].take(taken)
+            yield epoch, batch
 
-    def _shuffled(self, shards: Sequence[int], rng: random.Random) -> Iterator[Pair]:
-        buffer: list[Pair] = []
-        for shard in shards:
-            for pair in self.pairs.read(shard, with_images=self.choice.condition != "latents"):
-                buffer.append(pair)
-                if len(buffer) > SHUFFLE_BUFFER:
-                    yield _pop_random(buffer, rng)
-        while buffer:
-            yield _pop_random(buffer, rng)
+    def _stream(self, epoch: int, lane: int, phase: int) -> Iterator[Pair]:
+        place = {"epoch": epoch, "lane": lane, "phase": phase}
+        with_images = self.choice.condition != "latents"
+        parts = self.order.parts(**place)
+        pairs = (pair for part in parts for pair in self.pairs.read_part(part, with_images))
+        return self.order.shuffled(pairs, **place)
 
     def _collate(self, batch: list[tuple[int, Pair]]) -> dict[str, Tensor]:
         """Stack to "moments" (2 batch 2c h w), float16, and what the choice's `condition` names.
@@ -196,12 +243,18 @@ class TrainingStream(IterableDataset[dict[str, Tensor]]):
         That is "conditions" (2 batch 3 s s), "condition_moments" (2 batch 2c h w) or "labels"
         (batch).
         """
-        name = {"pixels": "conditions", "latents": "condition_moments", "labels": "labels"}
         chosen = [self._choose(epoch, pair) for epoch, pair in batch]
         moments = torch.stack([item[0] for item in chosen], dim=1)
         others = [item[1] for item in chosen]
-        dim = 0 if self.choice.condition == "labels" else 1
-        return {"moments": moments, name[self.choice.condition]: torch.stack(others, dim=dim)}
+        match self.choice.condition:
+            case "pixels":  # one image, shown twice without a copy, or two
+                images = torch.stack(others, dim=1)
+                pixels = to_pixels(images.flatten(0, 1)).unflatten(0, images.shape[:2])
+                return {"moments": moments, "conditions": pixels.expand(2, -1, -1, -1, -1)}
+            case "latents":
+                return {"moments": moments, "condition_moments": torch.stack(others, dim=1)}
+            case _:
+                return {"moments": moments, "labels": torch.stack(others)}
 
     def _choose(
         self, epoch: int, pair: Pair
@@ -212,48 +265,67 @@ class TrainingStream(IterableDataset[dict[str, Tensor]]):
         """
         stored = StoredLatents.of_record(pair[1])
         rng = np.random.default_rng([self.seed, epoch, crc32(stored.key.encode())])
-        num_views = len(stored.crops)
+        num_stored = len(stored.crops)
+        flips: bool = self.pairs.latent_index.facts["flips"]
+        num_views = num_stored // 2 if flips else num_stored
         if self.choice.latent_views == "same":
             first = second = int(rng.integers(num_views))
         else:
             first, second = 0, int(rng.integers(1, num_views))
+        if flips:  # the mirrored views stand behind all others, in the same order
+            mirrored = rng.integers(2, size=2) * num_views
+            same = self.choice.latent_views == "same"
+            first, second = first + int(mirrored[0]), second + int(mirrored[0 if same else 1])
         moments = torch.from_numpy(stored.moments)
         match self.choice.condition:
             case "pixels":
-                condition = self._pixels(image_of(pair[0]), stored.crops[first], rng)
+                condition = self._images(image_of(pair[0]), stored.crops[first], rng)
             case "latents" if self.choice.cond_view == "crop":
-                condition = moments[rng.integers(num_views, size=2)]
+                condition = moments[rng.integers(num_stored, size=2)]
             case "latents":
                 condition = moments[[first, first]]
             case _:
                 condition = torch.tensor(image_of(pair[0]).label)
         return moments[[first, second]], condition
 
-    def _pixels(
+    def _images(
         self, sample: Sample, crop: Crop, rng: np.random.Generator
-    ) -> Float[Tensor, "2 3 s s"]:
+    ) -> UInt8[Tensor, "crops 3 s s"]:
+        """Two new crops, or the given one alone."""
         image = decode(sample.image, name=sample.key)
         facts = self.pairs.latent_index.facts
-        size, crops = facts["image_size"], [crop] * 2
+        crops = [crop]
         if self.choice.cond_view == "crop":
             scale = facts["crop_scale_min"]
             crops = [random_crop(rng, *image.shape[1:], scale_min=scale) for _ in range(2)]
-        return to_pixels(torch.stack([apply_crop(image, crop, size=size) for crop in crops]))
+        return torch.stack([apply_crop(image, c, size=facts["image_size"]) for c in crops])
+
+
+class _Sequence:
+    """Items by their places, taken in rising order."""
+
+    def __init__(self, items: Iterator[Pair]) -> None:
+        self.items, self.position = items, 0
+
+    def take(self, places: range) -> list[Pair]:
+        skipped = places.start - self.position
+        assert skipped >= 0, "what was skipped is gone"
+        self.position = places.stop
+        taken = list(islice(self.items, skipped, skipped + len(places)))
+        assert len(taken) == len(places), "a stream holds all that its turns take"
+        return taken
 
 
 def training_batches(stream: TrainingStream, *, num_workers: int) -> Iterator[Mapping[str, Any]]:
-    """Run the stream in worker processes (0: in this one).
+    """Run the stream in worker processes (0: in this one): the same batches whatever their number.
+
+    Where the split has 64 shards for each process, 1, 2, 4 or 8 workers read the data once between
+    them; other numbers of workers, or fewer shards, do as well but read some of them twice.
 
     Raises:
-        ValueError: there are fewer shards than streams.
+        ValueError: the data are damaged.
+        OSError: a server could not be reached.
     """
-    num_streams = stream.world_size * max(1, num_workers)
-    if num_streams > stream.pairs.num_shards:
-        msg = (
-            f"shard.samples_per_shard: {stream.pairs.num_shards} shards cannot feed {num_streams} "
-            "streams (processes x runtime.num_workers); make smaller shards or use fewer streams"
-        )
-        raise ValueError(msg)
     loader = DataLoader(
         stream,
         batch_size=None,
@@ -261,30 +333,7 @@ def training_batches(stream: TrainingStream, *, num_workers: int) -> Iterator[Ma
         pin_memory=torch.cuda.is_available(),
         persistent_workers=num_workers > 0,
     )
-    return iter(loader)
-
-
-def stream_layout(*, world_size: int, num_workers: int) -> str:
-    """What, besides the seed, decides the order of the data: kept beside a training's state."""
-    return f"{world_size} x {max(1, num_workers)} data streams (processes x runtime.num_workers)"
-
-
-def check_layout(layout: str, *, saved: str, state: Path) -> None:
-    """Refuse to go on with another layout, which would repeat some images and leave out others.
-
-    Raises:
-        ValueError: names runtime.num_workers.
-    """
-    if saved != layout:
-        msg = (
-            f"runtime.num_workers: {state} was saved by a run of {saved}, this one has {layout}: "
-            "it would repeat some images and leave out others. Use the same numbers, or delete "
-            f"{state.parent} to begin anew"
-        )
-        raise ValueError(msg)
-
-
-def _pop_random(buffer: list[Pair], rng: random.Random) -> Pair:
-    index = rng.randrange(len(buffer))
-    buffer[index], buffer[-1] = buffer[-1], buffer[index]
-    return buffer.pop()
+    for batch in loader:
+        if isinstance(batch, Exception):
+            raise batch
+        yield batch

@@ -19,8 +19,6 @@ from contradiff.loading import (
     PairedShards,
     TrainingStream,
     ViewChoice,
-    check_layout,
-    stream_layout,
     training_batches,
 )
 from contradiff.losses import LossParams
@@ -132,9 +130,10 @@ def pretrain(
 ) -> list[dict[str, float]]:
     """Train the model in place; begun again with the same `work_dir`, go on where it was stopped.
 
-    Everything random in step s of process r is drawn from a generator seeded by (seed, s, r), and
-    the data's order is fixed by the seed, so that an interrupted training ends with the same
-    weights, bit for bit on one machine.
+    Everything random in step s is drawn from a generator seeded by (seed, s), and the data's order
+    is fixed by the seed, whatever the number of processes and workers. So an interrupted training
+    ends with the same weights, bit for bit on one machine with as many processes; with others, up
+    to the order of float sums.
 
     Args:
         model: on any device; moved to the accelerator's.
@@ -151,8 +150,8 @@ def pretrain(
         The curve: rows of step, epoch, lr, loss, reconstruction, contrastive, grad_norm.
 
     Raises:
-        ValueError: the batch does not divide over the processes or is larger than the data, the
-            state is of a run with other data streams, or the loss or its gradient is not finite.
+        ValueError: the batch does not divide over the processes or is larger than the data, or the
+            loss or its gradient is not finite.
     """
     params = recipe.pretrain
     num_parts = params.grad_accumulation
@@ -179,9 +178,8 @@ def pretrain(
         weight_decay=params.weight_decay,
     )
     average = _Average(model, decay=params.ema_decay) if params.ema_decay else None
-    layout = stream_layout(world_size=accelerator.num_processes, num_workers=num_workers)
     state_file = work_dir / "state.safetensors"
-    start, curve = _resume(state_file, model, optimizer, average, layout=layout)
+    start, curve = _resume(state_file, model, optimizer, average)
     wrapped, optimizer = accelerator.prepare(model.train(), optimizer)
     draw = _BatchDrawer(model, pairs, recipe, accelerator)
     stream = TrainingStream(
@@ -232,7 +230,7 @@ def pretrain(
                     step=done,
                     parts={"model": model.trained_state(), **averaged},
                     optimizer=optimizer,
-                    notes={"curve": json.dumps(curve), "layout": layout},
+                    notes={"curve": json.dumps(curve)},
                 )
     if average is not None:
         average.copy_to_model()
@@ -258,14 +256,11 @@ def _resume(
     model: ContraDiff,
     optimizer: torch.optim.Optimizer,
     average: "_Average | None",
-    *,
-    layout: str,
 ) -> tuple[int, list[dict[str, float]]]:
     """Restore everything; returns the steps done and the curve so far: 0 and [] at the start."""
     state = load_training_state(path)
     if state is None:
         return 0, []
-    check_layout(layout, saved=state.notes["layout"], state=path)
     model.load_trained_state(state.parts["model"])
     state.restore(optimizer)
     if average is not None:
@@ -314,17 +309,23 @@ class _BatchDrawer:
         ).to(self.device)
 
     def __call__(self, loaded: Mapping[str, Tensor], number: int) -> TrainingBatch:
-        """Batch (part of a step) `number` of this process."""
+        """This process's rows of batch (part of a step) `number`.
+
+        Every process draws the whole batch's random numbers and takes its rows: they do not
+        depend on the number of processes.
+        """
         generator = torch.Generator(self.device)
-        generator.manual_seed((self.recipe.seed * 1_000_003 + number) * self.world_size + self.rank)
+        generator.manual_seed(self.recipe.seed * 1_000_003 + number)
+        moments = loaded["moments"].to(self.device, non_blocking=True)
+        _, num_images, channels, height, width = moments.shape
+        whole = num_images * self.world_size
+        mine = slice(self.rank * num_images, (self.rank + 1) * num_images)
+        latent_shape = (channels // 2, height, width)
 
         def gaussian(*shape: int) -> Tensor:
             return torch.randn(shape, generator=generator, device=self.device)
 
-        moments = loaded["moments"].to(self.device, non_blocking=True)
-        _, num_images, channels, height, width = moments.shape
-        latent_shape = (num_images, channels // 2, height, width)
-        posterior_noise = gaussian(NUM_VIEWS, *latent_shape)
+        posterior_noise = gaussian(NUM_VIEWS, whole, *latent_shape)[:, mine]
         if self.recipe.loss.latent_views == "same":
             posterior_noise[1] = posterior_noise[0]
         latents = sample(
@@ -332,23 +333,23 @@ class _BatchDrawer:
             noise=posterior_noise.flatten(0, 1),
             scaling_factor=self.scaling_factor,
         )
-        dropped = torch.rand(NUM_VIEWS, num_images, generator=generator, device=self.device)
+        dropped = torch.rand(NUM_VIEWS, whole, generator=generator, device=self.device)[:, mine]
         dropped = dropped < self.recipe.conditioner.drop
         if self.recipe.conditioner.cond_view == "noise":
             dropped[1] = True
         return TrainingBatch(
             latents=latents.unflatten(0, (NUM_VIEWS, num_images)),
             conditions=self._conditions(loaded),
-            condition_noise=gaussian(NUM_VIEWS, num_images, *self.shape),
+            condition_noise=gaussian(NUM_VIEWS, whole, *self.shape)[:, mine],
             dropped=dropped,
             timesteps=draw_timesteps(
                 self.probabilities,
-                batch_size=num_images,
+                batch_size=whole,
                 recon_passes=self.recipe.loss.recon_passes,
                 uniform_mix=self.recipe.noise.uniform_mix,
                 generator=generator,
-            ),
-            noise=gaussian(NUM_VIEWS, NUM_LEVELS, *latent_shape),
+            )[:, :, mine],
+            noise=gaussian(NUM_VIEWS, NUM_LEVELS, whole, *latent_shape)[:, :, mine],
         )
 
     def _conditions(self, loaded: Mapping[str, Tensor]) -> Tensor:

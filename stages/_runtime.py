@@ -64,6 +64,11 @@ class RuntimeParams(Section):
     num_workers: int = Field(ge=0, description="data-loading processes")
     log_every: int = Field(gt=0, description="steps between two logged losses")
     checkpoint_every: int = Field(gt=0, description="steps between two checkpoints of pretraining")
+    shards_from: str | None = Field(
+        default=None,
+        pattern="^[a-z0-9+]+://.",
+        description="URL of a folder with copies of build/shards and build/latents; null: build/",
+    )
 
 
 class RuntimeSection(Section):
@@ -136,6 +141,12 @@ class Run:
     def resolve(self, path: str) -> Path:
         """Return a path of raw data: relative ones are relative to the project's root."""
         return self.root / path
+
+    def shards(self, folder: Path) -> "Path | str":
+        """Return where training reads a folder of shards: its namesake at runtime.shards_from."""
+        if self.runtime.shards_from is None:
+            return folder
+        return f"{self.runtime.shards_from.rstrip('/')}/{folder.name}"
 
     def log(self, message: str) -> None:
         """Print one line on stderr, without breaking a progress bar."""

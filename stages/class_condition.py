@@ -34,7 +34,7 @@ class Params(Section):
 
 def main(params: Params, run: Run) -> None:
     section = params.class_condition
-    pairs = PairedShards.open(IMAGES, LATENTS, split="train")
+    pairs = PairedShards.open(run.shards(IMAGES), run.shards(LATENTS), split="train")
     num_classes = len(pairs.image_index.facts["class_ids"])
     num_steps = count_steps(section, num_samples=pairs.num_samples)
     save = partial(
@@ -58,9 +58,8 @@ def main(params: Params, run: Run) -> None:
     )
     run.log(f"{sum(p.numel() for p in table.parameters()):,} trainable parameters")
     shown = params.model_dump(mode="json", by_alias=True)
-    inputs = [BASE, CHECKPOINT, IMAGES / "index.json", LATENTS / "index.json"]
     with (
-        run.work_dir(shown, inputs) as work,
+        run.work_dir(shown | {"train": pairs.digest}, [BASE, CHECKPOINT]) as work,
         run.training_run(work, shown, files_checkpoint=False) as log_metrics,
         run.progress("train", num_steps, "step") as advance,
     ):

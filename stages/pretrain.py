@@ -68,7 +68,7 @@ def describe(params: Params) -> str:
 
 def main(params: Params, run: Run) -> None:
     accelerator = run.accelerator(precision=params.pretrain.precision)
-    pairs = PairedShards.open(IMAGES, LATENTS, split="train")
+    pairs = PairedShards.open(run.shards(IMAGES), run.shards(LATENTS), split="train")
     model = build_model(
         BASE,
         lora=params.lora,
@@ -88,9 +88,8 @@ def main(params: Params, run: Run) -> None:
         run.log(recipe.warning)
     num_steps = params.pretrain.epochs * (pairs.num_samples // params.pretrain.batch_size)
     shown = params.model_dump(mode="json", by_alias=True)
-    inputs = [BASE, IMAGES / "index.json", LATENTS / "index.json"]
     with (
-        run.work_dir(shown, inputs) as work,
+        run.work_dir(shown | {"train": pairs.digest}, [BASE]) as work,
         run.training_run(work, shown, files_checkpoint=True) as log_metrics,
         run.progress("train", num_steps, "step") as advance,
     ):

@@ -49,9 +49,9 @@ def main(params: Params, run: Run) -> None:
     model = load_checkpoint(Path("build/pretrain"), base=Path("build/base")).to(run.device)
 
     # whatever the probe is of: the trained model is set beside its base
-    features = params.features.model_copy(update={"model": "contradiff"})
+    settings_of_features = params.features.model_copy(update={"model": "contradiff"})
 
-    def features_of(which: ContraDiff, *, pool: Pool, name: str) -> np.ndarray:
+    def featured_by(which: ContraDiff, *, pool: Pool, name: str) -> np.ndarray:
         batches = chosen_batches(
             IMAGES, LATENTS, chosen, split="val", batch_size=params.features.batch_size
         )
@@ -59,7 +59,7 @@ def main(params: Params, run: Run) -> None:
             return extract(
                 which,
                 batches,
-                params=features,
+                params=settings_of_features,
                 pool=pool,
                 seed=params.seed,
                 device=run.device,
@@ -67,8 +67,8 @@ def main(params: Params, run: Run) -> None:
             ).features.numpy()
 
     featured = {
-        "contradiff": features_of(model, pool=params.features.pool, name="ContraDiff"),
-        "base": features_of(base_of(model), pool="mean", name="the base"),
+        "contradiff": featured_by(model, pool=params.features.pool, name="ContraDiff"),
+        "base": featured_by(base_of(model), pool="mean", name="the base"),
     }
     titles = {
         "contradiff": "ContraDiff: h"

@@ -152,7 +152,15 @@ def tiny_data(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
 
     folder = tmp_path_factory.mktemp("tiny_data")
     vae = load_vae(tiny_base)
-    params = LatentsParams(views=3, crop_scale_min=0.4, colour_jitter=0.0, batch_size=24)
+    params = LatentsParams(
+        views=3,
+        flips=False,
+        crop_scale_min=0.4,
+        colour_jitter=0.0,
+        dtype="float16",
+        min_psnr=0.0,
+        batch_size=24,
+    )
     generator = torch.Generator().manual_seed(0)
     y, x = torch.meshgrid(torch.arange(40), torch.arange(36), indexing="ij")
     images, latents = {}, {}
@@ -168,6 +176,7 @@ def tiny_data(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
             iter(samples),
             params=params,
             views=views,
+            flips=False,
             image_size=32,
             seed=0,
             device=torch.device("cpu"),

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from bench import flops, probe, sampling, shards
+from bench import flops, loading, probe, sampling, shards
 from contradiff.config import parse, read_params
 from contradiff.features import encode_to_bottleneck
 from contradiff.model import ContraDiff
@@ -120,3 +120,16 @@ def test_sampling_compares_equal_work(tmp_path: Path, monkeypatch: pytest.Monkey
     )
     assert [ratio > 0 for _, ratio, _ in rows] == [True] * 4
     assert "other work" in rows[3][0]
+
+
+def test_loaders_have_the_same_work(tmp_path: Path):
+    """Every image once, whoever loads it, also in workers that end with the epoch."""
+    num_bytes = loading.write_files(tmp_path, 100, size=128)
+    assert num_bytes == sum(path.stat().st_size for path in tmp_path.glob("tree/*/*.jpg"))
+    for build in (loading.image_folder, loading.minimal_webdataset):
+        batches = list(build(tmp_path, 128, 0))
+        assert [batch[0].shape for batch in batches] == [(50, 3, 128, 128)] * 2
+    for num_workers in (0, 2):
+        batches = list(loading.ours(tmp_path, "pixels", num_workers))
+        assert [batch["conditions"].shape for batch in batches] == [(2, 50, 3, 128, 128)] * 2
+        assert len({row.numpy().tobytes() for b in batches for row in b["moments"][0]}) == 100

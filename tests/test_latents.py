@@ -1,5 +1,6 @@
 """contradiff.latents against diffusers' own calls, and by its properties."""
 
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 
 from contradiff.backbone import load_vae
-from contradiff.data.shards import ShardIndex, read_images, read_split
+from contradiff.data.shards import ShardIndex, array_from_bytes, read_images, read_split
 from contradiff.data.transforms import Crop, apply_crop, centre_crop, decode, to_bytes, to_pixels
 from contradiff.latents import (
     LOG_VARIANCE_RANGE,
@@ -44,7 +45,15 @@ def stored(tiny_data: Path) -> list[StoredLatents]:
 
 
 def params_of(**changes: Any) -> LatentsParams:
-    settings = {"views": 3, "crop_scale_min": 0.4, "colour_jitter": 0.0, "batch_size": 24}
+    settings = {
+        "views": 3,
+        "flips": False,
+        "crop_scale_min": 0.4,
+        "colour_jitter": 0.0,
+        "dtype": "float16",
+        "min_psnr": 0.0,
+        "batch_size": 24,
+    }
     return LatentsParams.model_validate(settings | changes)
 
 
@@ -155,7 +164,9 @@ def test_batch_size_changes_nothing(
     params = params_of(batch_size=batch_size)
     samples = read_images(tiny_data / "images", "train")
     again = list(
-        encode_samples(vae, samples, params=params, views=3, image_size=32, seed=0, device=CPU)
+        encode_samples(
+            vae, samples, params=params, views=3, flips=False, image_size=32, seed=0, device=CPU
+        )
     )
     assert [(item.key, item.crops) for item in again] == [(s.key, s.crops) for s in stored]
     for item, expected in zip(again, stored, strict=True):
@@ -171,7 +182,14 @@ def test_colours_of_random_crops_alone_are_distorted(
         samples = islice(read_images(tiny_data / "images", "train"), 6)
         return list(
             encode_samples(
-                vae, samples, params=params, views=3, image_size=32, seed=seed, device=CPU
+                vae,
+                samples,
+                params=params,
+                views=3,
+                flips=False,
+                image_size=32,
+                seed=seed,
+                device=CPU,
             )
         )
 
@@ -181,6 +199,67 @@ def test_colours_of_random_crops_alone_are_distorted(
         np.testing.assert_allclose(item.moments[0], plain.moments[0], atol=2e-3, rtol=2e-3)
         for view in (1, 2):
             assert np.abs(item.moments[view] - plain.moments[view]).max() > 0.02
+
+
+def encoded_first_six(vae: "AutoencoderKL", tiny_data: Path, **changes: Any) -> list[StoredLatents]:
+    params = params_of(**changes)
+    samples = islice(read_images(tiny_data / "images", "train"), 6)
+    return list(
+        encode_samples(
+            vae,
+            samples,
+            params=params,
+            views=params.views,
+            flips=params.flips,
+            image_size=32,
+            seed=0,
+            device=CPU,
+        )
+    )
+
+
+def test_flips_are_encodings_of_mirrored_pixels_behind_the_views(
+    vae: "AutoencoderKL", tiny_data: Path
+):
+    images = list(islice(read_images(tiny_data / "images", "train"), 6))
+    plain = encoded_first_six(vae, tiny_data, colour_jitter=0.5)
+    flipped = encoded_first_six(vae, tiny_data, colour_jitter=0.5, flips=True)
+    for image, item, without in zip(images, flipped, plain, strict=True):
+        assert item.crops[:3] == without.crops
+        assert item.crops[3:] == tuple(
+            replace(crop, mirrored=not crop.mirrored) for crop in without.crops
+        )
+        np.testing.assert_allclose(item.moments[:3], without.moments, atol=2e-3, rtol=2e-3)
+        # the centre crop, which no colours are changed of
+        pixels = apply_crop(decode(image.image, name=image.key), item.crops[0], size=32)
+        expected = encode(vae, to_pixels(pixels.flip(-1)[None]))[0]
+        shown = torch.from_numpy(item.moments[3]).float()
+        torch.testing.assert_close(shown, expected, atol=2e-3, rtol=2e-3)
+        assert np.abs(item.moments[3] - item.moments[0][..., ::-1]).max() > 0.02
+
+
+def test_bfloat16_moments_are_rounded_as_torch_rounds(vae: "AutoencoderKL", tiny_data: Path):
+    (image,) = islice(read_images(tiny_data / "images", "train"), 1)
+    pixels = apply_crop(decode(image.image, name=image.key), centre_crop(40, 36), size=32)
+    expected = encode(vae, to_pixels(pixels[None])).bfloat16()
+    params = params_of(views=1, dtype="bfloat16", batch_size=1)
+    (item,) = encode_samples(
+        vae,
+        iter([image]),
+        params=params,
+        views=1,
+        flips=False,
+        image_size=32,
+        seed=0,
+        device=CPU,
+    )
+    assert torch.from_numpy(item.moments).equal(expected.float())
+    record = item.to_record()
+    bits = array_from_bytes(record["moments.npy"])
+    assert bits.dtype == np.uint16
+    assert torch.from_numpy(bits).view(torch.bfloat16).equal(expected)
+    np.testing.assert_array_equal(StoredLatents.of_record(record).moments, item.moments)
+    assert latent_facts(vae, params=params, image_size=32)["dtype"] == "bfloat16"
 
 
 def test_evaluated_images_have_one_view(tiny_data: Path):

@@ -1,9 +1,11 @@
 """contradiff.loading: every image in its turn, whoever reads it and wherever one starts."""
 
-from collections.abc import Iterator
+import shutil
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -12,7 +14,8 @@ import torch
 from torch import Tensor
 
 from contradiff import loading
-from contradiff.data.shards import ShardIndex, read_images, read_split, write_split
+from contradiff.data import order
+from contradiff.data.shards import ShardIndex, image_of, read_images, read_split, write_split
 from contradiff.data.transforms import apply_crop, decode, to_pixels
 from contradiff.latents import StoredLatents
 from contradiff.loading import PairedShards, TrainingStream, ViewChoice, training_batches
@@ -87,15 +90,20 @@ def test_an_epoch_sees_every_image_once(pairs: PairedShards, views: Views):
     assert epochs[0] != epochs[1] != epochs[2]
 
 
-def test_batches_may_straddle_epochs(pairs: PairedShards, views: Views):
-    seen = keys(batches_of(pairs, 10, batch_size=5), views)
-    assert seen[:48] == keys(batches_of(pairs, 12), views)
+def test_what_fills_no_batch_is_left_out_and_differs_between_epochs(
+    pairs: PairedShards, views: Views
+):
+    epochs = [
+        keys(batches_of(pairs, 4, batch_size=5, start_step=start), views) for start in (0, 4, 8)
+    ]
+    assert [len(set(epoch)) for epoch in epochs] == [20, 20, 20]
+    assert len({frozenset(epoch) for epoch in epochs}) == 3
 
 
 def test_small_buffer_loses_nothing(
     pairs: PairedShards, views: Views, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(loading, "SHUFFLE_BUFFER", 3)
+    monkeypatch.setattr(order, "SHUFFLE_BUFFER", 3)
     seen = keys(batches_of(pairs, 12), views)
     assert len(set(seen[:24])) == len(set(seen[24:])) == NUM_IMAGES
 
@@ -250,35 +258,211 @@ def test_cropped_conditions_are_two_new_crops(pairs: PairedShards):
     assert len(distinct) == 2 * 2 * NUM_IMAGES  # other crops in the second epoch
 
 
-def rewritten(tiny_data: Path, folder: Path, records: list[Any], samples_per_shard: int) -> Path:
+def rewritten(
+    source: Path,
+    folder: Path,
+    samples_per_shard: int,
+    *,
+    change: Callable[[Any], Any] = lambda record: record,
+    facts: Mapping[str, Any] = MappingProxyType({}),
+    reverse: bool = False,
+) -> Path:
+    """A copy of a folder's training split, changed."""
+    records = [change(record) for record in read_split(source, "train")]
     shards = write_split(
-        folder, "train", records, samples_per_shard=samples_per_shard, compression="none"
+        folder,
+        "train",
+        records[::-1] if reverse else records,
+        samples_per_shard=samples_per_shard,
+        compression="none",
     )
-    facts = ShardIndex.read(tiny_data / "latents").facts
-    ShardIndex({"train": shards}, facts).write(folder)
+    ShardIndex({"train": shards}, {**ShardIndex.read(source).facts, **facts}).write(folder)
     return folder
 
 
 def test_folders_of_other_sizes_are_refused(tiny_data: Path, tmp_path: Path):
-    records = list(read_split(tiny_data / "latents", "train"))
-    latents = rewritten(tiny_data, tmp_path / "latents", records, 8)
+    latents = rewritten(tiny_data / "latents", tmp_path / "latents", 8)
     with pytest.raises(ValueError, match=r"latents: made from other shards than .*images; run"):
         PairedShards.open(tiny_data / "images", latents, split="train")
 
 
 def test_folders_of_other_orders_are_refused(tiny_data: Path, tmp_path: Path):
-    records = list(read_split(tiny_data / "latents", "train"))
-    latents = rewritten(tiny_data, tmp_path / "latents", records[::-1], 6)
+    latents = rewritten(tiny_data / "latents", tmp_path / "latents", 6, reverse=True)
     pairs = PairedShards.open(tiny_data / "images", latents, split="train")
     with pytest.raises(ValueError, match=r"train-0000\d.tar: key train-\d+ beside train-\d+; run"):
         batches_of(pairs, 1)
 
 
-@pytest.mark.parametrize(("num_workers", "world_size"), [(5, 1), (0, 5), (2, 3)])
-def test_too_few_shards_are_refused(pairs: PairedShards, num_workers: int, world_size: int):
-    stream = stream_of(pairs, world_size=world_size)
-    with pytest.raises(ValueError, match=r"^shard\.samples_per_shard: 4 shards cannot feed [56] "):
-        training_batches(stream, num_workers=num_workers)
+@pytest.fixture(scope="module")
+def uneven(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> PairedShards:
+    """The same images in shards of 7, 7, 7 and 3."""
+    folders = [
+        rewritten(tiny_data / name, tmp_path_factory.mktemp(name), 7)
+        for name in ("images", "latents")
+    ]
+    return PairedShards.open(*folders, split="train")
+
+
+def global_batches(
+    pairs: PairedShards, number: int, *, num_workers: int, world_size: int, start_step: int = 0
+) -> list[bytes]:
+    """All rows of all processes, moments and conditions, as bytes."""
+    of_ranks = [
+        batches_of(
+            pairs,
+            number,
+            num_workers=num_workers,
+            batch_size=6 // world_size,
+            rank=rank,
+            world_size=world_size,
+            start_step=start_step,
+        )
+        for rank in range(world_size)
+    ]
+    return [
+        b"".join(
+            torch.cat([batch[name] for batch in batches], dim=1).numpy().tobytes()
+            for name in ("moments", "conditions")
+        )
+        for batches in zip(*of_ranks, strict=True)
+    ]
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning")
+@pytest.mark.parametrize(
+    ("folder", "num_workers", "world_size"),
+    [
+        ("pairs", 2, 2),
+        ("pairs", 0, 3),
+        ("uneven", 1, 1),
+        ("uneven", 2, 1),
+        ("uneven", 5, 1),
+        ("uneven", 0, 2),
+        ("uneven", 2, 3),
+        ("uneven", 0, 6),
+    ],
+)
+def test_batches_do_not_depend_on_who_reads_them(
+    request: pytest.FixtureRequest, folder: str, num_workers: int, world_size: int
+):
+    """An epoch has 4 steps of 6; begun in mid-epoch, too."""
+    pairs = request.getfixturevalue(folder)
+    expected = global_batches(pairs, 7, num_workers=0, world_size=1)
+    assert len(set(expected)) == 7
+    found = global_batches(pairs, 7, num_workers=num_workers, world_size=world_size)
+    assert found == expected
+    rest = global_batches(pairs, 2, num_workers=num_workers, world_size=world_size, start_step=5)
+    assert rest == expected[5:]
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_uneven_shards_give_every_image_once_an_epoch(
+    uneven: PairedShards, views: Views, world_size: int
+):
+    seen = [
+        keys(batches_of(uneven, 4, batch_size=6 // world_size, **who), views)
+        for who in ({"rank": rank, "world_size": world_size} for rank in range(world_size))
+    ]
+    assert len({len(of_rank) for of_rank in seen}) == 1
+    assert sorted(chain(*seen)) == sorted({key for key, _ in views.values()})
+
+
+def test_what_a_resumed_run_skips_is_not_decoded(
+    pairs: PairedShards, monkeypatch: pytest.MonkeyPatch
+):
+    decoded: list[str] = []
+
+    def counting(encoded: bytes, *, name: str) -> Tensor:
+        decoded.append(name)
+        return decode(encoded, name=name)
+
+    monkeypatch.setattr(loading, "decode", counting)
+    batches_of(pairs, 1, start_step=4)
+    assert len(decoded) == 4
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_unreadable_images_are_named_in_one_line(
+    tiny_data: Path, pairs: PairedShards, tmp_path: Path, num_workers: int
+):
+    def spoil(record: Any) -> Any:
+        return {**record, "png": b"no image"} if record["__key__"] == b"train-007" else record
+
+    images = rewritten(tiny_data / "images", tmp_path, 6, change=spoil)
+    spoilt = PairedShards.open(images, pairs.latents, split="train")
+    with pytest.raises(ValueError, match=r"^train-007: not a readable image") as caught:
+        batches_of(spoilt, 6, num_workers=num_workers)
+    assert "\n" not in str(caught.value)
+
+
+def test_more_images_a_batch_than_there_are_are_refused(pairs: PairedShards):
+    with pytest.raises(ValueError, match=r"has 24 images, fewer than a batch of 26"):
+        stream_of(pairs, batch_size=13, world_size=2)
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 5, 30])
+def test_shares_of_an_evaluation_are_the_split_in_its_order(uneven: PairedShards, world_size: int):
+    expected = [image_of(image) for number in range(4) for image, _ in uneven.read(number)]
+    shares = [
+        [image_of(image) for image, _ in uneven.read_share(rank=rank, world_size=world_size)]
+        for rank in range(world_size)
+    ]
+    assert list(chain(*shares)) == expected
+    for rank, share in enumerate(shares):
+        places = uneven.share_of(rank=rank, world_size=world_size)
+        assert [expected[place] for place in places] == share
+    assert max(map(len, shares)) - min(map(len, shares)) <= 1
+
+
+def test_a_share_notices_damage_that_lies_in_it(pairs: PairedShards, tmp_path: Path):
+    """A shard is hashed by whoever reads its last sample."""
+    copy = tmp_path / "images"
+    shutil.copytree(pairs.images, copy)
+    path = copy / "train-00001.tar"
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    damaged = replace(pairs, images=copy)
+    assert len(list(damaged.read_share(rank=1, world_size=2))) == 12
+    with pytest.raises(ValueError, match=r"train-00001\.tar: damaged"):
+        list(damaged.read_share(rank=0, world_size=2))
+
+
+@pytest.mark.parametrize("latent_views", ["same", "two"])
+def test_mirrored_views_are_drawn_as_often_as_the_others(
+    tiny_data: Path, pairs: PairedShards, tmp_path: Path, latent_views: str
+):
+    """Views 0 to 2 and, behind them, their mirror images 3 to 5, here marked by their numbers."""
+
+    def mark(record: Any) -> Any:
+        stored = StoredLatents.of_record(record)
+        moments = np.stack([np.full((8, 8, 8), view, np.float16) for view in range(6)])
+        return StoredLatents(stored.key, moments, stored.crops * 2).to_record()
+
+    latents = rewritten(tiny_data / "latents", tmp_path, 6, change=mark, facts={"flips": True})
+    flipped = PairedShards.open(pairs.images, latents, split="train")
+    choice = ViewChoice(latent_views, "same", "latents")
+    drawn = [
+        (int(a), int(b))
+        for batch in batches_of(flipped, 6, choice=choice, batch_size=24)
+        for a, b in batch["moments"][:, :, 0, 0, 0].T
+    ]
+    assert len(drawn) == 144
+    if latent_views == "same":
+        expected = {(view, view) for view in range(6)}
+    else:
+        expected = {(a, b) for a in (0, 3) for b in (1, 2, 4, 5)}
+    assert set(drawn) == expected
+    # 24 and 18 times each on average, with a standard deviation of 4.5 and 4
+    assert min(drawn.count(pair) for pair in expected) > 6
+
+
+def test_digest_is_of_the_content_wherever_it_lies(
+    pairs: PairedShards, uneven: PairedShards, tiny_data: Path, tmp_path: Path
+):
+    shutil.copytree(tiny_data / "images", tmp_path / "elsewhere")
+    moved = PairedShards.open(tmp_path / "elsewhere", pairs.latents, split="train")
+    assert moved.digest == pairs.digest != uneven.digest
 
 
 def test_two_views_of_one_are_refused(tiny_data: Path):

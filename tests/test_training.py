@@ -172,12 +172,17 @@ def test_a_training_that_diverged_is_never_saved(
     assert (state.step if state else 0) == (1 if checkpoint_every == 1 else 0)
 
 
-def test_resuming_with_other_data_streams_is_refused(build_tiny: Build, train: Train):
-    """They would read the data in another order."""
+def test_resumed_with_other_workers_equals_uninterrupted(
+    build_tiny: Build, train: Train, tmp_path: Path
+):
+    """The data's order does not depend on them."""
+    whole, resumed = build_tiny(), build_tiny(seed=5)
+    expected = train(whole, work_dir=tmp_path / "whole")
+    every = {"work_dir": tmp_path / "cut", "checkpoint_every": 2}
     with pytest.raises(Killed):
-        train(build_tiny(), on_step=kill_at(3), checkpoint_every=2)
-    with pytest.raises(ValueError, match=r"^runtime\.num_workers: .* 1 x 1 .* this one has 1 x 2 "):
-        train(build_tiny(), num_workers=2)
+        train(build_tiny(), on_step=kill_at(3), **every)
+    assert train(resumed, num_workers=2, **every) == expected
+    assert changed(resumed, state_of(whole)) == set()
 
 
 def test_another_seed_trains_otherwise(build_tiny: Build, train: Train, tmp_path: Path):

@@ -12,7 +12,8 @@ import json
 import tarfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
@@ -23,6 +24,7 @@ from pydantic import Field
 
 from contradiff.atomic import replace_file
 from contradiff.config import Section
+from contradiff.data.remote import Location, RemoteFile, join, read_bytes, size_of
 from contradiff.data.tar import TarWriter
 
 INDEX_NAME = "index.json"
@@ -75,24 +77,40 @@ class ShardIndex:
     facts: Mapping[str, Any]
 
     @classmethod
-    def read(cls, folder: Path) -> "ShardIndex":
+    def read(cls, folder: Location) -> "ShardIndex":
         """Read a folder's index and check that its shards are there and whole.
 
+        Args:
+            folder: a local path, or a URL (s3://, gs://, http://, ...).
+
         Raises:
-            ValueError: the index or a shard is missing, or a shard's size is wrong; names the file.
+            ValueError: the index or a shard is missing, or its size or form is wrong; names it.
+            OSError: a server could not be reached.
         """
-        path = folder / INDEX_NAME
-        if not path.is_file():
-            msg = f"{path}: missing; run `dvc repro`, or fetch it by `dvc pull {folder}`"
-            raise ValueError(msg)
-        content = json.loads(path.read_text())
-        splits = {
-            split: tuple(Shard(**shard) for shard in shards)
-            for split, shards in content["splits"].items()
-        }
-        for shard in (shard for shards in splits.values() for shard in shards):
-            _check_size(folder / shard.name, shard)
-        return cls(splits, content["facts"])
+        path = join(folder, INDEX_NAME)
+        try:
+            content = json.loads(read_bytes(path) if isinstance(path, str) else path.read_bytes())
+            splits = {
+                split: tuple(Shard(**shard) for shard in shards)
+                for split, shards in content["splits"].items()
+            }
+            facts = content["facts"]
+        except FileNotFoundError as error:
+            remedy = (
+                "copy the whole folder of shards there"
+                if isinstance(path, str)
+                else f"run `dvc repro`, or fetch it by `dvc pull {folder}`"
+            )
+            msg = f"{path}: missing; {remedy}"
+            raise ValueError(msg) from error
+        except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError) as error:
+            raise ValueError(_damage(path, f"not an index: {error!r}")) from error
+        shards = [shard for shards in splits.values() for shard in shards]
+        places = [join(folder, shard.name) for shard in shards]
+        # a server answers many questions in the time of one
+        with ThreadPoolExecutor(16 if isinstance(folder, str) else 1) as pool:
+            list(pool.map(_check_size, places, shards))
+        return cls(splits, facts)
 
     def write(self, folder: Path) -> None:
         """Write `index.json`, last of all, when every shard is whole: one line a shard or fact."""
@@ -170,11 +188,11 @@ def resume_shard(path: Path, records: Iterable[Record], *, compression: Compress
 
     A note beside the shard, written after it, says that it is whole.
     """
-    note = _note(path)
-    if (finished := finished_shard(path)) is not None:
-        return finished
+    done = finished_shard(path)
+    if done is not None:
+        return done
     shard = write_shard(path, records, compression=compression)
-    with replace_file(note) as temporary:
+    with replace_file(_note_of(path)) as temporary:
         temporary.write_text(json.dumps(asdict(shard)))
     return shard
 
@@ -184,8 +202,14 @@ def finished_shard(path: Path) -> Shard | None:
 
     The note alone is not enough: an interrupted run may have moved the shard away.
     """
-    note = _note(path)
-    return Shard(**json.loads(note.read_text())) if note.is_file() and path.is_file() else None
+    note = _note_of(path)
+    if note.is_file() and path.is_file():
+        return Shard(**json.loads(note.read_text()))
+    return None
+
+
+def _note_of(path: Path) -> Path:
+    return path.with_name(f"{path.name}.json")
 
 
 def write_split(
@@ -216,20 +240,21 @@ def write_split(
     return tuple(shards)
 
 
-def read_shard(path: Path, shard: Shard) -> Iterator[dict[str, bytes]]:
+def read_shard(path: Location, shard: Shard) -> Iterator[dict[str, bytes]]:
     """Yield a shard's samples in order, as extension => content and "__key__" => key.
 
     Every byte is hashed on the way: damage that tar does not notice shows after the last sample.
 
     Raises:
         ValueError: the shard is truncated or damaged, or holds another number of samples.
+        OSError: a server could not be reached.
     """
     from webdataset.tariterators import group_by_keys, tar_file_expander
 
     _check_size(path, shard)
     num_samples = 0
     try:
-        with path.open("rb") as file:
+        with _opened(path, shard) as file:
             stream = _HashedStream(file)
             files = tar_file_expander([{"url": str(path), "stream": stream}])
             for sample in group_by_keys(files):
@@ -241,6 +266,8 @@ def read_shard(path: Path, shard: Shard) -> Iterator[dict[str, bytes]]:
                 }
             digest = stream.digest_of_all()
     except (tarfile.TarError, EOFError, OSError) as error:
+        if isinstance(path, str) and isinstance(error, OSError):  # the connection, not the content
+            raise OSError(str(error.args[0]).split(" @ ", maxsplit=1)[0]) from error
         # webdataset appends more to the arguments, which would make a tuple of the message
         raise ValueError(_damage(path, error.args[0] if error.args else "unreadable")) from error
     if digest != shard.sha256:
@@ -250,17 +277,17 @@ def read_shard(path: Path, shard: Shard) -> Iterator[dict[str, bytes]]:
         raise ValueError(msg)
 
 
-def read_split(folder: Path, split: str) -> Iterator[dict[str, bytes]]:
+def read_split(folder: Location, split: str) -> Iterator[dict[str, bytes]]:
     """Yield every sample of a split, in order.
 
     Raises:
         ValueError: as `ShardIndex.read` and `read_shard`.
     """
     for shard in ShardIndex.read(folder).shards(split):
-        yield from read_shard(folder / shard.name, shard)
+        yield from read_shard(join(folder, shard.name), shard)
 
 
-def read_images(folder: Path, split: str) -> Iterator[Sample]:
+def read_images(folder: Location, split: str) -> Iterator[Sample]:
     """Yield every image of a split, in order."""
     for record in read_split(folder, split):
         yield image_of(record)
@@ -293,10 +320,6 @@ def array_from_bytes(content: bytes) -> Shaped[np.ndarray, "..."]:
     return np.load(io.BytesIO(content), allow_pickle=False)
 
 
-def _note(path: Path) -> Path:
-    return path.with_name(f"{path.name}.json")
-
-
 def _compressed(file: io.BufferedIOBase, compression: Compression) -> AbstractContextManager[Any]:
     if compression == "none":
         return nullcontext(file)
@@ -321,10 +344,16 @@ class _HashedWriter(io.RawIOBase):
         return num_written
 
 
+def _opened(path: Location, shard: Shard) -> "AbstractContextManager[BinaryIO | RemoteFile]":
+    if isinstance(path, str):
+        return closing(RemoteFile(path, num_bytes=shard.num_bytes))
+    return path.open("rb")
+
+
 class _HashedStream:
     """A file that is hashed as it is read."""
 
-    def __init__(self, file: BinaryIO) -> None:
+    def __init__(self, file: BinaryIO | RemoteFile) -> None:
         self.file, self.hasher = file, hashlib.sha256()
 
     def read(self, size: int = -1) -> bytes:
@@ -338,17 +367,28 @@ class _HashedStream:
         return self.hasher.hexdigest()
 
 
-def _damage(path: Path, reason: object) -> str:
-    return f"{path}: damaged ({reason}); make it anew, or fetch it by `dvc pull {path.parent}`"
+def _damage(path: Location, reason: object) -> str:
+    return f"{path}: damaged ({reason}); {_remedy(path)}"
 
 
-def _check_size(path: Path, shard: Shard) -> None:
-    if not path.is_file():
-        msg = f"{path}: missing, though {INDEX_NAME} lists it; fetch it by `dvc pull {path.parent}`"
-        raise ValueError(msg)
-    if path.stat().st_size != shard.num_bytes:
+def _remedy(path: Location) -> str:
+    if isinstance(path, str):
+        return "copy it there again"
+    return f"make it anew, or fetch it by `dvc pull {path.parent}`"
+
+
+def _check_size(path: Location, shard: Shard) -> None:
+    try:
+        num_bytes = size_of(path) if isinstance(path, str) else path.stat().st_size
+    except FileNotFoundError as error:
+        fetch = (
+            "copy it there" if isinstance(path, str) else f"fetch it by `dvc pull {path.parent}`"
+        )
+        msg = f"{path}: missing, though {INDEX_NAME} lists it; {fetch}"
+        raise ValueError(msg) from error
+    if num_bytes not in (shard.num_bytes, None):
         msg = (
-            f"{path}: truncated or overwritten: {path.stat().st_size} bytes where {INDEX_NAME} "
-            f"says {shard.num_bytes}; make it anew, or fetch it by `dvc pull {path.parent}`"
+            f"{path}: truncated or overwritten: {num_bytes} bytes where {INDEX_NAME} "
+            f"says {shard.num_bytes}; {_remedy(path)}"
         )
         raise ValueError(msg)

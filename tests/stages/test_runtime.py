@@ -330,6 +330,19 @@ def test_raw_data_is_relative_to_the_root(run: Run):
     assert run.resolve("/imagenet") == Path("/imagenet")
 
 
+def test_training_reads_shards_from_where_their_copies_are(run: Run):
+    def reading_from(url: str | None) -> Run:
+        runtime = RuntimeParams.model_validate({**run.runtime.model_dump(), "shards_from": url})
+        return Run(stage=run.stage, root=run.root, runtime=runtime)
+
+    assert run.shards(Path("build/latents")) == Path("build/latents")
+    assert reading_from(None).shards(Path("build/shards")) == Path("build/shards")
+    for url in ("s3://bucket/demo", "s3://bucket/demo/"):
+        assert reading_from(url).shards(Path("build/shards")) == "s3://bucket/demo/shards"
+    with pytest.raises(ValueError, match="shards_from"):
+        reading_from("bucket/demo")
+
+
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     now = [0.0]

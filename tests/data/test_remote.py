@@ -1,0 +1,218 @@
+"""contradiff.data.remote and shards behind it: a server on this machine, and fsspec's memory."""
+
+import io
+import shutil
+import threading
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import pytest
+
+from contradiff.data import remote
+from contradiff.data.remote import RemoteFile, join, read_bytes, size_of
+from contradiff.data.shards import ShardIndex, read_shard, read_split
+from contradiff.loading import PairedShards, TrainingStream, ViewChoice, training_batches
+
+
+class Server:
+    """Serves a folder; `faults` are met by its next GET requests of .tar files, one each."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.faults: list[str] = []
+        self.requests: list[str] = []
+        server = self
+
+        class Handler(SimpleHTTPRequestHandler):
+            def log_message(self, *_: Any) -> None:
+                pass
+
+            def do_GET(self) -> None:
+                server.requests.append(self.path)
+                fault = server.faults.pop(0) if self.path.endswith(".tar") and server.faults else ""
+                if fault == "503":
+                    self.send_error(503)
+                elif fault == "cut":
+                    content = (server.folder / self.path.lstrip("/")).read_bytes()
+                    self.send_response(200)
+                    self.send_header("Content-Length", str(len(content)))
+                    self.end_headers()
+                    self.wfile.write(content[: len(content) // 2])
+                    self.close_connection = True
+                else:
+                    super().do_GET()
+
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Handler, directory=str(folder)))
+        self.url = f"http://127.0.0.1:{self.server.server_port}"
+        self.thread = threading.Thread(target=self.server.serve_forever, daemon=True)
+        self.thread.start()
+
+    def stop(self) -> None:
+        self.server.shutdown()
+        self.server.server_close()
+        self.thread.join()
+
+
+@pytest.fixture
+def server(tiny_data: Path, tmp_path: Path) -> Iterator[Server]:
+    for name in ("images", "latents"):
+        shutil.copytree(tiny_data / name, tmp_path / name)
+    server = Server(tmp_path)
+    yield server
+    server.stop()
+
+
+@pytest.fixture
+def memory(tiny_data: Path) -> Iterator[str]:
+    """A URL of fsspec's file system in this process."""
+    system = fsspec.filesystem("memory")
+    for path in tiny_data.rglob("*.*"):
+        system.pipe(f"/data/{path.relative_to(tiny_data)}", path.read_bytes())
+    yield "memory://data"
+    system.rm("/data", recursive=True)
+
+
+@pytest.fixture(autouse=True)
+def _no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(remote, "FIRST_PAUSE", 0.0)
+
+
+def test_names_are_joined():
+    assert join(Path("a/b"), "c") == Path("a/b/c")
+    assert join("s3://a/b/", "c") == join("s3://a/b", "c") == "s3://a/b/c"
+
+
+@pytest.mark.parametrize("place", ["http", "memory"])
+def test_remote_shards_are_those_of_the_folder(request: Any, tiny_data: Path, place: str):
+    url = (
+        request.getfixturevalue("server").url if place == "http" else request.getfixturevalue(place)
+    )
+    assert ShardIndex.read(f"{url}/images") == ShardIndex.read(tiny_data / "images")
+    remote_records = list(read_split(f"{url}/images", "train"))
+    assert remote_records == list(read_split(tiny_data / "images", "train"))
+    path = tiny_data / "images" / "train-00000.tar"
+    assert size_of(f"{url}/images/train-00000.tar") == path.stat().st_size
+    assert read_bytes(f"{url}/images/train-00000.tar") == path.read_bytes()
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.parametrize("place", ["server", "memory"])
+def test_training_from_a_url_has_the_same_batches(
+    request: Any, tiny_data: Path, place: str, num_workers: int
+):
+    """Also in workers, which are forked off a process that has spoken to the server."""
+
+    def batches(images: Path | str, latents: Path | str, num_workers: int) -> list[Any]:
+        stream = TrainingStream(
+            PairedShards.open(images, latents, split="train"),
+            choice=ViewChoice("two", "same", "pixels"),
+            batch_size=8,
+            start_step=1,
+            seed=0,
+            rank=0,
+            world_size=1,
+        )
+        return list(islice(training_batches(stream, num_workers=num_workers), 3))
+
+    found = request.getfixturevalue(place)
+    url = found.url if place == "server" else found
+    expected = batches(tiny_data / "images", tiny_data / "latents", 0)
+    got = batches(f"{url}/images", f"{url}/latents", num_workers)
+    for batch, other in zip(got, expected, strict=True):
+        assert all(batch[name].equal(other[name]) for name in other)
+
+
+@pytest.mark.parametrize("faults", [["503"], ["cut"], ["cut", "503", "cut", "503"]])
+def test_a_broken_connection_is_taken_up_again(server: Server, tiny_data: Path, faults: list[str]):
+    server.faults = list(faults)
+    shard = ShardIndex.read(tiny_data / "images").shards("train")[2]
+    records = list(read_shard(f"{server.url}/images/{shard.name}", shard))
+    assert records == list(read_shard(tiny_data / "images" / shard.name, shard))
+    assert server.faults == []
+    assert len(server.requests) == len(faults) + 1
+
+
+def test_a_file_that_can_be_sought_goes_on_where_it_broke_off(memory: str, tiny_data: Path):
+    path = tiny_data / "images" / "train-00000.tar"
+    file = RemoteFile(f"{memory}/images/train-00000.tar", num_bytes=path.stat().st_size)
+    first = file.read(1000)
+    file._file = io.BytesIO()  # as if the server had closed it
+    assert first + file.read() == path.read_bytes()
+    assert file.read(10) == b""
+
+
+def test_a_connection_that_stays_broken_is_no_damage(server: Server, tiny_data: Path):
+    server.faults = ["503"] * 100
+    shard = ShardIndex.read(tiny_data / "images").shards("train")[0]
+    with pytest.raises(OSError, match=r"train-00000\.tar: 5 attempts failed, the last by .*503"):
+        list(read_shard(f"{server.url}/images/{shard.name}", shard))
+    assert len(server.requests) == 5
+
+
+def test_no_server_is_no_missing_file(server: Server):
+    url = server.url
+    server.stop()
+    with pytest.raises(OSError, match=r"index\.json: 5 attempts failed, .*127\.0\.0\.1"):
+        ShardIndex.read(f"{url}/images")
+    server.server = ThreadingHTTPServer(("127.0.0.1", 0), SimpleHTTPRequestHandler)
+    server.thread = threading.Thread(target=server.server.serve_forever, daemon=True)
+    server.thread.start()
+
+
+def test_each_fault_of_remote_shards_has_its_message(server: Server):
+    folder, url = server.folder / "images", f"{server.url}/images"
+    name = "train-00001.tar"
+    whole = (folder / name).read_bytes()
+
+    (folder / name).write_bytes(whole[:-512])
+    with pytest.raises(ValueError, match=rf"^{url}/{name}: truncated or overwritten: .*copy it"):
+        ShardIndex.read(url)
+    (folder / name).unlink()
+    with pytest.raises(ValueError, match=rf"^{url}/{name}: missing, though index.json lists it"):
+        ShardIndex.read(url)
+    (folder / name).write_bytes(whole[:2000] + bytes([whole[2000] ^ 1]) + whole[2001:])
+    with pytest.raises(ValueError, match=rf"^{url}/{name}: damaged .*sha256.*copy it there again"):
+        list(read_split(url, "train"))
+    (folder / "index.json").write_text('{"splits": {"train": [')
+    with pytest.raises(ValueError, match=rf"^{url}/index.json: damaged \(not an index"):
+        ShardIndex.read(url)
+    (folder / "index.json").unlink()
+    with pytest.raises(ValueError, match=rf"^{url}/index.json: missing; copy the whole folder"):
+        ShardIndex.read(url)
+
+
+def test_local_index_that_is_none_is_named(tmp_path: Path):
+    for content in ("", "[]", '{"splits": {"train": [{"name": "a.tar"}]}, "facts": {}}'):
+        (tmp_path / "index.json").write_text(content)
+        with pytest.raises(ValueError, match=r"index\.json: damaged \(not an index.*dvc pull"):
+            ShardIndex.read(tmp_path)
+
+
+@pytest.mark.parametrize(("protocol", "package"), [("s3", "s3fs"), ("gs", "gcsfs")])
+def test_a_missing_package_is_named(protocol: str, package: str, monkeypatch: pytest.MonkeyPatch):
+    import sys
+
+    monkeypatch.setitem(sys.modules, package, None)  # as if it were not installed
+    with pytest.raises(
+        ValueError, match=rf"^{protocol}://b/x/index\.json: .*`pip install {package}`"
+    ):
+        ShardIndex.read(f"{protocol}://b/x")
+
+
+def test_an_unknown_protocol_is_named():
+    with pytest.raises(
+        ValueError, match=r"^ftq://b/x: Protocol not known: ftq; fsspec knows s3://"
+    ):
+        size_of("ftq://b/x")
+
+
+def test_index_is_compared_with_what_is_read(memory: str):
+    shard = ShardIndex.read(f"{memory}/images").shards("train")[0]
+    with pytest.raises(ValueError, match=r"train-00000\.tar: 6 samples where index\.json says 5"):
+        list(read_shard(f"{memory}/images/{shard.name}", replace(shard, num_samples=5)))

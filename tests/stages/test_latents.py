@@ -1,0 +1,198 @@
+"""stages.latents: the same shards from one process and two, taken up where it was stopped."""
+
+from stages._runtime import Run, RuntimeParams
+
+import multiprocessing
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from ruamel.yaml import YAML
+
+from contradiff import encoding
+from contradiff.data.shards import ShardIndex, read_split
+from contradiff.latents import StoredLatents
+from stages import latents
+
+ROOT = Path(__file__).resolve().parents[2]
+SECTIONS: dict[str, Any] = {
+    "seed": 0,
+    "data": {
+        "source": "imagefolder",
+        "root": "raw",
+        "image_size": 32,
+        "num_train": None,
+        "num_val": None,
+    },
+    "shard": {"samples_per_shard": 6, "compression": "gzip"},
+    "latents": {
+        "views": 2,
+        "flips": True,
+        "crop_scale_min": 0.4,
+        "colour_jitter": 0.5,
+        "dtype": "bfloat16",
+        "min_psnr": 1.0,
+        "batch_size": 8,
+    },
+}
+NUM_IMAGES = {"train": 24, "val": 8}
+
+
+class Killed(BaseException):
+    """As a signal would end the stage."""
+
+
+@pytest.fixture
+def run(workplace: Path, tiny_base: Path, tiny_data: Path) -> Run:
+    build = workplace / "build"
+    build.mkdir()
+    shutil.copytree(tiny_base, build / "base")
+    shutil.copytree(tiny_data / "images", build / "shards")
+    runtime = RuntimeParams(device="cpu", num_workers=0, log_every=1, checkpoint_every=1)
+    return Run(stage="latents", root=workplace, runtime=runtime)
+
+
+def params_of(**changes: Any) -> latents.Params:
+    sections = SECTIONS | {"latents": SECTIONS["latents"] | changes}
+    return latents.Params.model_validate(sections)
+
+
+def outs() -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in Path("build/latents").iterdir()}
+
+
+def _stage_of(rank: int, port: int, run: Run) -> None:
+    from accelerate.state import AcceleratorState
+
+    os.environ |= {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
+    AcceleratorState._reset_state(reset_partial_state=True)
+    latents.main(params_of(), run)
+
+
+def test_two_processes_write_what_one_writes(run: Run):
+    latents.main(params_of(), run)
+    index = ShardIndex.read(Path("build/latents"))
+    assert {split: index.num_samples(split) for split in index.splits} == NUM_IMAGES
+    assert index.facts["dtype"] == "bfloat16"
+    stored = map(StoredLatents.of_record, read_split(Path("build/latents"), "train"))
+    assert [len(item.crops) for item in stored] == [4] * 24
+    assert not any((run.root / ".work" / "latents").iterdir())
+    expected, metrics = outs(), Path("metrics/latents.json").read_bytes()
+    for name in ("build/latents", "metrics"):
+        shutil.rmtree(name)
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    context = multiprocessing.get_context("fork")
+    processes = [context.Process(target=_stage_of, args=(rank, port, run)) for rank in range(2)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(timeout=120)
+    assert [process.exitcode for process in processes] == [0, 0]
+    assert outs() == expected
+    assert Path("metrics/latents.json").read_bytes() == metrics
+
+
+@pytest.fixture
+def encoded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Keys of what is encoded."""
+    keys: list[str] = []
+    real: Callable[..., Any] = encoding.encode_views
+
+    def counting(vae: Any, views: Any, **keywords: Any) -> Any:
+        keys.extend(views.keys)
+        return real(vae, views, **keywords)
+
+    monkeypatch.setattr(encoding, "encode_views", counting)
+    return keys
+
+
+def test_killed_stage_goes_on_shard_by_shard(
+    run: Run, encoded: list[str], monkeypatch: pytest.MonkeyPatch
+):
+    latents.main(params_of(), run)
+    expected = outs()
+    shutil.rmtree("build/latents")
+    real, written = latents.resume_shard, 0
+
+    def killed_at_third(*arguments: Any, **keywords: Any) -> Any:
+        nonlocal written
+        written += 1
+        if written == 3:
+            raise Killed
+        return real(*arguments, **keywords)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(latents, "resume_shard", killed_at_third)
+        with pytest.raises(Killed):
+            latents.main(params_of(), run)
+    assert not Path("build/latents").exists()
+    encoded.clear()
+    latents.main(params_of(min_psnr=2.0), run)  # which decides nothing about the shards
+    # 12 of 24 training images; the validation images once for the check and once for their shards
+    assert sorted(encoded) == sorted(
+        [f"train-{i:03d}" for i in range(12, 24)] + [f"val-{i:03d}" for i in range(8)] * 2
+    )
+    assert outs() == expected
+
+
+def test_bad_latents_are_refused_before_all_others_are_made(run: Run, encoded: list[str]):
+    with pytest.raises(ValueError, match=r"^latents\.min_psnr: .* dB where 90 are asked for"):
+        latents.main(params_of(min_psnr=90.0), run)
+    assert {key.split("-")[0] for key in encoded} == {"val"}
+    assert not Path("build/latents").exists()
+
+
+def test_a_full_disk_is_refused_before_anything_is_encoded(
+    run: Run, encoded: list[str], monkeypatch: pytest.MonkeyPatch
+):
+    usage = shutil.disk_usage(".")._replace(free=100_000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
+    with pytest.raises(ValueError, match=r"^latents\.views: the latents .* has 100\.0 kB free"):
+        latents.main(params_of(), run)
+    assert encoded == []
+
+
+def test_a_damaged_image_shard_makes_no_latents(run: Run):
+    path = Path("build/shards/val-00001.tar")
+    path.write_bytes(path.read_bytes()[:-1] + b"x")
+    with pytest.raises(ValueError, match=r"val-00001\.tar: damaged"):
+        latents.main(params_of(), run)
+    assert not Path("build/latents").exists()
+
+
+@pytest.mark.slow
+def test_a_process_that_fails_ends_the_others(run: Run):
+    """Under torchrun, as `dvc repro` starts it: the second of two finds a damaged shard."""
+    path = Path("build/shards/train-00003.tar")
+    path.write_bytes(path.read_bytes()[:-1] + b"x")
+    runtime = {"device": "cpu", "num_workers": 1, "log_every": 1, "checkpoint_every": 1}
+    with (run.root / "params.yaml").open("w") as file:
+        YAML().dump(SECTIONS | {"runtime": runtime}, file)
+    for name in ("stages", "contradiff"):
+        (run.root / name).symlink_to(ROOT / name)
+    done = subprocess.run(
+        [sys.executable, "-m", "stages.launch", "stages.latents"],
+        env=os.environ | {"CONTRADIFF_NUM_PROCESSES": "2"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode != 0
+    assert "contradiff: latents: build/shards/train-00003.tar: damaged" in done.stderr
+    assert not Path("build/latents").exists()
