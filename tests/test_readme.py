@@ -24,11 +24,15 @@ def commands() -> Iterator[list[tuple[str, str]]]:
     without_blocks = re.sub(r"```.*?```", "", README, flags=re.DOTALL)
     for span in re.findall(r"`([^`]+)`", without_blocks):
         overrides = OVERRIDE.findall(span)
-        grid = [[(key, value) for value in values.split(",")] for key, values in overrides]
+        grid = [[(key, value) for value in points(values)] for key, values in overrides]
         if overrides:
             yield from (list(point) for point in product(*grid))
     for switch in SWITCH.findall(README):
         yield [(key, value) for key, _, value in (part.partition("=") for part in switch.split())]
+
+
+def points(values: str) -> list[str]:
+    return [values] if values.startswith("[") else values.split(",")
 
 
 def changed(content: dict[str, Any], overrides: list[tuple[str, str]]) -> dict[str, Any]:
