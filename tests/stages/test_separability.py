@@ -7,18 +7,13 @@ from pathlib import Path
 
 from contradiff.config import parse
 from stages import separability
+from tests.settings import TINY
 
 
 def test_stage_writes_its_outs(trained_project: Run):
     content = {
         "seed": 0,
-        "features": {
-            "timesteps": [401, 201, 101],
-            "noising": "direct",
-            "condition": "image",
-            "pool": "attention",
-            "batch_size": 3,
-        },
+        "features": TINY["features"] | {"batch_size": 3},
         "separability": {"num_images": 7, "num_classes": 3, "num_neighbours": 2},
     }
     params = parse(separability.Params, content, source="params.yaml")

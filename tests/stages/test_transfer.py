@@ -15,6 +15,7 @@ from contradiff.atomic import sha256_of
 from contradiff.config import parse
 from contradiff.data.raw import transfer_manifest
 from stages import transfer
+from tests.settings import TINY
 
 CONTENT: dict[str, Any] = {
     "seed": 3,
@@ -25,13 +26,7 @@ CONTENT: dict[str, Any] = {
         "num_train": None,
         "num_val": None,
     },
-    "features": {
-        "timesteps": [401, 201, 101],
-        "noising": "direct",
-        "condition": "image",
-        "pool": "attention",
-        "batch_size": 4,
-    },
+    "features": TINY["features"] | {"batch_size": 4},
     "transfer_data": {"source": "imagefolder", "root": "images", "verify": True},
     "transfer": {
         "shots": [2, 1, "full"],
