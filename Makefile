@@ -93,14 +93,16 @@ smoke: $(STAMP)  ## the whole pipeline with presets/smoke.yaml, in a temporary c
 	dvc remote modify --local store url "$$store"; \
 	dvc pull pretrain_base; \
 	dvc repro; \
-	echo "Again: nothing but track may run."; \
+	echo "Again: nothing but prepare and track may run."; \
 	dvc repro > "$$top/again" 2>&1 || { cat "$$top/again"; exit 1; }; \
-	if grep -E "^(Running stage|Stage .* is cached)" "$$top/again" | grep -v "'track'"; then \
+	if grep -E "^(Running stage|Stage .* is cached)" "$$top/again" | grep -vE "'(prepare|track)'"; then \
 	    cat "$$top/again"; \
 	    echo "smoke: the stages above ran again though nothing had changed" >&2; exit 1; \
 	fi; \
-	grep -q "^Running stage 'track'" "$$top/again" || { \
-	    cat "$$top/again"; echo "smoke: track should always run, and did not" >&2; exit 1; }; \
+	for stage in prepare track; do \
+	    grep -q "^Running stage '$$stage'" "$$top/again" || { \
+	        cat "$$top/again"; echo "smoke: $$stage should always run, and did not" >&2; exit 1; }; \
+	done; \
 	echo "smoke: passed"
 
 format: $(STAMP)  ## sort imports, fix what can be fixed, format

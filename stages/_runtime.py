@@ -22,6 +22,7 @@ import time
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NoReturn, TypeVar
 
@@ -125,9 +126,15 @@ class Run:
             ValueError: they did not find each other.
         """
         from accelerate import Accelerator
+        from accelerate.utils import InitProcessGroupKwargs
 
         mixed = {"fp32": "no", "bf16": "bf16"}[precision]
-        accelerator = Accelerator(mixed_precision=mixed, cpu=self.device.type == "cpu")
+        # Processes may wait for one that has more to do, for hours: torch's own limit is minutes.
+        # One that dies is noticed by torchrun, which ends the others.
+        patience = InitProcessGroupKwargs(timeout=timedelta(days=7))
+        accelerator = Accelerator(
+            mixed_precision=mixed, cpu=self.device.type == "cpu", kwargs_handlers=[patience]
+        )
         # Without CUDA, `accelerate launch` starts lone processes that all believe to be the first.
         if accelerator.num_processes != int(os.environ.get("WORLD_SIZE", "1")):
             msg = (

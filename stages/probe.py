@@ -12,9 +12,7 @@ import csv
 from collections.abc import Mapping
 from pathlib import Path
 
-import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor
 
 from contradiff.atomic import replace_dir
 from contradiff.config import Section, Seed
@@ -22,7 +20,7 @@ from contradiff.feature_cache import HEAD_NAME, FeatureCache
 from contradiff.features import TriTimestepAttention
 from contradiff.probe_data import ProbeData
 from contradiff.probe_grid import Judged, grid_rows, judge_columns, judge_maps
-from contradiff.probing import TABLE_2, LinearProbe, ProbeParams
+from contradiff.probing import TABLE_2, ProbeParams
 
 FEATURES, PRETRAIN, PROBE = Path("build/features"), Path("build/pretrain"), Path("build/probe")
 GRID_COLUMNS = (
@@ -50,8 +48,6 @@ def main(params: Params, run: Run) -> None:
     with replace_dir(PROBE) as folder:
         state = grid[0].probe.state_dict()
         save_file({k: v.cpu().contiguous() for k, v in state.items()}, folder / "head.safetensors")
-        shown = {"features": shown_features(grid[0], data, run), "labels": data.labels()[1]}
-        save_file(shown, folder / "features_val.safetensors")
         with (folder / "grid.csv").open("w", newline="") as file:
             writer = csv.DictWriter(file, GRID_COLUMNS, restval="", lineterminator="\n")
             writer.writeheader()
@@ -106,16 +102,6 @@ def train(params: Params, data: ProbeData, run: Run) -> list[Judged]:
             seed=params.seed,
             on_progress=on_progress,
         )
-
-
-@torch.inference_mode()
-def shown_features(head: Judged, data: ProbeData, run: Run) -> Tensor:
-    """What the classifier sees of the judged images, float32: for the report's t-SNE."""
-    if isinstance(head.probe, LinearProbe):
-        return data.column(head.column.name)[1].float()
-    attention, maps = head.probe.attention_head, data.maps()[1]
-    parts = [attention(part.to(run.device).float()).cpu() for part in maps.split(256)]
-    return torch.cat(parts).contiguous()
 
 
 if __name__ == "__main__":

@@ -147,3 +147,9 @@ def test_every_stage_waits_for_validation():
             if any(is_within(dep, made) for dep in PIPELINE[name].get("deps", []))
         }
     assert thawed - waiting == set()
+
+
+def test_stages_that_always_run_are_those_whose_input_is_outside_dvc():
+    """Prepare looks at the raw data, track writes to MLflow."""
+    always = [name for name, stage in PIPELINE.items() if stage.get("always_changed")]
+    assert always == ["prepare", "track"]

@@ -19,6 +19,7 @@ from contradiff.config import parse, read_params
 from contradiff.extraction import extract, level_noise, stored_batches
 from contradiff.feature_cache import FeatureCache
 from contradiff.features import FeaturesParams, encode_to_bottleneck
+from contradiff.probing import LinearProbe
 from stages import features, probe
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -159,18 +160,18 @@ def test_base_is_the_untouched_unet_with_zero_tokens(trained_project: Run):
     torch.testing.assert_close(stored, torch.cat(expected, dim=1), atol=2e-3, rtol=2e-3)
 
 
-def test_probe_writes_the_headline_the_grid_and_what_the_report_reads(trained_project: Run):
+def test_probe_writes_the_headline_its_head_and_the_grid(trained_project: Run):
     cache = make(trained_project, more_blocks=["up.1"])
     assert cache is not None
     result = judge(trained_project, lr=0.05, lrs=[0.2])
     assert {"top1", "top5", "interval", "total", "split", "head", "pool", "model"} < set(result)
     assert (result["total"], result["model"], result["pool"]) == (8, "contradiff", "attention")
     assert result["table2"]["literal"] is False
-    shown = load_file("build/probe/features_val.safetensors")
-    assert shown["features"].dtype == torch.float32
-    assert shown["features"].equal(cache.column("val", "attention:mid@401-201-101").float())
-    assert shown["labels"].equal(cache.labels("val"))
-    assert "linear.weight" in load_file("build/probe/head.safetensors")
+    head = LinearProbe(16, 3)
+    head.load_state_dict(load_file("build/probe/head.safetensors"))
+    features = cache.column("val", "attention:mid@401-201-101").float()
+    right = head.eval()(features).argmax(dim=1) == cache.labels("val")
+    assert right.float().mean().item() == result["top1"]
     with Path("build/probe/grid.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert [row["name"] for row in rows] == ["configured", "table2", "", "", "", ""]
@@ -188,8 +189,8 @@ def test_attentive_probe_reads_maps_and_says_where_they_come_from(trained_projec
     make(trained_project, probing={"head": "attentive"})
     result = judge(trained_project, head="attentive", lrs=[])
     assert (result["head"], result["total"]) == ("attentive", 8)
-    shown = load_file("build/probe/features_val.safetensors")["features"]
-    assert shown.shape == (8, 16)
+    state = load_file("build/probe/head.safetensors")
+    assert state["attention_head.to_q.weight"].shape == (16, 32)
     # linear probes are there as well
     assert judge(trained_project, head="linear")["head"] == "linear"
 
