@@ -1,7 +1,7 @@
 """DVC's experiments as a Markdown table: what an entry of docs/log.md is made of.
 
     python -m bench experiments        those of the present commit
-    python -m bench experiments 3      and of the two commits before it
+    python -m bench experiments a1b2c3 those of another one
 
 A row's name is what its parameters have that the commit's own do not. Experiments do not travel
 with a clone: a table does.
@@ -25,8 +25,8 @@ SHARES = ("probe top-1", "transfer, ridge", "transfer, SGD")
 
 def main(arguments: Sequence[str]) -> None:
     """Print the table."""
-    num_commits = arguments[0] if arguments else "1"
-    command = ["dvc", "exp", "show", "--json", "-n", num_commits]
+    revision = arguments[0] if arguments else "HEAD"
+    command = ["dvc", "exp", "show", "--json", "--rev", revision]
     shown = subprocess.run(command, capture_output=True, check=True)
     print("\n".join(table(json.loads(shown.stdout))))
 
