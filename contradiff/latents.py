@@ -242,36 +242,6 @@ def split_samples(
         yield chunk
 
 
-def encode_samples(
-    vae: "AutoencoderKL",
-    samples: Iterable[Sample],
-    *,
-    params: LatentsParams,
-    views: int,
-    flips: bool,
-    image_size: int,
-    seed: int,
-    device: torch.device,
-) -> Iterator[StoredLatents]:
-    """Encode the chosen crops of every image, in order.
-
-    Args:
-        vae: frozen, float32, on `device`.
-        samples: encoded images.
-        params: how crops are distorted and stored, and the batch size.
-        views: crops an image; 1 for images that are only evaluated.
-        flips: whether their mirror images are encoded too.
-        image_size: side of the crops, in pixels.
-        seed: of the random crops and colours.
-        device: where the VAE runs.
-    """
-    for chunk in split_samples(samples, params=params, views=views, flips=flips):
-        cut = cut_views(
-            chunk, params=params, views=views, flips=flips, image_size=image_size, seed=seed
-        )
-        yield from encode_views(vae, cut, dtype=params.dtype, device=device)
-
-
 def latent_facts(vae: "AutoencoderKL", *, params: LatentsParams, image_size: int) -> dict[str, Any]:
     """What a reader of the shards must know: kept in their index."""
     return {

@@ -18,7 +18,7 @@ from jaxtyping import Float, Shaped, UInt8
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from contradiff.data.order import Part, TrainingOrder, parts_of, share_of
+from contradiff.data.order import Part, TrainingOrder
 from contradiff.data.remote import Location, join
 from contradiff.data.shards import Sample, ShardIndex, image_of, read_shard
 from contradiff.data.transforms import Crop, apply_crop, decode, random_crop, to_pixels
@@ -95,22 +95,6 @@ class PairedShards:
             for index in (self.image_index, self.latent_index)
         ]
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-    def share_of(self, *, rank: int, world_size: int) -> range:
-        """The places in the split of one process's samples: see `read_share`."""
-        return share_of(self.num_samples, rank=rank, world_size=world_size)
-
-    def read_share(self, *, rank: int, world_size: int, with_images: bool = True) -> Iterator[Pair]:
-        """Yield one process's pairs, for evaluation: consecutive, none twice, none left out.
-
-        One rank's after the other's, they are the split in its order.
-
-        Raises:
-            ValueError: as `read`.
-        """
-        samples = self.share_of(rank=rank, world_size=world_size)
-        for part in parts_of(self.sizes, samples, order=range(self.num_shards)):
-            yield from self.read_part(part, with_images)
 
     def read_part(self, part: Part, with_images: bool) -> Iterator[Pair]:
         """Yield the pairs of a part of a shard; what lies before it is read but not decoded.
@@ -238,9 +222,10 @@ class TrainingStream(IterableDataset["dict[str, Tensor] | Exception"]):
         return self.order.shuffled(pairs, **place)
 
     def _collate(self, batch: list[tuple[int, Pair]]) -> dict[str, Tensor]:
-        """Stack to "moments" (2 batch 2c h w), float16, and what the choice's `condition` names.
+        """Stack to "moments" (2 batch 2c h w) and what the choice's `condition` names.
 
-        That is "conditions" (2 batch 3 s s), "condition_moments" (2 batch 2c h w) or "labels"
+        Moments are float16, or float32 where latents.dtype is bfloat16. The condition is
+        "conditions" (2 batch 3 s s), "condition_moments" (2 batch 2c h w) or "labels"
         (batch).
         """
         chosen = [self._choose(epoch, pair) for epoch, pair in batch]

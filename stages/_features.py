@@ -45,6 +45,7 @@ def measure_set(
     Returns:
         Features by resizer; nothing on other processes.
     """
+    accelerator.wait_for_everyone()  # the main process holds the folder's lock
     own = shards[accelerator.process_index :: accelerator.num_processes]
     with run.progress("features", sum(shard.num_samples for shard in own)) as advance:
         measure_shards(

@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 
 from contradiff.atomic import replace_dir, sha256_of
 from contradiff.config import Section, Seed
+from contradiff.data.full_disk import explain_full_disk
 from contradiff.data.shards import Shard, ShardIndex
 from contradiff.extraction import FeatureData
 from contradiff.feature_cache import (
@@ -76,13 +77,14 @@ def main(params: Params, run: Run) -> None:
     if params.features.model == "timm" and params.features.timm_weights is not None:
         inputs.append(run.resolve(params.features.timm_weights))
     with run.work_dir(params.model_dump(by_alias=True), inputs) as folder:
+        accelerator.wait_for_everyone()  # the main process holds the folder's lock
         first = next(iter(model.read(data, *shards[0])))
         num_images = sum(index.num_samples(split) for split in index.splits)
         check_room(bytes_of_image(model, first) * num_images, folder, run)
         # nobody writes before everybody has measured what is free
         accelerator.wait_for_everyone()
         num_own = sum(index.shards(split)[number].num_samples for split, number in own)
-        with run.progress("features", num_own) as advance:
+        with explain_full_disk(folder), run.progress("features", num_own) as advance:
             for split, number in own:
                 path = file_of(folder, split, number)
                 # lazily: nothing is read of a shard that is finished
@@ -126,9 +128,7 @@ def collect(
     facts: dict[str, Any] = {"seed": params.seed, **params.features.model_dump()}
     if facts["timm_weights"] is not None and params.features.model == "timm":
         facts["timm_weights_sha256"] = sha256_of(run.resolve(facts["timm_weights"]))
-    with replace_dir(FEATURES) as made:
-        for shard in (shard for split in files.values() for pair in split for shard in pair):
-            shutil.move(folder / shard.name, made / shard.name)
+    with replace_dir(FEATURES) as made, explain_full_disk(FEATURES.parent):
         shape: dict[str, int] | None = None
         if params.head == "attentive" and isinstance(model, DiffusionFeatures):
             attention = model.initial_attention()
@@ -150,6 +150,9 @@ def collect(
             },
             facts=facts,
         ).write(made)
+        # last: if the disk is full by now, they are still in their place
+        for shard in (shard for split in files.values() for pair in split for shard in pair):
+            shutil.move(folder / shard.name, made / shard.name)
     run.log(f"{len(model.columns)} columns: {', '.join(column.name for column in model.columns)}")
 
 

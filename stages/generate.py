@@ -21,6 +21,7 @@ from contradiff.backbone import load_vae, merge_lora
 from contradiff.checkpoint import WEIGHTS_NAME, base_digest, load_checkpoint
 from contradiff.class_condition import choose_denoiser, load_class_table, read_class_config
 from contradiff.config import Section, Seed
+from contradiff.data.full_disk import explain_full_disk
 from contradiff.data.params import DataParams
 from contradiff.data.png import LiveGrid, encode_png, image_grid
 from contradiff.data.shards import (
@@ -175,7 +176,11 @@ def make_shards(
     run.log(f"the newest images: {preview.path}")
     started = time.perf_counter()
     own = shown = 0
-    with crew.failing_together(), run.progress("sample", total) as advance:
+    with (
+        explain_full_disk(work),
+        crew.failing_together(),
+        run.progress("sample", total) as advance,
+    ):
 
         def show() -> None:
             nonlocal shown
@@ -220,10 +225,11 @@ def assemble(params: Params, shards: list[Shard], work: Path) -> None:
         "checkpoint_sha256": sha256_of(CHECKPOINT / WEIGHTS_NAME),
         "base_sha256": base_digest(BASE),
     }
-    with replace_dir(SAMPLES) as folder:
+    with replace_dir(SAMPLES) as folder, explain_full_disk(SAMPLES.parent):
+        # The index first: on a full disk it is what fails, and the shards are still in their place.
+        ShardIndex({"sample": tuple(shards)}, facts).write(folder)
         for shard in shards:
             shutil.move(work / shard.name, folder / shard.name)
-        ShardIndex({"sample": tuple(shards)}, facts).write(folder)
     first = [record["png"] for record in islice(read_split(SAMPLES, "sample"), GRID_IMAGES)]
     if section.condition == "image":
         first = below_their_conditions(first)

@@ -12,9 +12,12 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from contradiff.atomic import replace_dir, replace_file
 from contradiff.backbone import load_vae
 from contradiff.config import Section, Seed
+from contradiff.data.full_disk import explain_full_disk
 from contradiff.data.params import DataParams
 from contradiff.data.png import encode_png, image_grid
 from contradiff.data.shards import (
@@ -26,8 +29,8 @@ from contradiff.data.shards import (
     read_images,
     read_shard,
     read_split,
-    resume_shard,
     shard_name,
+    write_noted_shard,
 )
 from contradiff.encoding import (
     Chunk,
@@ -43,7 +46,9 @@ from contradiff.latents import LatentsParams, latent_facts
 IMAGES = Path("build/shards")
 BASE, LATENTS = Path("build/base"), Path("build/latents")
 NUM_SHOWN = 48
-"""Validation images in the figure, in rows of 16 above their reconstructions."""
+"""Validation images that are checked, and shown in a figure."""
+COLUMNS = 16
+"""Of the figure: rows of images, each above the row of their reconstructions."""
 
 Todo = Sequence[tuple[str, Shard, Path]]
 """Split, image shard and where its latents are written, for each shard."""
@@ -92,6 +97,8 @@ def main(params: Params, run: Run) -> None:
             records = [stored.to_record() for stored in encode(chunks, num_workers=0)]
             decoded = Reconstruction.of(vae, images, records, facts=facts, device=run.device)
             decoded.check(floor=params.latents.min_psnr)
+        # The main process holds the folder's lock now and has found room enough.
+        accelerator.wait_for_everyone()
 
         # Each process takes its share; what an interrupted run has finished is not made anew.
         mine = todo[accelerator.process_index :: accelerator.num_processes]
@@ -103,30 +110,36 @@ def main(params: Params, run: Run) -> None:
                 yield from chunks_of(samples, split=split, params=params.latents)
 
         stored = encode(chunks_of_mine(), num_workers=run.runtime.num_workers)
-        with run.progress("encode", sum(shard.num_samples for _, shard, _ in mine)) as advance:
+        num_mine = sum(shard.num_samples for _, shard, _ in mine)
+        with explain_full_disk(work), run.progress("encode", num_mine) as advance:
             for _, shard, path in mine:
                 records = (item.to_record() for item in islice(stored, shard.num_samples))
-                resume_shard(path, records, compression=params.shard.compression)
+                # unconditionally: `stored` goes on to the next shard only when this one is taken
+                write_noted_shard(path, records, compression=params.shard.compression)
                 advance(shard.num_samples)
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
-            assemble(todo, facts)
-            images = list(islice(read_images(IMAGES, "val"), NUM_SHOWN))
-            records = list(islice(read_split(LATENTS, "val"), NUM_SHOWN))
-            decoded = Reconstruction.of(vae, images, records, facts=facts, device=run.device)
+            with replace_dir(LATENTS) as folder:
+                assemble(todo, facts, folder)
+                images = list(islice(read_images(IMAGES, "val"), NUM_SHOWN))
+                records = list(islice(read_split(folder, "val"), NUM_SHOWN))
+                decoded = Reconstruction.of(vae, images, records, facts=facts, device=run.device)
+                decoded.check(floor=params.latents.min_psnr)  # what was written, this time
             show(decoded, run)
 
 
-def assemble(todo: Todo, facts: Mapping[str, Any]) -> None:
-    """Move all shards to their place, with an index."""
+def assemble(todo: Todo, facts: Mapping[str, Any], folder: Path) -> None:
+    """Move all shards to `folder`, with an index."""
     splits: dict[str, list[Shard]] = {}
-    with replace_dir(LATENTS) as folder:
-        for split, _, path in todo:
-            shard = finished_shard(path)
-            assert shard is not None, "every process has done its share"
-            shutil.move(path, folder / path.name)
-            splits.setdefault(split, []).append(shard)
+    for split, _, path in todo:
+        shard = finished_shard(path)
+        assert shard is not None, "every process has done its share"
+        splits.setdefault(split, []).append(shard)
+    with explain_full_disk(folder.parent):
+        # The index first: on a full disk it is what fails, and the shards are still in their place.
         ShardIndex({k: tuple(v) for k, v in splits.items()}, facts).write(folder)
+        for *_, path in todo:
+            shutil.move(path, folder / path.name)
 
 
 def show(found: Reconstruction, run: Run) -> None:
@@ -137,10 +150,14 @@ def show(found: Reconstruction, run: Run) -> None:
     )
     content = {"psnr": found.psnr, "psnr_num_images": number, "std": found.std}
     run.write_json(Path("metrics/latents.json"), {"latents": content})
-    above_and_below = zip(found.originals.split(16), found.decoded.split(16), strict=True)
-    shown = [encode_png(image) for pair in above_and_below for row in pair for image in row]
+    columns = min(COLUMNS, number)
+    blank = encode_png(torch.full_like(found.originals[0], 255))
+    rows = zip(found.originals.split(columns), found.decoded.split(columns), strict=True)
+    shown: list[bytes] = []
+    for row in (row for pair in rows for row in pair):
+        shown += [*map(encode_png, row), *[blank] * (columns - len(row))]
     with replace_file(Path("build/figures/reconstructions.png")) as path:
-        path.write_bytes(image_grid(shown, columns=16))
+        path.write_bytes(image_grid(shown, columns=columns))
 
 
 if __name__ == "__main__":

@@ -148,7 +148,8 @@ def tiny_data(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     from contradiff.backbone import load_vae
     from contradiff.data.png import encode_png
     from contradiff.data.shards import Sample, ShardIndex, image_record, write_split
-    from contradiff.latents import LatentsParams, encode_samples, latent_facts
+    from contradiff.encoding import chunks_of, encode_chunks
+    from contradiff.latents import LatentsParams, latent_facts
 
     folder = tmp_path_factory.mktemp("tiny_data")
     vae = load_vae(tiny_base)
@@ -164,22 +165,21 @@ def tiny_data(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     generator = torch.Generator().manual_seed(0)
     y, x = torch.meshgrid(torch.arange(40), torch.arange(36), indexing="ij")
     images, latents = {}, {}
-    for split, number, views in (("train", 24, 3), ("val", 8, 1)):
+    for split, number in (("train", 24), ("val", 8)):
         samples = []
         for index in range(number):
             angle, phase = torch.rand(2, 3, 1, 1, generator=generator) * 6
             wave = torch.sin((x * angle.cos() + y * angle.sin()) / (2 + index % 3) + phase)
             content = encode_png((wave * 127 + 128).to(torch.uint8))
             samples.append(Sample(f"{split}-{index:03d}", content, index % 3))
-        stored = encode_samples(
+        stored = encode_chunks(
             vae,
-            iter(samples),
+            chunks_of(samples, split=split, params=params),
             params=params,
-            views=views,
-            flips=False,
             image_size=32,
             seed=0,
             device=torch.device("cpu"),
+            num_workers=0,
         )
         size = {"samples_per_shard": 6, "compression": "none"}
         records = [image_record(sample, extension="png") for sample in samples]

@@ -1,5 +1,6 @@
 """contradiff.latents against diffusers' own calls, and by its properties."""
 
+from collections.abc import Iterable
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -11,8 +12,9 @@ import torch
 from torch import Tensor
 
 from contradiff.backbone import load_vae
-from contradiff.data.shards import ShardIndex, array_from_bytes, read_images, read_split
+from contradiff.data.shards import Sample, ShardIndex, array_from_bytes, read_images, read_split
 from contradiff.data.transforms import Crop, apply_crop, centre_crop, decode, to_bytes, to_pixels
+from contradiff.encoding import chunks_of, encode_chunks
 from contradiff.latents import (
     LOG_VARIANCE_RANGE,
     LatentsParams,
@@ -20,7 +22,6 @@ from contradiff.latents import (
     choose_crops,
     decode_latents,
     encode,
-    encode_samples,
     latent_facts,
     mode,
     sample,
@@ -55,6 +56,23 @@ def params_of(**changes: Any) -> LatentsParams:
         "batch_size": 24,
     }
     return LatentsParams.model_validate(settings | changes)
+
+
+def encoded(
+    vae: "AutoencoderKL", samples: Iterable[Sample], params: LatentsParams
+) -> list[StoredLatents]:
+    """Training images, encoded as the stage does it."""
+    return list(
+        encode_chunks(
+            vae,
+            chunks_of(samples, split="train", params=params),
+            params=params,
+            image_size=32,
+            seed=0,
+            device=CPU,
+            num_workers=0,
+        )
+    )
 
 
 def random_pixels(number: int = 2) -> Tensor:
@@ -161,13 +179,8 @@ def test_every_view_is_the_encoding_of_its_crop(
 def test_batch_size_changes_nothing(
     vae: "AutoencoderKL", tiny_data: Path, stored: list[StoredLatents], batch_size: int
 ):
-    params = params_of(batch_size=batch_size)
     samples = read_images(tiny_data / "images", "train")
-    again = list(
-        encode_samples(
-            vae, samples, params=params, views=3, flips=False, image_size=32, seed=0, device=CPU
-        )
-    )
+    again = encoded(vae, samples, params_of(batch_size=batch_size))
     assert [(item.key, item.crops) for item in again] == [(s.key, s.crops) for s in stored]
     for item, expected in zip(again, stored, strict=True):
         assert item.moments.dtype == np.float16
@@ -177,23 +190,8 @@ def test_batch_size_changes_nothing(
 def test_colours_of_random_crops_alone_are_distorted(
     vae: "AutoencoderKL", tiny_data: Path, stored: list[StoredLatents]
 ):
-    def encoded(seed: int) -> list[StoredLatents]:
-        params = params_of(colour_jitter=0.5)
-        samples = islice(read_images(tiny_data / "images", "train"), 6)
-        return list(
-            encode_samples(
-                vae,
-                samples,
-                params=params,
-                views=3,
-                flips=False,
-                image_size=32,
-                seed=seed,
-                device=CPU,
-            )
-        )
-
-    for item, again, plain in zip(encoded(0), encoded(0), stored[:6], strict=True):
+    distorted, once_more = (encoded_first_six(vae, tiny_data, colour_jitter=0.5) for _ in range(2))
+    for item, again, plain in zip(distorted, once_more, stored[:6], strict=True):
         assert item.crops == plain.crops
         np.testing.assert_array_equal(item.moments, again.moments)
         np.testing.assert_allclose(item.moments[0], plain.moments[0], atol=2e-3, rtol=2e-3)
@@ -202,20 +200,8 @@ def test_colours_of_random_crops_alone_are_distorted(
 
 
 def encoded_first_six(vae: "AutoencoderKL", tiny_data: Path, **changes: Any) -> list[StoredLatents]:
-    params = params_of(**changes)
     samples = islice(read_images(tiny_data / "images", "train"), 6)
-    return list(
-        encode_samples(
-            vae,
-            samples,
-            params=params,
-            views=params.views,
-            flips=params.flips,
-            image_size=32,
-            seed=0,
-            device=CPU,
-        )
-    )
+    return encoded(vae, samples, params_of(**changes))
 
 
 def test_flips_are_encodings_of_mirrored_pixels_behind_the_views(
@@ -243,16 +229,7 @@ def test_bfloat16_moments_are_rounded_as_torch_rounds(vae: "AutoencoderKL", tiny
     pixels = apply_crop(decode(image.image, name=image.key), centre_crop(40, 36), size=32)
     expected = encode(vae, to_pixels(pixels[None])).bfloat16()
     params = params_of(views=1, dtype="bfloat16", batch_size=1)
-    (item,) = encode_samples(
-        vae,
-        iter([image]),
-        params=params,
-        views=1,
-        flips=False,
-        image_size=32,
-        seed=0,
-        device=CPU,
-    )
+    (item,) = encoded(vae, [image], params)
     assert torch.from_numpy(item.moments).equal(expected.float())
     record = item.to_record()
     bits = array_from_bytes(record["moments.npy"])

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from contradiff import loading
 from contradiff.data import order
-from contradiff.data.shards import ShardIndex, image_of, read_images, read_split, write_split
+from contradiff.data.order import Part
+from contradiff.data.shards import ShardIndex, read_images, read_split, write_split
 from contradiff.data.transforms import apply_crop, decode, to_pixels
 from contradiff.latents import StoredLatents
 from contradiff.loading import PairedShards, TrainingStream, ViewChoice, training_batches
@@ -400,22 +401,7 @@ def test_more_images_a_batch_than_there_are_are_refused(pairs: PairedShards):
         stream_of(pairs, batch_size=13, world_size=2)
 
 
-@pytest.mark.parametrize("world_size", [1, 2, 3, 5, 30])
-def test_shares_of_an_evaluation_are_the_split_in_its_order(uneven: PairedShards, world_size: int):
-    expected = [image_of(image) for number in range(4) for image, _ in uneven.read(number)]
-    shares = [
-        [image_of(image) for image, _ in uneven.read_share(rank=rank, world_size=world_size)]
-        for rank in range(world_size)
-    ]
-    assert list(chain(*shares)) == expected
-    for rank, share in enumerate(shares):
-        places = uneven.share_of(rank=rank, world_size=world_size)
-        assert [expected[place] for place in places] == share
-    assert max(map(len, shares)) - min(map(len, shares)) <= 1
-
-
-def test_a_share_notices_damage_that_lies_in_it(pairs: PairedShards, tmp_path: Path):
-    """A shard is hashed by whoever reads its last sample."""
+def test_whoever_reads_a_damaged_shard_to_its_end_notices(pairs: PairedShards, tmp_path: Path):
     copy = tmp_path / "images"
     shutil.copytree(pairs.images, copy)
     path = copy / "train-00001.tar"
@@ -423,9 +409,9 @@ def test_a_share_notices_damage_that_lies_in_it(pairs: PairedShards, tmp_path: P
     content[-1] ^= 1
     path.write_bytes(content)
     damaged = replace(pairs, images=copy)
-    assert len(list(damaged.read_share(rank=1, world_size=2))) == 12
+    assert len(list(damaged.read_part(Part(1, 0, 5), True))) == 5
     with pytest.raises(ValueError, match=r"train-00001\.tar: damaged"):
-        list(damaged.read_share(rank=0, world_size=2))
+        list(damaged.read_part(Part(1, 5, 6), True))
 
 
 @pytest.mark.parametrize("latent_views", ["same", "two"])

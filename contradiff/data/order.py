@@ -1,7 +1,6 @@
 """Who reads which sample: exact cuts of a split's shards, and the order of a training's data.
 
-sizes of the shards => a share of consecutive samples a process (evaluation)
-                    => 1 to 64 streams, whose samples make up every global batch (training)
+sizes of the shards => 1 to 64 streams, whose samples make up every global batch
 """
 
 import random

@@ -184,13 +184,18 @@ def write_shard(path: Path, records: Iterable[Record], *, compression: Compressi
 
 
 def resume_shard(path: Path, records: Iterable[Record], *, compression: Compression) -> Shard:
-    """As `write_shard`, unless an interrupted run has written this shard already.
-
-    A note beside the shard, written after it, says that it is whole.
-    """
+    """As `write_noted_shard`, unless an interrupted run has written this shard already."""
     done = finished_shard(path)
     if done is not None:
         return done
+    return write_noted_shard(path, records, compression=compression)
+
+
+def write_noted_shard(path: Path, records: Iterable[Record], *, compression: Compression) -> Shard:
+    """As `write_shard`, and a note beside the shard, written after it, says that it is whole.
+
+    It takes all of `records`, even where the shard is there: a stream of many shards keeps step.
+    """
     shard = write_shard(path, records, compression=compression)
     with replace_file(_note_of(path)) as temporary:
         temporary.write_text(json.dumps(asdict(shard)))
@@ -198,7 +203,7 @@ def resume_shard(path: Path, records: Iterable[Record], *, compression: Compress
 
 
 def finished_shard(path: Path) -> Shard | None:
-    """A shard that `resume_shard` has written, now or in an interrupted run; None if it is not.
+    """A shard that `write_noted_shard` has written, now or in an interrupted run, or None.
 
     The note alone is not enough: an interrupted run may have moved the shard away.
     """

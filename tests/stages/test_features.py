@@ -211,6 +211,25 @@ def test_another_checkpoint_s_features_are_refused(trained_project: Run):
         judge(trained_project)
 
 
+def test_nobody_looks_before_the_main_process_holds_the_folder(
+    trained_project: Run, monkeypatch: pytest.MonkeyPatch
+):
+    """Another run of the same work may still write there; and all check before any writes."""
+    events: list[str] = []
+    accelerator = SimpleNamespace(
+        process_index=1,
+        num_processes=2,
+        is_main_process=False,
+        wait_for_everyone=lambda: events.append("wait"),
+    )
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setattr(Run, "accelerator", lambda _: accelerator)
+    monkeypatch.setattr(features, "check_room", lambda *_: events.append("check"))
+    monkeypatch.setattr(features, "resume_rows", lambda *_: events.append("write"))
+    features.main(parse(features.Params, content_of(), source="params.yaml"), trained_project)
+    assert events[:4] == ["wait", "check", "wait", "write"]
+
+
 def test_too_little_room_is_found_before_the_work(
     trained_project: Run, monkeypatch: pytest.MonkeyPatch
 ):

@@ -2,6 +2,8 @@
 
 from stages._runtime import Run, RuntimeParams
 
+import errno
+import json
 import multiprocessing
 import os
 import shutil
@@ -9,14 +11,19 @@ import socket
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from ruamel.yaml import YAML
 
 from contradiff import encoding
-from contradiff.data.shards import ShardIndex, read_split
+from contradiff.data.shards import Record, Shard, ShardIndex, read_split
+from contradiff.data.transforms import decode
+from contradiff.encoding import Reconstruction
 from contradiff.latents import StoredLatents
 from stages import latents
 
@@ -127,7 +134,7 @@ def test_killed_stage_goes_on_shard_by_shard(
     latents.main(params_of(), run)
     expected = outs()
     shutil.rmtree("build/latents")
-    real, written = latents.resume_shard, 0
+    real, written = latents.write_noted_shard, 0
 
     def killed_at_third(*arguments: Any, **keywords: Any) -> Any:
         nonlocal written
@@ -137,7 +144,7 @@ def test_killed_stage_goes_on_shard_by_shard(
         return real(*arguments, **keywords)
 
     with monkeypatch.context() as patch:
-        patch.setattr(latents, "resume_shard", killed_at_third)
+        patch.setattr(latents, "write_noted_shard", killed_at_third)
         with pytest.raises(Killed):
             latents.main(params_of(), run)
     assert not Path("build/latents").exists()
@@ -148,6 +155,128 @@ def test_killed_stage_goes_on_shard_by_shard(
         [f"train-{i:03d}" for i in range(12, 24)] + [f"val-{i:03d}" for i in range(8)] * 2
     )
     assert outs() == expected
+
+
+def finish(run: Run, shard: Shard, content: bytes) -> None:
+    """Put a shard where another run of the same work, on its way, would have put it."""
+    (work,) = (run.root / ".work" / "latents").iterdir()
+    (work / shard.name).write_bytes(content)
+    (work / f"{shard.name}.json").write_text(json.dumps(asdict(shard)))
+
+
+def test_a_shard_that_another_run_finishes_meanwhile_shifts_no_other(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+):
+    latents.main(params_of(), run)
+    expected = outs()
+    second = ShardIndex.read(Path("build/latents")).shards("train")[1]
+    shutil.rmtree("build/latents")
+    real: Callable[..., Any] = encoding.encode_views
+
+    def finishing(vae: Any, views: Any, **keywords: Any) -> Any:
+        if views.keys[0] == "train-000":  # the stage has looked already what is to be done
+            finish(run, second, expected[second.name])
+        return real(vae, views, **keywords)
+
+    monkeypatch.setattr(encoding, "encode_views", finishing)
+    latents.main(params_of(), run)
+    assert outs() == expected
+
+
+def test_all_processes_wait_for_another_run_of_the_same_work(
+    run: Run, encoded: list[str], monkeypatch: pytest.MonkeyPatch
+):
+    """The second of two; the other run ends while the main process waits for the lock."""
+    latents.main(params_of(), run)
+    expected, index = outs(), ShardIndex.read(Path("build/latents"))
+    encoded.clear()
+
+    def other_run_ends() -> None:
+        for shards in index.splits.values():
+            for shard in shards:
+                finish(run, shard, expected[shard.name])
+
+    accelerator = SimpleNamespace(
+        process_index=1, num_processes=2, is_main_process=False, wait_for_everyone=other_run_ends
+    )
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setattr(Run, "accelerator", lambda _: accelerator)
+    latents.main(params_of(), run)
+    assert encoded == []
+
+
+def test_written_shards_are_checked_before_they_are_published(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+):
+    """An untrained VAE shows all images badly: a stand-in for the PSNR sees the latents' scale."""
+    real: Callable[..., Any] = latents.write_noted_shard
+
+    def spoiling(path: Path, records: Any, **keywords: Any) -> Any:
+        stored = [StoredLatents.of_record(record) for record in records]
+        spoilt: list[Record] = [
+            StoredLatents(item.key, 100 * item.moments, item.crops).to_record() for item in stored
+        ]
+        return real(path, spoilt, **keywords)
+
+    monkeypatch.setattr(latents, "write_noted_shard", spoiling)
+    monkeypatch.setattr(
+        Reconstruction, "psnr", property(lambda self: 30.0 if self.std < 1 else 3.0)
+    )
+    with pytest.raises(ValueError, match=r"^latents\.min_psnr: .* at 3\.0 dB where 20 are"):
+        latents.main(params_of(min_psnr=20.0), run)
+    assert not Path("build/latents").exists()
+
+
+@pytest.mark.parametrize(("number", "columns"), [(3, 3), (16, 16), (20, 16)])
+def test_every_image_of_the_figure_stands_above_its_reconstruction(
+    run: Run, number: int, columns: int
+):
+    """Whole rows or not: image i is of grey level i, its reconstruction of level 255 - i."""
+    levels = torch.arange(number, dtype=torch.uint8)[:, None, None, None]
+    images = levels.expand(-1, 3, 64, 64)
+    latents.show(Reconstruction(images, 255 - images, 1.0), run)
+    figure = decode(Path("build/figures/reconstructions.png").read_bytes(), name="figure")
+    seen = figure[0, 32::64, 32::64]
+    assert seen.shape == (2 * -(-number // columns), columns)
+    assert seen[::2].flatten()[:number].tolist() == list(range(number))
+    assert seen[1::2].flatten()[:number].tolist() == [255 - i for i in range(number)]
+
+
+def test_a_disk_that_runs_full_is_told_and_whole_shards_are_kept(
+    run: Run, encoded: list[str], monkeypatch: pytest.MonkeyPatch
+):
+    real, written = latents.write_noted_shard, 0
+
+    def full_at_second(*arguments: Any, **keywords: Any) -> Any:
+        nonlocal written
+        written += 1
+        if written == 2:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return real(*arguments, **keywords)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(latents, "write_noted_shard", full_at_second)
+        with pytest.raises(ValueError, match=r"no space is left .*run the same command again"):
+            latents.main(params_of(), run)
+    encoded.clear()
+    latents.main(params_of(), run)
+    again = sorted(key for key in encoded if key.startswith("train"))
+    assert again == [f"train-{i:03d}" for i in range(6, 24)]
+
+
+def test_a_full_disk_at_the_end_loses_no_shard(
+    run: Run, encoded: list[str], monkeypatch: pytest.MonkeyPatch
+):
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ShardIndex, "write", full)
+        with pytest.raises(ValueError, match=r"^build: no space is left .*same command again"):
+            latents.main(params_of(), run)
+    encoded.clear()
+    latents.main(params_of(), run)
+    assert {key.split("-")[0] for key in encoded} == {"val"}  # the check beforehand alone
 
 
 def test_bad_latents_are_refused_before_all_others_are_made(run: Run, encoded: list[str]):

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -23,7 +24,7 @@ from contradiff.data.png import encode_png
 from contradiff.data.shards import Sample, ShardIndex, image_record, write_split
 from contradiff.evaluation.classifier import ResidualClassifier
 from contradiff.evaluation.extractors import save_classifier, save_inception
-from stages import reference, score
+from stages import _features, reference, score
 
 ROOT = Path(__file__).resolve().parents[2]
 BUILD = Path("build")
@@ -214,3 +215,32 @@ def test_two_processes_write_the_same_bytes(run: Run):
         results.append([path.read_bytes() for path in files])
     assert results[0] == results[1]
     assert run.is_main
+
+
+def test_nobody_measures_before_the_main_process_holds_the_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    events: list[str] = []
+    accelerator: Any = SimpleNamespace(
+        process_index=1,
+        num_processes=2,
+        is_main_process=False,
+        wait_for_everyone=lambda: events.append("wait"),
+    )
+    monkeypatch.setattr(_features, "measure_shards", lambda *_, **__: events.append("measure"))
+    runtime = RuntimeParams(device="cpu", num_workers=0, log_every=1, checkpoint_every=1)
+    nothing: Any = None
+    found = _features.measure_set(
+        [],
+        nothing,
+        nothing,
+        tmp_path,
+        run=Run(stage="score", root=tmp_path, runtime=runtime),
+        accelerator=accelerator,
+        reference="nothing",
+        num_kept=1,
+        splits=None,
+        seed=0,
+    )
+    assert found == {}
+    assert events == ["wait", "measure", "wait"]
