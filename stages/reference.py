@@ -17,7 +17,7 @@ from contradiff.evaluation.reference import (
     fingerprint_of,
     write_reference,
 )
-from stages._features import measure_set
+from stages._measuring import measure_set
 
 IMAGES, EXTRACTOR = Path("build/shards"), Path("build/extractor")
 REFERENCE = Path("build/reference")

@@ -14,7 +14,7 @@ from contradiff.evaluation.frechet import check_count
 from contradiff.evaluation.images import generated_shard
 from contradiff.evaluation.reference import read_reference, read_reference_card
 from contradiff.evaluation.scores import MIN_UNBIASED_IMAGES, ScoreParams, is_biased, scores_of
-from stages._features import measure_set
+from stages._measuring import measure_set
 
 SAMPLES, EXTRACTOR = Path("build/samples"), Path("build/extractor")
 REFERENCE = Path("build/reference")

@@ -24,7 +24,7 @@ from contradiff.data.png import encode_png
 from contradiff.data.shards import Sample, ShardIndex, image_record, write_split
 from contradiff.evaluation.classifier import ResidualClassifier
 from contradiff.evaluation.extractors import save_classifier, save_inception
-from stages import _features, reference, score
+from stages import reference, score
 
 ROOT = Path(__file__).resolve().parents[2]
 BUILD = Path("build")
@@ -227,10 +227,10 @@ def test_nobody_measures_before_the_main_process_holds_the_folder(
         is_main_process=False,
         wait_for_everyone=lambda: events.append("wait"),
     )
-    monkeypatch.setattr(_features, "measure_shards", lambda *_, **__: events.append("measure"))
+    monkeypatch.setattr(_measuring, "measure_shards", lambda *_, **__: events.append("measure"))
     runtime = RuntimeParams(device="cpu", num_workers=0, log_every=1, checkpoint_every=1)
     nothing: Any = None
-    found = _features.measure_set(
+    found = _measuring.measure_set(
         [],
         nothing,
         nothing,
