@@ -24,7 +24,7 @@ from contradiff.data.png import encode_png
 from contradiff.data.shards import Sample, ShardIndex, image_record, write_split
 from contradiff.evaluation.classifier import ResidualClassifier
 from contradiff.evaluation.extractors import save_classifier, save_inception
-from stages import reference, score
+from stages import _measuring, reference, score
 
 ROOT = Path(__file__).resolve().parents[2]
 BUILD = Path("build")
