@@ -60,6 +60,7 @@ class TimmFeatures:
         config: dict[str, Any] = resolve_model_data_config(model)
         self.size: int = config["input_size"][-1]
         self.crop_fraction: float = config["crop_pct"]
+        # timm resizes to this, then crops
         self.uncropped_size = round(self.size / self.crop_fraction)
         self._mean = torch.tensor(config["mean"], device=device).view(3, 1, 1)
         self._std = torch.tensor(config["std"], device=device).view(3, 1, 1)
