@@ -37,15 +37,23 @@ Result = TypeVar("Result")
 _Row: TypeAlias = tuple[str, int, Tensor, Tensor]
 """Key, label, moments of the centre crop, its pixels."""
 
-Pool = Literal["attention", "mean", "none"]
-"""attention: h of Eq. 4 | mean: the three maps averaged over space | none: the maps themselves."""
+Pool = Literal["attention", "mean"]
+"""attention: h of Eq. 4 | mean: the three maps averaged over space."""
 
 
 @dataclass(frozen=True)
 class CleanBatch:
-    """Images to be featured: where they stand in the set, latents, pixels, labels, keys."""
+    """Images to be featured.
 
-    first_index: int
+    Attributes:
+        indices: each image's own number in its set, which seeds its noise.
+        latents: clean.
+        pixels: in [-1, 1].
+        labels: classes.
+        keys: names.
+    """
+
+    indices: tuple[int, ...]
     latents: Latents
     pixels: Pixels
     labels: Int64[Tensor, " batch"]
@@ -79,12 +87,29 @@ class FeatureSet:
 
 
 def stored_batches(
-    images: Path, latents: Path, *, split: str, batch_size: int
+    images: Path,
+    latents: Path,
+    *,
+    split: str,
+    batch_size: int,
+    chosen: Sequence[int] | None = None,
 ) -> Iterator[CleanBatch]:
-    """Yield a split's images in order: the centre crop's latent mean and its pixels."""
+    """Yield a split's images in order: the centre crop's latent mean and its pixels.
+
+    Args:
+        images: shards.
+        latents: shards.
+        split: which.
+        batch_size: images at once.
+        chosen: those that are yielded, as indices into the split, ascending; None: all. An image's
+            noise is seeded by its place among them.
+    """
     pairs = PairedShards.open(images, latents, split=split)
     facts = pairs.latent_index.facts
     records = (pair for shard in range(pairs.num_shards) for pair in pairs.read(shard))
+    if chosen is not None:
+        wanted = frozenset(chosen)
+        records = (pair for index, pair in enumerate(records) if index in wanted)
     rows = (_clean_row(pair, facts, with_pixels=True) for pair in records)
     yield from _batched(rows, facts, first_index=0, batch_size=batch_size)
 
@@ -149,7 +174,7 @@ def _batched(
     while chunk := list(islice(rows, batch_size)):
         keys, labels, moments, pixels = zip(*chunk, strict=True)
         yield CleanBatch(
-            first_index,
+            tuple(range(first_index, first_index + len(chunk))),
             mode(torch.stack(moments), scaling_factor=facts["scaling_factor"]),
             to_pixels(torch.stack(pixels)),
             torch.tensor(labels),
@@ -175,8 +200,8 @@ def tokens_of(
     else:
         conditions = torch.stack(
             [
-                _image_noise(model.conditioner.shape, seed=seed + 1, index=batch.first_index + i)
-                for i in range(len(batch.labels))
+                _image_noise(model.conditioner.shape, seed=seed + 1, index=index)
+                for index in batch.indices
             ]
         )
     return model.encode_condition(conditions.to(device))
@@ -189,10 +214,8 @@ def level_noise(batch: CleanBatch, *, seed: int) -> Float[Tensor, "3 batch chann
     """
     return torch.stack(
         [
-            _image_noise(
-                (NUM_LEVELS, *batch.latents.shape[1:]), seed=seed, index=batch.first_index + i
-            )
-            for i in range(len(batch.latents))
+            _image_noise((NUM_LEVELS, *batch.latents.shape[1:]), seed=seed, index=index)
+            for index in batch.indices
         ],
         dim=1,
     )
@@ -299,10 +322,7 @@ def extract(
         ValueError: params.model names another model than contradiff.
     """
     if params.model != "contradiff":
-        msg = (
-            f"features.model: {params.model} is a baseline of the probe alone; run it as "
-            "`dvc exp run -S features.model=... probe`"
-        )
+        msg = f"features.model: {params.model} is no ContraDiff; these features need contradiff"
         raise ValueError(msg)
     features: list[Tensor] = []
     labels: list[Tensor] = []
@@ -310,13 +330,10 @@ def extract(
     for batch in batches:
         maps = maps_of(model, batch, params=params, seed=seed, device=device)
         with autocast(device, params.precision):
-            match pool:
-                case "attention":
-                    pooled = model.attention(maps)
-                case "mean":
-                    pooled = maps.mean(dim=(3, 4)).flatten(1)
-                case "none":
-                    pooled = maps
+            if pool == "attention":
+                pooled = model.attention(maps)
+            else:
+                pooled = maps.mean(dim=(3, 4)).flatten(1)
         features.append(pooled.float().cpu())
         labels.append(batch.labels)
         keys += batch.keys
@@ -354,10 +371,11 @@ def encoded_batches(
         resized = torch.stack([apply_crop(image, whole, size=image_size) for image in images[rows]])
         pixels = to_pixels(resized)
         moments = encode(vae, pixels.to(device))
+        indices = tuple(range(first_index, first_index + len(pixels)))
         yield CleanBatch(
-            first_index,
+            indices,
             mode(moments, scaling_factor=scaling_factor(vae)).cpu(),
             pixels,
             labels[rows],
-            tuple(str(index) for index in range(first_index, first_index + len(pixels))),
+            tuple(map(str, indices)),
         )

@@ -48,7 +48,8 @@ class CacheIndex:
 
     Attributes:
         model: contradiff, base, diffeed, or timm's name.
-        checkpoint: `checkpoint_fingerprint` of the model's; None of one that is not trained here.
+        checkpoint: fingerprint of the weights: `checkpoint_fingerprint` of a trained model,
+            `base_digest` of a base's baseline, `TimmFeatures.fingerprint`.
         dtype: fp16 or bf16.
         num_classes: of the data.
         columns: the first is the main one.
@@ -59,7 +60,7 @@ class CacheIndex:
     """
 
     model: str
-    checkpoint: str | None
+    checkpoint: str
     dtype: str
     num_classes: int
     columns: tuple[Column, ...]
@@ -233,17 +234,24 @@ class FeatureCache:
     index: CacheIndex
 
     @classmethod
-    def open(cls, folder: Path, *, checkpoint: Path) -> "FeatureCache":
-        """Open a cache of a checkpoint's features; all but the maps are checked to the last bit.
+    def open(
+        cls, folder: Path, *, fingerprint_of: Callable[[CacheIndex], str | None]
+    ) -> "FeatureCache":
+        """Open a cache; all but the maps are checked to the last bit.
+
+        Args:
+            folder: of features.
+            fingerprint_of: gives the fingerprint that the index's model has now; None: its weights
+                are not here to compare.
 
         Raises:
-            ValueError: it is missing or damaged, or made from another checkpoint; names the file.
+            ValueError: it is missing or damaged, or made from other weights; names the file.
         """
         index = CacheIndex.read(folder)
-        if index.checkpoint not in (None, checkpoint_fingerprint(checkpoint)):
+        if fingerprint_of(index) not in (None, index.checkpoint):
             msg = (
-                f"{folder / INDEX_NAME}: features of another checkpoint than {checkpoint}; run "
-                "`dvc repro features`"
+                f"{folder / INDEX_NAME}: features of another checkpoint or base than is here now; "
+                "run `dvc repro features`"
             )
             raise ValueError(msg)
         for shard in (shard for shards in index.shards.values() for shard in shards):

@@ -243,6 +243,6 @@ def write_features(
 def bytes_of_image(model: FeatureModel, batch: CleanBatch) -> int:
     """What the features of one image take on disk, found by computing those of a batch's first."""
     one = CleanBatch(
-        batch.first_index, batch.latents[:1], batch.pixels[:1], batch.labels[:1], batch.keys[:1]
+        batch.indices[:1], batch.latents[:1], batch.pixels[:1], batch.labels[:1], batch.keys[:1]
     )
     return 8 + 2 * sum(features.numel() for features in model(one).values())

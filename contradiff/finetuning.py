@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from contradiff.data.transforms import to_bytes, to_pixels
 from contradiff.evaluation.accuracy import topk_correct
-from contradiff.extraction import CleanBatch, extract
+from contradiff.extraction import CleanBatch, autocast, extract
 from contradiff.features import FeaturesParams
 from contradiff.model import ContraDiff
 from contradiff.noise import NUM_LEVELS
@@ -37,6 +37,7 @@ class EncodedImages:
     CIFAR-100's training images.
     """
 
+    indices: tuple[int, ...]
     latents: Latents
     images: ByteImages
     labels: Int64[Tensor, " batch"]
@@ -47,6 +48,7 @@ class EncodedImages:
         """Keep what batches hold; their pixels are whole bytes in [-1, 1], so nothing is lost."""
         kept = list(batches)
         return cls(
+            tuple(index for batch in kept for index in batch.indices),
             torch.cat([batch.latents for batch in kept]),
             torch.cat([to_bytes(batch.pixels) for batch in kept]),
             torch.cat([batch.labels for batch in kept]),
@@ -55,14 +57,19 @@ class EncodedImages:
 
     def __getitem__(self, rows: Int64[Tensor, " rows"]) -> "EncodedImages":
         """Some of the images."""
-        keys = tuple(self.keys[row] for row in rows.tolist())
-        return EncodedImages(self.latents[rows], self.images[rows], self.labels[rows], keys)
+        indices, keys = (
+            tuple(items[row] for row in rows.tolist()) for items in (self.indices, self.keys)
+        )
+        return EncodedImages(
+            indices, self.latents[rows], self.images[rows], self.labels[rows], keys
+        )
 
     def batches(self, batch_size: int) -> Iterator[CleanBatch]:
         """The images in order, as they came."""
         for start in range(0, len(self.labels), batch_size):
             part = self[torch.arange(start, min(start + batch_size, len(self.labels)))]
-            yield CleanBatch(start, part.latents, to_pixels(part.images), part.labels, part.keys)
+            pixels = to_pixels(part.images)
+            yield CleanBatch(part.indices, part.latents, pixels, part.labels, part.keys)
 
 
 @contextmanager
@@ -102,11 +109,14 @@ def finetune(
     every step; images are not augmented. AdamW, whose rate falls along half a cosine; the last
     epoch's weights are the result.
 
+    With features.precision bf16 the maps and h are computed under autocast, as in testing; the
+    weights, the classifier, the loss, the gradients and AdamW's state are float32.
+
     Args:
         model: evaluation mode, on `device`.
         data: the training images.
         num_classes: of the classifier.
-        features: the timesteps and the condition; noised directly (Eq. 5).
+        features: the timesteps, the condition and the precision; noised directly (Eq. 5).
         epochs: passes over the images.
         lr: peak learning rate of all that is trained.
         weight_decay: AdamW's, of matrices.
@@ -189,16 +199,17 @@ def _features(
     generator: torch.Generator,
     device: torch.device,
 ) -> Float[Tensor, "batch width"]:
-    """As `extraction.maps_of` and the attention head, with gradient and fresh noise."""
+    """As `extraction.extract`, with gradient and fresh noise; float32 whatever the precision."""
     num_images = len(batch.labels)
     if features.condition == "image":
         conditions = model.conditioner.choose(pixels=to_pixels(batch.images), latents=batch.latents)
     else:
         conditions = torch.randn(num_images, *model.conditioner.shape, generator=generator)
-    with torch.no_grad():
-        tokens = model.encode_condition(conditions.to(device))
     noise = torch.randn(NUM_LEVELS, *batch.latents.shape, generator=generator)
-    maps = model.level_maps(
-        batch.latents.to(device), tokens, timesteps=features.timesteps, noise=noise.to(device)
-    )
-    return model.attention(maps)
+    with autocast(device, features.precision):
+        with torch.no_grad():
+            tokens = model.encode_condition(conditions.to(device))
+        maps = model.level_maps(
+            batch.latents.to(device), tokens, timesteps=features.timesteps, noise=noise.to(device)
+        )
+        return model.attention(maps).float()

@@ -286,62 +286,6 @@ def train_linear_probe(
     return probe
 
 
-def train_attentive_probe(
-    maps: Float[Tensor, "n 3 channels h w"] | Rows,
-    labels: Int64[Tensor, " n"],
-    *,
-    attention_head: nn.Module,
-    num_classes: int,
-    lr: float,
-    momentum: float,
-    weight_decay: float,
-    batch_size: int,
-    epochs: int,
-    warmup_epochs: float,
-    seed: int,
-    on_progress: Progress | None = None,
-) -> AttentiveProbe:
-    """Train a copy of the attention head together with a linear probe of its feature.
-
-    For rows 2 and 3 of Table 7, where without the contrastive loss nothing else has trained the
-    head. As `train_linear_probe` otherwise; results are to be labelled `attentive`.
-
-    Args:
-        maps: Bottleneck maps, from the noisiest to the cleanest. They may be memory-mapped
-            (`Rows`): batches go to the head's device.
-        labels: Classes in [0, num_classes).
-        attention_head: Maps (b, 3, channels, h, w) to features (b, d); it is left as it is.
-        num_classes: Number of classes.
-        lr: Peak learning rate, of the head as well.
-        momentum: SGD's momentum.
-        weight_decay: L2 penalty of all parameters.
-        batch_size: Greatest batch.
-        epochs: Passes over all the maps.
-        warmup_epochs: Length of the linear warm-up.
-        seed: Seed of the initial weights and of the order.
-        on_progress: Called after each epoch.
-
-    Returns:
-        Head and probe, in evaluation mode.
-
-    Raises:
-        ValueError: a batch would hold a single sample.
-    """
-    [probe] = train_attentive_probes(
-        maps,
-        labels,
-        attention_head=attention_head,
-        num_classes=num_classes,
-        settings=[SgdSetting(lr, momentum, weight_decay)],
-        batch_size=batch_size,
-        epochs=epochs,
-        warmup_epochs=warmup_epochs,
-        seed=seed,
-        on_progress=on_progress,
-    )
-    return probe
-
-
 def train_attentive_probes(
     maps: Float[Tensor, "n 3 channels h w"] | Rows,
     labels: Int64[Tensor, " n"],
@@ -355,9 +299,27 @@ def train_attentive_probes(
     seed: int,
     on_progress: Progress | None = None,
 ) -> list[AttentiveProbe]:
-    """As `train_attentive_probe` with each of the settings, all in one pass over the maps.
+    """Train copies of the attention head, each together with a linear probe of its feature.
 
-    Every batch is read once and then trains each head; `on_progress` is told the first one's loss.
+    For rows 2 and 3 of Table 7, where without the contrastive loss nothing else has trained the
+    head. As `train_linear_probe` otherwise; results are to be labelled `attentive`. Every batch is
+    read once and then trains each copy.
+
+    Args:
+        maps: Bottleneck maps, from the noisiest to the cleanest. They may be memory-mapped
+            (`Rows`): batches go to the head's device.
+        labels: Classes in [0, num_classes).
+        attention_head: Maps (b, 3, channels, h, w) to features (b, d); it is left as it is.
+        num_classes: Number of classes.
+        settings: Of SGD, one for each copy; peak learning rate and L2 penalty are of the head too.
+        batch_size: Greatest batch.
+        epochs: Passes over all the maps.
+        warmup_epochs: Length of the linear warm-up.
+        seed: Seed of the initial weights and of the order.
+        on_progress: Called after each epoch with the first copy's loss.
+
+    Returns:
+        Head and probe by setting, in evaluation mode.
 
     Raises:
         ValueError: a batch would hold a single sample.
@@ -393,7 +355,7 @@ def evaluate(
     """Top-1 and top-5 accuracy over every sample given, none dropped.
 
     Args:
-        probe: From `train_linear_probe` or `train_attentive_probe`; set to evaluation mode.
+        probe: From `train_linear_probe` or `train_attentive_probes`; set to evaluation mode.
         features: Features (n, d) for a linear probe, maps (n, 3, channels, h, w) for an attentive.
         labels: True classes.
 

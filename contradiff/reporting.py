@@ -118,11 +118,14 @@ def _sample_rows(
 def _transfer_rows(
     transfer: TransferMetrics, shots: str, of_shots: OfShots, *, seed: int
 ) -> list[Row]:
-    taken = "all training images" if shots == "full" else f"{shots} images a class"
-    how = (
-        f"Mean ± standard deviation over {of_shots.num_splits} splits of {transfer.source}, "
-        f"{taken}, {transfer.total:,} test images, seed {seed}."
+    number = of_shots.num_splits
+    over = f"Mean ± standard deviation over {number} splits" if number > 1 else "One split"
+    taken = (
+        f"Trained on all training images of {transfer.source}"
+        if shots == "full"
+        else f"{over} of {transfer.source}, {shots} images a class"
     )
+    how = f"{taken}, {transfer.total:,} test images, seed {seed}."
     rows: list[Row] = []
     trained = {"ridge": of_shots.ridge, "SGD": of_shots.sgd, "fine-tuned": of_shots.finetuned}
     for name, result in trained.items():

@@ -5,25 +5,19 @@ features in the plane, where distances between groups mean little: nothing is me
 """
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from jaxtyping import Float, Int, Int64
 from pydantic import Field
 
 from contradiff.backbone import disable_lora
 from contradiff.config import Section
-from contradiff.data.shards import image_of, read_images
-from contradiff.data.transforms import apply_crop, decode, to_pixels
-from contradiff.extraction import CleanBatch
+from contradiff.data.shards import read_images
 from contradiff.figures import page_style, png_of
-from contradiff.latents import StoredLatents, mode
-from contradiff.loading import PairedShards
 from contradiff.model import ContraDiff
 
 
@@ -93,44 +87,6 @@ def choose_images(
 def labels_of(images: Path, *, split: str) -> list[int]:
     """Classes of a split's images, in order; nothing is decoded."""
     return [sample.label for sample in read_images(images, split)]
-
-
-def chosen_batches(
-    images: Path, latents: Path, chosen: Sequence[int], *, split: str, batch_size: int
-) -> Iterator[CleanBatch]:
-    """Yield some of a split's images as `extraction.stored_batches` yields all.
-
-    An image's noise is seeded by its place in `chosen`.
-
-    Args:
-        images: shards.
-        latents: shards.
-        chosen: indices into the split, ascending.
-        split: which.
-        batch_size: images at once.
-    """
-    pairs = PairedShards.open(images, latents, split=split)
-    facts = pairs.latent_index.facts
-    wanted = set(chosen)
-    records = (pair for shard in range(pairs.num_shards) for pair in pairs.read(shard))
-    kept = (pair for index, pair in enumerate(records) if index in wanted)
-    first_index = 0
-    while chunk := list(islice(kept, batch_size)):
-        samples = [image_of(image) for image, _ in chunk]
-        stored = [StoredLatents.of_record(latent) for _, latent in chunk]
-        pixels = [
-            apply_crop(decode(item.image, name=item.key), view.crops[0], size=facts["image_size"])
-            for item, view in zip(samples, stored, strict=True)
-        ]
-        moments = torch.stack([torch.from_numpy(view.moments[0]) for view in stored])
-        yield CleanBatch(
-            first_index,
-            mode(moments, scaling_factor=facts["scaling_factor"]),
-            to_pixels(torch.stack(pixels)),
-            torch.tensor([item.label for item in samples]),
-            tuple(item.key for item in samples),
-        )
-        first_index += len(chunk)
 
 
 def base_of(model: ContraDiff) -> ContraDiff:

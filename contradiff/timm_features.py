@@ -1,5 +1,6 @@
 """Pooled features of any timm backbone (DINO, MAE, ...), for the same probe as ours."""
 
+import hashlib
 from collections.abc import Iterator
 from functools import partial
 from itertools import islice
@@ -8,12 +9,14 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from jaxtyping import Int64
 from torch import Tensor, nn
 
 from contradiff.data.shards import Sample, ShardIndex, image_of, read_shard
 from contradiff.data.transforms import Crop, apply_crop, centre_crop, decode, to_pixels
 from contradiff.extraction import LOOKAHEAD, CleanBatch, FeatureData, autocast, map_ahead
 from contradiff.feature_cache import Column
+from contradiff.types import ByteImages
 
 
 class TimmFeatures:
@@ -57,15 +60,36 @@ class TimmFeatures:
         config: dict[str, Any] = resolve_model_data_config(model)
         self.size: int = config["input_size"][-1]
         self.crop_fraction: float = config["crop_pct"]
+        # timm resizes to this, then crops
+        self.uncropped_size = round(self.size / self.crop_fraction)
         self._mean = torch.tensor(config["mean"], device=device).view(3, 1, 1)
         self._std = torch.tensor(config["std"], device=device).view(3, 1, 1)
         self._model = model.requires_grad_(requires_grad=False).eval().to(device)
         self._precision, self._device = precision, device
         self.columns = (Column(f"timm:{name}", None, None, "mean"),)
 
+    def fingerprint(self) -> str:
+        """SHA-256 over the names and values of all weights, wherever they came from."""
+        hasher = hashlib.sha256()
+        for name, tensor in sorted(self._model.state_dict().items()):
+            value = tensor.cpu().contiguous()
+            hasher.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
+            hasher.update(value.reshape(-1).view(torch.uint8).numpy())
+        return hasher.hexdigest()
+
     def read(self, data: FeatureData, split: str, number: int) -> Iterator[CleanBatch]:
         """Pixels of one image shard at the backbone's size."""
         return image_batches(data, split, number, size=self.size, crop_fraction=self.crop_fraction)
+
+    def show(
+        self, images: ByteImages, labels: Int64[Tensor, " num_images"]
+    ) -> Iterator[CleanBatch]:
+        """One batch of images that are in memory: the centre, at the backbone's size."""
+        crop = centre_share(*images.shape[2:], crop_fraction=self.crop_fraction)
+        pixels = torch.stack([apply_crop(image, crop, size=self.size) for image in images])
+        indices = tuple(range(len(images)))
+        empty = torch.empty(len(images), 1, 0, 0)
+        yield CleanBatch(indices, empty, to_pixels(pixels), labels, tuple(map(str, indices)))
 
     @torch.inference_mode()
     def __call__(self, batch: CleanBatch) -> dict[str, Tensor]:
@@ -113,6 +137,14 @@ def load_weights(model: nn.Module, path: Path) -> None:
         raise ValueError(msg) from None
 
 
+def centre_share(height: int, width: int, *, crop_fraction: float) -> Crop:
+    """The square in the middle whose side is `crop_fraction` of the shorter one."""
+    whole = centre_crop(height, width)
+    side = max(1, round(whole.height * crop_fraction))
+    offset = (whole.height - side) // 2
+    return Crop(whole.top + offset, whole.left + offset, side, side, mirrored=False)
+
+
 def centre_pixels(sample: Sample, *, size: int, crop_fraction: float) -> tuple[str, int, Tensor]:
     """Key, label, and the centre of an image at `size`, uint8.
 
@@ -120,10 +152,7 @@ def centre_pixels(sample: Sample, *, size: int, crop_fraction: float) -> tuple[s
     size / crop_fraction first and crops then. *Deviation*: always antialiased bicubic.
     """
     image = decode(sample.image, name=sample.key)
-    whole = centre_crop(*image.shape[1:])
-    side = max(1, round(whole.height * crop_fraction))
-    offset = (whole.height - side) // 2
-    crop = Crop(whole.top + offset, whole.left + offset, side, side, mirrored=False)
+    crop = centre_share(*image.shape[1:], crop_fraction=crop_fraction)
     return sample.key, sample.label, apply_crop(image, crop, size=size)
 
 
@@ -149,5 +178,6 @@ def image_batches(
         keys, labels, pixels = zip(*chunk, strict=True)
         empty = torch.empty(len(chunk), 1, 0, 0)
         shown = to_pixels(torch.stack(pixels))
-        yield CleanBatch(first_index, empty, shown, torch.tensor(labels), tuple(keys))
+        indices = tuple(range(first_index, first_index + len(chunk)))
+        yield CleanBatch(indices, empty, shown, torch.tensor(labels), tuple(keys))
         first_index += len(chunk)

@@ -1,19 +1,22 @@
 """Features of a transfer set, each process computing a part: images by row => features by row."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TypeAlias
 
 import torch
+from jaxtyping import Int64
+from torch import Tensor
 
 from contradiff.data.transfer_set import TransferSplit
-from contradiff.extraction import CleanBatch, FeatureSet, encoded_batches
+from contradiff.extraction import CleanBatch, FeatureSet
+from contradiff.types import ByteImages
 
-if TYPE_CHECKING:
-    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+Encode: TypeAlias = Callable[[ByteImages, Int64[Tensor, " n"]], Iterator[CleanBatch]]
+"""Makes one batch of square images in memory and their classes, as the feature model wants it."""
 
 
-def share_of(num_rows: int, *, batch_size: int, rank: int, num_processes: int) -> range:
+def batch_share_of(num_rows: int, *, batch_size: int, rank: int, num_processes: int) -> range:
     """The rows that one process computes: whole batches, as a single process would form them.
 
     So a row's feature does not depend on the number of processes, not even in its last bit.
@@ -30,39 +33,29 @@ def share_of(num_rows: int, *, batch_size: int, rank: int, num_processes: int) -
 
 
 def transfer_batches(
-    vae: "AutoencoderKL",
+    encode: Encode,
     images: TransferSplit,
     rows: Sequence[int],
     *,
     share: range,
-    image_size: int,
     batch_size: int,
-    device: torch.device,
 ) -> Iterator[CleanBatch]:
     """Yield some rows of a split, encoded; images are read a batch at a time.
 
     Args:
-        vae: on `device`.
+        encode: makes a batch of images.
         images: the split.
         rows: of the split, those that are featured by all processes together. An image's noise is
-            seeded by its place among them.
-        share: the places in `rows` that are yielded, from `share_of`.
-        image_size: side of the model's pixels.
+            seeded by its row in the split, so that it does not depend on the others.
+        share: the places in `rows` that are yielded, from `batch_share_of`.
         batch_size: images at once.
-        device: where the VAE runs.
     """
     for start in range(share.start, share.stop, batch_size):
         chosen = list(rows[start : min(start + batch_size, share.stop)])
-        for batch in encoded_batches(
-            vae,
-            torch.from_numpy(images.read(chosen)),
-            torch.from_numpy(images.labels[chosen]),
-            image_size=image_size,
-            batch_size=batch_size,
-            device=device,
-        ):
+        pixels, labels = images.read(chosen), images.labels[chosen]
+        for batch in encode(torch.from_numpy(pixels), torch.from_numpy(labels)):
             keys = tuple(images.keys[row] for row in chosen)
-            yield replace(batch, first_index=start, keys=keys)
+            yield replace(batch, indices=tuple(chosen), keys=keys)
 
 
 def gather_features(part: FeatureSet | None) -> FeatureSet:

@@ -15,6 +15,7 @@ from pydantic import Field, model_validator
 from safetensors.torch import save_file
 
 from contradiff.atomic import replace_dir, sha256_of
+from contradiff.checkpoint import base_digest
 from contradiff.config import Section, Seed
 from contradiff.data.full_disk import explain_full_disk
 from contradiff.data.shards import Shard, ShardIndex
@@ -35,6 +36,7 @@ from contradiff.feature_models import (
     write_features,
 )
 from contradiff.features import FeaturesParams
+from contradiff.timm_features import TimmFeatures
 
 BASE, PRETRAIN = Path("build/base"), Path("build/pretrain")
 IMAGES, LATENTS, FEATURES = Path("build/shards"), Path("build/latents"), Path("build/features")
@@ -137,7 +139,7 @@ def collect(
             save_file(state, made / HEAD_NAME)
         CacheIndex(
             model=params.features.model,
-            checkpoint=checkpoint_of(params),
+            checkpoint=fingerprint_of(model, params),
             dtype=params.features.dtype,
             num_classes=len(index.facts["class_ids"]),
             columns=model.columns,
@@ -156,9 +158,13 @@ def collect(
     run.log(f"{len(model.columns)} columns: {', '.join(column.name for column in model.columns)}")
 
 
-def checkpoint_of(params: Params) -> str | None:
-    """Baselines do not change with the training."""
-    return checkpoint_fingerprint(PRETRAIN) if params.features.model == "contradiff" else None
+def fingerprint_of(model: FeatureModel, params: Params) -> str:
+    """Of the weights that the features come from: baselines do not change with the training."""
+    if isinstance(model, TimmFeatures):
+        return model.fingerprint()
+    if params.features.model == "contradiff":
+        return checkpoint_fingerprint(PRETRAIN)
+    return base_digest(BASE)
 
 
 if __name__ == "__main__":

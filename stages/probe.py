@@ -10,19 +10,22 @@ from stages._runtime import Run, execute
 
 import csv
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 
 from safetensors.torch import load_file, save_file
 
-from contradiff.atomic import replace_dir
+from contradiff.atomic import replace_dir, sha256_of
+from contradiff.checkpoint import base_digest
 from contradiff.config import Section, Seed
-from contradiff.feature_cache import HEAD_NAME, FeatureCache
+from contradiff.feature_cache import HEAD_NAME, CacheIndex, FeatureCache, checkpoint_fingerprint
 from contradiff.features import TriTimestepAttention
 from contradiff.probe_data import ProbeData
 from contradiff.probe_grid import Judged, grid_rows, judge_columns, judge_maps
 from contradiff.probing import TABLE_2, ProbeParams
 
-FEATURES, PRETRAIN, PROBE = Path("build/features"), Path("build/pretrain"), Path("build/probe")
+BASE, PRETRAIN = Path("build/base"), Path("build/pretrain")
+FEATURES, PROBE = Path("build/features"), Path("build/probe")
 GRID_COLUMNS = (
     *("name", "model", "head", "triple", "block", "pool", "lr", "momentum", "weight_decay"),
     *("split", "total", "top1", "top5", "low", "high"),
@@ -36,7 +39,8 @@ class Params(Section):
 
 def main(params: Params, run: Run) -> None:
     data = ProbeData(
-        FeatureCache.open(FEATURES, checkpoint=PRETRAIN), dev=params.probe.split == "dev"
+        FeatureCache.open(FEATURES, fingerprint_of=partial(fingerprint_now, run=run)),
+        dev=params.probe.split == "dev",
     )
     grid = train(params, data, run)
     result = grid[0].result
@@ -72,6 +76,28 @@ def main(params: Params, run: Run) -> None:
             }
         },
     )
+
+
+def fingerprint_now(index: CacheIndex, run: Run) -> str | None:
+    """Of the weights that the index's model has now; None of timm's, whose file is checked here.
+
+    A file that is not there is not missed: the cache may have come by `dvc pull`.
+    """
+    if index.model == "contradiff":
+        return checkpoint_fingerprint(PRETRAIN)
+    if index.model != "timm":
+        return base_digest(BASE)
+    digest = index.facts.get("timm_weights_sha256")
+    if digest is not None:
+        shown = index.facts["timm_weights"]
+        path = run.resolve(shown)
+        if path.is_file() and sha256_of(path) != digest:
+            msg = (
+                f"features.timm_weights: {shown} has changed since {FEATURES} was made; run "
+                "`dvc repro -f features`"
+            )
+            raise ValueError(msg)
+    return None
 
 
 def train(params: Params, data: ProbeData, run: Run) -> list[Judged]:

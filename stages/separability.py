@@ -9,7 +9,7 @@ import numpy as np
 from contradiff.atomic import replace_file
 from contradiff.checkpoint import load_checkpoint
 from contradiff.config import Section, Seed
-from contradiff.extraction import Pool, extract
+from contradiff.extraction import Pool, extract, stored_batches
 from contradiff.features import FeaturesParams
 from contradiff.model import ContraDiff
 from contradiff.separability import (
@@ -18,7 +18,6 @@ from contradiff.separability import (
     SeparabilityParams,
     base_of,
     choose_images,
-    chosen_batches,
     embed,
     labels_of,
     plot_panels,
@@ -52,8 +51,12 @@ def main(params: Params, run: Run) -> None:
     settings_of_features = params.features.model_copy(update={"model": "contradiff"})
 
     def featured_by(which: ContraDiff, *, pool: Pool, name: str) -> np.ndarray:
-        batches = chosen_batches(
-            IMAGES, LATENTS, chosen, split="val", batch_size=params.features.batch_size
+        batches = stored_batches(
+            IMAGES,
+            LATENTS,
+            split="val",
+            batch_size=params.features.batch_size,
+            chosen=chosen,
         )
         with run.progress(f"features of {name}", len(chosen)) as advance:
             return extract(

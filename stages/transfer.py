@@ -11,7 +11,6 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from accelerate.utils import gather_object
 from pydantic import model_validator
 
 from contradiff.backbone import load_vae
@@ -20,12 +19,14 @@ from contradiff.config import Section, Seed
 from contradiff.data.params import DataParams
 from contradiff.data.raw import ensure_transfer_archive, read_manifest, transfer_manifest
 from contradiff.data.transfer_set import TransferDataParams, TransferSplit, read_transfer_split
-from contradiff.extraction import CleanBatch, FeatureSet
+from contradiff.extraction import CleanBatch, FeatureSet, encoded_batches
 from contradiff.feature_choice import features_of_all, load_feature_model
+from contradiff.feature_models import FeatureModel
 from contradiff.features import FeaturesParams
 from contradiff.finetuning import EncodedImages, finetune, finetuned_top1, weights_kept
 from contradiff.model import ContraDiff
 from contradiff.probing import train_linear_probe
+from contradiff.timm_features import TimmFeatures
 from contradiff.transfer import (
     Shots,
     TransferParams,
@@ -36,7 +37,12 @@ from contradiff.transfer import (
     transfer,
     transfer_metrics,
 )
-from contradiff.transfer_features import gather_features, share_of, transfer_batches
+from contradiff.transfer_features import (
+    Encode,
+    batch_share_of,
+    gather_features,
+    transfer_batches,
+)
 
 MANIFEST = Path("build/manifest/transfer.json")
 BASE, CHECKPOINT = Path("build/base"), Path("build/pretrain")
@@ -68,16 +74,6 @@ class Params(Section):
 
 def main(params: Params, run: Run) -> None:
     accelerator = run.accelerator()
-    pool, test = open_splits(params, run)
-    settings = params.transfer
-    splits: dict[Shots, list[list[int]]] = {
-        shots: draw_splits(
-            pool.labels.tolist(), shots=shots, num_splits=settings.num_splits, seed=params.seed
-        )
-        for shots in settings.shots
-    }
-    used, rows = compact_splits(splits)
-    vae = load_vae(BASE).to(run.device)  # pyright: ignore[reportArgumentType]
     featured = load_feature_model(
         params.features.model_copy(update={"more_triples": [], "more_blocks": []}),
         checkpoint=CHECKPOINT,
@@ -87,20 +83,27 @@ def main(params: Params, run: Run) -> None:
         device=run.device,
         root=run.root,
     )
+    image_size = params.data.image_size
+    if isinstance(featured, TimmFeatures):
+        image_size = featured.uncropped_size
+    pool, test = open_splits(params, run, image_size=image_size)
+    settings = params.transfer
+    splits: dict[Shots, list[list[int]]] = {
+        shots: draw_splits(
+            pool.labels.tolist(), shots=shots, num_splits=settings.num_splits, seed=params.seed
+        )
+        for shots in settings.shots
+    }
+    used, rows = compact_splits(splits)
+    encode = encoder_of(featured, params, run)
 
     def batches(images: TransferSplit, chosen: Sequence[int], share: range) -> Iterator[CleanBatch]:
         return transfer_batches(
-            vae,
-            images,
-            chosen,
-            share=share,
-            image_size=params.data.image_size,
-            batch_size=params.features.batch_size,
-            device=run.device,
+            encode, images, chosen, share=share, batch_size=params.features.batch_size
         )
 
     def features_of(images: TransferSplit, chosen: Sequence[int], name: str) -> FeatureSet:
-        share = share_of(
+        share = batch_share_of(
             len(chosen),
             batch_size=params.features.batch_size,
             rank=accelerator.process_index,
@@ -166,7 +169,22 @@ def main(params: Params, run: Run) -> None:
     run.write_json(Path("metrics/transfer.json"), {"transfer": metrics})
 
 
-def open_splits(params: Params, run: Run) -> tuple[TransferSplit, TransferSplit]:
+def encoder_of(featured: FeatureModel, params: Params, run: Run) -> Encode:
+    """What a feature model sees of an image: its latent, or pixels at the backbone's own size."""
+    if isinstance(featured, TimmFeatures):
+        return featured.show
+    return partial(
+        encoded_batches,
+        load_vae(BASE).to(run.device),  # pyright: ignore[reportArgumentType]
+        image_size=params.data.image_size,
+        batch_size=params.features.batch_size,
+        device=run.device,
+    )
+
+
+def open_splits(
+    params: Params, run: Run, *, image_size: int
+) -> tuple[TransferSplit, TransferSplit]:
     """The training pool and the test set, if they are what `prepare` has seen."""
     data = params.transfer_data
     root = ensure_transfer_archive(run.resolve(data.root), data, seed=params.seed)
@@ -180,7 +198,7 @@ def open_splits(params: Params, run: Run) -> tuple[TransferSplit, TransferSplit]
         read_transfer_split,
         root,
         source=data.source,
-        image_size=params.data.image_size,
+        image_size=image_size,
         shown_root=data.root,
     )
     return read(split="train"), read(split="test")
@@ -198,6 +216,8 @@ def finetune_all(
     processes: tuple[int, int],
 ) -> dict[Shots, list[float]]:
     """Test accuracy of each split's own copy of the model; the processes take turns with splits."""
+    from accelerate.utils import gather_object
+
     settings = params.transfer
     jobs: list[tuple[Shots, int]] = [
         (shots, index) for shots, group in rows.items() for index in range(len(group))

@@ -55,7 +55,9 @@ def folder(tmp_path: Path) -> Path:
 
 
 def open_in(folder: Path) -> FeatureCache:
-    return FeatureCache.open(folder / "features", checkpoint=folder / "pretrain")
+    return FeatureCache.open(
+        folder / "features", fingerprint_of=lambda _: checkpoint_fingerprint(folder / "pretrain")
+    )
 
 
 def test_rows_come_back_in_order(folder: Path):

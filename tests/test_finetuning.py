@@ -50,11 +50,12 @@ def test_images_come_back_as_they_were(tiny_data: Path):
     data = EncodedImages.of(stored_batches(*folders, split="train", batch_size=5))
     batches = stored_batches(*folders, split="train", batch_size=7)
     for ours, theirs in zip(data.batches(7), batches, strict=True):
-        assert ours.first_index == theirs.first_index
+        assert ours.indices == theirs.indices
         assert ours.pixels.equal(theirs.pixels)
         assert ours.latents.equal(theirs.latents)
         assert (ours.labels.tolist(), ours.keys) == (theirs.labels.tolist(), theirs.keys)
     some = data[torch.tensor([3, 1])]
+    assert next(some.batches(2)).indices == (3, 1)
     assert some.keys == (data.keys[3], data.keys[1])
     assert to_pixels(some.images).shape == (2, 3, 32, 32)
 
@@ -92,6 +93,23 @@ def test_it_learns_and_only_lora_and_head_move(
         answers = (shown.features @ classifier.weight.T + classifier.bias).argmax(1)
         assert top1 == pytest.approx((answers == data.labels).float().mean().item())
     assert all(model.state_dict()[name].equal(before[name]) for name in before)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_training_and_testing_share_the_precision(
+    build_tiny: Callable[..., ContraDiff], data: EncodedImages, precision: str
+):
+    model = build_tiny()
+    seen: list[torch.dtype] = []
+    layer = next(part for part in model.attention.modules() if isinstance(part, torch.nn.Linear))
+    layer.register_forward_hook(lambda *call: seen.append(call[2].dtype))
+    classifier, _ = tune(model, data, epochs=1, precision=precision)
+    in_training = set(seen)
+    features = FEATURES.model_copy(update={"precision": precision})
+    finetuned_top1(model, classifier, data, features=features, seed=0, device=CPU)
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    assert set(seen) == in_training == {dtype}
+    assert {p.dtype for p in (*model.parameters(), *classifier.parameters())} == {torch.float32}
 
 
 def test_trainable_parts_come_back_after_an_error(

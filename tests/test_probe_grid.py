@@ -15,7 +15,6 @@ from contradiff.probing import (
     ProbeParams,
     SgdSetting,
     evaluate,
-    train_attentive_probe,
     train_attentive_probes,
     train_linear_probe,
 )
@@ -119,8 +118,8 @@ def test_attentive_heads_are_those_trained_alone_and_maps_may_lie_in_parts():
         Rows([maps[:20], maps[20:]]), labels, attention_head=head, settings=SETTINGS, **SHARED
     )
     for probe, setting in zip(probes, SETTINGS, strict=True):
-        alone = train_attentive_probe(
-            maps, labels, attention_head=head, **asdict(setting), **SHARED
+        [alone] = train_attentive_probes(
+            maps, labels, attention_head=head, settings=[setting], **SHARED
         )
         for name, value in alone.state_dict().items():
             assert torch.equal(probe.state_dict()[name], value)
@@ -161,8 +160,8 @@ def cache(tmp_path: Path) -> FeatureCache:
         }
         path = tmp_path / f"{split}-00000.safetensors"
         shards[split] = (write_rows(path, tensors, keys=[f"{split}{i}" for i in range(number)]),)
-    CacheIndex("base", None, "fp16", 4, columns, None, shards, {}, {}).write(tmp_path)
-    return FeatureCache.open(tmp_path, checkpoint=tmp_path)
+    CacheIndex("base", "0" * 8, "fp16", 4, columns, None, shards, {}, {}).write(tmp_path)
+    return FeatureCache.open(tmp_path, fingerprint_of=lambda _: None)
 
 
 def judged(cache: FeatureCache, *, dev: bool):
@@ -205,7 +204,9 @@ def test_dev_that_holds_out_nothing_is_refused(tmp_path: Path):
     keys = ["a", "b", "c"]
     shard = write_rows(tmp_path / "train-00000.safetensors", tensors, keys=keys)
     columns = (Column("c", None, None, "mean"),)
-    CacheIndex("timm", None, "fp16", 4, columns, None, {"train": (shard,)}, {}, {}).write(tmp_path)
-    cache = FeatureCache.open(tmp_path, checkpoint=tmp_path)
+    CacheIndex("timm", "0" * 8, "fp16", 4, columns, None, {"train": (shard,)}, {}, {}).write(
+        tmp_path
+    )
+    cache = FeatureCache.open(tmp_path, fingerprint_of=lambda _: None)
     with pytest.raises(ValueError, match=r"^probe\.split: dev holds out 0 of 3"):
         ProbeData(cache, dev=True)

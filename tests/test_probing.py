@@ -2,6 +2,7 @@
 
 import copy
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -12,8 +13,9 @@ from contradiff.probing import (
     AttentiveProbe,
     LinearProbe,
     ProbeParams,
+    SgdSetting,
     evaluate,
-    train_attentive_probe,
+    train_attentive_probes,
     train_linear_probe,
 )
 
@@ -153,6 +155,23 @@ class MeanOfCleanest(nn.Module):
         return self.linear(self.norm(maps[:, 2].mean((-2, -1))))
 
 
+def train_attentive(
+    maps: torch.Tensor,
+    labels: torch.Tensor,
+    *,
+    head: nn.Module,
+    lr: float,
+    momentum: float,
+    weight_decay: float,
+    **shared: Any,
+) -> list[AttentiveProbe]:
+    """With a single setting."""
+    settings = [SgdSetting(lr, momentum, weight_decay)]
+    return train_attentive_probes(
+        maps, labels, attention_head=head, settings=settings, seed=0, **shared
+    )
+
+
 def test_attentive_probe_trains_a_copy_of_the_head():
     vectors, labels = clusters(400, dim=12, num_classes=4, spread=0.5, seed=0)
     vectors = nn.functional.batch_norm(vectors, None, None, training=True)
@@ -164,9 +183,7 @@ def test_attentive_probe_trains_a_copy_of_the_head():
     before = copy.deepcopy(head.state_dict())
 
     settings = {**SETTINGS, "epochs": 30}
-    probe = train_attentive_probe(
-        maps, labels, attention_head=head, num_classes=4, seed=0, **settings
-    )
+    [probe] = train_attentive(maps, labels, head=head, num_classes=4, **settings)
 
     assert isinstance(probe, AttentiveProbe)
     assert not probe.training
@@ -196,9 +213,7 @@ def test_attentive_probe_with_an_identity_head_is_the_linear_probe():
 
     maps = torch.randn(90, 3, 2, 2, 1, generator=torch.Generator().manual_seed(0))
     labels = torch.arange(90) % 3
-    attentive = train_attentive_probe(
-        maps, labels, attention_head=Flat(), num_classes=3, seed=0, **SETTINGS
-    )
+    [attentive] = train_attentive(maps, labels, head=Flat(), num_classes=3, **SETTINGS)
     linear = train_linear_probe(maps.flatten(1), labels, num_classes=3, seed=0, **SETTINGS)
     assert torch.equal(attentive.probe.linear.weight, linear.linear.weight)
 

@@ -225,6 +225,16 @@ class TestRows:
                 assert fact in rows[name][1]
         for fact in ("3 splits of digits", "25 images a class", "797 test images", "seed 3"):
             assert fact in rows["Transfer top-1, ridge ↑"][1]
+        how = rows["Transfer top-1, ridge, full shots ↑"][1]
+        assert how.startswith("Trained on all training images of digits, 797 test images")
+
+    def test_a_single_split_has_no_deviation(self, root: Path) -> None:
+        once = {"ridge": {"mean": 0.8, "std": None}, "sgd": {"mean": 0.7, "std": None}}
+        shown = once | {"num_splits": 1, "shots": 1, "total": 9, "source": "digits"}
+        content = shown | {"by_shots": {"1": once | {"num_splits": 1}}}
+        write_json(root / "metrics/transfer.json", {"transfer": content})
+        how = rows_of(root)["Transfer top-1, ridge ↑"][1]
+        assert how.startswith("One split of digits, ")
 
     @pytest.mark.parametrize("biased", [True, False])
     def test_fid_of_few_samples_is_marked(self, root: Path, *, biased: bool) -> None:

@@ -16,7 +16,6 @@ from contradiff.separability import (
     Separability,
     base_of,
     choose_images,
-    chosen_batches,
     embed,
     labels_of,
     plot_panels,
@@ -105,8 +104,8 @@ def test_chosen_batches_are_those_images(tiny_data: Path):
     (whole,) = stored_batches(*folders, split="train", batch_size=24)
     assert labels_of(folders[0], split="train") == whole.labels.tolist()
     chosen = [0, 1, 5, 6, 13, 22, 23]
-    batches = list(chosen_batches(*folders, chosen, split="train", batch_size=3))
-    assert [batch.first_index for batch in batches] == [0, 3, 6]
+    batches = list(stored_batches(*folders, split="train", batch_size=3, chosen=chosen))
+    assert [batch.indices for batch in batches] == [(0, 1, 2), (3, 4, 5), (6,)]
     assert torch.cat([batch.latents for batch in batches]).equal(whole.latents[chosen])
     assert torch.cat([batch.pixels for batch in batches]).equal(whole.pixels[chosen])
     assert torch.cat([batch.labels for batch in batches]).equal(whole.labels[chosen])

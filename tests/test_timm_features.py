@@ -36,7 +36,7 @@ def test_features_are_timms_own(weights: Path, tiny_data: Path):
     features = load(weights)
     data = FeatureData(tiny_data / "images", tiny_data / "latents", batch_size=4, num_threads=2)
     batches = list(features.read(data, "val", 1))
-    assert [batch.first_index for batch in batches] == [6]
+    assert [batch.indices for batch in batches] == [(6, 7)]
     images = list(read_images(tiny_data / "images", "val"))[6:]
     assert [key for batch in batches for key in batch.keys] == [image.key for image in images]
     model = timm.create_model(NAME, num_classes=0, checkpoint_path="").eval()

@@ -1,5 +1,6 @@
 """contradiff.transfer_features: the processes' shares are the whole, batch by batch."""
 
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 from contradiff.backbone import load_vae
 from contradiff.data.transfer_set import TransferSplit
 from contradiff.extraction import CleanBatch, FeatureSet, encoded_batches
-from contradiff.transfer_features import gather_features, share_of, transfer_batches
+from contradiff.transfer_features import batch_share_of, gather_features, transfer_batches
 
 CPU = torch.device("cpu")
 
@@ -23,7 +24,7 @@ CPU = torch.device("cpu")
 )
 def test_shares_are_the_whole_in_whole_batches(num_rows: int, batch_size: int, num_processes: int):
     shares = [
-        share_of(num_rows, batch_size=batch_size, rank=rank, num_processes=num_processes)
+        batch_share_of(num_rows, batch_size=batch_size, rank=rank, num_processes=num_processes)
         for rank in range(num_processes)
     ]
     assert [row for share in shares for row in share] == list(range(num_rows))
@@ -45,10 +46,7 @@ def split() -> TransferSplit:
 
 def equal(ours: list[CleanBatch], expected: list[CleanBatch]) -> bool:
     return len(ours) == len(expected) and all(
-        a.first_index == b.first_index
-        and a.latents.equal(b.latents)
-        and a.pixels.equal(b.pixels)
-        and a.labels.equal(b.labels)
+        a.latents.equal(b.latents) and a.pixels.equal(b.pixels) and a.labels.equal(b.labels)
         for a, b in zip(ours, expected, strict=True)
     )
 
@@ -60,22 +58,24 @@ def test_batches_do_not_depend_on_the_processes(
     """To the last bit those of all images at once; each image is read by one process."""
     vae = load_vae(tiny_base)
     rows = [10, 0, 3, 4, 5, 6, 9, 1]
-    settings = {"image_size": 32, "batch_size": 3, "device": CPU}
+    encode = partial(encoded_batches, vae, image_size=32, batch_size=3, device=CPU)
     images = torch.from_numpy(split.read(rows))
-    expected = list(encoded_batches(vae, images, torch.from_numpy(split.labels[rows]), **settings))
+    expected = list(encode(images, torch.from_numpy(split.labels[rows])))
     ours = [
         batch
         for rank in range(num_processes)
         for batch in transfer_batches(
-            vae,
+            encode,
             split,
             rows,
-            share=share_of(len(rows), batch_size=3, rank=rank, num_processes=num_processes),
-            **settings,
+            share=batch_share_of(len(rows), batch_size=3, rank=rank, num_processes=num_processes),
+            batch_size=3,
         )
     ]
     assert equal(ours, expected)
     assert [key for batch in ours for key in batch.keys] == [f"image-{row}" for row in rows]
+    # the noise is of the row in the split, whatever other rows are used
+    assert [index for batch in ours for index in batch.indices] == rows
 
 
 def test_one_process_gathers_its_own():

@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import UInt8
 
 from contradiff.data.cifar_files import Split
-from contradiff.data.image_files import EXTENSIONS, ImageFile
+from contradiff.data.image_files import EXTENSIONS, ImageFile, is_image_name
 
 TEST_FOLDERS = ("test", "val")
 """Where a set has both, `test` is read and `val` left to whoever tunes on it."""
@@ -110,5 +110,5 @@ def _files(root: Path, folder: Path, class_names: Sequence[str]) -> tuple[ImageF
         ImageFile(path.relative_to(root).as_posix(), label)
         for label, name in enumerate(class_names)
         for path in sorted((folder / name).glob("*"))
-        if path.suffix.lower() in EXTENSIONS
+        if is_image_name(path.name)
     )

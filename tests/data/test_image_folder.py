@@ -101,3 +101,11 @@ def test_unreadable_image_is_named(root: Path):
     split = read(root, "train")
     with pytest.raises(ValueError, match=r"train/cat/1\.PNG: not a readable image"):
         split.read([1])
+
+
+def test_hidden_files_are_no_images(root: Path):
+    """MacOS leaves `._name.jpg` beside each file that it packs."""
+    before = read(root, "train").keys
+    for name in ("._a.jpg", ".png"):
+        (root / "train/dog" / name).touch()
+    assert read(root, "train").keys == before

@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from contradiff.backbone import load_unet
-from contradiff.checkpoint import load_checkpoint
+from contradiff.checkpoint import base_digest, load_checkpoint
 from contradiff.config import parse, read_params
 from contradiff.extraction import extract, level_noise, stored_batches
 from contradiff.feature_cache import FeatureCache
@@ -47,7 +47,7 @@ def make(run: Run, *, rank: int = 0, world: int = 1, **changes: Any) -> FeatureC
         patch.setenv("RANK", str(rank))
         patch.setattr(Run, "accelerator", lambda _: accelerator)
         features.main(params, run)
-    return FeatureCache.open(CACHE, checkpoint=PRETRAIN) if rank == 0 else None
+    return FeatureCache.open(CACHE, fingerprint_of=lambda _: None) if rank == 0 else None
 
 
 def judge(run: Run, **probing: Any) -> dict[str, Any]:
@@ -142,7 +142,7 @@ def test_an_interrupted_run_goes_on_with_the_shards_that_are_left(
 def test_base_is_the_untouched_unet_with_zero_tokens(trained_project: Run):
     cache = make(trained_project, model="base", pool="mean")
     assert cache is not None
-    assert cache.index.checkpoint is None
+    assert cache.index.checkpoint == base_digest(Path("build/base"))
     [batch] = stored_batches(Path("build/shards"), Path("build/latents"), split="val", batch_size=8)
     unet = load_unet(Path("build/base"))
     noise = level_noise(batch, seed=0)
@@ -228,6 +228,60 @@ def test_nobody_looks_before_the_main_process_holds_the_folder(
     monkeypatch.setattr(features, "resume_rows", lambda *_: events.append("write"))
     features.main(parse(features.Params, content_of(), source="params.yaml"), trained_project)
     assert events[:4] == ["wait", "check", "wait", "write"]
+
+
+@pytest.mark.parametrize("model", ["base", "diffeed"])
+def test_another_base_s_features_are_refused(trained_project: Run, model: str):
+    make(trained_project, model=model, pool="mean")
+    # the training is none of a baseline's business
+    config = json.loads((PRETRAIN / "config.json").read_text())
+    (PRETRAIN / "config.json").write_text(json.dumps(config | {"num_steps": 4}))
+    assert judge(trained_project)["model"] == model
+    base = Path("build/base").resolve()  # shared by the tests
+    Path("build/base").unlink()
+    shutil.copytree(base, "build/base")
+    [weights] = Path("build/base/unet").glob("*.safetensors")
+    weights.write_bytes(weights.read_bytes() + b"\0")
+    with pytest.raises(ValueError, match=r"index\.json: .* or base .*dvc repro features"):
+        judge(trained_project)
+
+
+def test_other_timm_weights_are_refused(trained_project: Run, monkeypatch: pytest.MonkeyPatch):
+    import timm
+
+    def use(seed: int) -> None:
+        torch.manual_seed(seed)
+        save_file(timm.create_model("test_vit", num_classes=0).state_dict(), "w.safetensors")
+
+    settings = {"model": "timm", "pool": "mean", "timm_name": "test_vit"}
+    fingerprints: list[str] = []
+    for seed in (0, 1):
+        use(seed)
+        cache = make(trained_project, timm_weights="w.safetensors", **settings)
+        assert cache is not None
+        fingerprints.append(cache.index.checkpoint)
+    assert len(set(fingerprints)) == 2
+    assert judge(trained_project)["model"] == "timm"
+    use(2)
+    fault = r"^features\.timm_weights: w\.safetensors has changed .*`dvc repro -f features`"
+    with pytest.raises(ValueError, match=fault):
+        judge(trained_project)
+    Path("w.safetensors").unlink()  # a pulled cache is used without them
+    judge(trained_project)
+
+    # as from the hub: no file to compare, but what the weights are is on record
+    create = timm.create_model
+
+    def fetch(name: str, *, pretrained: bool, num_classes: int) -> torch.nn.Module:
+        assert pretrained
+        torch.manual_seed(1)
+        return create(name, num_classes=num_classes)
+
+    monkeypatch.setattr(timm, "create_model", fetch)
+    cache = make(trained_project, timm_pretrained=True, **settings)
+    assert cache is not None
+    assert cache.index.checkpoint == fingerprints[1]
+    judge(trained_project)
 
 
 def test_too_little_room_is_found_before_the_work(

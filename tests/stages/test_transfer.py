@@ -4,19 +4,27 @@ from stages._runtime import Run
 
 import copy
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+from ruamel.yaml import YAML
+from safetensors.torch import save_file
 
 from contradiff.atomic import sha256_of
-from contradiff.config import parse
+from contradiff.config import parse, read_params
 from contradiff.data.raw import transfer_manifest
+from contradiff.extraction import FeatureSet
 from stages import transfer
 from tests.settings import TINY
 
+ROOT = Path(__file__).resolve().parents[2]
 CONTENT: dict[str, Any] = {
     "seed": 3,
     "data": {
@@ -68,10 +76,13 @@ def write_manifest() -> None:
     transfer.MANIFEST.write_text(json.dumps(manifest))
 
 
-def call(run: Run, **changes: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+def call(
+    run: Run, *, features: dict[str, Any] | None = None, **changes: Any
+) -> tuple[dict[str, Any], dict[str, Any]]:
     """Run the stage; returns the metrics and the splits."""
     content = copy.deepcopy(CONTENT)
     content["transfer"] |= changes
+    content["features"] |= features or {}
     transfer.main(parse(transfer.Params, content, source="params.yaml"), run)
     metrics = json.loads(Path("metrics/transfer.json").read_text())["transfer"]
     return metrics, json.loads(Path("build/transfer/splits.json").read_text())["splits"]
@@ -102,6 +113,78 @@ def test_several_shots_frozen_and_finetuned(project: Run):
     assert "finetuned" not in frozen
     assert frozen["by_shots"]["full"]["ridge"] == metrics["by_shots"]["full"]["ridge"]
     assert frozen["sgd"] == metrics["sgd"]
+
+
+def test_more_shots_change_nothing_of_the_others(project: Run, monkeypatch: pytest.MonkeyPatch):
+    seen: list[FeatureSet] = []
+    gather = transfer.gather_features
+
+    def note(part: FeatureSet | None) -> FeatureSet:
+        seen.append(gather(part))
+        return seen[-1]
+
+    monkeypatch.setattr(transfer, "gather_features", note)
+    changes = {"num_splits": 1, "features": {"condition": "noise"}}
+    few, few_splits = call(project, shots=[2], **changes)
+    many, many_splits = call(project, shots=[2, "full"], **changes)
+    assert few["by_shots"]["2"] == many["by_shots"]["2"]
+    assert few_splits["2"] == many_splits["2"]
+    # two images a class are too coarse a score to tell: the features themselves
+    used, _, everything, _ = seen
+    places = [everything.keys.index(key) for key in used.keys]
+    assert places == few_splits["2"][0]["indices"] != list(range(4))
+    torch.testing.assert_close(used.features, everything.features[places], atol=1e-5, rtol=1e-5)
+
+
+def test_the_base_alone_is_transferred(project: Run, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(transfer, "gather_features", lambda part: found.append(part) or part)
+    found: list[FeatureSet] = []
+    metrics, _ = call(project, features={"model": "base", "pool": "mean"}, finetune_epochs=0)
+    assert set(metrics["by_shots"]["full"]) == {"ridge", "sgd", "num_splits"}
+    [train, test] = found
+    assert (train.features.shape, test.features.shape) == ((8, 3 * 32), (6, 3 * 32))
+
+
+def test_timm_sees_its_own_size_and_no_vae(project: Run, monkeypatch: pytest.MonkeyPatch):
+    import timm
+
+    torch.manual_seed(0)
+    model = timm.create_model("test_vit", num_classes=0).eval()
+    save_file(model.state_dict(), "w.safetensors")
+    monkeypatch.setattr(transfer, "load_vae", lambda _: pytest.fail("a VAE for pixels"))
+    monkeypatch.setattr(transfer, "gather_features", lambda part: found.append(part) or part)
+    found: list[FeatureSet] = []
+    features = {
+        "model": "timm",
+        "pool": "mean",
+        "timm_name": "test_vit",
+        "timm_weights": "w.safetensors",
+    }
+    call(project, features=features, shots=["full"], finetune_epochs=0)
+    config = timm.data.resolve_model_data_config(model) | {"interpolation": "bicubic"}
+    look = timm.data.create_transform(**config, is_training=False)
+    for split in found:
+        # flat colours: every crop and every size of them is the same
+        images = [look(Image.open(Path("images") / key)) for key in split.keys]
+        with torch.no_grad():
+            expected = model(torch.stack(images))
+        torch.testing.assert_close(split.features, expected, atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.slow
+def test_two_processes_write_the_same_bytes(project: Run):
+    with Path("params.yaml").open("w") as file:
+        YAML().dump(read_params(ROOT / "presets/tiny.yaml") | CONTENT, file)
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "MLFLOW_TRACKING_URI": ""}
+    results: list[list[bytes]] = []
+    for count in ("1", "2"):
+        command = [sys.executable, "-m", "stages.launch", "stages.transfer"]
+        subprocess.run(command, check=True, env=environment | {"CONTRADIFF_NUM_PROCESSES": count})
+        files = (Path("build/transfer/splits.json"), Path("metrics/transfer.json"))
+        results.append([path.read_bytes() for path in files])
+    assert results[0] == results[1]
+    assert b"finetuned" in results[0][1]
+    assert project.is_main
 
 
 def test_changed_data_is_refused(project: Run):
