@@ -101,7 +101,11 @@ def _sample_rows(
     first = scores is score
     which = "" if first else f", {resizer}"
     mark, bias = (" (biased)", BIAS) if score.biased else ("", "")
-    kept = f"On at most {score.num_kept:,} features a side; {facts}"
+    kept = f"On {score.num_kept:,} features a side; otherwise measured as the FID above."
+    alone = (
+        f"{score.num_samples:,} samples, no reference, classes of {score.extractor}, resizer "
+        f"{resizer}, seed {score.seed}."
+    )
     inception = f"{scores.inception_score:.2f} ± {scores.inception_score_std:.2f}"
     pairs = {
         f"Precision, recall{which} ↑": f"{scores.precision:.3f}, {scores.recall:.3f}",
@@ -111,7 +115,7 @@ def _sample_rows(
         Row(f"FID{which} ↓", f"{scores.fid:.2f}{mark}", f"{bias}{facts}", "FID ↓" if first else ""),
         Row(f"KID{which} ↓", f"{scores.kid:.4f} ± {scores.kid_std:.4f}", kept),
         *(Row(name, value, kept) for name, value in pairs.items()),
-        Row(f"Inception score{which} ↑", inception, facts, "Inception score ↑" if first else ""),
+        Row(f"Inception score{which} ↑", inception, alone, "Inception score ↑" if first else ""),
     ]
 
 
