@@ -49,8 +49,13 @@ class ProbeParams(SgdParams):
 
     @property
     def grid(self) -> "tuple[SgdSetting, ...]":
-        """Configured setting first, Table 2's somewhere, then rates x decays; none twice."""
+        """Configured setting first, Table 2's somewhere, then rates x decays; none twice.
+
+        Of attentive heads the first two alone: each is as dear as a training.
+        """
         configured = SgdSetting(self.lr, self.momentum, self.weight_decay)
+        if self.head == "attentive":
+            return tuple(dict.fromkeys((configured, TABLE_2)))
         others = [
             SgdSetting(lr, self.momentum, weight_decay)
             for lr in (self.lr, *self.lrs)

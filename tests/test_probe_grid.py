@@ -134,6 +134,8 @@ def test_grid_of_params_has_the_configured_setting_first_and_none_twice():
         SgdSetting(0.3, 0.9, 0.0),
         SgdSetting(0.3, 0.9, 0.001),
     )
+    attentive = ProbeParams.model_validate(PARAMS | {"head": "attentive"})
+    assert attentive.grid == (SgdSetting(0.1, 0.9, 0.0), TABLE_2)
     literal = PARAMS | {"lr": 0.01, "weight_decay": 0.05, "lrs": [], "weight_decays": []}
     assert ProbeParams.model_validate(literal).grid == (TABLE_2,)
     assert not params.is_table_2
