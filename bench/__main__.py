@@ -15,5 +15,6 @@ def first_line(name: str) -> str:
 if __name__ == "__main__":
     if len(sys.argv) < 2 or sys.argv[1] not in BENCHES:
         lines = [f"  {name:12} {first_line(name)}" for name in BENCHES]
-        sys.exit("\n".join(["usage: python -m bench NAME [arguments]", *lines]))
+        print("\n".join(["usage: python -m bench NAME [arguments]", *lines]))
+        sys.exit(0 if len(sys.argv) < 2 else f"{sys.argv[1]} is none of them")
     importlib.import_module(f"bench.{sys.argv[1]}").main(sys.argv[2:])

@@ -179,6 +179,12 @@ def find_cifar(root: Path, name: CifarName, *, shown_root: str) -> CifarFiles:
     for layout in layouts:
         if (root / layout.archive).is_file():
             return CifarFiles(layout, root / layout.archive)
+    if not root.exists():
+        msg = (
+            f"transfer_data.root: {shown_root} does not exist; it may be {archives} or a folder "
+            f"that holds one, packed or unpacked (from {HOMEPAGE}; nothing is downloaded)"
+        )
+        raise ValueError(msg)
     missing = min(absent, key=len)
     msg = (
         f"transfer_data.root: {shown_root} lacks {', '.join(missing)}; put {archives} there, "
