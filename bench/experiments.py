@@ -4,7 +4,8 @@
     python -m bench experiments a1b2c3 those of another one
 
 A row's name is what its parameters have that the commit's own do not. Experiments do not travel
-with a clone: a table does.
+with a clone: a table does. Of an experiment that was run to a target (`dvc exp run ... probe`),
+scores of stages that were not run for it are those of its commit.
 """
 
 import json

@@ -142,7 +142,8 @@ def test_python_comes_before_binary_and_unpacked_before_packed(tmp_path: Path):
 
 
 def test_nothing_found_is_named(tmp_path: Path):
-    assert complaint(tmp_path / "absent").startswith("transfer_data.root: data lacks ")
+    assert complaint(tmp_path / "absent").startswith("transfer_data.root: data does not exist; ")
+    assert complaint(tmp_path).startswith("transfer_data.root: data lacks ")
     assert "put cifar-10-python.tar.gz or cifar-10-binary.tar.gz there" in complaint(
         tmp_path, "cifar10"
     )
