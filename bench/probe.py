@@ -3,10 +3,10 @@
     python -m bench probe                 4,000 x 128 features of 12 classes, 12 settings, 10 epochs
     python -m bench probe 20000 1024 100  images, width, classes
 
-In one run, on the same features: `train_linear_probes` (all settings at once); `train_linear_probe`
-(one setting, features in memory); one probe as it is usually written (DataLoader over a
-TensorDataset, torch.optim.SGD); and scikit-learn's LogisticRegression (L-BFGS to convergence, one
-setting). Accuracy stands beside the time, since the four do not stop at the same point.
+In one run, on the same features: `train_linear_probes` (all settings at once); the same with one
+setting; one probe as it is usually written (DataLoader over a TensorDataset, torch.optim.SGD); and
+scikit-learn's LogisticRegression (L-BFGS to convergence, one setting). Accuracy stands beside
+the time, since the four do not stop at the same point.
 """
 
 import time
@@ -18,9 +18,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from contradiff.optim import cosine_with_warmup
-from contradiff.probe_grid import train_linear_probes
-from contradiff.probing import LinearProbe, SgdSetting, evaluate, train_linear_probe
+from contradiff.optim import SgdSchedule, SgdSetting, cosine_with_warmup
+from contradiff.probe_training import train_linear_probes
+from contradiff.probing import LinearProbe, evaluate
 
 SETTINGS = [
     SgdSetting(lr, 0.9, decay)
@@ -36,13 +36,10 @@ def main(arguments: Sequence[str]) -> None:
     test = draw(1000, width=width, num_classes=num_classes, seed=2)
     shared = {
         "num_classes": num_classes,
-        "batch_size": BATCH_SIZE,
-        "epochs": EPOCHS,
-        "warmup_epochs": 1.0,
+        "schedule": SgdSchedule(BATCH_SIZE, EPOCHS, warmup_epochs=1.0),
         "seed": 0,
     }
     one = SETTINGS[4]
-    alone = {"lr": one.lr, "momentum": one.momentum, "weight_decay": one.weight_decay}
 
     def top1(probe: LinearProbe) -> float:
         return evaluate(probe, *test).top1
@@ -52,7 +49,10 @@ def main(arguments: Sequence[str]) -> None:
             len(SETTINGS),
             lambda: top1(train_linear_probes(*train, settings=SETTINGS, **shared)[4]),
         ),
-        "one probe, in memory": (1, lambda: top1(train_linear_probe(*train, **alone, **shared))),
+        "one probe": (
+            1,
+            lambda: top1(train_linear_probes(*train, settings=[one], **shared)[0]),
+        ),
         "one DataLoader probe": (
             1,
             lambda: top1(dataloader_probe(*train, num_classes=num_classes, setting=one)),

@@ -3,6 +3,7 @@
 Result-affecting fields have no defaults in code: params.yaml shows every value.
 """
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
@@ -91,6 +92,28 @@ def parse_exactly(schema: type[S], content: Mapping[str, Any], *, source: str) -
         return schema.model_validate(dict(content))
     except ValidationError as error:
         raise ValueError(describe(error, source=source)) from None
+
+
+def read_card(schema: type[S], path: Path, *, stage: str) -> S:
+    """Read what a stage wrote of its outputs beside them, as JSON.
+
+    Args:
+        schema: of the whole file.
+        path: the file.
+        stage: that makes it, for the message where it is missing.
+
+    Raises:
+        ValueError: the file is missing or wrong.
+    """
+    if not path.is_file():
+        msg = f"{path}: no such file: run the stage {stage} first"
+        raise ValueError(msg)
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        msg = f"{path}: not valid JSON: {error}"
+        raise ValueError(msg) from error
+    return parse_exactly(schema, content, source=str(path))
 
 
 def describe(error: ValidationError, *, source: str) -> str:

@@ -3,10 +3,8 @@
 chunks of encoded images => decoded and cut in other processes => encoded in this one, in order
 """
 
-import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,6 +12,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from contradiff.data.shards import Record, Sample, ShardIndex
 from contradiff.data.transforms import apply_crop, decode
+from contradiff.disk import describe_bytes
 from contradiff.latents import (
     LatentsParams,
     StoredLatents,
@@ -160,29 +159,10 @@ def describe_cost(cost: Mapping[str, int], index: ShardIndex, params: LatentsPar
     for split, num_bytes in cost.items():
         views, flips = views_of(split, params)
         shown = f"{views} view{'s' if views > 1 else ''}{' and their mirror images' * flips}"
-        parts.append(f"{split} {_shown(num_bytes)} ({index.num_samples(split):,} x {shown})")
-    return f"{_shown(sum(cost.values()))} of latents: {', '.join(parts)}"
-
-
-def check_room(num_bytes: int, folders: Sequence[Path]) -> None:
-    """Refuse what does not fit.
-
-    Args:
-        num_bytes: what is still to be written.
-        folders: each that it is written to, existing; those on one disk share it.
-
-    Raises:
-        ValueError: names latents.views and the folder.
-    """
-    for folder in folders:
-        free = shutil.disk_usage(folder).free
-        if free < num_bytes:
-            msg = (
-                f"latents.views: the latents need {_shown(num_bytes)} more, but {folder.resolve()} "
-                f"has {_shown(free)} free; make room there, or lower latents.views or switch "
-                "latents.flips off"
-            )
-            raise ValueError(msg)
+        parts.append(
+            f"{split} {describe_bytes(num_bytes)} ({index.num_samples(split):,} x {shown})"
+        )
+    return f"{describe_bytes(sum(cost.values()))} of latents: {', '.join(parts)}"
 
 
 @dataclass(frozen=True)
@@ -255,10 +235,3 @@ class Reconstruction:
 
 def _round_up(number: int, multiple: int) -> int:
     return -(-number // multiple) * multiple
-
-
-def _shown(num_bytes: int) -> str:
-    for unit, size in (("GB", 1e9), ("MB", 1e6)):
-        if num_bytes >= size:
-            return f"{num_bytes / size:.1f} {unit}"
-    return f"{num_bytes / 1e3:.1f} kB"

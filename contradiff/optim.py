@@ -2,7 +2,8 @@
 
 import math
 from collections.abc import Iterable
-from typing import Any, ClassVar
+from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from pydantic import Field, model_validator
@@ -15,6 +16,36 @@ REFERENCE_BATCH_SIZE = 256
 
 _CLASS_TOKENS = ("cls", "cls_token", "class_token")
 _POSITION_PREFIXES = ("pos_embed", "position")
+
+
+@dataclass(frozen=True)
+class SgdSetting:
+    """What tells classifiers apart that are trained together.
+
+    Attributes:
+        lr: Peak learning rate.
+        momentum: SGD's momentum.
+        weight_decay: L2 penalty of weights and biases.
+    """
+
+    lr: float
+    momentum: float
+    weight_decay: float
+
+
+@dataclass(frozen=True)
+class SgdSchedule:
+    """What classifiers that are trained together have in common.
+
+    Attributes:
+        batch_size: Greatest batch.
+        epochs: Passes over all the samples.
+        warmup_epochs: Length of the linear warm-up, after which the rate falls along half a cosine.
+    """
+
+    batch_size: int
+    epochs: int
+    warmup_epochs: float
 
 
 class SgdParams(Section):
@@ -41,9 +72,15 @@ class SgdParams(Section):
             raise ValueError(msg)
         return self
 
-    def sgd_settings(self) -> dict[str, Any]:
-        """The fields above, as keyword arguments of `probing.train_linear_probe`."""
-        return {name: getattr(self, name) for name in SgdParams.model_fields}
+    @property
+    def setting(self) -> SgdSetting:
+        """What may differ between classifiers that are trained together."""
+        return SgdSetting(self.lr, self.momentum, self.weight_decay)
+
+    @property
+    def schedule(self) -> SgdSchedule:
+        """What they have in common."""
+        return SgdSchedule(self.batch_size, self.epochs, self.warmup_epochs)
 
 
 def cosine_with_warmup(

@@ -3,7 +3,7 @@
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, Protocol, TypeAlias, runtime_checkable
+from typing import Any, ClassVar, Literal, TypeAlias
 
 import torch
 from jaxtyping import Float, Float64, Int64
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from contradiff.data.subsets import k_shot_split
 from contradiff.evaluation.accuracy import topk_correct
 from contradiff.optim import SgdParams
+from contradiff.probe_training import train_linear_probes
 
 Shots: TypeAlias = int | Literal["full"]
 """Training images a class, or all that there are."""
@@ -42,22 +43,6 @@ class TransferParams(SgdParams):
             msg = f"transfer.shots: distinct numbers of 1 or more, or full; not {self.shots}"
             raise ValueError(msg)
         return self
-
-
-@runtime_checkable
-class ProbeTrainer(Protocol):
-    """`probing.train_linear_probe` with its settings bound, as by `functools.partial`."""
-
-    def __call__(
-        self,
-        features: Float[Tensor, "n d"],
-        labels: Int64[Tensor, " n"],
-        *,
-        num_classes: int,
-        seed: int,
-    ) -> nn.Module:
-        """Return a module from features (m, d) to logits (m, num_classes)."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -198,8 +183,7 @@ def transfer(
     *,
     splits: Sequence[Sequence[int]],
     num_classes: int,
-    ridge: float,
-    train_probe: ProbeTrainer,
+    params: TransferParams,
     seed: int,
 ) -> TransferResult:
     """Train both classifiers on each split and test each on the whole test set.
@@ -211,8 +195,7 @@ def transfer(
         labels_test: Their classes.
         splits: Rows of `features_train` for each split.
         num_classes: Number of classes.
-        ridge: Penalty of `ridge_classifier`.
-        train_probe: Trains the SGD probe on one split.
+        params: Penalty of `ridge_classifier`, and the SGD probe's settings.
         seed: Seed of the first split's probe; split i has seed + i.
     """
     ridge_top1: list[float] = []
@@ -220,9 +203,18 @@ def transfer(
     for index, split in enumerate(splits):
         rows = torch.tensor(split, device=features_train.device)
         features, labels = features_train[rows], labels_train[rows]
-        closed_form = ridge_classifier(features, labels, num_classes=num_classes, ridge=ridge)
+        closed_form = ridge_classifier(
+            features, labels, num_classes=num_classes, ridge=params.ridge
+        )
         ridge_top1.append(_top1(closed_form(features_test), labels_test))
-        probe = train_probe(features, labels, num_classes=num_classes, seed=seed + index).eval()
+        [probe] = train_linear_probes(
+            features,
+            labels,
+            num_classes=num_classes,
+            settings=[params.setting],
+            schedule=params.schedule,
+            seed=seed + index,
+        )
         with torch.no_grad():
             probe_top1.append(_top1(probe(features_test.float()), labels_test))
     return TransferResult(

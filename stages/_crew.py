@@ -1,7 +1,8 @@
 """The processes of one stage share its work through files: who does what, how far all of them are.
 
-No process waits in a collective while others work: one that is done early would run into the time
-limit of a collective (10 minutes with NCCL, 30 with gloo) where another's share takes longer.
+No process waits in a collective while others work: the main one shows how far all of them are, a
+failure ends the others at once, and no time limit of collectives is run into, however long a share
+takes.
 """
 
 import time

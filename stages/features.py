@@ -17,8 +17,8 @@ from safetensors.torch import save_file
 from contradiff.atomic import replace_dir, sha256_of
 from contradiff.checkpoint import base_digest
 from contradiff.config import Section, Seed
-from contradiff.data.full_disk import explain_full_disk
 from contradiff.data.shards import Shard, ShardIndex
+from contradiff.disk import check_free_space, describe_bytes, explain_full_disk
 from contradiff.extraction import FeatureData
 from contradiff.feature_cache import (
     HEAD_NAME,
@@ -82,7 +82,14 @@ def main(params: Params, run: Run) -> None:
         accelerator.wait_for_everyone()  # the main process holds the folder's lock
         first = next(iter(model.read(data, *shards[0])))
         num_images = sum(index.num_samples(split) for split in index.splits)
-        check_room(bytes_of_image(model, first) * num_images, folder, run)
+        num_bytes = bytes_of_image(model, first) * num_images
+        run.log(f"{describe_bytes(num_bytes)} of features")
+        check_free_space(
+            folder,
+            num_bytes - sum(file.stat().st_size for file in folder.iterdir()),
+            ways_out="store less: probe.head: linear (no maps), fewer features.more_triples or "
+            "features.more_blocks",
+        )
         # nobody writes before everybody has measured what is free
         accelerator.wait_for_everyone()
         num_own = sum(index.shards(split)[number].num_samples for split, number in own)
@@ -102,20 +109,6 @@ def main(params: Params, run: Run) -> None:
 
 def file_of(folder: Path, split: str, number: int) -> Path:
     return folder / f"{split}-{number:05d}.safetensors"
-
-
-def check_room(num_bytes: int, folder: Path, run: Run) -> None:
-    """Say how much will be written, and refuse it before the work if there is no room."""
-    there = sum(file.stat().st_size for file in folder.iterdir())
-    free = shutil.disk_usage(folder).free
-    run.log(f"features of {num_bytes / 1e9:.3g} GB; {free / 1e9:.3g} GB free at {folder}")
-    if num_bytes - there > free:
-        msg = (
-            f"features: {num_bytes / 1e9:.3g} GB to be written, but {free / 1e9:.3g} GB free at "
-            f"{folder}; make room, or store less: probe.head: linear (no maps), fewer "
-            "features.more_triples or features.more_blocks"
-        )
-        raise ValueError(msg)
 
 
 def collect(

@@ -21,7 +21,6 @@ from contradiff.backbone import load_vae, merge_lora
 from contradiff.checkpoint import WEIGHTS_NAME, base_digest, load_checkpoint
 from contradiff.class_condition import choose_denoiser, load_class_table, read_class_config
 from contradiff.config import Section, Seed
-from contradiff.data.full_disk import explain_full_disk
 from contradiff.data.params import DataParams
 from contradiff.data.png import LiveGrid, encode_png, image_grid
 from contradiff.data.shards import (
@@ -34,6 +33,7 @@ from contradiff.data.shards import (
     resume_shard,
     shard_name,
 )
+from contradiff.disk import explain_full_disk
 from contradiff.model import ContraDiff
 from contradiff.sample_conditions import (
     Conditioning,

@@ -17,7 +17,6 @@ import torch
 from contradiff.atomic import replace_dir, replace_file
 from contradiff.backbone import load_vae
 from contradiff.config import Section, Seed
-from contradiff.data.full_disk import explain_full_disk
 from contradiff.data.params import DataParams
 from contradiff.data.png import encode_png, image_grid
 from contradiff.data.shards import (
@@ -32,10 +31,10 @@ from contradiff.data.shards import (
     shard_name,
     write_noted_shard,
 )
+from contradiff.disk import check_free_space, explain_full_disk
 from contradiff.encoding import (
     Chunk,
     Reconstruction,
-    check_room,
     chunks_of,
     describe_cost,
     encode_chunks,
@@ -90,7 +89,12 @@ def main(params: Params, run: Run) -> None:
             LATENTS.parent.mkdir(exist_ok=True)
             done = (finished_shard(path) for *_, path in todo)
             written = sum(shard.num_bytes for shard in done if shard is not None)
-            check_room(sum(cost.values()) - written, [work, LATENTS.parent])
+            for place in (work, LATENTS.parent):
+                check_free_space(
+                    place,
+                    sum(cost.values()) - written,
+                    ways_out="lower latents.views or switch latents.flips off",
+                )
             # Before hours are spent: some latents as a reader of the shards would see them.
             images = list(islice(read_images(IMAGES, "val"), NUM_SHOWN))
             chunks = chunks_of(images, split="val", params=params.latents)

@@ -8,7 +8,7 @@ from pathlib import Path
 from contradiff.config import Section, Seed
 from contradiff.data.params import DataParams
 from contradiff.data.shards import ShardIndex
-from contradiff.evaluation.extractors import load_extractor, read_card
+from contradiff.evaluation.extractors import load_extractor, read_extractor_card
 from contradiff.evaluation.frechet import check_count
 from contradiff.evaluation.images import reference_shard
 from contradiff.evaluation.reference import (
@@ -32,7 +32,7 @@ class Params(Section):
 def main(params: Params, run: Run) -> None:
     section, size = params.reference, params.data.image_size
     shards = ShardIndex.read(IMAGES).shards(section.split)
-    extractor_card = read_card(EXTRACTOR)
+    extractor_card = read_extractor_card(EXTRACTOR)
     num_images = sum(shard.num_samples for shard in shards)
     card = ReferenceCard(
         split=section.split,

@@ -8,7 +8,7 @@ from pathlib import Path
 from contradiff.config import Section, Seed
 from contradiff.data.params import DataParams
 from contradiff.data.shards import ShardIndex
-from contradiff.evaluation.extractors import load_extractor, read_card
+from contradiff.evaluation.extractors import load_extractor, read_extractor_card
 from contradiff.evaluation.feature_sets import FeatureSet
 from contradiff.evaluation.frechet import check_count
 from contradiff.evaluation.images import generated_shard
@@ -31,7 +31,7 @@ def main(params: Params, run: Run) -> None:
     samples = ShardIndex.read(SAMPLES)
     shards = samples.shards("sample")
     num_samples = samples.num_samples("sample")
-    extractor = read_card(EXTRACTOR)
+    extractor = read_extractor_card(EXTRACTOR)
     reference = read_reference_card(REFERENCE, extractor=extractor, image_size=size)
     words = f"{num_samples} samples"
     check_count(num_samples, num_features=extractor.num_features, reference=words)

@@ -9,7 +9,6 @@ from pydantic import model_validator
 
 from contradiff.atomic import replace_dir
 from contradiff.config import Section, Seed
-from contradiff.data.full_disk import explain_full_disk
 from contradiff.data.image_files import Read
 from contradiff.data.imagenet import Manifest
 from contradiff.data.params import DataParams
@@ -27,6 +26,7 @@ from contradiff.data.sharding import (
 )
 from contradiff.data.shards import ShardIndex, ShardParams
 from contradiff.data.tally import QUARANTINE_NAME, Tally
+from contradiff.disk import explain_full_disk
 
 MANIFEST, SHARDS = Path("build/manifest/images.json"), Path("build/shards")
 

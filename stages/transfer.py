@@ -25,7 +25,6 @@ from contradiff.feature_models import FeatureModel
 from contradiff.features import FeaturesParams
 from contradiff.finetuning import EncodedImages, finetune, finetuned_top1, weights_kept
 from contradiff.model import ContraDiff
-from contradiff.probing import train_linear_probe
 from contradiff.timm_features import TimmFeatures
 from contradiff.transfer import (
     Shots,
@@ -143,8 +142,7 @@ def main(params: Params, run: Run) -> None:
             test_features.labels,
             splits=rows[shots],
             num_classes=len(pool.class_names),
-            ridge=settings.ridge,
-            train_probe=partial(train_linear_probe, **settings.sgd_settings()),
+            params=settings,
             seed=params.seed,
         )
         scores[shots] = {"ridge": result.ridge, "sgd": result.probe}

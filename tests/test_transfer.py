@@ -1,14 +1,13 @@
 """contradiff.transfer against scikit-learn and hand-computed scores."""
 
 import statistics
-from functools import partial
 
 import pytest
 import torch
 from pydantic import ValidationError
 from torch import Tensor, nn
 
-from contradiff.probing import train_linear_probe
+from contradiff.probe_training import train_linear_probes
 from contradiff.transfer import (
     TransferParams,
     TransferScores,
@@ -137,14 +136,8 @@ def test_transfer_scores_each_split_on_the_whole_test_set():
     features, labels = samples(400, dim=12, num_classes=4, seed=0)
     test_features, test_labels = samples(301, dim=12, num_classes=4, seed=1)
     splits = draw_splits(labels.tolist(), shots=10, num_splits=3, seed=0)
-    train_probe = partial(
-        train_linear_probe,
-        lr=0.01,
-        momentum=0.9,
-        weight_decay=0.0,
-        batch_size=16,
-        epochs=20,
-        warmup_epochs=1.0,
+    params = TransferParams.model_validate(
+        PARAMS | {"lr": 0.01, "batch_size": 16, "epochs": 20, "warmup_epochs": 1.0}
     )
 
     def run(features: Tensor, labels: Tensor, splits: list[list[int]]):
@@ -155,8 +148,7 @@ def test_transfer_scores_each_split_on_the_whole_test_set():
             test_labels,
             splits=splits,
             num_classes=4,
-            ridge=1.0,
-            train_probe=train_probe,
+            params=params,
             seed=0,
         )
 
@@ -166,7 +158,14 @@ def test_transfer_scores_each_split_on_the_whole_test_set():
         ridge = ridge_classifier(features[split], labels[split], num_classes=4, ridge=1.0)
         correct = (ridge(test_features).argmax(1) == test_labels).sum().item()
         assert result.ridge.top1[index] == pytest.approx(correct / 301)
-        probe = train_probe(features[split], labels[split], num_classes=4, seed=index)
+        [probe] = train_linear_probes(
+            features[split],
+            labels[split],
+            num_classes=4,
+            settings=[params.setting],
+            schedule=params.schedule,
+            seed=index,
+        )
         correct = (probe(test_features).argmax(1) == test_labels).sum().item()
         assert result.probe.top1[index] == pytest.approx(correct / 301)
     for scores in (result.ridge, result.probe):

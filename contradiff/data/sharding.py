@@ -24,11 +24,11 @@ from pydantic import Field
 
 from contradiff.atomic import replace_file
 from contradiff.config import Section
-from contradiff.data.full_disk import check_free_space, explain_full_disk
 from contradiff.data.image_files import SPLITS, ImageFile, Read
 from contradiff.data.intake import Verify, take_in
 from contradiff.data.shards import Compression, Record, Shard, shard_name, write_shard
 from contradiff.data.tar import BLOCK, padded_size
+from contradiff.disk import check_free_space, explain_full_disk
 
 
 class IngestParams(Section):

@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 
 from contradiff.atomic import replace_file
-from contradiff.data.full_disk import explain_full_disk
 from contradiff.data.sharding import DoneShard, PlannedShard, Quarantined
 from contradiff.data.shards import Shard
+from contradiff.disk import explain_full_disk
 
 QUARANTINE_NAME = "quarantine.json"
 NUM_SHOWN = 3

@@ -6,7 +6,6 @@ named "FID (domain classifier)". `inception` is the network of published FIDs.
 images (b 3 h w) uint8 -> [resizer] -> features (b d), logits (b classes), both float32
 """
 
-import json
 import shutil
 from abc import ABC, abstractmethod
 from pathlib import Path
@@ -18,7 +17,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from contradiff.atomic import replace_dir, replace_file, sha256_of
-from contradiff.config import Section, parse_exactly
+from contradiff.config import Section, read_card
 from contradiff.evaluation.classifier import ResidualClassifier
 from contradiff.evaluation.inception import (
     PINNED,
@@ -33,6 +32,7 @@ Kind = Literal["classifier", "inception"]
 Outputs = tuple[Float[Tensor, "batch features"], Float[Tensor, "batch classes"]]
 
 WEIGHTS_NAME: dict[Kind, str] = {"classifier": "extractor.safetensors", "inception": "inception.pt"}
+CARD_NAME = "extractor.json"
 NUM_INCEPTION_FEATURES = 2048
 
 
@@ -258,7 +258,7 @@ def load_extractor(folder: Path, *, device: torch.device) -> Extractor:
         ValueError: a file is missing, extractor.json is wrong, or the weights are not those that
             it describes.
     """
-    card = read_card(folder)
+    card = read_extractor_card(folder)
     weights = folder / WEIGHTS_NAME[card.kind]
     if not weights.is_file() or sha256_of(weights) != card.weights_sha256:
         msg = (
@@ -277,24 +277,15 @@ def load_extractor(folder: Path, *, device: torch.device) -> Extractor:
     return ClassifierExtractor(classifier, card, device=device)
 
 
-def read_card(folder: Path) -> ExtractorCard:
+def read_extractor_card(folder: Path) -> ExtractorCard:
     """Read extractor.json alone: what the extractor is, without its weights.
 
     Raises:
         ValueError: the file is missing or wrong.
     """
-    path = folder / "extractor.json"
-    if not path.is_file():
-        msg = f"{path}: no such file: run the stage extractor first"
-        raise ValueError(msg)
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        msg = f"{path}: not valid JSON: {error}"
-        raise ValueError(msg) from error
-    return parse_exactly(ExtractorCard, content, source=str(path))
+    return read_card(ExtractorCard, folder / CARD_NAME, stage="extractor")
 
 
 def _write_card(folder: Path, card: ExtractorCard) -> None:
-    with replace_file(folder / "extractor.json") as path:
+    with replace_file(folder / CARD_NAME) as path:
         path.write_text(card.model_dump_json(indent=2) + "\n", encoding="utf-8")

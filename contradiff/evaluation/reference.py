@@ -4,7 +4,6 @@ build/reference/<resizer>.safetensors: a FeatureSet each; build/reference/refere
 """
 
 import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal
@@ -12,7 +11,7 @@ from typing import Literal
 from pydantic import Field
 
 from contradiff.atomic import replace_dir
-from contradiff.config import Section, parse_exactly
+from contradiff.config import Section, read_card
 from contradiff.data.shards import Shard
 from contradiff.evaluation.extractors import ExtractorCard
 from contradiff.evaluation.feature_sets import FeatureSet
@@ -78,15 +77,7 @@ def read_reference_card(
             other resizers or another size; names it.
     """
     path = folder / CARD_NAME
-    if not path.is_file():
-        msg = f"{path}: no such file: run the stage reference first"
-        raise ValueError(msg)
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        msg = f"{path}: not valid JSON: {error}"
-        raise ValueError(msg) from error
-    card = parse_exactly(ReferenceCard, content, source=str(path))
+    card = read_card(ReferenceCard, path, stage="reference")
     wanted = {
         "extractor": extractor.name,
         "extractor_sha256": extractor.weights_sha256,

@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from pydantic import ValidationError
 
-from contradiff.data import full_disk
+from contradiff import disk
 from contradiff.data.folder_source import FileReader
 from contradiff.data.image_files import ImageFile
 from contradiff.data.pool import run_jobs
@@ -442,12 +442,12 @@ def test_too_little_space_is_told_before_the_work(tmp_path: Path, monkeypatch: p
     plan = memory(40).plan()
 
     def usage(_path: Path) -> Any:
-        return type("Usage", (), {"free": full_disk.SPARE_BYTES + 100_000})
+        return type("Usage", (), {"free": disk.SPARE_BYTES + 100_000})
 
-    monkeypatch.setattr(full_disk.shutil, "disk_usage", usage)
+    monkeypatch.setattr(disk.shutil, "disk_usage", usage)
     check_space(plan, plan[:3], work=tmp_path, target=tmp_path)
     check_space(plan, [], work=tmp_path, target=tmp_path)
-    with pytest.raises(ValueError, match=r"MB are to be written and 50\.1 MB are free, of") as e:
+    with pytest.raises(ValueError, match=r"kB are to be written and 50\.1 MB are free, of") as e:
         check_space(plan * 10, plan * 10, work=tmp_path, target=tmp_path)
     assert str(tmp_path) in str(e.value)
 

@@ -14,7 +14,7 @@ from contradiff.evaluation.classifier import ResidualClassifier
 from contradiff.evaluation.extractors import (
     ExtractorParams,
     load_extractor,
-    read_card,
+    read_extractor_card,
     save_classifier,
 )
 from contradiff.evaluation.inception import INCEPTION_URL
@@ -82,7 +82,7 @@ def test_contradictory_params_are_refused(changes: dict[str, Any], message: str)
 def test_classifier_survives_saving(tmp_path: Path, classifier: ResidualClassifier):
     card = save(tmp_path / "extractor", classifier)
     extractor = load_extractor(tmp_path / "extractor", device=CPU)
-    assert extractor.card == card == read_card(tmp_path / "extractor")
+    assert extractor.card == card == read_extractor_card(tmp_path / "extractor")
     assert (card.name, card.resizers, card.num_features) == ("domain-classifier", ["none"], 8)
     images = pictures(5)
     with torch.no_grad():

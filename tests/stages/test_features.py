@@ -224,7 +224,7 @@ def test_nobody_looks_before_the_main_process_holds_the_folder(
     )
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setattr(Run, "accelerator", lambda _: accelerator)
-    monkeypatch.setattr(features, "check_room", lambda *_: events.append("check"))
+    monkeypatch.setattr(features, "check_free_space", lambda *_, **__: events.append("check"))
     monkeypatch.setattr(features, "resume_rows", lambda *_: events.append("write"))
     features.main(parse(features.Params, content_of(), source="params.yaml"), trained_project)
     assert events[:4] == ["wait", "check", "wait", "write"]
@@ -289,7 +289,7 @@ def test_too_little_room_is_found_before_the_work(
 ):
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=32 * (8 + 2 * 16) - 1))
     monkeypatch.setattr(features, "write_features", lambda *_: pytest.fail("it began"))
-    with pytest.raises(ValueError, match=r"^features: .* GB to be written, but .* GB free"):
+    with pytest.raises(ValueError, match=r"kB are to be written .* less: probe\.head: linear"):
         make(trained_project)
 
 
