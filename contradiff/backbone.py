@@ -1,10 +1,11 @@
 """The pretrained latent diffusion model, frozen, and the LoRA that adapts its cross-attention."""
 
 import json
+from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import torch
 from pydantic import Field, model_validator
@@ -167,20 +168,18 @@ def check_config(folder: Path) -> None:
     Raises:
         ValueError: a part is missing, or is not what ContraDiff can use; names base.path.
     """
-    for part in PARTS:
-        config = folder / part / ("scheduler_config.json" if part == "scheduler" else "config.json")
-        if not config.is_file():
-            msg = (
-                f"base.path: {folder} has no {config.relative_to(folder)}; expected a model folder "
-                "in diffusers' format with vae/, unet/ and scheduler/. The tiny base comes by "
-                "`dvc pull models/tiny`, or is retrained by `make base`"
-            )
-            raise ValueError(msg)
-    unet = json.loads((folder / "unet" / "config.json").read_text())
+    vae, unet, scheduler = (_config_of(folder, part) for part in PARTS)
     blocks = [*unet.get("down_block_types", []), *unet.get("up_block_types", [])]
     attends = any("CrossAttn" in block for block in blocks)
     if unet.get("_class_name") != "UNet2DConditionModel" or not attends:
         msg = f"base.path: {folder}/unet is no UNet2DConditionModel with cross-attention"
+        raise ValueError(msg)
+    # 1280 is diffusers' default
+    if not isinstance(width := unet.get("cross_attention_dim", 1280), int):
+        msg = (
+            f"base.path: {folder}/unet has cross_attention_dim {width!r}; all its blocks must "
+            "attend to tokens of one width"
+        )
         raise ValueError(msg)
     for key in UNUSED_INPUTS:
         if unet.get(key):
@@ -190,7 +189,6 @@ def check_config(folder: Path) -> None:
     if unet.get("mid_block_type", mid) != mid:
         msg = f"base.path: {folder}/unet has mid_block_type {unet['mid_block_type']!r}, not {mid}"
         raise ValueError(msg)
-    vae = json.loads((folder / "vae" / "config.json").read_text())
     # 4 is the default of both
     latent_channels, in_channels = vae.get("latent_channels", 4), unet.get("in_channels", 4)
     if latent_channels != in_channels:
@@ -199,7 +197,12 @@ def check_config(folder: Path) -> None:
             f"makes latents of {latent_channels} (latent_channels)"
         )
         raise ValueError(msg)
-    scheduler = json.loads((folder / "scheduler" / "scheduler_config.json").read_text())
+    if (out_channels := unet.get("out_channels", 4)) != in_channels:
+        msg = (
+            f"base.path: {folder}/unet takes {in_channels} channels and predicts {out_channels} "
+            "(out_channels); Eq. 3 compares noise with noise"
+        )
+        raise ValueError(msg)
     if scheduler.get("prediction_type", "epsilon") != "epsilon":
         msg = (
             f"base.path: {folder}/scheduler predicts {scheduler['prediction_type']}; "
@@ -213,8 +216,8 @@ def check_fit(
     *,
     image_size: int,
     lora_targets: list[str],
-    block: str,
-    timesteps: list[int],
+    blocks: Mapping[str, Sequence[str]],
+    timesteps: Mapping[str, Sequence[int]],
     num_inference_steps: int,
 ) -> None:
     """Refuse parameters that this base cannot serve, from its configuration files alone.
@@ -226,8 +229,8 @@ def check_fit(
         folder: of a base that `check_config` accepts.
         image_size: data.image_size.
         lora_targets: lora.targets.
-        block: head.block.
-        timesteps: features.timesteps.
+        blocks: what is read of the UNet, by the parameter that asks for it, such as head.block.
+        timesteps: at which it is read, by the parameter that asks for them.
         num_inference_steps: generate.num_inference_steps.
 
     Raises:
@@ -236,16 +239,19 @@ def check_fit(
     unet = unet_without_weights(folder)
     check_lora_targets(unet, lora_targets)
     num_up_blocks = len(unet.config["up_block_types"])
-    if "up.1" in block and num_up_blocks < 2:
-        msg = (
-            f"head.block: {block} reads the UNet's second up block, but the base has "
-            f"{num_up_blocks}; set it to mid"
-        )
-        raise ValueError(msg)
+    for key, asked in blocks.items():
+        for block in asked:
+            if "up.1" in block and num_up_blocks < 2:
+                msg = (
+                    f"{key}: {block} reads the UNet's second up block, but the base has "
+                    f"{num_up_blocks}; ask for mid alone, or take another base"
+                )
+                raise ValueError(msg)
     last = NoiseSchedule.of_base(folder).num_train_timesteps - 1
-    if max(timesteps) > last:
-        msg = f"features.timesteps: {timesteps} goes beyond the base's last timestep, {last}"
-        raise ValueError(msg)
+    for key, steps in timesteps.items():
+        if max(steps, default=0) > last:
+            msg = f"{key}: {max(steps)} is beyond the base's last timestep, {last}"
+            raise ValueError(msg)
     load_scheduler(folder, num_inference_steps=num_inference_steps)
     of_vae, of_unet = downsampling_of(folder), 2 ** (len(unet.config["block_out_channels"]) - 1)
     if image_size % (of_vae * of_unet):
@@ -256,11 +262,28 @@ def check_fit(
         raise ValueError(msg)
 
 
+def _config_of(folder: Path, part: str) -> dict[str, Any]:
+    name = "scheduler_config.json" if part == "scheduler" else "config.json"
+    path = folder / part / name
+    if not path.is_file():
+        msg = (
+            f"base.path: {folder} has no {part}/{name}; expected a model folder in diffusers' "
+            "format with vae/, unet/ and scheduler/. The tiny base comes by "
+            "`dvc pull models/tiny`, or is retrained by `make base`"
+        )
+        raise ValueError(msg)
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        msg = f"base.path: {path}: not valid JSON: {error}"
+        raise ValueError(msg) from error
+
+
 def unet_without_weights(folder: Path) -> "UNet2DConditionModel":
     """The denoiser that a folder's configuration describes, on the meta device: shapes alone."""
     from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 
-    config = json.loads((folder / "unet" / "config.json").read_text())
+    config = _config_of(folder, "unet")
     with torch.device("meta"):
         unet = UNet2DConditionModel.from_config(config)
     assert isinstance(unet, UNet2DConditionModel)
@@ -271,7 +294,7 @@ def vae_without_weights(folder: Path) -> "AutoencoderKL":
     """The autoencoder that a folder's configuration describes, on the meta device."""
     from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 
-    config = json.loads((folder / "vae" / "config.json").read_text())
+    config = _config_of(folder, "vae")
     with torch.device("meta"):
         vae = AutoencoderKL.from_config(config)
     assert isinstance(vae, AutoencoderKL)
@@ -280,7 +303,7 @@ def vae_without_weights(folder: Path) -> "AutoencoderKL":
 
 def downsampling_of(folder: Path) -> int:
     """Side of an image over that of its latent, from the autoencoder's configuration."""
-    vae = json.loads((folder / "vae" / "config.json").read_text())
+    vae = _config_of(folder, "vae")
     return 2 ** (len(vae["block_out_channels"]) - 1)
 
 

@@ -10,8 +10,8 @@ from typing import Annotated, Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-Seed = Annotated[int, Field(ge=0)]
-"""Of everything random; NumPy takes none below 0."""
+Seed = Annotated[int, Field(ge=0, lt=2**32)]
+"""Of everything random; NumPy takes no others, and products of it and a step fit 64 bits."""
 
 
 class Section(BaseModel):

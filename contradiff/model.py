@@ -67,9 +67,9 @@ class TrainingBatch:
 class ContraDiff(nn.Module):
     """One model that classifies and generates.
 
-    Trainable are the LoRA within `unet`, `conditioner`, `attention` and `projector`; the base's own
-    weights never change. `forward` is one training step's loss; `noise_pred`, `level_maps` and
-    `attention` are what generation and classification use.
+    Trainable are the LoRA within `unet`, `conditioner`, `attention`, `projector` and, where there
+    is one, `self_condition`; the base's own weights never change. `forward` is one training step's
+    loss; `noise_pred`, `level_maps` and `attention` are what generation and classification use.
     """
 
     def __init__(
@@ -130,9 +130,9 @@ class ContraDiff(nn.Module):
     ) -> dict[str, Float[Tensor, ""]]:
         """L = L_recon + lambda * L_contrast (Eq. 7) of one batch.
 
-        All six draws go through down and mid blocks as one batch; only the first `recon_passes` of
-        them, in the order (view, level), go on through the up blocks to predict their noise
-        (Eq. 3). With lambda = 0 the other draws are not computed at all.
+        All six draws go through down and mid blocks as one batch, and through as many up blocks as
+        `head.block` reads; only the first `recon_passes` of them, in the order (view, level), go on
+        to predict their noise (Eq. 3). With lambda = 0 the other draws are not computed at all.
 
         Args:
             batch: this process's images.

@@ -65,6 +65,9 @@ def draw_timesteps(
     reconstruction loss: each of them is uniform with probability `uniform_mix`. Nothing is sorted
     here, so that their distribution is the schedule's own.
 
+    A mixed draw is one of its view's triple as well, so that the contrastive loss sees it too: with
+    one reconstruction pass, in the first view alone.
+
     Deviation: the paper's schedule has no uniform part (uniform_mix 0). With it alone, timesteps
     above 700, which generation needs, are 1.7% of the draws.
     """

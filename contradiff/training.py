@@ -373,7 +373,7 @@ class _Average:
         self.ema = EMAModel(self.parameters, decay=decay, foreach=True)
 
     def update(self) -> None:
-        """After an optimiser step: decay min(decay, (1 + step) / (10 + step))."""
+        """After an optimiser step: decay 0 at the first, min(decay, (1 + s) / (10 + s)) after s."""
         self.ema.step(self.parameters)
 
     def copy_to_model(self) -> None:

@@ -93,6 +93,8 @@ def main(params: Params, run: Run) -> None:
         run.training_run(work, shown, files_checkpoint=True) as log_metrics,
         run.progress("train", num_steps, "step") as advance,
     ):
+        # The main process holds the folder's lock now: what all resume from no longer changes.
+        accelerator.wait_for_everyone()
         seen = 0
 
         def on_step(step: int, row: Mapping[str, float] | None) -> None:

@@ -134,8 +134,15 @@ def check_with_base(content: Mapping[str, Any], *, root: Path) -> None:
         folder,
         image_size=image_size,
         lora_targets=content["lora"]["targets"],
-        block=content["head"]["block"],
-        timesteps=[step for triple in triples for step in triple],
+        blocks={
+            "head.block": [content["head"]["block"]],
+            "features.more_blocks": content["features"]["more_blocks"],
+            "features.model": ["mid+up.1"] if content["features"]["model"] == "diffeed" else [],
+        },
+        timesteps={
+            "features.timesteps": content["features"]["timesteps"],
+            "features.more_triples": [step for triple in triples[1:] for step in triple],
+        },
         num_inference_steps=content["generate"]["num_inference_steps"],
     )
     if content["features"]["noising"] == "ddim_chain":
@@ -171,10 +178,31 @@ def contradictions(content: Mapping[str, Any]) -> Iterator[str]:
             "loss.latent_views: same and loss.recon_passes over 3 do; set it to 0"
         )
     yield from of_scores(content)
+    yield from of_null_conditions(content)
     if content["generate"]["condition"] == "class" and content["class_condition"]["epochs"] == 0:
         yield (
             "generate.condition: class needs a table of classes; make class_condition.epochs 1 or "
             "more (got 0)"
+        )
+
+
+def of_null_conditions(content: Mapping[str, Any]) -> Iterator[str]:
+    """Yield where sampling asks for a null condition that the reconstruction loss never trains."""
+    generate, conditioner = content["generate"], content["conditioner"]
+    # reconstructed: the second view's draws are, from the fourth on
+    second_view = conditioner["cond_view"] == "noise" and content["loss"]["recon_passes"] > 3
+    is_trained = conditioner["drop"] > 0 or second_view or content["pretrain"]["epochs"] == 0
+    is_guided = generate["guidance"] != 1
+    asks = generate["condition"] == "noise" or (generate["condition"] == "image" and is_guided)
+    if asks and not is_trained:
+        yield (
+            "conditioner.drop: 0 never trains the null condition, which generate.condition: noise "
+            "and guidance of images sample with; make it more than 0, such as 0.1"
+        )
+    if generate["condition"] == "class" and is_guided and content["class_condition"]["drop"] == 0:
+        yield (
+            "class_condition.drop: 0 never trains the null class, which generate.guidance needs; "
+            "make it more than 0, such as 0.1, or generate.guidance 1"
         )
 
 

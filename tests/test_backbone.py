@@ -146,10 +146,33 @@ def test_the_configuration_has_the_shapes_of_the_weights(tiny_base: Path, part: 
 FIT: dict[str, Any] = {
     "image_size": 32,
     "lora_targets": CROSS_ATTENTION,
-    "block": "mid+up.1",
-    "timesteps": [401, 201, 999],
+    "blocks": {"head.block": ["mid+up.1"]},
+    "timesteps": {"features.timesteps": [401, 201, 999]},
     "num_inference_steps": 999,
 }
+
+
+@pytest.mark.parametrize(
+    ("part", "changes", "fault"),
+    [
+        ("unet", {"cross_attention_dim": None}, r"cross_attention_dim None; .* one width"),
+        ("unet", {"cross_attention_dim": [16, 16]}, r"cross_attention_dim \[16, 16\]; "),
+        ("unet", {"out_channels": 8}, r"takes 4 channels and predicts 8 \(out_channels\)"),
+    ],
+)
+def test_a_base_that_the_method_cannot_use_is_refused(
+    base: Path, part: str, changes: dict[str, object], fault: str
+):
+    edit_json(base / part / "config.json", **changes)
+    with pytest.raises(ValueError, match=rf"^base\.path: .*/{part} .*{fault}"):
+        check_base(base)
+
+
+@pytest.mark.parametrize("name", ["vae/config.json", "scheduler/scheduler_config.json"])
+def test_a_broken_configuration_is_named(base: Path, name: str):
+    (base / name).write_text("{")
+    with pytest.raises(ValueError, match=rf"^base\.path: .*{name}: not valid JSON"):
+        check_base(base)
 
 
 def test_fitting_parameters_pass(tiny_base: Path):
@@ -161,7 +184,10 @@ def test_fitting_parameters_pass(tiny_base: Path):
     ("changes", "message"),
     [
         ({"lora_targets": ["attn2.to_q", "attn3"]}, r"lora\.targets: 'attn3' matches no linear"),
-        ({"timesteps": [1000, 201, 101]}, r"features\.timesteps: \[1000, .* last timestep, 999"),
+        (
+            {"timesteps": {"features.more_triples": [5, 1000]}},
+            r"^features\.more_triples: 1000 is beyond .*999",
+        ),
         ({"num_inference_steps": 1000}, r"generate\.num_inference_steps: 1000 is more than"),
         # The VAE makes 4x, the UNet 4x smaller: 8 latents a side, 2 at the bottleneck.
         ({"image_size": 30}, r"data\.image_size: 30 is no multiple of 16"),
@@ -184,9 +210,9 @@ def test_a_second_up_block_must_be_there(base: Path, block: str):
         down_block_types=["CrossAttnDownBlock2D"],
         up_block_types=["CrossAttnUpBlock2D"],
     )
-    check_fit(base, **FIT | {"block": "mid"})
-    with pytest.raises(ValueError, match=rf"head\.block: {re.escape(block)} reads .* has 1; set"):
-        check_fit(base, **FIT | {"block": block})
+    check_fit(base, **FIT | {"blocks": {"head.block": ["mid"]}})
+    with pytest.raises(ValueError, match=rf"^k: {re.escape(block)} reads .* has 1; ask for mid"):
+        check_fit(base, **FIT | {"blocks": {"k": ["mid", block]}})
 
 
 def test_fit_is_judged_without_weights(base: Path):

@@ -115,6 +115,42 @@ def test_scores_that_cannot_be_made_are_refused_before_sampling(
         check(content, source="params.yaml")
 
 
+@pytest.mark.parametrize(
+    ("generate", "fault"),
+    [
+        ({"condition": "noise"}, r"conditioner\.drop: 0 never trains the null condition"),
+        ({"condition": "image", "guidance": 2.0}, r"conditioner\.drop: 0 never trains"),
+        ({"condition": "class", "guidance": 2.0}, r"class_condition\.drop: 0 never trains"),
+        ({"condition": "image"}, None),
+        ({"condition": "class"}, None),
+    ],
+)
+def test_a_null_condition_that_is_sampled_has_been_trained(
+    content: dict[str, Any], generate: dict[str, Any], fault: str | None
+):
+    content["generate"] |= generate
+    content["class_condition"]["epochs"] = 1
+    check(content, source="params.yaml")
+    for section in ("conditioner", "class_condition"):
+        content[section]["drop"] = 0.0
+    if fault is not None:
+        with pytest.raises(ValueError, match=fault):
+            check(content, source="params.yaml")
+        content["conditioner"]["drop"] = content["class_condition"]["drop"] = 0.1
+    check(content, source="params.yaml")
+
+
+def test_a_second_view_of_noise_trains_the_null_condition_where_it_is_reconstructed(
+    content: dict[str, Any],
+):
+    content["conditioner"] |= {"drop": 0.0, "cond_view": "noise"}
+    with pytest.raises(ValueError, match=r"conditioner\.drop: 0"):
+        check(content, source="params.yaml")
+    content["loss"]["recon_passes"] = 6
+    content["latents"]["colour_jitter"] = 0.0
+    check(content, source="params.yaml")
+
+
 def test_noise_has_nothing_to_guide(content: dict[str, Any]):
     content["generate"]["guidance"] = 1.5
     expected = r"generate\.guidance is 1\.5, but generate\.condition: noise"
@@ -131,7 +167,7 @@ def test_noise_has_nothing_to_guide(content: dict[str, Any]):
             {"features": {"timesteps": [401, 201, 100], "noising": "ddim_chain"}},
             r"^features\.timesteps: .*20-step grid",
         ),
-        ({"features": {"more_triples": [[5, 201, 1000]]}}, r"^features\.timesteps: "),
+        ({"features": {"more_triples": [[5, 201, 1000]]}}, r"^features\.more_triples: 1000 is"),
         ({"generate": {"num_inference_steps": 1001}}, r"^generate\.num_inference_steps: "),
         ({"data": {"image_size": 36}}, r"^data\.image_size: "),
         (
