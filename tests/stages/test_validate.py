@@ -65,6 +65,14 @@ def test_impossible_value_is_refused_by_its_key(content: dict[str, Any], key: st
     assert all(key in line for line in str(caught.value).splitlines())
 
 
+def test_a_seed_that_overflows_is_refused(content: dict[str, Any]):
+    content["seed"] = 2**32
+    with pytest.raises(ValueError, match=r"^params\.yaml: seed: .* less than 4294967296"):
+        check(content, source="params.yaml")
+    content["seed"] -= 1
+    check(content, source="params.yaml")
+
+
 def test_classes_need_a_table(content: dict[str, Any]):
     content["generate"]["condition"] = "class"
     expected = r"generate\.condition: class .* class_condition\.epochs 1 or more"
