@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -48,6 +49,7 @@ LOSS: dict[str, Any] = {
     "recon_passes": 1,
     "min_snr_gamma": 0.0,
 }
+NOISE: dict[str, Any] = {"schedule": "inverse_cosine", "uniform_mix": 0.25}
 ONE_EPOCH = {"epochs": 1}
 LONG = {"epochs": 400, "warmup_epochs": 1}
 """So many that the curve's rows, about 200, are eight steps apart."""
@@ -75,12 +77,12 @@ def train(
     def run(model: ContraDiff, **changes: Any) -> list[dict[str, float]]:
         conditioner = {
             "cond_view": changes.pop("cond_view", "crop"),
-            "drop": 0.3,
+            "drop": changes.pop("drop", 0.3),
             "input": model.conditioner.input,
         }
         recipe = TrainingRecipe(
             seed=changes.pop("seed", 0),
-            noise=NoiseParams(schedule="inverse_cosine", uniform_mix=0.25),
+            noise=NoiseParams.model_validate(NOISE | changes.pop("noise", {})),
             conditioner=architecture.conditioner.model_copy(update=conditioner),
             loss=LossParams.model_validate(LOSS | changes.pop("loss", {})),
             pretrain=PretrainParams.model_validate(PRETRAIN | changes.pop("pretrain", {})),
@@ -224,20 +226,138 @@ def test_latents_condition_as_pixels_do(build_tiny: Build, train: Train, cond_vi
 
 
 class Recorder:
-    """Keeps the batches that a model was trained on, and the gradients of each step."""
+    """Keeps the batches that a model was trained on, and each step's gradients and settings."""
 
     def __init__(self, model: ContraDiff, monkeypatch: pytest.MonkeyPatch) -> None:
         self.batches: list[TrainingBatch] = []
         self.gradients: list[dict[str, Tensor]] = []
+        self.groups: list[list[dict[str, Any]]] = []
         model.register_forward_pre_hook(lambda _, args: self.batches.append(args[0]))
         step = torch.optim.AdamW.step
 
         def recorded(optimizer: torch.optim.AdamW, *args: Any) -> Any:
             named = model.named_parameters()
             self.gradients.append({n: p.grad.clone() for n, p in named if p.grad is not None})
+            self.groups.append([dict(group) for group in optimizer.param_groups])
             return step(optimizer, *args)
 
         monkeypatch.setattr(torch.optim.AdamW, "step", recorded)
+
+    def all(self, name: str) -> Tensor:
+        """One field of every batch, stacked."""
+        return torch.stack([getattr(batch, name) for batch in self.batches])
+
+
+def test_every_image_view_and_level_has_its_own_random_numbers(
+    build_tiny: Build, train: Train, monkeypatch: pytest.MonkeyPatch
+):
+    model = build_tiny()
+    seen = Recorder(model, monkeypatch)
+    train(model, drop=0.4, pretrain={"batch_size": 24, "grad_accumulation": 2})
+    dropped = seen.all("dropped")  # (parts, views, images)
+    assert dropped.shape == (4, 2, 12)
+    assert dropped.float().mean() == pytest.approx(0.4, abs=0.15)
+    assert (dropped.any(-1) & ~dropped.all(-1)).all()  # some of each batch, not all
+    assert (dropped[:, 0] != dropped[:, 1]).any()
+
+    noises = {"condition_noise": 2, "noise": 3}  # axes of the part that stand before the image's
+    for name, axes in noises.items():
+        noise = seen.all(name).flatten(0, axes)
+        assert noise.mean() == pytest.approx(0.0, abs=0.02)
+        assert noise.std() == pytest.approx(1.0, abs=0.02)
+        assert (noise.abs() > 2).float().mean() == pytest.approx(0.0455, abs=0.005)
+        correlation = noise.flatten(1).corrcoef() - torch.eye(len(noise))
+        assert correlation.abs().max() < 0.4, name
+    timesteps = seen.all("timesteps").flatten(0, 2)
+    assert len(timesteps.unique(dim=0)) == len(timesteps) == 24
+
+
+def test_noise_alone_conditions_the_second_view(
+    build_tiny: Build, train: Train, monkeypatch: pytest.MonkeyPatch
+):
+    model = build_tiny()
+    seen = Recorder(model, monkeypatch)
+    train(model, cond_view="noise", pretrain=ONE_EPOCH)
+    first, second = seen.all("dropped").unbind(1)
+    assert second.all()
+    assert first.float().mean() == pytest.approx(0.3, abs=0.2)
+
+
+@pytest.mark.parametrize("latent_views", ["same", "two"])
+def test_views_share_their_latents_only_if_asked_to(
+    build_tiny: Build, train: Train, monkeypatch: pytest.MonkeyPatch, latent_views: str
+):
+    model = build_tiny()
+    seen = Recorder(model, monkeypatch)
+    train(model, loss={"latent_views": latent_views}, pretrain=ONE_EPOCH)
+    first, second = seen.all("latents").unbind(1)
+    shared = (first == second).flatten(2).all(-1)
+    assert shared.all() if latent_views == "same" else not shared.any()
+
+
+@pytest.mark.parametrize(
+    ("noise", "shares"),
+    [
+        ({"schedule": "uniform", "uniform_mix": 0.0}, (0.3, 0.3)),
+        ({"schedule": "inverse_cosine", "uniform_mix": 0.0}, (0.017, 0.017)),
+        ({"schedule": "inverse_cosine", "uniform_mix": 0.5}, (0.158, 0.017)),
+    ],
+)
+def test_timesteps_follow_the_schedule(
+    build_tiny: Build,
+    train: Train,
+    monkeypatch: pytest.MonkeyPatch,
+    noise: dict[str, Any],
+    shares: tuple[float, float],
+):
+    """Shares above 700 in the views; the first one's three draws are those of reconstruction."""
+    model = build_tiny()
+    seen = Recorder(model, monkeypatch)
+    train(model, noise=noise, loss={"recon_passes": 3}, pretrain={"batch_size": 24})
+    late = (seen.all("timesteps") > 700).float().mean(dim=(0, 2, 3))
+    assert late.tolist() == pytest.approx(shares, abs=0.09)
+
+
+def test_optimizer_has_the_settings_and_a_clipped_gradient(
+    build_tiny: Build, train: Train, monkeypatch: pytest.MonkeyPatch
+):
+    model = build_tiny()
+    seen = Recorder(model, monkeypatch)
+    settings = {"lr": 0.01, "beta1": 0.8, "beta2": 0.7, "weight_decay": 0.03}
+    settings |= {"epochs": 3, "warmup_epochs": 1, "batch_size": 24, "scale_lr": True}
+    curve = train(model, pretrain=settings | {"max_grad_norm": 0.01}, log_every=1)
+    peak = 0.01 * 24 / 256
+    for lr, groups in zip((0.0, peak, peak / 2), seen.groups, strict=True):
+        assert [group["lr"] for group in groups] == pytest.approx([lr, lr])
+        assert [group["betas"] for group in groups] == [(0.8, 0.7)] * 2
+        assert [group["weight_decay"] for group in groups] == [0.03, 0.0]
+    for row, gradients in zip(curve, seen.gradients, strict=True):
+        norm = torch.cat([gradient.flatten() for gradient in gradients.values()]).norm()
+        assert norm == pytest.approx(0.01, rel=1e-3)
+        assert row["grad_norm"] > 0.02  # that of before
+
+
+def test_two_processes_draw_the_batches_of_one(
+    build_tiny: Build,
+    train: Train,
+    monkeypatch: pytest.MonkeyPatch,
+    accelerator: "Accelerator",
+    tmp_path: Path,
+):
+    """One after the other, unconnected: what they draw does not depend on the weights."""
+    seen: list[Recorder] = []
+    for rank, world_size in ((0, 1), (0, 2), (1, 2)):
+        model = build_tiny()
+        with monkeypatch.context() as patch:
+            patch.setattr(type(accelerator), "num_processes", world_size)
+            patch.setattr(type(accelerator), "process_index", rank)
+            seen.append(Recorder(model, patch))
+            train(model, work_dir=tmp_path / f"{rank}{world_size}", pretrain=ONE_EPOCH)
+    for field in fields(TrainingBatch):
+        whole, *parts = (recorder.all(field.name) for recorder in seen)
+        # The image's axis, after the steps' and the views', but for the levels in between.
+        axis = 3 if field.name in ("timesteps", "noise") else 2
+        assert torch.cat(parts, dim=axis).equal(whole), field.name
 
 
 def test_accumulated_gradient_is_the_mean_of_the_parts(
