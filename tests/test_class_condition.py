@@ -1,6 +1,7 @@
 """contradiff.class_condition: only the table learns, resumably, and a wrong table is refused."""
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,10 +12,11 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from contradiff import class_condition
-from contradiff.backbone import disable_lora, load_unet
+from contradiff.backbone import load_unet
 from contradiff.class_condition import (
     ClassConditionParams,
     ClassTable,
+    choose_denoiser,
     count_steps,
     load_class_table,
     read_class_config,
@@ -248,11 +250,67 @@ def test_killed_and_resumed_equals_uninterrupted(
     assert changed(resumed, state_of(whole)) == set()
 
 
-def test_bf16_trains_a_float32_table(build_tiny: Build, train: Train):
-    table = new_table()
-    train(build_tiny(), table, precision="bf16")
+@pytest.mark.parametrize(
+    ("precision", "dtype"), [("fp32", torch.float32), ("bf16", torch.bfloat16)]
+)
+def test_the_models_passes_have_the_precision_and_the_table_is_float32(
+    build_tiny: Build, train: Train, precision: str, dtype: torch.dtype
+):
+    model, table = build_tiny(), new_table()
+    seen: set[torch.dtype] = set()
+    model.unet.conv_in.register_forward_hook(lambda *args: seen.add(args[2].dtype))
+    train(model, table, precision=precision)
+    assert seen == {dtype}
     assert {tensor.dtype for tensor in table.state_dict().values()} == {torch.float32}
     assert all(tensor.isfinite().all() for tensor in table.state_dict().values())
+
+
+@pytest.fixture
+def quick(build_tiny: Build, monkeypatch: pytest.MonkeyPatch) -> tuple[ContraDiff, list[Tensor]]:
+    """A model that runs no UNet, and the timesteps that it will have been given."""
+    model, seen = build_tiny(), []
+
+    def noise_pred(noisy: Tensor, timesteps: Tensor, tokens: Tensor) -> Tensor:
+        seen.append(timesteps)
+        return noisy * tokens.mean()
+
+    monkeypatch.setattr(model, "noise_pred", noise_pred)
+    return model, seen
+
+
+def test_each_image_draws_its_own_timestep_of_all_and_drops_its_label_alone(
+    quick: tuple[ContraDiff, list[Tensor]], train: Train
+):
+    (model, timesteps), table = quick, new_table()
+    labels: list[Tensor] = []
+    table.register_forward_pre_hook(lambda _, args: labels.append(args[0]))
+    train(model, table, params={"batch_size": 24, "epochs": 40})
+    assert len(timesteps) == len(labels) == 40
+    assert all(len(steps.unique()) > 12 for steps in timesteps)
+    # 240 of 960 are expected in each quarter, with a standard deviation of 13
+    quarters = torch.histc(torch.cat(timesteps).float(), bins=4, min=0, max=1000)
+    assert quarters.sum() == 960
+    assert (quarters - 240).abs().max() < 60
+    dropped = torch.stack(labels) == table.null_label
+    assert dropped.float().mean().item() == pytest.approx(0.3, abs=0.06)
+    assert dropped.any(dim=1).all()
+    assert not dropped.all(dim=1).any()
+
+
+def test_the_rate_warms_up_over_a_fiftieth_and_falls_along_a_cosine(
+    quick: tuple[ContraDiff, list[Tensor]], train: Train, monkeypatch: pytest.MonkeyPatch
+):
+    rates: list[float] = []
+    step = torch.optim.AdamW.step
+
+    def spy(optimizer: torch.optim.AdamW, *args: Any) -> Any:
+        rates.extend({group["lr"] for group in optimizer.param_groups})
+        return step(optimizer, *args)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", spy)
+    train(quick[0], new_table(), params={"epochs": 25})  # 100 steps
+    cosine = [0.01 * (1 + math.cos(math.pi * number / 98)) for number in range(98)]
+    assert rates == pytest.approx([0, 0.01, *cosine])
 
 
 def test_diverged_training_ends_with_a_message(build_tiny: Build, train: Train):
@@ -289,16 +347,20 @@ def test_impossible_parameters_are_refused(changes: dict[str, Any], fault: str):
 
 @torch.no_grad()
 def test_without_lora_the_denoiser_is_the_base(build_tiny: Build, tiny_base: Path):
-    model = build_tiny()
+    """Nothing that was trained in it is left, self-conditioning neither; with LoRA all of it is."""
     generator = torch.Generator().manual_seed(0)
     noisy, tokens = (
         torch.randn(shape, generator=generator) for shape in ((2, 4, 8, 8), (2, 1, 16))
     )
     steps = torch.tensor([3, 700])
-    expected = load_unet(tiny_base)(noisy, steps, encoder_hidden_states=tokens).sample
-    assert not torch.allclose(model.noise_pred(noisy, steps, tokens), expected, atol=1e-3)
-    disable_lora(model.unet)
-    torch.testing.assert_close(model.noise_pred(noisy, steps, tokens), expected)
+    base = load_unet(tiny_base)(noisy, steps, encoder_hidden_states=tokens).sample
+    for lora in (True, False):
+        model = build_tiny(head={"self_conditioning": True})
+        trained = model.noise_pred(noisy, steps, tokens)
+        assert not torch.allclose(trained, base, atol=1e-3)
+        choose_denoiser(model, lora=lora)
+        found = model.noise_pred(noisy, steps, tokens)
+        torch.testing.assert_close(found, trained if lora else base, rtol=1e-4, atol=1e-5)
 
 
 @pytest.fixture

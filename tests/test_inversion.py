@@ -49,6 +49,22 @@ def test_maps_are_those_of_diffusers_inversion(
 
 
 @torch.no_grad()
+def test_the_chain_is_led_by_the_self_conditioned_noise(build_tiny: Build):
+    model, (latents, tokens) = build_tiny(head={"self_conditioning": True}), draw_inputs()
+    maps = inverted_maps(model, latents, tokens, timesteps=[101, 1, 51])
+    alphas = model.schedule.alphas_cumprod
+    for level, (here, above) in enumerate([(1, 51), (51, 101)]):
+        steps = torch.full((2,), here)
+        bottleneck = model.encode(latents, steps, tokens).bottleneck
+        torch.testing.assert_close(maps[:, 2 - level], bottleneck, rtol=1e-4, atol=1e-4)
+        noise_pred = model.noise_pred(latents, steps, tokens)
+        clean = (latents - (1 - alphas[here]).sqrt() * noise_pred) / alphas[here].sqrt()
+        latents = alphas[above].sqrt() * clean + (1 - alphas[above]).sqrt() * noise_pred
+    bottleneck = model.encode(latents, torch.full((2,), 101), tokens).bottleneck
+    torch.testing.assert_close(maps[:, 0], bottleneck, rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
 def test_constant_noise_is_brought_to_every_level_exactly(build_tiny: Build):
     """Where the predicted noise is the same everywhere, the chain is Eq. 5's single step with it.
 

@@ -61,3 +61,21 @@ def test_no_epochs_leave_a_note_and_need_no_model(
     assert [path.name for path in TABLE.iterdir()] == ["config.json"]
     with pytest.raises(ValueError, match=r"class_condition\.epochs"):
         load_class_table(TABLE, checkpoint=CHECKPOINT)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_the_precision_is_that_of_pretraining(
+    trained_project: Run, monkeypatch: pytest.MonkeyPatch, precision: str
+):
+    path = CHECKPOINT / "config.json"
+    config = json.loads(path.read_text())
+    config["params"]["pretrain"]["precision"] = precision
+    path.write_text(json.dumps(config))
+    seen: list[str] = []
+    monkeypatch.setattr(
+        class_condition,
+        "train_class_table",
+        lambda *_, **settings: seen.append(settings["precision"]),
+    )
+    call(trained_project)
+    assert seen == [precision]

@@ -1,6 +1,10 @@
-"""stages.pretrain --dry-run: the table of parameters, to the integer, without weights."""
+"""stages.pretrain: --dry-run's parameters, to the integer, without weights; what a run is given."""
+
+from stages._runtime import Run
 
 import copy
+from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -82,3 +86,58 @@ def test_unknown_configuration_is_said(content: dict[str, Any]):
     BaseParams.model_validate(base)
     with pytest.raises(ValueError, match=r"base\.path: the configuration of a/b is not shipped"):
         describe(content | {"base": base})
+
+
+class Started(BaseException):
+    """The training would begin here."""
+
+
+@pytest.fixture
+def start(
+    trained_project: Run, tiny_params: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., str]:
+    """Run the stage up to the training, sections changed by keywords; returns its precision."""
+    from accelerate.state import AcceleratorState
+
+    given: list[str] = []
+
+    def stop(*_: Any, **settings: Any) -> None:
+        given.append(settings["accelerator"].mixed_precision)
+        raise Started
+
+    monkeypatch.setattr(pretrain, "pretrain", stop)
+    monkeypatch.setattr(Run, "training_run", lambda *_, **__: nullcontext())
+
+    def run(**changes: dict[str, Any]) -> str:
+        content = copy.deepcopy(read_params(ROOT / "presets/tiny.yaml")) | tiny_params
+        content["data"]["image_size"] = 32
+        content["pretrain"]["batch_size"] = 8
+        sections = {
+            name: content[name] | changes.get(name, {}) if name != "seed" else content[name]
+            for name in pretrain.Params.model_fields
+        }
+        params = parse(pretrain.Params, sections, source="params.yaml")
+        AcceleratorState._reset_state(reset_partial_state=True)
+        with pytest.raises(Started):
+            pretrain.main(params, trained_project)
+        AcceleratorState._reset_state(reset_partial_state=True)
+        return given[-1]
+
+    return run
+
+
+Start = Callable[..., str]
+
+
+@pytest.mark.parametrize(("precision", "mixed"), [("fp32", "no"), ("bf16", "bf16")])
+def test_the_precision_reaches_accelerate(start: Start, precision: str, mixed: str):
+    assert start(pretrain={"precision": precision}) == mixed
+
+
+@pytest.mark.parametrize(("parts", "weight", "warned"), [(2, 0.1, 1), (1, 0.1, 0), (2, 0.0, 0)])
+def test_negatives_of_a_part_alone_are_warned_of(
+    start: Start, capsys: pytest.CaptureFixture[str], parts: int, weight: float, warned: int
+):
+    start(pretrain={"grad_accumulation": parts}, loss={"lambda": weight})
+    warning = "pretrain.grad_accumulation: an image is contrasted with the 4 of its part alone"
+    assert capsys.readouterr().err.count(warning) == warned
