@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
-import torch.distributed.nn.functional as dist_nn
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
+from torch.distributed._functional_collectives import all_gather_single_autograd
 
 from contradiff.backbone import (
     LoraParams,
@@ -299,9 +299,10 @@ class ContraDiff(nn.Module):
         """
         num_images = features.shape[1]
         rank = 0
-        if dist.is_initialized() and dist.get_world_size() > 1:
-            rank = dist.get_rank()
-            features = torch.cat(dist_nn.all_gather(features.contiguous()), dim=1)
+        group = dist.group.WORLD if dist.is_initialized() else None
+        if group is not None and group.size() > 1:
+            rank = group.rank()
+            features = all_gather_single_autograd(features.contiguous(), gather_dim=1, group=group)
         projected = self.projector(features.flatten(0, 1)).unflatten(0, (2, -1))
         return contrastive_loss(
             projected,

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Literal
 
 import torch
 from pydantic import Field, model_validator
-from torch import Tensor
+from torch import Tensor, nn
 
 from contradiff.conditioner import ConditionerParams
 from contradiff.config import Section
@@ -269,7 +269,7 @@ def _resume(
 
 
 def _accumulate_gradients(
-    wrapped: ContraDiff,
+    wrapped: nn.Module,
     parts: Iterable[TrainingBatch],
     recipe: TrainingRecipe,
     accelerator: "Accelerator",

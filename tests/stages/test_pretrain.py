@@ -3,6 +3,10 @@
 from stages._runtime import Run
 
 import copy
+import csv
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
@@ -141,3 +145,26 @@ def test_negatives_of_a_part_alone_are_warned_of(
     start(pretrain={"grad_accumulation": parts}, loss={"lambda": weight})
     warning = "pretrain.grad_accumulation: an image is contrasted with the 4 of its part alone"
     assert capsys.readouterr().err.count(warning) == warned
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("parts", [1, 2])
+def test_two_processes_train_as_one(trained_project: Run, tiny_params: dict[str, Any], parts: int):
+    """Every row of the curve, whose later ones see the weights that the former steps left."""
+    content = copy.deepcopy(read_params(ROOT / "presets/tiny.yaml")) | tiny_params
+    content["data"]["image_size"] = 32
+    content["pretrain"] |= {"batch_size": 8, "grad_accumulation": parts}
+    content["runtime"] |= {"device": "cpu", "checkpoint_every": 5}
+    YAML().dump(content, Path("params.yaml"))
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "MLFLOW_TRACKING_URI": ""}
+    curves: list[list[dict[str, float]]] = []
+    for count in ("1", "2"):
+        command = [sys.executable, "-m", "stages.launch", "stages.pretrain"]
+        subprocess.run(command, check=True, env=environment | {"CONTRADIFF_NUM_PROCESSES": count})
+        with Path("metrics/pretrain.csv").open(newline="") as file:
+            curves.append([{k: float(v) for k, v in row.items()} for row in csv.DictReader(file)])
+    alone, together = curves
+    assert len(alone) == len(together) == 4 * 24 // 8
+    for one, two in zip(alone, together, strict=True):
+        assert two == pytest.approx(one, rel=1e-4)
+    assert trained_project.is_main
