@@ -8,8 +8,9 @@ device: exact, the same on every machine. Matrix products, convolutions and atte
 
 Kept activations are the bytes that autograd saves for the backward pass, by torch's own hooks on
 fake tensors under the preset's precision (attention as CPU kernels save it, which is what CUDA's
-flash attention saves: queries, keys, values, output and one number a row). A GPU needs these, the
-weights, their gradients and moments, and the workspace of the largest layer.
+flash attention saves: queries, keys, values, output and one number a row). Weights are counted
+apart, as they are held while training and with what autocast copies of them. A GPU needs both, the
+gradients and moments of what is trained, and the workspace of the largest layer.
 """
 
 from collections.abc import Sequence
@@ -23,21 +24,17 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.flop_counter import FlopCounterMode
 
-from contradiff.backbone import (
-    BaseParams,
-    LoraParams,
-    NoiseSchedule,
-    config_folder,
-    downsampling_of,
-    unet_without_weights,
-)
+from contradiff.backbone import NoiseSchedule, unet_without_weights
+from contradiff.base_config import BaseParams, config_folder, downsampling_of
 from contradiff.conditioner import ConditionerParams
 from contradiff.config import Section, parse, read_params
 from contradiff.features import FeaturesParams, HeadParams
 from contradiff.inversion import inverted_maps
+from contradiff.lora import LoraParams
 from contradiff.losses import LossParams
 from contradiff.model import ContraDiff, TrainingBatch
 from contradiff.training import PretrainParams, set_up
+from contradiff.types import Precision
 
 NUM_IMAGES = 4
 """FLOPs an image do not depend on it, but for the contrastive loss's own few."""
@@ -76,18 +73,19 @@ def main(arguments: Sequence[str]) -> None:
     """Print the table for a parameter file."""
     path = Path(arguments[0] if arguments else "presets/paper.yaml")
     content = read_params(path)
-    print(f"{path}: GFLOPs and kept megabytes (10^6 bytes) an image\n")
-    print(f"{'':38}{'training step':>16}{'':>8}{'features':>12}{'':>8}{'kept MB':>10}")
+    print(f"{path}: GFLOPs and kept megabytes (10^6 bytes) an image, megabytes of weights\n")
+    units = f"{'kept MB':>10}{'weights MB':>12}"
+    print(f"{'':38}{'training step':>16}{'':>8}{'features':>12}{'':>8}{units}")
     first: tuple[float, float] | None = None
     for name, changes in VARIANTS.items():
         params = parse(Params, changed(content, changes), source=str(path))
         folder = config_folder(params.base, root=Path(), shipped=Path("presets"))
         step, features = of_training_step(params, folder), of_features(params, folder)
-        kept = kept_bytes(params, folder) / 1e6
+        kept, weights = (size / 1e6 for size in kept_bytes(params, folder))
         first = first or (step, features)
         ratios = f"{step / first[0]:>6.2f}x", f"{features / first[1]:>6.2f}x"
         numbers = f"{step:>16.3f}{ratios[0]:>8}{features:>12.3f}{ratios[1]:>8}{kept:>10.3f}"
-        print(f"{name:38}{numbers}", flush=True)
+        print(f"{name:38}{numbers}{weights:>12.1f}", flush=True)
 
 
 def changed(content: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
@@ -99,11 +97,15 @@ def changed(content: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
     return result
 
 
-def build(params: Params, folder: Path) -> ContraDiff:
-    """The model on the meta device, but for the schedule, which decides which passes are made."""
+def build(params: Params, folder: Path, *, precision: Precision = "fp32") -> ContraDiff:
+    """The model set up for training, on the meta device.
+
+    But for the schedule, which decides which passes are made. FLOPs do not depend on the precision,
+    and autocast knows no meta device.
+    """
     schedule = NoiseSchedule.of_base(folder)
     with torch.device("meta"):
-        return ContraDiff(
+        model = ContraDiff(
             unet_without_weights(folder),
             schedule,
             lora=params.lora,
@@ -112,6 +114,13 @@ def build(params: Params, folder: Path) -> ContraDiff:
             image_size=params.data["image_size"],
             downsampling=downsampling_of(folder),
         )
+    set_up(
+        model,
+        loss=params.loss,
+        gradient_checkpointing=params.pretrain.gradient_checkpointing,
+        precision=precision,
+    )
+    return model
 
 
 def latent_shape(model: ContraDiff, params: Params, folder: Path) -> tuple[int, int, int]:
@@ -130,15 +139,20 @@ def of_training_step(params: Params, folder: Path) -> float:
     return counter.get_total_flops() / NUM_IMAGES / 1e9
 
 
-def kept_bytes(params: Params, folder: Path) -> float:
-    """Bytes an image that the forward pass of a training step keeps for the backward one."""
-    # What does not grow with the batch (weights in half precision) is not an activation.
-    few, more = (_kept(params, folder, num_images=n) for n in (NUM_IMAGES, 2 * NUM_IMAGES))
-    return (more - few) / NUM_IMAGES
+def kept_bytes(params: Params, folder: Path) -> tuple[float, float]:
+    """What a training step holds when its forward pass is over.
+
+    Returns:
+        Bytes an image of activations, and bytes of weights: the model's own and their copies in
+        half precision, which are what does not grow with the batch.
+    """
+    few, more = (_held(params, folder, num_images=n) for n in (NUM_IMAGES, 2 * NUM_IMAGES))
+    return (more - few) / NUM_IMAGES, 2 * few - more
 
 
-def _kept(params: Params, folder: Path, *, num_images: int) -> int:
-    model = build(params, folder)
+def _held(params: Params, folder: Path, *, num_images: int) -> int:
+    precision = params.pretrain.precision
+    model = build(params, folder, precision=precision)
     seen: dict[StorageWeakRef, int] = {}
 
     def note(tensor: Tensor) -> Tensor:
@@ -146,22 +160,22 @@ def _kept(params: Params, folder: Path, *, num_images: int) -> int:
         seen[StorageWeakRef(storage)] = storage.nbytes()
         return tensor
 
-    half = params.pretrain.precision == "bf16"
     with FakeTensorMode(allow_non_fake_inputs=True):
         # Autocast knows no meta device; fake tensors are said to be on the CPU.
         for module in model.modules():
             for name, parameter in list(module.named_parameters(recurse=False)):
-                fake = nn.Parameter(torch.empty(parameter.shape), parameter.requires_grad)
-                setattr(module, name, fake)
+                fake = torch.empty(parameter.shape, dtype=parameter.dtype)
+                setattr(module, name, nn.Parameter(fake, parameter.requires_grad))
             for name, buffer in list(module.named_buffers(recurse=False)):
                 setattr(module, name, torch.empty(buffer.shape, dtype=buffer.dtype))
         step = _Step(model, params, folder, num_images=num_images)
         hooks = torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor)
-        with hooks, torch.autocast("cpu", torch.bfloat16, enabled=half):
+        with hooks, torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
             loss = step.forward()
     assert loss.requires_grad  # and with it all that it keeps is still alive
-    weights = {StorageWeakRef(p.untyped_storage()) for p in model.parameters()}
-    return sum(size for storage, size in seen.items() if storage not in weights)
+    for parameter in model.parameters():
+        note(parameter)
+    return sum(seen.values())
 
 
 class _Step:
@@ -171,8 +185,6 @@ class _Step:
         self.model = model.train()
         self.loss = params.loss
         self.shared = params.conditioner.cond_view == "same"
-        checkpointing = params.pretrain.gradient_checkpointing
-        set_up(self.model, loss=params.loss, gradient_checkpointing=checkpointing)
         latent = latent_shape(self.model, params, folder)
         condition = self.model.conditioner.shape
         self.batch = TrainingBatch(

@@ -21,11 +21,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from contradiff.backbone import load_vae, merge_lora
+from contradiff.backbone import load_vae
 from contradiff.base_training import build_scheduler, build_unet, build_vae
 from contradiff.checkpoint import Architecture
 from contradiff.config import read_params
 from contradiff.latents import decode_latents
+from contradiff.lora import merge_lora
 from contradiff.model import ContraDiff, build_model
 from contradiff.sampling import denoise
 from contradiff.solvers import Solver, load_solver

@@ -7,15 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from contradiff.backbone import (
-    LoraParams,
-    NoiseSchedule,
-    downsampling_of,
-    unet_without_weights,
-    vae_without_weights,
-)
+from contradiff.backbone import NoiseSchedule, unet_without_weights, vae_without_weights
+from contradiff.base_config import downsampling_of
 from contradiff.conditioner import ConditionerParams
 from contradiff.features import HeadParams
+from contradiff.lora import LoraParams
 from contradiff.model import ContraDiff, count_parameters
 
 if TYPE_CHECKING:

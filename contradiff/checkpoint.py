@@ -8,10 +8,12 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 
 from contradiff.atomic import replace_dir, sha256_of
-from contradiff.backbone import LoraParams, NoiseSchedule, downsampling_of, load_unet
+from contradiff.backbone import NoiseSchedule, load_unet
+from contradiff.base_config import downsampling_of
 from contradiff.conditioner import ConditionerParams
 from contradiff.config import Section, parse
 from contradiff.features import HeadParams
+from contradiff.lora import LoraParams
 from contradiff.model import ContraDiff, ParameterCounts
 
 WEIGHTS_NAME = "model.safetensors"

@@ -7,7 +7,7 @@ import json
 import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +17,6 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from contradiff.atomic import replace_dir, sha256_of
-from contradiff.backbone import disable_lora, merge_lora
 from contradiff.checkpoint import CONFIG_NAME, WEIGHTS_NAME
 from contradiff.config import Section
 from contradiff.latents import sample
@@ -27,11 +26,12 @@ from contradiff.loading import (
     ViewChoice,
     training_batches,
 )
+from contradiff.lora import cast_frozen_weights, disable_lora, merge_lora
 from contradiff.model import ContraDiff
 from contradiff.noise import add_noise
 from contradiff.optim import build_adamw, cosine_with_warmup
 from contradiff.training_state import load_training_state, save_training_state
-from contradiff.types import Tokens
+from contradiff.types import Precision, Tokens
 
 TABLE_NAME = "table.safetensors"
 WARMUP_FRACTION = 0.02
@@ -122,7 +122,7 @@ def train_class_table(
     pairs: PairedShards,
     *,
     params: ClassConditionParams,
-    precision: Literal["fp32", "bf16"],
+    precision: Precision,
     seed: int,
     device: torch.device,
     work_dir: Path,
@@ -164,6 +164,8 @@ def train_class_table(
         return
     warmup_steps = round(WARMUP_FRACTION * total_steps)
     model.requires_grad_(requires_grad=False).eval()
+    if precision == "bf16":
+        cast_frozen_weights(model.unet)
     table.to(device).train()
     optimizer = build_adamw(
         table.named_parameters(), lr=params.lr, betas=(0.9, 0.999), weight_decay=0.0

@@ -8,7 +8,6 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from contradiff.backbone import disable_lora
 from contradiff.checkpoint import Architecture, load_checkpoint, read_config
 from contradiff.config import parse
 from contradiff.data.shards import Shard
@@ -33,6 +32,7 @@ from contradiff.features import (
     block_channels,
 )
 from contradiff.loading import PairedShards
+from contradiff.lora import disable_lora
 from contradiff.model import ContraDiff
 from contradiff.noise import NUM_LEVELS, add_noise
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from contradiff.blocks import Block, Mlp, attend
 from contradiff.config import Section
 from contradiff.noise import NUM_LEVELS
-from contradiff.types import Features, Latents, Maps, Timesteps, Tokens
+from contradiff.types import Features, Latents, Maps, Precision, Timesteps, Tokens
 
 if TYPE_CHECKING:
     from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
@@ -79,7 +79,7 @@ class FeaturesParams(Section):
         "timm: the backbone's own pooled feature"
     )
     dtype: Literal["fp16", "bf16"] = Field(description="of the stored features")
-    precision: Literal["fp32", "bf16"] = Field(description="of the computation; bf16 by autocast")
+    precision: Precision = Field(description="of the computation; bf16 by autocast")
     batch_size: int = Field(ge=1)
 
     @property

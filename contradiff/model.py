@@ -11,13 +11,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.distributed._functional_collectives import all_gather_single_autograd
 
-from contradiff.backbone import (
-    LoraParams,
-    NoiseSchedule,
-    add_lora,
-    downsampling_of,
-    load_unet,
-)
+from contradiff.backbone import NoiseSchedule, load_unet
+from contradiff.base_config import downsampling_of
 from contradiff.conditioner import Conditioner, ConditionerParams, drop_conditions
 from contradiff.features import (
     NUM_UP_BLOCKS,
@@ -36,6 +31,7 @@ from contradiff.features import (
     maps_of_blocks,
     order_by_noise,
 )
+from contradiff.lora import LoraParams, add_lora
 from contradiff.losses import (
     LossParams,
     contrastive_loss,

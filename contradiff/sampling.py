@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING, Literal
 
 import torch
 from pydantic import Field, model_validator
-from torch import nn
 
 from contradiff.config import Section
 from contradiff.latents import decode_latents, downsampling_factor
@@ -14,12 +13,10 @@ from contradiff.model import ContraDiff
 from contradiff.sample_conditions import Conditioning, stacked_noise
 from contradiff.solvers import Scheduler, Solver
 from contradiff.token_cache import keys_and_values_kept
-from contradiff.types import ByteImages, Latents, Tokens
+from contradiff.types import ByteImages, Latents, Precision, Tokens
 
 if TYPE_CHECKING:
     from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
-
-Precision = Literal["fp32", "bf16"]
 
 
 class GenerateParams(Section):
@@ -120,16 +117,6 @@ def denoise(
                 noise_pred = null + guidance * (conditional - null)
             latents = scheduler.step(noise_pred, timestep, latents).prev_sample
     return latents
-
-
-def cast_frozen_weights(unet: nn.Module) -> None:
-    """Make the weights of matrix products and convolutions bfloat16, once and for all.
-
-    Autocast would do so at every pass, to the same values. LoRA is to be merged before.
-    """
-    for module in unet.modules():
-        if isinstance(module, nn.Linear | nn.Conv2d):
-            module.to(torch.bfloat16)
 
 
 def generate(

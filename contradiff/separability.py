@@ -14,10 +14,10 @@ import numpy as np
 from jaxtyping import Float, Int, Int64
 from pydantic import Field
 
-from contradiff.backbone import disable_lora
 from contradiff.config import Section
 from contradiff.data.shards import read_images
 from contradiff.figures import page_style, png_of
+from contradiff.lora import disable_lora
 from contradiff.model import ContraDiff
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import torch
 from pydantic import Field, model_validator
@@ -21,6 +21,7 @@ from contradiff.loading import (
     ViewChoice,
     training_batches,
 )
+from contradiff.lora import cast_frozen_weights
 from contradiff.losses import LossParams
 from contradiff.model import ContraDiff, TrainingBatch
 from contradiff.noise import (
@@ -32,6 +33,7 @@ from contradiff.noise import (
 )
 from contradiff.optim import build_adamw, cosine_with_warmup, scaled_lr
 from contradiff.training_state import load_training_state, save_training_state
+from contradiff.types import Precision
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -64,7 +66,7 @@ class PretrainParams(Section):
     gradient_checkpointing: bool = Field(
         description="recompute the UNet's activations in the backward pass"
     )
-    precision: Literal["fp32", "bf16"]
+    precision: Precision = Field(description="of the passes, by autocast; what is trained is fp32")
 
     @model_validator(mode="after")
     def _parts_hold_pairs(self) -> "PretrainParams":
@@ -169,7 +171,12 @@ def pretrain(
     lr = scaled_lr(params.lr, batch_size=params.batch_size, enabled=params.scale_lr)
     stride = max(1, total_steps // CURVE_ROWS)
 
-    set_up(model, loss=recipe.loss, gradient_checkpointing=params.gradient_checkpointing)
+    set_up(
+        model,
+        loss=recipe.loss,
+        gradient_checkpointing=params.gradient_checkpointing,
+        precision=params.precision,
+    )
     model.to(accelerator.device)
     optimizer = build_adamw(
         model.named_parameters(),
@@ -237,8 +244,10 @@ def pretrain(
     return curve
 
 
-def set_up(model: ContraDiff, *, loss: LossParams, gradient_checkpointing: bool) -> None:
-    """Freeze what the loss does not reach, and choose which activations are kept.
+def set_up(
+    model: ContraDiff, *, loss: LossParams, gradient_checkpointing: bool, precision: Precision
+) -> None:
+    """Freeze what the loss does not reach, and choose which activations and weights are kept.
 
     Checkpointing is diffusers' own: resnets and transformer blocks are computed again in the
     backward pass, without reentrance, so that LoRA's gradients live on under a frozen input.
@@ -247,6 +256,8 @@ def set_up(model: ContraDiff, *, loss: LossParams, gradient_checkpointing: bool)
         # The reconstruction loss never reaches them (and DDP refuses parameters without gradient).
         model.attention.requires_grad_(requires_grad=False)
         model.projector.requires_grad_(requires_grad=False)
+    if precision == "bf16":
+        cast_frozen_weights(model.unet)
     if gradient_checkpointing:
         model.unet.enable_gradient_checkpointing()
 

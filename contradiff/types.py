@@ -1,7 +1,12 @@
-"""Shapes that travel through the system, named once."""
+"""Shapes and choices that travel through the system, named once."""
+
+from typing import Literal
 
 from jaxtyping import Float, Int, UInt8
 from torch import Tensor
+
+Precision = Literal["fp32", "bf16"]
+"""Of a network's passes, by autocast: what is trained, and what is summed, stays float32."""
 
 Pixels = Float[Tensor, "batch 3 height width"]
 """Images for the networks: RGB in [-1, 1]."""

@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     import torch
     from accelerate import Accelerator
 
+    from contradiff.types import Precision
     from stages._tracking import LogMetrics
 
 # How long OpenMP's threads spin before they sleep. By default long enough to starve another process
@@ -119,7 +120,7 @@ class Run:
             raise ValueError(msg)
         return torch.device("cpu")
 
-    def accelerator(self, *, precision: Literal["fp32", "bf16"] = "fp32") -> "Accelerator":
+    def accelerator(self, *, precision: "Precision" = "fp32") -> "Accelerator":
         """Join the processes that `python -m stages.launch` started, if several.
 
         Raises:

@@ -6,13 +6,7 @@ import shutil
 from pathlib import Path
 
 from contradiff.atomic import replace_dir
-from contradiff.backbone import (
-    PARTS,
-    BaseParams,
-    check_base,
-    check_config,
-    fetch_from_hub,
-)
+from contradiff.base_config import PARTS, BaseParams, check_base, check_config, fetch_from_hub
 from contradiff.config import Section
 
 

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from contradiff.atomic import replace_dir, replace_file, sha256_of
-from contradiff.backbone import load_vae, merge_lora
+from contradiff.backbone import load_vae
 from contradiff.checkpoint import WEIGHTS_NAME, base_digest, load_checkpoint
 from contradiff.class_condition import choose_denoiser, load_class_table, read_class_config
 from contradiff.config import Section, Seed
@@ -34,6 +34,7 @@ from contradiff.data.shards import (
     shard_name,
 )
 from contradiff.disk import explain_full_disk
+from contradiff.lora import cast_frozen_weights, merge_lora
 from contradiff.model import ContraDiff
 from contradiff.sample_conditions import (
     Conditioning,
@@ -43,7 +44,7 @@ from contradiff.sample_conditions import (
     image_conditional,
     unconditional,
 )
-from contradiff.sampling import GenerateParams, cast_frozen_weights, generate, shard_indices
+from contradiff.sampling import GenerateParams, generate, shard_indices
 from contradiff.solvers import load_solver
 from contradiff.types import ByteImages
 from stages._crew import Crew

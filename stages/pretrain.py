@@ -10,7 +10,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from contradiff.atomic import replace_file
-from contradiff.backbone import BaseParams, LoraParams, config_folder, load_vae
+from contradiff.backbone import load_vae
+from contradiff.base_config import BaseParams, config_folder
 from contradiff.budget import format_table, parameter_rows
 from contradiff.checkpoint import save_checkpoint
 from contradiff.conditioner import ConditionerParams
@@ -18,6 +19,7 @@ from contradiff.config import Section, Seed, parse, read_params
 from contradiff.data.params import DataParams
 from contradiff.features import HeadParams
 from contradiff.loading import PairedShards
+from contradiff.lora import LoraParams
 from contradiff.losses import LossParams
 from contradiff.model import build_model, count_parameters
 from contradiff.noise import NoiseParams

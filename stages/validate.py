@@ -12,13 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from contradiff.atomic import replace_file
-from contradiff.backbone import (
-    SHIPPED_CONFIGS,
-    NoiseSchedule,
-    check_fit,
-    config_folder,
-    downsampling_of,
-)
+from contradiff.backbone import NoiseSchedule, check_fit
+from contradiff.base_config import SHIPPED_CONFIGS, config_folder, downsampling_of
 from contradiff.config import Section, parse, read_params
 from contradiff.inversion import chain_to
 from stages import (

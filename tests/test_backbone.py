@@ -13,20 +13,16 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from contradiff.backbone import (
-    BaseParams,
     NoiseSchedule,
-    add_lora,
-    check_base,
-    check_config,
     check_fit,
-    config_folder,
     load_scheduler,
     load_unet,
     load_vae,
-    merge_lora,
     unet_without_weights,
     vae_without_weights,
 )
+from contradiff.base_config import BaseParams, check_base, check_config, config_folder
+from contradiff.lora import add_lora, merge_lora
 
 SHIPPED = Path(__file__).resolve().parents[1] / "presets"
 STABLE_DIFFUSION = SHIPPED / "stable-diffusion-v1-4"

@@ -70,8 +70,21 @@ def test_kept_bytes_are_those_of_a_real_step(
         assert loss.requires_grad
         sizes.append(sum(tensor.untyped_storage().nbytes() for tensor in kept.values()))
     expected = (sizes[1] - sizes[0]) / 2
+    activations, weights = flops.kept_bytes(params, tiny_base)
     # the similarities of a batch grow with its square
-    assert flops.kept_bytes(params, tiny_base) == pytest.approx(expected, rel=0.01)
+    assert activations == pytest.approx(expected, rel=0.01)
+    assert weights == pytest.approx(4 * sum(p.numel() for p in model.parameters()), rel=0.01)
+
+
+def test_half_precision_keeps_one_copy_of_the_frozen_weights(tiny_base: Path):
+    """Two bytes of each of the UNet's weights, four (and a copy of two) of what is trained."""
+    content = flops.changed(read_params(ROOT / "presets/tiny.yaml"), {"pretrain.precision": "bf16"})
+    params = parse(flops.Params, content, source="tiny")
+    model = flops.build(params, tiny_base)
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
+    weights = flops.kept_bytes(params, tiny_base)[1]
+    assert 2 * frozen + 4 * trained < weights < 2.2 * frozen + 6 * trained
 
 
 def test_switches_cost_what_they_add(count: Any):

@@ -265,6 +265,18 @@ def test_the_models_passes_have_the_precision_and_the_table_is_float32(
     assert all(tensor.isfinite().all() for tensor in table.state_dict().values())
 
 
+def test_frozen_weights_in_half_precision_are_autocast_s_own(
+    build_tiny: Build, train: Train, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+):
+    cast, uncast = new_table(), new_table()
+    train(model := build_tiny(), cast, precision="bf16", work_dir=tmp_path / "cast")
+    assert model.unet.conv_in.weight.dtype == torch.bfloat16
+    monkeypatch.setattr(class_condition, "cast_frozen_weights", lambda _: None)
+    train(model := build_tiny(), uncast, precision="bf16", work_dir=tmp_path / "uncast")
+    assert model.unet.conv_in.weight.dtype == torch.float32
+    torch.testing.assert_close(cast.state_dict(), uncast.state_dict(), rtol=0, atol=0)
+
+
 @pytest.fixture
 def quick(build_tiny: Build, monkeypatch: pytest.MonkeyPatch) -> tuple[ContraDiff, list[Tensor]]:
     """A model that runs no UNet, and the timesteps that it will have been given."""

@@ -15,7 +15,8 @@ import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch import Tensor, nn
 
-from contradiff.backbone import NoiseSchedule, downsampling_of, load_scheduler
+from contradiff.backbone import NoiseSchedule, load_scheduler
+from contradiff.base_config import downsampling_of
 from contradiff.checkpoint import Architecture
 from contradiff.config import parse, read_params
 from contradiff.latents import decode_latents

@@ -10,14 +10,14 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
-from contradiff.backbone import disable_lora, load_scheduler, load_vae, merge_lora
+from contradiff.backbone import load_scheduler, load_vae
 from contradiff.config import Section, parse
 from contradiff.latents import decode_latents
+from contradiff.lora import cast_frozen_weights, disable_lora, merge_lora
 from contradiff.model import ContraDiff
 from contradiff.sample_conditions import Conditioning, seeded_noise, unconditional
 from contradiff.sampling import (
     GenerateParams,
-    cast_frozen_weights,
     denoise,
     generate,
     shard_indices,

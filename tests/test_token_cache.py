@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from contradiff.backbone import merge_lora
+from contradiff.lora import merge_lora
 from contradiff.model import ContraDiff
 from contradiff.token_cache import keys_and_values_kept
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 from pydantic import ValidationError
-from torch import Tensor
+from torch import Tensor, nn
 
 from contradiff import training
 from contradiff.checkpoint import Architecture
@@ -418,6 +418,35 @@ def test_checkpointed_gradients_are_the_same_and_reach_lora(
         for name, gradient in ours.items():
             torch.testing.assert_close(gradient, expected[name], rtol=1e-4, atol=1e-6)
     assert all(gradient.any() for name, gradient in checkpointed[1].items() if "lora_" in name)
+
+
+def test_frozen_weights_in_half_precision_are_autocast_s_own(
+    build_tiny: Build,
+    train: Train,
+    accelerator: "Accelerator",
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+):
+    """Cast once, or by autocast at every pass: the same training, bit for bit."""
+    half = lambda: torch.autocast("cpu", torch.bfloat16)  # noqa: E731
+    monkeypatch.setattr(accelerator, "autocast", half)
+    settings = {"pretrain": {"precision": "bf16", "gradient_checkpointing": True}}
+    model, uncast, exact = build_tiny(), build_tiny(), build_tiny()
+    train(model, work_dir=tmp_path / "cast", **settings)
+    frozen = {p.dtype for p in model.unet.parameters() if not p.requires_grad}
+    assert frozen == {torch.bfloat16, torch.float32}
+    assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
+    norms = [m for m in model.unet.modules() if isinstance(m, nn.GroupNorm | nn.LayerNorm)]
+    assert {m.weight.dtype for m in norms} == {torch.float32}
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "cast_frozen_weights", lambda _: None)
+        train(uncast, work_dir=tmp_path / "uncast", **settings)
+        assert {p.dtype for p in uncast.parameters()} == {torch.float32}
+    trained = model.trained_state()
+    torch.testing.assert_close(trained, uncast.trained_state(), rtol=0, atol=0)
+    monkeypatch.undo()
+    train(exact, work_dir=tmp_path / "exact")
+    assert any(not tensor.equal(trained[name]) for name, tensor in exact.trained_state().items())
 
 
 def test_average_of_the_weights_is_what_is_kept(

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from ruamel.yaml import YAML
 
-from contradiff.backbone import BaseParams
+from contradiff.base_config import BaseParams
 from contradiff.config import parse, read_params
 from stages import pretrain
 
@@ -148,12 +148,26 @@ def test_negatives_of_a_part_alone_are_warned_of(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("parts", [1, 2])
-def test_two_processes_train_as_one(trained_project: Run, tiny_params: dict[str, Any], parts: int):
-    """Every row of the curve, whose later ones see the weights that the former steps left."""
+@pytest.mark.parametrize(
+    ("changes", "num_rows", "tolerance"),
+    [
+        ({}, 12, 1e-4),
+        ({"grad_accumulation": 2}, 12, 1e-4),
+        # rounding to bfloat16 soon leads elsewhere: the first rows, of the weights at the start
+        ({"precision": "bf16"}, 2, 5e-3),
+    ],
+)
+def test_two_processes_train_as_one(
+    trained_project: Run,
+    tiny_params: dict[str, Any],
+    changes: dict[str, Any],
+    num_rows: int,
+    tolerance: float,
+):
+    """Rows of the curve, whose later ones see the weights that the former steps left."""
     content = copy.deepcopy(read_params(ROOT / "presets/tiny.yaml")) | tiny_params
     content["data"]["image_size"] = 32
-    content["pretrain"] |= {"batch_size": 8, "grad_accumulation": parts}
+    content["pretrain"] |= {"batch_size": 8} | changes
     content["runtime"] |= {"device": "cpu", "checkpoint_every": 5}
     YAML().dump(content, Path("params.yaml"))
     environment = os.environ | {"PYTHONPATH": str(ROOT), "MLFLOW_TRACKING_URI": ""}
@@ -165,6 +179,6 @@ def test_two_processes_train_as_one(trained_project: Run, tiny_params: dict[str,
             curves.append([{k: float(v) for k, v in row.items()} for row in csv.DictReader(file)])
     alone, together = curves
     assert len(alone) == len(together) == 4 * 24 // 8
-    for one, two in zip(alone, together, strict=True):
-        assert two == pytest.approx(one, rel=1e-4)
+    for one, two in zip(alone[:num_rows], together[:num_rows], strict=True):
+        assert two == pytest.approx(one, rel=tolerance)
     assert trained_project.is_main
