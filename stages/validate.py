@@ -67,7 +67,11 @@ class Params(Section):
 def main(_params: Params, run: Run) -> None:
     content = read_params(PARAMS_FILE)
     check(content, source=str(PARAMS_FILE))
-    check_with_base(content, root=run.root)
+    try:
+        check_with_base(content, root=run.root)
+    except ValueError as error:
+        msg = f"{PARAMS_FILE}: {error}"
+        raise ValueError(msg) from error
     with replace_file(Path("build/validated")) as temporary:
         temporary.write_text("params.yaml is valid\n", encoding="utf-8")
 

@@ -1,12 +1,16 @@
 """The whole parameter file, checked at once."""
 
+from stages._runtime import Run, RuntimeParams
+
 import copy
 from pathlib import Path
 from typing import Any
 
 import pytest
+from ruamel.yaml import YAML
 
 from contradiff.config import read_params
+from stages import validate
 from stages.validate import check, check_with_base
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -208,3 +212,21 @@ def test_the_papers_base_is_known_without_weights():
     content["conditioner"] |= {"input": "latents", "patch_size": 3}
     with pytest.raises(ValueError, match=r"^conditioner\.patch_size: .* side of 32 "):
         check_with_base(content, root=ROOT)
+
+
+def test_the_stage_writes_its_out_only_when_all_is_well(
+    content: dict[str, Any], tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.chdir(tmp_path)
+    runtime = RuntimeParams(device="cpu", num_workers=0, log_every=1, checkpoint_every=1)
+    run = Run(stage="validate", root=tmp_path, runtime=runtime)
+    content["base"]["path"] = str(tiny_base)
+    content["lora"]["targets"] = ["nothing"]
+    YAML().dump(content, Path("params.yaml"))
+    with pytest.raises(ValueError, match=r"^params\.yaml: lora\.targets: 'nothing'"):
+        validate.main(validate.Params(), run)
+    assert not Path("build/validated").exists()
+    content["lora"]["targets"] = ["attn2.to_q"]
+    YAML().dump(content, Path("params.yaml"))
+    validate.main(validate.Params(), run)
+    assert Path("build/validated").is_file()
