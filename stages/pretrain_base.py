@@ -16,7 +16,8 @@ from accelerate import PartialState
 from contradiff.atomic import replace_dir
 from contradiff.base_training import OnProgress, Share, build_scheduler, train_unet, train_vae
 from contradiff.config import Section
-from contradiff.data.toy import CLASSES, render_image
+from contradiff.data.toy.classes import CLASSES
+from contradiff.data.toy.render import render_image
 from stages._progress import Advance
 
 SEED = 1000

@@ -58,7 +58,7 @@ def ensure_images(
 
     with hold_lock(root / ".lock"):
         if not _is_rendered(tree, recipe):
-            from contradiff.data.toy import render_tree
+            from contradiff.data.toy.tree import render_tree
 
             render_tree(
                 tree,

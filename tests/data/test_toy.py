@@ -5,7 +5,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from contradiff.data.toy import CLASSES, render_image, render_tree
+from contradiff.data.toy.classes import CLASSES
+from contradiff.data.toy.render import render_image
+from contradiff.data.toy.tree import render_tree
 
 
 def _digests(root: Path) -> dict[str, str]:
