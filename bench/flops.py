@@ -33,7 +33,8 @@ from contradiff.inversion import inverted_maps
 from contradiff.lora import LoraParams
 from contradiff.losses import LossParams
 from contradiff.model import ContraDiff, TrainingBatch
-from contradiff.training import PretrainParams, set_up
+from contradiff.recipe import PretrainParams
+from contradiff.training import set_up
 from contradiff.types import Precision
 
 NUM_IMAGES = 4

@@ -12,7 +12,8 @@ from contradiff.base_config import downsampling_of
 from contradiff.conditioner import ConditionerParams
 from contradiff.features import HeadParams
 from contradiff.lora import LoraParams
-from contradiff.model import ContraDiff, count_parameters
+from contradiff.model import ContraDiff
+from contradiff.parameter_counts import count_parameters
 
 if TYPE_CHECKING:
     from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel

@@ -14,7 +14,8 @@ from contradiff.conditioner import ConditionerParams
 from contradiff.config import Section, parse
 from contradiff.features import HeadParams
 from contradiff.lora import LoraParams
-from contradiff.model import ContraDiff, ParameterCounts
+from contradiff.model import ContraDiff
+from contradiff.parameter_counts import ParameterCounts
 
 WEIGHTS_NAME = "model.safetensors"
 CONFIG_NAME = "config.json"

@@ -21,9 +21,11 @@ from contradiff.features import HeadParams
 from contradiff.loading import PairedShards
 from contradiff.lora import LoraParams
 from contradiff.losses import LossParams
-from contradiff.model import build_model, count_parameters
+from contradiff.model import build_model
 from contradiff.noise import NoiseParams
-from contradiff.training import PretrainParams, TrainingRecipe, pretrain
+from contradiff.parameter_counts import count_parameters
+from contradiff.recipe import PretrainParams, TrainingRecipe
+from contradiff.training import pretrain
 
 BASE, IMAGES, LATENTS = Path("build/base"), Path("build/shards"), Path("build/latents")
 CHECKPOINT, CURVE = Path("build/pretrain"), Path("metrics/pretrain.csv")

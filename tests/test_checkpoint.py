@@ -11,7 +11,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from contradiff.checkpoint import base_digest, load_checkpoint, read_config, save_checkpoint
-from contradiff.model import ContraDiff, count_parameters
+from contradiff.model import ContraDiff
+from contradiff.parameter_counts import count_parameters
 
 
 @pytest.fixture

@@ -11,7 +11,8 @@ from torch import Tensor
 from contradiff.checkpoint import save_checkpoint
 from contradiff.extraction import stored_batches
 from contradiff.feature_models import load_diffusion_features
-from contradiff.model import ContraDiff, count_parameters
+from contradiff.model import ContraDiff
+from contradiff.parameter_counts import count_parameters
 from tests.settings import features_params
 
 

@@ -17,7 +17,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from contradiff.checkpoint import load_checkpoint, save_checkpoint
 from contradiff.losses import LossParams
-from contradiff.model import ContraDiff, TrainingBatch, count_parameters
+from contradiff.model import ContraDiff, TrainingBatch
+from contradiff.parameter_counts import count_parameters
 
 Build = Callable[..., ContraDiff]
 

@@ -17,7 +17,8 @@ from contradiff.loading import PairedShards
 from contradiff.losses import LossParams
 from contradiff.model import ContraDiff, TrainingBatch
 from contradiff.noise import NoiseParams
-from contradiff.training import PretrainParams, TrainingRecipe, pretrain
+from contradiff.recipe import PretrainParams, TrainingRecipe
+from contradiff.training import pretrain
 from contradiff.training_state import load_training_state
 
 if TYPE_CHECKING:

@@ -33,7 +33,7 @@ def trained_project(
     The run is of a stage of any name; its root is the folder.
     """
     from contradiff.checkpoint import save_checkpoint
-    from contradiff.model import count_parameters
+    from contradiff.parameter_counts import count_parameters
 
     build = workplace / "build"
     build.mkdir()
