@@ -41,7 +41,7 @@ def ensure_images(
     assert params.num_train is not None
     assert params.num_val is not None
     recipe = {
-        "renderer": _code_digest("toy.py"),
+        "renderer": _code_digest("toy/*.py"),
         "num_train": params.num_train,
         "num_val": params.num_val,
         "image_size": params.image_size,
@@ -157,5 +157,8 @@ def _mark_rendered(root: Path, recipe: dict[str, Any]) -> None:
         path.write_text(json.dumps(recipe))
 
 
-def _code_digest(name: str) -> str:
-    return sha256_of(Path(__file__).with_name(name))
+def _code_digest(pattern: str) -> str:
+    """Of the files beside this one that match a pattern."""
+    digests = [sha256_of(path) for path in sorted(Path(__file__).parent.glob(pattern))]
+    assert digests, pattern
+    return hashlib.sha256("".join(digests).encode()).hexdigest()

@@ -6,13 +6,15 @@ from typing import Any
 import pytest
 
 from contradiff.atomic import sha256_of
-from contradiff.data import digits, raw, toy
+from contradiff.data import digits, raw
 from contradiff.data.imagenet import Manifest
 from contradiff.data.params import DataParams
 from contradiff.data.raw import ensure_images, ensure_transfer_archive, transfer_manifest
+from contradiff.data.toy import tree as toy_tree
+from contradiff.data.toy.classes import CLASSES
 from contradiff.data.transfer_set import TransferDataParams, read_transfer_split
 
-NUM_CLASSES = len(toy.CLASSES)
+NUM_CLASSES = len(CLASSES)
 TOY: dict[str, Any] = {
     "source": "toy",
     "root": "data/raw/toy",
@@ -32,7 +34,7 @@ def toy_params(**changes: object) -> DataParams:
 def renderings(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """What was rendered, in order."""
     seen: list[str] = []
-    for module, name in ((toy, "render_tree"), (digits, "write_digits_archive")):
+    for module, name in ((toy_tree, "render_tree"), (digits, "write_digits_archive")):
         real = getattr(module, name)
 
         def render(*args: Any, _real: Any = real, _name: str = name, **kwargs: Any) -> None:
@@ -79,6 +81,26 @@ def test_images_are_rendered_anew_when_the_renderer_changes(
     monkeypatch.setattr(raw, "_code_digest", lambda _: "other")
     ensure_images(tmp_path, toy_params(), seed=0)
     assert len(renderings) == 2
+
+
+@pytest.mark.parametrize("pattern", ["toy/*.py", "digits.py"])
+def test_every_file_of_a_renderer_counts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pattern: str
+):
+    monkeypatch.setattr(raw, "__file__", str(tmp_path / "raw.py"))
+    sources = sorted(Path(digits.__file__).parent.glob(pattern))
+    assert len(sources) == (1 if pattern == "digits.py" else 7)
+    for source in sources:
+        copy = tmp_path / source.relative_to(Path(digits.__file__).parent)
+        copy.parent.mkdir(exist_ok=True)
+        copy.write_bytes(source.read_bytes())
+    before = raw._code_digest(pattern)
+    assert raw._code_digest(pattern) == before
+    for copy in sorted(tmp_path.glob(pattern)):
+        kept = copy.read_bytes()
+        copy.write_bytes(kept + b"#")
+        assert raw._code_digest(pattern) != before
+        copy.write_bytes(kept)
 
 
 def test_real_images_are_never_replaced(tmp_path: Path):
