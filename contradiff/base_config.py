@@ -7,6 +7,7 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 
 from contradiff.config import Section
+from contradiff.given_files import file_manifest
 
 PARTS = ("vae", "unet", "scheduler")
 
@@ -52,7 +53,7 @@ def config_folder(base: BaseParams, *, root: Path, shipped: Path) -> Path:
         ValueError: there is none; names base.path.
     """
     if base.source == "local":
-        folder = root / base.path
+        folder = local_base(base, root=root)
     elif base.path in SHIPPED_CONFIGS:
         folder = shipped / SHIPPED_CONFIGS[base.path]
     else:
@@ -64,6 +65,41 @@ def config_folder(base: BaseParams, *, root: Path, shipped: Path) -> Path:
         raise ValueError(msg)
     check_config(folder)
     return folder
+
+
+def local_base(base: BaseParams, *, root: Path) -> Path:
+    """The folder of a base whose source is local.
+
+    In DVC's temporary copies of the project a folder that DVC tracks is here; one that it does not
+    is only below the project's root.
+
+    Raises:
+        ValueError: there is no such folder; names base.path.
+    """
+    here = Path(base.path)
+    folder = here if here.is_dir() else root / base.path
+    if not folder.is_dir():
+        msg = (
+            f"base.path: there is no folder {base.path}; the tiny base comes by "
+            "`dvc pull models/tiny`, or is retrained by `make base`"
+        )
+        raise ValueError(msg)
+    return folder
+
+
+def base_manifest(base: BaseParams, *, root: Path) -> dict[str, Any]:
+    """What stands for a base in DVC: every file of a local one, or the pinned commit of a hub's.
+
+    Raises:
+        ValueError: a local folder is missing or cannot be used; names base.path.
+    """
+    if base.source == "hub":
+        return {"path": base.path, "revision": base.revision}
+    folder = local_base(base, root=root)
+    check_base(folder)
+    files = [path for part in PARTS for path in (folder / part).rglob("*") if path.is_file()]
+    names = [path.relative_to(folder).as_posix() for path in files]
+    return {"path": base.path, "files": file_manifest(folder, names)}
 
 
 def check_base(folder: Path) -> None:

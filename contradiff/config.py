@@ -130,5 +130,7 @@ def describe(error: ValidationError, *, source: str) -> str:
                 text = f"{fault['msg'].removeprefix('Value error, ')}"
                 if not isinstance(fault["input"], dict):
                     text += f" (got {fault['input']!r})"
-        lines.append(f"{source}: {key}: {text}")
+        # a section's own validators name the key that they speak of
+        named = text.startswith(f"{key}.")
+        lines.append(f"{source}: {text}" if named else f"{source}: {key}: {text}")
     return "\n".join(lines)

@@ -336,8 +336,8 @@ class SelfCondition(nn.Module):
 
     The pooled bottleneck goes through a linear layer into the time embedding that the up blocks
     see, so that the reconstruction loss itself asks the bottleneck for what the whole image is.
-    The layer starts at zero. The paper has none; of the two ideas beyond it that method.md offers,
-    this needs no second loss, no teacher and no further pass.
+    The layer starts at zero. The paper has none. The other such idea, self-distillation from
+    shallow to deep blocks (SRA), needs a second loss, a teacher and a further pass.
     """
 
     def __init__(self, unet: "UNet2DConditionModel") -> None:

@@ -42,9 +42,9 @@ def check_lora_targets(unet: "UNet2DConditionModel", targets: list[str]) -> None
     names = [name for name, module in unet.named_modules() if isinstance(module, nn.Linear)]
     for target in targets:
         if not any(name == target or name.endswith(f".{target}") for name in names):
+            example = next((name for name in names if "attn2" in name), names[0])
             msg = (
-                f"lora.targets: {target!r} matches no linear layer of the UNet "
-                f"(such as {names[0]!r})"
+                f"lora.targets: {target!r} matches no linear layer of the UNet, such as {example!r}"
             )
             raise ValueError(msg)
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 from jaxtyping import Float, Int, Int64
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from contradiff.config import Section
 from contradiff.data.shards import read_images
@@ -27,6 +27,16 @@ class SeparabilityParams(Section):
     num_images: int = Field(ge=4, description="validation images at most, of the chosen classes")
     num_classes: int = Field(ge=2, description="classes at most; drawn if there are more")
     num_neighbours: int = Field(ge=1, description="k of the nearest-neighbour vote")
+
+    @model_validator(mode="after")
+    def _neighbours_are_other_images(self) -> "SeparabilityParams":
+        if self.num_neighbours >= self.num_images:
+            msg = (
+                f"separability.num_neighbours: must be less than separability.num_images "
+                f"{self.num_images} (got {self.num_neighbours})"
+            )
+            raise ValueError(msg)
+        return self
 
 
 @dataclass(frozen=True)

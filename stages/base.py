@@ -6,7 +6,14 @@ import shutil
 from pathlib import Path
 
 from contradiff.atomic import replace_dir
-from contradiff.base_config import PARTS, BaseParams, check_base, check_config, fetch_from_hub
+from contradiff.base_config import (
+    PARTS,
+    BaseParams,
+    check_base,
+    check_config,
+    fetch_from_hub,
+    local_base,
+)
 from contradiff.config import Section
 
 
@@ -26,9 +33,7 @@ def main(params: Params, run: Run) -> None:
             fetch_from_hub(base.path, base.revision, folder, weights=True)
             shutil.rmtree(folder / ".cache", ignore_errors=True)
         else:
-            # In DVC's temporary copies a folder that DVC tracks is here; one that it does not is
-            # only below the project's root.
-            source = Path(base.path) if Path(base.path).exists() else run.resolve(base.path)
+            source = local_base(base, root=run.root)
             check_base(source)
             for part in PARTS:
                 shutil.copytree(source / part, folder / part)

@@ -1,17 +1,22 @@
-"""prepare: raw data => manifests. Renders the embedded default's images; checks what is there.
+"""prepare: all that is given => manifests. Renders the embedded default's images; checks the rest.
 
-The raw trees lie under the project's root, outside DVC: a manifest stands for each.
+Raw data and given weights lie under the project's root, outside DVC: a manifest stands for each.
 """
 
 from stages._runtime import Run, execute
 
 from pathlib import Path
+from typing import Any
 
+from pydantic import Field
+
+from contradiff.base_config import BaseParams, base_manifest
 from contradiff.config import Section, Seed
 from contradiff.data.imagenet import Manifest
 from contradiff.data.params import DataParams, RawParams
 from contradiff.data.raw import ensure_images, ensure_transfer_archive, transfer_manifest
 from contradiff.data.transfer_set import TransferDataParams
+from contradiff.given_files import file_manifest
 
 
 class Params(Section):
@@ -19,10 +24,15 @@ class Params(Section):
     data: DataParams
     raw: RawParams
     transfer_data: TransferDataParams
+    base: BaseParams
+    inception_weights: str | None = Field(alias="extractor.weights")
+    inception_download: bool = Field(alias="extractor.download")
+    timm_name: str | None = Field(alias="features.timm_name")
+    timm_weights: str | None = Field(alias="features.timm_weights")
 
 
 def main(params: Params, run: Run) -> None:
-    faults: list[str] = []
+    weights, faults = scan_weights(params, run)
     manifest: Manifest | None = None
     archive: Path | None = None
     try:
@@ -35,18 +45,54 @@ def main(params: Params, run: Run) -> None:
         )
     except ValueError as error:
         faults.append(str(error))
-    if manifest is None or archive is None:
+    if manifest is None or archive is None or faults:
         raise ValueError("\n".join(faults))  # all that is missing, at once
     for split, files in manifest.splits.items():
         number, place = len(manifest.class_ids), params.data.root
         run.log(f"{len(files)} {split} images of {number} classes in {place}")
     manifest.write(Path("build/manifest/images.json"))
+    for name, found in weights.items():
+        run.write_json(Path(f"build/manifest/{name}.json"), found)
     run.write_json(
         Path("build/manifest/transfer.json"),
         transfer_manifest(
             archive, source=params.transfer_data.source, shown_root=params.transfer_data.root
         ),
     )
+
+
+def scan_weights(params: Params, run: Run) -> tuple[dict[str, dict[str, Any]], list[str]]:
+    """Manifests of the base, Inception and the timm backbone, as far as they are given; faults."""
+    found: dict[str, dict[str, Any]] = {"base": {}, "extractor": {}, "timm": {}}
+    faults: list[str] = []
+    try:
+        found["base"] = base_manifest(params.base, root=run.root)
+    except ValueError as error:
+        faults.append(str(error))
+    given = {"timm": ("features.timm_weights", params.timm_weights)}
+    if not params.inception_download:
+        given["extractor"] = ("extractor.weights", params.inception_weights)
+    for name, (key, shown) in given.items():
+        if shown is None:
+            continue
+        path = run.resolve(shown)
+        if path.is_file():
+            found[name] = {"path": shown, "files": file_manifest(path.parent, [path.name])}
+        elif name == "extractor":
+            from contradiff.evaluation.inception import no_weights
+
+            faults.append(no_weights(f"{key}: no file {shown}"))
+        else:
+            faults.append(
+                f"{key}: no file {shown}; fetch it, or set features.timm_pretrained: true"
+            )
+    if params.timm_name is not None:
+        import timm
+
+        if not timm.is_model(params.timm_name):
+            name = params.timm_name
+            faults.append(f"features.timm_name: timm {timm.__version__} knows no {name!r}")
+    return found, faults
 
 
 def scan_images(params: Params, run: Run) -> Manifest:

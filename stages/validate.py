@@ -114,17 +114,17 @@ def check(content: Mapping[str, Any], *, source: str) -> None:
 
 
 def check_with_base(content: Mapping[str, Any], *, root: Path) -> None:
-    """Refuse what this base cannot serve, if its configuration is here; else a later stage does.
+    """Refuse what this base cannot serve; a hub's of unknown configuration, a later stage does.
 
     Args:
         content: a whole parameter file that `check` accepts.
         root: the project's folder.
 
     Raises:
-        ValueError: names the parameter.
+        ValueError: a local base is not there, or a parameter does not fit; names the parameter.
     """
     base_params = parse(base.Params, content, source=str(PARAMS_FILE)).base
-    if not ((root / base_params.path).is_dir() or base_params.path in SHIPPED_CONFIGS):
+    if base_params.source == "hub" and base_params.path not in SHIPPED_CONFIGS:
         return
     folder = config_folder(base_params, root=root, shipped=root / "presets")
     image_size, conditioner = content["data"]["image_size"], content["conditioner"]
@@ -176,6 +176,10 @@ def contradictions(content: Mapping[str, Any]) -> Iterator[str]:
             "latents.colour_jitter: the distorted crops would be reconstructed too, as "
             "loss.latent_views: same and loss.recon_passes over 3 do; set it to 0"
         )
+    for section in ("pretrain", "class_condition"):
+        batch_size, num_train = content[section]["batch_size"], data["num_train"]
+        if num_train is not None and content[section]["epochs"] and batch_size > num_train:
+            yield f"{section}.batch_size: {batch_size} is more than data.num_train {num_train}"
     yield from of_scores(content)
     yield from of_null_conditions(content)
     if content["generate"]["condition"] == "class" and content["class_condition"]["epochs"] == 0:

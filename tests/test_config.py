@@ -111,7 +111,7 @@ def test_every_fault_has_its_line():
 
 def test_contradiction_names_both_keys():
     message = complaint(changed("train", warmup_epochs=2))
-    expected = "params.yaml: train: train.warmup_epochs must be less than train.epochs"
+    expected = "params.yaml: train.warmup_epochs must be less than train.epochs"
     assert message == expected
 
 

@@ -11,6 +11,7 @@ from contradiff.data.cifar_files import find_cifar
 from contradiff.data.image_folder import ImageFolder
 from contradiff.data.params import DataParams
 from contradiff.data.transfer_set import Source, TransferDataParams, cifar_name
+from contradiff.given_files import file_manifest
 
 RECIPE_NAME = ".rendered.json"
 """What a rendered folder was rendered from, written last: only then is it whole."""
@@ -123,11 +124,9 @@ def transfer_manifest(root: Path, *, source: Source, shown_root: str) -> dict[st
             "sha256": folder.digest(),
         }
     cifar = find_cifar(root, cifar_name(source), shown_root=shown_root)
-    files = {
-        path.name: {"num_bytes": path.stat().st_size, "sha256": sha256_of(path)}
-        for path in cifar.paths
-    }
-    return {"root": shown_root, "files": files}
+    # all beside each other
+    folder = cifar.paths[0].parent
+    return {"root": shown_root, "files": file_manifest(folder, [path.name for path in cifar.paths])}
 
 
 def read_manifest(path: Path) -> dict[str, Any]:

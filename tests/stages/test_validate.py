@@ -200,10 +200,27 @@ def test_what_the_base_cannot_serve_is_refused(
         check_with_base(content, root=tmp_path)
 
 
-def test_a_base_that_is_not_here_yet_is_not_asked(tmp_path: Path):
+def test_a_local_base_that_is_not_there_is_refused(tmp_path: Path):
     content = read_params(ROOT / "presets/tiny.yaml")
+    content["base"]["path"] = "models/nowhere"
+    with pytest.raises(ValueError, match=r"^base\.path: there is no folder models/nowhere"):
+        check_with_base(content, root=tmp_path)
+
+
+def test_a_base_of_the_hub_whose_configuration_is_unknown_is_not_asked(tmp_path: Path):
+    content = read_params(ROOT / "presets/tiny.yaml")
+    content["base"] = {"source": "hub", "path": "somebody/model", "revision": "a" * 40}
     content["lora"]["targets"] = ["nothing"]
     check_with_base(content, root=tmp_path)
+
+
+@pytest.mark.parametrize("section", ["pretrain", "class_condition"])
+def test_a_batch_beyond_the_drawn_images_is_refused(content: dict[str, Any], section: str):
+    content["class_condition"]["epochs"] = 1
+    check(content, source="params.yaml")
+    content[section]["batch_size"] = 4002
+    with pytest.raises(ValueError, match=rf"^params.yaml: {section}\.batch_size: 4002 is more"):
+        check(content, source="params.yaml")
 
 
 def test_the_papers_base_is_known_without_weights():

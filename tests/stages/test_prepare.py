@@ -1,0 +1,93 @@
+"""stages.prepare: what is given beside images stands in manifests; what is missing is named."""
+
+from stages._runtime import Run, RuntimeParams
+
+import copy
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from contradiff.config import parse, read_params
+from stages import prepare
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture
+def content(tiny_base: Path, tmp_path: Path) -> dict[str, Any]:
+    """The embedded default on few images, with a base of the user's own."""
+    content = copy.deepcopy(read_params(ROOT / "presets/tiny.yaml"))
+    content["data"] |= {"num_train": 12, "num_val": 12, "image_size": 16}
+    shutil.copytree(tiny_base, tmp_path / "mine")
+    content["base"]["path"] = "mine"
+    return content
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
+    monkeypatch.chdir(tmp_path)
+    runtime = RuntimeParams(device="cpu", num_workers=0, log_every=1, checkpoint_every=1)
+    return Run(stage="prepare", root=tmp_path, runtime=runtime)
+
+
+def manifests(content: dict[str, Any], run: Run) -> dict[str, Any]:
+    prepare.main(parse(prepare.Params, content, source="params.yaml"), run)
+    files = Path("build/manifest").glob("*.json")
+    return {path.stem: json.loads(path.read_text()) for path in files}
+
+
+@pytest.mark.parametrize(
+    "changed", ["unet/config.json", "vae/config.json", "unet/diffusion_pytorch_model.safetensors"]
+)
+def test_a_changed_base_has_another_manifest(content: dict[str, Any], run: Run, changed: str):
+    before = manifests(content, run)
+    assert manifests(content, run) == before
+    path = Path("mine") / changed
+    path.write_bytes(path.read_bytes() + b"\n")
+    after = manifests(content, run)
+    differing = {name for name in before if before[name] != after[name]}
+    assert differing == {"base"}
+    assert before["extractor"] == before["timm"] == {}
+
+
+def test_a_base_of_the_hub_is_its_commit(content: dict[str, Any], run: Run):
+    content["base"] = {"source": "hub", "path": "somebody/model", "revision": "a" * 40}
+    assert manifests(content, run)["base"] == {"path": "somebody/model", "revision": "a" * 40}
+
+
+def test_given_weights_are_noticed(content: dict[str, Any], run: Run):
+    content["extractor"]["weights"] = "inception.pt"
+    content["features"] |= {"timm_weights": "dino.safetensors", "timm_name": "test_vit"}
+    for name in ("inception.pt", "dino.safetensors"):
+        Path(name).write_text("weights")
+    before = manifests(content, run)
+    Path("dino.safetensors").write_text("weightz")
+    after = manifests(content, run)
+    assert {name for name in before if before[name] != after[name]} == {"timm"}
+    Path("inception.pt").write_text("weightz")
+    assert manifests(content, run)["extractor"] != after["extractor"]
+
+
+def test_all_that_is_missing_is_named_at_once(content: dict[str, Any], run: Run):
+    content["data"] |= {"source": "auto", "root": "nowhere", "num_train": None, "num_val": None}
+    content["base"]["path"] = "neither"
+    content["extractor"]["weights"] = "inception.pt"
+    content["features"] |= {"timm_weights": "dino.safetensors", "timm_name": "no_such_model"}
+    with pytest.raises(ValueError, match=r"^base\.path: there is no folder neither") as caught:
+        manifests(content, run)
+    for fault in (
+        "extractor.weights: no file inception.pt: ",
+        "features.timm_weights: no file dino.safetensors; ",
+        "features.timm_name: timm ",
+        "data.root: ",
+    ):
+        assert f"\n{fault}" in str(caught.value)
+    assert not Path("build").exists()
+
+
+def test_weights_to_be_downloaded_need_not_be_there(content: dict[str, Any], run: Run):
+    content["extractor"] |= {"weights": "inception.pt", "download": True}
+    assert manifests(content, run)["extractor"] == {}
