@@ -1,4 +1,4 @@
-"""FLOPs and kept activations of a training step, FLOPs of features, for each switch of the method.
+"""FLOPs and peak memory of a training step, FLOPs of features, for each switch of the method.
 
     python -m bench flops                 the paper preset: Stable Diffusion v1.4 at 256 pixels
     python -m bench flops presets/tiny.yaml
@@ -6,13 +6,15 @@
 FLOPs are counted by torch's FlopCounterMode while a step runs forward and backward on the meta
 device: exact, the same on every machine. Matrix products, convolutions and attention count.
 
-Kept activations are the bytes that autograd saves for the backward pass, by torch's own hooks on
-fake tensors under the preset's precision (attention as CPU kernels save it, which is what CUDA's
-flash attention saves: queries, keys, values, output and one number a row). Weights are counted
-apart, as they are held while training and with what autocast copies of them. A GPU needs both, the
-gradients and moments of what is trained, and the workspace of the largest layer.
+Memory is what is alive at once of all tensors that a step makes, forward and backward, and of the
+weights: counted at every operation on fake tensors, under the preset's precision (attention as CPU
+kernels do it, which keep what CUDA's flash attention keeps). What grows with the batch is printed
+an image; the rest are the weights, as they are held while training, and the draws that go through
+the up blocks at once. A GPU also needs the optimiser's moments, eight bytes a trained weight, what
+its kernels work in, and what its allocator loses.
 """
 
+import weakref
 from collections.abc import Sequence
 from copy import deepcopy
 from pathlib import Path
@@ -21,7 +23,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from contradiff.backbone import NoiseSchedule, unet_without_weights
@@ -40,6 +43,9 @@ from contradiff.types import Precision
 NUM_IMAGES = 4
 """FLOPs an image do not depend on it, but for the contrastive loss's own few."""
 
+BATCH_SIZES = (64, 128)
+"""Images of two steps, whose difference is what an image needs: the paper's 512 on 8 and 4 GPUs."""
+
 VARIANTS: dict[str, dict[str, Any]] = {
     "the preset": {},
     "loss.lambda=0": {"loss.lambda": 0.0},
@@ -52,7 +58,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
     },
     "head.block=mid+up.1": {"head.block": "mid+up.1"},
     "head.self_conditioning=true": {"head.self_conditioning": True},
-    "pretrain.gradient_checkpointing=true": {"pretrain.gradient_checkpointing": True},
+    "pretrain.decode_batch_size=0": {"pretrain.decode_batch_size": 0},
+    "pretrain.gradient_checkpointing=down.0": {"pretrain.gradient_checkpointing": "down.0"},
+    "pretrain.gradient_checkpointing=all": {"pretrain.gradient_checkpointing": "all"},
     "features.noising=ddim_chain": {"features.noising": "ddim_chain"},
 }
 
@@ -74,19 +82,19 @@ def main(arguments: Sequence[str]) -> None:
     """Print the table for a parameter file."""
     path = Path(arguments[0] if arguments else "presets/paper.yaml")
     content = read_params(path)
-    print(f"{path}: GFLOPs and kept megabytes (10^6 bytes) an image, megabytes of weights\n")
-    units = f"{'kept MB':>10}{'weights MB':>12}"
+    print(f"{path}: GFLOPs and peak megabytes (10^6 bytes) an image, other megabytes\n")
+    units = f"{'peak MB':>10}{'other MB':>12}"
     print(f"{'':38}{'training step':>16}{'':>8}{'features':>12}{'':>8}{units}")
     first: tuple[float, float] | None = None
     for name, changes in VARIANTS.items():
         params = parse(Params, changed(content, changes), source=str(path))
         folder = config_folder(params.base, root=Path(), shipped=Path("presets"))
         step, features = of_training_step(params, folder), of_features(params, folder)
-        kept, weights = (size / 1e6 for size in kept_bytes(params, folder))
+        peak, other = (size / 1e6 for size in peak_bytes(params, folder))
         first = first or (step, features)
         ratios = f"{step / first[0]:>6.2f}x", f"{features / first[1]:>6.2f}x"
-        numbers = f"{step:>16.3f}{ratios[0]:>8}{features:>12.3f}{ratios[1]:>8}{kept:>10.3f}"
-        print(f"{name:38}{numbers}{weights:>12.1f}", flush=True)
+        numbers = f"{step:>16.3f}{ratios[0]:>8}{features:>12.3f}{ratios[1]:>8}{peak:>10.1f}"
+        print(f"{name:38}{numbers}{other:>12.1f}", flush=True)
 
 
 def changed(content: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
@@ -140,28 +148,23 @@ def of_training_step(params: Params, folder: Path) -> float:
     return counter.get_total_flops() / NUM_IMAGES / 1e9
 
 
-def kept_bytes(params: Params, folder: Path) -> tuple[float, float]:
-    """What a training step holds when its forward pass is over.
+def peak_bytes(params: Params, folder: Path) -> tuple[float, float]:
+    """What a training step, forward and backward, holds when it holds most.
 
     Returns:
-        Bytes an image of activations, and bytes of weights: the model's own and their copies in
-        half precision, which are what does not grow with the batch.
+        Bytes an image, and bytes that do not grow with the batch: weights, gradients of what is
+        trained, and the `pretrain.decode_batch_size` draws that go through the up blocks at once.
     """
-    few, more = (_held(params, folder, num_images=n) for n in (NUM_IMAGES, 2 * NUM_IMAGES))
-    return (more - few) / NUM_IMAGES, 2 * few - more
+    few, more = BATCH_SIZES
+    peaks = {n: _peak(params, folder, num_images=n) for n in BATCH_SIZES}
+    an_image = (peaks[more] - peaks[few]) / (more - few)
+    return an_image, peaks[few] - few * an_image
 
 
-def _held(params: Params, folder: Path, *, num_images: int) -> int:
+def _peak(params: Params, folder: Path, *, num_images: int) -> int:
     precision = params.pretrain.precision
     model = build(params, folder, precision=precision)
-    seen: dict[StorageWeakRef, int] = {}
-
-    def note(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        seen[StorageWeakRef(storage)] = storage.nbytes()
-        return tensor
-
-    with FakeTensorMode(allow_non_fake_inputs=True):
+    with FakeTensorMode(allow_non_fake_inputs=True), LiveBytes() as live:
         # Autocast knows no meta device; fake tensors are said to be on the CPU.
         for module in model.modules():
             for name, parameter in list(module.named_parameters(recurse=False)):
@@ -170,13 +173,41 @@ def _held(params: Params, folder: Path, *, num_images: int) -> int:
             for name, buffer in list(module.named_buffers(recurse=False)):
                 setattr(module, name, torch.empty(buffer.shape, dtype=buffer.dtype))
         step = _Step(model, params, folder, num_images=num_images)
-        hooks = torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor)
-        with hooks, torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
             loss = step.forward()
-    assert loss.requires_grad  # and with it all that it keeps is still alive
-    for parameter in model.parameters():
-        note(parameter)
-    return sum(seen.values())
+        loss.backward()
+    return live.peak
+
+
+class LiveBytes(TorchDispatchMode):
+    """Counts the bytes of all tensors made under it that are alive, and their peak."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.known: set[int] = set()
+        self.size = self.peak = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Run the operation and note the storages that it made."""
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, Tensor):
+                self._note(tensor.untyped_storage())
+        return result
+
+    def _note(self, storage: torch.UntypedStorage) -> None:
+        key, size = id(storage), storage.nbytes()
+        if key not in self.known:
+            self.known.add(key)
+            self.size += size
+            self.peak = max(self.peak, self.size)
+            weakref.finalize(storage, self._drop, key, size)
+
+    def _drop(self, key: int, size: int) -> None:
+        self.known.remove(key)
+        self.size -= size
 
 
 class _Step:
@@ -184,7 +215,7 @@ class _Step:
 
     def __init__(self, model: ContraDiff, params: Params, folder: Path, *, num_images: int) -> None:
         self.model = model.train()
-        self.loss = params.loss
+        self.loss, self.decode_batch_size = params.loss, params.pretrain.decode_batch_size
         self.shared = params.conditioner.cond_view == "same"
         latent = latent_shape(self.model, params, folder)
         condition = self.model.conditioner.shape
@@ -199,7 +230,12 @@ class _Step:
 
     def forward(self) -> Tensor:
         """The step's loss."""
-        return self.model(self.batch, loss=self.loss, shared_condition=self.shared)["loss"]
+        return self.model(
+            self.batch,
+            loss=self.loss,
+            shared_condition=self.shared,
+            decode_batch_size=self.decode_batch_size,
+        )["loss"]
 
 
 def of_features(params: Params, folder: Path) -> float:

@@ -1,7 +1,7 @@
 """ContraDiff: the frozen base with LoRA, conditioner, attention and projector, put together."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -39,6 +39,7 @@ from contradiff.losses import (
     reconstruction_loss,
 )
 from contradiff.noise import NUM_LEVELS, add_noise
+from contradiff.parts import mean_in_parts
 from contradiff.types import Conditions, Latents, Timesteps, Tokens
 
 if TYPE_CHECKING:
@@ -122,7 +123,12 @@ class ContraDiff(nn.Module):
         )
 
     def forward(
-        self, batch: TrainingBatch, *, loss: LossParams, shared_condition: bool
+        self,
+        batch: TrainingBatch,
+        *,
+        loss: LossParams,
+        shared_condition: bool,
+        decode_batch_size: int = 0,
     ) -> dict[str, Float[Tensor, ""]]:
         """L = L_recon + lambda * L_contrast (Eq. 7) of one batch.
 
@@ -134,6 +140,8 @@ class ContraDiff(nn.Module):
             batch: this process's images.
             loss: kind, weight and temperature.
             shared_condition: both views have the same condition, encoded once.
+            decode_batch_size: draws that go through the reconstruction's up blocks at once, whose
+                gradient is taken before the next ones go: less memory. 0: all at once.
 
         Returns:
             "loss", "reconstruction" and, unless lambda is 0, "contrastive".
@@ -160,11 +168,12 @@ class ContraDiff(nn.Module):
             encoded = advance(self.unet, encoded, tokens, num_up_blocks=num_up_blocks)
 
         trained = slice(0, loss.recon_passes * num_images)
-        noise_pred = decode_from_bottleneck(self.unet, encoded[trained], tokens[trained])
-        reconstruction = reconstruction_loss(
-            noise_pred,
+        reconstruction = self._reconstruct(
+            encoded[trained],
+            tokens[trained],
             noise.flatten(0, 1)[trained],
             weights=self._weights(timesteps.flatten()[trained], loss.min_snr_gamma),
+            batch_size=decode_batch_size,
         )
         if loss.weight == 0:
             return {"loss": reconstruction, "reconstruction": reconstruction}
@@ -261,6 +270,34 @@ class ContraDiff(nn.Module):
             return None
         alphas_cumprod = self.schedule.alphas_cumprod.to(timesteps.device)
         return min_snr_weights(alphas_cumprod, gamma=gamma)[timesteps]
+
+    def _reconstruct(
+        self,
+        encoded: Encoded,
+        tokens: Tokens,
+        noise: Latents,
+        *,
+        weights: Float[Tensor, " batch"] | None,
+        batch_size: int,
+    ) -> Float[Tensor, ""]:
+        """Eq. 3 of encoded draws, `batch_size` of them at once; 0: all."""
+
+        def loss_of(
+            rows: slice, tokens: Tensor, hidden: Tensor, time_embedding: Tensor, *skips: Tensor
+        ) -> Tensor:
+            state = replace(
+                encoded[rows], hidden=hidden, time_embedding=time_embedding, skips=skips
+            )
+            noise_pred = decode_from_bottleneck(self.unet, state, tokens)
+            of_rows = None if weights is None else weights[rows]
+            return reconstruction_loss(noise_pred, noise[rows], weights=of_rows)
+
+        sliced = (tokens, encoded.hidden, encoded.time_embedding, *encoded.skips)
+        if batch_size == 0 or batch_size >= len(noise) or not torch.is_grad_enabled():
+            return loss_of(slice(None), *sliced)
+        blocks = list(self.unet.up_blocks)[encoded.num_up_blocks :]
+        trained = [p for block in blocks for p in block.parameters() if p.requires_grad]
+        return mean_in_parts(loss_of, sliced, trained, rows_at_once=batch_size)
 
     def _view_tokens(
         self, batch: TrainingBatch, *, num_views: int, shared: bool

@@ -1,6 +1,7 @@
 """Everything that decides a pretraining: the sections of Table 1, together."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 from pydantic import Field, model_validator
 
@@ -9,6 +10,9 @@ from contradiff.config import Section
 from contradiff.losses import LossParams
 from contradiff.noise import NoiseParams
 from contradiff.types import Precision
+
+Checkpointing = Literal["none", "down.0", "all"]
+"""Which of the UNet's activations are computed again instead of kept."""
 
 
 class PretrainParams(Section):
@@ -29,8 +33,14 @@ class PretrainParams(Section):
     ema_decay: float = Field(
         ge=0, lt=1, description="the trained weights' moving average is kept; 0: the last weights"
     )
-    gradient_checkpointing: bool = Field(
-        description="recompute the UNet's activations in the backward pass"
+    decode_batch_size: int = Field(
+        ge=0,
+        description="draws that go through the up blocks at once, their gradient taken before the "
+        "next go: less memory; 0: all",
+    )
+    gradient_checkpointing: Checkpointing = Field(
+        description="recompute activations in the backward pass: of the first down block, which "
+        "keeps the most, or of the whole UNet"
     )
     precision: Precision = Field(description="of the passes, by autocast; what is trained is fp32")
 
@@ -80,5 +90,6 @@ class TrainingRecipe:
         return (
             f"pretrain.grad_accumulation: an image is contrasted with the {batch // parts} of its "
             f"part alone, not with all {batch} of pretrain.batch_size, and the projector's "
-            "BatchNorm sees as many; pretrain.gradient_checkpointing saves memory without that"
+            "BatchNorm sees as many; pretrain.decode_batch_size and "
+            "pretrain.gradient_checkpointing save memory without that"
         )

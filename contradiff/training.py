@@ -16,7 +16,7 @@ from contradiff.lora import cast_frozen_weights
 from contradiff.losses import LossParams
 from contradiff.model import ContraDiff, TrainingBatch
 from contradiff.optim import build_adamw, cosine_with_warmup, scaled_lr
-from contradiff.recipe import TrainingRecipe
+from contradiff.recipe import Checkpointing, TrainingRecipe
 from contradiff.training_state import load_training_state, save_training_state
 from contradiff.types import Precision
 from contradiff.weight_average import WeightAverage
@@ -158,7 +158,11 @@ def pretrain(
 
 
 def set_up(
-    model: ContraDiff, *, loss: LossParams, gradient_checkpointing: bool, precision: Precision
+    model: ContraDiff,
+    *,
+    loss: LossParams,
+    gradient_checkpointing: Checkpointing,
+    precision: Precision,
 ) -> None:
     """Freeze what the loss does not reach, and choose which activations and weights are kept.
 
@@ -171,8 +175,13 @@ def set_up(
         model.projector.requires_grad_(requires_grad=False)
     if precision == "bf16":
         cast_frozen_weights(model.unet)
-    if gradient_checkpointing:
+    if gradient_checkpointing != "none":
         model.unet.enable_gradient_checkpointing()
+    if gradient_checkpointing == "down.0":
+        checkpointed = set(model.unet.down_blocks[0].modules())
+        for module in set(model.unet.modules()) - checkpointed:
+            if hasattr(module, "gradient_checkpointing"):
+                vars(module)["gradient_checkpointing"] = False
 
 
 def _resume(
@@ -206,7 +215,12 @@ def _accumulate_gradients(
         averaged = nullcontext() if number == num_parts else accelerator.no_sync(wrapped)
         with averaged:
             with accelerator.autocast():
-                of_part = wrapped(batch, loss=recipe.loss, shared_condition=recipe.shared_condition)
+                of_part = wrapped(
+                    batch,
+                    loss=recipe.loss,
+                    shared_condition=recipe.shared_condition,
+                    decode_batch_size=recipe.pretrain.decode_batch_size,
+                )
             accelerator.backward(of_part["loss"] / num_parts)
         for name, value in of_part.items():
             mean = value.detach() / num_parts

@@ -1,18 +1,21 @@
 """bench: flops against the parts that a step is made of; the others run and print their table."""
 
+import json
 from collections.abc import Callable
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
 from bench import flops, loading, probe, sampling, shards
 from contradiff.config import parse, read_params
 from contradiff.features import encode_to_bottleneck
 from contradiff.model import ContraDiff
+from contradiff.training import set_up
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -45,46 +48,58 @@ def test_features_are_three_half_passes_a_condition_and_the_head(count: Any, tin
     assert count()[1] == pytest.approx(counter.get_total_flops() / 1e9)
 
 
-@pytest.mark.parametrize("block", ["mid", "mid+up.1"])
-def test_kept_bytes_are_those_of_a_real_step(
-    tiny_base: Path, build_tiny: Callable[..., ContraDiff], block: str
+@pytest.mark.parametrize(
+    ("block", "decode_batch_size", "checkpointing"),
+    [("mid", 0, "none"), ("mid", 4, "none"), ("mid+up.1", 4, "all")],
+)
+def test_peak_is_what_torch_allocates_in_a_real_step(
+    tiny_base: Path,
+    build_tiny: Callable[..., ContraDiff],
+    tmp_path: Path,
+    *,
+    block: str,
+    decode_batch_size: int,
+    checkpointing: str,
 ):
-    """Counted by the same hooks on real tensors, for two sizes of batch."""
-    content = read_params(ROOT / "presets/tiny.yaml")
-    content = flops.changed(content, {"head.block": block})
+    """By the CPU allocator's own account, which also sees what a kernel works in."""
+    content = flops.changed(
+        read_params(ROOT / "presets/tiny.yaml"),
+        {
+            "head.block": block,
+            "pretrain.decode_batch_size": decode_batch_size,
+            "pretrain.gradient_checkpointing": checkpointing,
+        },
+    )
     params = parse(flops.Params, content, source="tiny")
-    model = build_tiny(**{k: content[k] for k in ("lora", "conditioner", "head")}).train()
-    sizes: list[int] = []
-    for num_images in (3, 5):
-        kept: dict[int, Tensor] = {}
-
-        def note(tensor: Tensor, kept: dict[int, Tensor] = kept) -> Tensor:
-            kept[tensor.untyped_storage().data_ptr()] = tensor
-            return tensor
-
-        step = flops._Step(model, params, tiny_base, num_images=num_images)
+    model = build_tiny(**{k: content[k] for k in ("lora", "conditioner", "head")})
+    set_up(model, loss=params.loss, gradient_checkpointing=checkpointing, precision="fp32")
+    weights = sum(t.untyped_storage().nbytes() for t in (*model.parameters(), *model.buffers()))
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        step = flops._Step(model, params, tiny_base, num_images=16)
         step.batch.timesteps.zero_()
         step.batch.dropped.zero_()
-        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-            loss = step.forward()
-        assert loss.requires_grad
-        sizes.append(sum(tensor.untyped_storage().nbytes() for tensor in kept.values()))
-    expected = (sizes[1] - sizes[0]) / 2
-    activations, weights = flops.kept_bytes(params, tiny_base)
-    # the similarities of a batch grow with its square
-    assert activations == pytest.approx(expected, rel=0.01)
-    assert weights == pytest.approx(4 * sum(p.numel() for p in model.parameters()), rel=0.01)
+        step.forward().backward()
+    trace = tmp_path / "trace.json"
+    profiler.export_chrome_trace(str(trace))
+    events = [e for e in json.loads(trace.read_text())["traceEvents"] if e["name"] == "[memory]"]
+    events.sort(key=lambda event: event["ts"])
+    allocated = list(accumulate(event["args"]["Bytes"] for event in events))
+    peak = flops._peak(params, tiny_base, num_images=16)
+    assert peak - weights == pytest.approx(max(allocated), rel=0.01)
 
 
-def test_half_precision_keeps_one_copy_of_the_frozen_weights(tiny_base: Path):
-    """Two bytes of each of the UNet's weights, four (and a copy of two) of what is trained."""
+def test_half_precision_keeps_one_copy_of_the_frozen_weights(
+    tiny_base: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Two bytes of each of the UNet's weights; of what is trained four, as many of its gradient."""
+    monkeypatch.setattr(flops, "BATCH_SIZES", (4, 8))
     content = flops.changed(read_params(ROOT / "presets/tiny.yaml"), {"pretrain.precision": "bf16"})
     params = parse(flops.Params, content, source="tiny")
     model = flops.build(params, tiny_base)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
-    weights = flops.kept_bytes(params, tiny_base)[1]
-    assert 2 * frozen + 4 * trained < weights < 2.2 * frozen + 6 * trained
+    other = flops.peak_bytes(params, tiny_base)[1]
+    assert 2 * frozen + 4 * trained < other < 2.2 * frozen + 10 * trained
 
 
 def test_switches_cost_what_they_add(count: Any):
@@ -95,7 +110,9 @@ def test_switches_cost_what_they_add(count: Any):
     assert without[1] == features
     twice, thrice = count(loss__recon_passes=2)[0], count(loss__recon_passes=3)[0]
     assert thrice - twice == pytest.approx(twice - step)
-    assert count(pretrain__gradient_checkpointing=True)[0] > 1.2 * step
+    first, every = (count(pretrain__gradient_checkpointing=k)[0] for k in ("down.0", "all"))
+    assert every > 1.2 * step
+    assert step < first < every
     assert count(features__noising="ddim_chain")[1] > 5 * features
 
 

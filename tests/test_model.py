@@ -167,6 +167,46 @@ def test_loss_equals_six_whole_passes(
         torch.testing.assert_close(ours[name], gradient, rtol=1e-3, atol=2e-6, msg=name)
 
 
+@pytest.mark.parametrize(
+    ("changes", "head"),
+    [
+        ({}, {}),
+        ({"recon_passes": 4, "min_snr_gamma": 5.0}, {"self_conditioning": True}),
+        ({"lambda": 0.0, "recon_passes": 2}, {}),
+        ({}, {"block": "mid+up.1", "self_conditioning": True}),
+    ],
+)
+@pytest.mark.parametrize("decode_batch_size", [1, 2, 3])
+def test_decoding_in_parts_is_the_same_training_step(
+    build_tiny: Build, changes: dict[str, Any], head: dict[str, Any], decode_batch_size: int
+):
+    """Whether or not the parts divide the draws; scaled as accumulation does.
+
+    To float32's rounding, in which Eq. 3 is taken whatever the model's precision.
+    """
+    model, batch = build_tiny(head=head).double().train(), in_float64(draw_batch(5))
+    _freeze_head_without_contrast(model, changes.get("lambda", 0.3))
+    whole = model(batch, loss=loss_params(**changes), shared_condition=False)
+    expected = gradients(model, whole["loss"] / 3)
+    rows: list[int] = []
+    model.unet.up_blocks[-1].register_forward_hook(lambda *args: rows.append(len(args[2])))
+    parts = model(
+        batch,
+        loss=loss_params(**changes),
+        shared_condition=False,
+        decode_batch_size=decode_batch_size,
+    )
+    ours = gradients(model, parts["loss"] / 3)
+    assert sum(rows) == 5 * changes.get("recon_passes", 1)
+    assert max(rows) == decode_batch_size
+    assert parts.keys() == whole.keys()
+    for name, value in whole.items():
+        torch.testing.assert_close(parts[name], value, rtol=1e-6, atol=0)
+    assert ours.keys() == expected.keys()
+    for name, gradient in expected.items():
+        assert (ours[name] - gradient).norm() <= 1e-6 * gradient.norm(), name
+
+
 @pytest.mark.parametrize("recon_passes", [1, 4])
 def test_without_contrast_only_reconstruction_of_the_same_draws_is_left(
     build_tiny: Build, recon_passes: int
@@ -378,7 +418,9 @@ def _freeze_head_without_contrast(model: ContraDiff, weight: float) -> None:
         model.projector.requires_grad_(requires_grad=False)
 
 
-def _train_one_process(rank: int, folder: Path, base: Path, weight: float) -> None:
+def _train_one_process(
+    rank: int, folder: Path, base: Path, weight: float, decode_batch_size: int
+) -> None:
     """One of two processes: its images of the batch, DDP's gradient, BatchNorm's statistics."""
     torch.set_num_threads(1)
     dist.init_process_group(
@@ -396,7 +438,7 @@ def _train_one_process(rank: int, folder: Path, base: Path, weight: float) -> No
         }
     )
     loss = loss_params(**{"recon_passes": 2, "lambda": weight})
-    losses = wrapped(batch, loss=loss, shared_condition=False)
+    losses = wrapped(batch, loss=loss, shared_condition=False, decode_batch_size=decode_batch_size)
     losses["loss"].backward()
     state = {f"gradient.{n}": p.grad for n, p in model.named_parameters() if p.grad is not None}
     state |= {f"buffer.{n}": tensor for n, tensor in model.projector.named_buffers()}
@@ -406,11 +448,11 @@ def _train_one_process(rank: int, folder: Path, base: Path, weight: float) -> No
 
 
 @pytest.mark.parametrize(
-    ("weight", "head"),
+    ("weight", "head", "decode_batch_size"),
     [
-        (0.3, {}),
-        (0.3, {"block": "mid+up.1", "self_conditioning": True}),
-        (0.0, {"self_conditioning": True}),
+        (0.3, {}, 0),
+        (0.3, {"block": "mid+up.1", "self_conditioning": True}, 4),
+        (0.0, {"self_conditioning": True}, 0),
     ],
 )
 def test_two_processes_have_the_gradient_of_one(
@@ -421,6 +463,7 @@ def test_two_processes_have_the_gradient_of_one(
     *,
     weight: float,
     head: dict[str, Any],
+    decode_batch_size: int,
 ):
     """The whole step's, to 1e-6 of its length in float32."""
     model, batch = build_tiny(head=head), draw_batch(6)
@@ -435,7 +478,7 @@ def test_two_processes_have_the_gradient_of_one(
         params=tiny_params | {"head": tiny_params["head"] | head},
     )
     save_file(asdict(batch), tmp_path / "batch.safetensors")
-    mp.spawn(_train_one_process, (tmp_path, tiny_base, weight), nprocs=2)
+    mp.spawn(_train_one_process, (tmp_path, tiny_base, weight, decode_batch_size), nprocs=2)
     ranks = [load_file(tmp_path / f"rank{rank}.safetensors") for rank in range(2)]
 
     loss = loss_params(**{"recon_passes": 2, "lambda": weight})

@@ -125,7 +125,7 @@ def check_training_step(
     optimizer = build_adamw(model.named_parameters(), lr=1e-3, betas=(0.9, 0.95), weight_decay=0.05)
     model.train()
     with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-        losses = model(batch, loss=loss, shared_condition=True)
+        losses = model(batch, loss=loss, shared_condition=True, decode_batch_size=1)
     losses["loss"].backward()
     assert set(losses) == {"loss", "reconstruction", "contrastive"}
     assert all(torch.isfinite(value) for value in losses.values())

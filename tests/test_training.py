@@ -39,7 +39,8 @@ PRETRAIN: dict[str, Any] = {
     "max_grad_norm": 1.0,
     "grad_accumulation": 1,
     "ema_decay": 0.0,
-    "gradient_checkpointing": False,
+    "decode_batch_size": 0,
+    "gradient_checkpointing": "none",
     "precision": "fp32",
 }
 LOSS: dict[str, Any] = {
@@ -401,17 +402,43 @@ def test_accumulation_warns_that_it_adds_no_negatives(tiny_params: dict[str, Any
     assert "contrasted with the 2 of its part alone, not with all 6" in warning
 
 
-def test_checkpointed_gradients_are_the_same_and_reach_lora(
-    build_tiny: Build, train: Train, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("checkpointing", "decode_batch_size", "recomputed"),
+    [
+        ("down.0", 0, {"down_blocks.0"}),
+        ("all", 0, {"down_blocks", "mid_block", "up_blocks"}),
+        ("none", 4, set()),
+        ("all", 4, {"down_blocks", "mid_block", "up_blocks"}),
+    ],
+)
+def test_saving_memory_leaves_the_gradients_and_reaches_lora(
+    build_tiny: Build,
+    train: Train,
+    monkeypatch: pytest.MonkeyPatch,
+    *,
+    checkpointing: str,
+    decode_batch_size: int,
+    recomputed: set[str],
 ):
     """The frozen UNet's inputs need no gradient: only a checkpoint that is not reentrant works."""
     recorders: list[Recorder] = []
-    for enabled in (False, True):
+    rows: list[int] = []
+    for changes in (
+        {},
+        {"gradient_checkpointing": checkpointing, "decode_batch_size": decode_batch_size},
+    ):
         model = build_tiny()
+        rows.clear()
+        model.unet.up_blocks[-1].register_forward_hook(lambda *args: rows.append(len(args[2])))
         with monkeypatch.context() as patch:
             recorders.append(Recorder(model, patch))
-            train(model, pretrain=ONE_EPOCH | {"gradient_checkpointing": enabled})
-        assert model.unet.is_gradient_checkpointing == enabled
+            train(model, pretrain=ONE_EPOCH | changes)
+        assert max(rows) == (changes.get("decode_batch_size") or 6)
+        on = {n for n, m in model.unet.named_modules() if getattr(m, "gradient_checkpointing", 0)}
+        assert all(name.startswith(tuple(recomputed)) for name in on)
+        assert {part for part in recomputed for name in on if name.startswith(part)} == (
+            recomputed if changes else set()
+        )
     plain, checkpointed = (recorder.gradients for recorder in recorders)
     assert len(plain) == 4
     for expected, ours in zip(plain, checkpointed, strict=True):
@@ -431,7 +458,9 @@ def test_frozen_weights_in_half_precision_are_autocast_s_own(
     """Cast once, or by autocast at every pass: the same training, bit for bit."""
     half = lambda: torch.autocast("cpu", torch.bfloat16)  # noqa: E731
     monkeypatch.setattr(accelerator, "autocast", half)
-    settings = {"pretrain": {"precision": "bf16", "gradient_checkpointing": True}}
+    settings = {
+        "pretrain": {"precision": "bf16", "gradient_checkpointing": "all", "decode_batch_size": 4}
+    }
     model, uncast, exact = build_tiny(), build_tiny(), build_tiny()
     train(model, work_dir=tmp_path / "cast", **settings)
     frozen = {p.dtype for p in model.unet.parameters() if not p.requires_grad}
