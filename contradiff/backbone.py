@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
@@ -104,32 +105,40 @@ def check_fit(
         num_inference_steps: generate.num_inference_steps.
 
     Raises:
-        ValueError: names the parameter.
+        ValueError: all that does not fit, one a line, each with its parameter's name.
     """
     unet = unet_without_weights(folder)
-    check_lora_targets(unet, lora_targets)
+    faults: list[str] = []
+    for check in (
+        partial(check_lora_targets, unet, lora_targets),
+        partial(load_scheduler, folder, num_inference_steps=num_inference_steps),
+    ):
+        try:
+            check()
+        except ValueError as error:
+            faults.append(str(error))
     num_up_blocks = len(unet.config["up_block_types"])
-    for key, asked in blocks.items():
-        for block in asked:
-            if "up.1" in block and num_up_blocks < 2:
-                msg = (
-                    f"{key}: {block} reads the UNet's second up block, but the base has "
-                    f"{num_up_blocks}; ask for mid alone, or take another base"
-                )
-                raise ValueError(msg)
+    faults += [
+        f"{key}: {block} reads the UNet's second up block, but the base has {num_up_blocks}; ask "
+        "for mid alone, or take another base"
+        for key, asked in blocks.items()
+        for block in asked
+        if "up.1" in block and num_up_blocks < 2
+    ]
     last = NoiseSchedule.of_base(folder).num_train_timesteps - 1
-    for key, steps in timesteps.items():
-        if max(steps, default=0) > last:
-            msg = f"{key}: {max(steps)} is beyond the base's last timestep, {last}"
-            raise ValueError(msg)
-    load_scheduler(folder, num_inference_steps=num_inference_steps)
+    faults += [
+        f"{key}: {max(steps)} is beyond the base's last timestep, {last}"
+        for key, steps in timesteps.items()
+        if max(steps, default=0) > last
+    ]
     of_vae, of_unet = downsampling_of(folder), 2 ** (len(unet.config["block_out_channels"]) - 1)
     if image_size % (of_vae * of_unet):
-        msg = (
+        faults.append(
             f"data.image_size: {image_size} is no multiple of {of_vae * of_unet}: this base's VAE "
             f"makes an image {of_vae} times smaller, and its UNet that {of_unet} times"
         )
-        raise ValueError(msg)
+    if faults:
+        raise ValueError("\n".join(faults))
 
 
 def unet_without_weights(folder: Path) -> "UNet2DConditionModel":

@@ -32,7 +32,7 @@ from contradiff.features import (
     block_channels,
 )
 from contradiff.loading import PairedShards
-from contradiff.lora import disable_lora
+from contradiff.lora import cast_frozen_weights, disable_lora
 from contradiff.model import ContraDiff
 from contradiff.noise import NUM_LEVELS, add_noise
 
@@ -192,6 +192,8 @@ def load_diffusion_features(
     if params.model != "contradiff":
         disable_lora(model.unet)
         model.self_condition = None
+    if params.precision == "bf16":
+        cast_frozen_weights(model.unet)
     needed: list[MapBlock] = [*params.more_blocks, *(["up.1"] if params.model == "diffeed" else [])]
     for block in needed:
         try:

@@ -17,6 +17,7 @@ from contradiff.data.transforms import to_bytes, to_pixels
 from contradiff.evaluation.accuracy import topk_correct
 from contradiff.extraction import CleanBatch, autocast, extract
 from contradiff.features import FeaturesParams
+from contradiff.lora import cast_frozen_weights
 from contradiff.model import ContraDiff
 from contradiff.noise import NUM_LEVELS
 from contradiff.optim import build_adamw, cosine_with_warmup
@@ -109,8 +110,9 @@ def finetune(
     every step; images are not augmented. AdamW, whose rate falls along half a cosine; the last
     epoch's weights are the result.
 
-    With features.precision bf16 the maps and h are computed under autocast, as in testing; the
-    weights, the classifier, the loss, the gradients and AdamW's state are float32.
+    With features.precision bf16 the maps and h are computed under autocast, as in testing, and the
+    UNet's frozen weights become bfloat16; what is trained, the classifier, the loss, the gradients
+    and AdamW's state are float32.
 
     Args:
         model: evaluation mode, on `device`.
@@ -138,6 +140,8 @@ def finetune(
     classifier.to(device)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_("lora_" in name or name.startswith("attention."))
+    if features.precision == "bf16":
+        cast_frozen_weights(model.unet)
     trained = [*model.named_parameters(), *classifier.named_parameters(prefix="classifier")]
     optimizer = build_adamw(trained, lr=lr, betas=BETAS, weight_decay=weight_decay)
     steps_per_epoch = math.ceil(len(data.labels) / batch_size)

@@ -20,16 +20,19 @@ CHAIN_STEPS = 20
 """Length of the whole chain's grid ("using 20 denoising steps", the linear probe's section)."""
 
 
-def chain_to(timesteps: Sequence[int], *, schedule: NoiseSchedule) -> list[int]:
+def chain_to(
+    timesteps: Sequence[int], *, schedule: NoiseSchedule, key: str = "features.timesteps"
+) -> list[int]:
     """The grid's points from the cleanest up to the noisiest of `timesteps`.
 
     Raises:
-        ValueError: a timestep is not on the grid; names features.timesteps and features.noising.
+        ValueError: a timestep is not on the grid; names `key`, where they stand, and
+            features.noising.
     """
     grid = schedule.ddim_timesteps(CHAIN_STEPS)
     if not set(timesteps) <= set(grid):
         msg = (
-            f"features.timesteps: with features.noising ddim_chain they must be of the base's "
+            f"{key}: with features.noising ddim_chain they must be of the base's "
             f"{CHAIN_STEPS}-step grid {grid}, not {list(timesteps)}"
         )
         raise ValueError(msg)

@@ -15,7 +15,8 @@ from contradiff.config import Section, Seed
 from contradiff.data.imagenet import Manifest
 from contradiff.data.params import DataParams, RawParams
 from contradiff.data.raw import ensure_images, ensure_transfer_archive, transfer_manifest
-from contradiff.data.transfer_set import TransferDataParams
+from contradiff.data.subsets import k_shot_split
+from contradiff.data.transfer_set import TransferDataParams, TransferSplit, read_transfer_split
 from contradiff.given_files import file_manifest
 
 
@@ -29,6 +30,12 @@ class Params(Section):
     inception_download: bool = Field(alias="extractor.download")
     timm_name: str | None = Field(alias="features.timm_name")
     timm_weights: str | None = Field(alias="features.timm_weights")
+    # checked against what there is, days before they are used
+    epochs: int = Field(alias="pretrain.epochs")
+    batch_size: int = Field(alias="pretrain.batch_size")
+    class_epochs: int = Field(alias="class_condition.epochs")
+    class_batch_size: int = Field(alias="class_condition.batch_size")
+    shots: list[int | str] = Field(alias="transfer.shots")
 
 
 def main(params: Params, run: Run) -> None:
@@ -37,12 +44,11 @@ def main(params: Params, run: Run) -> None:
     archive: Path | None = None
     try:
         manifest = scan_images(params, run)
+        check_batch_sizes(params, num_train=len(manifest.splits["train"]))
     except ValueError as error:
         faults.append(str(error))
     try:
-        archive = ensure_transfer_archive(
-            run.resolve(params.transfer_data.root), params.transfer_data, seed=params.seed
-        )
+        archive = scan_transfer(params, run)
     except ValueError as error:
         faults.append(str(error))
     if manifest is None or archive is None or faults:
@@ -108,6 +114,46 @@ def scan_images(params: Params, run: Run) -> Manifest:
         verify=params.raw.verify,
         on_message=run.log,
     )
+
+
+def check_batch_sizes(params: Params, *, num_train: int) -> None:
+    """Refuse a batch of more images than there are."""
+    settings = {
+        "pretrain": (params.epochs, params.batch_size),
+        "class_condition": (params.class_epochs, params.class_batch_size),
+    }
+    faults = [
+        f"{section}.batch_size: {batch_size} is more than the {num_train} training images in "
+        f"{params.data.root}"
+        for section, (epochs, batch_size) in settings.items()
+        if epochs and batch_size > num_train
+    ]
+    if faults:
+        raise ValueError("\n".join(faults))
+
+
+def scan_transfer(params: Params, run: Run) -> Path:
+    """Where the transfer set is, once it is known to be whole and of enough images."""
+    data = params.transfer_data
+    root = ensure_transfer_archive(run.resolve(data.root), data, seed=params.seed)
+    splits: dict[str, TransferSplit] = {
+        split: read_transfer_split(
+            root,
+            source=data.source,
+            split=split,
+            image_size=params.data.image_size,
+            shown_root=data.root,
+        )
+        for split in ("train", "test")
+    }
+    labels = splits["train"].labels.tolist()
+    for shots in params.shots:
+        if isinstance(shots, int):
+            k_shot_split(labels, shots=shots, seed=params.seed)
+    for split, content in splits.items():
+        number = len(content.class_names)
+        run.log(f"{len(content.labels)} {split} images of {number} classes in {data.root}")
+    return root
 
 
 if __name__ == "__main__":

@@ -7,7 +7,8 @@ nothing.
 
 from stages._runtime import PARAMS_FILE, Run, RuntimeSection, execute
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -70,8 +71,8 @@ def main(_params: Params, run: Run) -> None:
     try:
         check_with_base(content, root=run.root)
     except ValueError as error:
-        msg = f"{PARAMS_FILE}: {error}"
-        raise ValueError(msg) from error
+        named = (f"{PARAMS_FILE}: {fault}" for fault in str(error).splitlines())
+        raise ValueError("\n".join(named)) from error
     with replace_file(Path("build/validated")) as temporary:
         temporary.write_text("params.yaml is valid\n", encoding="utf-8")
 
@@ -121,7 +122,7 @@ def check_with_base(content: Mapping[str, Any], *, root: Path) -> None:
         root: the project's folder.
 
     Raises:
-        ValueError: a local base is not there, or a parameter does not fit; names the parameter.
+        ValueError: a local base is not there; or all parameters that do not fit, one a line.
     """
     base_params = parse(base.Params, content, source=str(PARAMS_FILE)).base
     if base_params.source == "hub" and base_params.path not in SHIPPED_CONFIGS:
@@ -129,31 +130,45 @@ def check_with_base(content: Mapping[str, Any], *, root: Path) -> None:
     folder = config_folder(base_params, root=root, shipped=root / "presets")
     image_size, conditioner = content["data"]["image_size"], content["conditioner"]
     triples = [content["features"]["timesteps"], *content["features"]["more_triples"]]
-    check_fit(
-        folder,
-        image_size=image_size,
-        lora_targets=content["lora"]["targets"],
-        blocks={
-            "head.block": [content["head"]["block"]],
-            "features.more_blocks": content["features"]["more_blocks"],
-            "features.model": ["mid+up.1"] if content["features"]["model"] == "diffeed" else [],
-        },
-        timesteps={
-            "features.timesteps": content["features"]["timesteps"],
-            "features.more_triples": [step for triple in triples[1:] for step in triple],
-        },
-        num_inference_steps=content["generate"]["num_inference_steps"],
-    )
+    checks: list[Callable[[], object]] = [
+        partial(
+            check_fit,
+            folder,
+            image_size=image_size,
+            lora_targets=content["lora"]["targets"],
+            blocks={
+                "head.block": [content["head"]["block"]],
+                "features.more_blocks": content["features"]["more_blocks"],
+                "features.model": ["mid+up.1"] if content["features"]["model"] == "diffeed" else [],
+            },
+            timesteps={
+                "features.timesteps": triples[0],
+                "features.more_triples": [step for triple in triples[1:] for step in triple],
+            },
+            num_inference_steps=content["generate"]["num_inference_steps"],
+        )
+    ]
     if content["features"]["noising"] == "ddim_chain":
-        for triple in triples:
-            chain_to(triple, schedule=NoiseSchedule.of_base(folder))
+        schedule = NoiseSchedule.of_base(folder)
+        keys = ("features.timesteps", *("features.more_triples" for _ in triples[1:]))
+        checks += [
+            partial(chain_to, triple, schedule=schedule, key=key)
+            for key, triple in zip(keys, triples, strict=True)
+        ]
+    faults: list[str] = []
+    for check_one in checks:
+        try:
+            check_one()
+        except ValueError as error:
+            faults.append(str(error))
     latent_size = image_size // downsampling_of(folder)
     if conditioner["input"] == "latents" and latent_size % conditioner["patch_size"]:
-        msg = (
+        faults.append(
             f"conditioner.patch_size: must divide the latent's side of {latent_size} "
             f"(conditioner.input: latents; got {conditioner['patch_size']})"
         )
-        raise ValueError(msg)
+    if faults:
+        raise ValueError("\n".join(faults))
 
 
 def contradictions(content: Mapping[str, Any]) -> Iterator[str]:

@@ -8,12 +8,25 @@ import pytest
 import torch
 from torch import Tensor
 
+from contradiff import feature_models
 from contradiff.checkpoint import save_checkpoint
 from contradiff.extraction import stored_batches
 from contradiff.feature_models import load_diffusion_features
 from contradiff.model import ContraDiff
 from contradiff.parameter_counts import count_parameters
 from tests.settings import features_params
+
+
+def save(folder: Path, model: ContraDiff, base: Path, params: dict[str, Any]) -> None:
+    save_checkpoint(
+        folder,
+        model,
+        base=base,
+        image_size=32,
+        num_steps=1,
+        counts=count_parameters(model, num_vae_parameters=0),
+        params=params,
+    )
 
 
 @pytest.mark.parametrize("noising", ["direct", "ddim_chain"])
@@ -33,15 +46,7 @@ def test_base_features_are_without_the_checkpoints_self_conditioning(  # noqa: P
         head = {"self_conditioning": self_conditioning}
         model = build_tiny(head=head)
         checkpoint = tmp_path / str(self_conditioning)
-        save_checkpoint(
-            checkpoint,
-            model,
-            base=tiny_base,
-            image_size=32,
-            num_steps=1,
-            counts=count_parameters(model, num_vae_parameters=0),
-            params=tiny_params | {"head": tiny_params["head"] | head},
-        )
+        save(checkpoint, model, tiny_base, tiny_params | {"head": tiny_params["head"] | head})
         for kind in ("base", "contradiff"):
             features = load_diffusion_features(
                 features_params(
@@ -59,3 +64,40 @@ def test_base_features_are_without_the_checkpoints_self_conditioning(  # noqa: P
         torch.testing.assert_close(found[True, "base"][column], expected)
     difference = found[True, "contradiff"][name] - found[False, "contradiff"][name]
     assert difference.abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("kind", ["contradiff", "base", "diffeed"])
+def test_frozen_weights_in_half_precision_are_autocast_s_own(  # noqa: PLR0917
+    build_tiny: Callable[..., ContraDiff],
+    tiny_base: Path,
+    tiny_params: dict[str, Any],
+    tiny_data: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    kind: str,
+):
+    """Cast once, or by autocast at every batch: the same features, bit for bit."""
+    save(tmp_path / "checkpoint", build_tiny(), tiny_base, tiny_params)
+    shards = tiny_data / "images", tiny_data / "latents"
+    [batch] = stored_batches(*shards, split="val", batch_size=8)
+    pool = "attention" if kind == "contradiff" else "mean"
+
+    def features(precision: str) -> tuple[torch.dtype, Tensor]:
+        model = load_diffusion_features(
+            features_params(model=kind, pool=pool, precision=precision),
+            checkpoint=tmp_path / "checkpoint",
+            base=tiny_base,
+            keep_maps=False,
+            seed=0,
+            device=torch.device("cpu"),
+        )
+        return model.model.unet.conv_in.weight.dtype, model(batch)[model.columns[0].name]
+
+    dtype, cast = features("bf16")
+    assert dtype == torch.bfloat16
+    exact = features("fp32")[1]
+    monkeypatch.setattr(feature_models, "cast_frozen_weights", lambda _: None)
+    dtype, uncast = features("bf16")
+    assert dtype == torch.float32
+    assert torch.equal(cast, uncast)
+    assert not torch.equal(cast.float(), exact)

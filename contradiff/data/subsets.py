@@ -30,8 +30,8 @@ def k_shot_split(labels: Sequence[int], *, shots: int, seed: int) -> list[int]:
     for label, indices in members.items():
         if len(indices) < shots:
             msg = (
-                f"transfer.shots is {shots}, but class {label} has only {len(indices)} images: "
-                f"lower transfer.shots"
+                f"transfer.shots: {shots}, but class {label} has only {len(indices)} images: "
+                "lower it"
             )
             raise ValueError(msg)
         order = np.random.default_rng([seed, label]).permutation(len(indices))

@@ -23,6 +23,7 @@ def content(tiny_base: Path, tmp_path: Path) -> dict[str, Any]:
     content["data"] |= {"num_train": 12, "num_val": 12, "image_size": 16}
     shutil.copytree(tiny_base, tmp_path / "mine")
     content["base"]["path"] = "mine"
+    content["pretrain"]["batch_size"] = content["class_condition"]["batch_size"] = 12
     return content
 
 
@@ -91,3 +92,27 @@ def test_all_that_is_missing_is_named_at_once(content: dict[str, Any], run: Run)
 def test_weights_to_be_downloaded_need_not_be_there(content: dict[str, Any], run: Run):
     content["extractor"] |= {"weights": "inception.pt", "download": True}
     assert manifests(content, run)["extractor"] == {}
+
+
+def test_more_than_the_images_that_there_are_is_refused_at_once(content: dict[str, Any], run: Run):
+    content["pretrain"]["batch_size"] = content["class_condition"]["batch_size"] = 16
+    content["class_condition"]["epochs"] = 1
+    content["transfer"]["shots"] = [25, 61]
+    with pytest.raises(
+        ValueError, match=r"^pretrain\.batch_size: 16 is more than the 12"
+    ) as caught:
+        manifests(content, run)
+    assert "\nclass_condition.batch_size: 16 is more than the 12 training" in str(caught.value)
+    assert "\ntransfer.shots: 61, but class 6 has only 60 images: " in str(caught.value)
+    assert not Path("build").exists()
+    content["pretrain"]["epochs"] = content["class_condition"]["epochs"] = 0
+    content["transfer"]["shots"] = [60, "full"]
+    assert manifests(content, run)
+
+
+def test_a_damaged_transfer_set_is_found_before_any_work(content: dict[str, Any], run: Run):
+    manifests(content, run)
+    [test] = Path("data/raw/digits").glob("*/test")
+    test.write_bytes(test.read_bytes()[:-100])
+    with pytest.raises(ValueError, match=r"/test: "):
+        manifests(content, run)

@@ -200,6 +200,32 @@ def test_what_the_base_cannot_serve_is_refused(
         check_with_base(content, root=tmp_path)
 
 
+def test_all_that_the_base_cannot_serve_is_named_at_once(
+    content: dict[str, Any], tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.chdir(tmp_path)
+    runtime = RuntimeParams(device="cpu", num_workers=0, log_every=1, checkpoint_every=1)
+    content["base"]["path"] = str(tiny_base)
+    content["lora"]["targets"] = ["nothing"]
+    content["features"] |= {"noising": "ddim_chain", "timesteps": [101, 1000, 401]}
+    content["features"]["more_triples"] = [[5, 6, 1001]]
+    content["generate"]["num_inference_steps"] = 1001
+    content["conditioner"] |= {"input": "latents", "patch_size": 3}
+    YAML().dump(content, Path("params.yaml"))
+    with pytest.raises(ValueError, match="nothing") as caught:
+        validate.main(validate.Params(), Run(stage="validate", root=tmp_path, runtime=runtime))
+    assert [line.split(": ")[1] for line in str(caught.value).splitlines()] == [
+        "lora.targets",
+        "generate.num_inference_steps",
+        "features.timesteps",
+        "features.more_triples",
+        "features.timesteps",
+        "features.more_triples",
+        "conditioner.patch_size",
+    ]
+    assert str(caught.value).count("params.yaml: ") == 7
+
+
 def test_a_local_base_that_is_not_there_is_refused(tmp_path: Path):
     content = read_params(ROOT / "presets/tiny.yaml")
     content["base"]["path"] = "models/nowhere"
