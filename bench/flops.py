@@ -35,9 +35,10 @@ from contradiff.features import FeaturesParams, HeadParams
 from contradiff.inversion import inverted_maps
 from contradiff.lora import LoraParams
 from contradiff.losses import LossParams
-from contradiff.model import ContraDiff, TrainingBatch
+from contradiff.model import ContraDiff
 from contradiff.recipe import PretrainParams
 from contradiff.training import set_up
+from contradiff.training_step import TrainingBatch, TrainingStep
 from contradiff.types import Precision
 
 NUM_IMAGES = 4
@@ -142,9 +143,9 @@ def of_training_step(params: Params, folder: Path) -> float:
     """GFLOPs an image of forward and backward."""
     model = build(params, folder)
     with torch.device("meta"):
-        step = _Step(model, params, folder, num_images=NUM_IMAGES)
+        batch = empty_batch(model, params, folder, num_images=NUM_IMAGES)
         with FlopCounterMode(display=False) as counter:
-            step.forward().backward()
+            training_step(model, params)(batch)["loss"].backward()
     return counter.get_total_flops() / NUM_IMAGES / 1e9
 
 
@@ -172,9 +173,9 @@ def _peak(params: Params, folder: Path, *, num_images: int) -> int:
                 setattr(module, name, nn.Parameter(fake, parameter.requires_grad))
             for name, buffer in list(module.named_buffers(recurse=False)):
                 setattr(module, name, torch.empty(buffer.shape, dtype=buffer.dtype))
-        step = _Step(model, params, folder, num_images=num_images)
+        batch = empty_batch(model, params, folder, num_images=num_images)
         with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
-            loss = step.forward()
+            loss = training_step(model, params)(batch)["loss"]
         loss.backward()
     return live.peak
 
@@ -210,32 +211,29 @@ class LiveBytes(TorchDispatchMode):
         self.size -= size
 
 
-class _Step:
-    """A model in training and a batch without content, on torch's current default device."""
+def training_step(model: ContraDiff, params: Params) -> TrainingStep:
+    """The model in training, with the preset's loss."""
+    return TrainingStep(
+        model,
+        loss=params.loss,
+        shared_condition=params.conditioner.cond_view == "same",
+        decode_batch_size=params.pretrain.decode_batch_size,
+    ).train()
 
-    def __init__(self, model: ContraDiff, params: Params, folder: Path, *, num_images: int) -> None:
-        self.model = model.train()
-        self.loss, self.decode_batch_size = params.loss, params.pretrain.decode_batch_size
-        self.shared = params.conditioner.cond_view == "same"
-        latent = latent_shape(self.model, params, folder)
-        condition = self.model.conditioner.shape
-        self.batch = TrainingBatch(
-            latents=torch.empty(2, num_images, *latent),
-            conditions=torch.empty(2, num_images, *condition),
-            condition_noise=torch.empty(2, num_images, *condition),
-            dropped=torch.empty(2, num_images, dtype=torch.bool),
-            timesteps=torch.empty(2, 3, num_images, dtype=torch.long),
-            noise=torch.empty(2, 3, num_images, *latent),
-        )
 
-    def forward(self) -> Tensor:
-        """The step's loss."""
-        return self.model(
-            self.batch,
-            loss=self.loss,
-            shared_condition=self.shared,
-            decode_batch_size=self.decode_batch_size,
-        )["loss"]
+def empty_batch(
+    model: ContraDiff, params: Params, folder: Path, *, num_images: int
+) -> TrainingBatch:
+    """A batch without content, on torch's current default device."""
+    latent, condition = latent_shape(model, params, folder), model.conditioner.shape
+    return TrainingBatch(
+        latents=torch.empty(2, num_images, *latent),
+        conditions=torch.empty(2, num_images, *condition),
+        condition_noise=torch.empty(2, num_images, *condition),
+        dropped=torch.empty(2, num_images, dtype=torch.bool),
+        timesteps=torch.empty(2, 3, num_images, dtype=torch.long),
+        noise=torch.empty(2, 3, num_images, *latent),
+    )
 
 
 def of_features(params: Params, folder: Path) -> float:

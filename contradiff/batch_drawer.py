@@ -8,9 +8,10 @@ from torch import Tensor
 
 from contradiff.latents import mode, sample
 from contradiff.loading import PairedShards
-from contradiff.model import ContraDiff, TrainingBatch
+from contradiff.model import ContraDiff
 from contradiff.noise import NUM_LEVELS, NUM_VIEWS, draw_timesteps, timestep_probabilities
 from contradiff.recipe import TrainingRecipe
+from contradiff.training_step import TrainingBatch
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

@@ -14,10 +14,11 @@ from contradiff.batch_drawer import BatchDrawer
 from contradiff.loading import PairedShards, TrainingStream, ViewChoice, training_batches
 from contradiff.lora import cast_frozen_weights
 from contradiff.losses import LossParams
-from contradiff.model import ContraDiff, TrainingBatch
+from contradiff.model import ContraDiff
 from contradiff.optim import build_adamw, cosine_with_warmup, scaled_lr
 from contradiff.recipe import Checkpointing, TrainingRecipe
 from contradiff.training_state import load_training_state, save_training_state
+from contradiff.training_step import TrainingBatch, TrainingStep
 from contradiff.types import Precision
 from contradiff.weight_average import WeightAverage
 
@@ -100,7 +101,13 @@ def pretrain(
     average = WeightAverage(model, decay=params.ema_decay) if params.ema_decay else None
     state_file = work_dir / "state.safetensors"
     start, curve = _resume(state_file, model, optimizer, average)
-    wrapped, optimizer = accelerator.prepare(model.train(), optimizer)
+    training_step = TrainingStep(
+        model,
+        loss=recipe.loss,
+        shared_condition=recipe.shared_condition,
+        decode_batch_size=params.decode_batch_size,
+    )
+    wrapped, optimizer = accelerator.prepare(training_step.train(), optimizer)
     draw = BatchDrawer(model, pairs, recipe, accelerator)
     stream = TrainingStream(
         pairs,
@@ -119,7 +126,7 @@ def pretrain(
         for group in optimizer.param_groups:
             group["lr"] = lr * scale
         parts = (draw(next(batches), step * num_parts + part) for part in range(num_parts))
-        losses = _accumulate_gradients(wrapped, parts, recipe, accelerator)
+        losses = _accumulate_gradients(wrapped, parts, accelerator, num_parts=num_parts)
         grad_norm = accelerator.clip_grad_norm_(model.parameters(), params.max_grad_norm)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -204,23 +211,18 @@ def _resume(
 def _accumulate_gradients(
     wrapped: nn.Module,
     parts: Iterable[TrainingBatch],
-    recipe: TrainingRecipe,
     accelerator: "Accelerator",
+    *,
+    num_parts: int,
 ) -> dict[str, Tensor]:
     """Leave the mean gradient of a step's parts in the parameters; returns their mean losses."""
-    num_parts = recipe.pretrain.grad_accumulation
     losses: dict[str, Tensor] = {}
     for number, batch in enumerate(parts, start=1):
         # Processes average their gradients once a step, with the last part.
         averaged = nullcontext() if number == num_parts else accelerator.no_sync(wrapped)
         with averaged:
             with accelerator.autocast():
-                of_part = wrapped(
-                    batch,
-                    loss=recipe.loss,
-                    shared_condition=recipe.shared_condition,
-                    decode_batch_size=recipe.pretrain.decode_batch_size,
-                )
+                of_part = wrapped(batch)
             accelerator.backward(of_part["loss"] / num_parts)
         for name, value in of_part.items():
             mean = value.detach() / num_parts

@@ -75,10 +75,10 @@ def test_peak_is_what_torch_allocates_in_a_real_step(
     set_up(model, loss=params.loss, gradient_checkpointing=checkpointing, precision="fp32")
     weights = sum(t.untyped_storage().nbytes() for t in (*model.parameters(), *model.buffers()))
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        step = flops._Step(model, params, tiny_base, num_images=16)
-        step.batch.timesteps.zero_()
-        step.batch.dropped.zero_()
-        step.forward().backward()
+        batch = flops.empty_batch(model, params, tiny_base, num_images=16)
+        batch.timesteps.zero_()
+        batch.dropped.zero_()
+        flops.training_step(model, params)(batch)["loss"].backward()
     trace = tmp_path / "trace.json"
     profiler.export_chrome_trace(str(trace))
     events = [e for e in json.loads(trace.read_text())["traceEvents"] if e["name"] == "[memory]"]

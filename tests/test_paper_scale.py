@@ -21,9 +21,10 @@ from contradiff.checkpoint import Architecture
 from contradiff.config import parse, read_params
 from contradiff.latents import decode_latents
 from contradiff.losses import LossParams
-from contradiff.model import ContraDiff, TrainingBatch
+from contradiff.model import ContraDiff
 from contradiff.optim import build_adamw
 from contradiff.sampling import denoise
+from contradiff.training_step import TrainingBatch, TrainingStep
 
 ROOT = Path(__file__).resolve().parents[1]
 NUM_IMAGES = 2
@@ -123,9 +124,9 @@ def check_training_step(
     trainable_before, frozen_before = digests(trainable), digests(frozen)
 
     optimizer = build_adamw(model.named_parameters(), lr=1e-3, betas=(0.9, 0.95), weight_decay=0.05)
-    model.train()
+    step = TrainingStep(model, loss=loss, shared_condition=True, decode_batch_size=1).train()
     with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-        losses = model(batch, loss=loss, shared_condition=True, decode_batch_size=1)
+        losses = step(batch)
     losses["loss"].backward()
     assert set(losses) == {"loss", "reconstruction", "contrastive"}
     assert all(torch.isfinite(value) for value in losses.values())

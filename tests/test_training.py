@@ -15,11 +15,12 @@ from contradiff import training
 from contradiff.checkpoint import Architecture
 from contradiff.loading import PairedShards
 from contradiff.losses import LossParams
-from contradiff.model import ContraDiff, TrainingBatch
+from contradiff.model import ContraDiff
 from contradiff.noise import NoiseParams
 from contradiff.recipe import PretrainParams, TrainingRecipe
 from contradiff.training import pretrain
 from contradiff.training_state import load_training_state
+from contradiff.training_step import TrainingBatch, TrainingStep
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -234,8 +235,12 @@ class Recorder:
         self.batches: list[TrainingBatch] = []
         self.gradients: list[dict[str, Tensor]] = []
         self.groups: list[list[dict[str, Any]]] = []
-        model.register_forward_pre_hook(lambda _, args: self.batches.append(args[0]))
-        step = torch.optim.AdamW.step
+        forward, step = TrainingStep.forward, torch.optim.AdamW.step
+
+        def seen(training_step: TrainingStep, batch: TrainingBatch) -> dict[str, Tensor]:
+            if training_step.model is model:
+                self.batches.append(batch)
+            return forward(training_step, batch)
 
         def recorded(optimizer: torch.optim.AdamW, *args: Any) -> Any:
             named = model.named_parameters()
@@ -243,6 +248,7 @@ class Recorder:
             self.groups.append([dict(group) for group in optimizer.param_groups])
             return step(optimizer, *args)
 
+        monkeypatch.setattr(TrainingStep, "forward", seen)
         monkeypatch.setattr(torch.optim.AdamW, "step", recorded)
 
     def all(self, name: str) -> Tensor:
@@ -376,7 +382,7 @@ def test_accumulated_gradient_is_the_mean_of_the_parts(
     losses: list[Tensor] = []
     for batch in seen.batches[:3]:
         loss = LossParams.model_validate(LOSS)
-        losses.append(copy(batch, loss=loss, shared_condition=False)["loss"])
+        losses.append(TrainingStep(copy, loss=loss, shared_condition=False)(batch)["loss"])
     torch.stack(losses).mean().backward()
     assert curve[0]["loss"] == pytest.approx(torch.stack(losses).mean().item(), rel=1e-5)
     expected = {n: p.grad for n, p in copy.named_parameters() if p.grad is not None}
