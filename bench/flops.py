@@ -7,22 +7,25 @@ FLOPs are counted by torch's FlopCounterMode while a step runs forward and backw
 device: exact, the same on every machine. Matrix products, convolutions and attention count.
 
 Memory is what is alive at once of all tensors that a step makes, forward and backward, and of the
-weights: counted at every operation on fake tensors, under the preset's precision (attention as CPU
-kernels do it, which keep what CUDA's flash attention keeps). What grows with the batch is printed
+weights: counted at every operation on fake tensors. Under bf16 it is autocast as CUDA has it, norms
+in float32; attention keeps what CUDA's flash attention keeps. What grows with the batch is printed
 an image; the rest are the weights, as they are held while training, and the draws that go through
-the up blocks at once. A GPU also needs the optimiser's moments, eight bytes a trained weight, what
-its kernels work in, and what its allocator loses.
+the up blocks at once. A GPU also needs the optimiser's moments and DDP's buckets, twelve bytes a
+trained weight, what its kernels work in, and what its allocator loses.
 """
 
 import weakref
 from collections.abc import Sequence
+from contextlib import nullcontext
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
@@ -165,7 +168,9 @@ def peak_bytes(params: Params, folder: Path) -> tuple[float, float]:
 def _peak(params: Params, folder: Path, *, num_images: int) -> int:
     precision = params.pretrain.precision
     model = build(params, folder, precision=precision)
-    with FakeTensorMode(allow_non_fake_inputs=True), LiveBytes() as live:
+    half = precision == "bf16"
+    norms = CudaNorms() if half else nullcontext()
+    with FakeTensorMode(allow_non_fake_inputs=True), LiveBytes() as live, norms:
         # Autocast knows no meta device; fake tensors are said to be on the CPU.
         for module in model.modules():
             for name, parameter in list(module.named_parameters(recurse=False)):
@@ -174,10 +179,22 @@ def _peak(params: Params, folder: Path, *, num_images: int) -> int:
             for name, buffer in list(module.named_buffers(recurse=False)):
                 setattr(module, name, torch.empty(buffer.shape, dtype=buffer.dtype))
         batch = empty_batch(model, params, folder, num_images=num_images)
-        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+        with torch.autocast("cpu", torch.bfloat16, enabled=half):
             loss = training_step(model, params)(batch)["loss"]
         loss.backward()
     return live.peak
+
+
+class CudaNorms(TorchFunctionMode):
+    """Norms in float32, as autocast takes them on CUDA; on the CPU it leaves them as they come."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Cast a norm's input; backward and recomputation then follow."""
+        if func in (F.group_norm, F.layer_norm):
+            args = (args[0].float(), *args[1:])
+        return func(*args, **(kwargs or {}))
 
 
 class LiveBytes(TorchDispatchMode):

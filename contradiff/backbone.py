@@ -127,9 +127,10 @@ def check_fit(
     ]
     last = NoiseSchedule.of_base(folder).num_train_timesteps - 1
     faults += [
-        f"{key}: {max(steps)} is beyond the base's last timestep, {last}"
+        f"{key}: {step} is beyond the base's last timestep, {last}"
         for key, steps in timesteps.items()
-        if max(steps, default=0) > last
+        for step in steps
+        if step > last
     ]
     of_vae, of_unet = downsampling_of(folder), 2 ** (len(unet.config["block_out_channels"]) - 1)
     if image_size % (of_vae * of_unet):

@@ -40,13 +40,14 @@ def check_lora_targets(unet: "UNet2DConditionModel", targets: list[str]) -> None
         ValueError: a target matches no linear layer; names lora.targets.
     """
     names = [name for name, module in unet.named_modules() if isinstance(module, nn.Linear)]
-    for target in targets:
-        if not any(name == target or name.endswith(f".{target}") for name in names):
-            example = next((name for name in names if "attn2" in name), names[0])
-            msg = (
-                f"lora.targets: {target!r} matches no linear layer of the UNet, such as {example!r}"
-            )
-            raise ValueError(msg)
+    example = next((name for name in names if "attn2" in name), names[0])
+    faults = [
+        f"lora.targets: {target!r} matches no linear layer of the UNet, such as {example!r}"
+        for target in targets
+        if not any(name == target or name.endswith(f".{target}") for name in names)
+    ]
+    if faults:
+        raise ValueError("\n".join(faults))
 
 
 def merge_lora(unet: nn.Module) -> None:
@@ -71,8 +72,8 @@ def cast_frozen_weights(unet: nn.Module) -> None:
     """Make the frozen weights of matrix products and convolutions bfloat16, once and for all.
 
     Autocast would do so at every pass, to the same values, and keep a copy for the backward pass
-    beside the float32 ones. Norms stay float32, which autocast computes them in, and so does what
-    is trained.
+    beside the float32 ones. Norms' weights stay float32, in which autocast takes them on CUDA, and
+    so does what is trained.
     """
     for module in unet.modules():
         if isinstance(module, nn.Linear | nn.Conv2d) and not module.weight.requires_grad:

@@ -1,6 +1,6 @@
 """A mean loss whose gradient is taken a few rows at a time, while the forward pass goes on."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -46,21 +46,11 @@ class _MeanInParts(torch.autograd.Function):
         num_sliced: int,
         *tensors: Tensor,
     ) -> Tensor:
-        sliced, parameters = tensors[:num_sliced], tensors[num_sliced:]
         gradients = {i: torch.zeros_like(t) for i, t in enumerate(tensors) if t.requires_grad}
-        num_rows, mean = len(sliced[0]), torch.zeros((), device=sliced[0].device)
+        num_rows, mean = len(tensors[0]), torch.zeros((), device=tensors[0].device)
         for start in range(0, num_rows, rows_at_once):
             rows = slice(start, min(start + rows_at_once, num_rows))
-            leaves = [t[rows].detach().requires_grad_(t.requires_grad) for t in sliced]
-            with torch.enable_grad():
-                share = loss_of(rows, *leaves) * ((rows.stop - rows.start) / num_rows)
-            inputs = (*leaves, *parameters)
-            found = torch.autograd.grad(
-                share, [inputs[i] for i in gradients], materialize_grads=True
-            )
-            for (i, gradient), part in zip(gradients.items(), found, strict=True):
-                (gradient[rows] if i < num_sliced else gradient).add_(part)
-            mean = mean + share.detach()
+            mean = mean + _add_part(gradients, loss_of, rows, tensors, num_sliced=num_sliced)
         ctx.given = tuple(gradients)
         ctx.save_for_backward(*gradients.values())
         return mean
@@ -74,3 +64,23 @@ class _MeanInParts(torch.autograd.Function):
         num_tensors = len(ctx.needs_input_grad) - 3
         found = (gradients.get(i) for i in range(num_tensors))
         return (None, None, None, *(None if g is None else grad_output * g for g in found))
+
+
+def _add_part(
+    gradients: Mapping[int, Tensor],
+    loss_of: LossOfRows,
+    rows: slice,
+    tensors: Sequence[Tensor],
+    *,
+    num_sliced: int,
+) -> Tensor:
+    """Add one part's gradient; returns its share of the mean. All else is freed on return."""
+    leaves = [t[rows].detach().requires_grad_(t.requires_grad) for t in tensors[:num_sliced]]
+    inputs = (*leaves, *tensors[num_sliced:])
+    with torch.enable_grad():
+        share = loss_of(rows, *leaves) * ((rows.stop - rows.start) / len(tensors[0]))
+    wanted = [inputs[i] for i in gradients]
+    found = torch.autograd.grad(share, wanted, materialize_grads=True)
+    for (i, gradient), part in zip(gradients.items(), found, strict=True):
+        (gradient[rows] if i < num_sliced else gradient).add_(part)
+    return share.detach()

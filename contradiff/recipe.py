@@ -35,8 +35,8 @@ class PretrainParams(Section):
     )
     decode_batch_size: int = Field(
         ge=0,
-        description="draws that go through the up blocks at once, their gradient taken before the "
-        "next go: less memory; 0: all",
+        description="reconstructed draws, of a process, that go at once through the up blocks that "
+        "the head does not read, their gradient taken before the next go: less memory; 0: all",
     )
     gradient_checkpointing: Checkpointing = Field(
         description="recompute activations in the backward pass: of the first down block, which "

@@ -188,7 +188,7 @@ def set_up(
         checkpointed = set(model.unet.down_blocks[0].modules())
         for module in set(model.unet.modules()) - checkpointed:
             if hasattr(module, "gradient_checkpointing"):
-                vars(module)["gradient_checkpointing"] = False
+                module.gradient_checkpointing = False  # pyright: ignore[reportArgumentType]
 
 
 def _resume(

@@ -45,7 +45,7 @@ class TrainingStep(nn.Module):
         *,
         loss: LossParams,
         shared_condition: bool,
-        decode_batch_size: int = 0,
+        decode_batch_size: int,
     ) -> None:
         """Choose the loss.
 
@@ -53,8 +53,9 @@ class TrainingStep(nn.Module):
             model: whose parameters are trained; it is not copied.
             loss: kind, weight and temperature.
             shared_condition: both views have the same condition, encoded once.
-            decode_batch_size: draws that go through the reconstruction's up blocks at once, whose
-                gradient is taken before the next ones go: less memory. 0: all at once.
+            decode_batch_size: reconstructed draws of a batch that go at once through the up blocks
+                that the head does not read; their gradient is taken before the next ones go, which
+                takes less memory. 0: all at once.
         """
         super().__init__()
         self.model, self.loss = model, loss
@@ -130,8 +131,12 @@ class TrainingStep(nn.Module):
         sliced = (tokens, encoded.hidden, encoded.time_embedding, *encoded.skips)
         if batch_size == 0 or batch_size >= len(noise) or not torch.is_grad_enabled():
             return loss_of(slice(None), *sliced)
-        blocks = list(unet.up_blocks)[encoded.num_up_blocks :]
-        trained = [p for block in blocks for p in block.parameters() if p.requires_grad]
+        modules = (
+            *list(unet.up_blocks)[encoded.num_up_blocks :],
+            unet.conv_norm_out,
+            unet.conv_out,
+        )
+        trained = [p for m in modules if m is not None for p in m.parameters() if p.requires_grad]
         return mean_in_parts(loss_of, sliced, trained, rows_at_once=batch_size)
 
     def _weights(self, timesteps: Timesteps) -> Float[Tensor, " batch"] | None:

@@ -6,7 +6,7 @@ Raw data and given weights lie under the project's root, outside DVC: a manifest
 from stages._runtime import Run, execute
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import Field
 
@@ -35,7 +35,7 @@ class Params(Section):
     batch_size: int = Field(alias="pretrain.batch_size")
     class_epochs: int = Field(alias="class_condition.epochs")
     class_batch_size: int = Field(alias="class_condition.batch_size")
-    shots: list[int | str] = Field(alias="transfer.shots")
+    shots: list[int | Literal["full"]] = Field(alias="transfer.shots")
 
 
 def main(params: Params, run: Run) -> None:
@@ -147,9 +147,8 @@ def scan_transfer(params: Params, run: Run) -> Path:
         for split in ("train", "test")
     }
     labels = splits["train"].labels.tolist()
-    for shots in params.shots:
-        if isinstance(shots, int):
-            k_shot_split(labels, shots=shots, seed=params.seed)
+    for shots in sorted(shots for shots in params.shots if shots != "full"):
+        k_shot_split(labels, shots=shots, seed=params.seed)
     for split, content in splits.items():
         number = len(content.class_names)
         run.log(f"{len(content.labels)} {split} images of {number} classes in {data.root}")

@@ -2,16 +2,19 @@
 
 import json
 from collections.abc import Callable
+from contextlib import nullcontext
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch import nn
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
 from bench import flops, loading, probe, sampling, shards
+from contradiff import training
 from contradiff.config import parse, read_params
 from contradiff.features import encode_to_bottleneck
 from contradiff.model import ContraDiff
@@ -91,15 +94,37 @@ def test_peak_is_what_torch_allocates_in_a_real_step(
 def test_half_precision_keeps_one_copy_of_the_frozen_weights(
     tiny_base: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    """Two bytes of each of the UNet's weights; of what is trained four, as many of its gradient."""
+    """Without the cast they are held in float32, beside autocast's copies."""
     monkeypatch.setattr(flops, "BATCH_SIZES", (4, 8))
     content = flops.changed(read_params(ROOT / "presets/tiny.yaml"), {"pretrain.precision": "bf16"})
     params = parse(flops.Params, content, source="tiny")
-    model = flops.build(params, tiny_base)
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
+    cast = [m for m in flops.build(params, tiny_base).unet.modules() if is_frozen_matrix(m)]
+    num_cast = sum(p.numel() for m in cast for p in m.parameters(recurse=False))
     other = flops.peak_bytes(params, tiny_base)[1]
-    assert 2 * frozen + 4 * trained < other < 2.2 * frozen + 10 * trained
+    monkeypatch.setattr(training, "cast_frozen_weights", lambda _: None)
+    difference = flops.peak_bytes(params, tiny_base)[1] - other
+    assert 2 * num_cast <= difference <= 4.5 * num_cast
+
+
+def is_frozen_matrix(module: nn.Module) -> bool:
+    kinds = nn.Linear | nn.Conv2d
+    return isinstance(module, kinds) and not module.weight.requires_grad
+
+
+def test_norms_are_counted_as_cuda_takes_them(tiny_base: Path, monkeypatch: pytest.MonkeyPatch):
+    """In float32 under autocast, which the CPU's autocast leaves as they come."""
+    half = torch.ones(2, 4, 3, 3, dtype=torch.bfloat16)
+    norm, layer_norm = nn.GroupNorm(2, 4), nn.LayerNorm(3)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert norm(half).dtype == layer_norm(half).dtype == torch.bfloat16
+        with flops.CudaNorms():
+            assert norm(half).dtype == layer_norm(half).dtype == torch.float32
+            assert nn.Conv2d(4, 4, 1)(norm(half)).dtype == torch.bfloat16
+    content = flops.changed(read_params(ROOT / "presets/tiny.yaml"), {"pretrain.precision": "bf16"})
+    params = parse(flops.Params, content, source="tiny")
+    on_cuda = flops._peak(params, tiny_base, num_images=8)
+    monkeypatch.setattr(flops, "CudaNorms", nullcontext)
+    assert on_cuda > 1.1 * flops._peak(params, tiny_base, num_images=8)
 
 
 def test_switches_cost_what_they_add(count: Any):

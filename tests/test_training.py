@@ -382,7 +382,8 @@ def test_accumulated_gradient_is_the_mean_of_the_parts(
     losses: list[Tensor] = []
     for batch in seen.batches[:3]:
         loss = LossParams.model_validate(LOSS)
-        losses.append(TrainingStep(copy, loss=loss, shared_condition=False)(batch)["loss"])
+        step = TrainingStep(copy, loss=loss, shared_condition=False, decode_batch_size=0)
+        losses.append(step(batch)["loss"])
     torch.stack(losses).mean().backward()
     assert curve[0]["loss"] == pytest.approx(torch.stack(losses).mean().item(), rel=1e-5)
     expected = {n: p.grad for n, p in copy.named_parameters() if p.grad is not None}

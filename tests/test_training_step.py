@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from contradiff.checkpoint import load_checkpoint, save_checkpoint
+from contradiff.lora import cast_frozen_weights
 from contradiff.losses import LossParams
 from contradiff.model import ContraDiff
 from contradiff.parameter_counts import count_parameters
@@ -122,7 +123,7 @@ def test_loss_equals_six_whole_passes(
     if block != "mid":  # two more blocks round more: float32 would need a bound 25 times as wide
         model, batch = model.double(), in_float64(batch)
     loss = loss_params(recon_passes=recon_passes)
-    losses = TrainingStep(model, loss=loss, shared_condition=shared)(batch)
+    losses = TrainingStep(model, loss=loss, shared_condition=shared, decode_batch_size=0)(batch)
     ours = gradients(model, losses["loss"])
     reconstruction, contrastive = naive_losses(
         model, batch, recon_passes=recon_passes, temperature=0.2
@@ -170,6 +171,25 @@ def test_decoding_in_parts_is_the_same_training_step(
     assert ours.keys() == expected.keys()
     for name, gradient in expected.items():
         assert (ours[name] - gradient).norm() <= 1e-6 * gradient.norm(), name
+
+
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_decoding_in_parts_is_the_same_under_autocast(build_tiny: Build, *, checkpointed: bool):
+    """To bfloat16's rounding of single gradients, whose parts are here summed in float32."""
+    model, batch = build_tiny().train(), draw_batch(5)
+    cast_frozen_weights(model.unet)
+    if checkpointed:
+        model.unet.enable_gradient_checkpointing()
+    found: list[dict[str, Tensor]] = []
+    for decode_batch_size in (0, 3):
+        with torch.autocast("cpu", torch.bfloat16):
+            losses = losses_of(model, batch, decode_batch_size=decode_batch_size, recon_passes=4)
+        found.append(gradients(model, losses["loss"]))
+    whole, parts = found
+    assert whole.keys() == parts.keys()
+    for name, gradient in whole.items():
+        assert gradient.dtype == parts[name].dtype == torch.float32
+        assert (parts[name] - gradient).norm() <= 0.01 * gradient.norm(), name
 
 
 @pytest.mark.parametrize("recon_passes", [1, 4])

@@ -206,9 +206,9 @@ def test_all_that_the_base_cannot_serve_is_named_at_once(
     monkeypatch.chdir(tmp_path)
     runtime = RuntimeParams(device="cpu", num_workers=0, log_every=1, checkpoint_every=1)
     content["base"]["path"] = str(tiny_base)
-    content["lora"]["targets"] = ["nothing"]
+    content["lora"]["targets"] = ["nothing", "attn2.to_q", "nil"]
     content["features"] |= {"noising": "ddim_chain", "timesteps": [101, 1000, 401]}
-    content["features"]["more_triples"] = [[5, 6, 1001]]
+    content["features"]["more_triples"] = [[5, 1002, 1001]]
     content["generate"]["num_inference_steps"] = 1001
     content["conditioner"] |= {"input": "latents", "patch_size": 3}
     YAML().dump(content, Path("params.yaml"))
@@ -216,14 +216,16 @@ def test_all_that_the_base_cannot_serve_is_named_at_once(
         validate.main(validate.Params(), Run(stage="validate", root=tmp_path, runtime=runtime))
     assert [line.split(": ")[1] for line in str(caught.value).splitlines()] == [
         "lora.targets",
+        "lora.targets",
         "generate.num_inference_steps",
         "features.timesteps",
+        "features.more_triples",
         "features.more_triples",
         "features.timesteps",
         "features.more_triples",
         "conditioner.patch_size",
     ]
-    assert str(caught.value).count("params.yaml: ") == 7
+    assert str(caught.value).count("params.yaml: ") == 9
 
 
 def test_a_local_base_that_is_not_there_is_refused(tmp_path: Path):
