@@ -15,8 +15,8 @@ trained weight, what its kernels work in, and what its allocator loses.
 """
 
 import weakref
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
@@ -169,7 +168,7 @@ def _peak(params: Params, folder: Path, *, num_images: int) -> int:
     precision = params.pretrain.precision
     model = build(params, folder, precision=precision)
     half = precision == "bf16"
-    norms = CudaNorms() if half else nullcontext()
+    norms = cuda_norms() if half else nullcontext()
     with FakeTensorMode(allow_non_fake_inputs=True), LiveBytes() as live, norms:
         # Autocast knows no meta device; fake tensors are said to be on the CPU.
         for module in model.modules():
@@ -185,16 +184,20 @@ def _peak(params: Params, folder: Path, *, num_images: int) -> int:
     return live.peak
 
 
-class CudaNorms(TorchFunctionMode):
+@contextmanager
+def cuda_norms() -> Iterator[None]:
     """Norms in float32, as autocast takes them on CUDA; on the CPU it leaves them as they come."""
+    originals = F.group_norm, F.layer_norm
 
-    def __torch_function__(
-        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        """Cast a norm's input; backward and recomputation then follow."""
-        if func in (F.group_norm, F.layer_norm):
-            args = (args[0].float(), *args[1:])
-        return func(*args, **(kwargs or {}))
+    def in_float32(norm: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        return lambda tensor, *args, **kwargs: norm(tensor.float(), *args, **kwargs)
+
+    # Not by a TorchFunctionMode, which is off while a checkpointed block is computed again.
+    F.group_norm, F.layer_norm = map(in_float32, originals)
+    try:
+        yield
+    finally:
+        F.group_norm, F.layer_norm = originals
 
 
 class LiveBytes(TorchDispatchMode):
