@@ -141,5 +141,5 @@ lock: $(STAMP)  ## pin pyproject.toml's dependencies; ARGS=--upgrade takes the n
 	    -o requirements.lock -q $(ARGS)
 
 clean:  ## remove build/, checkpoints and tools' caches (`dvc checkout` brings build/ back)
-	rm -rf build .work .pytest_cache .ruff_cache .hypothesis .import_linter_cache *.egg-info
+	rm -rf build .work .pytest_cache .ruff_cache .hypothesis .import_linter_cache .grimp_cache *.egg-info
 	find . -path ./.venv -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -124,7 +124,7 @@ def check_batch_sizes(params: Params, *, num_train: int) -> None:
     }
     faults = [
         f"{section}.batch_size: {batch_size} is more than the {num_train} training images in "
-        f"{params.data.root}"
+        f"{params.data.root}; lower it"
         for section, (epochs, batch_size) in settings.items()
         if epochs and batch_size > num_train
     ]

@@ -194,7 +194,10 @@ def contradictions(content: Mapping[str, Any]) -> Iterator[str]:
     for section in ("pretrain", "class_condition"):
         batch_size, num_train = content[section]["batch_size"], data["num_train"]
         if num_train is not None and content[section]["epochs"] and batch_size > num_train:
-            yield f"{section}.batch_size: {batch_size} is more than data.num_train {num_train}"
+            yield (
+                f"{section}.batch_size: {batch_size} is more than data.num_train {num_train}; "
+                "lower it"
+            )
     yield from of_scores(content)
     yield from of_null_conditions(content)
     if content["generate"]["condition"] == "class" and content["class_condition"]["epochs"] == 0:
