@@ -136,6 +136,26 @@ def build_tiny(tiny_base: Path, tiny_params: dict[str, Any]) -> Callable[..., Co
     return build
 
 
+@pytest.fixture
+def save_tiny(tiny_base: Path, tiny_params: dict[str, Any]) -> Callable[..., None]:
+    """Save a model of `build_tiny`'s to a folder; keywords: steps taken, changed parameters."""
+    from contradiff.checkpoint import save_checkpoint
+    from contradiff.parameter_counts import count_parameters
+
+    def save(folder: Path, model: ContraDiff, *, num_steps: int = 1, **changes: Any) -> None:
+        save_checkpoint(
+            folder,
+            model,
+            base=tiny_base,
+            image_size=32,
+            num_steps=num_steps,
+            counts=count_parameters(model, num_vae_parameters=100),
+            params=tiny_params | changes,
+        )
+
+    return save
+
+
 @pytest.fixture(scope="session")
 def tiny_data(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folders `images` and `latents` of shards: 24 train images (3 views), 8 val (1 view).

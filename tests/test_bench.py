@@ -94,7 +94,7 @@ def test_peak_is_what_torch_allocates_in_a_real_step(
 def test_half_precision_keeps_one_copy_of_the_frozen_weights(
     tiny_base: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    """Without the cast they are held in float32, beside autocast's copies."""
+    """Without the cast: float32 and autocast's copies, four bytes a weight more."""
     monkeypatch.setattr(flops, "BATCH_SIZES", (4, 8))
     content = flops.changed(read_params(ROOT / "presets/tiny.yaml"), {"pretrain.precision": "bf16"})
     params = parse(flops.Params, content, source="tiny")
@@ -103,7 +103,7 @@ def test_half_precision_keeps_one_copy_of_the_frozen_weights(
     other = flops.peak_bytes(params, tiny_base)[1]
     monkeypatch.setattr(training, "cast_frozen_weights", lambda _: None)
     difference = flops.peak_bytes(params, tiny_base)[1] - other
-    assert 2 * num_cast <= difference <= 4.5 * num_cast
+    assert 3.5 * num_cast <= difference <= 4 * num_cast
 
 
 def is_frozen_matrix(module: nn.Module) -> bool:
@@ -111,9 +111,16 @@ def is_frozen_matrix(module: nn.Module) -> bool:
     return isinstance(module, kinds) and not module.weight.requires_grad
 
 
-@pytest.mark.parametrize("checkpointing", ["none", "all"])
+@pytest.mark.parametrize(
+    ("checkpointing", "decode_batch_size", "factor"), [("none", 0, 1.1), ("all", 4, 1.0)]
+)
 def test_norms_are_counted_as_cuda_takes_them(
-    tiny_base: Path, monkeypatch: pytest.MonkeyPatch, checkpointing: str
+    tiny_base: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    *,
+    checkpointing: str,
+    decode_batch_size: int,
+    factor: float,
 ):
     """In float32 under autocast, which the CPU's autocast leaves as they come."""
     half = torch.ones(2, 4, 3, 3, dtype=torch.bfloat16)
@@ -125,14 +132,15 @@ def test_norms_are_counted_as_cuda_takes_them(
         assert norm(half).dtype == layer_norm(half).dtype == torch.bfloat16
     changes = {
         "pretrain.precision": "bf16",
-        "pretrain.decode_batch_size": 4,
+        "pretrain.decode_batch_size": decode_batch_size,
         "pretrain.gradient_checkpointing": checkpointing,
     }
     content = flops.changed(read_params(ROOT / "presets/tiny.yaml"), changes)
     params = parse(flops.Params, content, source="tiny")
     on_cuda = flops._peak(params, tiny_base, num_images=8)
     monkeypatch.setattr(flops, "cuda_norms", nullcontext)
-    assert on_cuda > flops._peak(params, tiny_base, num_images=8)
+    on_cpu = flops._peak(params, tiny_base, num_images=8)
+    assert on_cuda > factor * on_cpu
 
 
 def test_switches_cost_what_they_add(count: Any):

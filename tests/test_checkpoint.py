@@ -10,9 +10,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from contradiff.checkpoint import base_digest, load_checkpoint, read_config, save_checkpoint
+from contradiff.checkpoint import base_digest, load_checkpoint, read_config
 from contradiff.model import ContraDiff
-from contradiff.parameter_counts import count_parameters
+
+Save = Callable[..., None]
 
 
 @pytest.fixture
@@ -21,19 +22,9 @@ def model(build_tiny: Callable[..., ContraDiff]) -> ContraDiff:
 
 
 @pytest.fixture
-def checkpoint(
-    tmp_path: Path, model: ContraDiff, tiny_base: Path, tiny_params: dict[str, Any]
-) -> Path:
+def checkpoint(tmp_path: Path, model: ContraDiff, save_tiny: Save) -> Path:
     folder = tmp_path / "pretrain"
-    save_checkpoint(
-        folder,
-        model,
-        base=tiny_base,
-        image_size=32,
-        num_steps=7,
-        counts=count_parameters(model, num_vae_parameters=100),
-        params={**tiny_params, "seed": 3},
-    )
+    save_tiny(folder, model, num_steps=7, seed=3)
     return folder
 
 
@@ -56,19 +47,11 @@ def test_round_trip(checkpoint: Path, model: ContraDiff, tiny_base: Path):
 
 
 def test_batchnorms_statistics_come_back(
-    tmp_path: Path, model: ContraDiff, tiny_base: Path, tiny_params: dict[str, Any]
+    tmp_path: Path, model: ContraDiff, tiny_base: Path, save_tiny: Save
 ):
     model.train()
     model.projector(torch.randn(8, 16, generator=torch.Generator().manual_seed(0)))
-    save_checkpoint(
-        tmp_path / "trained",
-        model,
-        base=tiny_base,
-        image_size=32,
-        num_steps=1,
-        counts=count_parameters(model, num_vae_parameters=0),
-        params=tiny_params,
-    )
+    save_tiny(tmp_path / "trained", model)
     loaded = load_checkpoint(tmp_path / "trained", base=tiny_base)
     assert loaded.projector[1].running_mean.any()
     assert torch.equal(loaded.projector[1].running_mean, model.projector[1].running_mean)
@@ -121,17 +104,9 @@ def test_weights_of_other_shapes_are_refused(
 
 
 def test_an_earlier_checkpoint_is_replaced_whole(
-    checkpoint: Path, model: ContraDiff, tiny_base: Path, tiny_params: dict[str, Any]
+    checkpoint: Path, model: ContraDiff, save_tiny: Save
 ):
     (checkpoint / "stale").touch()
-    save_checkpoint(
-        checkpoint,
-        model,
-        base=tiny_base,
-        image_size=32,
-        num_steps=8,
-        counts=count_parameters(model, num_vae_parameters=0),
-        params=tiny_params,
-    )
+    save_tiny(checkpoint, model, num_steps=8)
     assert sorted(p.name for p in checkpoint.iterdir()) == ["config.json", "model.safetensors"]
     assert [p.name for p in checkpoint.parent.iterdir()] == [checkpoint.name]

@@ -9,24 +9,10 @@ import torch
 from torch import Tensor
 
 from contradiff import feature_models
-from contradiff.checkpoint import save_checkpoint
 from contradiff.extraction import stored_batches
 from contradiff.feature_models import load_diffusion_features
 from contradiff.model import ContraDiff
-from contradiff.parameter_counts import count_parameters
 from tests.settings import features_params
-
-
-def save(folder: Path, model: ContraDiff, base: Path, params: dict[str, Any]) -> None:
-    save_checkpoint(
-        folder,
-        model,
-        base=base,
-        image_size=32,
-        num_steps=1,
-        counts=count_parameters(model, num_vae_parameters=0),
-        params=params,
-    )
 
 
 @pytest.mark.parametrize("noising", ["direct", "ddim_chain"])
@@ -35,6 +21,7 @@ def test_base_features_are_without_the_checkpoints_self_conditioning(  # noqa: P
     tiny_base: Path,
     tiny_params: dict[str, Any],
     tiny_data: Path,
+    save_tiny: Callable[..., None],
     tmp_path: Path,
     noising: str,
 ):
@@ -46,7 +33,7 @@ def test_base_features_are_without_the_checkpoints_self_conditioning(  # noqa: P
         head = {"self_conditioning": self_conditioning}
         model = build_tiny(head=head)
         checkpoint = tmp_path / str(self_conditioning)
-        save(checkpoint, model, tiny_base, tiny_params | {"head": tiny_params["head"] | head})
+        save_tiny(checkpoint, model, head=tiny_params["head"] | head)
         for kind in ("base", "contradiff"):
             features = load_diffusion_features(
                 features_params(
@@ -70,14 +57,14 @@ def test_base_features_are_without_the_checkpoints_self_conditioning(  # noqa: P
 def test_frozen_weights_in_half_precision_are_autocast_s_own(  # noqa: PLR0917
     build_tiny: Callable[..., ContraDiff],
     tiny_base: Path,
-    tiny_params: dict[str, Any],
     tiny_data: Path,
+    save_tiny: Callable[..., None],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     kind: str,
 ):
     """Cast once, or by autocast at every batch: the same features, bit for bit."""
-    save(tmp_path / "checkpoint", build_tiny(), tiny_base, tiny_params)
+    save_tiny(tmp_path / "checkpoint", build_tiny())
     shards = tiny_data / "images", tiny_data / "latents"
     [batch] = stored_batches(*shards, split="val", batch_size=8)
     pool = "attention" if kind == "contradiff" else "mean"

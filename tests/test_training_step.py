@@ -14,11 +14,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from contradiff.checkpoint import load_checkpoint, save_checkpoint
-from contradiff.lora import cast_frozen_weights
+from contradiff.checkpoint import load_checkpoint
 from contradiff.losses import LossParams
 from contradiff.model import ContraDiff
-from contradiff.parameter_counts import count_parameters
+from contradiff.training import set_up
 from contradiff.training_step import TrainingBatch, TrainingStep
 from tests.batches import draw_batch, watch_maps
 
@@ -156,7 +155,7 @@ def test_decoding_in_parts_is_the_same_training_step(
     To float32's rounding, in which Eq. 3 is taken whatever the model's precision.
     """
     model, batch = build_tiny(head=head).double().train(), in_float64(draw_batch(5))
-    _freeze_head_without_contrast(model, changes.get("lambda", 0.3))
+    set_up(model, loss=loss_params(**changes), gradient_checkpointing="none", precision="fp32")
     whole = losses_of(model, batch, **changes)
     expected = gradients(model, whole["loss"] / 3)
     rows: list[int] = []
@@ -173,13 +172,11 @@ def test_decoding_in_parts_is_the_same_training_step(
         assert (ours[name] - gradient).norm() <= 1e-6 * gradient.norm(), name
 
 
-@pytest.mark.parametrize("checkpointed", [False, True])
-def test_decoding_in_parts_is_the_same_under_autocast(build_tiny: Build, *, checkpointed: bool):
+@pytest.mark.parametrize("checkpointing", ["none", "down.0", "all"])
+def test_decoding_in_parts_is_the_same_under_autocast(build_tiny: Build, checkpointing: str):
     """To bfloat16's rounding of single gradients, whose parts are here summed in float32."""
     model, batch = build_tiny().train(), draw_batch(5)
-    cast_frozen_weights(model.unet)
-    if checkpointed:
-        model.unet.enable_gradient_checkpointing()
+    set_up(model, loss=loss_params(), gradient_checkpointing=checkpointing, precision="bf16")
     found: list[dict[str, Tensor]] = []
     for decode_batch_size in (0, 3):
         with torch.autocast("cpu", torch.bfloat16):
@@ -189,7 +186,7 @@ def test_decoding_in_parts_is_the_same_under_autocast(build_tiny: Build, *, chec
     assert whole.keys() == parts.keys()
     for name, gradient in whole.items():
         assert gradient.dtype == parts[name].dtype == torch.float32
-        assert (parts[name] - gradient).norm() <= 0.01 * gradient.norm(), name
+        assert (parts[name] - gradient).norm() <= 0.005 * gradient.norm(), name
 
 
 @pytest.mark.parametrize("recon_passes", [1, 4])
@@ -285,13 +282,6 @@ def test_an_optimiser_step_changes_the_trained_parts_alone(build_tiny: Build):
         assert torch.equal(tensor, before[name]) == (name not in trained), name
 
 
-def _freeze_head_without_contrast(model: ContraDiff, weight: float) -> None:
-    """As `pretrain` does, since DDP refuses parameters that get no gradient."""
-    if weight == 0:
-        model.attention.requires_grad_(requires_grad=False)
-        model.projector.requires_grad_(requires_grad=False)
-
-
 def _train_one_process(
     rank: int, folder: Path, base: Path, weight: float, decode_batch_size: int
 ) -> None:
@@ -301,7 +291,8 @@ def _train_one_process(
         "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2
     )
     model = load_checkpoint(folder / "checkpoint", base=base).train()
-    _freeze_head_without_contrast(model, weight)
+    loss = loss_params(**{"recon_passes": 2, "lambda": weight})
+    set_up(model, loss=loss, gradient_checkpointing="none", precision="fp32")
     whole = load_file(folder / "batch.safetensors")
     # Images are the second axis, after the views, but for the draws' levels in between.
     batch = TrainingBatch(
@@ -310,7 +301,6 @@ def _train_one_process(
             for name, tensor in whole.items()
         }
     )
-    loss = loss_params(**{"recon_passes": 2, "lambda": weight})
     step = TrainingStep(
         model, loss=loss, shared_condition=False, decode_batch_size=decode_batch_size
     )
@@ -336,6 +326,7 @@ def test_two_processes_have_the_gradient_of_one(
     build_tiny: Build,
     tiny_base: Path,
     tiny_params: dict[str, Any],
+    save_tiny: Callable[..., None],
     tmp_path: Path,
     *,
     weight: float,
@@ -344,21 +335,14 @@ def test_two_processes_have_the_gradient_of_one(
 ):
     """The whole step's, to 1e-6 of its length in float32."""
     model, batch = build_tiny(head=head), draw_batch(6)
-    _freeze_head_without_contrast(model, weight)
-    save_checkpoint(
-        tmp_path / "checkpoint",
-        model,
-        base=tiny_base,
-        image_size=32,
-        num_steps=0,
-        counts=count_parameters(model, num_vae_parameters=0),
-        params=tiny_params | {"head": tiny_params["head"] | head},
-    )
+    changes = {"recon_passes": 2, "lambda": weight}
+    set_up(model, loss=loss_params(**changes), gradient_checkpointing="none", precision="fp32")
+    save_tiny(tmp_path / "checkpoint", model, head=tiny_params["head"] | head)
     save_file(asdict(batch), tmp_path / "batch.safetensors")
     mp.spawn(_train_one_process, (tmp_path, tiny_base, weight, decode_batch_size), nprocs=2)
     ranks = [load_file(tmp_path / f"rank{rank}.safetensors") for rank in range(2)]
 
-    losses = losses_of(model.train(), batch, **{"recon_passes": 2, "lambda": weight})
+    losses = losses_of(model.train(), batch, **changes)
     expected = gradients(model, losses["loss"])
     length = torch.cat([gradient.flatten() for gradient in expected.values()]).norm()
     for rank in ranks:

@@ -4,7 +4,7 @@ from stages._runtime import Run, RuntimeParams
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import pytest
 
@@ -21,34 +21,29 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.fixture
-def trained_project(
+def run_of(workplace: Path) -> Callable[[str], Run]:
+    """A run of the named stage on the CPU, in the working directory."""
+    runtime = RuntimeParams(device="cpu", num_workers=0, log_every=1, checkpoint_every=1)
+    return lambda stage: Run(stage=stage, root=workplace, runtime=runtime)
+
+
+@pytest.fixture
+def trained_project(  # noqa: PLR0917
     workplace: Path,
+    run_of: Callable[[str], Run],
     tiny_base: Path,
     tiny_data: Path,
-    tiny_params: dict[str, Any],
     build_tiny: Callable[..., "ContraDiff"],
+    save_tiny: Callable[..., None],
 ) -> Run:
     """Work in a folder with build/base, shards, latents and pretrain.
 
     The run is of a stage of any name; its root is the folder.
     """
-    from contradiff.checkpoint import save_checkpoint
-    from contradiff.parameter_counts import count_parameters
-
     build = workplace / "build"
     build.mkdir()
     sources = {"base": tiny_base, "shards": tiny_data / "images", "latents": tiny_data / "latents"}
     for name, folder in sources.items():
         (build / name).symlink_to(folder)
-    model = build_tiny()
-    save_checkpoint(
-        build / "pretrain",
-        model,
-        base=tiny_base,
-        image_size=32,
-        num_steps=3,
-        counts=count_parameters(model, num_vae_parameters=0),
-        params=tiny_params | {"pretrain": {"precision": "fp32"}},
-    )
-    runtime = RuntimeParams(device="cpu", num_workers=0, log_every=1, checkpoint_every=1)
-    return Run(stage="class_condition", root=workplace, runtime=runtime)
+    save_tiny(build / "pretrain", build_tiny(), num_steps=3, pretrain={"precision": "fp32"})
+    return run_of("class_condition")

@@ -1,6 +1,6 @@
 """stages.latents: the same shards from one process and two, taken up where it was stopped."""
 
-from stages._runtime import Run, RuntimeParams
+from stages._runtime import Run
 
 import errno
 import json
@@ -56,13 +56,12 @@ class Killed(BaseException):
 
 
 @pytest.fixture
-def run(workplace: Path, tiny_base: Path, tiny_data: Path) -> Run:
+def run(workplace: Path, run_of: Callable[[str], Run], tiny_base: Path, tiny_data: Path) -> Run:
     build = workplace / "build"
     build.mkdir()
     shutil.copytree(tiny_base, build / "base")
     shutil.copytree(tiny_data / "images", build / "shards")
-    runtime = RuntimeParams(device="cpu", num_workers=0, log_every=1, checkpoint_every=1)
-    return Run(stage="latents", root=workplace, runtime=runtime)
+    return run_of("latents")
 
 
 def params_of(**changes: Any) -> latents.Params:

@@ -1,10 +1,11 @@
 """stages.prepare: what is given beside images stands in manifests; what is missing is named."""
 
-from stages._runtime import Run, RuntimeParams
+from stages._runtime import Run
 
 import copy
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -28,10 +29,8 @@ def content(tiny_base: Path, tmp_path: Path) -> dict[str, Any]:
 
 
 @pytest.fixture
-def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
-    monkeypatch.chdir(tmp_path)
-    runtime = RuntimeParams(device="cpu", num_workers=0, log_every=1, checkpoint_every=1)
-    return Run(stage="prepare", root=tmp_path, runtime=runtime)
+def run(run_of: Callable[[str], Run]) -> Run:
+    return run_of("prepare")
 
 
 def manifests(content: dict[str, Any], run: Run) -> dict[str, Any]:

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -69,14 +70,13 @@ def use_inception(num_features: int) -> None:
 
 
 @pytest.fixture
-def run(workplace: Path) -> Run:
+def run(run_of: Callable[[str], Run]) -> Run:
     """In a folder with build/shards, samples and extractor."""
     write_images(BUILD / "shards", "val", {"class_ids": ["a", "b", "c"]}, seed=0, side=36)
     facts = {"condition": "unconditional: c(noise)", "guidance": 1.0}
     write_images(BUILD / "samples", "sample", facts, seed=1)
     use_classifier()
-    runtime = RuntimeParams(device="cpu", num_workers=0, log_every=1, checkpoint_every=1)
-    return Run(stage="score", root=workplace, runtime=runtime)
+    return run_of("score")
 
 
 def content(**changes: Any) -> dict[str, Any]:

@@ -1,8 +1,9 @@
 """The whole parameter file, checked at once."""
 
-from stages._runtime import Run, RuntimeParams
+from stages._runtime import Run
 
 import copy
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -201,10 +202,8 @@ def test_what_the_base_cannot_serve_is_refused(
 
 
 def test_all_that_the_base_cannot_serve_is_named_at_once(
-    content: dict[str, Any], tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    content: dict[str, Any], tiny_base: Path, run_of: Callable[[str], Run]
 ):
-    monkeypatch.chdir(tmp_path)
-    runtime = RuntimeParams(device="cpu", num_workers=0, log_every=1, checkpoint_every=1)
     content["base"]["path"] = str(tiny_base)
     content["lora"]["targets"] = ["nothing", "attn2.to_q", "nil"]
     content["features"] |= {"noising": "ddim_chain", "timesteps": [101, 1000, 401]}
@@ -213,7 +212,7 @@ def test_all_that_the_base_cannot_serve_is_named_at_once(
     content["conditioner"] |= {"input": "latents", "patch_size": 3}
     YAML().dump(content, Path("params.yaml"))
     with pytest.raises(ValueError, match="nothing") as caught:
-        validate.main(validate.Params(), Run(stage="validate", root=tmp_path, runtime=runtime))
+        validate.main(validate.Params(), run_of("validate"))
     assert [line.split(": ")[1] for line in str(caught.value).splitlines()] == [
         "lora.targets",
         "lora.targets",
@@ -260,11 +259,9 @@ def test_the_papers_base_is_known_without_weights():
 
 
 def test_the_stage_writes_its_out_only_when_all_is_well(
-    content: dict[str, Any], tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    content: dict[str, Any], tiny_base: Path, run_of: Callable[[str], Run]
 ):
-    monkeypatch.chdir(tmp_path)
-    runtime = RuntimeParams(device="cpu", num_workers=0, log_every=1, checkpoint_every=1)
-    run = Run(stage="validate", root=tmp_path, runtime=runtime)
+    run = run_of("validate")
     content["base"]["path"] = str(tiny_base)
     content["lora"]["targets"] = ["nothing"]
     YAML().dump(content, Path("params.yaml"))
