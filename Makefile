@@ -14,7 +14,7 @@ export PATH := $(CURDIR)/.venv/bin:$(PATH)
 # Bytecode makes the heavy libraries load two to three times as fast.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help install repro test test-slow check smoke format preset base ui lock clean
+.PHONY: help install repro test test-slow check smoke same format preset base ui lock clean
 
 help:  ## list the targets (default)
 	@sed -n 's/^\([a-z-]*\):.*##  *\(.*\)/\1	\2/p' $(MAKEFILE_LIST) | \
@@ -74,36 +74,11 @@ check: $(STAMP)  ## lint, formatting, types, import order, and that dvc.yaml agr
 	lint-imports
 	python -m pytest -q tests/test_pipeline.py
 
-# The copy is a DVC project of its own, without git: the real params, lock, cache and tracking
-# database stay untouched. An empty git folder lists what is not ignored, in a zip download too.
 smoke: $(STAMP)  ## the whole pipeline with presets/smoke.yaml, in a temporary copy
-	@set -eu; \
-	unset MLFLOW_TRACKING_URI DVC_ROOT; \
-	top=$$(mktemp -d); trap 'rm -rf "$$top"' EXIT; trap 'exit 130' INT TERM; \
-	git init -q "$$top/lister"; \
-	mkdir "$$top/project"; \
-	git -c core.quotePath=false --git-dir="$$top/lister/.git" --work-tree=. \
-	    ls-files -o --exclude-standard -x /artifacts > "$$top/files"; \
-	tar -cf - -T "$$top/files" | tar -xf - -C "$$top/project"; \
-	store="$(CURDIR)/artifacts"; \
-	cd "$$top/project"; \
-	export PYTHONPATH="$$top/project" DVC_SITE_CACHE_DIR="$$top/site-cache"; \
-	cp presets/smoke.yaml params.yaml; \
-	dvc config --local core.no_scm true; \
-	dvc remote modify --local store url "$$store"; \
-	dvc pull pretrain_base; \
-	dvc repro; \
-	echo "Again: nothing but prepare and track may run."; \
-	dvc repro > "$$top/again" 2>&1 || { cat "$$top/again"; exit 1; }; \
-	if grep -E "^(Running stage|Stage .* is cached)" "$$top/again" | grep -vE "'(prepare|track)'"; then \
-	    cat "$$top/again"; \
-	    echo "smoke: the stages above ran again though nothing had changed" >&2; exit 1; \
-	fi; \
-	for stage in prepare track; do \
-	    grep -q "^Running stage '$$stage'" "$$top/again" || { \
-	        cat "$$top/again"; echo "smoke: $$stage should always run, and did not" >&2; exit 1; }; \
-	done; \
-	echo "smoke: passed"
+	python -m bench smoke
+
+same: $(STAMP)  ## REV=<commit>: does the working tree give that commit's losses and metrics?
+	python -m bench same $(REV)
 
 format: $(STAMP)  ## sort imports, fix what can be fixed, format
 	ruff check --fix-only .
