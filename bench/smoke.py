@@ -24,7 +24,9 @@ def main(_arguments: Sequence[str]) -> None:
         run_in(project, "dvc", "pull", "pretrain_base")
         print(run_in(project, "dvc", "repro"))
         again = run_in(project, "dvc", "repro")
-        ran = set(re.findall(r"^(?:Running stage|Stage) '(\w+)'(?:$|:| is cached)", again, re.MULTILINE))
+        ran = set(
+            re.findall(r"^(?:Running stage|Stage) '(\w+)'(?:$|:| is cached)", again, re.MULTILINE)
+        )
         if ran != ALWAYS:
             raise SystemExit(
                 f"{again}\nsmoke: nothing had changed, so {sorted(ALWAYS)} should have run again; "

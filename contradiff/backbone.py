@@ -62,11 +62,10 @@ def load_scheduler(folder: Path, *, num_inference_steps: int) -> "DDIMScheduler"
         # With all of Stable Diffusion's 1000 steps, steps_offset pushes the first beyond the grid.
         if int(scheduler.timesteps.max()) < num_timesteps:
             return scheduler
-    msg = (
+    raise ValueError(
         f"generate.num_inference_steps: {num_inference_steps} is more than the base's schedule of "
         f"{num_timesteps} timesteps has room for"
     )
-    raise ValueError(msg)
 
 
 def _ddim_scheduler(folder: Path) -> "DDIMScheduler":

@@ -33,11 +33,13 @@ class BaseParams(Section):
     @model_validator(mode="after")
     def _revision_belongs_to_hub(self) -> "BaseParams":
         if self.source == "hub" and (self.revision is None or len(self.revision) != 40):
-            msg = "base.revision must be a full commit hash (40 digits) when base.source is hub"
-            raise ValueError(msg)
+            raise ValueError(
+                "base.revision must be a full commit hash (40 digits) when base.source is hub"
+            )
         if self.source == "local" and self.revision is not None:
-            msg = "base.revision has no meaning when base.source is local; set it to null"
-            raise ValueError(msg)
+            raise ValueError(
+                "base.revision has no meaning when base.source is local; set it to null"
+            )
         return self
 
 
@@ -57,12 +59,11 @@ def config_folder(base: BaseParams, *, root: Path, shipped: Path) -> Path:
     elif base.path in SHIPPED_CONFIGS:
         folder = shipped / SHIPPED_CONFIGS[base.path]
     else:
-        msg = (
+        raise ValueError(
             f"base.path: the configuration of {base.path} is not shipped in {shipped} (there: "
             f"{', '.join(SHIPPED_CONFIGS)}), so that nothing is known of it before it is fetched; "
             "or set base.source: local and base.path to a folder of it"
         )
-        raise ValueError(msg)
     check_config(folder)
     return folder
 
@@ -79,11 +80,10 @@ def local_base(base: BaseParams, *, root: Path) -> Path:
     here = Path(base.path)
     folder = here if here.is_dir() else root / base.path
     if not folder.is_dir():
-        msg = (
+        raise ValueError(
             f"base.path: there is no folder {base.path}; the tiny base comes by "
             "`dvc pull models/tiny`, or is retrained by `make base`"
         )
-        raise ValueError(msg)
     return folder
 
 
@@ -111,11 +111,10 @@ def check_base(folder: Path) -> None:
     check_config(folder)
     for part in ("vae", "unet"):
         if not list((folder / part).glob("*.safetensors")):
-            msg = (
+            raise ValueError(
                 f"base.path: {folder / part} holds no .safetensors file; pickled weights are not "
                 "read"
             )
-            raise ValueError(msg)
 
 
 def check_config(folder: Path) -> None:
@@ -128,43 +127,42 @@ def check_config(folder: Path) -> None:
     blocks = [*unet.get("down_block_types", []), *unet.get("up_block_types", [])]
     attends = any("CrossAttn" in block for block in blocks)
     if unet.get("_class_name") != "UNet2DConditionModel" or not attends:
-        msg = f"base.path: {folder}/unet is no UNet2DConditionModel with cross-attention"
-        raise ValueError(msg)
+        raise ValueError(
+            f"base.path: {folder}/unet is no UNet2DConditionModel with cross-attention"
+        )
     # 1280 is diffusers' default
     if not isinstance(width := unet.get("cross_attention_dim", 1280), int):
-        msg = (
+        raise ValueError(
             f"base.path: {folder}/unet has cross_attention_dim {width!r}; all its blocks must "
             "attend to tokens of one width"
         )
-        raise ValueError(msg)
     for key in UNUSED_INPUTS:
         if unet.get(key):
-            msg = f"base.path: {folder}/unet has {key} {unet[key]!r}, which is not supported"
-            raise ValueError(msg)
+            raise ValueError(
+                f"base.path: {folder}/unet has {key} {unet[key]!r}, which is not supported"
+            )
     mid = "UNetMidBlock2DCrossAttn"
     if unet.get("mid_block_type", mid) != mid:
-        msg = f"base.path: {folder}/unet has mid_block_type {unet['mid_block_type']!r}, not {mid}"
-        raise ValueError(msg)
+        raise ValueError(
+            f"base.path: {folder}/unet has mid_block_type {unet['mid_block_type']!r}, not {mid}"
+        )
     # 4 is the default of both
     latent_channels, in_channels = vae.get("latent_channels", 4), unet.get("in_channels", 4)
     if latent_channels != in_channels:
-        msg = (
+        raise ValueError(
             f"base.path: {folder}/unet takes {in_channels} channels (in_channels), but its vae "
             f"makes latents of {latent_channels} (latent_channels)"
         )
-        raise ValueError(msg)
     if (out_channels := unet.get("out_channels", 4)) != in_channels:
-        msg = (
+        raise ValueError(
             f"base.path: {folder}/unet takes {in_channels} channels and predicts {out_channels} "
             "(out_channels); Eq. 3 compares noise with noise"
         )
-        raise ValueError(msg)
     if scheduler.get("prediction_type", "epsilon") != "epsilon":
-        msg = (
+        raise ValueError(
             f"base.path: {folder}/scheduler predicts {scheduler['prediction_type']}; "
             "Eq. 3 needs epsilon"
         )
-        raise ValueError(msg)
 
 
 def read_part(folder: Path, part: str) -> dict[str, Any]:
@@ -176,17 +174,15 @@ def read_part(folder: Path, part: str) -> dict[str, Any]:
     name = "scheduler_config.json" if part == "scheduler" else "config.json"
     path = folder / part / name
     if not path.is_file():
-        msg = (
+        raise ValueError(
             f"base.path: {folder} has no {part}/{name}; expected a model folder in diffusers' "
             "format with vae/, unet/ and scheduler/. The tiny base comes by "
             "`dvc pull models/tiny`, or is retrained by `make base`"
         )
-        raise ValueError(msg)
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
-        msg = f"base.path: {path}: not valid JSON: {error}"
-        raise ValueError(msg) from error
+        raise ValueError(f"base.path: {path}: not valid JSON: {error}") from error
 
 
 def downsampling_of(folder: Path) -> int:
@@ -215,8 +211,7 @@ def fetch_from_hub(name: str, revision: str, destination: Path, *, weights: bool
     try:
         snapshot_download(name, revision=revision, allow_patterns=patterns, local_dir=destination)
     except Exception as error:
-        msg = (
+        raise ValueError(
             f"base.path: {name} at {revision} could not be fetched from the hub ({error}); without "
             "a network, download it elsewhere, set base.source: local and base.path to its folder"
-        )
-        raise ValueError(msg) from error
+        ) from error

@@ -58,8 +58,9 @@ class Share:
     def check(self, batch_size: int) -> None:
         """Raise ValueError if a batch does not divide evenly."""
         if batch_size % self.num_processes:
-            msg = f"{batch_size} images do not divide over {self.num_processes} processes"
-            raise ValueError(msg)
+            raise ValueError(
+                f"{batch_size} images do not divide over {self.num_processes} processes"
+            )
 
     def of(self, batch: Tensor) -> Tensor:
         """This process's rows, on its device."""

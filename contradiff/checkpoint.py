@@ -79,8 +79,9 @@ def read_config(folder: Path) -> dict[str, Any]:
     """
     path = folder / CONFIG_NAME
     if not path.is_file():
-        msg = f"{path}: no checkpoint; run `dvc repro pretrain`, or fetch it by `dvc pull {folder}`"
-        raise ValueError(msg)
+        raise ValueError(
+            f"{path}: no checkpoint; run `dvc repro pretrain`, or fetch it by `dvc pull {folder}`"
+        )
     return json.loads(path.read_text())
 
 
@@ -92,8 +93,7 @@ def load_checkpoint(folder: Path, *, base: Path) -> ContraDiff:
     """
     config = read_config(folder)
     if config["base_sha256"] != base_digest(base):
-        msg = f"{folder}: trained on another base than {base}; run `dvc repro pretrain`"
-        raise ValueError(msg)
+        raise ValueError(f"{folder}: trained on another base than {base}; run `dvc repro pretrain`")
     shapes = parse(Architecture, config["params"], source=str(folder / CONFIG_NAME))
     model = ContraDiff(
         load_unet(base),

@@ -109,10 +109,9 @@ def count_steps(params: ClassConditionParams, *, num_samples: int) -> int:
     """
     steps_per_epoch = num_samples // params.batch_size
     if params.epochs and steps_per_epoch == 0:
-        msg = (
+        raise ValueError(
             f"class_condition.batch_size: {params.batch_size} is more than the {num_samples} images"
         )
-        raise ValueError(msg)
     return params.epochs * steps_per_epoch
 
 
@@ -211,11 +210,10 @@ def train_class_table(
         if done % log_every == 0 or done == total_steps or saved:
             value = loss.item()
             if not math.isfinite(value):
-                msg = (
+                raise ValueError(
                     f"class_condition.lr: the loss is {value} at step {done}, training diverged; "
                     "lower it"
                 )
-                raise ValueError(msg)
         on_step(done, value)
         if saved:
             save_training_state(
@@ -309,11 +307,10 @@ def read_class_config(folder: Path) -> dict[str, Any]:
     """
     path = folder / CONFIG_NAME
     if not path.is_file():
-        msg = (
+        raise ValueError(
             f"{path}: no table of classes; run `dvc repro class_condition`, or fetch it by "
             f"`dvc pull {folder}`"
         )
-        raise ValueError(msg)
     return json.loads(path.read_text())
 
 
@@ -329,17 +326,15 @@ def load_class_table(folder: Path, *, checkpoint: Path) -> ClassTable:
     """
     config = read_class_config(folder)
     if config["num_steps"] == 0:
-        msg = (
+        raise ValueError(
             f"{folder}: no table was trained, since class_condition.epochs is 0, and "
             "generate.condition: class needs one; make class_condition.epochs 1 or more"
         )
-        raise ValueError(msg)
     if config["checkpoint_sha256"] != sha256_of(checkpoint / WEIGHTS_NAME):
-        msg = (
+        raise ValueError(
             f"{folder}: trained with another model than {checkpoint}; "
             "run `dvc repro class_condition`"
         )
-        raise ValueError(msg)
     weights = load_file(folder / TABLE_NAME)
     table = ClassTable(
         num_classes=config["num_classes"],

@@ -33,8 +33,7 @@ class ConditionerParams(Section):
     @model_validator(mode="after")
     def _heads_divide_width(self) -> "ConditionerParams":
         if self.width % self.num_heads:
-            msg = "conditioner.width must be a multiple of conditioner.num_heads"
-            raise ValueError(msg)
+            raise ValueError("conditioner.width must be a multiple of conditioner.num_heads")
         return self
 
 
@@ -77,11 +76,10 @@ class Conditioner(nn.Module):
         """
         super().__init__()
         if size % patch_size:
-            msg = (
+            raise ValueError(
                 f"conditioner.patch_size: {patch_size} does not divide {size}, the side of the "
                 f"{input} (data.image_size)"
             )
-            raise ValueError(msg)
         self.input: Literal["pixels", "latents"] = input
         self.shape = (in_channels, size, size)
         num_tokens = (size // patch_size) ** 2

@@ -47,16 +47,15 @@ def read_params(path: Path) -> dict[str, Any]:
     from ruamel.yaml.error import YAMLError
 
     if not path.is_file():
-        msg = f"{path}: no such file; run from the project's root, or copy presets/tiny.yaml to it"
-        raise ValueError(msg)
+        raise ValueError(
+            f"{path}: no such file; run from the project's root, or copy presets/tiny.yaml to it"
+        )
     try:
         content: object = YAML(typ="safe").load(path)  # pyright: ignore[reportUnknownMemberType]
     except YAMLError as error:
-        msg = f"{path}: not valid YAML: {error}"
-        raise ValueError(msg) from error
+        raise ValueError(f"{path}: not valid YAML: {error}") from error
     if not isinstance(content, dict):
-        msg = f"{path}: expected a mapping of sections, found {type(content).__name__}"
-        raise ValueError(msg)
+        raise ValueError(f"{path}: expected a mapping of sections, found {type(content).__name__}")
     return content  # pyright: ignore[reportUnknownVariableType]
 
 
@@ -106,13 +105,11 @@ def read_card(schema: type[S], path: Path, *, stage: str) -> S:
         ValueError: the file is missing or wrong.
     """
     if not path.is_file():
-        msg = f"{path}: no such file: run the stage {stage} first"
-        raise ValueError(msg)
+        raise ValueError(f"{path}: no such file: run the stage {stage} first")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
-        msg = f"{path}: not valid JSON: {error}"
-        raise ValueError(msg) from error
+        raise ValueError(f"{path}: not valid JSON: {error}") from error
     return parse_exactly(schema, content, source=str(path))
 
 

@@ -52,9 +52,8 @@ def explain_full_disk(folder: Path) -> Generator[None]:
     except OSError as error:
         if error.errno not in {errno.ENOSPC, errno.EDQUOT}:
             raise
-        msg = (
+        raise ValueError(
             f"{folder}: no space is left on the disk ({error.strerror}; "
             f"{describe_bytes(shutil.disk_usage(folder).free)} free): free some, then run the same "
             "command again; what is whole is kept and the work goes on from there"
-        )
-        raise ValueError(msg) from error
+        ) from error

@@ -223,14 +223,13 @@ class Reconstruction:
             ValueError: the PSNR is below `floor`, in dB; names latents.min_psnr and likely causes.
         """
         if not self.psnr >= floor:
-            msg = (
+            raise ValueError(
                 f"latents.min_psnr: decoded latents show their images at {self.psnr:.1f} dB where "
                 f"{floor:g} are asked for; their standard deviation is {self.std:.2f}, and should "
                 "be about 1. Either build/base has a wrong VAE or scaling factor, or its VAE was "
                 "made for images of another kind or size (data.image_size). If the base can do no "
                 "better, lower latents.min_psnr"
             )
-            raise ValueError(msg)
 
 
 def _round_up(number: int, multiple: int) -> int:

@@ -253,11 +253,10 @@ def check_timesteps(timesteps: Sequence[int], *, num_train_timesteps: int) -> No
         ValueError: names features.timesteps.
     """
     if max(timesteps) >= num_train_timesteps:
-        msg = (
+        raise ValueError(
             f"features.timesteps: {list(timesteps)} goes beyond the base's last timestep, "
             f"{num_train_timesteps - 1}"
         )
-        raise ValueError(msg)
 
 
 @torch.inference_mode()
@@ -322,8 +321,9 @@ def extract(
         ValueError: params.model names another model than contradiff.
     """
     if params.model != "contradiff":
-        msg = f"features.model: {params.model} is no ContraDiff; these features need contradiff"
-        raise ValueError(msg)
+        raise ValueError(
+            f"features.model: {params.model} is no ContraDiff; these features need contradiff"
+        )
     features: list[Tensor] = []
     labels: list[Tensor] = []
     keys: list[str] = []

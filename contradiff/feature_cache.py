@@ -83,12 +83,12 @@ class CacheIndex:
         """
         path = folder / INDEX_NAME
         if not path.is_file():
-            msg = f"{path}: no features; run `dvc repro features`, or `dvc pull {folder}`"
-            raise ValueError(msg)
+            raise ValueError(
+                f"{path}: no features; run `dvc repro features`, or `dvc pull {folder}`"
+            )
         content: dict[str, Any] = json.loads(path.read_text())
         if content.pop("version", None) != VERSION:
-            msg = f"{path}: not of version {VERSION}; run `dvc repro features`"
-            raise ValueError(msg)
+            raise ValueError(f"{path}: not of version {VERSION}; run `dvc repro features`")
         content["columns"] = tuple(
             Column(
                 column["name"],
@@ -108,11 +108,10 @@ class CacheIndex:
             for shard in shards:
                 file = folder / shard.name
                 if not file.is_file() or file.stat().st_size != shard.num_bytes:
-                    msg = (
+                    raise ValueError(
                         f"{file}: missing or truncated ({INDEX_NAME} says {shard.num_bytes} "
                         f"bytes); run `dvc repro features`, or `dvc pull {folder}`"
                     )
-                    raise ValueError(msg)
         return index
 
 
@@ -124,8 +123,9 @@ def checkpoint_fingerprint(folder: Path) -> str:
     """
     files = sorted(file for file in folder.rglob("*") if file.is_file())
     if not files:
-        msg = f"{folder}: no checkpoint; run `dvc repro pretrain`, or `dvc pull {folder}`"
-        raise ValueError(msg)
+        raise ValueError(
+            f"{folder}: no checkpoint; run `dvc repro pretrain`, or `dvc pull {folder}`"
+        )
     text = "".join(f"{file.relative_to(folder)} {sha256_of(file)}\n" for file in files)
     return hashlib.sha256(text.encode()).hexdigest()
 
@@ -149,8 +149,7 @@ def to_stored(
                 "are not finite: the model diverged (see metrics/pretrain.csv), or bf16 did "
                 "(features.precision)"
             )
-        msg = f"features {name!r} of image {keys[row]} {reason}"
-        raise ValueError(msg)
+        raise ValueError(f"features {name!r} of image {keys[row]} {reason}")
     return stored
 
 
@@ -249,15 +248,15 @@ class FeatureCache:
         """
         index = CacheIndex.read(folder)
         if fingerprint_of(index) not in (None, index.checkpoint):
-            msg = (
+            raise ValueError(
                 f"{folder / INDEX_NAME}: features of another checkpoint or base than is here now; "
                 "run `dvc repro features`"
             )
-            raise ValueError(msg)
         for shard in (shard for shards in index.shards.values() for shard in shards):
             if sha256_of(folder / shard.name) != shard.sha256:
-                msg = f"{folder / shard.name}: damaged (its sha256); run `dvc repro features`"
-                raise ValueError(msg)
+                raise ValueError(
+                    f"{folder / shard.name}: damaged (its sha256); run `dvc repro features`"
+                )
         return cls(folder, index)
 
     def column(self, split: str, name: str) -> Float[Tensor, "n width"]:
@@ -283,19 +282,19 @@ class FeatureCache:
             ValueError: the cache has none.
         """
         if not self.index.maps:
-            msg = (
+            raise ValueError(
                 f"{self.folder / INDEX_NAME}: no maps, which probe.head: attentive trains on; run "
                 "`dvc repro features` with this setting"
             )
-            raise ValueError(msg)
         return Rows([self._tensor(shard, MAPS) for shard in self.index.maps[split]])
 
     def _tensor(self, shard: Shard, name: str) -> Tensor:
         with self._file(shard) as file:
             tensor: Tensor = file.get_tensor(name)
         if len(tensor) != shard.num_samples:
-            msg = f"{self.folder / shard.name}: {len(tensor)} rows, not {shard.num_samples}"
-            raise ValueError(msg)
+            raise ValueError(
+                f"{self.folder / shard.name}: {len(tensor)} rows, not {shard.num_samples}"
+            )
         return tensor
 
     def _file(self, shard: Shard) -> Any:
@@ -303,5 +302,4 @@ class FeatureCache:
         try:
             return safe_open(path, framework="pt")
         except SafetensorError as error:
-            msg = f"{path}: damaged ({error}); run `dvc repro features`"
-            raise ValueError(msg) from error
+            raise ValueError(f"{path}: damaged ({error}); run `dvc repro features`") from error

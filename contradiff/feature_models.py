@@ -200,8 +200,7 @@ def load_diffusion_features(
             block_channels(model.unet, block)
         except ValueError:
             key = "features.more_blocks" if params.more_blocks else "features.model: diffeed"
-            msg = f"{key}: the base's UNet has no second up block"
-            raise ValueError(msg) from None
+            raise ValueError(f"{key}: the base's UNet has no second up block") from None
     shapes = parse(Architecture, read_config(checkpoint)["params"], source=str(checkpoint))
     return DiffusionFeatures(model.to(device), shapes.head, params, keep_maps, seed, device)
 

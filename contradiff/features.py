@@ -46,8 +46,7 @@ class HeadParams(Section):
     @model_validator(mode="after")
     def _heads_divide_width(self) -> "HeadParams":
         if self.width % self.num_heads:
-            msg = "head.width must be a multiple of head.num_heads"
-            raise ValueError(msg)
+            raise ValueError("head.width must be a multiple of head.num_heads")
         return self
 
 
@@ -90,53 +89,55 @@ class FeaturesParams(Section):
     @model_validator(mode="after")
     def _distinct(self) -> "FeaturesParams":
         if len(set(self.timesteps)) < NUM_LEVELS or min(self.timesteps) < 0:
-            msg = f"features.timesteps must be three distinct timesteps >= 0, not {self.timesteps}"
-            raise ValueError(msg)
+            raise ValueError(
+                f"features.timesteps must be three distinct timesteps >= 0, not {self.timesteps}"
+            )
         for triple in self.more_triples:
             if len(triple) != NUM_LEVELS or len(set(triple)) < NUM_LEVELS or min(triple) < 0:
-                msg = f"features.more_triples: {triple} are not three distinct timesteps >= 0"
-                raise ValueError(msg)
+                raise ValueError(
+                    f"features.more_triples: {triple} are not three distinct timesteps >= 0"
+                )
         if len({frozenset(triple) for triple in self.triples}) < len(self.triples):
-            msg = "features.more_triples: a triple is repeated (features.timesteps counts too)"
-            raise ValueError(msg)
+            raise ValueError(
+                "features.more_triples: a triple is repeated (features.timesteps counts too)"
+            )
         if len(set(self.more_blocks)) < len(self.more_blocks):
-            msg = f"features.more_blocks: {self.more_blocks} repeats a block"
-            raise ValueError(msg)
+            raise ValueError(f"features.more_blocks: {self.more_blocks} repeats a block")
         return self
 
     @model_validator(mode="after")
     def _baselines_have_their_own_shape(self) -> "FeaturesParams":
         if self.model != "contradiff" and self.pool == "attention":
-            msg = (
+            raise ValueError(
                 f"features.pool: attention is contradiff's trained head, which features.model: "
                 f"{self.model} is without; set features.pool: mean"
             )
-            raise ValueError(msg)
         if self.model == "diffeed" and self.noising != "direct":
-            msg = "features.noising: features.model diffeed noises in one step; set it to direct"
-            raise ValueError(msg)
+            raise ValueError(
+                "features.noising: features.model diffeed noises in one step; set it to direct"
+            )
         if self.model in ("diffeed", "timm") and self.more_blocks:
-            msg = (
+            raise ValueError(
                 f"features.more_blocks: features.model {self.model} fixes its blocks; set it to []"
             )
-            raise ValueError(msg)
         if self.model == "timm":
             self._check_timm()
         return self
 
     def _check_timm(self) -> None:
         if self.timm_name is None:
-            msg = "features.timm_name: features.model timm needs it (such as vit_base_patch16_224)"
-            raise ValueError(msg)
+            raise ValueError(
+                "features.timm_name: features.model timm needs it (such as vit_base_patch16_224)"
+            )
         if (self.timm_weights is None) != self.timm_pretrained:
-            msg = (
+            raise ValueError(
                 "features.timm_weights: features.model timm needs either a local .safetensors file "
                 "here or features.timm_pretrained: true (network), not both and not neither"
             )
-            raise ValueError(msg)
         if self.more_triples:
-            msg = "features.more_triples: features.model timm has no timesteps; set it to []"
-            raise ValueError(msg)
+            raise ValueError(
+                "features.more_triples: features.model timm has no timesteps; set it to []"
+            )
 
 
 @dataclass(frozen=True)
@@ -271,11 +272,10 @@ def block_channels(unet: "UNet2DConditionModel", block: MapBlock) -> int:
     if block == "mid":
         return widths[0]
     if len(unet.up_blocks) < 2:
-        msg = (
+        raise ValueError(
             f"head.block: {block} reads the UNet's second up block, but the base has "
             f"{len(unet.up_blocks)}; set it to mid"
         )
-        raise ValueError(msg)
     return widths[1] if block == "up.1" else widths[0] + widths[1]
 
 

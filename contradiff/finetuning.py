@@ -165,8 +165,9 @@ def finetune(
             step += 1
         mean_loss = loss_sum / len(data.labels)
         if not math.isfinite(mean_loss):
-            msg = f"transfer.finetune_lr: the loss is {mean_loss} in epoch {epoch}; lower it"
-            raise ValueError(msg)
+            raise ValueError(
+                f"transfer.finetune_lr: the loss is {mean_loss} in epoch {epoch}; lower it"
+            )
         on_epoch(epoch, {"loss": mean_loss})
     return classifier.requires_grad_(requires_grad=False)
 

@@ -31,11 +31,10 @@ def chain_to(
     """
     grid = schedule.ddim_timesteps(CHAIN_STEPS)
     if not set(timesteps) <= set(grid):
-        msg = (
+        raise ValueError(
             f"{key}: with features.noising ddim_chain they must be of the base's "
             f"{CHAIN_STEPS}-step grid {grid}, not {list(timesteps)}"
         )
-        raise ValueError(msg)
     return grid[: grid.index(max(timesteps)) + 1]
 
 

@@ -68,8 +68,9 @@ class PairedShards:
             for index in (image_index, latent_index)
         ]
         if counts[0] != counts[1]:
-            msg = f"{latents}: made from other shards than {images}; run `dvc repro latents`"
-            raise ValueError(msg)
+            raise ValueError(
+                f"{latents}: made from other shards than {images}; run `dvc repro latents`"
+            )
         return cls(images, latents, split, image_index, latent_index)
 
     @property
@@ -123,8 +124,7 @@ class PairedShards:
             if image["__key__"] != latent["__key__"]:
                 keys = [record["__key__"].decode() for record in (latent, image)]
                 path = join(self.latents, latent_shard.name)
-                msg = f"{path}: key {keys[0]} beside {keys[1]}; run `dvc repro latents`"
-                raise ValueError(msg)
+                raise ValueError(f"{path}: key {keys[0]} beside {keys[1]}; run `dvc repro latents`")
             yield image, latent
 
 
@@ -164,22 +164,21 @@ class TrainingStream(IterableDataset["dict[str, Tensor] | Exception"]):
         super().__init__()
         facts = pairs.latent_index.facts
         if choice.latent_views == "two" and facts["views"] < 2:
-            msg = "loss.latent_views: two needs latents.views of 2 or more (same: one view does)"
-            raise ValueError(msg)
+            raise ValueError(
+                "loss.latent_views: two needs latents.views of 2 or more (same: one view does)"
+            )
         crops_of_latents = choice.condition == "latents" and choice.cond_view == "crop"
         if crops_of_latents and facts["views"] < 2:
-            msg = (
+            raise ValueError(
                 "conditioner.cond_view: crop with conditioner.input latents draws from the stored "
                 "views, and needs latents.views of 2 or more"
             )
-            raise ValueError(msg)
         self.order = TrainingOrder(pairs.sizes, batch_size * world_size, seed)
         if self.order.steps_per_epoch == 0:
-            msg = (
+            raise ValueError(
                 f"{pairs.images}: split {pairs.split!r} has {pairs.num_samples} images, fewer than "
                 f"a batch of {self.order.batch_size}"
             )
-            raise ValueError(msg)
         self.pairs, self.choice, self.batch_size = pairs, choice, batch_size
         self.start_step, self.seed, self.rank, self.world_size = start_step, seed, rank, world_size
 

@@ -72,8 +72,9 @@ def contrastive_loss(
     """
     num_images = views.shape[1]
     if num_images < 2:
-        msg = "pretrain.batch_size: a contrastive loss needs at least two images in a batch"
-        raise ValueError(msg)
+        raise ValueError(
+            "pretrain.batch_size: a contrastive loss needs at least two images in a batch"
+        )
     loss = {"ntxent": _ntxent, "dcl_paper": _dcl_paper, "infonce": _infonce}[kind]
     rows = torch.arange(num_images, device=views.device)[anchors]
     # Autocast would round the similarities to bfloat16, which 1 / tau then magnifies.

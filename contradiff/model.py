@@ -166,11 +166,10 @@ class ContraDiff(nn.Module):
         given = {(name, tensor.shape) for name, tensor in state.items()}
         if expected != given:
             difference = sorted({name for name, _ in expected ^ given})[:3]
-            msg = (
+            raise ValueError(
                 "checkpoint: made with other lora, conditioner or head parameters "
                 f"(such as {difference})"
             )
-            raise ValueError(msg)
         self.load_state_dict(state, strict=False)
 
     def train(self, mode: bool = True) -> "ContraDiff":

@@ -65,11 +65,10 @@ class SgdParams(Section):
     @model_validator(mode="after")
     def _warmup_ends_within_training(self) -> "SgdParams":
         if self.warmup_epochs >= self.epochs:
-            msg = (
+            raise ValueError(
                 f"{self.section}.warmup_epochs is {self.warmup_epochs:g}, which leaves nothing of "
                 f"the {self.epochs} in {self.section}.epochs: make it smaller"
             )
-            raise ValueError(msg)
         return self
 
     @property
@@ -101,12 +100,12 @@ def cosine_with_warmup(
         ValueError: the step is outside the run, or the warm-up is longer than it.
     """
     if not 0 <= warmup_steps <= total_steps:
-        msg = f"warm-up of {warmup_steps} steps in a run of {total_steps}: lower warmup_epochs"
-        raise ValueError(msg)
+        raise ValueError(
+            f"warm-up of {warmup_steps} steps in a run of {total_steps}: lower warmup_epochs"
+        )
     if not 0 <= step <= total_steps:
         # The cosine would rise again beyond its end.
-        msg = f"step {step} is outside a run of {total_steps} steps"
-        raise ValueError(msg)
+        raise ValueError(f"step {step} is outside a run of {total_steps} steps")
     if step < warmup_steps:
         return step / warmup_steps
     if warmup_steps == total_steps:
@@ -153,8 +152,9 @@ def build_adamw(
     """
     trainable = [(name, param) for name, param in named_parameters if param.requires_grad]
     if not trainable:
-        msg = "no trainable parameters: check that lora.targets and the modules are not all frozen"
-        raise ValueError(msg)
+        raise ValueError(
+            "no trainable parameters: check that lora.targets and the modules are not all frozen"
+        )
     decayed = [param for name, param in trainable if is_decayed(name, param)]
     plain = [param for name, param in trainable if not is_decayed(name, param)]
     groups = [

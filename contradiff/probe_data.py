@@ -22,11 +22,10 @@ class ProbeData:
         self._train_rows = (~held_out).nonzero().squeeze(1)
         self._dev_rows = held_out.nonzero().squeeze(1)
         if dev and not (len(self._dev_rows) and len(self._train_rows)):
-            msg = (
+            raise ValueError(
                 f"probe.split: dev holds out {len(self._dev_rows)} of {len(held_out)} training "
                 "images (a tenth, by their keys); use more images, or probe.split: val"
             )
-            raise ValueError(msg)
 
     def labels(self) -> tuple[Int64[Tensor, " train"], Int64[Tensor, " judged"]]:
         """Classes of the training and of the judged images."""

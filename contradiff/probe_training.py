@@ -182,11 +182,10 @@ def _epochs(
     """
     num_batches = math.ceil(num_samples / schedule.batch_size)
     if num_samples // max(1, num_batches) < _MIN_BATCH_FOR_NORM:
-        msg = (
+        raise ValueError(
             f"{num_samples} samples in batches of {schedule.batch_size} leave one sample alone, "
             "which BatchNorm cannot normalise: raise batch_size"
         )
-        raise ValueError(msg)
     total_steps = schedule.epochs * num_batches
     warmup_steps = round(schedule.warmup_epochs * num_batches)
     factors = (

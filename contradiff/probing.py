@@ -33,11 +33,9 @@ class ProbeParams(SgdParams):
     @model_validator(mode="after")
     def _grid_is_positive(self) -> "ProbeParams":
         if min(self.lrs, default=1.0) <= 0:
-            msg = f"probe.lrs: {self.lrs} must be greater than 0"
-            raise ValueError(msg)
+            raise ValueError(f"probe.lrs: {self.lrs} must be greater than 0")
         if min(self.weight_decays, default=0.0) < 0:
-            msg = f"probe.weight_decays: {self.weight_decays} must not be negative"
-            raise ValueError(msg)
+            raise ValueError(f"probe.weight_decays: {self.weight_decays} must not be negative")
         return self
 
     @property
@@ -148,8 +146,9 @@ def evaluate(
         ValueError: there are no samples, or the probe has diverged.
     """
     if len(labels) == 0:
-        msg = "no samples to evaluate the probe on: probe.split chooses none of the data"
-        raise ValueError(msg)
+        raise ValueError(
+            "no samples to evaluate the probe on: probe.split chooses none of the data"
+        )
     probe.eval()
     device = next(probe.parameters()).device
     top1 = top5 = 0

@@ -48,21 +48,19 @@ class PretrainParams(Section):
     def _parts_hold_pairs(self) -> "PretrainParams":
         parts = self.grad_accumulation
         if self.batch_size % parts or self.batch_size < 2 * parts:
-            msg = (
+            raise ValueError(
                 f"pretrain.grad_accumulation: {parts} parts of pretrain.batch_size "
                 f"{self.batch_size} must be equal and of two images or more"
             )
-            raise ValueError(msg)
         return self
 
     @model_validator(mode="after")
     def _warmup_ends_within_training(self) -> "PretrainParams":
         if self.epochs and self.warmup_epochs >= self.epochs:
-            msg = (
+            raise ValueError(
                 f"pretrain.warmup_epochs is {self.warmup_epochs:g}, which leaves nothing of the "
                 f"{self.epochs} in pretrain.epochs: make it smaller"
             )
-            raise ValueError(msg)
         return self
 
 

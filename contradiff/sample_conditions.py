@@ -196,8 +196,9 @@ def condition_images(folder: Path, *, start: int) -> Iterator[ConditionImage]:
     index = ShardIndex.read(folder)
     num_images = index.num_samples(SPLIT)
     if num_images == 0:
-        msg = f"{folder}: holds no images; set generate.condition: image, `dvc repro conditions`"
-        raise ValueError(msg)
+        raise ValueError(
+            f"{folder}: holds no images; set generate.condition: image, `dvc repro conditions`"
+        )
     skip = start % num_images
     while True:
         for shard in index.shards(SPLIT):

@@ -44,28 +44,25 @@ class GenerateParams(Section):
     @model_validator(mode="after")
     def _noise_has_nothing_to_guide(self) -> "GenerateParams":
         if self.condition == "noise" and self.guidance != 1:
-            msg = (
+            raise ValueError(
                 f"generate.guidance is {self.guidance:g}, but generate.condition: noise is the "
                 "null condition itself, with nothing to guide; set generate.guidance to 1"
             )
-            raise ValueError(msg)
         return self
 
     @model_validator(mode="after")
     def _interval_is_of_some_guidance(self) -> "GenerateParams":
         low, high = self.guidance_interval
         if not 0 <= low < high <= 1:
-            msg = (
+            raise ValueError(
                 "generate.guidance_interval must be two rising numbers between 0 and 1 "
                 f"(got {low:g}, {high:g})"
             )
-            raise ValueError(msg)
         if self.guidance == 1 and (low, high) != (0, 1):
-            msg = (
+            raise ValueError(
                 f"generate.guidance_interval is {low:g} to {high:g}, but generate.guidance 1 is "
                 "none; set the interval to 0 and 1, or some guidance"
             )
-            raise ValueError(msg)
         return self
 
 

@@ -31,11 +31,10 @@ class SeparabilityParams(Section):
     @model_validator(mode="after")
     def _neighbours_are_other_images(self) -> "SeparabilityParams":
         if self.num_neighbours >= self.num_images:
-            msg = (
+            raise ValueError(
                 f"separability.num_neighbours: must be less than separability.num_images "
                 f"{self.num_images} (got {self.num_neighbours})"
             )
-            raise ValueError(msg)
         return self
 
 
@@ -89,8 +88,9 @@ def choose_images(
     if len(chosen) > num_images:
         chosen = np.sort(rng.choice(chosen, num_images, replace=False))
     if len(chosen) < 4:
-        msg = f"data.root: {len(chosen)} validation images are too few to separate; take 4 or more"
-        raise ValueError(msg)
+        raise ValueError(
+            f"data.root: {len(chosen)} validation images are too few to separate; take 4 or more"
+        )
     return chosen.tolist()
 
 
@@ -129,11 +129,10 @@ def separability(
     """
     norms = np.linalg.norm(features.astype(np.float64), axis=1, keepdims=True)
     if not np.isfinite(norms).all() or not norms.all():
-        msg = (
+        raise ValueError(
             "build/pretrain: features are not finite, or zero; training diverged: see "
             "metrics/pretrain.csv, and lower pretrain.lr"
         )
-        raise ValueError(msg)
     units = features / norms
     distances = np.clip(1.0 - units @ units.T, 0.0, 2.0)
     classes, codes = np.unique(labels, return_inverse=True)

@@ -45,16 +45,14 @@ class TimmFeatures:
         from timm.data.config import resolve_model_data_config
 
         if not timm.is_model(name):
-            msg = f"features.timm_name: timm {timm.__version__} knows no {name!r}"
-            raise ValueError(msg)
+            raise ValueError(f"features.timm_name: timm {timm.__version__} knows no {name!r}")
         try:
             model = timm.create_model(name, pretrained=weights is None, num_classes=0)
         except Exception as error:
-            msg = (
+            raise ValueError(
                 f"features.timm_pretrained: {name} could not be made or fetched ({error}); without "
                 "a network set features.timm_weights to a local .safetensors file"
-            )
-            raise ValueError(msg) from error
+            ) from error
         if weights is not None:
             load_weights(model, weights)
         config: dict[str, Any] = resolve_model_data_config(model)
@@ -116,13 +114,13 @@ def load_weights(model: nn.Module, path: Path) -> None:
 
     key = f"features.timm_weights: {path}"
     if not path.is_file():
-        msg = f"{key}: no such file"
-        raise ValueError(msg)
+        raise ValueError(f"{key}: no such file")
     try:
         state = load_file(path)
     except SafetensorError as error:
-        msg = f"{key}: no safetensors file ({error}); pickled weights are not read"
-        raise ValueError(msg) from error
+        raise ValueError(
+            f"{key}: no safetensors file ({error}); pickled weights are not read"
+        ) from error
     classifier = getattr(model, "default_cfg", {}).get("classifier") or ()
     names = (classifier,) if isinstance(classifier, str) else tuple(classifier)
     state = {
@@ -133,8 +131,9 @@ def load_weights(model: nn.Module, path: Path) -> None:
     try:
         model.load_state_dict(state)
     except RuntimeError as error:
-        msg = f"{key}: does not fit the architecture: {str(error).splitlines()[1].strip()[:200]}"
-        raise ValueError(msg) from None
+        raise ValueError(
+            f"{key}: does not fit the architecture: {str(error).splitlines()[1].strip()[:200]}"
+        ) from None
 
 
 def centre_share(height: int, width: int, *, crop_fraction: float) -> Crop:

@@ -74,10 +74,9 @@ def pretrain(
     local_batch = _local_batch(params.batch_size, accelerator.num_processes, num_parts)
     steps_per_epoch = pairs.num_samples // params.batch_size
     if steps_per_epoch == 0:
-        msg = (
+        raise ValueError(
             f"pretrain.batch_size: {params.batch_size} is more than the {pairs.num_samples} images"
         )
-        raise ValueError(msg)
     total_steps = params.epochs * steps_per_epoch
     if total_steps == 0:
         return []
@@ -269,5 +268,6 @@ def _number(grad_norm: Tensor | None) -> float:
 def _check_finite(values: Mapping[str, float], *, step: int) -> None:
     for name, value in values.items():
         if not math.isfinite(value):
-            msg = f"pretrain.lr: {name} is {value} at step {step}, training diverged; lower it"
-            raise ValueError(msg)
+            raise ValueError(
+                f"pretrain.lr: {name} is {value} at step {step}, training diverged; lower it"
+            )

@@ -40,8 +40,9 @@ class TransferParams(SgdParams):
     def _shots_are_counts(self) -> "TransferParams":
         counts = [shots for shots in self.shots if shots != "full"]
         if len(set(self.shots)) < len(self.shots) or any(count < 1 for count in counts):
-            msg = f"transfer.shots: distinct numbers of 1 or more, or full; not {self.shots}"
-            raise ValueError(msg)
+            raise ValueError(
+                f"transfer.shots: distinct numbers of 1 or more, or full; not {self.shots}"
+            )
         return self
 
 

@@ -79,8 +79,7 @@ class Crew:
                 return
             failed = [rank for rank in range(self.size) if self._failure(rank).exists()]
             if failed:
-                msg = f"process {failed[0]} has failed; its own message says why"
-                raise ChildProcessError(msg)
+                raise ChildProcessError(f"process {failed[0]} has failed; its own message says why")
             time.sleep(SECONDS_BETWEEN_LOOKS)
 
     def _progress(self, rank: int) -> Path:

@@ -92,8 +92,9 @@ def upsert_row(results: Results, *, run: Run) -> str:
     except (ValueError, OSError):
         raise
     except Exception as error:  # each kind of store has its own errors
-        msg = f"MLflow's store {store.uri}: the results could not be recorded: {error}"
-        raise ValueError(msg) from error
+        raise ValueError(
+            f"MLflow's store {store.uri}: the results could not be recorded: {error}"
+        ) from error
 
 
 def _upsert_row(results: Results, *, run: Run, store: Store) -> str:

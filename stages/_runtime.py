@@ -116,8 +116,9 @@ class Run:
         if torch.cuda.is_available():
             return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         if self.runtime.device == "cuda":
-            msg = "runtime.device: torch finds no CUDA device; use auto or cpu (got 'cuda')"
-            raise ValueError(msg)
+            raise ValueError(
+                "runtime.device: torch finds no CUDA device; use auto or cpu (got 'cuda')"
+            )
         return torch.device("cpu")
 
     def accelerator(self, *, precision: "Precision" = "fp32") -> "Accelerator":
@@ -138,12 +139,11 @@ class Run:
         )
         # Without CUDA, `accelerate launch` starts lone processes that all believe to be the first.
         if accelerator.num_processes != int(os.environ.get("WORLD_SIZE", "1")):
-            msg = (
+            raise ValueError(
                 f"WORLD_SIZE is {os.environ.get('WORLD_SIZE')} but Accelerate joined "
                 f"{accelerator.num_processes} process; start by "
                 f"`python -m stages.launch stages.{self.stage}`"
             )
-            raise ValueError(msg)
         return accelerator
 
     def resolve(self, path: str) -> Path:
@@ -239,8 +239,9 @@ def _rounded(value: object, *, key: str) -> object:
     match value:
         case float():
             if not math.isfinite(value):
-                msg = f"{key}: {value} is no result; the computation diverged or had no data"
-                raise ValueError(msg)
+                raise ValueError(
+                    f"{key}: {value} is no result; the computation diverged or had no data"
+                )
             return float(f"{value:.6g}")
         case Mapping():
             return {

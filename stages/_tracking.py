@@ -125,11 +125,10 @@ def connect(root: Path) -> Store:
             client = MlflowClient(tracking_uri=uri)
             client.search_experiments(max_results=1)
     except Exception as error:  # each kind of store has its own errors
-        msg = (
+        raise ValueError(
             f"MLflow's store {uri} cannot be used; see to the variable MLFLOW_TRACKING_URI "
             f"(unset: mlflow.db in {root}): {error}"
-        )
-        raise ValueError(msg) from error
+        ) from error
     return Store(client=client, uri=uri, root=root)
 
 
@@ -242,8 +241,7 @@ class _TrainingLog:
             created = store.client.create_run(experiment_id, tags=tags, run_name=run_name())
             store.log(created.info.run_id, params=params)
         except Exception as error:  # each kind of store has its own errors
-            msg = f"MLflow's store {store.uri} cannot be written to: {error}"
-            raise ValueError(msg) from error
+            raise ValueError(f"MLflow's store {store.uri} cannot be written to: {error}") from error
         log = cls(store, created.info.run_id, note, last_step=-1)
         log.remember(log.last_step)
         return log

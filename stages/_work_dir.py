@@ -115,8 +115,9 @@ def _imports(path: Path) -> Iterator[str]:
             case ast.ImportFrom(module=str(package), level=0):
                 names = [package, *(f"{package}.{alias.name}" for alias in node.names)]
             case ast.ImportFrom():
-                msg = f"{path}:{node.lineno}: relative import: write the package's full name"
-                raise ValueError(msg)
+                raise ValueError(
+                    f"{path}:{node.lineno}: relative import: write the package's full name"
+                )
             case _:
                 names = []
         yield from (name for name in names if name.split(".")[0] in PACKAGES)

@@ -52,11 +52,10 @@ class Params(Section):
     @model_validator(mode="after")
     def _attentive_needs_maps(self) -> "Params":
         if self.head == "attentive" and self.features.model == "timm":
-            msg = (
+            raise ValueError(
                 "probe.head: attentive trains on maps of three noise levels, which features.model: "
                 "timm has not; set probe.head: linear"
             )
-            raise ValueError(msg)
         return self
 
 

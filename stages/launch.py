@@ -25,8 +25,7 @@ def num_processes() -> int:
     text = os.environ.get(VARIABLE, "")
     if text:
         if not text.isdecimal() or int(text) < 1:
-            msg = f"{VARIABLE}={text}: must be an integer of at least 1"
-            raise ValueError(msg)
+            raise ValueError(f"{VARIABLE}={text}: must be an integer of at least 1")
         return int(text)
     if not any(Path(driver).exists() for driver in _DRIVERS):
         return 1
@@ -43,8 +42,9 @@ def command(arguments: Sequence[str]) -> list[str]:
     """
     module = arguments[0] if arguments else ""
     if not module.startswith("stages.") or importlib.util.find_spec(module) is None:
-        msg = f"{module!r} is no stage; usage: python -m stages.launch stages.pretrain [arguments]"
-        raise ValueError(msg)
+        raise ValueError(
+            f"{module!r} is no stage; usage: python -m stages.launch stages.pretrain [arguments]"
+        )
     count = num_processes()
     if count == 1:
         return [sys.executable, "-m", *arguments]

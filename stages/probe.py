@@ -45,8 +45,7 @@ def main(params: Params, run: Run) -> None:
     grid = train(params, data, run)
     result = grid[0].result
     if result is None:
-        msg = f"probe.lr: the probe diverges (got {params.probe.lr}); lower it"
-        raise ValueError(msg)
+        raise ValueError(f"probe.lr: the probe diverges (got {params.probe.lr}); lower it")
     run.log(f"top-1 {result.top1:.1%} on {result.total} {params.probe.split} images")
     index = data.cache.index
     with replace_dir(PROBE) as folder:
@@ -92,11 +91,10 @@ def fingerprint_now(index: CacheIndex, run: Run) -> str | None:
         shown = index.facts["timm_weights"]
         path = run.resolve(shown)
         if path.is_file() and sha256_of(path) != digest:
-            msg = (
+            raise ValueError(
                 f"features.timm_weights: {shown} has changed since {FEATURES} was made; run "
                 "`dvc repro -f features`"
             )
-            raise ValueError(msg)
     return None
 
 

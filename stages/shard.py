@@ -41,8 +41,9 @@ class Params(Section):
     def _images_are_not_enlarged_again(self) -> "Params":
         resize, image_size = self.ingest.resize, self.data.image_size
         if resize is not None and resize < image_size:
-            msg = f"ingest.resize must be null or at least data.image_size ({image_size})"
-            raise ValueError(msg)
+            raise ValueError(
+                f"ingest.resize must be null or at least data.image_size ({image_size})"
+            )
         return self
 
 
@@ -57,11 +58,10 @@ def main(params: Params, run: Run) -> None:
     )
     read = manifest.reader(root)
     if manifest.digest != read_manifest(MANIFEST)["digest"]:
-        msg = (
+        raise ValueError(
             f"data.root: {params.data.root} has changed since {MANIFEST}; "
             "run `dvc repro -f prepare`"
         )
-        raise ValueError(msg)
     plan = plan_of(params, manifest)
     recipe = Recipe(params.shard.compression, params.ingest.verify, params.ingest.resize)
     # Shards that an interrupted run has finished are found again. The threshold changes none.

@@ -57,17 +57,15 @@ class Params(Section):
     @model_validator(mode="after")
     def _finetuning_trains_the_head_at_random_noise(self) -> "Params":
         if self.transfer.finetune_epochs and self.features.pool == "mean":
-            msg = (
+            raise ValueError(
                 "transfer.finetune_epochs: trains the attention head, which features.pool: mean "
                 "leaves out; set features.pool to attention or transfer.finetune_epochs to 0"
             )
-            raise ValueError(msg)
         if self.transfer.finetune_epochs and self.features.noising != "direct":
-            msg = (
+            raise ValueError(
                 "transfer.finetune_epochs: trains on directly noised latents; set features.noising "
                 "to direct or transfer.finetune_epochs to 0"
             )
-            raise ValueError(msg)
         return self
 
 
@@ -187,11 +185,10 @@ def open_splits(
     data = params.transfer_data
     root = ensure_transfer_archive(run.resolve(data.root), data, seed=params.seed)
     if transfer_manifest(root, source=data.source, shown_root=data.root) != read_manifest(MANIFEST):
-        msg = (
+        raise ValueError(
             f"transfer_data.root: {data.root} has changed since {MANIFEST}; "
             "run `dvc repro -f prepare`"
         )
-        raise ValueError(msg)
     read = partial(
         read_transfer_split,
         root,

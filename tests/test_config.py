@@ -23,8 +23,7 @@ class Train(Section):
     @model_validator(mode="after")
     def _warmup_ends(self) -> "Train":
         if self.warmup_epochs >= self.epochs:
-            msg = "train.warmup_epochs must be less than train.epochs"
-            raise ValueError(msg)
+            raise ValueError("train.warmup_epochs must be less than train.epochs")
         return self
 
 

@@ -49,8 +49,7 @@ class ArchiveReader:
         except OSError as error:
             raise unreadable(error, shown=str(path)) from error
         if len(content) != file.num_bytes:
-            msg = f"data.root: {path} is truncated: {file.path} is not whole in it"
-            raise ValueError(msg)
+            raise ValueError(f"data.root: {path} is truncated: {file.path} is not whole in it")
         return content
 
     def __getstate__(self) -> dict[str, Any]:
@@ -85,8 +84,9 @@ def scan_archives(
     devkit = read_devkit(root, shown_root=shown_root)  # small, and as often missing as the rest
     groups = _index(root, TRAIN_ARCHIVE, shown_root, cache, on_message)
     if not groups:
-        msg = f"data.root: {shown_root}/{TRAIN_ARCHIVE} holds no class archives (<wnid>.tar)"
-        raise ValueError(msg)
+        raise ValueError(
+            f"data.root: {shown_root}/{TRAIN_ARCHIVE} holds no class archives (<wnid>.tar)"
+        )
     class_ids = tuple(sorted(groups))
     train = [
         ImageFile(
@@ -130,18 +130,18 @@ def verify_archives(
                 file, lambda: hashlib.md5(usedforsecurity=False)
             ).hexdigest()
         if found != expected:
-            msg = (
+            raise ValueError(
                 f"data.root: {shown_root}/{name} has md5 {found}, ILSVRC's has {expected}: fetch "
                 "it anew (or set raw.verify to false for a set of your own)"
             )
-            raise ValueError(msg)
 
 
 def _check_presence(root: Path, *, shown_root: str) -> None:
     for name in (TRAIN_ARCHIVE, VAL_ARCHIVE):
         if not (root / name).is_file():
-            msg = f"data.root: no {shown_root}/{name}; expected ILSVRC's archives of 2012"
-            raise ValueError(msg)
+            raise ValueError(
+                f"data.root: no {shown_root}/{name}; expected ILSVRC's archives of 2012"
+            )
 
 
 def _index(
@@ -178,8 +178,7 @@ def _index_classes(descriptor: int, outer: list[Member], *, shown: str) -> dict[
         if extension != "tar" or not dot or stem.startswith("."):
             continue
         if stem in classes:
-            msg = f"data.root: {shown} holds {_base(member)} twice"
-            raise ValueError(msg)
+            raise ValueError(f"data.root: {shown} holds {_base(member)} twice")
         classes[stem] = member
 
     def walk(member: Member) -> list[Member]:
@@ -196,29 +195,26 @@ def _labelled(
 ) -> list[ImageFile]:
     """Give each validation image the class that the ground truth has at its number."""
     if len(members) != len(wnids):
-        msg = (
+        raise ValueError(
             f"data.root: the devkit's ground truth has {len(wnids)} lines for the {len(members)} "
             f"images of {shown_root}/{VAL_ARCHIVE}"
         )
-        raise ValueError(msg)
     index = {class_id: label for label, class_id in enumerate(class_ids)}
     files: list[ImageFile] = []
     for member in members:
         match = _NUMBERED.search(_base(member))
         number = int(match[1]) if match else 0
         if not 1 <= number <= len(wnids):
-            msg = (
+            raise ValueError(
                 f"data.root: {shown_root}/{VAL_ARCHIVE}: {member.name} has no number from 1 to "
                 f"{len(wnids)} by which the ground truth knows it"
             )
-            raise ValueError(msg)
         wnid = wnids[number - 1]
         if wnid not in index:
-            msg = (
+            raise ValueError(
                 f"data.root: {shown_root}: the devkit gives {member.name} the class {wnid}, which "
                 f"{TRAIN_ARCHIVE} lacks"
             )
-            raise ValueError(msg)
         path = f"val/{wnid}/{_base(member)}"
         files.append(ImageFile(path, index[wnid], member.num_bytes, VAL_ARCHIVE, member.offset))
     return files

@@ -69,8 +69,7 @@ def read_cifar(files: CifarFiles, name: CifarName, *, split: Split) -> CifarSpli
     shown = files.shown(layout.names)
     class_names = _class_names(contents.pop(layout.names), files, fields, shown=shown)
     if not class_names:
-        msg = f"{shown}: {fields.label_names} is empty"
-        raise ValueError(msg)
+        raise ValueError(f"{shown}: {fields.label_names} is empty")
     read = _read_pickled if layout.encoding == "python" else _read_records
     parts: list[_Part] = []
     for file, content in contents.items():
@@ -78,11 +77,10 @@ def read_cifar(files: CifarFiles, name: CifarName, *, split: Split) -> CifarSpli
         parts.append(read(content, fields, shown=shown))
         for index, label in enumerate(parts[-1][1]):
             if not 0 <= label < len(class_names):
-                msg = (
+                raise ValueError(
                     f"{shown}: {fields.labels}[{index}] is {label}; "
                     f"expected 0 to {len(class_names) - 1}"
                 )
-                raise ValueError(msg)
     keys = [key for _, _, part_keys in parts for key in part_keys]
     return CifarSplit(
         images=np.concatenate([images for images, _, _ in parts]),
@@ -105,13 +103,11 @@ def _read_pickled(content: bytes, fields: _Fields, *, shown: str) -> _Part:
     matrix = uint8_matrix(_entry(mapping, "data", shown=shown), columns=_PIXELS, shown=shown)
     labels = _list(mapping, fields.labels, shown=shown)
     if len(labels) != len(matrix):
-        msg = f"{shown}: {len(labels)} {fields.labels} for {len(matrix)} images"
-        raise ValueError(msg)
+        raise ValueError(f"{shown}: {len(labels)} {fields.labels} for {len(matrix)} images")
     classes: list[int] = []
     for index, label in enumerate(labels):
         if type(label) is not int:
-            msg = f"{shown}: {fields.labels}[{index}] is {label!r}, no whole number"
-            raise ValueError(msg)
+            raise ValueError(f"{shown}: {fields.labels}[{index}] is {label!r}, no whole number")
         classes.append(label)
     names = _list(mapping, "filenames", shown=shown) if "filenames" in mapping else []
     # Data that others store in the layout may go without.
@@ -124,12 +120,11 @@ def _read_pickled(content: bytes, fields: _Fields, *, shown: str) -> _Part:
 def _read_records(content: bytes, fields: _Fields, *, shown: str) -> _Part:
     size = fields.num_label_bytes + _PIXELS
     if not content or len(content) % size:
-        msg = (
+        raise ValueError(
             f"{shown}: {len(content)} bytes are not a whole number of records of {size} "
             f"({fields.num_label_bytes} of labels, {_PIXELS} of pixels); it is damaged, or of the "
             "other CIFAR"
         )
-        raise ValueError(msg)
     records = np.frombuffer(content, np.uint8).reshape(-1, size)
     labels = records[:, fields.num_label_bytes - 1].tolist()
     images = records[:, fields.num_label_bytes :].reshape(-1, 3, SIDE, SIDE).copy(order="C")
@@ -138,14 +133,14 @@ def _read_records(content: bytes, fields: _Fields, *, shown: str) -> _Part:
 
 def _entry(mapping: Mapping[str, object], key: str, *, shown: str) -> object:
     if key not in mapping:
-        msg = f"{shown}: no entry {key!r}, only {sorted(mapping)}; is it of the other CIFAR?"
-        raise ValueError(msg)
+        raise ValueError(
+            f"{shown}: no entry {key!r}, only {sorted(mapping)}; is it of the other CIFAR?"
+        )
     return mapping[key]
 
 
 def _list(mapping: Mapping[str, object], key: str, *, shown: str) -> list[object]:
     value = _entry(mapping, key, shown=shown)
     if not isinstance(value, list):
-        msg = f"{shown}: {key} is no list but {type(value).__name__}"
-        raise ValueError(msg)
+        raise ValueError(f"{shown}: {key} is no list but {type(value).__name__}")
     return value

@@ -144,12 +144,11 @@ class CifarFiles:
                 ).hexdigest()
             expected = getattr(self.layout, name)
             if found != expected:
-                msg = (
+                raise ValueError(
                     f"{self.place}: not the official {self.layout.archive}: its {name} is {found}, "
                     f"expected {expected}; fetch it again from {HOMEPAGE}, or set "
                     "transfer_data.verify to false if it is meant to hold other data"
                 )
-                raise ValueError(msg)
 
 
 def find_cifar(root: Path, name: CifarName, *, shown_root: str) -> CifarFiles:
@@ -169,8 +168,7 @@ def find_cifar(root: Path, name: CifarName, *, shown_root: str) -> CifarFiles:
         for layout in layouts:
             if root.name == layout.archive:
                 return CifarFiles(layout, root)
-        msg = f"transfer_data.root: {shown_root} is a file, but not {archives}"
-        raise ValueError(msg)
+        raise ValueError(f"transfer_data.root: {shown_root} is a file, but not {archives}")
     absent: list[list[str]] = []
     for layout in layouts:
         absent.append([file for file in layout.files if not (root / file).is_file()])
@@ -180,17 +178,15 @@ def find_cifar(root: Path, name: CifarName, *, shown_root: str) -> CifarFiles:
         if (root / layout.archive).is_file():
             return CifarFiles(layout, root / layout.archive)
     if not root.exists():
-        msg = (
+        raise ValueError(
             f"transfer_data.root: {shown_root} does not exist; it may be {archives} or a folder "
             f"that holds one, packed or unpacked (from {HOMEPAGE}; nothing is downloaded)"
         )
-        raise ValueError(msg)
     missing = min(absent, key=len)
-    msg = (
+    raise ValueError(
         f"transfer_data.root: {shown_root} lacks {', '.join(missing)}; put {archives} there, "
         f"packed or unpacked (from {HOMEPAGE}; nothing is downloaded)"
     )
-    raise ValueError(msg)
 
 
 def _read_members(path: Path, wanted: set[str]) -> dict[str, bytes]:
@@ -203,19 +199,20 @@ def _read_members(path: Path, wanted: set[str]) -> dict[str, bytes]:
                 if member.name not in wanted:
                     continue
                 if member.name in contents:
-                    msg = f"{path}: holds {member.name} twice; fetch it again from {HOMEPAGE}"
-                    raise ValueError(msg)
+                    raise ValueError(
+                        f"{path}: holds {member.name} twice; fetch it again from {HOMEPAGE}"
+                    )
                 file = archive.extractfile(member)
                 assert file is not None, "a plain file"
                 contents[member.name] = file.read()
             while stream.read(1 << 20):
                 pass
     except (tarfile.TarError, gzip.BadGzipFile, zlib.error, EOFError) as error:
-        msg = f"{path}: truncated or damaged ({error}); fetch it again from {HOMEPAGE}"
-        raise ValueError(msg) from error
+        raise ValueError(
+            f"{path}: truncated or damaged ({error}); fetch it again from {HOMEPAGE}"
+        ) from error
     if missing := sorted(wanted - set(contents)):
-        msg = f"{path}: lacks {', '.join(missing)}; fetch it again from {HOMEPAGE}"
-        raise ValueError(msg)
+        raise ValueError(f"{path}: lacks {', '.join(missing)}; fetch it again from {HOMEPAGE}")
     return contents
 
 
@@ -230,8 +227,7 @@ def _check_member(path: Path, member: tarfile.TarInfo) -> None:
         what = f"has {member.size:,} bytes"
     else:
         return
-    msg = (
+    raise ValueError(
         f"{path}: {member.name!r} {what}, which no official archive's file does; "
         f"do not unpack it, fetch it from {HOMEPAGE}"
     )
-    raise ValueError(msg)

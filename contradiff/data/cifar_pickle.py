@@ -53,8 +53,7 @@ def _reconstruct(*_type_shape_code: object) -> _Array:
 def _encode(text: str, encoding: object = "latin1") -> bytes:
     """Stand-in for `_codecs.encode`, by which Python 3 writes bytes in protocol 2."""
     if encoding not in ("latin1", b"latin1"):
-        msg = f"bytes encoded as {encoding!r}"
-        raise pickle.UnpicklingError(msg)
+        raise pickle.UnpicklingError(f"bytes encoded as {encoding!r}")
     return text.encode("latin1")
 
 
@@ -74,8 +73,9 @@ class _CifarUnpickler(pickle.Unpickler):
         try:
             return _STAND_INS[module_name, global_name]
         except KeyError:
-            msg = f"it asks for {module_name}.{global_name}, which CIFAR does not need"
-            raise pickle.UnpicklingError(msg) from None
+            raise pickle.UnpicklingError(
+                f"it asks for {module_name}.{global_name}, which CIFAR does not need"
+            ) from None
 
 
 def read_mapping(content: bytes, *, shown: str) -> dict[str, object]:
@@ -91,11 +91,11 @@ def read_mapping(content: bytes, *, shown: str) -> dict[str, object]:
     try:
         value: object = _CifarUnpickler(io.BytesIO(content), encoding="bytes").load()
     except _UNREADABLE as error:
-        msg = f"{shown}: not a file of CIFAR's python archive: {error or type(error).__name__}"
-        raise ValueError(msg) from error
+        raise ValueError(
+            f"{shown}: not a file of CIFAR's python archive: {error or type(error).__name__}"
+        ) from error
     if not isinstance(value, dict):
-        msg = f"{shown}: expected a mapping, found {type(value).__name__}"
-        raise ValueError(msg)
+        raise ValueError(f"{shown}: expected a mapping, found {type(value).__name__}")
     # Python 2 wrote the keys as byte strings; a file saved anew by Python 3 may hold text.
     return {as_text(key): entry for key, entry in value.items()}
 
@@ -115,16 +115,13 @@ def uint8_matrix(value: object, *, columns: int, shown: str) -> UInt8[np.ndarray
         case (_, (int(num_rows), int(num_columns)), _Dtype(name=name), is_fortran, bytes(raw)):
             pass
         case _:
-            msg = f"{shown}: data is no numpy matrix, images by values"
-            raise ValueError(msg)
+            raise ValueError(f"{shown}: data is no numpy matrix, images by values")
     if as_text(name) not in ("u1", "|u1") or num_columns != columns:
-        msg = (
+        raise ValueError(
             f"{shown}: data is {num_rows} x {num_columns} of {as_text(name)}; "
             f"expected n x {columns} of u1"
         )
-        raise ValueError(msg)
     if num_rows < 1 or len(raw) != num_rows * columns:
-        msg = f"{shown}: data has {len(raw)} bytes for {num_rows} images of {columns}"
-        raise ValueError(msg)
+        raise ValueError(f"{shown}: data has {len(raw)} bytes for {num_rows} images of {columns}")
     order = "F" if is_fortran else "C"
     return np.frombuffer(raw, np.uint8).reshape(num_rows, columns, order=order)

@@ -45,8 +45,9 @@ def read_devkit(root: Path, *, shown_root: str) -> Devkit:
     text = contents[GROUND_TRUTH_NAME].decode("ascii", "replace")
     for number, line in enumerate(text.splitlines(), start=1):
         if not line.strip().isdecimal() or int(line) not in id_to_wnid:
-            msg = f"{shown}: line {number} is no ILSVRC2012_ID of a class of {META_NAME}: {line!r}"
-            raise ValueError(msg)
+            raise ValueError(
+                f"{shown}: line {number} is no ILSVRC2012_ID of a class of {META_NAME}: {line!r}"
+            )
         wnids.append(id_to_wnid[int(line)])
     return Devkit(tuple(wnids), names)
 
@@ -59,11 +60,10 @@ def _read_files(root: Path, *, shown_root: str) -> dict[str, bytes]:
     path = root / DEVKIT_ARCHIVE
     if not path.is_file():
         places = " or ".join(f"{folder}/{{{','.join(wanted)}}}" for folder in DEVKIT_FOLDERS)
-        msg = (
+        raise ValueError(
             f"data.root: {shown_root} lacks {DEVKIT_ARCHIVE} (or {places}), which holds the labels "
             "of ILSVRC's validation images"
         )
-        raise ValueError(msg)
     found: dict[str, bytes] = {}
     try:
         with tarfile.open(path, "r:gz") as archive:
@@ -74,11 +74,13 @@ def _read_files(root: Path, *, shown_root: str) -> dict[str, bytes]:
                     assert file is not None
                     found[name] = file.read()
     except (tarfile.TarError, OSError, EOFError) as error:
-        msg = f"data.root: {shown_root}/{DEVKIT_ARCHIVE} is damaged or truncated: {error}"
-        raise ValueError(msg) from error
+        raise ValueError(
+            f"data.root: {shown_root}/{DEVKIT_ARCHIVE} is damaged or truncated: {error}"
+        ) from error
     if missing := [name for name in wanted if name not in found]:
-        msg = f"data.root: {shown_root}/{DEVKIT_ARCHIVE} lacks data/{' and data/'.join(missing)}"
-        raise ValueError(msg)
+        raise ValueError(
+            f"data.root: {shown_root}/{DEVKIT_ARCHIVE} lacks data/{' and data/'.join(missing)}"
+        )
     return found
 
 
@@ -94,9 +96,9 @@ def _parse_meta(content: bytes, *, shown: str) -> tuple[dict[int, str], dict[str
         id_to_wnid = {int(row["ILSVRC2012_ID"]): str(row["WNID"]) for row in leaves}
         names = {str(row["WNID"]): name_of(str(row["words"])) for row in leaves}
     except Exception as error:  # scipy names no type for what a damaged file raises
-        msg = f"data.root: {shown} has no readable table `synsets`: {error}"
-        raise ValueError(msg) from error
+        raise ValueError(f"data.root: {shown} has no readable table `synsets`: {error}") from error
     if len(id_to_wnid) != len(leaves) or len(names) != len(leaves) or not leaves:
-        msg = f"data.root: {shown}: `synsets` has no classes, or one id or wnid for two of them"
-        raise ValueError(msg)
+        raise ValueError(
+            f"data.root: {shown}: `synsets` has no classes, or one id or wnid for two of them"
+        )
     return id_to_wnid, names

@@ -123,11 +123,10 @@ def _check_replaceable(root: Path) -> None:
         return
     meta = root / "meta"
     if not meta.is_file() or meta.read_bytes() != _meta_file():
-        msg = (
+        raise ValueError(
             f"{root}: holds something other than the digits, which would replace it; set "
             f"transfer_data.source to cifar100 to read it, or transfer_data.root to another folder"
         )
-        raise ValueError(msg)
 
 
 def write_digits_archive(
@@ -157,11 +156,10 @@ def write_digits_archive(
 
     fewest = int(np.bincount(labels).min())
     if not 1 <= num_train_per_class < fewest:
-        msg = (
+        raise ValueError(
             f"num_train_per_class is {num_train_per_class}, but must leave every class a training "
             f"and a test image: set it to 1 to {fewest - 1}"
         )
-        raise ValueError(msg)
     _check_replaceable(root)
 
     order = np.random.default_rng(seed).permutation(len(labels))

@@ -58,8 +58,9 @@ def scan_folder(root: Path, *, shown_root: str) -> Listing:
         folders = _class_folders(root / split, shown=f"{shown_root}/{split}")
         unknown = sorted(set(folders) - set(class_ids))
         if unknown:
-            msg = f"data.root: {shown_root}/{split} has classes that train/ lacks: {unknown[:5]}"
-            raise ValueError(msg)
+            raise ValueError(
+                f"data.root: {shown_root}/{split} has classes that train/ lacks: {unknown[:5]}"
+            )
         splits[split] = _by_class(root, split, class_ids, shown_root=shown_root, below="")
     return Listing(class_ids, _names(root, class_ids), splits)
 
@@ -79,17 +80,17 @@ def scan_kaggle(root: Path, *, shown_root: str) -> Listing:
     for name, num_bytes in _images(root / KAGGLE_IMAGES / "val", shown=f"{shown}/val"):
         stem = name.rpartition(".")[0]
         if stem not in labels:
-            msg = f"data.root: {shown_root}/{KAGGLE_LABELS} has no line for {shown}/val/{name}"
-            raise ValueError(msg)
+            raise ValueError(
+                f"data.root: {shown_root}/{KAGGLE_LABELS} has no line for {shown}/val/{name}"
+            )
         label = labels.pop(stem)
         path = f"val/{class_ids[label]}/{name}"
         val.append(ImageFile(path, label, num_bytes, f"{KAGGLE_IMAGES}/val/{name}"))
     if labels:
-        msg = (
+        raise ValueError(
             f"data.root: {shown_root}/{KAGGLE_LABELS} names {len(labels)} images that {shown}/val "
             f"lacks: {', '.join(sorted(labels)[:5])}"
         )
-        raise ValueError(msg)
     splits = {"train": train, "val": in_order(val)}
     return Listing(class_ids, _names(root, class_ids), splits)
 
@@ -120,16 +121,16 @@ def _by_class(
 
 def _class_folders(root: Path, *, shown: str) -> tuple[str, ...]:
     if not root.is_dir():
-        msg = f"data.root: no folder {shown}; expected one with a folder of images for each class"
-        raise ValueError(msg)
+        raise ValueError(
+            f"data.root: no folder {shown}; expected one with a folder of images for each class"
+        )
     try:
         with os.scandir(root) as entries:
             names = sorted(entry.name for entry in entries if entry.is_dir())
     except OSError as error:
         raise unreadable(error, shown=shown) from error
     if not names:
-        msg = f"data.root: {shown} has no class folders with images in them"
-        raise ValueError(msg)
+        raise ValueError(f"data.root: {shown} has no class folders with images in them")
     return tuple(names)
 
 
@@ -145,8 +146,7 @@ def _images(folder: Path, *, shown: str) -> list[tuple[str, int]]:
             below = os.path.relpath(error.filename or folder, folder)
             raise unreadable(error, shown=shown if below == "." else f"{shown}/{below}") from error
     if not found:
-        msg = f"data.root: {shown} holds no images ({', '.join(sorted(EXTENSIONS))})"
-        raise ValueError(msg)
+        raise ValueError(f"data.root: {shown} holds no images ({', '.join(sorted(EXTENSIONS))})")
     return found
 
 
@@ -159,8 +159,9 @@ def _kaggle_labels(path: Path, class_ids: Sequence[str], *, shown: str) -> dict[
     """Labels by image name. A line is `ILSVRC2012_val_00048981,n03995372 85 1 499 272 `."""
     index = {class_id: label for label, class_id in enumerate(class_ids)}
     if not path.is_file():
-        msg = f"data.root: no {shown}, which holds the labels of Kaggle's validation images"
-        raise ValueError(msg)
+        raise ValueError(
+            f"data.root: no {shown}, which holds the labels of Kaggle's validation images"
+        )
     labels: dict[str, int] = {}
     with path.open(newline="", encoding="utf-8", errors="replace") as file:
         for number, row in enumerate(csv.reader(file), start=1):
@@ -170,18 +171,17 @@ def _kaggle_labels(path: Path, class_ids: Sequence[str], *, shown: str) -> dict[
                 case [image, class_id, *_] if class_id in index and image not in labels:
                     labels[image] = index[class_id]
                 case [image, class_id, *_] if class_id in index:
-                    msg = f"data.root: {shown}: line {number} names {image} a second time"
-                    raise ValueError(msg)
+                    raise ValueError(
+                        f"data.root: {shown}: line {number} names {image} a second time"
+                    )
                 case [_, class_id, *_]:
-                    msg = (
+                    raise ValueError(
                         f"data.root: {shown}: line {number} names the class {class_id}, which "
                         "train/ lacks"
                     )
-                    raise ValueError(msg)
                 case _:
-                    msg = (
+                    raise ValueError(
                         f"data.root: {shown}: line {number} is not `image,class box ...`: "
                         f"{','.join(row)[:60]!r}"
                     )
-                    raise ValueError(msg)
     return labels

@@ -87,11 +87,10 @@ def check_listing(listing: Listing, *, shown_root: str) -> None:
         present = {file.label for file in files}
         empty = [name for label, name in enumerate(listing.class_ids) if label not in present]
         if empty:
-            msg = (
+            raise ValueError(
                 f"data.root: {shown_root}: {len(empty)} of {len(listing.class_ids)} classes have "
                 f"no {split} image: {', '.join(empty[:5])}"
             )
-            raise ValueError(msg)
         _check_keys(files)
 
 
@@ -100,8 +99,9 @@ def _check_keys(files: Sequence[ImageFile]) -> None:
     for file in files:
         if (other := seen.setdefault(file.key, file)) is not file:
             places = [place.path + _whence(place) for place in (other, file)]
-            msg = f"data.root: {' and '.join(places)} would both be {file.key}: rename one"
-            raise ValueError(msg)
+            raise ValueError(
+                f"data.root: {' and '.join(places)} would both be {file.key}: rename one"
+            )
 
 
 def _whence(file: ImageFile) -> str:

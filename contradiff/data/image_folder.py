@@ -42,19 +42,17 @@ class ImageFolder:
         train = root / "train"
         test = next((root / name for name in TEST_FOLDERS if (root / name).is_dir()), None)
         if not train.is_dir() or test is None:
-            msg = (
+            raise ValueError(
                 f"transfer_data.root: {shown_root} must hold train/<class>/* and test/<class>/* "
                 "(or val/<class>/*)"
             )
-            raise ValueError(msg)
         class_names = tuple(sorted(path.name for path in train.iterdir() if path.is_dir()))
         unknown = {path.name for path in test.iterdir() if path.is_dir()} - set(class_names)
         if unknown:
-            msg = (
+            raise ValueError(
                 f"transfer_data.root: {shown_root}/{test.name} has classes that train/ lacks: "
                 f"{sorted(unknown)[:5]}"
             )
-            raise ValueError(msg)
         splits: dict[Split, tuple[ImageFile, ...]] = {
             "train": _files(root, train, class_names),
             "test": _files(root, test, class_names),
@@ -64,11 +62,11 @@ class ImageFolder:
         kinds = ", ".join(sorted(EXTENSIONS))
         if empty or not class_names:
             what = f"train/{empty[0]}" if empty else "train"
-            msg = f"transfer_data.root: {shown_root}/{what} holds no images ({kinds})"
-            raise ValueError(msg)
+            raise ValueError(f"transfer_data.root: {shown_root}/{what} holds no images ({kinds})")
         if not splits["test"]:
-            msg = f"transfer_data.root: {shown_root}/{test.name} holds no images ({kinds})"
-            raise ValueError(msg)
+            raise ValueError(
+                f"transfer_data.root: {shown_root}/{test.name} holds no images ({kinds})"
+            )
         return cls(root, class_names, splits)
 
     def digest(self) -> str:

@@ -87,11 +87,10 @@ class Manifest:
             layout = _detect(root, shown_root=shown_root)
             on_message(f"data.source auto: found {layout} ({LOOKED_FOR[layout]}) in {shown_root}")
         if verify and layout != "archives":
-            msg = (
+            raise ValueError(
                 f"raw.verify: true compares the md5 of ILSVRC's archives, but {shown_root} is read "
                 f"as {layout}; set it to false"
             )
-            raise ValueError(msg)
         if verify:
             verify_archives(root, shown_root=shown_root, on_message=on_message)
         match layout:
@@ -152,13 +151,12 @@ def _detect(root: Path, *, shown_root: str) -> Layout:
         return found[0]
     listed: list[Layout] = found or list(marks)
     text = "; ".join(f"{layout}: {LOOKED_FOR[layout]}" for layout in listed)
-    msg = (
+    raise ValueError(
         f"data.root: {shown_root} holds {len(found)} layouts ({text}); set data.source to one"
         if found
         else f"data.root: found no images in {shown_root}; looked for {text} "
         "(data.source: auto; nothing is downloaded)"
     )
-    raise ValueError(msg)
 
 
 def _reader(layout: Layout, root: Path) -> Read:

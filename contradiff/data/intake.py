@@ -65,8 +65,7 @@ def take_in(content: bytes, *, path: str, verify: Verify, resize: int | None) ->
     with opened(content, name=path) as image:
         kind = image.format or "unknown"
         if kind not in EXTENSION_OF:
-            msg = f"{kind} files are not taken, only {', '.join(FORMAT_OF_SUFFIX)}"
-            raise ValueError(msg)
+            raise ValueError(f"{kind} files are not taken, only {', '.join(FORMAT_OF_SUFFIX)}")
         size, mode = image.size, image.mode
         has_transparency = "transparency" in image.info
         if verify == "full":
@@ -118,8 +117,7 @@ def _check_end(content: bytes, kind: str) -> None:
     else:  # RIFF: the size that the header tells
         is_whole = len(content) >= 8 + int.from_bytes(content[4:8], "little")
     if not is_whole:
-        msg = "image file is truncated: no end mark"
-        raise ValueError(msg)
+        raise ValueError("image file is truncated: no end mark")
 
 
 def _start_of_scan(content: bytes) -> int:

@@ -30,13 +30,11 @@ class DataParams(Section):
         for name in ("num_train", "num_val"):
             given = getattr(self, name) is not None
             if self.source == "toy" and not given:
-                msg = f"data.{name} is needed when data.source is toy"
-                raise ValueError(msg)
+                raise ValueError(f"data.{name} is needed when data.source is toy")
             if self.source != "toy" and given:
-                msg = (
+                raise ValueError(
                     f"data.{name} has no meaning when data.source is {self.source}; set it to null"
                 )
-                raise ValueError(msg)
         return self
 
     @property

@@ -34,11 +34,13 @@ class ParquetReader:
         try:
             content = self._read(file.stored, file.offset)
         except (pa.ArrowException, OSError, IndexError) as error:
-            msg = f"data.root: {shown}: row {file.offset} cannot be read: {error}"
-            raise ValueError(msg) from error
+            raise ValueError(
+                f"data.root: {shown}: row {file.offset} cannot be read: {error}"
+            ) from error
         if not content:
-            msg = f"data.root: {shown}: row {file.offset} has no image bytes, only a path"
-            raise ValueError(msg)
+            raise ValueError(
+                f"data.root: {shown}: row {file.offset} has no image bytes, only a path"
+            )
         return content
 
     def _read(self, stored: str, row: int) -> bytes | None:

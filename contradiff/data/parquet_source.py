@@ -59,8 +59,9 @@ def scan_parquet(root: Path, *, shown_root: str) -> Listing:
         files = parquet_files(root, split)
         if not files:
             patterns = [p.format(name) for name in split_names for p in PATTERNS]
-            msg = f"data.root: {shown_root} has no {split} shards: none of {', '.join(patterns)}"
-            raise ValueError(msg)
+            raise ValueError(
+                f"data.root: {shown_root} has no {split} shards: none of {', '.join(patterns)}"
+            )
         _check_complete(files, shown_root=shown_root)
         rows[split] = _read_rows(root, files, shown_root=shown_root)
     known = rows["train"].class_names
@@ -85,11 +86,10 @@ def _check_complete(files: Sequence[Path], *, shown_root: str) -> None:
     missing = sorted(set(range(total)) - {int(match[1]) for match in numbered})
     if missing or len(numbered) != total:
         text = ", ".join(f"{number:05d}" for number in missing[:5]) or "one twice"
-        msg = (
+        raise ValueError(
             f"data.root: {shown_root} has {len(numbered)} of {total} shards like {files[0].name}; "
             f"missing: {text}"
         )
-        raise ValueError(msg)
 
 
 def _read_rows(root: Path, files: Sequence[Path], *, shown_root: str) -> _Rows:
@@ -108,11 +108,11 @@ def _read_rows(root: Path, files: Sequence[Path], *, shown_root: str) -> _Rows:
                 sizes = _mean_sizes(file.metadata)
                 names = _class_names(file.schema_arrow.metadata)
         except (pa.ArrowException, OSError) as error:
-            msg = f"data.root: {shown} is damaged, truncated or no parquet file: {error}"
-            raise ValueError(msg) from error
+            raise ValueError(
+                f"data.root: {shown} is damaged, truncated or no parquet file: {error}"
+            ) from error
         if rows.class_names and names != rows.class_names:
-            msg = f"data.root: {shown} has other class names than the shards before it"
-            raise ValueError(msg)
+            raise ValueError(f"data.root: {shown} has other class names than the shards before it")
         rows.class_names = names
         rows.labels += [-1 if label is None else label for label in table["label"].to_pylist()]
         rows.names += (
@@ -137,11 +137,10 @@ def _check_columns(schema: Any, *, shown: str) -> bool:
     )
     if not holds_bytes or label is None or not types.is_integer(label):
         columns = ", ".join(f"{name}: {kind}" for name, kind in found.items())
-        msg = (
+        raise ValueError(
             f"data.root: {shown} has the columns ({columns}); expected `image` of bytes and path, "
             "and `label`, a whole number"
         )
-        raise ValueError(msg)
     return "path" in members
 
 
@@ -177,11 +176,10 @@ def _footer_digest(path: Path) -> str:
 def _check_range(rows: _Rows, num_classes: int, *, shown: str) -> None:
     for label, (stored, row, _) in zip(rows.labels, rows.places, strict=True):
         if not 0 <= label < num_classes:
-            msg = (
+            raise ValueError(
                 f"data.root: {shown}: the label of row {row} of {stored} is {label}; expected 0 to "
                 f"{num_classes - 1} (a test split has no labels)"
             )
-            raise ValueError(msg)
 
 
 def _stem_and_wnid(path: str | None) -> tuple[str, str | None]:
@@ -206,19 +204,17 @@ def _class_ids(
         ):
             wnid = _stem_and_wnid(path)[1]
             if wnid is not None and wnids.setdefault(label, wnid) != wnid:
-                msg = (
+                raise ValueError(
                     f"data.root: {shown_root}/{stored}: row {row} ({path}) has label {label}, "
                     f"which is {wnids[label]} elsewhere"
                 )
-                raise ValueError(msg)
     ordered = [wnids[label] for label in sorted(wnids)]
     if ordered != sorted(set(ordered)):
         wrong = next(later for earlier, later in pairwise(ordered) if earlier >= later)
-        msg = (
+        raise ValueError(
             f"data.root: {shown_root}: labels are not the wnids' places in sorted order, as they "
             f"are in all other sources (see {wrong})"
         )
-        raise ValueError(msg)
     names = rows["train"].class_names
     if len(wnids) == num_classes:
         return tuple(ordered)

@@ -80,11 +80,10 @@ def _in_processes(
             for future in ready:
                 yield job_of[future], future.result()
     except BrokenProcessPool as error:
-        msg = (
+        raise ChildProcessError(
             "a worker process was killed, perhaps for want of memory: lower runtime.num_workers, "
             "then run the same command again; what is whole is kept"
-        )
-        raise ChildProcessError(msg) from error
+        ) from error
     finally:
         stop.set()
         pool.shutdown(cancel_futures=True)

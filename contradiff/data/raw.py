@@ -136,8 +136,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
         ValueError: the file is missing.
     """
     if not path.is_file():
-        msg = f"{path}: missing; run `dvc repro prepare`"
-        raise ValueError(msg)
+        raise ValueError(f"{path}: missing; run `dvc repro prepare`")
     return json.loads(path.read_text())
 
 

@@ -88,8 +88,7 @@ class RemoteFile:
             if not content:
                 self.close()
         if not content:
-            msg = f"{self.url}: ended at byte {self._position} of {self.num_bytes}"
-            raise ConnectionError(msg)
+            raise ConnectionError(f"{self.url}: ended at byte {self._position} of {self.num_bytes}")
         self._position += len(content)
         return content
 
@@ -126,11 +125,13 @@ def _resolve(url: str) -> tuple[Any, str]:
         protocol = url.split("://", maxsplit=1)[0]
         package = {"s3": "s3fs", "gs": "gcsfs", "gcs": "gcsfs"}.get(protocol)
         remedy = f"`pip install {package}`" if package else "install it"
-        msg = f"{url}: {protocol}:// needs a package that is not installed ({error}); {remedy}"
-        raise ValueError(msg) from error
+        raise ValueError(
+            f"{url}: {protocol}:// needs a package that is not installed ({error}); {remedy}"
+        ) from error
     except ValueError as error:
-        msg = f"{url}: {error}; fsspec knows s3://, gs://, http://, https:// and others"
-        raise ValueError(msg) from error
+        raise ValueError(
+            f"{url}: {error}; fsspec knows s3://, gs://, http://, https:// and others"
+        ) from error
 
 
 def _persist(action: Callable[[], T], url: str) -> T:
@@ -142,8 +143,9 @@ def _persist(action: Callable[[], T], url: str) -> T:
             if not _is_passing(error):
                 raise
             if attempt == ATTEMPTS:
-                msg = f"{url}: {ATTEMPTS} attempts failed, the last by {_root(error)!r}"
-                raise OSError(msg) from error
+                raise OSError(
+                    f"{url}: {ATTEMPTS} attempts failed, the last by {_root(error)!r}"
+                ) from error
             time.sleep(pause)
             pause *= 2
     raise AssertionError

@@ -171,11 +171,10 @@ def write_planned(
         for file, size in zip(planned.files, planned.sizes, strict=True):
             content = read(file)
             if len(content) != size and not file.is_estimate:
-                msg = (
+                raise ValueError(
                     f"data.root: {file.path} has {len(content)} bytes, but had {size} when the "
                     "work began: let nobody write there, then run the same command again"
                 )
-                raise ValueError(msg)
             try:
                 image = take_in(content, path=file.path, verify=recipe.verify, resize=recipe.resize)
             except ValueError as error:
@@ -259,11 +258,14 @@ def _check_keys(files: Sequence[ImageFile]) -> None:
         try:
             key.encode()
         except UnicodeEncodeError as error:
-            msg = f"data.root: {file.path!r} is not named in UTF-8: rename it"
-            raise ValueError(msg) from error
+            raise ValueError(
+                f"data.root: {file.path!r} is not named in UTF-8: rename it"
+            ) from error
         if not key or "." in key or "\0" in key:
-            msg = f"data.root: {file.path!r} gives {key!r}, which can be no key: rename it"
-            raise ValueError(msg)
+            raise ValueError(
+                f"data.root: {file.path!r} gives {key!r}, which can be no key: rename it"
+            )
         if (other := seen.setdefault(key, file)) is not file:
-            msg = f"data.root: {other.path} and {file.path} would both be {key}: rename one"
-            raise ValueError(msg)
+            raise ValueError(
+                f"data.root: {other.path} and {file.path} would both be {key}: rename one"
+            )

@@ -101,8 +101,7 @@ class ShardIndex:
                 if isinstance(path, str)
                 else f"run `dvc repro`, or fetch it by `dvc pull {folder}`"
             )
-            msg = f"{path}: missing; {remedy}"
-            raise ValueError(msg) from error
+            raise ValueError(f"{path}: missing; {remedy}") from error
         except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError) as error:
             raise ValueError(_damage(path, f"not an index: {error!r}")) from error
         shards = [shard for shards in splits.values() for shard in shards]
@@ -141,8 +140,7 @@ class ShardIndex:
             ValueError: there is no such split.
         """
         if split not in self.splits:
-            msg = f"no split {split!r} among {sorted(self.splits)}"
-            raise ValueError(msg)
+            raise ValueError(f"no split {split!r} among {sorted(self.splits)}")
         return self.splits[split]
 
 
@@ -278,8 +276,9 @@ def read_shard(path: Location, shard: Shard) -> Iterator[dict[str, bytes]]:
     if digest != shard.sha256:
         raise ValueError(_damage(path, f"its sha256 is not that of {INDEX_NAME}"))
     if num_samples != shard.num_samples:
-        msg = f"{path}: {num_samples} samples where {INDEX_NAME} says {shard.num_samples}"
-        raise ValueError(msg)
+        raise ValueError(
+            f"{path}: {num_samples} samples where {INDEX_NAME} says {shard.num_samples}"
+        )
 
 
 def read_split(folder: Location, split: str) -> Iterator[dict[str, bytes]]:
@@ -389,11 +388,9 @@ def _check_size(path: Location, shard: Shard) -> None:
         fetch = (
             "copy it there" if isinstance(path, str) else f"fetch it by `dvc pull {path.parent}`"
         )
-        msg = f"{path}: missing, though {INDEX_NAME} lists it; {fetch}"
-        raise ValueError(msg) from error
+        raise ValueError(f"{path}: missing, though {INDEX_NAME} lists it; {fetch}") from error
     if num_bytes not in (shard.num_bytes, None):
-        msg = (
+        raise ValueError(
             f"{path}: truncated or overwritten: {num_bytes} bytes where {INDEX_NAME} "
             f"says {shard.num_bytes}; {_remedy(path)}"
         )
-        raise ValueError(msg)

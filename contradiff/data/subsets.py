@@ -29,11 +29,10 @@ def k_shot_split(labels: Sequence[int], *, shots: int, seed: int) -> list[int]:
     chosen: list[int] = []
     for label, indices in members.items():
         if len(indices) < shots:
-            msg = (
+            raise ValueError(
                 f"transfer.shots: {shots}, but class {label} has only {len(indices)} images: "
                 "lower it"
             )
-            raise ValueError(msg)
         order = np.random.default_rng([seed, label]).permutation(len(indices))
         chosen += [indices[position] for position in order[:shots].tolist()]
     return sorted(chosen)

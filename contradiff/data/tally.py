@@ -51,13 +51,12 @@ class Tally:
             return
         self.write_quarantine(folder)
         shown = "\n".join(f"  {item.path}: {item.reason}" for item in faults[:NUM_SHOWN])
-        msg = (
+        raise ValueError(
             f"ingest.max_quarantined: {len(faults)} of {total} {split} images cannot be read, more "
             f"than the share {self.max_quarantined:g} that may be left out:\n{shown}\n"
             f"those found so far are listed in {folder / QUARANTINE_NAME}; mend or remove them, or "
             "raise ingest.max_quarantined (finished shards are kept)"
         )
-        raise ValueError(msg)
 
     def shards(self, split: str) -> tuple[Shard, ...]:
         """A split's shards, in the plan's order."""
@@ -102,6 +101,7 @@ class Tally:
             counts[: len(shard.class_counts)] += shard.class_counts
         for label in sorted(self.labels[split]):
             if counts[label] == 0:
-                msg = f"data.root: all {split} images of class {class_ids[label]} are unreadable"
-                raise ValueError(msg)
+                raise ValueError(
+                    f"data.root: all {split} images of class {class_ids[label]} are unreadable"
+                )
         return counts.tolist()

@@ -53,16 +53,16 @@ def walk_tar(descriptor: int, *, start: int, end: int, shown: str) -> Iterator[M
         try:
             header = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
         except tarfile.HeaderError as error:
-            msg = f"data.root: {_fault(block, start, position, shown)} ({error})"
-            raise ValueError(msg) from error
+            raise ValueError(
+                f"data.root: {_fault(block, start, position, shown)} ({error})"
+            ) from error
         offset = position + BLOCK
         position = offset + -(-header.size // BLOCK) * BLOCK
         if offset + header.size > end:
-            msg = (
+            raise ValueError(
                 f"data.root: {shown} is truncated: its {header.name} ends at byte "
                 f"{offset + header.size - start} of {end - start}"
             )
-            raise ValueError(msg)
         if header.type in (*_LONG_NAMES, *_PAX_HEADERS, tarfile.XGLTYPE):
             content = os.pread(descriptor, header.size, offset)
             if header.type == tarfile.GNUTYPE_LONGNAME:
@@ -76,8 +76,9 @@ def walk_tar(descriptor: int, *, start: int, end: int, shown: str) -> Iterator[M
         if header.isdir():
             continue
         if header.type not in (tarfile.REGTYPE, tarfile.AREGTYPE, tarfile.CONTTYPE):
-            msg = f"data.root: {shown}: {name} is no plain file (tar type {header.type!r})"
-            raise ValueError(msg)
+            raise ValueError(
+                f"data.root: {shown}: {name} is no plain file (tar type {header.type!r})"
+            )
         yield Member(name, offset, header.size)
 
 
@@ -98,8 +99,9 @@ def check_member(name: str, *, is_link: bool, shown: str) -> None:
         else ""
     )
     if fault:
-        msg = f"data.root: {shown}: {name} {fault}; ILSVRC's archives have none: fetch it anew"
-        raise ValueError(msg)
+        raise ValueError(
+            f"data.root: {shown}: {name} {fault}; ILSVRC's archives have none: fetch it anew"
+        )
 
 
 def _fault(block: bytes, start: int, position: int, shown: str) -> str:
@@ -118,13 +120,11 @@ def _pax_path(content: bytes, *, shown: str) -> str:
         record = rest[: int(length)] if length.isdigit() else b""
         keyword, equals, value = record[len(length) + 1 : -1].partition(b"=")
         if not equals:
-            msg = f"data.root: {shown} is damaged: a pax header that is none"
-            raise ValueError(msg)
+            raise ValueError(f"data.root: {shown} is damaged: a pax header that is none")
         if keyword == b"path":
             return value.decode("utf-8", "surrogateescape")
         if keyword == b"size":
-            msg = f"data.root: {shown}: a member of more than 8 GB, which is no image"
-            raise ValueError(msg)
+            raise ValueError(f"data.root: {shown}: a member of more than 8 GB, which is no image")
         rest = rest[len(record) :]
     return ""
 

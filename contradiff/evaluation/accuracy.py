@@ -24,11 +24,9 @@ def topk_correct(logits: Float[Tensor, "n classes"], labels: Int64[Tensor, " n"]
     """
     num_classes = logits.shape[1]
     if not 1 <= k <= num_classes:
-        msg = f"top-{k} needs k between 1 and the number of classes, {num_classes}"
-        raise ValueError(msg)
+        raise ValueError(f"top-{k} needs k between 1 and the number of classes, {num_classes}")
     if bool(logits.isnan().any()):
-        msg = "logits hold NaN: the classifier diverged, so that it has no accuracy"
-        raise ValueError(msg)
+        raise ValueError("logits hold NaN: the classifier diverged, so that it has no accuracy")
     predictions = logits.topk(k, dim=1).indices
     return int((predictions == labels[:, None]).sum())
 
@@ -50,8 +48,7 @@ def wilson_interval(correct: int, total: int) -> tuple[float, float]:
         ValueError: there are no samples, or `correct` is not between 0 and `total`.
     """
     if total < 1 or not 0 <= correct <= total:
-        msg = f"no accuracy: {correct} correct of {total} samples"
-        raise ValueError(msg)
+        raise ValueError(f"no accuracy: {correct} correct of {total} samples")
     rate = correct / total
     shrink = 1 + _Z_95**2 / total
     centre = (rate + _Z_95**2 / (2 * total)) / shrink

@@ -159,17 +159,16 @@ def train_classifier(
     """
     side = images.shape[-1]
     if len(images) < batch_size:
-        msg = (
+        raise ValueError(
             f"extractor.batch_size is {batch_size}, but there are only {len(images)} training "
             "images: lower it, or raise data.num_train"
         )
-        raise ValueError(msg)
     if len(val_images) == 0:
-        msg = "the extractor's classifier needs validation images: raise data.num_val"
-        raise ValueError(msg)
+        raise ValueError("the extractor's classifier needs validation images: raise data.num_val")
     if side < 8 or side % 2:
-        msg = f"data.image_size is {side}: extractor.kind classifier needs an even size from 8 on"
-        raise ValueError(msg)
+        raise ValueError(
+            f"data.image_size is {side}: extractor.kind classifier needs an even size from 8 on"
+        )
 
     with torch.random.fork_rng():
         torch.manual_seed(seed)

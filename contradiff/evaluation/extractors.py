@@ -55,35 +55,32 @@ class ExtractorParams(Section):
     @model_validator(mode="after")
     def _weights_belong_to_inception(self) -> "ExtractorParams":
         if self.kind == "classifier" and self.weights is not None:
-            msg = (
+            raise ValueError(
                 "extractor.weights is set, but extractor.kind classifier is trained here: "
                 "set extractor.weights to null, or extractor.kind to inception"
             )
-            raise ValueError(msg)
         if self.kind == "inception" and self.weights is None:
             raise ValueError(no_weights("extractor.weights is null"))
         if self.kind == "classifier" and self.download:
-            msg = "extractor.download is of Inception; extractor.kind classifier is trained here"
-            raise ValueError(msg)
+            raise ValueError(
+                "extractor.download is of Inception; extractor.kind classifier is trained here"
+            )
         return self
 
     @model_validator(mode="after")
     def _resizers_belong_to_the_kind(self) -> "ExtractorParams":
         if len(set(self.resizers)) < len(self.resizers):
-            msg = f"extractor.resizers: {self.resizers} names one twice"
-            raise ValueError(msg)
+            raise ValueError(f"extractor.resizers: {self.resizers} names one twice")
         if self.kind == "classifier" and self.resizers != ["none"]:
-            msg = (
+            raise ValueError(
                 f"extractor.resizers is {self.resizers}, but extractor.kind classifier sees images "
                 "as they are: set it to [none]"
             )
-            raise ValueError(msg)
         if self.kind == "inception" and "none" in self.resizers:
-            msg = (
+            raise ValueError(
                 "extractor.resizers: extractor.kind inception needs a resizer: "
                 "[clean, legacy_tensorflow]"
             )
-            raise ValueError(msg)
         return self
 
     @property
@@ -148,11 +145,10 @@ class ClassifierExtractor(Extractor):
         side = self.card.image_size
         if images.shape[2:] != (side, side):
             height, width = images.shape[2:]
-            msg = (
+            raise ValueError(
                 f"the extractor was trained on images of {side}x{side} pixels, not {height}x{width}"
                 ": run the stage extractor again on the data that is scored"
             )
-            raise ValueError(msg)
         return self._classifier(images.to(self._device))
 
 
@@ -261,11 +257,10 @@ def load_extractor(folder: Path, *, device: torch.device) -> Extractor:
     card = read_extractor_card(folder)
     weights = folder / WEIGHTS_NAME[card.kind]
     if not weights.is_file() or sha256_of(weights) != card.weights_sha256:
-        msg = (
+        raise ValueError(
             f"{weights}: missing, or not the weights that extractor.json describes: "
             "run the stage extractor again"
         )
-        raise ValueError(msg)
     if card.kind == "inception":
         return InceptionExtractor(load_inception(weights, device=device), card, device=device)
 

@@ -88,18 +88,17 @@ class FeatureSet:
         from safetensors import SafetensorError, safe_open
 
         if not path.is_file():
-            msg = f"{path}: no such file of features"
-            raise ValueError(msg)
+            raise ValueError(f"{path}: no such file of features")
         try:
             with safe_open(path, framework="pt") as file:
                 metadata: dict[str, str] = file.metadata() or {}
                 if _FORMAT not in metadata:
-                    msg = f"{path}: not written by FeatureSet.save, or by another version"
-                    raise ValueError(msg)
+                    raise ValueError(
+                        f"{path}: not written by FeatureSet.save, or by another version"
+                    )
                 tensors: dict[str, Tensor] = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  # no mapping
         except SafetensorError as error:
-            msg = f"{path}: not a safetensors file: {error}"
-            raise ValueError(msg) from error
+            raise ValueError(f"{path}: not a safetensors file: {error}") from error
         facts: dict[str, Any] = json.loads(metadata[_FORMAT])
         source = FeatureSource(**facts["source"])
         statistics = FeatureStatistics(len(tensors["mean"]), source=source)
@@ -213,8 +212,7 @@ def measure_shards(
     """
     num_images = sum(count for count, _ in shards)
     if num_images == 0:
-        msg = f"no images to score in {reference}"
-        raise ValueError(msg)
+        raise ValueError(f"no images to score in {reference}")
     kept = choose_kept(num_images, num_kept=num_kept, seed=seed)
     start = 0
     for number, (count, batches) in enumerate(shards):

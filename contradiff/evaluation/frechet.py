@@ -60,8 +60,9 @@ class FeatureStatistics:
             ValueError: there are fewer than two samples.
         """
         if self.num_samples < 2:
-            msg = f"covariance needs two samples, {self.source.reference} has {self.num_samples}"
-            raise ValueError(msg)
+            raise ValueError(
+                f"covariance needs two samples, {self.source.reference} has {self.num_samples}"
+            )
         return self.scatter / (self.num_samples - 1)
 
     def update(self, features: Float[Tensor, "batch features"]) -> None:
@@ -74,11 +75,11 @@ class FeatureStatistics:
         """
         if features.ndim != 2 or features.shape[1] != self.num_features:
             shape = tuple(features.shape)
-            msg = f"expected features of shape (batch, {self.num_features}), got {shape}"
-            raise ValueError(msg)
+            raise ValueError(
+                f"expected features of shape (batch, {self.num_features}), got {shape}"
+            )
         if not bool(features.isfinite().all()):
-            msg = f"features of {self.source.reference} hold NaN or infinities"
-            raise ValueError(msg)
+            raise ValueError(f"features of {self.source.reference} hold NaN or infinities")
         if len(features) == 0:
             return
         batch = features.detach().double()
@@ -93,11 +94,10 @@ class FeatureStatistics:
             ValueError: `other` has another dimension or another source.
         """
         if (other.num_features, other.source) != (self.num_features, self.source):
-            msg = (
+            raise ValueError(
                 f"cannot merge statistics of different features: {self.num_features} of "
                 f"{self.source} and {other.num_features} of {other.source}"
             )
-            raise ValueError(msg)
         if other.num_samples:
             self._add(other.num_samples, other.mean, other.scatter)
 
@@ -126,11 +126,10 @@ def frechet_distance(a: FeatureStatistics, b: FeatureStatistics) -> float:
     for name in ("extractor", "resizer", "fingerprint"):
         of_a, of_b = getattr(a.source, name), getattr(b.source, name)
         if of_a != of_b:
-            msg = (
+            raise ValueError(
                 f"no Fréchet distance between features of different kinds: {a.source.reference} "
                 f"has {name} {of_a}, {b.source.reference} has {of_b}"
             )
-            raise ValueError(msg)
     assert a.num_features == b.num_features, "one extractor, two dimensions"
     for statistics in (a, b):
         check_count(
@@ -148,13 +147,12 @@ def check_count(num_samples: int, *, num_features: int, reference: str) -> None:
         ValueError: there are fewer samples than features have dimensions.
     """
     if num_samples < num_features:
-        msg = (
+        raise ValueError(
             f"no Fréchet distance from {num_samples} samples ({reference}) of {num_features} "
             "feature dimensions: there must be at least as many samples as dimensions "
             "(generate.num_samples for generated images; data.num_val, data.num_train or "
             "reference.split for the reference)"
         )
-        raise ValueError(msg)
 
 
 def gaussian_frechet_distance(

@@ -47,11 +47,10 @@ def generated_shard(
             image = decode(record["png"], name=name)
             if image.shape[1:] != (image_size, image_size):
                 height, width = image.shape[1:]
-                msg = (
+                raise ValueError(
                     f"{folder / shard.name}: image {name} has {height}x{width} pixels, not "
                     f"{image_size}x{image_size} (data.image_size); run `dvc repro -f generate`"
                 )
-                raise ValueError(msg)
             images.append(image)
         yield torch.stack(images)
 

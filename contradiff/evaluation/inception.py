@@ -93,12 +93,11 @@ def check_inception(weights: Path, *, pinned: tuple[str, ...] = PINNED) -> str:
         raise ValueError(no_weights(f"extractor.weights: {weights} does not exist"))
     found = sha256_of(weights)
     if found not in pinned:
-        msg = (
+        raise ValueError(
             f"extractor.weights: {weights} is not the expected file: its sha256 is {found}, "
             f"expected {' or '.join(pinned)}; the files usually come from {INCEPTION_URL} or "
             f"{STATE_DICT_URL}"
         )
-        raise ValueError(msg)
     return found
 
 
@@ -129,8 +128,9 @@ def download_inception(
             raise ValueError(no_weights(fault)) from error
         found = sha256_of(temporary)
         if found != sha256:
-            msg = f"extractor.download: {url} gave a file of sha256 {found}, expected {sha256}"
-            raise ValueError(msg)
+            raise ValueError(
+                f"extractor.download: {url} gave a file of sha256 {found}, expected {sha256}"
+            )
 
 
 def no_weights(fault: str) -> str:
@@ -173,11 +173,11 @@ def _load_script(path: Path, device: torch.device) -> Inception:
             warnings.filterwarnings("ignore", message=".*torch.jit.load.*")
             script: Any = torch.jit.load(path, map_location=device)
     except RuntimeError as error:
-        msg = f"extractor.weights: {path} is no TorchScript file: {error}"
-        raise ValueError(msg) from error
+        raise ValueError(f"extractor.weights: {path} is no TorchScript file: {error}") from error
     if not (hasattr(script, "layers") and hasattr(script, "output")):
-        msg = f"extractor.weights: {path} has not Inception's parts `layers` and `output`"
-        raise ValueError(msg)
+        raise ValueError(
+            f"extractor.weights: {path} has not Inception's parts `layers` and `output`"
+        )
     # The script's own forward would resize in TensorFlow's old way, and run twice for both outputs.
     return Inception(script.layers, script.output.weight)
 
@@ -188,14 +188,12 @@ def _load_state_dict(path: Path) -> Inception:
     try:
         state: object = torch.load(path, map_location="cpu", weights_only=True)
     except (RuntimeError, EOFError, ValueError, KeyError, UnpicklingError) as error:
-        msg = (
+        raise ValueError(
             f"extractor.weights: {path} is neither a TorchScript file nor a state dict of tensors "
             f"({str(error).splitlines()[0] if str(error) else type(error).__name__})"
-        )
-        raise ValueError(msg) from error
+        ) from error
     if not isinstance(state, Mapping) or "fc.weight" not in state:
-        msg = f"extractor.weights: {path} has not Inception's last layer, `fc.weight`"
-        raise ValueError(msg)
+        raise ValueError(f"extractor.weights: {path} has not Inception's last layer, `fc.weight`")
     return inception_of(dict(state), name=str(path))
 
 
@@ -220,8 +218,7 @@ def inception_of(state: Mapping[str, Tensor], *, name: str) -> Inception:
             "inception", ["2048"], feature_extractor_weights_path=content
         )
     except RuntimeError as error:
-        msg = f"extractor.weights: {name} does not fit Inception: {error}"
-        raise ValueError(msg) from error
+        raise ValueError(f"extractor.weights: {name} does not fit Inception: {error}") from error
     # Its children stand in the order in which its forward, which would resize first, calls them.
     layers = nn.Sequential(*(m for key, m in module.named_children() if key != "fc"))
     return Inception(layers, module.fc.weight)

@@ -35,11 +35,10 @@ class InceptionSums:
             ValueError: there are fewer images than splits.
         """
         if not 1 <= splits <= num_images:
-            msg = (
+            raise ValueError(
                 f"score.splits is {splits}, but there are {num_images} images: "
                 "each split needs at least one"
             )
-            raise ValueError(msg)
         self.num_images = num_images
         self.splits = splits
         self.marginals = torch.zeros(splits, num_classes, dtype=torch.float64)
@@ -55,8 +54,7 @@ class InceptionSums:
         p = probabilities.detach().double()
         # Written so that NaN fails too.
         if not bool(((p >= 0).all(1) & ((p.sum(1) - 1).abs() < 1e-3)).all()):
-            msg = "probabilities must be finite, not negative, and sum to 1 in each row"
-            raise ValueError(msg)
+            raise ValueError("probabilities must be finite, not negative, and sum to 1 in each row")
         for i in range(self.splits):
             first = max(start, i * self.num_images // self.splits)
             end = min(start + len(p), (i + 1) * self.num_images // self.splits)

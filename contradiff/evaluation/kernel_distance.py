@@ -40,11 +40,10 @@ def kernel_distance(
     """
     smallest = min(len(samples), len(reference))
     if not 2 <= subset_size <= smallest:
-        msg = (
+        raise ValueError(
             f"score.kid_subset_size is {subset_size}; it must be from 2 to {smallest}, the number "
             "of images whose features are kept (reference.num_kept, generate.num_samples)"
         )
-        raise ValueError(msg)
     random = np.random.RandomState(seed)  # torch-fidelity's, for equal subsets
     estimates = np.zeros(num_subsets)
     for i in range(num_subsets):

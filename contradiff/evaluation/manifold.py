@@ -57,11 +57,10 @@ def manifold_scores(
     needed = 1 + max(PRECISION_NEIGHBOUR, DENSITY_NEIGHBOUR)
     for name, features in (("samples", samples), ("reference", reference)):
         if len(features) < needed:
-            msg = (
+            raise ValueError(
                 f"precision and coverage need {needed} images, the {name} have {len(features)} "
                 "(generate.num_samples, reference.num_kept)"
             )
-            raise ValueError(msg)
     # One shift for both changes no distance, and keeps the digits where the features' mean is far.
     mean = reference.double().mean(0)
     x, y = samples.double() - mean, reference.double() - mean

@@ -86,11 +86,10 @@ def read_reference_card(
     }
     for name, value in wanted.items():
         if (found := getattr(card, name)) != value:
-            msg = (
+            raise ValueError(
                 f"{path}: the reference was made with {name} {found}, these scores need {value}: "
                 "run `dvc repro score`, or the stage reference again"
             )
-            raise ValueError(msg)
     return card
 
 
@@ -112,7 +111,8 @@ def read_reference(folder: Path, card: ReferenceCard) -> dict[str, FeatureSet]:
             source.resizer,
             found.statistics.num_samples,
         ):
-            msg = f"{path}: not the features that {CARD_NAME} describes: run the stage reference"
-            raise ValueError(msg)
+            raise ValueError(
+                f"{path}: not the features that {CARD_NAME} describes: run the stage reference"
+            )
         features[resizer] = found
     return features

@@ -94,7 +94,8 @@ def inception_input(
         ValueError: Inception has no such resizer.
     """
     if resizer not in _INPUTS:
-        msg = f"extractor.resizers: {resizer} is none of Inception's: {', '.join(_INPUTS)}"
-        raise ValueError(msg)
+        raise ValueError(
+            f"extractor.resizers: {resizer} is none of Inception's: {', '.join(_INPUTS)}"
+        )
     resize, scale = _INPUTS[resizer]
     return scale(resize(images, side=side))

@@ -38,11 +38,10 @@ def _check_replaceable(root: Path, mapping: str) -> None:
         return
     own = root / MAPPING_NAME
     if not own.is_file() or own.read_text(encoding="utf-8", errors="replace") != mapping:
-        msg = (
+        raise ValueError(
             f"{root}: holds something other than the toy images, which would replace it; set "
             f"data.source to imagefolder to read it, or data.root to another folder"
         )
-        raise ValueError(msg)
 
 
 def render_tree(
@@ -75,11 +74,10 @@ def render_tree(
     """
     for name, number in (("num_train", num_train), ("num_val", num_val)):
         if number < len(CLASSES):
-            msg = (
+            raise ValueError(
                 f"data.{name} is {number}, but each of the {len(CLASSES)} toy classes needs an "
                 f"image: set it to {len(CLASSES)} or more"
             )
-            raise ValueError(msg)
     mapping = "".join(f"{toy_class.wnid} {toy_class.name}\n" for toy_class in CLASSES)
     _check_replaceable(root, mapping)
     written = 0
