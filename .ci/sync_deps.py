@@ -13,7 +13,7 @@ from ruamel.yaml import YAML
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from stages._work_dir import source_files  # noqa: E402  # found from any working directory
+from stages.runtime.work_dir import source_files  # noqa: E402  # found from any working directory
 
 
 def main() -> int:

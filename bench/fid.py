@@ -18,11 +18,11 @@ import torch
 from bench import peers
 from contradiff.data.transforms import decode
 from contradiff.evaluation.extractors import ExtractorCard, InceptionExtractor
-from contradiff.evaluation.feature_sets import FeatureSet, measure
-from contradiff.evaluation.frechet import gaussian_frechet_distance
+from contradiff.evaluation.fid import gaussian_frechet_distance
 from contradiff.evaluation.inception import load_inception
-from contradiff.evaluation.kernel_distance import kernel_distance
-from contradiff.evaluation.manifold import manifold_scores
+from contradiff.evaluation.kid import kernel_distance
+from contradiff.evaluation.measuring import FeatureSet, measure
+from contradiff.evaluation.prdc import manifold_scores
 from contradiff.evaluation.resizers import Resizer
 
 DIMENSION = 2048

@@ -29,18 +29,18 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from contradiff.backbone import NoiseSchedule, unet_without_weights
-from contradiff.base_config import BaseParams, config_folder, downsampling_of
-from contradiff.conditioner import ConditionerParams
+from contradiff.base.config import BaseParams, config_folder, downsampling_of
+from contradiff.base.loading import NoiseSchedule, unet_without_weights
 from contradiff.config import Section, parse, read_params
-from contradiff.features import FeaturesParams, HeadParams
-from contradiff.inversion import inverted_maps
-from contradiff.lora import LoraParams
-from contradiff.losses import LossParams
-from contradiff.model import ContraDiff
-from contradiff.recipe import PretrainParams
-from contradiff.training import set_up
-from contradiff.training_step import TrainingBatch, TrainingStep
+from contradiff.features.inversion import inverted_maps
+from contradiff.method.attention import FeaturesParams, HeadParams
+from contradiff.method.conditioner import ConditionerParams
+from contradiff.method.lora import LoraParams
+from contradiff.method.losses import LossParams
+from contradiff.method.model import ContraDiff
+from contradiff.method.objective import TrainingBatch, TrainingStep
+from contradiff.training.pretraining import set_up
+from contradiff.training.recipe import PretrainParams
 from contradiff.types import Precision
 
 NUM_IMAGES = 4

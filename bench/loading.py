@@ -21,10 +21,10 @@ import numpy as np
 import torch
 from torch.utils.data import get_worker_info
 
+from contradiff.data.latents import StoredLatents
 from contradiff.data.shards import Sample, ShardIndex, image_record, write_split
+from contradiff.data.streams import PairedShards, TrainingStream, ViewChoice, training_batches
 from contradiff.data.transforms import random_crop
-from contradiff.latents import StoredLatents
-from contradiff.loading import PairedShards, TrainingStream, ViewChoice, training_batches
 
 BATCH_SIZE, SAMPLES_PER_SHARD, ROUNDS = 50, 125, 3
 CROP_SCALE = 0.2

@@ -18,9 +18,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from contradiff.optim import SgdSchedule, SgdSetting, cosine_with_warmup
-from contradiff.probe_training import train_linear_probes
-from contradiff.probing import LinearProbe, evaluate
+from contradiff.downstream.probe_training import train_linear_probes
+from contradiff.downstream.probing import LinearProbe, evaluate
+from contradiff.training.optim import SgdSchedule, SgdSetting, cosine_with_warmup
 
 SETTINGS = [
     SgdSetting(lr, 0.9, decay)

@@ -21,15 +21,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from contradiff.backbone import load_vae
-from contradiff.base_training import build_scheduler, build_unet, build_vae
-from contradiff.checkpoint import Architecture
+from contradiff.base.loading import load_vae
 from contradiff.config import read_params
-from contradiff.latents import decode_latents
-from contradiff.lora import merge_lora
-from contradiff.model import ContraDiff, build_model
-from contradiff.sampling import denoise
-from contradiff.solvers import Solver, load_solver
+from contradiff.data.latents import decode_latents
+from contradiff.generation.sampling import denoise
+from contradiff.generation.solvers import Solver, load_solver
+from contradiff.method.checkpoint import Architecture
+from contradiff.method.lora import merge_lora
+from contradiff.method.model import ContraDiff, build_model
+from contradiff.toy.base_recipe import build_scheduler, build_unet, build_vae
 
 GUIDANCE = 1.5
 FEWER = 5

@@ -20,11 +20,11 @@ from PIL import Image
 from torchvision.datasets import ImageFolder
 from webdataset import ShardWriter, WebDataset
 
-from contradiff.data.folder_source import FileReader
-from contradiff.data.image_files import EXTENSIONS, ImageFile
-from contradiff.data.intake import Verify
-from contradiff.data.sharding import Recipe, plan_shards, write_planned
 from contradiff.data.shards import Shard, ShardIndex, read_images, write_split
+from contradiff.sources.folder import FileReader
+from contradiff.sources.intake import Verify
+from contradiff.sources.listing import EXTENSIONS, ImageFile
+from contradiff.sources.packing import Recipe, plan_shards, write_planned
 
 SAMPLES_PER_SHARD = 500
 NUM_ROUNDS = 3

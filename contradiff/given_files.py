@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from contradiff.atomic import sha256_of
+from contradiff.files import sha256_of
 
 
 def file_manifest(folder: Path, names: Iterable[str]) -> dict[str, Any]:

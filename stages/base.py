@@ -1,12 +1,11 @@
 """base: the pretrained latent diffusion model => build/base, checked, in diffusers' format."""
 
-from stages._runtime import Run, execute
+from stages.runtime.run import Run, execute
 
 import shutil
 from pathlib import Path
 
-from contradiff.atomic import replace_dir
-from contradiff.base_config import (
+from contradiff.base.config import (
     PARTS,
     BaseParams,
     check_base,
@@ -15,6 +14,7 @@ from contradiff.base_config import (
     local_base,
 )
 from contradiff.config import Section
+from contradiff.files import replace_dir
 
 
 class Params(Section):

@@ -3,15 +3,16 @@
 With class_condition.epochs 0 there is no table, and a note that says so.
 """
 
-from stages._runtime import Run, execute
+from stages.runtime.run import Run, execute
 
 from functools import partial
 from pathlib import Path
 
 import torch
 
-from contradiff.checkpoint import load_checkpoint, read_config
-from contradiff.class_condition import (
+from contradiff.config import Section, Seed
+from contradiff.data.streams import PairedShards
+from contradiff.generation.class_table import (
     ClassConditionParams,
     ClassTable,
     choose_denoiser,
@@ -19,8 +20,7 @@ from contradiff.class_condition import (
     save_class_table,
     train_class_table,
 )
-from contradiff.config import Section, Seed
-from contradiff.loading import PairedShards
+from contradiff.method.checkpoint import load_checkpoint, read_config
 
 BASE, CHECKPOINT = Path("build/base"), Path("build/pretrain")
 IMAGES, LATENTS = Path("build/shards"), Path("build/latents")

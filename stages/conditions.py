@@ -4,16 +4,16 @@ With another generate.condition there are none, and an index that says so: gener
 neither on the images nor on their latents, and runs where they are not.
 """
 
-from stages._runtime import Run, execute
+from stages.runtime.run import Run, execute
 
 from pathlib import Path
 
-from contradiff.atomic import replace_dir
 from contradiff.config import Section
 from contradiff.data.shards import ShardIndex, ShardParams
-from contradiff.extraction import stored_batches
-from contradiff.sample_conditions import write_conditions
-from contradiff.sampling import GenerateParams
+from contradiff.features.extraction import stored_batches
+from contradiff.files import replace_dir
+from contradiff.generation.conditions import write_conditions
+from contradiff.generation.sampling import GenerateParams
 
 IMAGES, LATENTS = Path("build/shards"), Path("build/latents")
 CONDITIONS = Path("build/conditions")

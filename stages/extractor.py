@@ -1,6 +1,6 @@
 """extractor: the network that scores are made of: a classifier trained here, or given Inception."""
 
-from stages._runtime import Run, execute
+from stages.runtime.run import Run, execute
 
 from collections.abc import Mapping
 from pathlib import Path

@@ -1,10 +1,10 @@
 """features: frozen features of every image, once, as shards that the probe reads.
 
-Runs on as many processes as `python -m stages.launch stages.features` starts, each of which takes
-every n-th shard; the result does not depend on their number. Interrupted, it goes on where it was.
+Runs on as many processes as `python -m stages.runtime.launch stages.features` starts. Each takes every
+n-th shard; the result does not depend on their number. Interrupted, it goes on where it was.
 """
 
-from stages._runtime import Run, execute
+from stages.runtime.run import Run, execute
 
 import shutil
 from functools import partial
@@ -14,29 +14,29 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 from safetensors.torch import save_file
 
-from contradiff.atomic import replace_dir, sha256_of
-from contradiff.checkpoint import base_digest
 from contradiff.config import Section, Seed
 from contradiff.data.shards import Shard, ShardIndex
 from contradiff.disk import check_free_space, describe_bytes, explain_full_disk
-from contradiff.extraction import FeatureData
-from contradiff.feature_cache import (
+from contradiff.features.cache import (
     HEAD_NAME,
     CacheIndex,
     checkpoint_fingerprint,
     finished_rows,
     resume_rows,
 )
-from contradiff.feature_choice import load_feature_model
-from contradiff.feature_models import (
+from contradiff.features.choice import load_feature_model
+from contradiff.features.extraction import FeatureData
+from contradiff.features.models import (
     DiffusionFeatures,
     FeatureModel,
     attention_shape,
     bytes_of_image,
     write_features,
 )
-from contradiff.features import FeaturesParams
-from contradiff.timm_features import TimmFeatures
+from contradiff.features.timm_backbone import TimmFeatures
+from contradiff.files import replace_dir, sha256_of
+from contradiff.method.attention import FeaturesParams
+from contradiff.method.checkpoint import base_digest
 
 BASE, PRETRAIN = Path("build/base"), Path("build/pretrain")
 IMAGES, LATENTS, FEATURES = Path("build/shards"), Path("build/latents"), Path("build/features")

@@ -1,11 +1,11 @@
 """generate: noise => shards of PNG images, and a grid of the first.
 
 Unconditional, or conditioned on validation images or on classes, with or without guidance. Runs on
-as many processes as `python -m stages.launch stages.generate` starts: each makes whole shards, the
-same whoever makes them. Begun again after a kill, it keeps the shards that are whole.
+as many processes as `python -m stages.runtime.launch stages.generate` starts: each makes whole
+shards, the same whoever makes them. Begun again after a kill, it keeps the shards that are whole.
 """
 
-from stages._runtime import Run, execute
+from stages.runtime.run import Run, execute
 
 import shutil
 import time
@@ -16,10 +16,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from contradiff.atomic import replace_dir, replace_file, sha256_of
-from contradiff.backbone import load_vae
-from contradiff.checkpoint import WEIGHTS_NAME, base_digest, load_checkpoint
-from contradiff.class_condition import choose_denoiser, load_class_table, read_class_config
+from contradiff.base.loading import load_vae
 from contradiff.config import Section, Seed
 from contradiff.data.params import DataParams
 from contradiff.data.png import LiveGrid, encode_png, image_grid
@@ -34,9 +31,9 @@ from contradiff.data.shards import (
     shard_name,
 )
 from contradiff.disk import explain_full_disk
-from contradiff.lora import cast_frozen_weights, merge_lora
-from contradiff.model import ContraDiff
-from contradiff.sample_conditions import (
+from contradiff.files import replace_dir, replace_file, sha256_of
+from contradiff.generation.class_table import choose_denoiser, load_class_table, read_class_config
+from contradiff.generation.conditions import (
     Conditioning,
     balanced_label,
     class_conditional,
@@ -44,10 +41,13 @@ from contradiff.sample_conditions import (
     image_conditional,
     unconditional,
 )
-from contradiff.sampling import GenerateParams, generate, shard_indices
-from contradiff.solvers import load_solver
+from contradiff.generation.sampling import GenerateParams, generate, shard_indices
+from contradiff.generation.solvers import load_solver
+from contradiff.method.checkpoint import WEIGHTS_NAME, base_digest, load_checkpoint
+from contradiff.method.lora import cast_frozen_weights, merge_lora
+from contradiff.method.model import ContraDiff
 from contradiff.types import ByteImages
-from stages._crew import Crew
+from stages.runtime.crew import Crew
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

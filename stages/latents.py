@@ -1,9 +1,10 @@
 """latents: image shards => shards of VAE moments of each image's crops, in the same order.
 
-Runs on as many processes as `python -m stages.launch stages.latents` starts, with the same result.
+Runs on as many processes as `python -m stages.runtime.launch stages.latents` starts, with the same
+result.
 """
 
-from stages._runtime import Run, execute
+from stages.runtime.run import Run, execute
 
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,9 +15,17 @@ from typing import Any
 
 import torch
 
-from contradiff.atomic import replace_dir, replace_file
-from contradiff.backbone import load_vae
+from contradiff.base.loading import load_vae
 from contradiff.config import Section, Seed
+from contradiff.data.encoding import (
+    Chunk,
+    Reconstruction,
+    chunks_of,
+    describe_cost,
+    encode_chunks,
+    latents_bytes,
+)
+from contradiff.data.latents import LatentsParams, latent_facts
 from contradiff.data.params import DataParams
 from contradiff.data.png import encode_png, image_grid
 from contradiff.data.shards import (
@@ -32,15 +41,7 @@ from contradiff.data.shards import (
     write_noted_shard,
 )
 from contradiff.disk import check_free_space, explain_full_disk
-from contradiff.encoding import (
-    Chunk,
-    Reconstruction,
-    chunks_of,
-    describe_cost,
-    encode_chunks,
-    latents_bytes,
-)
-from contradiff.latents import LatentsParams, latent_facts
+from contradiff.files import replace_dir, replace_file
 
 IMAGES = Path("build/shards")
 BASE, LATENTS = Path("build/base"), Path("build/latents")

@@ -3,21 +3,21 @@
 Raw data and given weights lie under the project's root, outside DVC: a manifest stands for each.
 """
 
-from stages._runtime import Run, execute
+from stages.runtime.run import Run, execute
 
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field
 
-from contradiff.base_config import BaseParams, base_manifest
+from contradiff.base.config import BaseParams, base_manifest
 from contradiff.config import Section, Seed
-from contradiff.data.imagenet import Manifest
 from contradiff.data.params import DataParams, RawParams
-from contradiff.data.raw import ensure_images, ensure_transfer_archive, transfer_manifest
 from contradiff.data.subsets import k_shot_split
-from contradiff.data.transfer_set import TransferDataParams, TransferSplit, read_transfer_split
 from contradiff.given_files import file_manifest
+from contradiff.sources.imagenet import Manifest
+from contradiff.sources.raw import ensure_images, ensure_transfer_archive, transfer_manifest
+from contradiff.sources.transfer_set import TransferDataParams, TransferSplit, read_transfer_split
 
 
 class Params(Section):

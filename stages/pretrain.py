@@ -1,31 +1,31 @@
 """pretrain: LoRA, conditioner and attention head learn by reconstruction + lambda * contrast.
 
-Runs on as many processes as `python -m stages.launch stages.pretrain` starts.
+Runs on as many processes as `python -m stages.runtime.launch stages.pretrain` starts.
 """
 
-from stages._runtime import PARAMS_FILE, Run, execute
+from stages.runtime.run import PARAMS_FILE, Run, execute
 
 import csv
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from contradiff.atomic import replace_file
-from contradiff.backbone import load_vae
-from contradiff.base_config import BaseParams, config_folder
-from contradiff.budget import format_table, parameter_rows
-from contradiff.checkpoint import save_checkpoint
-from contradiff.conditioner import ConditionerParams
+from contradiff.base.config import BaseParams, config_folder
+from contradiff.base.loading import load_vae
 from contradiff.config import Section, Seed, parse, read_params
 from contradiff.data.params import DataParams
-from contradiff.features import HeadParams
-from contradiff.loading import PairedShards
-from contradiff.lora import LoraParams
-from contradiff.losses import LossParams
-from contradiff.model import build_model
-from contradiff.noise import NoiseParams
-from contradiff.parameter_counts import count_parameters
-from contradiff.recipe import PretrainParams, TrainingRecipe
-from contradiff.training import pretrain
+from contradiff.data.streams import PairedShards
+from contradiff.files import replace_file
+from contradiff.method.attention import HeadParams
+from contradiff.method.budget import format_table, parameter_rows
+from contradiff.method.checkpoint import save_checkpoint
+from contradiff.method.conditioner import ConditionerParams
+from contradiff.method.lora import LoraParams
+from contradiff.method.losses import LossParams
+from contradiff.method.model import build_model
+from contradiff.method.noise import NoiseParams
+from contradiff.method.parameter_counts import count_parameters
+from contradiff.training.pretraining import pretrain
+from contradiff.training.recipe import PretrainParams, TrainingRecipe
 
 BASE, IMAGES, LATENTS = Path("build/base"), Path("build/shards"), Path("build/latents")
 CHECKPOINT, CURVE = Path("build/pretrain"), Path("metrics/pretrain.csv")

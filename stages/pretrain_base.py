@@ -1,10 +1,11 @@
 """pretrain_base: the tiny base's recipe => models/tiny, in diffusers' format. No labels are used.
 
 Frozen in dvc.yaml: `dvc repro` takes its out as it is, as one takes Stable Diffusion. `make base`
-retrains it, on as many processes as `python -m stages.launch` starts (CONTRADIFF_NUM_PROCESSES).
+retrains it, on as many processes as `python -m stages.runtime.launch` starts
+(CONTRADIFF_NUM_PROCESSES).
 """
 
-from stages._runtime import Run, execute
+from stages.runtime.run import Run, execute
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,12 +14,12 @@ import numpy as np
 import torch
 from accelerate import PartialState
 
-from contradiff.atomic import replace_dir
-from contradiff.base_training import OnProgress, Share, build_scheduler, train_unet, train_vae
 from contradiff.config import Section
-from contradiff.data.toy.classes import CLASSES
-from contradiff.data.toy.render import render_image
-from stages._progress import Advance
+from contradiff.files import replace_dir
+from contradiff.toy.base_recipe import OnProgress, Share, build_scheduler, train_unet, train_vae
+from contradiff.toy.classes import CLASSES
+from contradiff.toy.render import render_image
+from stages.runtime.progress import Advance
 
 SEED = 1000
 """Of the base's own images: ContraDiff's have `seed` of params.yaml, and another form of seed."""

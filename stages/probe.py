@@ -6,7 +6,7 @@ it. To choose from it, judge with probe.split: dev, a tenth of the training imag
 by the validation images would not be an honest figure of them.
 """
 
-from stages._runtime import Run, execute
+from stages.runtime.run import Run, execute
 
 import csv
 from collections.abc import Mapping
@@ -15,14 +15,14 @@ from pathlib import Path
 
 from safetensors.torch import load_file, save_file
 
-from contradiff.atomic import replace_dir, sha256_of
-from contradiff.checkpoint import base_digest
 from contradiff.config import Section, Seed
-from contradiff.feature_cache import HEAD_NAME, CacheIndex, FeatureCache, checkpoint_fingerprint
-from contradiff.features import TriTimestepAttention
-from contradiff.probe_data import ProbeData
-from contradiff.probe_grid import Judged, grid_rows, judge_columns, judge_maps
-from contradiff.probing import TABLE_2, ProbeParams
+from contradiff.downstream.probe_data import ProbeData
+from contradiff.downstream.probe_grid import Judged, grid_rows, judge_columns, judge_maps
+from contradiff.downstream.probing import TABLE_2, ProbeParams
+from contradiff.features.cache import HEAD_NAME, CacheIndex, FeatureCache, checkpoint_fingerprint
+from contradiff.files import replace_dir, sha256_of
+from contradiff.method.attention import TriTimestepAttention
+from contradiff.method.checkpoint import base_digest
 
 BASE, PRETRAIN = Path("build/base"), Path("build/pretrain")
 FEATURES, PROBE = Path("build/features"), Path("build/probe")

@@ -1,6 +1,6 @@
 """reference: features of real images, for scores: statistics, a choice of features, and a card."""
 
-from stages._runtime import Run, execute
+from stages.runtime.run import Run, execute
 
 from functools import partial
 from pathlib import Path
@@ -9,7 +9,7 @@ from contradiff.config import Section, Seed
 from contradiff.data.params import DataParams
 from contradiff.data.shards import ShardIndex
 from contradiff.evaluation.extractors import load_extractor, read_extractor_card
-from contradiff.evaluation.frechet import check_count
+from contradiff.evaluation.fid import check_count
 from contradiff.evaluation.images import reference_shard
 from contradiff.evaluation.reference import (
     ReferenceCard,
@@ -17,7 +17,7 @@ from contradiff.evaluation.reference import (
     fingerprint_of,
     write_reference,
 )
-from stages._measuring import measure_set
+from stages.runtime.measuring import measure_set
 
 IMAGES, EXTRACTOR = Path("build/shards"), Path("build/extractor")
 REFERENCE = Path("build/reference")

@@ -1,14 +1,14 @@
 """report: all results of the run => one page, its Markdown twin, and a summary for programs."""
 
-from stages._runtime import Run, execute
+from stages.runtime.run import Run, execute
 
 from pathlib import Path
 
-from contradiff.atomic import replace_file
 from contradiff.config import Section, Seed
-from contradiff.figures import plot_losses
-from contradiff.reporting import render_html, render_markdown, result_rows, summarise
-from contradiff.results import read_results
+from contradiff.files import replace_file
+from contradiff.report.figures import plot_losses
+from contradiff.report.page import render_html, render_markdown, result_rows, summarise
+from contradiff.report.results import read_results
 
 
 class Params(Section):

@@ -1,6 +1,6 @@
 """score: generated images against the reference => FID, KID, precision, inception score."""
 
-from stages._runtime import Run, execute
+from stages.runtime.run import Run, execute
 
 from functools import partial
 from pathlib import Path
@@ -9,12 +9,12 @@ from contradiff.config import Section, Seed
 from contradiff.data.params import DataParams
 from contradiff.data.shards import ShardIndex
 from contradiff.evaluation.extractors import load_extractor, read_extractor_card
-from contradiff.evaluation.feature_sets import FeatureSet
-from contradiff.evaluation.frechet import check_count
+from contradiff.evaluation.fid import check_count
 from contradiff.evaluation.images import generated_shard
+from contradiff.evaluation.measuring import FeatureSet
 from contradiff.evaluation.reference import read_reference, read_reference_card
 from contradiff.evaluation.scores import MIN_UNBIASED_IMAGES, ScoreParams, is_biased, scores_of
-from stages._measuring import measure_set
+from stages.runtime.measuring import measure_set
 
 SAMPLES, EXTRACTOR = Path("build/samples"), Path("build/extractor")
 REFERENCE = Path("build/reference")

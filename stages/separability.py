@@ -1,18 +1,13 @@
 """separability: validation features beside the base's own => t-SNE, kNN, silhouette (Fig. 3)."""
 
-from stages._runtime import Run, execute
+from stages.runtime.run import Run, execute
 
 from pathlib import Path
 
 import numpy as np
 
-from contradiff.atomic import replace_file
-from contradiff.checkpoint import load_checkpoint
 from contradiff.config import Section, Seed
-from contradiff.extraction import Pool, extract, stored_batches
-from contradiff.features import FeaturesParams
-from contradiff.model import ContraDiff
-from contradiff.separability import (
+from contradiff.downstream.separability import (
     Panel,
     Separability,
     SeparabilityParams,
@@ -24,6 +19,11 @@ from contradiff.separability import (
     separability,
     separability_metrics,
 )
+from contradiff.features.extraction import Pool, extract, stored_batches
+from contradiff.files import replace_file
+from contradiff.method.attention import FeaturesParams
+from contradiff.method.checkpoint import load_checkpoint
+from contradiff.method.model import ContraDiff
 
 IMAGES, LATENTS = Path("build/shards"), Path("build/latents")
 FIGURE, DARK_FIGURE = Path("build/figures/tsne.png"), Path("build/figures/tsne_dark.png")

@@ -1,20 +1,20 @@
 """shard: raw images => WebDataset shards in seeded random order, the files' own bytes, an index."""
 
-from stages._runtime import Run, execute
+from stages.runtime.run import Run, execute
 
 from functools import partial
 from pathlib import Path
 
 from pydantic import model_validator
 
-from contradiff.atomic import replace_dir
 from contradiff.config import Section, Seed
-from contradiff.data.image_files import Read
-from contradiff.data.imagenet import Manifest
 from contradiff.data.params import DataParams
-from contradiff.data.pool import run_jobs
-from contradiff.data.raw import ensure_images, read_manifest
-from contradiff.data.sharding import (
+from contradiff.data.shards import ShardIndex, ShardParams
+from contradiff.disk import explain_full_disk
+from contradiff.files import replace_dir
+from contradiff.sources.imagenet import Manifest
+from contradiff.sources.listing import Read
+from contradiff.sources.packing import (
     IngestParams,
     PlannedShard,
     Recipe,
@@ -24,9 +24,9 @@ from contradiff.data.sharding import (
     publish,
     write_planned,
 )
-from contradiff.data.shards import ShardIndex, ShardParams
-from contradiff.data.tally import QUARANTINE_NAME, Tally
-from contradiff.disk import explain_full_disk
+from contradiff.sources.pool import run_jobs
+from contradiff.sources.raw import ensure_images, read_manifest
+from contradiff.sources.tally import QUARANTINE_NAME, Tally
 
 MANIFEST, SHARDS = Path("build/manifest/images.json"), Path("build/shards")
 

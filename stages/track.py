@@ -3,15 +3,15 @@
 It runs at the end of every reproduction, also where all other stages came from DVC's cache.
 """
 
-from stages._runtime import PARAMS_FILE, Run, execute
+from stages.runtime.run import PARAMS_FILE, Run, execute
 
 import json
 import textwrap
 from pathlib import Path
 
 from contradiff.config import Section, read_params
-from stages._experiments import Results, upsert_row
-from stages._tracking import CHECKPOINT
+from stages.runtime.experiments import Results, upsert_row
+from stages.runtime.tracking import CHECKPOINT
 
 LINE_WIDTH = 100
 SUMMARY = Path("build/report/summary.json")

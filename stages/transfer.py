@@ -1,10 +1,10 @@
 """transfer: few-shot classification of another data set, by default from frozen features (Table 6).
 
-Runs on as many processes as `python -m stages.launch stages.transfer` starts; the result is the
-same.
+Runs on as many processes as `python -m stages.runtime.launch stages.transfer` starts; the result is
+the same.
 """
 
-from stages._runtime import Run, execute
+from stages.runtime.run import Run, execute
 
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
@@ -13,20 +13,11 @@ from pathlib import Path
 import torch
 from pydantic import model_validator
 
-from contradiff.backbone import load_vae
-from contradiff.checkpoint import load_checkpoint
+from contradiff.base.loading import load_vae
 from contradiff.config import Section, Seed
 from contradiff.data.params import DataParams
-from contradiff.data.raw import ensure_transfer_archive, read_manifest, transfer_manifest
-from contradiff.data.transfer_set import TransferDataParams, TransferSplit, read_transfer_split
-from contradiff.extraction import CleanBatch, FeatureSet, encoded_batches
-from contradiff.feature_choice import features_of_all, load_feature_model
-from contradiff.feature_models import FeatureModel
-from contradiff.features import FeaturesParams
-from contradiff.finetuning import EncodedImages, finetune, finetuned_top1, weights_kept
-from contradiff.model import ContraDiff
-from contradiff.timm_features import TimmFeatures
-from contradiff.transfer import (
+from contradiff.downstream.finetuning import EncodedImages, finetune, finetuned_top1, weights_kept
+from contradiff.downstream.transfer import (
     Shots,
     TransferParams,
     TransferScores,
@@ -36,12 +27,21 @@ from contradiff.transfer import (
     transfer,
     transfer_metrics,
 )
-from contradiff.transfer_features import (
+from contradiff.downstream.transfer_features import (
     Encode,
     batch_share_of,
     gather_features,
     transfer_batches,
 )
+from contradiff.features.choice import features_of_all, load_feature_model
+from contradiff.features.extraction import CleanBatch, FeatureSet, encoded_batches
+from contradiff.features.models import FeatureModel
+from contradiff.features.timm_backbone import TimmFeatures
+from contradiff.method.attention import FeaturesParams
+from contradiff.method.checkpoint import load_checkpoint
+from contradiff.method.model import ContraDiff
+from contradiff.sources.raw import ensure_transfer_archive, read_manifest, transfer_manifest
+from contradiff.sources.transfer_set import TransferDataParams, TransferSplit, read_transfer_split
 
 MANIFEST = Path("build/manifest/transfer.json")
 BASE, CHECKPOINT = Path("build/base"), Path("build/pretrain")

@@ -5,18 +5,18 @@ stage depends on the whole file. Its out is a constant: it runs at every change 
 nothing.
 """
 
-from stages._runtime import PARAMS_FILE, Run, RuntimeSection, execute
+from stages.runtime.run import PARAMS_FILE, Run, RuntimeSection, execute
 
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from contradiff.atomic import replace_file
-from contradiff.backbone import NoiseSchedule, check_fit
-from contradiff.base_config import SHIPPED_CONFIGS, config_folder, downsampling_of
+from contradiff.base.config import SHIPPED_CONFIGS, config_folder, downsampling_of
+from contradiff.base.loading import NoiseSchedule, check_fit
 from contradiff.config import Section, parse, read_params
-from contradiff.inversion import chain_to
+from contradiff.features.inversion import chain_to
+from contradiff.files import replace_file
 from stages import (
     base,
     class_condition,

@@ -22,7 +22,7 @@ from hypothesis import settings
 from jaxtyping import install_import_hook
 
 if TYPE_CHECKING:
-    from contradiff.model import ContraDiff
+    from contradiff.method.model import ContraDiff
 
 # Shapes and types of `contradiff` are enforced here, and only here: a run pays nothing for them.
 # The hook stays for the whole session, so it is installed without its context manager.
@@ -42,7 +42,7 @@ def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     import torch
     from diffusers import AutoencoderKL, UNet2DConditionModel
 
-    from contradiff.base_training import build_scheduler
+    from contradiff.toy.base_recipe import build_scheduler
 
     folder = tmp_path_factory.mktemp("tiny_base")
     with torch.random.fork_rng(devices=[]):
@@ -112,8 +112,8 @@ def build_tiny(tiny_base: Path, tiny_params: dict[str, Any]) -> Callable[..., Co
     """
     import torch
 
-    from contradiff.checkpoint import Architecture
-    from contradiff.model import build_model
+    from contradiff.method.checkpoint import Architecture
+    from contradiff.method.model import build_model
 
     def build(*, seed: int = 0, **changes: dict[str, Any]) -> ContraDiff:
         sections = {name: tiny_params[name] | changes.get(name, {}) for name in tiny_params}
@@ -139,8 +139,8 @@ def build_tiny(tiny_base: Path, tiny_params: dict[str, Any]) -> Callable[..., Co
 @pytest.fixture
 def save_tiny(tiny_base: Path, tiny_params: dict[str, Any]) -> Callable[..., None]:
     """Save a model of `build_tiny`'s to a folder; keywords: steps taken, changed parameters."""
-    from contradiff.checkpoint import save_checkpoint
-    from contradiff.parameter_counts import count_parameters
+    from contradiff.method.checkpoint import save_checkpoint
+    from contradiff.method.parameter_counts import count_parameters
 
     def save(folder: Path, model: ContraDiff, *, num_steps: int = 1, **changes: Any) -> None:
         save_checkpoint(
@@ -165,11 +165,11 @@ def tiny_data(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     """
     import torch
 
-    from contradiff.backbone import load_vae
+    from contradiff.base.loading import load_vae
+    from contradiff.data.encoding import chunks_of, encode_chunks
+    from contradiff.data.latents import LatentsParams, latent_facts
     from contradiff.data.png import encode_png
     from contradiff.data.shards import Sample, ShardIndex, image_record, write_split
-    from contradiff.encoding import chunks_of, encode_chunks
-    from contradiff.latents import LatentsParams, latent_facts
 
     folder = tmp_path_factory.mktemp("tiny_data")
     vae = load_vae(tiny_base)

@@ -1,4 +1,4 @@
-"""contradiff.config: what a mistaken parameter file is told."""
+"""What a mistaken parameter file is told."""
 
 from pathlib import Path
 from typing import Any, Literal

@@ -1,4 +1,4 @@
-"""contradiff.disk: sizes as people say them, and refusals that say what would do."""
+"""Sizes as people say them, and refusals that say what would do."""
 
 import errno
 import os

@@ -9,7 +9,7 @@ import grimp
 import pytest
 
 from contradiff.config import Section, read_params
-from stages._work_dir import source_files
+from stages.runtime.work_dir import source_files
 from stages.validate import STAGES, check
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -90,7 +90,7 @@ def test_validation_knows_every_stage():
 def test_every_stage_runs_its_own_module(stage: str):
     assert PIPELINE[stage]["cmd"] in (
         f"python -m stages.{stage}",
-        f"python -m stages.launch stages.{stage}",
+        f"python -m stages.runtime.launch stages.{stage}",
     )
 
 

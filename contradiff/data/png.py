@@ -11,8 +11,8 @@ from jaxtyping import UInt8
 from PIL import Image
 from torch import Tensor
 
-from contradiff.atomic import replace_file
 from contradiff.data.transforms import decode
+from contradiff.files import replace_file
 
 
 def encode_png(image: UInt8[Tensor, "3 height width"]) -> bytes:

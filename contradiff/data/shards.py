@@ -22,10 +22,10 @@ import numpy as np
 from jaxtyping import Shaped
 from pydantic import Field
 
-from contradiff.atomic import replace_file
 from contradiff.config import Section
 from contradiff.data.remote import Location, RemoteFile, join, read_bytes, size_of
 from contradiff.data.tar import TarWriter
+from contradiff.files import replace_file
 
 INDEX_NAME = "index.json"
 BUFFER_BYTES = 1 << 20

@@ -16,7 +16,6 @@ from jaxtyping import Float
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from contradiff.atomic import replace_dir, replace_file, sha256_of
 from contradiff.config import Section, read_card
 from contradiff.evaluation.classifier import ResidualClassifier
 from contradiff.evaluation.inception import (
@@ -27,6 +26,7 @@ from contradiff.evaluation.inception import (
     no_weights,
 )
 from contradiff.evaluation.resizers import Images, Resizer, inception_input
+from contradiff.files import replace_dir, replace_file, sha256_of
 
 Kind = Literal["classifier", "inception"]
 Outputs = tuple[Float[Tensor, "batch features"], Float[Tensor, "batch classes"]]

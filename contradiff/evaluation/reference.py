@@ -10,11 +10,11 @@ from typing import Literal
 
 from pydantic import Field
 
-from contradiff.atomic import replace_dir
 from contradiff.config import Section, read_card
 from contradiff.data.shards import Shard
 from contradiff.evaluation.extractors import ExtractorCard
-from contradiff.evaluation.feature_sets import FeatureSet
+from contradiff.evaluation.measuring import FeatureSet
+from contradiff.files import replace_dir
 
 CARD_NAME = "reference.json"
 

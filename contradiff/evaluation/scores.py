@@ -4,10 +4,10 @@ from pydantic import Field
 from torch import device as Device
 
 from contradiff.config import Section
-from contradiff.evaluation.feature_sets import FeatureSet
-from contradiff.evaluation.frechet import frechet_distance
-from contradiff.evaluation.kernel_distance import kernel_distance
-from contradiff.evaluation.manifold import manifold_scores
+from contradiff.evaluation.fid import frechet_distance
+from contradiff.evaluation.kid import kernel_distance
+from contradiff.evaluation.measuring import FeatureSet
+from contradiff.evaluation.prdc import manifold_scores
 
 MIN_UNBIASED_IMAGES = 10_000
 """With fewer images a Fréchet distance comes out too large by much; it is then marked as biased."""

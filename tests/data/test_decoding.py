@@ -1,4 +1,4 @@
-"""contradiff.data.decoding against Pillow's own exif_transpose and convert."""
+"""Against Pillow's own exif_transpose and convert."""
 
 import io
 

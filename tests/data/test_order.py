@@ -1,4 +1,4 @@
-"""contradiff.data.order: whoever reads, every sample once; counted sample by sample."""
+"""Whoever reads, every sample once; counted sample by sample."""
 
 from itertools import chain, islice, product
 

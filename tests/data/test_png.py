@@ -1,4 +1,4 @@
-"""contradiff.data.png against Pillow and by hand."""
+"""Against Pillow and by hand."""
 
 import io
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""contradiff.data.remote and shards behind it: a server on this machine, and fsspec's memory."""
+"""And shards behind it: a server on this machine, and fsspec's memory."""
 
 import io
 import shutil
@@ -17,7 +17,7 @@ import pytest
 from contradiff.data import remote
 from contradiff.data.remote import RemoteFile, join, read_bytes, size_of
 from contradiff.data.shards import ShardIndex, read_shard, read_split
-from contradiff.loading import PairedShards, TrainingStream, ViewChoice, training_batches
+from contradiff.data.streams import PairedShards, TrainingStream, ViewChoice, training_batches
 
 
 class Server:

@@ -1,4 +1,4 @@
-"""contradiff.data.shards: nothing is lost, doubled, reordered or silently damaged."""
+"""Nothing is lost, doubled, reordered or silently damaged."""
 
 import gzip
 import io

@@ -1,4 +1,4 @@
-"""contradiff.data.subsets by its properties."""
+"""By its properties."""
 
 from collections import Counter
 

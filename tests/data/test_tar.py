@@ -1,4 +1,4 @@
-"""contradiff.data.tar: byte for byte what webdataset and tarfile write."""
+"""Byte for byte what webdataset and tarfile write."""
 
 import io
 import tarfile

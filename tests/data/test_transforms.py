@@ -1,4 +1,4 @@
-"""contradiff.data.transforms against Pillow, torchvision and closed forms."""
+"""Against Pillow, torchvision and closed forms."""
 
 import io
 import math

@@ -1,4 +1,4 @@
-"""contradiff.evaluation.classifier: it learns, is repeatable, and augments within bounds."""
+"""It learns, is repeatable, and augments within bounds."""
 
 import pytest
 import torch

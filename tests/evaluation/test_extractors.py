@@ -1,4 +1,4 @@
-"""contradiff.evaluation.extractors: parameters, files, and the classifier."""
+"""Parameters, files, and the classifier."""
 
 import json
 from pathlib import Path
@@ -9,7 +9,6 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
-from contradiff.atomic import sha256_of
 from contradiff.evaluation.classifier import ResidualClassifier
 from contradiff.evaluation.extractors import (
     ExtractorParams,
@@ -18,6 +17,7 @@ from contradiff.evaluation.extractors import (
     save_classifier,
 )
 from contradiff.evaluation.inception import INCEPTION_URL
+from contradiff.files import sha256_of
 
 CPU = torch.device("cpu")
 PARAMS = {

@@ -1,4 +1,4 @@
-"""contradiff.evaluation.inception: files of two kinds, and features beside three libraries."""
+"""Files of two kinds, and features beside three libraries."""
 
 import warnings
 from pathlib import Path
@@ -9,14 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from bench import fid, peers
-from contradiff.atomic import sha256_of
 from contradiff.evaluation.extractors import (
     ExtractorCard,
     InceptionExtractor,
     load_extractor,
     save_inception,
 )
-from contradiff.evaluation.feature_sets import measure
 from contradiff.evaluation.inception import (
     INCEPTION_URL,
     STATE_DICT_URL,
@@ -27,8 +25,10 @@ from contradiff.evaluation.inception import (
     load_inception,
 )
 from contradiff.evaluation.inception_score import inception_score
-from contradiff.evaluation.kernel_distance import kernel_distance
-from contradiff.evaluation.manifold import manifold_scores
+from contradiff.evaluation.kid import kernel_distance
+from contradiff.evaluation.measuring import measure
+from contradiff.evaluation.prdc import manifold_scores
+from contradiff.files import sha256_of
 
 CPU = torch.device("cpu")
 

@@ -1,4 +1,4 @@
-"""contradiff.evaluation.inception_score against the reference code's loop and closed forms."""
+"""Against the reference code's loop and closed forms."""
 
 import math
 

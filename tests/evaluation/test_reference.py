@@ -1,4 +1,4 @@
-"""contradiff.evaluation.reference: a reference of anything else is refused by name."""
+"""A reference of anything else is refused by name."""
 
 import json
 from pathlib import Path
@@ -8,8 +8,8 @@ import torch
 
 from contradiff.data.shards import Shard
 from contradiff.evaluation.extractors import ExtractorCard
-from contradiff.evaluation.feature_sets import FeatureSet
-from contradiff.evaluation.frechet import FeatureSource, FeatureStatistics
+from contradiff.evaluation.fid import FeatureSource, FeatureStatistics
+from contradiff.evaluation.measuring import FeatureSet
 from contradiff.evaluation.reference import (
     ReferenceCard,
     fingerprint_of,

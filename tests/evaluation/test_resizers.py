@@ -1,4 +1,4 @@
-"""contradiff.evaluation.resizers: each against the library that it is named after."""
+"""Each against the library that it is named after."""
 
 import numpy as np
 import pytest

@@ -1,6 +1,6 @@
 """A project whose model is trained, for tests of the stages that come after."""
 
-from stages._runtime import Run, RuntimeParams
+from stages.runtime.run import Run, RuntimeParams
 
 from collections.abc import Callable
 from pathlib import Path
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 if TYPE_CHECKING:
-    from contradiff.model import ContraDiff
+    from contradiff.method.model import ContraDiff
 
 
 @pytest.fixture

@@ -1,6 +1,6 @@
 """stages.base: what is refused before weights are fetched or copied."""
 
-from stages._runtime import Run
+from stages.runtime.run import Run
 
 import copy
 import json

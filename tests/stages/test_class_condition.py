@@ -1,6 +1,6 @@
 """stages.class_condition: a table for the checkpoint there is, or a note that there is none."""
 
-from stages._runtime import Run
+from stages.runtime.run import Run
 
 import json
 from pathlib import Path
@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from contradiff.atomic import sha256_of
-from contradiff.class_condition import load_class_table
 from contradiff.config import parse
+from contradiff.files import sha256_of
+from contradiff.generation.class_table import load_class_table
 from stages import class_condition
 
 TABLE, CHECKPOINT = Path("build/class_condition"), Path("build/pretrain")

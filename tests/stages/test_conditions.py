@@ -1,6 +1,6 @@
 """stages.conditions: images for generate.condition: image, nothing for the others."""
 
-from stages._runtime import Run
+from stages.runtime.run import Run
 
 from typing import Any
 

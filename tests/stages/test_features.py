@@ -1,6 +1,6 @@
 """stages.features and stages.probe: from a checkpoint to the accuracy, whoever does the work."""
 
-from stages._runtime import Run
+from stages.runtime.run import Run
 
 import csv
 import json
@@ -13,13 +13,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from contradiff.backbone import load_unet
-from contradiff.checkpoint import base_digest, load_checkpoint
+from contradiff.base.loading import load_unet
 from contradiff.config import parse, read_params
-from contradiff.extraction import extract, level_noise, stored_batches
-from contradiff.feature_cache import FeatureCache
-from contradiff.features import FeaturesParams, encode_to_bottleneck
-from contradiff.probing import LinearProbe
+from contradiff.downstream.probing import LinearProbe
+from contradiff.features.cache import FeatureCache
+from contradiff.features.extraction import extract, level_noise, stored_batches
+from contradiff.method.attention import FeaturesParams, encode_to_bottleneck
+from contradiff.method.checkpoint import base_digest, load_checkpoint
 from stages import features, probe
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -1,6 +1,6 @@
 """stages.generate: what the shards and the grid say, on one process or two, whole or resumed."""
 
-from stages._runtime import Run
+from stages.runtime.run import Run
 
 import multiprocessing
 import os
@@ -13,14 +13,14 @@ from typing import Any
 import pytest
 import torch
 
-from contradiff.atomic import sha256_of
-from contradiff.backbone import load_vae
-from contradiff.checkpoint import base_digest
-from contradiff.class_condition import ClassConditionParams, ClassTable, save_class_table
+from contradiff.base.loading import load_vae
 from contradiff.config import parse
 from contradiff.data.shards import ShardIndex, read_split
 from contradiff.data.transforms import decode
-from contradiff.sample_conditions import condition_images
+from contradiff.files import sha256_of
+from contradiff.generation.class_table import ClassConditionParams, ClassTable, save_class_table
+from contradiff.generation.conditions import condition_images
+from contradiff.method.checkpoint import base_digest
 from stages import conditions, generate
 
 SAMPLES, TABLE = Path("build/samples"), Path("build/class_condition")
@@ -164,9 +164,9 @@ def run_to_be_killed(trained_project: Run, monkeypatch: pytest.MonkeyPatch) -> R
             raise KeyboardInterrupt
         return decode_latents(vae, latents)
 
-    from contradiff.latents import decode_latents
+    from contradiff.data.latents import decode_latents
 
-    monkeypatch.setattr("contradiff.sampling.decode_latents", dying)
+    monkeypatch.setattr("contradiff.generation.sampling.decode_latents", dying)
     return trained_project
 
 

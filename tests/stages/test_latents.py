@@ -1,6 +1,6 @@
 """stages.latents: the same shards from one process and two, taken up where it was stopped."""
 
-from stages._runtime import Run
+from stages.runtime.run import Run
 
 import errno
 import json
@@ -20,11 +20,11 @@ import pytest
 import torch
 from ruamel.yaml import YAML
 
-from contradiff import encoding
+from contradiff.data import encoding
+from contradiff.data.encoding import Reconstruction
+from contradiff.data.latents import StoredLatents
 from contradiff.data.shards import Record, Shard, ShardIndex, read_split
 from contradiff.data.transforms import decode
-from contradiff.encoding import Reconstruction
-from contradiff.latents import StoredLatents
 from stages import latents
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -314,7 +314,7 @@ def test_a_process_that_fails_ends_the_others(run: Run):
     for name in ("stages", "contradiff"):
         (run.root / name).symlink_to(ROOT / name)
     done = subprocess.run(
-        [sys.executable, "-m", "stages.launch", "stages.latents"],
+        [sys.executable, "-m", "stages.runtime.launch", "stages.latents"],
         env=os.environ | {"CONTRADIFF_NUM_PROCESSES": "2"},
         capture_output=True,
         text=True,

@@ -1,6 +1,6 @@
 """stages.prepare: what is given beside images stands in manifests; what is missing is named."""
 
-from stages._runtime import Run
+from stages.runtime.run import Run
 
 import copy
 import json

@@ -1,6 +1,6 @@
 """stages.pretrain: --dry-run's parameters, to the integer, without weights; what a run is given."""
 
-from stages._runtime import Run
+from stages.runtime.run import Run
 
 import copy
 import csv
@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from ruamel.yaml import YAML
 
-from contradiff.base_config import BaseParams
+from contradiff.base.config import BaseParams
 from contradiff.config import parse, read_params
 from stages import pretrain
 
@@ -173,7 +173,7 @@ def test_two_processes_train_as_one(
     environment = os.environ | {"PYTHONPATH": str(ROOT), "MLFLOW_TRACKING_URI": ""}
     curves: list[list[dict[str, float]]] = []
     for count in ("1", "2"):
-        command = [sys.executable, "-m", "stages.launch", "stages.pretrain"]
+        command = [sys.executable, "-m", "stages.runtime.launch", "stages.pretrain"]
         subprocess.run(command, check=True, env=environment | {"CONTRADIFF_NUM_PROCESSES": count})
         with Path("metrics/pretrain.csv").open(newline="") as file:
             curves.append([{k: float(v) for k, v in row.items()} for row in csv.DictReader(file)])

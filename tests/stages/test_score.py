@@ -1,6 +1,6 @@
 """stages.reference and stages.score: what the metrics say, and what is refused by name."""
 
-from stages._runtime import Run, RuntimeParams
+from stages.runtime.run import Run, RuntimeParams
 
 import json
 import os
@@ -19,13 +19,14 @@ from ruamel.yaml import YAML
 from torch import nn
 
 from bench import peers
-from contradiff.atomic import sha256_of
 from contradiff.config import parse, read_params
 from contradiff.data.png import encode_png
 from contradiff.data.shards import Sample, ShardIndex, image_record, write_split
 from contradiff.evaluation.classifier import ResidualClassifier
 from contradiff.evaluation.extractors import save_classifier, save_inception
-from stages import _measuring, reference, score
+from contradiff.files import sha256_of
+from stages import reference, score
+from stages.runtime import measuring as _measuring
 
 ROOT = Path(__file__).resolve().parents[2]
 BUILD = Path("build")
@@ -207,7 +208,7 @@ def test_two_processes_write_the_same_bytes(run: Run):
     results: list[list[bytes]] = []
     for count in ("1", "2"):
         for stage in ("reference", "score"):
-            command = [sys.executable, "-m", "stages.launch", f"stages.{stage}"]
+            command = [sys.executable, "-m", "stages.runtime.launch", f"stages.{stage}"]
             subprocess.run(
                 command, check=True, env=environment | {"CONTRADIFF_NUM_PROCESSES": count}
             )

@@ -1,6 +1,6 @@
 """stages.separability: both models on the same validation images."""
 
-from stages._runtime import Run
+from stages.runtime.run import Run
 
 import json
 from pathlib import Path

@@ -1,6 +1,6 @@
 """stages.shard: a whole run, killed and resumed, and what it says of odd images."""
 
-from stages._runtime import Run, RuntimeParams
+from stages.runtime.run import Run, RuntimeParams
 
 import io
 import json
@@ -18,10 +18,10 @@ from PIL import Image
 from pydantic import ValidationError
 
 from contradiff.config import read_params
-from contradiff.data.imagenet import Manifest
 from contradiff.data.shards import ShardIndex, read_images
+from contradiff.sources.imagenet import Manifest
 from stages import shard
-from tests.data.imagenet_layouts import WRITERS, make_photos
+from tests.sources.imagenet_layouts import WRITERS, make_photos
 
 ROOT = Path(__file__).resolve().parents[2]
 CLASSES = ("n01", "n02")
@@ -120,7 +120,7 @@ def test_images_made_too_small_are_refused(project: Path):
 
 DYING = """
 import os, runpy, signal
-import contradiff.data.sharding as sharding
+import contradiff.sources.packing as sharding
 
 take_in, num_taken = sharding.take_in, 0
 

@@ -1,6 +1,6 @@
 """stages.transfer: from a folder of images to scores of several shots, frozen and fine-tuned."""
 
-from stages._runtime import Run
+from stages.runtime.run import Run
 
 import copy
 import json
@@ -17,10 +17,10 @@ from PIL import Image
 from ruamel.yaml import YAML
 from safetensors.torch import save_file
 
-from contradiff.atomic import sha256_of
 from contradiff.config import parse, read_params
-from contradiff.data.raw import transfer_manifest
-from contradiff.extraction import FeatureSet
+from contradiff.features.extraction import FeatureSet
+from contradiff.files import sha256_of
+from contradiff.sources.raw import transfer_manifest
 from stages import transfer
 from tests.settings import TINY
 
@@ -178,7 +178,7 @@ def test_two_processes_write_the_same_bytes(project: Run):
     environment = os.environ | {"PYTHONPATH": str(ROOT), "MLFLOW_TRACKING_URI": ""}
     results: list[list[bytes]] = []
     for count in ("1", "2"):
-        command = [sys.executable, "-m", "stages.launch", "stages.transfer"]
+        command = [sys.executable, "-m", "stages.runtime.launch", "stages.transfer"]
         subprocess.run(command, check=True, env=environment | {"CONTRADIFF_NUM_PROCESSES": count})
         files = (Path("build/transfer/splits.json"), Path("metrics/transfer.json"))
         results.append([path.read_bytes() for path in files])

@@ -1,6 +1,6 @@
 """The whole parameter file, checked at once."""
 
-from stages._runtime import Run
+from stages.runtime.run import Run
 
 import copy
 from collections.abc import Callable

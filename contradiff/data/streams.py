@@ -1,0 +1,323 @@
+"""Training batches: image shards and latent shards read side by side, in an order fixed by a seed.
+
+shard i of images, shard i of latents => (image bytes, views) pairs => shuffled => two chosen views
+with their moments and the pixels that condition them (or latents, or the label)
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from itertools import count, islice
+from typing import Any
+from zlib import crc32
+
+import numpy as np
+import torch
+from jaxtyping import Float, Shaped, UInt8
+from torch import Tensor
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+
+from contradiff.data.latents import StoredLatents
+from contradiff.data.order import Part, TrainingOrder
+from contradiff.data.remote import Location, join
+from contradiff.data.shards import Sample, ShardIndex, image_of, read_shard
+from contradiff.data.transforms import Crop, apply_crop, decode, random_crop, to_pixels
+
+Pair = tuple[dict[str, bytes], dict[str, bytes]]
+
+
+@dataclass(frozen=True)
+class ViewChoice:
+    """What the two views and their conditions are made of; see LossParams and ConditionerParams.
+
+    `condition` names what comes beside the latents: "pixels" or "latents" for the conditioner, or
+    "labels" for a class table. Only pixels are decoded.
+    """
+
+    latent_views: str
+    cond_view: str
+    condition: str
+
+
+@dataclass(frozen=True)
+class PairedShards:
+    """Two folders whose shards hold the same keys in the same order."""
+
+    images: Location
+    latents: Location
+    split: str
+    image_index: ShardIndex
+    latent_index: ShardIndex
+
+    @classmethod
+    def open(cls, images: Location, latents: Location, *, split: str) -> "PairedShards":
+        """Read both indices.
+
+        Args:
+            images: a local folder, or a URL (s3://, gs://, http://, ...).
+            latents: likewise.
+            split: its name.
+
+        Raises:
+            ValueError: shards are missing or damaged, or the folders do not belong together.
+        """
+        image_index, latent_index = ShardIndex.read(images), ShardIndex.read(latents)
+        counts = [
+            [shard.num_samples for shard in index.shards(split)]
+            for index in (image_index, latent_index)
+        ]
+        if counts[0] != counts[1]:
+            raise ValueError(
+                f"{latents}: made from other shards than {images}; run `dvc repro latents`"
+            )
+        return cls(images, latents, split, image_index, latent_index)
+
+    @property
+    def num_shards(self) -> int:
+        """Of the split."""
+        return len(self.image_index.shards(self.split))
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Samples of each shard."""
+        return tuple(shard.num_samples for shard in self.image_index.shards(self.split))
+
+    @property
+    def num_samples(self) -> int:
+        """Of the split."""
+        return sum(self.sizes)
+
+    @property
+    def digest(self) -> str:
+        """What the split holds, wherever it lies: a hash of its shards' hashes and of the facts."""
+        content = [
+            [[asdict(shard) for shard in index.shards(self.split)], dict(index.facts)]
+            for index in (self.image_index, self.latent_index)
+        ]
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+    def read_part(self, part: Part, with_images: bool) -> Iterator[Pair]:
+        """Yield the pairs of a part of a shard; what lies before it is read but not decoded.
+
+        Raises:
+            ValueError: as `read`.
+        """
+        # A shard is checked when it is read to its end, which whoever has its last sample does.
+        stop = None if part.last == self.sizes[part.shard] else part.last
+        yield from islice(self.read(part.shard, with_images=with_images), part.first, stop)
+
+    def read(self, number: int, *, with_images: bool = True) -> Iterator[Pair]:
+        """Yield the pairs of one shard; without images, their half is empty and not read.
+
+        Raises:
+            ValueError: the two shards' keys differ.
+        """
+        image_shard = self.image_index.shards(self.split)[number]
+        latent_shard = self.latent_index.shards(self.split)[number]
+        latent_records = read_shard(join(self.latents, latent_shard.name), latent_shard)
+        if not with_images:
+            yield from (({}, latent) for latent in latent_records)
+            return
+        image_records = read_shard(join(self.images, image_shard.name), image_shard)
+        for image, latent in zip(image_records, latent_records, strict=True):
+            if image["__key__"] != latent["__key__"]:
+                keys = [record["__key__"].decode() for record in (latent, image)]
+                path = join(self.latents, latent_shard.name)
+                raise ValueError(f"{path}: key {keys[0]} beside {keys[1]}; run `dvc repro latents`")
+            yield image, latent
+
+
+class TrainingStream(IterableDataset["dict[str, Tensor] | Exception"]):
+    """An endless stream of one process's batches, that can start at any step.
+
+    The samples of every global batch, and their order in it, depend on the seed, the batch size and
+    the shards alone, not on how many processes and workers there are: see `TrainingOrder`.
+    """
+
+    def __init__(
+        self,
+        pairs: PairedShards,
+        *,
+        choice: ViewChoice,
+        batch_size: int,
+        start_step: int,
+        seed: int,
+        rank: int,
+        world_size: int,
+    ) -> None:
+        """Describe the stream; nothing is read yet, nor by a start in mid-run any earlier epoch.
+
+        Args:
+            pairs: images and latents.
+            choice: how views and conditions are chosen.
+            batch_size: images a step in this process.
+            start_step: batches that an earlier run has consumed.
+            seed: of order, views and crops.
+            rank: this process's number: it has rows rank * batch_size and on of the global batch.
+            world_size: number of processes.
+
+        Raises:
+            ValueError: different views are asked for where only one was encoded, or a batch is more
+                than all images.
+        """
+        super().__init__()
+        facts = pairs.latent_index.facts
+        if choice.latent_views == "two" and facts["views"] < 2:
+            raise ValueError(
+                "loss.latent_views: two needs latents.views of 2 or more (same: one view does)"
+            )
+        crops_of_latents = choice.condition == "latents" and choice.cond_view == "crop"
+        if crops_of_latents and facts["views"] < 2:
+            raise ValueError(
+                "conditioner.cond_view: crop with conditioner.input latents draws from the stored "
+                "views, and needs latents.views of 2 or more"
+            )
+        self.order = TrainingOrder(pairs.sizes, batch_size * world_size, seed)
+        if self.order.steps_per_epoch == 0:
+            raise ValueError(
+                f"{pairs.images}: split {pairs.split!r} has {pairs.num_samples} images, fewer than "
+                f"a batch of {self.order.batch_size}"
+            )
+        self.pairs, self.choice, self.batch_size = pairs, choice, batch_size
+        self.start_step, self.seed, self.rank, self.world_size = start_step, seed, rank, world_size
+
+    def __iter__(self) -> Iterator[dict[str, Tensor] | Exception]:
+        """Yield batches; see `_collate` for their content. A fault ends them, yielded as itself."""
+        worker = get_worker_info()
+        # The loader takes batches from its workers in turn, beginning with worker 0.
+        number, num_workers = (worker.id, worker.num_workers) if worker else (0, 1)
+        try:
+            for epoch, pairs in self._batches(self.start_step + number, num_workers):
+                yield self._collate([(epoch, pair) for pair in pairs])
+        except (ValueError, OSError) as error:  # raised by a worker, they would come as tracebacks
+            yield error
+
+    def _batches(self, first_step: int, stride: int) -> Iterator[tuple[int, list[Pair]]]:
+        """Yield epoch and pairs of every `stride`-th step."""
+        order, height = self.order, self.order.rows_per_lane
+        rows = list(order.rows_of(rank=self.rank, world_size=self.world_size))
+        streams: dict[tuple[int, int], _Sequence] = {}
+        current = -1
+        for step in count(first_step, stride):
+            epoch, within = divmod(step, order.steps_per_epoch)
+            turn, phase = divmod(within, order.num_phases)
+            if epoch != current:
+                streams, current = {}, epoch
+            batch: list[Pair] = []
+            for lane, own in rows:
+                if (lane, phase) not in streams:
+                    streams[lane, phase] = _Sequence(self._stream(epoch, lane, phase))
+                start = turn * height
+                taken = range(start + own.start, start + own.stop)
+                batch += streams[lane, phase].take(taken)
+            yield epoch, batch
+
+    def _stream(self, epoch: int, lane: int, phase: int) -> Iterator[Pair]:
+        place = {"epoch": epoch, "lane": lane, "phase": phase}
+        with_images = self.choice.condition != "latents"
+        parts = self.order.parts(**place)
+        pairs = (pair for part in parts for pair in self.pairs.read_part(part, with_images))
+        return self.order.shuffled(pairs, **place)
+
+    def _collate(self, batch: list[tuple[int, Pair]]) -> dict[str, Tensor]:
+        """Stack to "moments" (2 batch 2c h w) and what the choice's `condition` names.
+
+        Moments are float16, or float32 where latents.dtype is bfloat16. The condition is
+        "conditions" (2 batch 3 s s), "condition_moments" (2 batch 2c h w) or "labels"
+        (batch).
+        """
+        chosen = [self._choose(epoch, pair) for epoch, pair in batch]
+        moments = torch.stack([item[0] for item in chosen], dim=1)
+        others = [item[1] for item in chosen]
+        match self.choice.condition:
+            case "pixels":  # one image, shown twice without a copy, or two
+                images = torch.stack(others, dim=1)
+                pixels = to_pixels(images.flatten(0, 1)).unflatten(0, images.shape[:2])
+                return {"moments": moments, "conditions": pixels.expand(2, -1, -1, -1, -1)}
+            case "latents":
+                return {"moments": moments, "condition_moments": torch.stack(others, dim=1)}
+            case _:
+                return {"moments": moments, "labels": torch.stack(others)}
+
+    def _choose(
+        self, epoch: int, pair: Pair
+    ) -> tuple[Float[Tensor, "2 moments h w"], Shaped[Tensor, "*shape"]]:
+        """Two views of one image and what conditions them.
+
+        The random numbers depend on the seed, the epoch and the key, not on who reads the image.
+        """
+        stored = StoredLatents.of_record(pair[1])
+        rng = np.random.default_rng([self.seed, epoch, crc32(stored.key.encode())])
+        num_stored = len(stored.crops)
+        flips: bool = self.pairs.latent_index.facts["flips"]
+        num_views = num_stored // 2 if flips else num_stored
+        if self.choice.latent_views == "same":
+            first = second = int(rng.integers(num_views))
+        else:
+            first, second = 0, int(rng.integers(1, num_views))
+        if flips:  # the mirrored views stand behind all others, in the same order
+            mirrored = rng.integers(2, size=2) * num_views
+            same = self.choice.latent_views == "same"
+            first, second = first + int(mirrored[0]), second + int(mirrored[0 if same else 1])
+        moments = torch.from_numpy(stored.moments)
+        match self.choice.condition:
+            case "pixels":
+                condition = self._images(image_of(pair[0]), stored.crops[first], rng)
+            case "latents" if self.choice.cond_view == "crop":
+                condition = moments[rng.integers(num_stored, size=2)]
+            case "latents":
+                condition = moments[[first, first]]
+            case _:
+                condition = torch.tensor(image_of(pair[0]).label)
+        return moments[[first, second]], condition
+
+    def _images(
+        self, sample: Sample, crop: Crop, rng: np.random.Generator
+    ) -> UInt8[Tensor, "crops 3 s s"]:
+        """Two new crops, or the given one alone."""
+        image = decode(sample.image, name=sample.key)
+        facts = self.pairs.latent_index.facts
+        crops = [crop]
+        if self.choice.cond_view == "crop":
+            scale = facts["crop_scale_min"]
+            crops = [random_crop(rng, *image.shape[1:], scale_min=scale) for _ in range(2)]
+        return torch.stack([apply_crop(image, c, size=facts["image_size"]) for c in crops])
+
+
+class _Sequence:
+    """Items by their places, taken in rising order."""
+
+    def __init__(self, items: Iterator[Pair]) -> None:
+        self.items, self.position = items, 0
+
+    def take(self, places: range) -> list[Pair]:
+        skipped = places.start - self.position
+        assert skipped >= 0, "what was skipped is gone"
+        self.position = places.stop
+        taken = list(islice(self.items, skipped, skipped + len(places)))
+        assert len(taken) == len(places), "a stream holds all that its turns take"
+        return taken
+
+
+def training_batches(stream: TrainingStream, *, num_workers: int) -> Iterator[Mapping[str, Any]]:
+    """Run the stream in worker processes (0: in this one): the same batches whatever their number.
+
+    Where the split has 64 shards for each process, 1, 2, 4 or 8 workers read the data once between
+    them; other numbers of workers, or fewer shards, do as well but read some of them twice.
+
+    Raises:
+        ValueError: the data are damaged.
+        OSError: a server could not be reached.
+    """
+    loader = DataLoader(
+        stream,
+        batch_size=None,
+        num_workers=num_workers,
+        pin_memory=torch.cuda.is_available(),
+        persistent_workers=num_workers > 0,
+    )
+    for batch in loader:
+        if isinstance(batch, Exception):
+            raise batch
+        yield batch

@@ -1,0 +1,101 @@
+"""Maps along a chain of DDIM inversion: the image's own noise in the place of random noise."""
+
+from collections.abc import Sequence
+
+import torch
+
+from contradiff.base.loading import NoiseSchedule
+from contradiff.method.attention import (
+    NUM_UP_BLOCKS,
+    LevelMaps,
+    MapBlock,
+    advance,
+    decode_from_bottleneck,
+    maps_of_blocks,
+)
+from contradiff.method.model import ContraDiff
+from contradiff.types import Latents, Maps, Tokens
+
+CHAIN_STEPS = 20
+"""Length of the whole chain's grid ("using 20 denoising steps", the linear probe's section)."""
+
+
+def chain_to(
+    timesteps: Sequence[int], *, schedule: NoiseSchedule, key: str = "features.timesteps"
+) -> list[int]:
+    """The grid's points from the cleanest up to the noisiest of `timesteps`.
+
+    Raises:
+        ValueError: a timestep is not on the grid; names `key`, where they stand, and
+            features.noising.
+    """
+    grid = schedule.ddim_timesteps(CHAIN_STEPS)
+    if not set(timesteps) <= set(grid):
+        raise ValueError(
+            f"{key}: with features.noising ddim_chain they must be of the base's "
+            f"{CHAIN_STEPS}-step grid {grid}, not {list(timesteps)}"
+        )
+    return grid[: grid.index(max(timesteps)) + 1]
+
+
+def inverted_maps(
+    model: ContraDiff, latents: Latents, tokens: Tokens, *, timesteps: list[int]
+) -> LevelMaps:
+    """Maps at three points of a deterministic DDIM inversion (eta = 0): noisiest, middle, cleanest.
+
+    The chain climbs the base's own 20-step grid t_0 < t_1 < ..., for Stable Diffusion 1, 51, ...,
+    951. The clean latent itself is taken to be z_{t_0}: it is not scaled to t_0's noise level,
+    where alpha-bar is 0.998. Every grid point has one pass: it sees z_{t_k} at timestep t_k, gives
+    the maps of t_k, and its predicted noise e leads on (Eq. 12 of Song et al., 2021, upwards), with
+    a and a' the alpha-bars of t_k and t_{k+1}:
+
+        z_{t_{k+1}} = sqrt(a') (z_{t_k} - sqrt(1 - a) e) / sqrt(a) + sqrt(1 - a') e
+
+    which is exact only where e is the same at both points. diffusers' pipelines predict e at
+    timestep t_{k+1} from z_{t_k} instead; maps so taken would lag behind their timestep. The chain
+    ends at the noisiest timestep, whose noise is not predicted.
+
+    Deviation: the paper says neither how its 20 steps go nor which of their maps are read. This is
+    one reading; Eq. 5, in one step, is the other (`ContraDiff.level_maps`).
+
+    Args:
+        model: evaluation mode.
+        latents: clean, at unit scale.
+        tokens: their conditions, under which the model predicts the noise.
+        timesteps: three points of the grid, in any order.
+
+    Raises:
+        ValueError: a timestep is not on the grid; names features.timesteps and features.noising.
+    """
+    blocks: list[MapBlock] = [model.block]
+    maps = inverted_block_maps(model, latents, tokens, timesteps=timesteps, blocks=blocks)
+    return maps[model.block]
+
+
+def inverted_block_maps(
+    model: ContraDiff,
+    latents: Latents,
+    tokens: Tokens,
+    *,
+    timesteps: Sequence[int],
+    blocks: Sequence[MapBlock],
+) -> dict[MapBlock, LevelMaps]:
+    """As `inverted_maps`, of several blocks of the same passes."""
+    chain = chain_to(timesteps, schedule=model.schedule)
+    alphas = model.schedule.alphas_cumprod.to(latents)
+    maps: dict[MapBlock, list[Maps]] = {block: [] for block in blocks}
+    for index, timestep in enumerate(chain):
+        steps = torch.full((len(latents),), timestep, device=latents.device)
+        encoded = model.encode(latents, steps, tokens)
+        if timestep in timesteps:
+            num_up_blocks = max(NUM_UP_BLOCKS[block] for block in blocks)
+            encoded = advance(model.unet, encoded, tokens, num_up_blocks=num_up_blocks)
+            found = maps_of_blocks(model.unet, encoded, tokens, blocks=blocks)
+            for block in blocks:
+                maps[block].append(found[block])
+        if timestep != chain[-1]:
+            noise_pred = decode_from_bottleneck(model.unet, encoded, tokens)
+            here, above = alphas[timestep], alphas[chain[index + 1]]
+            clean_pred = (latents - (1 - here).sqrt() * noise_pred) / here.sqrt()
+            latents = above.sqrt() * clean_pred + (1 - above).sqrt() * noise_pred
+    return {block: torch.stack(found[::-1], dim=1) for block, found in maps.items()}

@@ -1,0 +1,345 @@
+"""Class-conditional generation: a table of embeddings in the conditioner's place (Table 5).
+
+labels => one token each for the UNet's cross-attention; the table learns, the model stays as it is
+"""
+
+import json
+import math
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Int64
+from pydantic import Field
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from contradiff.config import Section
+from contradiff.data.latents import sample
+from contradiff.data.streams import (
+    PairedShards,
+    TrainingStream,
+    ViewChoice,
+    training_batches,
+)
+from contradiff.files import replace_dir, sha256_of
+from contradiff.method.checkpoint import CONFIG_NAME, WEIGHTS_NAME
+from contradiff.method.lora import cast_frozen_weights, disable_lora, merge_lora
+from contradiff.method.model import ContraDiff
+from contradiff.method.noise import add_noise
+from contradiff.training.optim import build_adamw, cosine_with_warmup
+from contradiff.training.state import load_training_state, save_training_state
+from contradiff.types import Precision, Tokens
+
+TABLE_NAME = "table.safetensors"
+WARMUP_FRACTION = 0.02
+"""Of all steps; the paper names none."""
+IMAGES_AT_ONCE = 32
+"""A batch goes through the UNet in parts of this many, whose gradients add up: Stable Diffusion's
+activations for a batch of 512 fit no GPU."""
+
+OnStep = Callable[[int, float | None], None]
+"""Told every step's number and, at some, its loss."""
+
+
+class ClassConditionParams(Section):
+    """Section `class_condition`. Paper: one embedding layer of width 512; nothing else is said."""
+
+    epochs: int = Field(ge=0, description="0: no table, as long as nothing is made with classes")
+    width: int = Field(ge=1, description="of the embedding")
+    drop: float = Field(ge=0, lt=1, description="chance that a label is replaced by the null class")
+    batch_size: int = Field(ge=1, description="images a step")
+    lr: float = Field(gt=0, description="peak learning rate")
+    lora: bool = Field(description="whether the denoiser keeps its LoRA, here and in generation")
+
+
+class ClassTable(nn.Module):
+    """One embedding for each class and one for none, mapped to the UNet's width (Sec. 4.2.2).
+
+    At ImageNet's 1000 classes, width 512 and Stable Diffusion's 768: 906,496 parameters.
+
+    As the conditioner's, the last layer starts at zero, so that training starts from all-zero
+    tokens.
+
+    Deviation: the paper's encoder is "a single learnable embedding layer with a dimensionality of
+    512", which does not meet the UNet's 768: hence the linear layer. The row for the null class is
+    what classifier-free guidance needs.
+    """
+
+    def __init__(self, *, num_classes: int, width: int, cross_attention_dim: int) -> None:
+        """Random embeddings.
+
+        Args:
+            num_classes: labels are 0 to `num_classes` - 1.
+            width: of the embedding.
+            cross_attention_dim: width of the tokens that come out: the UNet's.
+        """
+        super().__init__()
+        self.embedding = nn.Embedding(num_classes + 1, width)
+        self.to_tokens = nn.Linear(width, cross_attention_dim)
+        nn.init.zeros_(self.to_tokens.weight)
+        nn.init.zeros_(self.to_tokens.bias)
+
+    @property
+    def null_label(self) -> int:
+        """The label of no class: the last row, `num_classes`."""
+        return self.embedding.num_embeddings - 1
+
+    def forward(self, labels: Int64[Tensor, " batch"]) -> Tokens:
+        """Labels in [0, null_label] => encoder_hidden_states, one token an image."""
+        return self.to_tokens(self.embedding(labels))[:, None]
+
+
+def choose_denoiser(model: ContraDiff, *, lora: bool) -> None:
+    """Leave ContraDiff's denoiser (LoRA merged), or the base's own, whatever was trained in it."""
+    if lora:
+        merge_lora(model.unet)
+    else:
+        disable_lora(model.unet)
+        model.self_condition = None
+
+
+def count_steps(params: ClassConditionParams, *, num_samples: int) -> int:
+    """Optimiser steps of the whole training; what is left over of an epoch is dropped.
+
+    Raises:
+        ValueError: a batch is more than all images.
+    """
+    steps_per_epoch = num_samples // params.batch_size
+    if params.epochs and steps_per_epoch == 0:
+        raise ValueError(
+            f"class_condition.batch_size: {params.batch_size} is more than the {num_samples} images"
+        )
+    return params.epochs * steps_per_epoch
+
+
+def train_class_table(
+    model: ContraDiff,
+    table: ClassTable,
+    pairs: PairedShards,
+    *,
+    params: ClassConditionParams,
+    precision: Precision,
+    seed: int,
+    device: torch.device,
+    work_dir: Path,
+    num_workers: int,
+    log_every: int,
+    checkpoint_every: int,
+    on_step: OnStep,
+) -> None:
+    """Train the table in place; begun again with the same `work_dir`, go on where it was stopped.
+
+    The loss is Eq. 3 alone, of the centre crops' latents at uniform timesteps, the label dropped to
+    the null class for each image by itself. Everything random in step s is drawn from a generator
+    seeded by (seed, s), and the data's order is fixed by the seed, so that an interrupted training
+    ends with the same weights, bit for bit on one machine. In one process: the table is small, and
+    one GPU is enough.
+
+    Deviation: the paper's "no additional fine-tuning is applied for image generation" cannot hold
+    for an embedding, which has to be learnt; nothing of the model is.
+
+    Args:
+        model: on `device`, LoRA merged or disabled as `params.lora` says; frozen here.
+        table: moved to `device`.
+        pairs: image and latent shards of the training split.
+        params: what to do.
+        precision: of the model's passes; the table and its optimiser are float32.
+        seed: of order, noise and dropped labels.
+        device: where to compute.
+        work_dir: where the state to resume from is kept.
+        num_workers: data-loading processes.
+        log_every: steps between two live reports of the loss.
+        checkpoint_every: steps between two saved states.
+        on_step: progress callback.
+
+    Raises:
+        ValueError: a batch is more than all images, or the loss is no longer finite.
+    """
+    total_steps = count_steps(params, num_samples=pairs.num_samples)
+    if total_steps == 0:
+        return
+    warmup_steps = round(WARMUP_FRACTION * total_steps)
+    model.requires_grad_(requires_grad=False).eval()
+    if precision == "bf16":
+        cast_frozen_weights(model.unet)
+    table.to(device).train()
+    optimizer = build_adamw(
+        table.named_parameters(), lr=params.lr, betas=(0.9, 0.999), weight_decay=0.0
+    )
+    state_file, start = work_dir / "state.safetensors", 0
+    if (state := load_training_state(state_file)) is not None:
+        table.load_state_dict(state.parts["table"])
+        state.restore(optimizer)
+        start = state.step
+    batches = training_batches(
+        _centre_crops(pairs, batch_size=params.batch_size, start_step=start, seed=seed),
+        num_workers=num_workers,
+    )
+    for step in range(start, total_steps):
+        scale = cosine_with_warmup(step, total_steps=total_steps, warmup_steps=warmup_steps)
+        for group in optimizer.param_groups:
+            group["lr"] = params.lr * scale
+        generator = torch.Generator(device).manual_seed(seed * 1_000_003 + step)
+        drawn = _draw(
+            model,
+            table,
+            next(batches),
+            drop=params.drop,
+            scaling_factor=pairs.latent_index.facts["scaling_factor"],
+            generator=generator,
+        )
+        loss = torch.zeros((), device=device)
+        parts = zip(*(tensor.split(IMAGES_AT_ONCE) for tensor in drawn), strict=True)
+        for latents, labels, timesteps, noise in parts:
+            # Eq. 3
+            noisy = add_noise(latents, noise, timesteps, model.schedule.alphas_cumprod)
+            with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+                noise_pred = model.noise_pred(noisy, timesteps, table(labels))
+            share = F.mse_loss(noise_pred.float(), noise) * (len(latents) / params.batch_size)
+            share.backward()
+            loss += share.detach()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+        done = step + 1
+        value = None
+        saved = done % checkpoint_every == 0 and done < total_steps
+        if done % log_every == 0 or done == total_steps or saved:
+            value = loss.item()
+            if not math.isfinite(value):
+                raise ValueError(
+                    f"class_condition.lr: the loss is {value} at step {done}, training diverged; "
+                    "lower it"
+                )
+        on_step(done, value)
+        if saved:
+            save_training_state(
+                state_file,
+                step=done,
+                parts={"table": table.state_dict()},
+                optimizer=optimizer,
+                notes={},
+            )
+    table.eval()
+
+
+def _centre_crops(
+    pairs: PairedShards, *, batch_size: int, start_step: int, seed: int
+) -> TrainingStream:
+    """View 0 of each image comes first: "two" pairs it with another view, where there is one."""
+    views = "two" if pairs.latent_index.facts["views"] > 1 else "same"
+    return TrainingStream(
+        pairs,
+        choice=ViewChoice(latent_views=views, cond_view="same", condition="labels"),
+        batch_size=batch_size,
+        start_step=start_step,
+        seed=seed,
+        rank=0,
+        world_size=1,
+    )
+
+
+def _draw(
+    model: ContraDiff,
+    table: ClassTable,
+    loaded: Mapping[str, Tensor],
+    *,
+    drop: float,
+    scaling_factor: float,
+    generator: torch.Generator,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """All that a step sees, random numbers included: latents, labels, timesteps, noise."""
+    device = generator.device
+    moments = loaded["moments"][0].to(device, non_blocking=True)
+    labels = loaded["labels"].to(device, non_blocking=True)
+    batch_size, channels, height, width = moments.shape
+    shape = (batch_size, channels // 2, height, width)
+    posterior_noise, noise = torch.randn((2, *shape), generator=generator, device=device)
+    latents = sample(moments, noise=posterior_noise, scaling_factor=scaling_factor)
+    dropped = torch.rand(batch_size, generator=generator, device=device) < drop
+    num_timesteps = model.schedule.num_train_timesteps
+    timesteps = torch.randint(num_timesteps, (batch_size,), generator=generator, device=device)
+    return latents, labels.masked_fill(dropped, table.null_label), timesteps, noise
+
+
+def save_class_table(
+    folder: Path,
+    table: ClassTable | None,
+    *,
+    checkpoint: Path,
+    num_classes: int,
+    num_steps: int,
+    params: ClassConditionParams,
+) -> None:
+    """Write table.safetensors and config.json, whole or not at all.
+
+    Args:
+        folder: to write; an earlier one is replaced.
+        table: after training; None, of no steps, leaves no weights.
+        checkpoint: folder of the model that it was trained with.
+        num_classes: without the null class.
+        num_steps: optimiser steps taken.
+        params: of the training.
+    """
+    config = {
+        "checkpoint_sha256": sha256_of(checkpoint / WEIGHTS_NAME),
+        "drop": params.drop,
+        "lora": params.lora,
+        "num_classes": num_classes,
+        "num_steps": num_steps,
+        "width": params.width,
+    }
+    with replace_dir(folder) as temporary:
+        if table is not None:
+            state = {name: value.cpu().contiguous() for name, value in table.state_dict().items()}
+            save_file(state, temporary / TABLE_NAME)
+        (temporary / CONFIG_NAME).write_text(json.dumps(config, indent=1, sort_keys=True) + "\n")
+
+
+def read_class_config(folder: Path) -> dict[str, Any]:
+    """A table's config.json.
+
+    Raises:
+        ValueError: there is none in `folder`.
+    """
+    path = folder / CONFIG_NAME
+    if not path.is_file():
+        raise ValueError(
+            f"{path}: no table of classes; run `dvc repro class_condition`, or fetch it by "
+            f"`dvc pull {folder}`"
+        )
+    return json.loads(path.read_text())
+
+
+def load_class_table(folder: Path, *, checkpoint: Path) -> ClassTable:
+    """Rebuild a trained table, in evaluation mode, on the CPU.
+
+    Args:
+        folder: as `save_class_table` wrote it.
+        checkpoint: folder of the model that it will condition.
+
+    Raises:
+        ValueError: no table, an untrained one, or one that was trained with another model.
+    """
+    config = read_class_config(folder)
+    if config["num_steps"] == 0:
+        raise ValueError(
+            f"{folder}: no table was trained, since class_condition.epochs is 0, and "
+            "generate.condition: class needs one; make class_condition.epochs 1 or more"
+        )
+    if config["checkpoint_sha256"] != sha256_of(checkpoint / WEIGHTS_NAME):
+        raise ValueError(
+            f"{folder}: trained with another model than {checkpoint}; "
+            "run `dvc repro class_condition`"
+        )
+    weights = load_file(folder / TABLE_NAME)
+    table = ClassTable(
+        num_classes=config["num_classes"],
+        width=config["width"],
+        cross_attention_dim=len(weights["to_tokens.bias"]),
+    )
+    table.load_state_dict(weights)
+    return table.eval()

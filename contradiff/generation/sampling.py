@@ -1,0 +1,166 @@
+"""Generation: Gaussian noise -> solver steps -> latents -> images (Tables 4 and 5, Appendix A)."""
+
+from collections.abc import Iterator
+from copy import deepcopy
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from pydantic import Field, model_validator
+
+from contradiff.config import Section
+from contradiff.data.latents import decode_latents, downsampling_factor
+from contradiff.generation.conditions import Conditioning, stacked_noise
+from contradiff.generation.solvers import Scheduler, Solver
+from contradiff.generation.token_cache import keys_and_values_kept
+from contradiff.method.model import ContraDiff
+from contradiff.types import ByteImages, Latents, Precision, Tokens
+
+if TYPE_CHECKING:
+    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+
+
+class GenerateParams(Section):
+    """Section `generate`. Paper: 50,000 images, 100 steps.
+
+    Deviation: the paper names no guidance.
+    """
+
+    condition: Literal["noise", "image", "class"] = Field(
+        description="noise: unconditional (App. A) | image: of the val split (Fig. 4) | "
+        "class: balanced labels (Table 5)"
+    )
+    guidance: float = Field(ge=0, description="classifier-free; 1: none")
+    guidance_interval: list[float] = Field(
+        min_length=2,
+        max_length=2,
+        description="part of the schedule that is guided: 0 is clean, 1 noise; 0 to 1: all",
+    )
+    num_samples: int = Field(ge=1)
+    solver: Solver = Field(description="ddim (paper, eta = 0) | dpmsolver++ | unipc: fewer steps")
+    num_inference_steps: int = Field(ge=1, description="of the solver")
+    batch_size: int = Field(ge=1, description="images at once, within a shard")
+    precision: Precision = Field(description="of the UNet's passes; the VAE stays in fp32")
+
+    @model_validator(mode="after")
+    def _noise_has_nothing_to_guide(self) -> "GenerateParams":
+        if self.condition == "noise" and self.guidance != 1:
+            raise ValueError(
+                f"generate.guidance is {self.guidance:g}, but generate.condition: noise is the "
+                "null condition itself, with nothing to guide; set generate.guidance to 1"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _interval_is_of_some_guidance(self) -> "GenerateParams":
+        low, high = self.guidance_interval
+        if not 0 <= low < high <= 1:
+            raise ValueError(
+                "generate.guidance_interval must be two rising numbers between 0 and 1 "
+                f"(got {low:g}, {high:g})"
+            )
+        if self.guidance == 1 and (low, high) != (0, 1):
+            raise ValueError(
+                f"generate.guidance_interval is {low:g} to {high:g}, but generate.guidance 1 is "
+                "none; set the interval to 0 and 1, or some guidance"
+            )
+        return self
+
+
+@torch.inference_mode()
+def denoise(
+    model: ContraDiff,
+    scheduler: Scheduler,
+    noise: Latents,
+    tokens: Tokens,
+    *,
+    null_tokens: Tokens | None = None,
+    guidance: float = 1.0,
+    guidance_interval: tuple[float, float] = (0.0, 1.0),
+    precision: Precision = "fp32",
+) -> Latents:
+    """Run the reverse process from pure noise, deterministically.
+
+    With null tokens, by classifier-free guidance (Ho and Salimans, 2022, in the form in which 1 is
+    no guidance): eps = eps_null + guidance * (eps_cond - eps_null), both in one pass. Outside the
+    interval (Kynkäänniemi et al., 2024) eps_cond alone, in half the time.
+
+    Args:
+        model: evaluation mode.
+        scheduler: with its timesteps set; left as it is, though solvers keep state.
+        noise: Gaussian, of unit variance.
+        tokens: conditions.
+        null_tokens: null conditions of the same shape; None, for guidance 1, takes half the time.
+        guidance: 0 is the null condition alone, 1 the condition alone, above 1 goes beyond it.
+        guidance_interval: guided are timesteps between these parts of the schedule.
+        precision: of the UNet's passes; the solver's own steps are float32.
+    """
+    assert null_tokens is not None or guidance == 1, "guidance needs the null condition"
+    scheduler = deepcopy(scheduler)
+    low, high = (part * model.schedule.num_train_timesteps for part in guidance_interval)
+    both = None if null_tokens is None else torch.cat([tokens, null_tokens])
+    latents = noise * scheduler.init_noise_sigma
+    autocast = torch.autocast(noise.device.type, torch.bfloat16, enabled=precision == "bf16")
+    with keys_and_values_kept(model.unet), autocast:
+        for timestep in scheduler.timesteps:
+            inputs = scheduler.scale_model_input(latents, timestep)
+            steps = torch.full((len(inputs),), int(timestep), device=inputs.device)
+            if both is None or not low <= timestep <= high:
+                noise_pred = model.noise_pred(inputs, steps, tokens).float()
+            else:
+                predictions = model.noise_pred(
+                    inputs.repeat(2, 1, 1, 1), steps.repeat(2), both
+                ).float()
+                conditional, null = predictions.chunk(2)
+                noise_pred = null + guidance * (conditional - null)
+            latents = scheduler.step(noise_pred, timestep, latents).prev_sample
+    return latents
+
+
+def generate(
+    model: ContraDiff,
+    vae: "AutoencoderKL",
+    scheduler: Scheduler,
+    *,
+    indices: range,
+    conditioning: Conditioning,
+    params: GenerateParams,
+    image_size: int,
+    seed: int,
+    device: torch.device,
+) -> Iterator[ByteImages]:
+    """Yield batches of images, in the order of their sample indices.
+
+    Args:
+        model: evaluation mode, LoRA merged or not, on `device`.
+        vae: float32, on `device`.
+        scheduler: with its timesteps set.
+        indices: of the samples to make, in steps of one.
+        conditioning: `unconditional`, `image_conditional` or `class_conditional`.
+        params: batch size, guidance and precision.
+        image_size: side of the images.
+        seed: sample i has noise of (seed, i).
+        device: where to compute.
+    """
+    # Not the UNet's own sample_size: Stable Diffusion's is 64, for 512 pixels.
+    side = image_size // downsampling_factor(vae)
+    shape = (model.unet.config["in_channels"], side, side)
+    low, high = params.guidance_interval
+    for first in range(0, len(indices), params.batch_size):
+        batch = indices[first : first + params.batch_size]
+        clean = denoise(
+            model,
+            scheduler,
+            stacked_noise(shape, seed=seed, indices=batch, stream="latent").to(device),
+            conditioning.tokens(batch),
+            null_tokens=conditioning.null_tokens(batch) if params.guidance != 1 else None,
+            guidance=params.guidance,
+            guidance_interval=(low, high),
+            precision=params.precision,
+        )
+        yield decode_latents(vae, clean).cpu()
+
+
+def shard_indices(num_samples: int, *, samples_per_shard: int) -> list[range]:
+    """Cut samples into shards: a shard's own indices are all that its images depend on."""
+    starts = range(0, num_samples, samples_per_shard)
+    return [range(start, min(start + samples_per_shard, num_samples)) for start in starts]

@@ -1,0 +1,113 @@
+"""The image conditioner: an image -> tokens for the UNet's cross-attention (Sec. 4.1, Fig. 2)."""
+
+from typing import Literal
+
+import torch
+from jaxtyping import Bool
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+
+from contradiff.config import Section
+from contradiff.method.transformer import Block
+from contradiff.types import Conditions, Latents, Pixels, Tokens
+
+
+class ConditionerParams(Section):
+    """Section `conditioner`. Paper: width 512; depth, heads and patches follow from its count."""
+
+    input: Literal["pixels", "latents"] = Field(
+        description="what is cut into patches: the image (paper) or its latent"
+    )
+    patch_size: int = Field(ge=1, description="side of a patch, in pixels or latent positions")
+    width: int = Field(ge=1)
+    depth: int = Field(ge=1)
+    num_heads: int = Field(ge=1)
+    drop: float = Field(
+        ge=0, lt=1, description="chance that a condition is Gaussian noise (App. A)"
+    )
+    cond_view: Literal["same", "crop", "noise"] = Field(
+        description="same: one clean image for both views (paper) | crop: an independent crop for "
+        "each | noise: as same, but the second view has the null condition"
+    )
+
+    @model_validator(mode="after")
+    def _heads_divide_width(self) -> "ConditionerParams":
+        if self.width % self.num_heads:
+            raise ValueError("conditioner.width must be a multiple of conditioner.num_heads")
+        return self
+
+
+class Conditioner(nn.Module):
+    """A ViT over the clean image: patches, learned positions, pre-norm blocks, a linear map out.
+
+    With `input` "latents" the patches are the clean latent's: no pixels are needed in training.
+
+    The last linear layer starts at zero, so that training starts from all-zero tokens: for the tiny
+    base exactly its unconditional mode, for Stable Diffusion cross-attention that adds its bias
+    alone. The paper does not say how its conditioner starts.
+    """
+
+    def __init__(
+        self,
+        *,
+        input: Literal["pixels", "latents"],  # noqa: A002  # the parameter's name
+        in_channels: int,
+        size: int,
+        patch_size: int,
+        width: int,
+        depth: int,
+        num_heads: int,
+        cross_attention_dim: int,
+    ) -> None:
+        """Random weights.
+
+        Args:
+            input: what `forward` takes.
+            in_channels: of the input: 3 for pixels.
+            size: side of the input, a multiple of `patch_size`.
+            patch_size: side of a patch; (size / patch_size)^2 tokens.
+            width: of the blocks.
+            depth: number of blocks.
+            num_heads: of each block.
+            cross_attention_dim: width of the tokens that come out: the UNet's.
+
+        Raises:
+            ValueError: patches do not tile the image.
+        """
+        super().__init__()
+        if size % patch_size:
+            raise ValueError(
+                f"conditioner.patch_size: {patch_size} does not divide {size}, the side of the "
+                f"{input} (data.image_size)"
+            )
+        self.input: Literal["pixels", "latents"] = input
+        self.shape = (in_channels, size, size)
+        num_tokens = (size // patch_size) ** 2
+        self.to_patches = nn.Conv2d(in_channels, width, kernel_size=patch_size, stride=patch_size)
+        self.positions = nn.Parameter(torch.randn(1, num_tokens, width) * 0.02)
+        self.blocks = nn.Sequential(
+            *(Block(width, num_heads=num_heads, mlp_ratio=4) for _ in range(depth))
+        )
+        self.norm = nn.LayerNorm(width)
+        self.to_tokens = nn.Linear(width, cross_attention_dim)
+        nn.init.zeros_(self.to_tokens.weight)
+        nn.init.zeros_(self.to_tokens.bias)
+
+    def choose(self, *, pixels: Pixels, latents: Latents) -> Conditions:
+        """Of the two forms of clean images, the one that `forward` takes."""
+        return pixels if self.input == "pixels" else latents
+
+    def forward(self, conditions: Conditions) -> Tokens:
+        """Images (pixels, or scaled latents), or Gaussian noise => encoder_hidden_states."""
+        patches = self.to_patches(conditions).flatten(2).transpose(1, 2)
+        return self.to_tokens(self.norm(self.blocks(patches + self.positions)))
+
+
+def drop_conditions(
+    conditions: Conditions, *, dropped: Bool[Tensor, " batch"], noise: Conditions
+) -> Conditions:
+    """Replace the images where `dropped` by Gaussian noise, each image for itself.
+
+    c(noise) is the paper's unconditional mode (App. A) and the null of classifier-free guidance.
+    """
+    return torch.where(dropped.view(-1, 1, 1, 1), noise, conditions)

@@ -1,0 +1,203 @@
+"""ContraDiff: the frozen base with LoRA, conditioner, attention and projector, put together."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from contradiff.base.config import downsampling_of
+from contradiff.base.loading import NoiseSchedule, load_unet
+from contradiff.method.attention import (
+    Encoded,
+    HeadParams,
+    LevelMaps,
+    MapBlock,
+    Projector,
+    SelfCondition,
+    TriTimestepAttention,
+    block_channels,
+    decode_from_bottleneck,
+    encode_to_bottleneck,
+    maps_of_blocks,
+)
+from contradiff.method.conditioner import Conditioner, ConditionerParams
+from contradiff.method.lora import LoraParams, add_lora
+from contradiff.method.noise import NUM_LEVELS, add_noise
+from contradiff.types import Conditions, Latents, Timesteps, Tokens
+
+if TYPE_CHECKING:
+    from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+
+TRAINED_PARTS = ("conditioner", "self_condition", "attention", "projector")
+"""Besides the LoRA in the UNet."""
+
+
+class ContraDiff(nn.Module):
+    """One model that classifies and generates.
+
+    Trainable are the LoRA within `unet`, `conditioner`, `attention`, `projector` and, where there
+    is one, `self_condition`; the base's own weights never change. `noise_pred`,
+    `level_maps` and `attention` are what generation and classification use; `TrainingStep` is the
+    loss.
+    """
+
+    def __init__(
+        self,
+        unet: "UNet2DConditionModel",
+        schedule: NoiseSchedule,
+        *,
+        lora: LoraParams,
+        conditioner: ConditionerParams,
+        head: HeadParams,
+        image_size: int,
+        downsampling: int,
+    ) -> None:
+        """Add the trainable parts to a frozen UNet; their weights are random, LoRA's update zero.
+
+        Args:
+            unet: the base's denoiser; gets LoRA layers in place.
+            schedule: the base's alpha-bars.
+            lora: rank, alpha and targets.
+            conditioner: shape of the conditioner.
+            head: shapes of attention and projector.
+            image_size: side of the images.
+            downsampling: of the base's VAE, an image's side over its latent's.
+
+        Raises:
+            ValueError: a LoRA target matches nothing, patches do not tile the image, or the UNet
+                has no block of head.block.
+        """
+        super().__init__()
+        add_lora(unet, rank=lora.rank, alpha=lora.alpha, targets=lora.targets)
+        self.unet = unet
+        self.schedule = schedule
+        pixels = conditioner.input == "pixels"
+        self.conditioner = Conditioner(
+            input=conditioner.input,
+            in_channels=3 if pixels else unet.config["in_channels"],
+            size=image_size if pixels else image_size // downsampling,
+            patch_size=conditioner.patch_size,
+            width=conditioner.width,
+            depth=conditioner.depth,
+            num_heads=conditioner.num_heads,
+            cross_attention_dim=unet.config["cross_attention_dim"],
+        )
+        self.self_condition = SelfCondition(unet) if head.self_conditioning else None
+        self.block: MapBlock = head.block
+        self.attention = TriTimestepAttention(
+            in_channels=block_channels(unet, head.block),
+            width=head.width,
+            num_heads=head.num_heads,
+            mlp_ratio=head.mlp_ratio,
+        )
+        self.projector = Projector(
+            in_width=head.width, width=head.projector_width, out_width=head.projector_out
+        )
+
+    def encode_condition(self, conditions: Conditions) -> Tokens:
+        """Images, or Gaussian noise for the null condition => encoder_hidden_states."""
+        return self.conditioner(conditions)
+
+    def noise_pred(self, noisy_latents: Latents, timesteps: Timesteps, tokens: Tokens) -> Latents:
+        """The UNet's whole pass: predicted noise."""
+        encoded = self.encode(noisy_latents, timesteps, tokens)
+        return decode_from_bottleneck(self.unet, encoded, tokens)
+
+    def encode(self, noisy_latents: Latents, timesteps: Timesteps, tokens: Tokens) -> Encoded:
+        """The UNet's first half, with self-conditioning where the model has it."""
+        encoded = encode_to_bottleneck(self.unet, noisy_latents, timesteps, tokens)
+        return encoded if self.self_condition is None else self.self_condition(encoded)
+
+    def level_maps(
+        self,
+        latents: Latents,
+        tokens: Tokens,
+        *,
+        timesteps: list[int],
+        noise: Float[Tensor, "3 batch channels h w"],
+    ) -> LevelMaps:
+        """Maps of clean latents noised to a fixed triple (Eq. 5): noisiest, middle, cleanest."""
+        blocks: list[MapBlock] = [self.block]
+        maps = self.level_block_maps(
+            latents, tokens, timesteps=timesteps, noise=noise, blocks=blocks
+        )
+        return maps[self.block]
+
+    def level_block_maps(
+        self,
+        latents: Latents,
+        tokens: Tokens,
+        *,
+        timesteps: Sequence[int],
+        noise: Float[Tensor, "3 batch channels h w"],
+        blocks: Sequence[MapBlock],
+    ) -> dict[MapBlock, LevelMaps]:
+        """As `level_maps`, of several blocks of the same pass."""
+        levels = torch.tensor(sorted(timesteps, reverse=True), device=latents.device)
+        steps = levels.repeat_interleave(len(latents))
+        repeated = latents.repeat(NUM_LEVELS, 1, 1, 1)
+        noisy = add_noise(repeated, noise.flatten(0, 1), steps, self.schedule.alphas_cumprod)
+        tokens = tokens.repeat(NUM_LEVELS, 1, 1)
+        encoded = self.encode(noisy, steps, tokens)
+        maps = maps_of_blocks(self.unet, encoded, tokens, blocks=blocks)
+        return {
+            block: found.unflatten(0, (NUM_LEVELS, -1)).transpose(0, 1)
+            for block, found in maps.items()
+        }
+
+    def trained_state(self) -> dict[str, Tensor]:
+        """The weights that training may change, and BatchNorm's statistics: not the frozen base."""
+        return {
+            name: tensor
+            for name, tensor in self.state_dict().items()
+            if not name.startswith("unet.") or "lora_" in name
+        }
+
+    def load_trained_state(self, state: Mapping[str, Tensor]) -> None:
+        """Inverse of `trained_state`.
+
+        Raises:
+            ValueError: the weights are not exactly those of this model's trainable parts.
+        """
+        expected = {(name, tensor.shape) for name, tensor in self.trained_state().items()}
+        given = {(name, tensor.shape) for name, tensor in state.items()}
+        if expected != given:
+            difference = sorted({name for name, _ in expected ^ given})[:3]
+            raise ValueError(
+                "checkpoint: made with other lora, conditioner or head parameters "
+                f"(such as {difference})"
+            )
+        self.load_state_dict(state, strict=False)
+
+    def train(self, mode: bool = True) -> "ContraDiff":
+        """As usual, but the frozen base stays in evaluation mode."""
+        super().train(mode)
+        self.unet.eval()
+        return self
+
+
+def build_model(
+    base: Path,
+    *,
+    lora: LoraParams,
+    conditioner: ConditionerParams,
+    head: HeadParams,
+    image_size: int,
+    seed: int,
+) -> ContraDiff:
+    """Load the frozen base from a folder and add the trainable parts, initialised from `seed`."""
+    unet = load_unet(base)
+    schedule = NoiseSchedule.of_base(base)
+    torch.manual_seed(seed)
+    return ContraDiff(
+        unet,
+        schedule,
+        lora=lora,
+        conditioner=conditioner,
+        head=head,
+        image_size=image_size,
+        downsampling=downsampling_of(base),
+    )

@@ -1,0 +1,357 @@
+"""The recipe of the tiny base: a latent diffusion model of a few MB, trained without labels.
+
+It plays Stable Diffusion's part in the embedded default: pretrained on other images than those
+that ContraDiff is later trained on (same renderer, other seeds), conditioned through
+cross-attention on "captions" that know no classes, frozen afterwards. A caption here is the mean
+colour of the image's four quadrants, projected by a fixed random matrix: it stands where CLIP's
+text stood, so that the cross-attention which LoRA later adapts has learned to listen to something.
+
+images (n 3 h w) in [-1, 1] -> AutoencoderKL, f = 4 -> latents (n 4 h/4 w/4) -> UNet2DConditionModel
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from copy import deepcopy
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from jaxtyping import Float, UInt8
+from torch import Tensor, nn
+
+from contradiff.method.losses import min_snr_weights
+from contradiff.training.state import load_training_state, save_training_state
+
+if TYPE_CHECKING:
+    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+    from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+    from diffusers.schedulers.scheduling_ddim import DDIMScheduler
+
+CAPTION_DIM = 64
+"""Cross-attention width of the tiny UNet, and so of its captions."""
+
+MIN_SNR_GAMMA = 5.0
+"""Of the denoiser's loss (Hang et al., 2023): less weight on low noise, which a glance forgives."""
+
+CHECKPOINT_EVERY = 500
+"""Optimiser steps between two saved states."""
+
+OnProgress = Callable[[int, Mapping[str, float]], None]
+M = TypeVar("M", bound=nn.Module)
+
+
+@dataclass(frozen=True)
+class Share:
+    """One process's part of every batch: row i belongs to process i modulo `num_processes`.
+
+    All random numbers are drawn for the whole batch by every process, and gradients are averaged,
+    so that the result does not depend on the number of processes, up to the order of float sums.
+    """
+
+    rank: int
+    num_processes: int
+    device: torch.device
+
+    def check(self, batch_size: int) -> None:
+        """Raise ValueError if a batch does not divide evenly."""
+        if batch_size % self.num_processes:
+            raise ValueError(
+                f"{batch_size} images do not divide over {self.num_processes} processes"
+            )
+
+    def of(self, batch: Tensor) -> Tensor:
+        """This process's rows, on its device."""
+        return batch[self.rank :: self.num_processes].to(self.device)
+
+    def average_gradients(self, model: nn.Module) -> None:
+        """Replace every gradient by its mean over all processes."""
+        if self.num_processes == 1:
+            return
+        gradients = [p.grad for p in model.parameters() if p.grad is not None]
+        flat = torch.cat([gradient.flatten() for gradient in gradients])
+        dist.all_reduce(flat)
+        flat /= self.num_processes
+        for gradient, mean in zip(
+            gradients, flat.split([gradient.numel() for gradient in gradients]), strict=True
+        ):
+            gradient.copy_(mean.view_as(gradient))
+
+
+def build_vae() -> "AutoencoderKL":
+    """AutoencoderKL with f = 4 and 4 latent channels, random weights."""
+    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+
+    return AutoencoderKL(
+        block_out_channels=(16, 32, 64),  # pyright: ignore[reportArgumentType]
+        down_block_types=("DownEncoderBlock2D",) * 3,  # pyright: ignore[reportArgumentType]
+        up_block_types=("UpDecoderBlock2D",) * 3,  # pyright: ignore[reportArgumentType]
+        layers_per_block=1,
+        latent_channels=4,
+        norm_num_groups=8,
+        sample_size=32,
+        scaling_factor=1.0,
+    )
+
+
+def build_unet() -> "UNet2DConditionModel":
+    """UNet2DConditionModel over 8x8x4 latents, random weights; its bottleneck is 96x4x4.
+
+    Like Stable Diffusion's at 256 pixels the bottleneck has 4 x 4 positions. Attention stands there
+    alone: the same compute in wider convolutions at 8 x 8 gave a lower loss (docs/log.md).
+    """
+    from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+
+    return UNet2DConditionModel(
+        sample_size=8,
+        in_channels=4,
+        out_channels=4,
+        block_out_channels=(64, 96),
+        layers_per_block=1,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        cross_attention_dim=CAPTION_DIM,
+        attention_head_dim=4,
+        norm_num_groups=16,
+    )
+
+
+def captions(images: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch 4 width_c"]:
+    """Label-free captions: the four quadrants' mean colours through a fixed random projection."""
+    generator = torch.Generator().manual_seed(20_260)
+    projection = torch.randn(3, CAPTION_DIM, generator=generator)
+    colours = F.adaptive_avg_pool2d(images, 2).flatten(2).transpose(1, 2)
+    return colours @ projection.to(images)
+
+
+def train_vae(
+    images: UInt8[Tensor, "num_images 3 height width"],
+    *,
+    num_steps: int,
+    batch_size: int,
+    lr: float,
+    kl_weight: float,
+    seed: int,
+    share: Share,
+    work_dir: Path,
+    on_progress: OnProgress,
+) -> "AutoencoderKL":
+    """Train the autoencoder on |x - x'| + |grad x - grad x'| + kl_weight * KL.
+
+    The gradient term (finite differences at two scales) keeps edges that a plain L1 blurs. After a
+    kill it goes on at the last checkpoint. The averaged weights are returned; the scaling factor is
+    set to 1 / std of the latents, as for Stable Diffusion.
+
+    Args:
+        images: uint8 pixels.
+        num_steps: optimiser steps.
+        batch_size: images a step, over all processes.
+        lr: peak learning rate of AdamW; one cycle of warm-up and cosine.
+        kl_weight: weight of the KL divergence to N(0, 1), per image and per pixel of the output.
+        seed: of weights, order and noise.
+        share: this process's part of each batch.
+        work_dir: where checkpoints go.
+        on_progress: told the step and the losses.
+
+    Raises:
+        ValueError: the batch does not divide over the processes.
+    """
+    share.check(batch_size)
+    torch.manual_seed(seed)
+    vae = build_vae().to(share.device)  # pyright: ignore[reportArgumentType]
+
+    def loss_of(step: int) -> tuple[Tensor, dict[str, float]]:
+        generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
+        batch = share.of(_draw(images, batch_size, generator))
+        posterior = vae.encode(batch).latent_dist  # pyright: ignore[reportAttributeAccessIssue]
+        noise = share.of(torch.randn(batch_size, *posterior.mean.shape[1:], generator=generator))
+        decoded = vae.decode(posterior.mean + posterior.std * noise).sample  # pyright: ignore[reportAttributeAccessIssue]
+        reconstruction = F.l1_loss(decoded, batch)
+        edges = _edge_loss(decoded, batch) + _edge_loss(
+            F.avg_pool2d(decoded, 2), F.avg_pool2d(batch, 2)
+        )
+        kl = posterior.kl().mean() / batch[0].numel()
+        loss = reconstruction + edges + kl_weight * kl
+        return loss, {"l1": reconstruction.item(), "kl": kl.item()}
+
+    average = _train(
+        vae,
+        loss_of,
+        num_steps=num_steps,
+        lr=lr,
+        share=share,
+        checkpoint=work_dir / "vae.safetensors",
+        on_progress=on_progress,
+    )
+    with torch.no_grad():
+        generator = torch.Generator().manual_seed(seed)
+        some = _draw(images, min(2048, len(images)), generator).to(share.device)
+        means = average.encode(some).latent_dist.mean  # pyright: ignore[reportAttributeAccessIssue]
+    average.register_to_config(scaling_factor=round(1.0 / means.std().item(), 5))
+    return average
+
+
+def train_unet(
+    images: UInt8[Tensor, "num_images 3 height width"],
+    vae: "AutoencoderKL",
+    *,
+    num_steps: int,
+    batch_size: int,
+    lr: float,
+    caption_drop: float,
+    seed: int,
+    share: Share,
+    work_dir: Path,
+    on_progress: OnProgress,
+) -> "UNet2DConditionModel":
+    """Train the denoiser on Eq. 3 with min-SNR weights and uniform timesteps.
+
+    Captions are zeroed with probability `caption_drop`, so that all-zero tokens mean
+    "unconditional". Latents are drawn from the VAE's posterior once, for the image and its mirror
+    image. Stops and resumes like `train_vae`.
+
+    Args:
+        images: uint8 pixels.
+        vae: trained autoencoder with its scaling factor, on the share's device.
+        num_steps: optimiser steps.
+        batch_size: images a step, over all processes.
+        lr: peak learning rate.
+        caption_drop: probability in [0, 1].
+        seed: of weights, order and noise.
+        share: this process's part of each batch.
+        work_dir: where checkpoints go.
+        on_progress: told the step and the loss.
+
+    Raises:
+        ValueError: the batch does not divide over the processes.
+    """
+    share.check(batch_size)
+    torch.manual_seed(seed + 1)
+    unet = build_unet().to(share.device, memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue, reportArgumentType]
+    scheduler = build_scheduler()
+    alphas_cumprod = scheduler.alphas_cumprod
+    num_train_timesteps = len(alphas_cumprod)
+    weights = min_snr_weights(alphas_cumprod, gamma=MIN_SNR_GAMMA).to(share.device)
+    latents, tokens = _encode_all(images, vae, seed=seed, device=share.device)
+
+    def loss_of(step: int) -> tuple[Tensor, dict[str, float]]:
+        generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
+        index = torch.randint(len(latents), (batch_size,), generator=generator)
+        noise = torch.randn(batch_size, *latents.shape[1:], generator=generator)
+        timesteps = torch.randint(num_train_timesteps, (batch_size,), generator=generator)
+        kept = torch.rand(batch_size, 1, 1, generator=generator) >= caption_drop
+        index, noise, timesteps, kept = (share.of(x) for x in (index, noise, timesteps, kept))
+        noisy = scheduler.add_noise(latents[index], noise, timesteps)  # pyright: ignore[reportArgumentType]
+        prediction = unet(noisy, timesteps, encoder_hidden_states=tokens[index] * kept).sample
+        error = F.mse_loss(prediction, noise, reduction="none").mean(dim=(1, 2, 3))
+        loss = (weights[timesteps] * error).mean()
+        return loss, {"loss": loss.item(), "error": error.mean().item()}
+
+    return _train(
+        unet,
+        loss_of,
+        num_steps=num_steps,
+        lr=lr,
+        share=share,
+        checkpoint=work_dir / "unet.safetensors",
+        on_progress=on_progress,
+    )
+
+
+def build_scheduler() -> "DDIMScheduler":
+    """Stable Diffusion's noise schedule: 1000 betas, scaled linear, 0.00085 to 0.012."""
+    from diffusers.schedulers.scheduling_ddim import DDIMScheduler
+
+    return DDIMScheduler(
+        num_train_timesteps=1000,
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        steps_offset=1,
+        set_alpha_to_one=False,
+        clip_sample=False,
+    )
+
+
+def _draw(
+    images: UInt8[Tensor, "num_images 3 height width"], batch_size: int, generator: torch.Generator
+) -> Float[Tensor, "batch 3 height width"]:
+    """Draw images with replacement, mirrored half the time, in [-1, 1]."""
+    index = torch.randint(len(images), (batch_size,), generator=generator)
+    batch = images[index].float().div(127.5).sub(1.0)
+    mirrored = torch.rand(batch_size, 1, 1, 1, generator=generator) < 0.5
+    return torch.where(mirrored, batch.flip(-1), batch)
+
+
+def _edge_loss(first: Tensor, second: Tensor) -> Tensor:
+    """Mean absolute difference of horizontal and vertical finite differences."""
+    difference = first - second
+    return difference.diff(dim=-1).abs().mean() + difference.diff(dim=-2).abs().mean()
+
+
+@torch.no_grad()
+def _encode_all(
+    images: UInt8[Tensor, "num_images 3 height width"],
+    vae: "AutoencoderKL",
+    *,
+    seed: int,
+    device: torch.device,
+) -> tuple[Float[Tensor, "twice 4 h w"], Float[Tensor, "twice 4 width_c"]]:
+    """Latents, scaled, and captions of every image and its mirror image."""
+    generator = torch.Generator().manual_seed(seed)
+    latents: list[Tensor] = []
+    tokens: list[Tensor] = []
+    for chunk in images.split(256):
+        pixels = chunk.float().div(127.5).sub(1.0).to(device)
+        for version in (pixels, pixels.flip(-1)):
+            posterior = vae.encode(version).latent_dist  # pyright: ignore[reportAttributeAccessIssue]
+            noise = torch.randn(posterior.mean.shape, generator=generator).to(device)
+            latents.append((posterior.mean + posterior.std * noise) * vae.config["scaling_factor"])
+            tokens.append(captions(version))
+    return torch.cat(latents).contiguous(), torch.cat(tokens)
+
+
+def _train(
+    model: M,
+    loss_of: Callable[[int], tuple[Tensor, dict[str, float]]],
+    *,
+    num_steps: int,
+    lr: float,
+    share: Share,
+    checkpoint: Path,
+    on_progress: OnProgress,
+) -> M:
+    """AdamW with warm-up and cosine, an average of the weights, a checkpoint now and then."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.99), weight_decay=1e-4)
+    average = deepcopy(model).requires_grad_(requires_grad=False)
+    start = 0
+    if (state := load_training_state(checkpoint)) is not None:
+        model.load_state_dict(state.parts["model"])
+        average.load_state_dict(state.parts["average"])
+        state.restore(optimizer)
+        start = state.step
+    for step in range(start, num_steps):
+        warmup = min(1.0, (step + 1) / 200)
+        for group in optimizer.param_groups:
+            group["lr"] = lr * warmup * 0.5 * (1.0 + math.cos(math.pi * step / num_steps))
+        loss, parts = loss_of(step)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        share.average_gradients(model)
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        decay = min(0.999, (step + 1) / (step + 10))
+        with torch.no_grad():
+            torch._foreach_lerp_(list(average.parameters()), list(model.parameters()), 1.0 - decay)  # pyright: ignore[reportPrivateUsage, reportPrivateImportUsage]
+        on_progress(step + 1, parts)
+        if (step + 1) % CHECKPOINT_EVERY == 0 and share.rank == 0:
+            save_training_state(
+                checkpoint,
+                step=step + 1,
+                parts={"model": model.state_dict(), "average": average.state_dict()},
+                optimizer=optimizer,
+                notes={},
+            )
+    return average.eval()

@@ -1,0 +1,468 @@
+"""Every image in its turn, whoever reads it and wherever one starts."""
+
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+from itertools import chain, islice
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from contradiff.data import order
+from contradiff.data import streams as loading
+from contradiff.data.latents import StoredLatents
+from contradiff.data.order import Part
+from contradiff.data.shards import ShardIndex, read_images, read_split, write_split
+from contradiff.data.streams import PairedShards, TrainingStream, ViewChoice, training_batches
+from contradiff.data.transforms import apply_crop, decode, to_pixels
+
+NUM_IMAGES = 24
+
+
+@pytest.fixture
+def pairs(tiny_data: Path) -> PairedShards:
+    return PairedShards.open(tiny_data / "images", tiny_data / "latents", split="train")
+
+
+def stream_of(pairs: PairedShards, **changes: Any) -> TrainingStream:
+    settings: dict[str, Any] = {
+        "choice": ViewChoice("two", "crop", "pixels"),
+        "batch_size": 4,
+        "start_step": 0,
+        "seed": 0,
+        "rank": 0,
+        "world_size": 1,
+    }
+    return TrainingStream(pairs, **(settings | changes))
+
+
+def batches_of(
+    pairs: PairedShards, number: int, *, num_workers: int = 0, **changes: Any
+) -> list[dict[str, Tensor]]:
+    stream = stream_of(pairs, **changes)
+    return [
+        dict(item) for item in islice(training_batches(stream, num_workers=num_workers), number)
+    ]
+
+
+@pytest.fixture(scope="module")
+def views(tiny_data: Path) -> dict[bytes, tuple[str, int]]:
+    """Which image's which view some moments are."""
+    stored = map(StoredLatents.of_record, read_split(tiny_data / "latents", "train"))
+    found = {
+        moments.tobytes(): (item.key, view)
+        for item in stored
+        for view, moments in enumerate(item.moments)
+    }
+    assert len(found) == 3 * NUM_IMAGES
+    return found
+
+
+Views = dict[bytes, tuple[str, int]]
+
+
+def shown(batch: dict[str, Tensor], views: Views) -> list[tuple[tuple[str, int], tuple[str, int]]]:
+    """Image and view of each pair of moments."""
+    first, second = batch["moments"].numpy()
+    return [(views[a.tobytes()], views[b.tobytes()]) for a, b in zip(first, second, strict=True)]
+
+
+def keys(batches: list[dict[str, Tensor]], views: Views) -> list[str]:
+    return [first[0] for batch in batches for first, _ in shown(batch, views)]
+
+
+def test_batches_have_two_views_and_two_conditions(pairs: PairedShards):
+    (batch,) = batches_of(pairs, 1)
+    assert batch["moments"].shape == (2, 4, 8, 8, 8)
+    assert batch["moments"].dtype == torch.float16
+    assert batch["conditions"].shape == (2, 4, 3, 32, 32)
+    assert batch["conditions"].abs().max() <= 1
+
+
+def test_an_epoch_sees_every_image_once(pairs: PairedShards, views: Views):
+    seen = keys(batches_of(pairs, 18), views)
+    epochs = [seen[start : start + NUM_IMAGES] for start in (0, NUM_IMAGES, 2 * NUM_IMAGES)]
+    assert all(len(set(epoch)) == NUM_IMAGES for epoch in epochs)
+    assert epochs[0] != epochs[1] != epochs[2]
+
+
+def test_what_fills_no_batch_is_left_out_and_differs_between_epochs(
+    pairs: PairedShards, views: Views
+):
+    epochs = [
+        keys(batches_of(pairs, 4, batch_size=5, start_step=start), views) for start in (0, 4, 8)
+    ]
+    assert [len(set(epoch)) for epoch in epochs] == [20, 20, 20]
+    assert len({frozenset(epoch) for epoch in epochs}) == 3
+
+
+def test_small_buffer_loses_nothing(
+    pairs: PairedShards, views: Views, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(order, "SHUFFLE_BUFFER", 3)
+    seen = keys(batches_of(pairs, 12), views)
+    assert len(set(seen[:24])) == len(set(seen[24:])) == NUM_IMAGES
+
+
+def test_order_depends_on_the_seed(pairs: PairedShards, views: Views):
+    first, again, other = (keys(batches_of(pairs, 6, seed=seed), views) for seed in (0, 0, 1))
+    assert first == again != other
+
+
+def assert_same(batches: list[dict[str, Tensor]], expected: list[dict[str, Tensor]]) -> None:
+    assert len(batches) == len(expected)
+    for batch, other in zip(batches, expected, strict=True):
+        assert batch.keys() == other.keys()
+        assert all(batch[name].equal(other[name]) for name in batch)
+
+
+@pytest.mark.parametrize("start_step", [1, 5, 6, 7, 13])
+@pytest.mark.parametrize("batch_size", [4, 7])
+def test_stream_goes_on_where_it_was_left(pairs: PairedShards, start_step: int, batch_size: int):
+    whole = batches_of(pairs, 16, batch_size=batch_size)
+    rest = batches_of(pairs, 16 - start_step, batch_size=batch_size, start_step=start_step)
+    assert_same(rest, whole[start_step:])
+
+
+@pytest.mark.parametrize("start_step", [1, 4, 9])
+def test_stream_of_two_workers_goes_on_where_it_was_left(pairs: PairedShards, start_step: int):
+    whole = batches_of(pairs, 12, num_workers=2, batch_size=5)
+    rest = batches_of(pairs, 12 - start_step, num_workers=2, batch_size=5, start_step=start_step)
+    assert_same(rest, whole[start_step:])
+
+
+def test_start_in_mid_run_reads_no_earlier_epoch(
+    pairs: PairedShards, monkeypatch: pytest.MonkeyPatch
+):
+    read: list[int] = []
+    real = PairedShards.read
+
+    def counting(self: PairedShards, number: int, **keywords: bool) -> Iterator[Any]:
+        read.append(number)
+        return real(self, number, **keywords)
+
+    monkeypatch.setattr(PairedShards, "read", counting)
+    batches_of(pairs, 1, start_step=6 * 1000 + 5)
+    assert sorted(read) == [0, 1, 2, 3]
+
+
+def test_workers_share_an_epochs_images(pairs: PairedShards, views: Views):
+    seen = keys(batches_of(pairs, 6, num_workers=2), views)
+    assert len(set(seen)) == NUM_IMAGES
+
+
+def test_ranks_share_no_shard(pairs: PairedShards, views: Views, tiny_data: Path):
+    shard_of = {
+        image.key: number // 6
+        for number, image in enumerate(read_images(tiny_data / "images", "train"))
+    }
+    seen = [keys(batches_of(pairs, 3, rank=rank, world_size=2), views) for rank in (0, 1)]
+    shards = [{shard_of[key] for key in of_rank} for of_rank in seen]
+    assert [len(of_rank) for of_rank in shards] == [2, 2]
+    assert shards[0] | shards[1] == {0, 1, 2, 3}
+    assert len(set(seen[0] + seen[1])) == NUM_IMAGES
+
+
+def test_views_depend_on_the_image_not_on_who_reads_it(pairs: PairedShards, views: Views):
+    def by_key(batches: list[dict[str, Tensor]]) -> dict[str, bytes]:
+        return {
+            key: batch["conditions"][:, index].numpy().tobytes() + bytes([view_1, view_2])
+            for batch in batches
+            for index, ((key, view_1), (_, view_2)) in enumerate(shown(batch, views))
+        }
+
+    alone = by_key(batches_of(pairs, 6))
+    ranks = [by_key(batches_of(pairs, 3, rank=rank, world_size=2)) for rank in (0, 1)]
+    assert alone == ranks[0] | ranks[1]
+
+
+@pytest.mark.parametrize("cond_view", ["same", "crop", "noise"])
+def test_two_latent_views_are_two_views_of_one_image(
+    pairs: PairedShards, views: Views, cond_view: str
+):
+    pairs_of_views = [
+        item
+        for batch in batches_of(pairs, 18, choice=ViewChoice("two", cond_view, "pixels"))
+        for item in shown(batch, views)
+    ]
+    assert all(a[0] == b[0] and a[1] != b[1] for a, b in pairs_of_views)
+    # the centre crop and one of two random crops, 36 times each on average
+    drawn = [(a[1], b[1]) for a, b in pairs_of_views]
+    assert set(drawn) == {(0, 1), (0, 2)}
+    assert 18 < drawn.count((0, 1)) < 54
+
+
+def test_same_latent_view_is_shown_twice(pairs: PairedShards, views: Views):
+    batches = batches_of(pairs, 18, choice=ViewChoice("same", "same", "pixels"))
+    assert all(a == b for batch in batches for a, b in shown(batch, views))
+    assert {a[1] for batch in batches for a, _ in shown(batch, views)} == {0, 1, 2}
+
+
+@pytest.mark.parametrize("latent_views", ["same", "two"])
+@pytest.mark.parametrize("cond_view", ["same", "noise"])
+def test_same_condition_is_the_first_views_crop(
+    pairs: PairedShards, views: Views, tiny_data: Path, latent_views: str, cond_view: str
+):
+    images = {image.key: image.image for image in read_images(tiny_data / "images", "train")}
+    stored = map(StoredLatents.of_record, read_split(tiny_data / "latents", "train"))
+    crops = {item.key: item.crops for item in stored}
+    (batch,) = batches_of(pairs, 1, choice=ViewChoice(latent_views, cond_view, "pixels"))
+    for index, ((key, view), _) in enumerate(shown(batch, views)):
+        crop = apply_crop(decode(images[key], name=key), crops[key][view], size=32)
+        for condition in batch["conditions"][:, index]:
+            assert condition.equal(to_pixels(crop[None])[0])
+
+
+@pytest.mark.parametrize("cond_view", ["same", "crop"])
+def test_latent_conditions_are_stored_views_and_need_no_images(
+    pairs: PairedShards, views: Views, tmp_path: Path, cond_view: str
+):
+    without_images = replace(pairs, images=tmp_path / "nothing")
+    drawn: list[tuple[int, int, int]] = []
+    for batch in batches_of(without_images, 18, choice=ViewChoice("two", cond_view, "latents")):
+        conditions = shown({"moments": batch["condition_moments"]}, views)
+        for (a, _), (c, d) in zip(shown(batch, views), conditions, strict=True):
+            assert a[0] == c[0] == d[0]
+            drawn.append((a[1], c[1], d[1]))
+    if cond_view == "same":
+        assert set(drawn) == {(0, 0, 0)}
+    else:
+        # both independent of the view and of each other, 72 times
+        assert {(c, d) for _, c, d in drawn} == {(i, j) for i in range(3) for j in range(3)}
+
+
+def test_labels_are_those_of_the_images(pairs: PairedShards, views: Views, tiny_data: Path):
+    labels = {image.key: image.label for image in read_images(tiny_data / "images", "train")}
+    for batch in batches_of(pairs, 6, choice=ViewChoice("same", "same", "labels")):
+        keys_of = [first[0] for first, _ in shown(batch, views)]
+        assert batch["labels"].tolist() == [labels[key] for key in keys_of]
+        assert set(batch) == {"moments", "labels"}
+
+
+def test_crops_of_latents_need_stored_views(pairs: PairedShards):
+    facts = pairs.latent_index.facts | {"views": 1}
+    one_view = replace(pairs, latent_index=replace(pairs.latent_index, facts=facts))
+    with pytest.raises(ValueError, match=r"^conditioner\.cond_view: crop .*latents\.views of 2"):
+        batches_of(one_view, 1, choice=ViewChoice("same", "crop", "latents"))
+
+
+def test_cropped_conditions_are_two_new_crops(pairs: PairedShards):
+    batches = batches_of(pairs, 12, choice=ViewChoice("same", "crop", "pixels"))
+    conditions = torch.cat([batch["conditions"] for batch in batches], dim=1)
+    assert not any(a.equal(b) for a, b in zip(*conditions, strict=True))
+    distinct = {condition.numpy().tobytes() for condition in conditions.flatten(0, 1)}
+    assert len(distinct) == 2 * 2 * NUM_IMAGES  # other crops in the second epoch
+
+
+def rewritten(
+    source: Path,
+    folder: Path,
+    samples_per_shard: int,
+    *,
+    change: Callable[[Any], Any] = lambda record: record,
+    facts: Mapping[str, Any] = MappingProxyType({}),
+    reverse: bool = False,
+) -> Path:
+    """A copy of a folder's training split, changed."""
+    records = [change(record) for record in read_split(source, "train")]
+    shards = write_split(
+        folder,
+        "train",
+        records[::-1] if reverse else records,
+        samples_per_shard=samples_per_shard,
+        compression="none",
+    )
+    ShardIndex({"train": shards}, {**ShardIndex.read(source).facts, **facts}).write(folder)
+    return folder
+
+
+def test_folders_of_other_sizes_are_refused(tiny_data: Path, tmp_path: Path):
+    latents = rewritten(tiny_data / "latents", tmp_path / "latents", 8)
+    with pytest.raises(ValueError, match=r"latents: made from other shards than .*images; run"):
+        PairedShards.open(tiny_data / "images", latents, split="train")
+
+
+def test_folders_of_other_orders_are_refused(tiny_data: Path, tmp_path: Path):
+    latents = rewritten(tiny_data / "latents", tmp_path / "latents", 6, reverse=True)
+    pairs = PairedShards.open(tiny_data / "images", latents, split="train")
+    with pytest.raises(ValueError, match=r"train-0000\d.tar: key train-\d+ beside train-\d+; run"):
+        batches_of(pairs, 1)
+
+
+@pytest.fixture(scope="module")
+def uneven(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> PairedShards:
+    """The same images in shards of 7, 7, 7 and 3."""
+    folders = [
+        rewritten(tiny_data / name, tmp_path_factory.mktemp(name), 7)
+        for name in ("images", "latents")
+    ]
+    return PairedShards.open(*folders, split="train")
+
+
+def global_batches(
+    pairs: PairedShards, number: int, *, num_workers: int, world_size: int, start_step: int = 0
+) -> list[bytes]:
+    """All rows of all processes, moments and conditions, as bytes."""
+    of_ranks = [
+        batches_of(
+            pairs,
+            number,
+            num_workers=num_workers,
+            batch_size=6 // world_size,
+            rank=rank,
+            world_size=world_size,
+            start_step=start_step,
+        )
+        for rank in range(world_size)
+    ]
+    return [
+        b"".join(
+            torch.cat([batch[name] for batch in batches], dim=1).numpy().tobytes()
+            for name in ("moments", "conditions")
+        )
+        for batches in zip(*of_ranks, strict=True)
+    ]
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning")
+@pytest.mark.parametrize(
+    ("folder", "num_workers", "world_size"),
+    [
+        ("pairs", 2, 2),
+        ("pairs", 0, 3),
+        ("uneven", 1, 1),
+        ("uneven", 2, 1),
+        ("uneven", 5, 1),
+        ("uneven", 0, 2),
+        ("uneven", 2, 3),
+        ("uneven", 0, 6),
+    ],
+)
+def test_batches_do_not_depend_on_who_reads_them(
+    request: pytest.FixtureRequest, folder: str, num_workers: int, world_size: int
+):
+    """An epoch has 4 steps of 6; begun in mid-epoch, too."""
+    pairs = request.getfixturevalue(folder)
+    expected = global_batches(pairs, 7, num_workers=0, world_size=1)
+    assert len(set(expected)) == 7
+    found = global_batches(pairs, 7, num_workers=num_workers, world_size=world_size)
+    assert found == expected
+    rest = global_batches(pairs, 2, num_workers=num_workers, world_size=world_size, start_step=5)
+    assert rest == expected[5:]
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_uneven_shards_give_every_image_once_an_epoch(
+    uneven: PairedShards, views: Views, world_size: int
+):
+    seen = [
+        keys(batches_of(uneven, 4, batch_size=6 // world_size, **who), views)
+        for who in ({"rank": rank, "world_size": world_size} for rank in range(world_size))
+    ]
+    assert len({len(of_rank) for of_rank in seen}) == 1
+    assert sorted(chain(*seen)) == sorted({key for key, _ in views.values()})
+
+
+def test_what_a_resumed_run_skips_is_not_decoded(
+    pairs: PairedShards, monkeypatch: pytest.MonkeyPatch
+):
+    decoded: list[str] = []
+
+    def counting(encoded: bytes, *, name: str) -> Tensor:
+        decoded.append(name)
+        return decode(encoded, name=name)
+
+    monkeypatch.setattr(loading, "decode", counting)
+    batches_of(pairs, 1, start_step=4)
+    assert len(decoded) == 4
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_unreadable_images_are_named_in_one_line(
+    tiny_data: Path, pairs: PairedShards, tmp_path: Path, num_workers: int
+):
+    def spoil(record: Any) -> Any:
+        return {**record, "png": b"no image"} if record["__key__"] == b"train-007" else record
+
+    images = rewritten(tiny_data / "images", tmp_path, 6, change=spoil)
+    spoilt = PairedShards.open(images, pairs.latents, split="train")
+    with pytest.raises(ValueError, match=r"^train-007: not a readable image") as caught:
+        batches_of(spoilt, 6, num_workers=num_workers)
+    assert "\n" not in str(caught.value)
+
+
+def test_more_images_a_batch_than_there_are_are_refused(pairs: PairedShards):
+    with pytest.raises(ValueError, match=r"has 24 images, fewer than a batch of 26"):
+        stream_of(pairs, batch_size=13, world_size=2)
+
+
+def test_whoever_reads_a_damaged_shard_to_its_end_notices(pairs: PairedShards, tmp_path: Path):
+    copy = tmp_path / "images"
+    shutil.copytree(pairs.images, copy)
+    path = copy / "train-00001.tar"
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    damaged = replace(pairs, images=copy)
+    assert len(list(damaged.read_part(Part(1, 0, 5), True))) == 5
+    with pytest.raises(ValueError, match=r"train-00001\.tar: damaged"):
+        list(damaged.read_part(Part(1, 5, 6), True))
+
+
+@pytest.mark.parametrize("latent_views", ["same", "two"])
+def test_mirrored_views_are_drawn_as_often_as_the_others(
+    tiny_data: Path, pairs: PairedShards, tmp_path: Path, latent_views: str
+):
+    """Views 0 to 2 and, behind them, their mirror images 3 to 5, here marked by their numbers."""
+
+    def mark(record: Any) -> Any:
+        stored = StoredLatents.of_record(record)
+        moments = np.stack([np.full((8, 8, 8), view, np.float16) for view in range(6)])
+        return StoredLatents(stored.key, moments, stored.crops * 2).to_record()
+
+    latents = rewritten(tiny_data / "latents", tmp_path, 6, change=mark, facts={"flips": True})
+    flipped = PairedShards.open(pairs.images, latents, split="train")
+    choice = ViewChoice(latent_views, "same", "latents")
+    drawn = [
+        (int(a), int(b))
+        for batch in batches_of(flipped, 6, choice=choice, batch_size=24)
+        for a, b in batch["moments"][:, :, 0, 0, 0].T
+    ]
+    assert len(drawn) == 144
+    if latent_views == "same":
+        expected = {(view, view) for view in range(6)}
+    else:
+        expected = {(a, b) for a in (0, 3) for b in (1, 2, 4, 5)}
+    assert set(drawn) == expected
+    # 24 and 18 times each on average, with a standard deviation of 4.5 and 4
+    assert min(drawn.count(pair) for pair in expected) > 6
+
+
+def test_digest_is_of_the_content_wherever_it_lies(
+    pairs: PairedShards, uneven: PairedShards, tiny_data: Path, tmp_path: Path
+):
+    shutil.copytree(tiny_data / "images", tmp_path / "elsewhere")
+    moved = PairedShards.open(tmp_path / "elsewhere", pairs.latents, split="train")
+    assert moved.digest == pairs.digest != uneven.digest
+
+
+def test_two_views_of_one_are_refused(tiny_data: Path):
+    pairs = PairedShards.open(tiny_data / "images", tiny_data / "latents", split="val")
+    facts = {**pairs.latent_index.facts, "views": 1}
+    index = ShardIndex(pairs.latent_index.splits, facts)
+    pairs = PairedShards(pairs.images, pairs.latents, "val", pairs.image_index, index)
+    with pytest.raises(ValueError, match=r"^loss\.latent_views: two needs latents\.views of 2"):
+        stream_of(pairs)
+    (batch,) = batches_of(pairs, 1, choice=ViewChoice("same", "same", "pixels"))
+    assert batch["moments"][0].equal(batch["moments"][1])
+
+
+def test_counts_are_those_of_the_split(pairs: PairedShards):
+    assert (pairs.num_shards, pairs.num_samples) == (4, NUM_IMAGES)
+    numbers = [number for number in range(4) for _ in pairs.read(number)]
+    assert np.bincount(numbers).tolist() == [6, 6, 6, 6]

@@ -1,0 +1,156 @@
+"""LoRA, head and classifier learn; nothing else moves, all comes back."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from contradiff.data.transforms import to_pixels
+from contradiff.downstream import finetuning
+from contradiff.downstream.finetuning import EncodedImages, finetune, finetuned_top1, weights_kept
+from contradiff.features.extraction import extract, stored_batches
+from contradiff.method.model import ContraDiff
+from tests.settings import features_params
+
+CPU = torch.device("cpu")
+FEATURES = features_params()
+
+
+@pytest.fixture
+def data(tiny_data: Path) -> EncodedImages:
+    """Latents of three classes that even a random base tells apart; real images beside them."""
+    folders = tiny_data / "images", tiny_data / "latents"
+    stored = EncodedImages.of(stored_batches(*folders, split="train", batch_size=5))
+    generator = torch.Generator().manual_seed(0)
+    means = 2 * torch.randn(3, *stored.latents.shape[1:], generator=generator)
+    return replace(stored, latents=means[stored.labels])
+
+
+def tune(model: ContraDiff, data: EncodedImages, *, epochs: int = 16, lr: float = 0.003, **changes):
+    losses: list[float] = []
+    classifier = finetune(
+        model,
+        data,
+        num_classes=3,
+        features=FEATURES.model_copy(update=changes),
+        epochs=epochs,
+        lr=lr,
+        weight_decay=0.05,
+        batch_size=10,
+        seed=0,
+        device=CPU,
+        on_epoch=lambda _, row: losses.append(row["loss"]),
+    )
+    return classifier, losses
+
+
+def test_images_come_back_as_they_were(tiny_data: Path):
+    folders = tiny_data / "images", tiny_data / "latents"
+    data = EncodedImages.of(stored_batches(*folders, split="train", batch_size=5))
+    batches = stored_batches(*folders, split="train", batch_size=7)
+    for ours, theirs in zip(data.batches(7), batches, strict=True):
+        assert ours.indices == theirs.indices
+        assert ours.pixels.equal(theirs.pixels)
+        assert ours.latents.equal(theirs.latents)
+        assert (ours.labels.tolist(), ours.keys) == (theirs.labels.tolist(), theirs.keys)
+    some = data[torch.tensor([3, 1])]
+    assert next(some.batches(2)).indices == (3, 1)
+    assert some.keys == (data.keys[3], data.keys[1])
+    assert to_pixels(some.images).shape == (2, 3, 32, 32)
+
+
+@pytest.mark.parametrize("condition", ["image", "noise"])
+def test_it_learns_and_only_lora_and_head_move(
+    build_tiny: Callable[..., ContraDiff], data: EncodedImages, condition: str
+):
+    model = build_tiny()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with weights_kept(model):
+        classifier, losses = tune(model, data, condition=condition)
+        assert losses[0] == pytest.approx(1.1, abs=0.15)  # log 3, of three classes
+        assert losses[-1] < 0.7 * losses[0]
+        after = model.state_dict()
+        moved = {name for name in before if not after[name].equal(before[name])}
+        # the up blocks, behind the maps that are read, are not run and get no gradient
+        assert moved == {
+            name
+            for name in before
+            if name.startswith("attention.") or ("lora_" in name and "up_blocks" not in name)
+        }
+        features = FEATURES.model_copy(update={"condition": condition})
+        top1 = finetuned_top1(model, classifier, data, features=features, seed=0, device=CPU)
+        assert top1 > 0.7
+        shown = extract(
+            model,
+            data.batches(24),
+            params=features,
+            pool="attention",
+            seed=0,
+            device=CPU,
+            on_progress=lambda _: None,
+        )
+        answers = (shown.features @ classifier.weight.T + classifier.bias).argmax(1)
+        assert top1 == pytest.approx((answers == data.labels).float().mean().item())
+    assert all(model.state_dict()[name].equal(before[name]) for name in before)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_training_and_testing_share_the_precision(
+    build_tiny: Callable[..., ContraDiff], data: EncodedImages, precision: str
+):
+    model = build_tiny()
+    seen: list[torch.dtype] = []
+    layer = next(part for part in model.attention.modules() if isinstance(part, torch.nn.Linear))
+    layer.register_forward_hook(lambda *call: seen.append(call[2].dtype))
+    classifier, _ = tune(model, data, epochs=1, precision=precision)
+    in_training = set(seen)
+    features = FEATURES.model_copy(update={"precision": precision})
+    finetuned_top1(model, classifier, data, features=features, seed=0, device=CPU)
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    assert set(seen) == in_training == {dtype}
+    trained = [p for n, p in model.named_parameters() if n in model.trained_state()]
+    assert {p.dtype for p in (*trained, *classifier.parameters())} == {torch.float32}
+
+
+def test_frozen_weights_in_half_precision_are_autocast_s_own(
+    build_tiny: Callable[..., ContraDiff], data: EncodedImages, monkeypatch: pytest.MonkeyPatch
+):
+    """Cast once, or by autocast at every pass: the same training, bit for bit."""
+    model, uncast = build_tiny(), build_tiny()
+    classifier, losses = tune(model, data, epochs=2, precision="bf16")
+    monkeypatch.setattr(finetuning, "cast_frozen_weights", lambda _: None)
+    expected, expected_losses = tune(uncast, data, epochs=2, precision="bf16")
+    assert model.unet.conv_in.weight.dtype == torch.bfloat16
+    assert uncast.unet.conv_in.weight.dtype == torch.float32
+    assert losses == expected_losses
+    assert classifier.weight.equal(expected.weight)
+    torch.testing.assert_close(model.trained_state(), uncast.trained_state(), rtol=0, atol=0)
+
+
+def test_trainable_parts_come_back_after_an_error(
+    build_tiny: Callable[..., ContraDiff], data: EncodedImages
+):
+    model = build_tiny()
+    before = {name: tensor.clone() for name, tensor in model.trained_state().items()}
+    trainable = {name: p.requires_grad for name, p in model.named_parameters()}
+    with (
+        pytest.raises(ValueError, match=r"^transfer\.finetune_lr: the loss is nan in epoch"),
+        weights_kept(model),
+    ):
+        tune(model, data, lr=1e30)
+    assert {name: p.requires_grad for name, p in model.named_parameters()} == trainable
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert all(model.trained_state()[name].equal(before[name]) for name in before)
+
+
+def test_same_seed_same_result(build_tiny: Callable[..., ContraDiff], data: EncodedImages):
+    model = build_tiny()
+    results = []
+    for _ in range(2):
+        torch.manual_seed(len(results))  # the global generator has no say
+        with weights_kept(model):
+            results.append(tune(model, data, epochs=2))
+    assert results[0][1] == results[1][1]
+    assert results[0][0].weight.equal(results[1][0].weight)

@@ -1,0 +1,202 @@
+"""Against pytorch-fid's formula, numpy and closed forms."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy import linalg
+from torch import Tensor
+
+from contradiff.evaluation.fid import (
+    FeatureSource,
+    FeatureStatistics,
+    frechet_distance,
+    gaussian_frechet_distance,
+)
+
+SOURCE = FeatureSource(reference="val", resizer="none", extractor="e", fingerprint="0" * 64)
+
+
+def statistics_of(features: Tensor, *, source: FeatureSource = SOURCE) -> FeatureStatistics:
+    statistics = FeatureStatistics(features.shape[1], source=source)
+    statistics.update(features)
+    return statistics
+
+
+def correlated(n: int, d: int, *, seed: int, shift: float = 0.0, dtype=torch.float64) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    mixing = torch.randn(d, d, generator=generator, dtype=torch.float64)
+    noise = torch.randn(n, d, generator=generator, dtype=torch.float64)
+    return (noise @ mixing + shift).to(dtype)
+
+
+def pytorch_fid(mu1, sigma1, mu2, sigma2) -> float:
+    """The formula of pytorch-fid and clean-fid, by a square root of the product."""
+    covmean = linalg.sqrtm(sigma1.dot(sigma2)).real
+    diff = mu1 - mu2
+    return float(diff.dot(diff) + np.trace(sigma1) + np.trace(sigma2) - 2 * np.trace(covmean))
+
+
+# --- Statistics ---------------------------------------------------------------------------------
+
+
+@settings(max_examples=30)
+@given(st.lists(st.integers(1, 30), min_size=1, max_size=6), st.integers(0, 1000))
+def test_streaming_equals_numpy(sizes: list[int], seed: int):
+    features = correlated(sum(sizes) + 1, 5, seed=seed, shift=100.0)
+    statistics = FeatureStatistics(5, source=SOURCE)
+    for batch in features.split([1, *sizes]):
+        statistics.update(batch)
+    assert statistics.num_samples == len(features)
+    np.testing.assert_allclose(statistics.mean, features.numpy().mean(0), rtol=1e-12)
+    np.testing.assert_allclose(
+        statistics.covariance, np.cov(features.numpy(), rowvar=False), rtol=1e-9, atol=1e-9
+    )
+
+
+def test_merge_equals_one_pass():
+    features = correlated(300, 8, seed=0, shift=3.0)
+    whole, first, second = (FeatureStatistics(8, source=SOURCE) for _ in range(3))
+    for batch in features.split(64):
+        whole.update(batch)
+    for batch in features[:100].split(7):
+        first.update(batch)
+    second.update(features[100:])
+    first.merge(second)
+    first.merge(FeatureStatistics(8, source=SOURCE))
+    assert first.num_samples == whole.num_samples == 300
+    torch.testing.assert_close(first.mean, whole.mean, rtol=1e-13, atol=1e-13)
+    torch.testing.assert_close(first.covariance, whole.covariance, rtol=1e-12, atol=1e-12)
+
+
+def test_a_large_mean_costs_no_digits():
+    features = correlated(200, 3, seed=0)
+    near, far = statistics_of(features), statistics_of(features + 1e7)
+    torch.testing.assert_close(far.covariance, near.covariance, rtol=1e-7, atol=0)
+
+
+def test_float32_and_half_features_are_summed_in_float64():
+    features = correlated(50, 4, seed=0, dtype=torch.float16)
+    statistics = statistics_of(features)
+    expected = np.cov(features.double().numpy(), rowvar=False)
+    np.testing.assert_allclose(statistics.covariance, expected, rtol=1e-10)
+
+
+def test_update_refuses_what_would_spoil_the_sums():
+    statistics = FeatureStatistics(3, source=SOURCE)
+    for bad in (float("nan"), float("inf")):
+        with pytest.raises(ValueError, match="features of val hold NaN"):
+            statistics.update(torch.tensor([[0.0, bad, 1.0]]))
+    with pytest.raises(ValueError, match=r"\(batch, 3\), got \(2, 4\)"):
+        statistics.update(torch.zeros(2, 4))
+    statistics.update(torch.zeros(0, 3))
+    assert statistics.num_samples == 0
+    with pytest.raises(ValueError, match="two samples"):
+        _ = statistics.covariance
+
+
+def test_merge_refuses_other_sources():
+    statistics = FeatureStatistics(3, source=SOURCE)
+    with pytest.raises(ValueError, match="cannot merge"):
+        statistics.merge(FeatureStatistics(3, source=replace(SOURCE, resizer="clean")))
+    with pytest.raises(ValueError, match="cannot merge"):
+        statistics.merge(FeatureStatistics(4, source=SOURCE))
+
+
+# --- Distance -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dimensions", [1, 6, 40])
+def test_equals_pytorch_fid(dimensions: int):
+    a = statistics_of(correlated(400, dimensions, seed=0))
+    b = statistics_of(correlated(300, dimensions, seed=1, shift=0.5))
+    expected = pytorch_fid(*(x.numpy() for x in (a.mean, a.covariance, b.mean, b.covariance)))
+    assert frechet_distance(a, b) == pytest.approx(expected, rel=1e-9)
+    assert frechet_distance(b, a) == pytest.approx(expected, rel=1e-9)
+
+
+def test_diagonal_closed_form():
+    """|m - n|² + Σ (s - t)² for diagonal covariances s², t²."""
+    generator = torch.Generator().manual_seed(0)
+    m, n, sigma, tau = torch.rand(4, 9, generator=generator, dtype=torch.float64)
+    expected = ((m - n) ** 2 + (sigma - tau) ** 2).sum()
+    distance = gaussian_frechet_distance(m, torch.diag(sigma**2), n, torch.diag(tau**2))
+    assert distance == pytest.approx(float(expected), rel=1e-12)
+
+
+def test_singular_covariances():
+    zero = torch.zeros(6, dtype=torch.float64)
+    sigma = torch.tensor([2.0, 1.0, 0.5, 0.0, 0.0, 0.0], dtype=torch.float64)
+    tau = torch.tensor([0.0, 3.0, 0.5, 1.0, 0.0, 0.0], dtype=torch.float64)
+    rotation = torch.linalg.qr(correlated(6, 6, seed=0)).Q
+    a, b = (rotation @ torch.diag(s**2) @ rotation.T for s in (sigma, tau))
+    expected = float(((sigma - tau) ** 2).sum())
+    assert gaussian_frechet_distance(zero, a, zero, b) == pytest.approx(expected, abs=1e-6)
+    assert gaussian_frechet_distance(zero, b, zero, a) == pytest.approx(expected, abs=1e-6)
+    assert gaussian_frechet_distance(zero, a, zero, a) == pytest.approx(0.0, abs=1e-6)
+    nothing = torch.zeros(6, 6, dtype=torch.float64)
+    assert gaussian_frechet_distance(zero, nothing, zero, nothing) == 0.0
+
+
+@pytest.mark.parametrize("smallest", [1e-3, 1e-6, 1e-9, 0.0])
+def test_nearly_singular_covariances(smallest: float):
+    """Of one basis: Σ (s - t)², though most of the eigenvalues are nearly zero or zero."""
+    d, zero = 60, torch.zeros(60, dtype=torch.float64)
+    sigma = torch.full((d,), smallest, dtype=torch.float64)
+    tau = sigma.clone()
+    sigma[:9], tau[:5] = torch.linspace(1, 3, 9), 2.0
+    rotation = torch.linalg.qr(correlated(d, d, seed=0)).Q
+    a, b = (rotation @ torch.diag(s**2) @ rotation.T for s in (sigma, tau))
+    expected = float(((sigma - tau) ** 2).sum())
+    for pair in ((a, b), (b, a)):
+        found = gaussian_frechet_distance(zero, pair[0], zero, pair[1])
+        assert found == pytest.approx(expected, rel=2e-6)
+
+
+def test_fewer_samples_than_dimensions_have_a_distance():
+    """torch-fidelity's formula, which bears singular covariances; `frechet_distance` refuses."""
+    from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
+
+    sets = [correlated(12, 40, seed=0), correlated(15, 40, seed=0, shift=0.5) * 1.5]
+    a, b = (statistics_of(features) for features in sets)
+    found = gaussian_frechet_distance(a.mean, a.covariance, b.mean, b.covariance)
+    peers = [fid_features_to_statistics(features) for features in sets]
+    expected = fid_statistics_to_metric(*peers, verbose=False)["frechet_inception_distance"]
+    assert found == pytest.approx(expected, rel=1e-5)
+
+
+@settings(max_examples=30)
+@given(st.integers(0, 1000))
+def test_of_itself_it_is_zero_and_otherwise_positive(seed: int):
+    a = statistics_of(correlated(50, 6, seed=seed))
+    b = statistics_of(correlated(50, 6, seed=seed + 1))
+    assert frechet_distance(a, a) == pytest.approx(0.0, abs=1e-9)
+    assert frechet_distance(a, b) > 0
+
+
+@pytest.mark.parametrize("name", ["extractor", "resizer", "fingerprint"])
+def test_refuses_features_of_different_kinds(name: str):
+    features = correlated(20, 3, seed=0)
+    a = statistics_of(features)
+    b = statistics_of(features, source=replace(SOURCE, **{name: "another"}))
+    with pytest.raises(ValueError, match=f"{name} .* another"):
+        frechet_distance(a, b)
+
+
+def test_reference_may_differ():
+    features = correlated(20, 3, seed=0)
+    samples = replace(SOURCE, reference="samples")
+    assert frechet_distance(
+        statistics_of(features), statistics_of(features, source=samples)
+    ) == pytest.approx(0.0, abs=1e-9)
+
+
+def test_refuses_fewer_samples_than_dimensions():
+    enough = statistics_of(correlated(40, 12, seed=0))
+    few = statistics_of(correlated(11, 12, seed=1))
+    for pair in ((enough, few), (few, enough)):
+        with pytest.raises(ValueError, match=r"11 samples \(val\) of 12 feature dimensions"):
+            frechet_distance(*pair)

@@ -1,0 +1,147 @@
+"""Against diffusers' own inverse scheduler and whole passes of its UNet."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import DDIMInverseScheduler
+from torch import Tensor
+
+from contradiff.base.loading import NoiseSchedule
+from contradiff.features.inversion import CHAIN_STEPS, inverted_maps
+from contradiff.method.model import ContraDiff
+
+Build = Callable[..., ContraDiff]
+
+
+def draw_inputs(num_images: int = 2) -> tuple[Tensor, Tensor]:
+    """Clean latents and tokens."""
+    generator = torch.Generator().manual_seed(0)
+    latents = torch.randn(num_images, 4, 8, 8, generator=generator)
+    return latents, torch.randn(num_images, 16, 16, generator=generator)
+
+
+@pytest.mark.parametrize("timesteps", [[101, 401, 201], [951, 901, 1], [151, 51, 101]])
+@torch.no_grad()
+def test_maps_are_those_of_diffusers_inversion(
+    build_tiny: Build, tiny_base: Path, timesteps: list[int]
+):
+    """Whole passes; a step of `DDIMInverseScheduler` is named after the level that it reaches."""
+    model, (latents, tokens) = build_tiny(), draw_inputs()
+    maps = inverted_maps(model, latents, tokens, timesteps=timesteps)
+
+    scheduler = DDIMInverseScheduler.from_pretrained(tiny_base / "scheduler")
+    scheduler.set_timesteps(CHAIN_STEPS)
+    grid = scheduler.timesteps.tolist()
+    assert grid == list(range(1, 1000, 50))
+    seen: list[Tensor] = []
+    model.unet.mid_block.register_forward_hook(lambda *args: seen.append(args[2]))
+    for here, above in zip(grid, [*grid[1:], None], strict=True):
+        noise_pred = model.unet(latents, here, encoder_hidden_states=tokens).sample
+        if above is not None:
+            latents = scheduler.step(noise_pred, above, latents).prev_sample
+    expected = [seen[grid.index(timestep)] for timestep in sorted(timesteps, reverse=True)]
+    torch.testing.assert_close(maps, torch.stack(expected, dim=1), rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_the_chain_is_led_by_the_self_conditioned_noise(build_tiny: Build):
+    model, (latents, tokens) = build_tiny(head={"self_conditioning": True}), draw_inputs()
+    maps = inverted_maps(model, latents, tokens, timesteps=[101, 1, 51])
+    alphas = model.schedule.alphas_cumprod
+    for level, (here, above) in enumerate([(1, 51), (51, 101)]):
+        steps = torch.full((2,), here)
+        bottleneck = model.encode(latents, steps, tokens).bottleneck
+        torch.testing.assert_close(maps[:, 2 - level], bottleneck, rtol=1e-4, atol=1e-4)
+        noise_pred = model.noise_pred(latents, steps, tokens)
+        clean = (latents - (1 - alphas[here]).sqrt() * noise_pred) / alphas[here].sqrt()
+        latents = alphas[above].sqrt() * clean + (1 - alphas[above]).sqrt() * noise_pred
+    bottleneck = model.encode(latents, torch.full((2,), 101), tokens).bottleneck
+    torch.testing.assert_close(maps[:, 0], bottleneck, rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_constant_noise_is_brought_to_every_level_exactly(build_tiny: Build):
+    """Where the predicted noise is the same everywhere, the chain is Eq. 5's single step with it.
+
+    The clean latent stands for z at the grid's first point, so that it is this latent's clean part.
+    """
+    model, (latents, tokens) = build_tiny(), draw_inputs()
+    noise = torch.randn(4, generator=torch.Generator().manual_seed(1))
+    model.unet.conv_out.weight.zero_()
+    model.unet.conv_out.bias.copy_(noise)
+    noise = noise.view(1, 4, 1, 1).expand_as(latents)
+    first = model.schedule.alphas_cumprod[1]
+    clean = (latents - (1 - first).sqrt() * noise) / first.sqrt()
+    timesteps = [801, 401, 101]
+    torch.testing.assert_close(
+        inverted_maps(model, latents, tokens, timesteps=timesteps),
+        model.level_maps(clean, tokens, timesteps=timesteps, noise=noise.repeat(3, 1, 1, 1, 1)),
+        rtol=1e-4,
+        atol=1e-4,
+    )
+
+
+@pytest.mark.parametrize("block", ["mid", "up.1", "mid+up.1"])
+@torch.no_grad()
+def test_chain_ends_at_the_noisiest_timestep(build_tiny: Build, block: str):
+    """401 is the grid's ninth point; the ninth pass predicts no noise."""
+    model, (latents, tokens) = build_tiny(head={"block": block}), draw_inputs()
+    ran: dict[str, int] = {"mid_block": 0, "up_blocks.0": 0, "up_blocks.2": 0}
+    for name in ran:
+
+        def count(*_: object, name: str = name) -> None:
+            ran[name] += 1
+
+        model.unet.get_submodule(name).register_forward_hook(count)
+    maps = inverted_maps(model, latents, tokens, timesteps=[401, 201, 101])
+    assert (ran["mid_block"], ran["up_blocks.2"]) == (9, 8)
+    assert ran["up_blocks.0"] == (8 if block == "mid" else 9)  # the ninth for its map alone
+    assert maps.shape == (2, 3, 64 if block == "mid+up.1" else 32, 2, 2)
+    assert model.attention(maps).shape == (2, 16)
+
+
+@torch.no_grad()
+def test_an_image_is_inverted_under_its_own_condition(build_tiny: Build):
+    model, (latents, tokens) = build_tiny(), draw_inputs()
+    both = inverted_maps(model, latents, tokens, timesteps=[401, 201, 101])
+    second = inverted_maps(model, latents[1:], tokens[1:], timesteps=[401, 201, 101])
+    torch.testing.assert_close(both[1:], second, rtol=1e-4, atol=1e-5)
+    other = inverted_maps(model, latents, tokens.flip(0), timesteps=[401, 201, 101])
+    assert (both - other).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("timesteps", [[402, 201, 101], [401, 201, 0], [999, 201, 101]])
+def test_timesteps_off_the_grid_are_refused(build_tiny: Build, timesteps: list[int]):
+    message = r"^features\.timesteps: with features\.noising ddim_chain .* 20-step grid \[1, 51, "
+    with pytest.raises(ValueError, match=message):
+        inverted_maps(build_tiny(), *draw_inputs(), timesteps=timesteps)
+
+
+@pytest.mark.parametrize(
+    ("settings", "grid"),
+    [
+        ({"steps_offset": 0}, list(range(0, 1000, 50))),
+        ({"timestep_spacing": "trailing"}, list(range(49, 1000, 50))),
+    ],
+)
+@torch.no_grad()
+def test_grid_is_of_the_bases_own_settings(
+    build_tiny: Build,
+    tiny_base: Path,
+    tmp_path: Path,
+    settings: dict[str, Any],
+    grid: list[int],
+):
+    shutil.copytree(tiny_base / "scheduler", tmp_path / "scheduler")
+    path = tmp_path / "scheduler/scheduler_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | settings))
+    model, inputs = build_tiny(), draw_inputs()
+    model.schedule = NoiseSchedule.of_base(tmp_path)
+    inverted_maps(model, *inputs, timesteps=[grid[2], grid[0], grid[1]])
+    with pytest.raises(ValueError, match=r"features\.timesteps"):
+        inverted_maps(model, *inputs, timesteps=[401, 201, 101])

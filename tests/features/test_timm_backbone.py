@@ -1,0 +1,100 @@
+"""Against timm's own transform and forward pass."""
+
+import io
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+
+from contradiff.data.shards import read_images
+from contradiff.features.extraction import FeatureData
+from contradiff.features.timm_backbone import TimmFeatures, centre_pixels, image_batches
+
+NAME = "test_vit"
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Random weights with a classifier."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = timm.create_model(NAME, num_classes=5)
+    path = tmp_path_factory.mktemp("timm") / "model.safetensors"
+    save_file(model.state_dict(), path)
+    return path
+
+
+def load(weights: Path) -> TimmFeatures:
+    return TimmFeatures(NAME, weights=weights, precision="fp32", device=CPU)
+
+
+def test_features_are_timms_own(weights: Path, tiny_data: Path):
+    features = load(weights)
+    data = FeatureData(tiny_data / "images", tiny_data / "latents", batch_size=4, num_threads=2)
+    batches = list(features.read(data, "val", 1))
+    assert [batch.indices for batch in batches] == [(6, 7)]
+    images = list(read_images(tiny_data / "images", "val"))[6:]
+    assert [key for batch in batches for key in batch.keys] == [image.key for image in images]
+    model = timm.create_model(NAME, num_classes=0, checkpoint_path="").eval()
+    state = {
+        k: v for k, v in timm.models.load_state_dict(weights).items() if not k.startswith("head.")
+    }
+    model.load_state_dict(state)
+    config = timm.data.resolve_model_data_config(model)
+    config["interpolation"] = "bicubic"
+    transform = timm.data.create_transform(**config, is_training=False)
+    pixels = torch.stack([transform(Image.open(io.BytesIO(image.image))) for image in images])
+    shown = torch.cat([batch.pixels for batch in batches])
+    mean, std = (torch.tensor(config[name]).view(3, 1, 1) for name in ("mean", "std"))
+    # one resize of a crop against a crop of a resize: alike but for the border
+    assert ((shown + 1) / 2 - (pixels * std + mean)).abs().mean() < 0.02
+    with torch.no_grad():
+        expected = model(((shown + 1) / 2 - mean) / std)
+    [column] = features.columns
+    found = torch.cat([features(batch)[column.name] for batch in batches])
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
+    assert found.std(dim=0).min() > 0
+
+
+def test_only_the_centre_is_seen(tiny_data: Path):
+    sample = next(iter(read_images(tiny_data / "images", "val")))  # 40 x 36
+    _, _, whole = centre_pixels(sample, size=36, crop_fraction=1.0)
+    _, _, centre = centre_pixels(sample, size=18, crop_fraction=0.5)
+    assert torch.equal(centre, whole[:, 9:27, 9:27])
+
+
+def test_threads_change_nothing(tiny_data: Path):
+    folders = tiny_data / "images", tiny_data / "latents"
+    first, second = (
+        list(
+            image_batches(
+                FeatureData(*folders, batch_size=4, num_threads=n),
+                "train",
+                1,
+                size=24,
+                crop_fraction=0.9,
+            )
+        )
+        for n in (0, 3)
+    )
+    assert [b.keys for b in first] == [b.keys for b in second]
+    assert all(torch.equal(a.pixels, b.pixels) for a, b in zip(first, second, strict=True))
+
+
+def test_faults_are_named(weights: Path, tmp_path: Path):
+    with pytest.raises(ValueError, match=r"^features\.timm_name: timm .* knows no 'vit_nano'"):
+        TimmFeatures("vit_nano", weights=weights, precision="fp32", device=CPU)
+    with pytest.raises(ValueError, match=r"^features\.timm_weights: .*nowhere: no such file"):
+        load(tmp_path / "nowhere")
+    (tmp_path / "w.safetensors").write_bytes(b"no weights")
+    with pytest.raises(ValueError, match=r"^features\.timm_weights: .*no safetensors file"):
+        load(tmp_path / "w.safetensors")
+    save_file({"cls_token": torch.zeros(1, 1, 64)}, tmp_path / "w.safetensors")
+    with pytest.raises(ValueError, match=r"^features\.timm_weights: .*does not fit"):
+        load(tmp_path / "w.safetensors")
+    with pytest.raises(ValueError, match=r"^features\.timm_pretrained: .*could not be"):
+        TimmFeatures("resnet10t.c3_in1k", weights=None, precision="fp32", device=CPU)

@@ -1,0 +1,197 @@
+"""What a sample is conditioned on, in whatever batch it is made."""
+
+from collections.abc import Callable
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from contradiff.data.shards import ShardIndex
+from contradiff.features.extraction import stored_batches
+from contradiff.generation.class_table import ClassTable
+from contradiff.generation.conditions import (
+    Conditioning,
+    balanced_label,
+    class_conditional,
+    condition_images,
+    image_conditional,
+    seeded_noise,
+    unconditional,
+    write_conditions,
+)
+from contradiff.method.checkpoint import Architecture
+from contradiff.method.model import ContraDiff, build_model
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def model(build_tiny: Callable[..., ContraDiff]) -> ContraDiff:
+    return build_tiny()
+
+
+def store(data: Path, folder: Path, *, num_images: int) -> list[int]:
+    progress: list[int] = []
+    write_conditions(
+        folder,
+        stored_batches(data / "images", data / "latents", split="val", batch_size=5),
+        num_images=num_images,
+        samples_per_shard=3,
+        compression="none",
+        on_progress=progress.append,
+    )
+    return progress
+
+
+@pytest.fixture
+def stored(tiny_data: Path, tmp_path: Path) -> Path:
+    """All eight validation images, in shards of three."""
+    assert store(tiny_data, tmp_path, num_images=100) == [3, 3, 2]
+    return tmp_path
+
+
+@pytest.mark.parametrize("start", [0, 1, 3, 5, 7, 8, 17])
+def test_images_come_in_order_from_any_index_and_again(tiny_data: Path, stored: Path, start: int):
+    [images] = stored_batches(
+        tiny_data / "images", tiny_data / "latents", split="val", batch_size=8
+    )
+    for number, item in enumerate(islice(condition_images(stored, start=start), 18), start):
+        assert torch.equal(item.latent[0], images.latents[number % 8])
+        torch.testing.assert_close(item.image[0] / 127.5 - 1, images.pixels[number % 8])
+
+
+def test_earlier_shards_are_not_read(stored: Path):
+    first = stored / ShardIndex.read(stored).shards("condition")[0].name
+    first.write_bytes(bytes(first.stat().st_size))
+    assert len(list(islice(condition_images(stored, start=3), 5))) == 5
+    with pytest.raises(ValueError, match=r"condition-00000\.tar: damaged"):
+        list(islice(condition_images(stored, start=2), 1))
+
+
+def test_no_more_images_are_stored_than_wanted(tiny_data: Path, tmp_path: Path):
+    assert store(tiny_data, tmp_path, num_images=4) == [3, 1]
+    assert ShardIndex.read(tmp_path).num_samples("condition") == 4
+
+
+def test_none_are_said_to_be_none(tmp_path: Path):
+    """Neither images nor latents need be there."""
+    assert store(tmp_path / "nowhere", tmp_path, num_images=0) == []
+    with pytest.raises(ValueError, match=r"holds no images; set generate\.condition: image"):
+        next(condition_images(tmp_path, start=0))
+
+
+@pytest.fixture
+def table() -> ClassTable:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        table = ClassTable(num_classes=3, width=8, cross_attention_dim=16)
+        torch.nn.init.normal_(table.to_tokens.weight)
+    return table.eval()
+
+
+def conditioned_on(kind: str, model: ContraDiff, data: Path, table: ClassTable) -> Conditioning:
+    if kind == "class":
+        return class_conditional(table, device=CPU)
+    null = unconditional(model, seed=0, device=CPU)
+    return image_conditional(
+        model,
+        lambda start: condition_images(data, start=start),
+        null_tokens=null.null_tokens,
+        device=CPU,
+    )
+
+
+@pytest.mark.parametrize("kind", ["noise", "image", "class"])
+@torch.no_grad()
+def test_conditions_do_not_depend_on_the_batches(
+    model: ContraDiff, stored: Path, table: ClassTable, kind: str
+):
+    """Nor on what was asked for before: batches of a shard of other samples, or none."""
+    conditioning = conditioned_on(kind, model, stored, table)
+    whole = conditioning.tokens(range(20))
+    null = conditioning.null_tokens(range(20))
+    for indices in (range(3), range(3, 7), range(15, 20), range(7), range(9, 10)):
+        rows = slice(indices.start, indices.stop)
+        torch.testing.assert_close(conditioning.tokens(indices), whole[rows])
+        torch.testing.assert_close(conditioning.null_tokens(indices), null[rows])
+
+
+@torch.no_grad()
+def test_sample_i_is_conditioned_on_image_i(
+    model: ContraDiff, tiny_data: Path, stored: Path, table: ClassTable
+):
+    """There are eight: sample 8 has the first again."""
+    [images] = stored_batches(
+        tiny_data / "images", tiny_data / "latents", split="val", batch_size=8
+    )
+    expected = model.encode_condition(images.pixels)[[*range(8), 0, 1]]
+    conditioning = conditioned_on("image", model, stored, table)
+    tokens = [conditioning.tokens(range(4)), conditioning.tokens(range(4, 10))]
+    torch.testing.assert_close(torch.cat(tokens), expected)
+    noise = seeded_noise((3, 32, 32), seed=0, index=9, stream="condition")[None]
+    null = conditioning.null_tokens(range(8, 10))
+    torch.testing.assert_close(null[1:], model.encode_condition(noise))
+
+
+@torch.no_grad()
+def test_conditioner_of_latents_gets_latents(
+    tiny_base: Path,
+    tiny_params: dict[str, Any],
+    tiny_data: Path,
+    stored: Path,
+    table: ClassTable,
+):
+    shapes = Architecture.model_validate(
+        tiny_params
+        | {"conditioner": tiny_params["conditioner"] | {"input": "latents", "patch_size": 2}}
+    )
+    with torch.random.fork_rng(devices=[]):
+        model = build_model(
+            tiny_base,
+            lora=shapes.lora,
+            conditioner=shapes.conditioner,
+            head=shapes.head,
+            image_size=32,
+            seed=0,
+        ).eval()
+    torch.nn.init.normal_(
+        model.conditioner.to_tokens.weight, generator=torch.Generator().manual_seed(0)
+    )
+    [images] = stored_batches(
+        tiny_data / "images", tiny_data / "latents", split="val", batch_size=8
+    )
+    conditioning = conditioned_on("image", model, stored, table)
+    expected = model.encode_condition(images.latents[:5])
+    torch.testing.assert_close(conditioning.tokens(range(5)), expected)
+    noise = seeded_noise((4, 8, 8), seed=0, index=1, stream="condition")[None]
+    null = conditioning.null_tokens(range(2))
+    torch.testing.assert_close(null[1:], model.encode_condition(noise))
+
+
+@torch.no_grad()
+def test_classes_come_in_turn(table: ClassTable):
+    conditioning = class_conditional(table, device=CPU)
+    tokens = conditioning.tokens(range(4, 9))
+    assert torch.equal(tokens, table(torch.tensor([1, 2, 0, 1, 2])))
+    assert torch.equal(conditioning.null_tokens(range(2)), table(torch.tensor([3, 3])))
+
+
+@pytest.mark.parametrize(("num_samples", "counts"), [(3000, {3}), (3001, {3, 4}), (999, {0, 1})])
+def test_labels_are_balanced(num_samples: int, counts: set[int]):
+    labels = [balanced_label(index, num_classes=1000) for index in range(num_samples)]
+    assert set(torch.bincount(torch.tensor(labels), minlength=1000).tolist()) == counts
+
+
+def test_seeded_noise_repeats_and_its_streams_differ():
+    key: dict[str, Any] = {"seed": 5, "index": 2, "stream": "latent"}
+    noise = seeded_noise((4, 32, 32), **key)
+    assert torch.equal(noise, seeded_noise((4, 32, 32), **key))
+    for change in ({"seed": 6}, {"index": 3}, {"stream": "condition"}):
+        other = seeded_noise((4, 32, 32), **key | change)
+        # Independent: correlations of 4096 pairs stay within five standard errors.
+        correlation = torch.corrcoef(torch.stack([noise.flatten(), other.flatten()]))[0, 1]
+        assert abs(correlation) < 5 / 64
+    assert abs(noise.mean()) < 5 / 64
+    assert abs(noise.std() - 1) < 5 / 64

@@ -1,0 +1,391 @@
+"""Against DDIM and guidance written out; conditions of any batch size."""
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from pydantic import ValidationError
+from torch import Tensor
+
+from contradiff.base.loading import load_scheduler, load_vae
+from contradiff.config import Section, parse
+from contradiff.data.latents import decode_latents
+from contradiff.generation.conditions import Conditioning, seeded_noise, unconditional
+from contradiff.generation.sampling import (
+    GenerateParams,
+    denoise,
+    generate,
+    shard_indices,
+)
+from contradiff.generation.solvers import load_solver
+from contradiff.method.lora import cast_frozen_weights, disable_lora, merge_lora
+from contradiff.method.model import ContraDiff
+
+CPU = torch.device("cpu")
+
+
+class OnlyGenerate(Section):
+    generate: GenerateParams
+
+
+@pytest.fixture
+def model(build_tiny: Callable[..., ContraDiff]) -> ContraDiff:
+    return build_tiny()
+
+
+def slow_ddim(
+    model: ContraDiff, latents: Tensor, num_steps: int, predict: Callable[[Tensor, int], Tensor]
+) -> Tensor:
+    """DDIM's Eq. 12 with sigma = 0 on "leading" timesteps, offset 1, ending at alpha-bar of 0."""
+    alphas = model.schedule.alphas_cumprod
+    stride = 1000 // num_steps
+    for k in reversed(range(num_steps)):
+        timestep = k * stride + 1
+        alpha = alphas[timestep]
+        previous = alphas[timestep - stride] if timestep >= stride else alphas[0]
+        noise_pred = predict(latents, timestep)
+        clean = (latents - (1 - alpha).sqrt() * noise_pred) / alpha.sqrt()
+        latents = previous.sqrt() * clean + (1 - previous).sqrt() * noise_pred
+    return latents
+
+
+def draw(*shape: int, seed: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+@torch.no_grad()
+def test_denoise_equals_ddim_written_out(model: ContraDiff, tiny_base: Path):
+    latents, tokens = draw(2, 4, 8, 8, seed=0), draw(2, 16, 16, seed=1)
+    scheduler = load_scheduler(tiny_base, num_inference_steps=7)
+    ours = denoise(model, scheduler, latents, tokens)
+
+    def predict(noisy: Tensor, timestep: int) -> Tensor:
+        return model.unet(noisy, timestep, encoder_hidden_states=tokens).sample
+
+    expected = slow_ddim(model, latents, 7, predict)
+    torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-4)
+
+
+SETTINGS: dict[str, Any] = {
+    "condition": "noise",
+    "guidance": 1.0,
+    "guidance_interval": [0.0, 1.0],
+    "num_samples": 7,
+    "solver": "ddim",
+    "num_inference_steps": 3,
+    "batch_size": 5,
+    "precision": "fp32",
+}
+
+
+def sample_with(
+    model: ContraDiff,
+    base: Path,
+    conditioning: Conditioning,
+    *,
+    indices: range = range(5),
+    seed: int = 0,
+    **changes: Any,
+) -> list[Tensor]:
+    """Samples in three steps; other keywords are fields of `generate`."""
+    params = GenerateParams.model_validate(SETTINGS | changes)
+    batches = generate(
+        model,
+        load_vae(base),
+        load_solver(base, solver=params.solver, num_inference_steps=3),
+        indices=indices,
+        conditioning=conditioning,
+        params=params,
+        image_size=32,
+        seed=seed,
+        device=CPU,
+    )
+    return list(batches)
+
+
+def generate_unconditional(
+    model: ContraDiff, base: Path, *, seed: int = 0, **changes: Any
+) -> list[Tensor]:
+    conditioning = unconditional(model, seed=seed, device=CPU)
+    return sample_with(model, base, conditioning, seed=seed, **changes)
+
+
+def assert_same_images(actual: Tensor, expected: Tensor) -> None:
+    """Up to one level of 255: sums are taken in another order."""
+    torch.testing.assert_close(actual.float(), expected.float(), rtol=0, atol=1)
+
+
+@pytest.mark.parametrize("solver", ["ddim", "dpmsolver++", "unipc"])
+def test_samples_do_not_depend_on_the_batch_size(model: ContraDiff, tiny_base: Path, solver: str):
+    [whole] = generate_unconditional(
+        model, tiny_base, indices=range(7), batch_size=7, solver=solver
+    )
+    assert whole.shape == (7, 3, 32, 32)
+    assert whole.dtype == torch.uint8
+    assert len(whole.flatten(1).unique(dim=0)) == 7
+    for batch_size, sizes in ((3, [3, 3, 1]), (1, [1] * 7)):
+        parts = generate_unconditional(
+            model, tiny_base, indices=range(7), batch_size=batch_size, solver=solver
+        )
+        assert [len(batch) for batch in parts] == sizes
+        assert_same_images(torch.cat(parts), whole)
+
+
+def test_samples_do_not_depend_on_those_before_them(model: ContraDiff, tiny_base: Path):
+    """As shards need it, which are made by any process; batches begin with each shard."""
+    first, second, third = generate_unconditional(
+        model, tiny_base, indices=range(6), batch_size=2, solver="unipc"
+    )
+    alone = generate_unconditional(
+        model, tiny_base, indices=range(2, 6), batch_size=2, solver="unipc"
+    )
+    assert torch.equal(torch.cat(alone), torch.cat([second, third]))
+    assert not torch.equal(first, second)
+
+
+@pytest.mark.parametrize(("num_samples", "sizes"), [(7, [3, 3, 1]), (6, [3, 3]), (2, [2])])
+def test_shards_are_cut_by_index(num_samples: int, sizes: list[int]):
+    shards = shard_indices(num_samples, samples_per_shard=3)
+    assert [len(shard) for shard in shards] == sizes
+    assert [index for shard in shards for index in shard] == list(range(num_samples))
+
+
+def test_samples_depend_on_the_seed(model: ContraDiff, tiny_base: Path):
+    first = generate_unconditional(model, tiny_base, seed=0)
+    again = generate_unconditional(model, tiny_base, seed=0)
+    other = generate_unconditional(model, tiny_base, seed=1)
+    assert torch.equal(first[0], again[0])
+    assert not torch.equal(first[0], other[0])
+
+
+@torch.no_grad()
+def test_a_sample_is_made_of_its_own_noises(model: ContraDiff, tiny_base: Path):
+    """Sample 3 by hand: c(Gaussian pixels), DDIM, the VAE."""
+    whole = generate_unconditional(model, tiny_base, seed=7)
+    latents = seeded_noise((4, 8, 8), seed=7, index=3, stream="latent")[None]
+    pixels = seeded_noise((3, 32, 32), seed=7, index=3, stream="condition")[None]
+    tokens = model.encode_condition(pixels)
+
+    def predict(noisy: Tensor, timestep: int) -> Tensor:
+        return model.unet(noisy, timestep, encoder_hidden_states=tokens).sample
+
+    expected = decode_latents(load_vae(tiny_base), slow_ddim(model, latents, 3, predict))
+    torch.testing.assert_close(whole[0][3].float(), expected[0].float(), rtol=0, atol=1)
+
+
+@pytest.mark.parametrize("guidance", [0.0, 1.5])
+@torch.no_grad()
+def test_guidance_equals_two_passes_written_out(
+    model: ContraDiff, tiny_base: Path, guidance: float
+):
+    latents, null = draw(2, 4, 8, 8, seed=0), draw(2, 16, 16, seed=2)
+    tokens = draw(2, 16, 16, seed=1)
+
+    def predict(noisy: Tensor, timestep: int) -> Tensor:
+        conditional = model.unet(noisy, timestep, encoder_hidden_states=tokens).sample
+        unguided = model.unet(noisy, timestep, encoder_hidden_states=null).sample
+        return (1 - guidance) * unguided + guidance * conditional
+
+    ours = denoise(
+        model,
+        load_scheduler(tiny_base, num_inference_steps=7),
+        latents,
+        tokens,
+        null_tokens=null,
+        guidance=guidance,
+    )
+    expected = slow_ddim(model, latents, 7, predict)
+    torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-4)
+    alone = slow_ddim(
+        model, latents, 7, lambda x, t: model.unet(x, t, encoder_hidden_states=tokens).sample
+    )
+    assert not torch.allclose(ours, alone, rtol=1e-2, atol=1e-2)
+
+
+@torch.no_grad()
+def test_guidance_outside_its_interval_is_none(model: ContraDiff, tiny_base: Path):
+    latents, tokens, null = (
+        draw(*shape, seed=seed)
+        for seed, shape in enumerate([(2, 4, 8, 8), (2, 16, 16), (2, 16, 16)])
+    )
+
+    def predict(noisy: Tensor, timestep: int) -> Tensor:
+        conditional = model.unet(noisy, timestep, encoder_hidden_states=tokens).sample
+        if not 285 <= timestep <= 571:  # of 1, 143, 285, 427, 569, 711, 853
+            return conditional
+        unguided = model.unet(noisy, timestep, encoder_hidden_states=null).sample
+        return unguided + 3 * (conditional - unguided)
+
+    scheduler = load_scheduler(tiny_base, num_inference_steps=7)
+    guided = partial(denoise, model, scheduler, latents, tokens, null_tokens=null, guidance=3.0)
+    ours = guided(guidance_interval=(0.285, 0.571))
+    expected = slow_ddim(model, latents, 7, predict)
+    torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(ours, guided(), rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize("guided", [True, False])
+@pytest.mark.parametrize("solver", ["ddim", "dpmsolver++", "unipc"])
+@torch.no_grad()
+def test_denoise_equals_diffusers_loop(
+    model: ContraDiff, tiny_base: Path, solver: Any, guided: bool
+):
+    """StableDiffusionPipeline's own, written plainly, with the UNet's own forward."""
+    latents, tokens = draw(2, 4, 8, 8, seed=0), draw(2, 16, 16, seed=1)
+    null = draw(2, 16, 16, seed=2) if guided else None
+    scheduler: Any = load_solver(tiny_base, solver=solver, num_inference_steps=7)
+    guidance = 1.5 if guided else 1.0
+    ours = [
+        denoise(model, scheduler, latents, tokens, null_tokens=null, guidance=guidance)
+        for _ in range(2)
+    ]
+    # what a solver remembers of one batch is not taken into the next
+    assert torch.equal(*ours)
+    expected = latents * scheduler.init_noise_sigma
+    for timestep in scheduler.timesteps:
+        inputs = torch.cat([expected] * 2) if guided else expected
+        inputs = scheduler.scale_model_input(inputs, timestep)
+        states = tokens if null is None else torch.cat([null, tokens])
+        noise_pred = model.unet(inputs, timestep, encoder_hidden_states=states).sample
+        if guided:
+            unconditional_pred, text_pred = noise_pred.chunk(2)
+            noise_pred = unconditional_pred + guidance * (text_pred - unconditional_pred)
+        expected = scheduler.step(noise_pred, timestep, expected).prev_sample
+    torch.testing.assert_close(ours[0], expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("solver", ["ddim", "dpmsolver++", "unipc"])
+def test_images_equal_stable_diffusions_pipeline(model: ContraDiff, tiny_base: Path, solver: Any):
+    """The pipeline as it is, without a text encoder; merged LoRA, guidance, the VAE."""
+    from diffusers import StableDiffusionPipeline
+
+    latents, tokens, null = (
+        draw(*shape, seed=seed)
+        for seed, shape in enumerate([(2, 4, 8, 8), (2, 16, 16), (2, 16, 16)])
+    )
+    scheduler: Any = load_solver(tiny_base, solver=solver, num_inference_steps=7)
+    ours = denoise(model, scheduler, latents, tokens, null_tokens=null, guidance=1.5)
+    merge_lora(model.unet)
+    vae = load_vae(tiny_base)
+    pipeline = StableDiffusionPipeline(
+        vae=vae,
+        text_encoder=None,  # pyright: ignore[reportArgumentType]
+        tokenizer=None,  # pyright: ignore[reportArgumentType]
+        unet=model.unet,
+        scheduler=scheduler,
+        safety_checker=None,  # pyright: ignore[reportArgumentType]
+        feature_extractor=None,  # pyright: ignore[reportArgumentType]
+        requires_safety_checker=False,
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    images = pipeline(
+        prompt_embeds=tokens,
+        negative_prompt_embeds=null,
+        guidance_scale=1.5,
+        num_inference_steps=7,
+        latents=latents,
+        output_type="np",
+        height=32,
+        width=32,
+    ).images  # pyright: ignore[reportAttributeAccessIssue]
+    expected = (torch.from_numpy(images).permute(0, 3, 1, 2) * 255).round().byte()
+    assert_same_images(decode_latents(vae, ours), expected)
+
+
+def test_merged_lora_makes_the_same_images(model: ContraDiff, tiny_base: Path):
+    [unmerged] = generate_unconditional(model, tiny_base)
+    merge_lora(model.unet)
+    [merged] = generate_unconditional(model, tiny_base)
+    assert_same_images(merged, unmerged)
+    disable_lora(model.unet)
+    [without] = generate_unconditional(model, tiny_base)
+    assert (without.float() - unmerged.float()).abs().max() > 1
+
+
+def test_bf16_is_autocast_of_the_unet_alone(model: ContraDiff, tiny_base: Path):
+    """Near fp32, and the same bits whether the frozen weights are cast before or at every pass."""
+    merge_lora(model.unet)
+    [exact] = generate_unconditional(model, tiny_base)
+    [autocast] = generate_unconditional(model, tiny_base, precision="bf16")
+    error = (autocast.float() - exact.float()).abs()
+    assert 0 < error.mean() < 3
+    before = {name: p.clone() for name, p in model.named_parameters() if "unet" not in name}
+    cast_frozen_weights(model.unet)
+    norms = [m for m in model.unet.modules() if isinstance(m, torch.nn.GroupNorm)]
+    assert {m.weight.dtype for m in norms} == {torch.float32}
+    assert model.unet.conv_in.weight.dtype == torch.bfloat16
+    [cast] = generate_unconditional(model, tiny_base, precision="bf16")
+    assert torch.equal(cast, autocast)
+    assert all(torch.equal(p, before[n]) for n, p in model.named_parameters() if n in before)
+
+
+@torch.no_grad()
+def test_guidance_of_1_is_the_condition_alone(model: ContraDiff, tiny_base: Path):
+    """Computed without the null condition, or with it: the same."""
+    latents, tokens, null = (
+        draw(*shape, seed=seed)
+        for seed, shape in enumerate([(2, 4, 8, 8), (2, 16, 16), (2, 16, 16)])
+    )
+    scheduler = load_scheduler(tiny_base, num_inference_steps=7)
+    alone = denoise(model, scheduler, latents, tokens)
+    guided = denoise(model, scheduler, latents, tokens, null_tokens=null, guidance=1.0)
+    torch.testing.assert_close(guided, alone, rtol=1e-4, atol=1e-4)
+
+
+def test_null_condition_is_encoded_only_for_guidance(model: ContraDiff, tiny_base: Path):
+    asked: list[range] = []
+
+    def null_tokens(indices: range) -> Tensor:
+        asked.append(indices)
+        return torch.zeros(len(indices), 16, 16)
+
+    conditioning = Conditioning(
+        unconditional(model, seed=0, device=CPU).tokens, null_tokens=null_tokens
+    )
+    sample_with(model, tiny_base, conditioning, batch_size=2)
+    assert asked == []
+    sample_with(model, tiny_base, conditioning, batch_size=2, condition="class", guidance=2.0)
+    assert asked == [range(2), range(2, 4), range(4, 5)]
+
+
+def test_guidance_of_noise_is_refused():
+    expected = r"generate\.guidance is 1\.5, but generate\.condition: noise"
+    with pytest.raises(ValidationError, match=expected):
+        GenerateParams.model_validate(SETTINGS | {"guidance": 1.5})
+    assert GenerateParams.model_validate(SETTINGS).guidance == 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_samples": 0}, "num_samples"),
+        ({"solver": "euler"}, "solver"),
+        ({"precision": "fp16"}, "precision"),
+        ({"guidance_interval": [0.5, 0.2]}, r"guidance_interval must be two rising .*0\.5, 0\.2"),
+        ({"guidance_interval": [0.0, 1.5]}, "guidance_interval must be two rising numbers"),
+        ({"guidance_interval": [0.0]}, "guidance_interval"),
+        ({"guidance": 1.0, "guidance_interval": [0.0, 0.5]}, r"generate\.guidance 1 is none"),
+    ],
+)
+def test_bad_parameters_are_refused_by_name(changes: dict[str, Any], message: str):
+    content = {"generate": SETTINGS | {"condition": "class", "guidance": 2.0} | changes}
+    with pytest.raises(ValueError, match=rf"generate.*{message}"):
+        parse(OnlyGenerate, content, source="params.yaml")
+
+
+@pytest.mark.parametrize("num_steps", [1, 20, 100, 500, 999])
+def test_steps_within_the_schedule_are_taken(tiny_base: Path, num_steps: int):
+    timesteps = load_scheduler(tiny_base, num_inference_steps=num_steps).timesteps
+    expected = [k * (1000 // num_steps) + 1 for k in reversed(range(num_steps))]
+    assert timesteps.tolist() == expected
+
+
+@pytest.mark.parametrize("num_steps", [1000, 1001])
+def test_too_many_steps_are_refused(tiny_base: Path, num_steps: int):
+    """1000 too: the base's steps_offset would make its first timestep 1000, beyond the grid."""
+    with pytest.raises(ValueError, match=rf"generate\.num_inference_steps: {num_steps} is more"):
+        load_scheduler(tiny_base, num_inference_steps=num_steps)

@@ -1,0 +1,54 @@
+"""Random batches for a small model, and what its UNet's blocks give."""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from contradiff.method.model import ContraDiff
+from contradiff.method.objective import TrainingBatch
+
+
+def watch_maps(model: ContraDiff, block: str) -> list[Tensor]:
+    """Of every later whole pass, the maps of `block`."""
+    seen: list[Tensor] = []
+
+    def see_up(*args: Any) -> None:
+        mid = seen.pop()
+        up = F.adaptive_avg_pool2d(args[2], mid.shape[2:])
+        seen.append(up if block == "up.1" else torch.cat([mid, up], dim=1))
+
+    model.unet.mid_block.register_forward_hook(lambda *args: seen.append(args[2]))
+    if block != "mid":
+        model.unet.up_blocks[1].register_forward_hook(see_up)
+    return seen
+
+
+def draw_batch(num_images: int, *, shared: bool = False, seed: int = 0) -> TrainingBatch:
+    """A batch with everything random; `shared`: both views have one condition."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def gaussian(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator)
+
+    dropped = torch.zeros(2, num_images, dtype=torch.bool)
+    dropped[0, 0] = dropped[1, 1] = True
+    conditions, condition_noise = (
+        gaussian(2, num_images, 3, 32, 32),
+        gaussian(2, num_images, 3, 32, 32),
+    )
+    if shared:
+        conditions[1], condition_noise[1], dropped[1] = (
+            conditions[0],
+            condition_noise[0],
+            dropped[0],
+        )
+    return TrainingBatch(
+        latents=gaussian(2, num_images, 4, 8, 8),
+        conditions=conditions,
+        condition_noise=condition_noise,
+        dropped=dropped,
+        timesteps=torch.randint(1000, (2, 3, num_images), generator=generator),
+        noise=gaussian(2, 3, num_images, 4, 8, 8),
+    )

@@ -1,0 +1,112 @@
+"""What is written comes back, on the same base alone."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from contradiff.method.checkpoint import base_digest, load_checkpoint, read_config
+from contradiff.method.model import ContraDiff
+
+Save = Callable[..., None]
+
+
+@pytest.fixture
+def model(build_tiny: Callable[..., ContraDiff]) -> ContraDiff:
+    return build_tiny()
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path, model: ContraDiff, save_tiny: Save) -> Path:
+    folder = tmp_path / "pretrain"
+    save_tiny(folder, model, num_steps=7, seed=3)
+    return folder
+
+
+@torch.no_grad()
+def test_round_trip(checkpoint: Path, model: ContraDiff, tiny_base: Path):
+    # BatchNorm's statistics belong to it too.
+    loaded = load_checkpoint(checkpoint, base=tiny_base)
+    assert not loaded.training
+    state = model.state_dict()
+    assert loaded.state_dict().keys() == state.keys()
+    for name, tensor in loaded.state_dict().items():
+        assert torch.equal(tensor, state[name]), name
+    generator = torch.Generator().manual_seed(0)
+    latents = torch.randn(2, 4, 8, 8, generator=generator)
+    tokens = torch.randn(2, 16, 16, generator=generator)
+    timesteps = torch.tensor([5, 900])
+    assert torch.equal(
+        loaded.noise_pred(latents, timesteps, tokens), model.noise_pred(latents, timesteps, tokens)
+    )
+
+
+def test_batchnorms_statistics_come_back(
+    tmp_path: Path, model: ContraDiff, tiny_base: Path, save_tiny: Save
+):
+    model.train()
+    model.projector(torch.randn(8, 16, generator=torch.Generator().manual_seed(0)))
+    save_tiny(tmp_path / "trained", model)
+    loaded = load_checkpoint(tmp_path / "trained", base=tiny_base)
+    assert loaded.projector[1].running_mean.any()
+    assert torch.equal(loaded.projector[1].running_mean, model.projector[1].running_mean)
+    assert loaded.projector[1].num_batches_tracked == 1
+
+
+def test_config_says_what_was_trained(checkpoint: Path, model: ContraDiff, tiny_base: Path):
+    config = read_config(checkpoint)
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert config["base_sha256"] == base_digest(tiny_base)
+    assert (config["image_size"], config["num_steps"], config["params"]["seed"]) == (32, 7, 3)
+    assert config["parameters"]["trainable"] == trainable
+    frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
+    assert config["parameters"]["frozen"] == frozen + 100
+
+
+def test_the_bases_weights_are_not_stored(checkpoint: Path, model: ContraDiff):
+    stored = load_file(checkpoint / "model.safetensors")
+    assert stored.keys() == model.trained_state().keys()
+    assert not any("base_layer" in name for name in stored)
+
+
+def test_another_base_is_refused(checkpoint: Path, tiny_base: Path, tmp_path: Path):
+    other = Path(shutil.copytree(tiny_base, tmp_path / "other"))
+    (path,) = (other / "unet").glob("*.safetensors")
+    weights = load_file(path)
+    weights["conv_in.bias"] += 1e-3
+    save_file(weights, path)
+    with pytest.raises(ValueError, match="trained on another base"):
+        load_checkpoint(checkpoint, base=other)
+
+
+def test_a_missing_checkpoint_is_refused(tmp_path: Path, tiny_base: Path):
+    with pytest.raises(ValueError, match="no checkpoint; run `dvc repro pretrain`"):
+        load_checkpoint(tmp_path, base=tiny_base)
+
+
+@pytest.mark.parametrize(
+    ("section", "change"), [("head", {"width": 32}), ("lora", {"rank": 2, "alpha": 2.0})]
+)
+def test_weights_of_other_shapes_are_refused(
+    checkpoint: Path, tiny_base: Path, section: str, change: dict[str, Any]
+):
+    path = checkpoint / "config.json"
+    config = json.loads(path.read_text())
+    config["params"][section] |= change
+    path.write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="made with other lora, conditioner or head parameters"):
+        load_checkpoint(checkpoint, base=tiny_base)
+
+
+def test_an_earlier_checkpoint_is_replaced_whole(
+    checkpoint: Path, model: ContraDiff, save_tiny: Save
+):
+    (checkpoint / "stale").touch()
+    save_tiny(checkpoint, model, num_steps=8)
+    assert sorted(p.name for p in checkpoint.iterdir()) == ["config.json", "model.safetensors"]
+    assert [p.name for p in checkpoint.parent.iterdir()] == [checkpoint.name]

@@ -1,0 +1,162 @@
+"""Against element-by-element transcriptions and closed forms."""
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from contradiff.method.losses import ContrastiveKind, contrastive_loss, min_snr_weights
+from contradiff.toy.base_recipe import build_scheduler
+
+KINDS: list[ContrastiveKind] = ["ntxent", "dcl_paper", "infonce"]
+
+
+def draw_views(num_images: int, *, width: int = 6, seed: int = 0) -> Tensor:
+    """Features of every length: the losses must normalise them."""
+    generator = torch.Generator().manual_seed(seed)
+    scale = torch.rand(2, num_images, 1, generator=generator) * 5 + 0.1
+    return torch.randn(2, num_images, width, generator=generator) * scale
+
+
+def cosine(first: list[float], second: list[float]) -> float:
+    dot = sum(a * b for a, b in zip(first, second, strict=True))
+    return dot / (math.hypot(*first) * math.hypot(*second))
+
+
+def test_min_snr_weights_are_those_of_diffusers():
+    from diffusers.training_utils import compute_snr
+
+    scheduler = build_scheduler()
+    timesteps = torch.arange(1000)
+    ratio = compute_snr(scheduler, timesteps)
+    expected = torch.stack([ratio, torch.full_like(ratio, 5.0)]).min(dim=0).values / ratio
+    weights = min_snr_weights(scheduler.alphas_cumprod, gamma=5.0)
+    torch.testing.assert_close(weights, expected, rtol=1e-4, atol=1e-6)
+    assert weights.max() == 1
+
+
+def slow_ntxent(views: Tensor, tau: float) -> float:
+    """SimCLR's Algorithm 1: 2N rows, the partner of row k is k + N."""
+    rows = views.flatten(0, 1).tolist()
+    half, total = len(rows) // 2, 0.0
+    for i in range(len(rows)):
+        positive = (i + half) % len(rows)
+        below = sum(math.exp(cosine(rows[i], rows[k]) / tau) for k in range(len(rows)) if k != i)
+        total -= math.log(math.exp(cosine(rows[i], rows[positive]) / tau) / below)
+    return total / len(rows)
+
+
+def slow_dcl_paper(views: Tensor, tau: float) -> float:
+    """Eq. 6 as printed, divided by N."""
+    h, h_prime = views.tolist()
+    n, total = len(h), 0.0
+    for i in range(n):
+        above = 2 * math.exp(cosine(h[i], h_prime[i]) / tau)
+        below = 0.0
+        for j in range(n):
+            if j != i:
+                below += math.exp(cosine(h[i], h[j]) / tau)
+                below += math.exp(cosine(h[i], h_prime[j]) / tau)
+        total -= math.log(above / below)
+    return total / n
+
+
+def slow_infonce(views: Tensor, tau: float) -> float:
+    """CPC's loss: view 1 picks its partner among all of view 2."""
+    h, h_prime = views.tolist()
+    n, total = len(h), 0.0
+    for i in range(n):
+        scores = [math.exp(cosine(h[i], h_prime[j]) / tau) for j in range(n)]
+        total -= math.log(scores[i] / sum(scores))
+    return total / n
+
+
+SLOW = {"ntxent": slow_ntxent, "dcl_paper": slow_dcl_paper, "infonce": slow_infonce}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("num_images", [2, 7])
+@pytest.mark.parametrize("temperature", [0.1, 1.0])
+def test_equals_the_formula_written_out(kind: ContrastiveKind, num_images: int, temperature: float):
+    views = draw_views(num_images)
+    loss = contrastive_loss(views, kind=kind, temperature=temperature)
+    assert loss.item() == pytest.approx(SLOW[kind](views, temperature), rel=1e-5, abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("kind", "candidates"), [("ntxent", 2 * 5 - 1), ("dcl_paper", 5 - 1), ("infonce", 5)]
+)
+def test_of_identical_features_is_the_log_of_the_number_of_candidates(
+    kind: ContrastiveKind, candidates: int
+):
+    # dcl_paper has 2 (N - 1) candidates, and the factor 2 takes log 2 off.
+    views = torch.ones(2, 5, 3)
+    loss = contrastive_loss(views, kind=kind, temperature=0.1)
+    assert loss.item() == pytest.approx(math.log(candidates), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("kind", "expected"),
+    [
+        ("ntxent", math.log(math.exp(2) + 2 * 4 - 2) - 2),
+        ("dcl_paper", math.log(4 - 1) - 2),
+        ("infonce", math.log(math.exp(2) + 4 - 1) - 2),
+    ],
+)
+def test_of_orthogonal_images_with_equal_views(kind: ContrastiveKind, expected: float):
+    views = torch.eye(4).expand(2, 4, 4)
+    loss = contrastive_loss(views, kind=kind, temperature=0.5)
+    assert loss.item() == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_length_of_features_does_not_matter(kind: ContrastiveKind):
+    views = draw_views(5)
+    loss = contrastive_loss(views, kind=kind, temperature=0.1)
+    longer = contrastive_loss(views * 7, kind=kind, temperature=0.1)
+    torch.testing.assert_close(loss, longer)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_local_anchors_average_to_the_loss_of_the_whole_batch(kind: ContrastiveKind):
+    """Gradients too: it is what DDP averages."""
+    views = draw_views(6).requires_grad_()
+    whole = contrastive_loss(views, kind=kind, temperature=0.2)
+    (gradient,) = torch.autograd.grad(whole, views)
+    parts = [
+        contrastive_loss(views, kind=kind, temperature=0.2, anchors=slice(start, start + 2))
+        for start in (0, 2, 4)
+    ]
+    average = torch.stack(parts).mean()
+    torch.testing.assert_close(average, whole)
+    torch.testing.assert_close(torch.autograd.grad(average, views)[0], gradient)
+
+
+def test_ntxent_treats_both_views_alike_and_the_others_do_not():
+    views = draw_views(5)
+    swapped = views.flip(0)
+
+    def change(kind: ContrastiveKind) -> float:
+        first = contrastive_loss(views, kind=kind, temperature=0.1)
+        return abs(first - contrastive_loss(swapped, kind=kind, temperature=0.1)).item()
+
+    assert change("ntxent") == pytest.approx(0, abs=1e-5)
+    assert change("dcl_paper") > 1e-3
+    assert change("infonce") > 1e-3
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_autocast_does_not_round_the_similarities(kind: ContrastiveKind):
+    views = draw_views(16, width=32)
+    exact = contrastive_loss(views, kind=kind, temperature=0.1)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = contrastive_loss(views, kind=kind, temperature=0.1)
+    assert loss.dtype == torch.float32
+    assert torch.equal(loss, exact)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_one_image_has_no_negatives(kind: ContrastiveKind):
+    with pytest.raises(ValueError, match=r"pretrain\.batch_size: .* at least two images"):
+        contrastive_loss(draw_views(1), kind=kind, temperature=0.1)

@@ -1,0 +1,83 @@
+"""A mean and its gradient, taken in parts, against the same in one piece."""
+
+import weakref
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from contradiff.method.microbatches import mean_in_parts
+
+
+def draw(*shape: int, seed: int) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("rows_at_once", [1, 2, 3, 5, 9])
+def test_mean_and_gradients_are_those_of_one_piece(rows_at_once: int):
+    """Of inputs that are themselves computed, of weights, and scaled by what follows."""
+    layer = nn.Linear(4, 3).double()
+    inputs, constant, weights = draw(5, 4, seed=0), draw(5, 3, seed=1), draw(5, seed=2)
+    source = draw(4, seed=3).requires_grad_()
+    lengths: list[int] = []
+
+    def loss_of(rows: slice, hidden: Tensor, constant: Tensor) -> Tensor:
+        lengths.append(len(hidden))
+        error = (layer(hidden).tanh() - constant).square().sum(dim=1)
+        return (weights[rows] * error).mean()
+
+    def gradients(mean: Tensor) -> list[Tensor]:
+        return list(torch.autograd.grad(mean * 0.7, [source, *layer.parameters()]))
+
+    expected = loss_of(slice(None), inputs * source, constant)
+    lengths.clear()
+    mean = mean_in_parts(
+        loss_of, [inputs * source, constant], list(layer.parameters()), rows_at_once=rows_at_once
+    )
+    assert sum(lengths) == 5
+    assert max(lengths) == min(rows_at_once, 5)
+    torch.testing.assert_close(mean, expected)
+    torch.testing.assert_close(gradients(mean), gradients(expected))
+
+
+def test_a_part_is_freed_before_the_next_one_runs():
+    """Its activations, and the gradients of its rows."""
+    seen: list[weakref.ref[Tensor]] = []
+
+    def loss_of(_: slice, rows: Tensor) -> Tensor:
+        assert [ref() for ref in seen] == [None] * len(seen)
+        hidden = (2 * rows).exp()
+        rows.register_hook(lambda gradient: seen.append(weakref.ref(gradient)))
+        seen.extend(weakref.ref(tensor) for tensor in (rows, hidden))
+        return hidden.mean()
+
+    given = draw(4, 2, seed=0).requires_grad_()
+    mean_in_parts(loss_of, [given], [], rows_at_once=1).backward()
+    assert len(seen) == 4 * 3
+    torch.testing.assert_close(given.grad, 2 * (2 * given.detach()).exp() / 8)
+
+
+def test_what_has_no_part_in_the_loss_gets_none():
+    used, unused = draw(3, 2, seed=0).requires_grad_(), draw(3, 2, seed=1).requires_grad_()
+    frozen, spare = draw(3, 2, seed=2), nn.Parameter(draw(2, seed=3))
+    mean = mean_in_parts(
+        lambda _, used, __, frozen: (used * frozen).mean(),
+        [used, unused, frozen],
+        [spare],
+        rows_at_once=2,
+    )
+    mean.backward()
+    torch.testing.assert_close(used.grad, frozen / 6)
+    for tensor in (unused, spare):
+        assert tensor.grad is not None
+        assert not tensor.grad.any()
+    assert frozen.grad is None
+
+
+def test_it_is_differentiated_once():
+    given = draw(3, seed=0).requires_grad_()
+    mean = mean_in_parts(lambda _, rows: rows.square().mean(), [given], [], rows_at_once=1)
+    [gradient] = torch.autograd.grad(mean * given.sum(), [given], create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.sum().backward()

@@ -1,0 +1,138 @@
+"""Against its closed form, the figures of our reading, and diffusers."""
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from contradiff.method.noise import add_noise, draw_timesteps, timestep_probabilities
+from contradiff.toy.base_recipe import build_scheduler
+
+
+@pytest.fixture(scope="module")
+def alphas_cumprod() -> Tensor:
+    """Stable Diffusion's grid."""
+    return build_scheduler().alphas_cumprod
+
+
+def draw(probabilities: Tensor, *, recon_passes: int, uniform_mix: float, n: int = 4000) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    return draw_timesteps(
+        probabilities,
+        batch_size=n,
+        recon_passes=recon_passes,
+        uniform_mix=uniform_mix,
+        generator=generator,
+    )
+
+
+def test_probabilities_equal_the_closed_form(alphas_cumprod: Tensor):
+    """Each u in [0, 1] falls to the t whose alpha-bar is nearest to (2 / pi) arccos(sqrt(u))."""
+    probabilities = timestep_probabilities(alphas_cumprod, schedule="inverse_cosine").tolist()
+    alphas = alphas_cumprod.tolist()
+    for t in (0, 1, 300, 998, 999):
+        upper = (alphas[t - 1] + alphas[t]) / 2 if t > 0 else 1.0
+        lower = (alphas[t] + alphas[t + 1]) / 2 if t < 999 else 0.0
+        expected = math.cos(math.pi * lower / 2) ** 2 - math.cos(math.pi * upper / 2) ** 2
+        assert probabilities[t] == pytest.approx(expected, rel=1e-6, abs=1e-12)
+
+
+def test_probabilities_are_the_inverse_cosine_schedule_on_the_grid(alphas_cumprod: Tensor):
+    """SODA's sampler itself: u uniform, alpha-bar(u), nearest point of the grid."""
+    u = (torch.arange(200_000, dtype=torch.float64) + 0.5) / 200_000
+    alphas = 2 / math.pi * torch.arccos(u.sqrt())
+    grid = alphas_cumprod.double().flip(0)
+    nearest = torch.bucketize(alphas, (grid[1:] + grid[:-1]) / 2)
+    counts = torch.bincount(nearest, minlength=1000).flip(0) / len(u)
+    probabilities = timestep_probabilities(alphas_cumprod, schedule="inverse_cosine")
+    torch.testing.assert_close(probabilities, counts.double(), rtol=0, atol=1e-5)
+
+
+def test_quantiles_on_stable_diffusions_grid(alphas_cumprod: Tensor):
+    probabilities = timestep_probabilities(alphas_cumprod, schedule="inverse_cosine")
+    reached = probabilities.cumsum(0)
+    quantiles = [int((reached < q).sum()) for q in (0.05, 0.25, 0.5, 0.75, 0.95)]
+    assert quantiles == [129, 254, 354, 459, 618]
+    assert probabilities[700:].sum().item() == pytest.approx(0.017, abs=0.0005)
+
+
+@pytest.mark.parametrize("schedule", ["inverse_cosine", "uniform"])
+def test_probabilities_sum_to_one(alphas_cumprod: Tensor, schedule: str):
+    probabilities = timestep_probabilities(alphas_cumprod, schedule=schedule)
+    assert probabilities.dtype == torch.float64
+    assert probabilities.min() > 0
+    assert probabilities.sum().item() == pytest.approx(1, abs=1e-12)
+
+
+def test_uniform_schedule_is_uniform(alphas_cumprod: Tensor):
+    probabilities = timestep_probabilities(alphas_cumprod, schedule="uniform")
+    torch.testing.assert_close(probabilities, torch.full((1000,), 0.001, dtype=torch.float64))
+
+
+def test_draws_follow_the_schedule(alphas_cumprod: Tensor):
+    probabilities = timestep_probabilities(alphas_cumprod, schedule="inverse_cosine")
+    draws = draw(probabilities, recon_passes=6, uniform_mix=0.0)
+    assert draws.shape == (2, 3, 4000)
+    reached = probabilities.cumsum(0)
+    for levels in draws.flatten(0, 1):
+        for t in (129, 354, 618):
+            # Five standard errors of a share of 4000 draws.
+            assert (levels <= t).double().mean().item() == pytest.approx(
+                reached[t].item(), abs=5 * 0.5 / math.sqrt(4000)
+            )
+
+
+def test_triples_are_not_sorted(alphas_cumprod: Tensor):
+    probabilities = timestep_probabilities(alphas_cumprod, schedule="inverse_cosine")
+    first, second, _ = draw(probabilities, recon_passes=1, uniform_mix=0.0)[0]
+    assert (first < second).double().mean().item() == pytest.approx(0.5, abs=0.05)
+
+
+@pytest.mark.parametrize("recon_passes", [1, 2, 6])
+def test_uniform_mix_touches_only_the_draws_that_are_reconstructed(
+    alphas_cumprod: Tensor, recon_passes: int
+):
+    probabilities = timestep_probabilities(alphas_cumprod, schedule="inverse_cosine")
+    plain = draw(probabilities, recon_passes=recon_passes, uniform_mix=0.0).flatten(0, 1)
+    mixed = draw(probabilities, recon_passes=recon_passes, uniform_mix=0.5).flatten(0, 1)
+    assert torch.equal(plain[recon_passes:], mixed[recon_passes:])
+    changed = (plain != mixed)[:recon_passes].double().mean(dim=1)
+    torch.testing.assert_close(changed, torch.full_like(changed, 0.5), rtol=0, atol=0.04)
+    noisy = (mixed[:recon_passes] >= 700).double().mean(dim=1)
+    expected = 0.5 * 0.017 + 0.5 * 0.3
+    torch.testing.assert_close(noisy, torch.full_like(noisy, expected), rtol=0, atol=0.03)
+
+
+def test_uniform_mix_of_one_draws_uniformly(alphas_cumprod: Tensor):
+    probabilities = timestep_probabilities(alphas_cumprod, schedule="inverse_cosine")
+    levels = draw(probabilities, recon_passes=1, uniform_mix=1.0)[0, 0].double()
+    assert levels.mean().item() == pytest.approx(499.5, abs=5 * 289 / math.sqrt(4000))
+    assert levels.max() > 990
+    assert levels.min() < 10
+
+
+def test_draws_repeat_with_the_generator(alphas_cumprod: Tensor):
+    probabilities = timestep_probabilities(alphas_cumprod, schedule="inverse_cosine")
+    first = draw(probabilities, recon_passes=3, uniform_mix=0.25, n=20)
+    assert torch.equal(first, draw(probabilities, recon_passes=3, uniform_mix=0.25, n=20))
+
+
+def test_add_noise_equals_diffusers():
+    scheduler = build_scheduler()
+    generator = torch.Generator().manual_seed(0)
+    latents = torch.randn(5, 4, 3, 3, generator=generator)
+    noise = torch.randn(5, 4, 3, 3, generator=generator)
+    timesteps = torch.tensor([0, 1, 401, 998, 999])
+    noisy = add_noise(latents, noise, timesteps, scheduler.alphas_cumprod)
+    torch.testing.assert_close(noisy, scheduler.add_noise(latents, noise, timesteps))
+
+
+def test_add_noise_keeps_the_variance():
+    """Unit latents and unit noise give unit noisy latents at every level."""
+    generator = torch.Generator().manual_seed(0)
+    latents = torch.randn(3, 4, 64, 64, generator=generator)
+    noise = torch.randn(3, 4, 64, 64, generator=generator)
+    timesteps = torch.tensor([0, 500, 999])
+    noisy = add_noise(latents, noise, timesteps, build_scheduler().alphas_cumprod)
+    torch.testing.assert_close(noisy.std(dim=(1, 2, 3)), torch.ones(3), rtol=0, atol=0.02)

@@ -1,0 +1,361 @@
+"""Its loss against six whole passes, and two processes against one."""
+
+import math
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+
+from contradiff.method.checkpoint import load_checkpoint
+from contradiff.method.losses import LossParams
+from contradiff.method.model import ContraDiff
+from contradiff.method.objective import TrainingBatch, TrainingStep
+from contradiff.training.pretraining import set_up
+from tests.method.batches import draw_batch, watch_maps
+
+Build = Callable[..., ContraDiff]
+
+
+def loss_params(**changes: Any) -> LossParams:
+    return LossParams.model_validate(
+        {
+            "lambda": 0.3,
+            "contrastive": "ntxent",
+            "temperature": 0.2,
+            "latent_views": "two",
+            "recon_passes": 1,
+            "min_snr_gamma": 0.0,
+        }
+        | changes
+    )
+
+
+def losses_of(
+    model: ContraDiff, batch: TrainingBatch, *, decode_batch_size: int = 0, **changes: Any
+) -> dict[str, Tensor]:
+    """A step with separate conditions, and `loss_params` changed."""
+    step = TrainingStep(
+        model,
+        loss=loss_params(**changes),
+        shared_condition=False,
+        decode_batch_size=decode_batch_size,
+    )
+    return step(batch)
+
+
+def in_float64(batch: TrainingBatch) -> TrainingBatch:
+    return TrainingBatch(
+        **{k: v.double() if v.is_floating_point() else v for k, v in asdict(batch).items()}
+    )
+
+
+def cosine_rows(rows: Tensor) -> Tensor:
+    unit = rows / rows.norm(dim=1, keepdim=True)
+    return unit @ unit.T
+
+
+def naive_losses(
+    model: ContraDiff, batch: TrainingBatch, *, recon_passes: int, temperature: float
+) -> tuple[Tensor, Tensor]:
+    """Reconstruction and NT-Xent from six whole passes, with hooks on the UNet's blocks."""
+    num_images = batch.latents.shape[1]
+    seen = watch_maps(model, model.block)
+    errors: list[Tensor] = []
+    features: list[Tensor] = []
+    for view in range(2):
+        pixels = [
+            batch.condition_noise[view, i] if batch.dropped[view, i] else batch.conditions[view, i]
+            for i in range(num_images)
+        ]
+        tokens = model.conditioner(torch.stack(pixels))
+        for level in range(3):
+            timesteps, noise = batch.timesteps[view, level], batch.noise[view, level]
+            alpha = model.schedule.alphas_cumprod[timesteps][:, None, None, None]
+            noisy = alpha.sqrt() * batch.latents[view] + (1 - alpha).sqrt() * noise
+            predicted = model.unet(noisy, timesteps, encoder_hidden_states=tokens).sample
+            errors.append((predicted - noise).square().mean())
+        maps = seen[-3:]
+        ordered: list[Tensor] = []
+        for i in range(num_images):
+            levels = sorted(range(3), key=lambda k: -int(batch.timesteps[view, k, i]))
+            ordered.append(torch.stack([maps[k][i] for k in levels]))
+        features.append(model.attention(torch.stack(ordered)))
+    similarity = cosine_rows(model.projector(torch.cat(features))) / temperature
+    total = similarity.new_zeros(())
+    for i in range(2 * num_images):
+        others = torch.cat([similarity[i, :i], similarity[i, i + 1 :]])
+        total = total + others.logsumexp(0) - similarity[i, (i + num_images) % (2 * num_images)]
+    return torch.stack(errors[:recon_passes]).mean(), total / (2 * num_images)
+
+
+def gradients(model: ContraDiff, loss: Tensor) -> dict[str, Tensor]:
+    model.zero_grad(set_to_none=True)
+    loss.backward()
+    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize(
+    ("recon_passes", "shared", "block"),
+    [
+        (1, True, "mid"),
+        (1, False, "mid"),
+        (4, False, "mid"),
+        (6, True, "mid"),
+        (1, False, "up.1"),
+        (1, True, "mid+up.1"),
+    ],
+)
+def test_loss_equals_six_whole_passes(
+    build_tiny: Build, recon_passes: int, shared: bool, block: str
+):
+    """And its gradient, which reaches all trainable weights."""
+    model = build_tiny(head={"block": block}).train()
+    batch = draw_batch(3, shared=shared)
+    if block != "mid":  # two more blocks round more: float32 would need a bound 25 times as wide
+        model, batch = model.double(), in_float64(batch)
+    loss = loss_params(recon_passes=recon_passes)
+    losses = TrainingStep(model, loss=loss, shared_condition=shared, decode_batch_size=0)(batch)
+    ours = gradients(model, losses["loss"])
+    reconstruction, contrastive = naive_losses(
+        model, batch, recon_passes=recon_passes, temperature=0.2
+    )
+    for name, value in (("reconstruction", reconstruction), ("contrastive", contrastive)):
+        torch.testing.assert_close(losses[name].to(value), value, rtol=1e-5, atol=1e-6)
+    expected = gradients(model, reconstruction + 0.3 * contrastive)
+    assert ours.keys() == expected.keys()
+    assert ours.keys() == {name for name, p in model.named_parameters() if p.requires_grad}
+    for name, gradient in expected.items():
+        assert gradient.any(), name
+        torch.testing.assert_close(ours[name], gradient, rtol=1e-3, atol=2e-6, msg=name)
+
+
+@pytest.mark.parametrize(
+    ("changes", "head"),
+    [
+        ({}, {}),
+        ({"recon_passes": 4, "min_snr_gamma": 5.0}, {"self_conditioning": True}),
+        ({"lambda": 0.0, "recon_passes": 2}, {}),
+        ({}, {"block": "mid+up.1", "self_conditioning": True}),
+    ],
+)
+@pytest.mark.parametrize("decode_batch_size", [1, 2, 3])
+def test_decoding_in_parts_is_the_same_training_step(
+    build_tiny: Build, changes: dict[str, Any], head: dict[str, Any], decode_batch_size: int
+):
+    """Whether or not the parts divide the draws; scaled as accumulation does.
+
+    To float32's rounding, in which Eq. 3 is taken whatever the model's precision.
+    """
+    model, batch = build_tiny(head=head).double().train(), in_float64(draw_batch(5))
+    set_up(model, loss=loss_params(**changes), gradient_checkpointing="none", precision="fp32")
+    whole = losses_of(model, batch, **changes)
+    expected = gradients(model, whole["loss"] / 3)
+    rows: list[int] = []
+    model.unet.up_blocks[-1].register_forward_hook(lambda *args: rows.append(len(args[2])))
+    parts = losses_of(model, batch, decode_batch_size=decode_batch_size, **changes)
+    ours = gradients(model, parts["loss"] / 3)
+    assert sum(rows) == 5 * changes.get("recon_passes", 1)
+    assert max(rows) == decode_batch_size
+    assert parts.keys() == whole.keys()
+    for name, value in whole.items():
+        torch.testing.assert_close(parts[name], value, rtol=1e-6, atol=0)
+    assert ours.keys() == expected.keys()
+    for name, gradient in expected.items():
+        assert (ours[name] - gradient).norm() <= 1e-6 * gradient.norm(), name
+
+
+@pytest.mark.parametrize("checkpointing", ["none", "down.0", "all"])
+def test_decoding_in_parts_is_the_same_under_autocast(build_tiny: Build, checkpointing: str):
+    """To bfloat16's rounding of single gradients, whose parts are here summed in float32."""
+    model, batch = build_tiny().train(), draw_batch(5)
+    set_up(model, loss=loss_params(), gradient_checkpointing=checkpointing, precision="bf16")
+    found: list[dict[str, Tensor]] = []
+    for decode_batch_size in (0, 3):
+        with torch.autocast("cpu", torch.bfloat16):
+            losses = losses_of(model, batch, decode_batch_size=decode_batch_size, recon_passes=4)
+        found.append(gradients(model, losses["loss"]))
+    whole, parts = found
+    assert whole.keys() == parts.keys()
+    for name, gradient in whole.items():
+        assert gradient.dtype == parts[name].dtype == torch.float32
+        assert (parts[name] - gradient).norm() <= 0.005 * gradient.norm(), name
+
+
+@pytest.mark.parametrize("recon_passes", [1, 4])
+def test_without_contrast_only_reconstruction_of_the_same_draws_is_left(
+    build_tiny: Build, recon_passes: int
+):
+    """No block runs for a map that nobody reads."""
+    model, batch = build_tiny(head={"block": "mid+up.1"}).train(), draw_batch(3)
+
+    def fail(*_: object) -> None:
+        raise AssertionError
+
+    both = losses_of(model, batch, recon_passes=recon_passes)
+    model.attention.register_forward_hook(fail)
+    model.projector.register_forward_hook(fail)
+    rows: list[int] = []
+    for block in (model.unet.mid_block, *model.unet.up_blocks):
+        block.register_forward_hook(lambda *args: rows.append(len(args[2])))
+    alone = losses_of(model, batch, recon_passes=recon_passes, **{"lambda": 0.0})
+    assert alone.keys() == {"loss", "reconstruction"}
+    assert torch.equal(alone["loss"], alone["reconstruction"])
+    torch.testing.assert_close(alone["loss"], both["reconstruction"], rtol=1e-5, atol=1e-6)
+    assert rows == [3 * recon_passes] * 4
+
+
+@pytest.mark.parametrize(("weight", "encoded"), [(0.3, 6), (0.0, 3)])
+def test_no_condition_is_encoded_for_a_view_that_is_not_computed(
+    build_tiny: Build, weight: float, encoded: int
+):
+    model, rows = build_tiny().train(), []
+    model.conditioner.register_forward_hook(lambda *args: rows.append(len(args[2])))
+    losses_of(model, draw_batch(3), **{"lambda": weight})
+    assert rows == [encoded]
+
+
+@pytest.mark.parametrize("block", ["mid", "up.1", "mid+up.1"])
+def test_no_block_sees_a_draw_twice(build_tiny: Build, block: str):
+    model, rows = build_tiny(head={"block": block}).train(), {}
+    for index, module in enumerate(model.unet.up_blocks):
+        module.register_forward_hook(
+            lambda *args, index=index: rows.setdefault(index, []).append(len(args[2]))
+        )
+    losses_of(model, draw_batch(3))
+    early = [3] if block == "mid" else [18]
+    assert rows == {0: early, 1: early, 2: [3]}
+
+
+@pytest.mark.parametrize("recon_passes", [1, 4])
+def test_min_snr_weighs_each_sample_by_its_timestep(build_tiny: Build, recon_passes: int):
+    model, batch = build_tiny().train(), draw_batch(3)
+    ours = losses_of(model, batch, recon_passes=recon_passes, min_snr_gamma=2.0)["reconstruction"]
+    expected = torch.zeros(())
+    draws = [(view, level) for view in range(2) for level in range(3)][:recon_passes]
+    for view, level in draws:
+        for i in range(3):
+            timestep, noise = batch.timesteps[view, level, i], batch.noise[view, level, i]
+            alpha = model.schedule.alphas_cumprod[timestep]
+            noisy = alpha.sqrt() * batch.latents[view, i] + (1 - alpha).sqrt() * noise
+            pixels = batch.condition_noise if batch.dropped[view, i] else batch.conditions
+            tokens = model.conditioner(pixels[view, i][None])
+            predicted = model.unet(noisy[None], timestep, encoder_hidden_states=tokens).sample[0]
+            ratio = alpha / (1 - alpha)
+            weight = min(float(ratio), 2.0) / ratio
+            expected = expected + weight * (predicted - noise).square().mean()
+    torch.testing.assert_close(ours, expected / (3 * recon_passes), rtol=1e-5, atol=1e-6)
+
+
+def test_self_conditioning_learns_from_the_reconstruction(build_tiny: Build):
+    model = build_tiny(head={"self_conditioning": True}).train()
+    losses = losses_of(model, draw_batch(3), **{"lambda": 0.0})
+    gradient = gradients(model, losses["loss"])["self_condition.to_time.weight"]
+    assert gradient.any()
+    assert "self_condition.to_time.weight" in model.trained_state()
+
+
+@pytest.mark.parametrize("kind", ["dcl_paper", "infonce"])
+def test_other_contrastive_losses_are_reached(build_tiny: Build, kind: str):
+    model, batch = build_tiny(), draw_batch(3)
+    losses = losses_of(model, batch, contrastive=kind)
+    ntxent = losses_of(model, batch)
+    assert torch.equal(losses["reconstruction"], ntxent["reconstruction"])
+    assert not torch.isclose(losses["contrastive"], ntxent["contrastive"])
+
+
+def test_an_optimiser_step_changes_the_trained_parts_alone(build_tiny: Build):
+    model = build_tiny().train()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    trained = set(model.trained_state())
+    optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=1e-2)
+    losses_of(model, draw_batch(3))["loss"].backward()
+    optimizer.step()
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, before[name]) == (name not in trained), name
+
+
+def _train_one_process(
+    rank: int, folder: Path, base: Path, weight: float, decode_batch_size: int
+) -> None:
+    """One of two processes: its images of the batch, DDP's gradient, BatchNorm's statistics."""
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2
+    )
+    model = load_checkpoint(folder / "checkpoint", base=base).train()
+    loss = loss_params(**{"recon_passes": 2, "lambda": weight})
+    set_up(model, loss=loss, gradient_checkpointing="none", precision="fp32")
+    whole = load_file(folder / "batch.safetensors")
+    # Images are the second axis, after the views, but for the draws' levels in between.
+    batch = TrainingBatch(
+        **{
+            name: tensor.chunk(2, dim=2 if name in ("timesteps", "noise") else 1)[rank].contiguous()
+            for name, tensor in whole.items()
+        }
+    )
+    step = TrainingStep(
+        model, loss=loss, shared_condition=False, decode_batch_size=decode_batch_size
+    )
+    wrapped = DistributedDataParallel(step)
+    losses = wrapped(batch)
+    losses["loss"].backward()
+    state = {f"gradient.{n}": p.grad for n, p in model.named_parameters() if p.grad is not None}
+    state |= {f"buffer.{n}": tensor for n, tensor in model.projector.named_buffers()}
+    state |= {f"loss.{n}": value.detach().clone() for n, value in losses.items()}
+    save_file(state, folder / f"rank{rank}.safetensors")
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize(
+    ("weight", "head", "decode_batch_size"),
+    [
+        (0.3, {}, 0),
+        (0.3, {"block": "mid+up.1", "self_conditioning": True}, 4),
+        (0.0, {"self_conditioning": True}, 0),
+    ],
+)
+def test_two_processes_have_the_gradient_of_one(
+    build_tiny: Build,
+    tiny_base: Path,
+    tiny_params: dict[str, Any],
+    save_tiny: Callable[..., None],
+    tmp_path: Path,
+    *,
+    weight: float,
+    head: dict[str, Any],
+    decode_batch_size: int,
+):
+    """The whole step's, to 1e-6 of its length in float32."""
+    model, batch = build_tiny(head=head), draw_batch(6)
+    changes = {"recon_passes": 2, "lambda": weight}
+    set_up(model, loss=loss_params(**changes), gradient_checkpointing="none", precision="fp32")
+    save_tiny(tmp_path / "checkpoint", model, head=tiny_params["head"] | head)
+    save_file(asdict(batch), tmp_path / "batch.safetensors")
+    mp.spawn(_train_one_process, (tmp_path, tiny_base, weight, decode_batch_size), nprocs=2)
+    ranks = [load_file(tmp_path / f"rank{rank}.safetensors") for rank in range(2)]
+
+    losses = losses_of(model.train(), batch, **changes)
+    expected = gradients(model, losses["loss"])
+    length = torch.cat([gradient.flatten() for gradient in expected.values()]).norm()
+    for rank in ranks:
+        names = {name.removeprefix("gradient.") for name in rank if name.startswith("gradient.")}
+        assert names == expected.keys()
+        for name, gradient in expected.items():
+            torch.testing.assert_close(
+                rank[f"gradient.{name}"], gradient, rtol=1e-4, atol=1e-6, msg=name
+            )
+        differences = [rank[f"gradient.{name}"] - expected[name] for name in expected]
+        assert torch.cat([d.flatten() for d in differences]).norm() <= 1e-6 * length
+        for name, tensor in model.projector.named_buffers():
+            torch.testing.assert_close(rank[f"buffer.{name}"], tensor)
+    for name, value in losses.items():
+        mean = (ranks[0][f"loss.{name}"] + ranks[1][f"loss.{name}"]) / 2
+        assert math.isclose(mean, value.item(), rel_tol=1e-5), name

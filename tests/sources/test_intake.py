@@ -1,0 +1,184 @@
+"""Bytes are kept, oddities named, unreadable images refused."""
+
+import io
+
+import numpy as np
+import pytest
+from PIL import ExifTags, Image
+
+from contradiff.data.decoding import decode_rgb
+from contradiff.sources.intake import StoredImage, Verify, take_in
+
+each_verify = pytest.mark.parametrize("verify", ["full", "header"])
+
+
+def picture(height: int = 48, width: int = 80) -> Image.Image:
+    rng = np.random.default_rng(0)
+    y, x = np.mgrid[0:height, 0:width]
+    planes = [100 + 1.5 * x, 200 - 3 * y, 60 + x + 2 * y]
+    noise = rng.normal(scale=12, size=(height, width, 3))
+    return Image.fromarray((np.stack(planes, axis=-1) + noise).clip(0, 255).astype(np.uint8))
+
+
+def encoded(image: Image.Image, kind: str, **options: object) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def rotated(image: Image.Image, kind: str, orientation: int) -> bytes:
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = orientation
+    return encoded(image, kind, exif=exif)
+
+
+def take(
+    content: bytes,
+    *,
+    path: str = "train/n1/a.JPEG",
+    verify: str = "full",
+    resize: int | None = None,
+) -> StoredImage:
+    assert verify in {"full", "header"}
+    kept: Verify = "full" if verify == "full" else "header"
+    return take_in(content, path=path, verify=kept, resize=resize)
+
+
+IMAGE = picture()
+GREY16 = Image.fromarray(np.arange(48 * 80, dtype=np.uint16).reshape(48, 80) * 17)
+ODD = {
+    "plain": ("a.jpg", encoded(IMAGE, "JPEG"), "jpg", ()),
+    "progressive": ("a.jpeg", encoded(IMAGE, "JPEG", progressive=True), "jpg", ()),
+    "webp": ("a.webp", encoded(IMAGE, "WEBP"), "webp", ()),
+    "cmyk": ("a.JPEG", encoded(IMAGE.convert("CMYK"), "JPEG"), "jpg", ("cmyk",)),
+    "grey": ("a.JPEG", encoded(IMAGE.convert("L"), "JPEG"), "jpg", ("greyscale",)),
+    "grey16": ("a.png", encoded(GREY16, "PNG"), "png", ("greyscale", "sixteen_bit")),
+    "palette": ("a.png", encoded(IMAGE.convert("P"), "PNG"), "png", ("palette",)),
+    "clear": (
+        "a.png",
+        encoded(IMAGE.convert("P"), "PNG", transparency=3),
+        "png",
+        ("palette", "alpha"),
+    ),
+    "alpha": ("a.png", encoded(IMAGE.convert("RGBA"), "PNG"), "png", ("alpha",)),
+    "upside down": ("a.JPEG", rotated(IMAGE, "JPEG", 3), "jpg", ("exif_rotated",)),
+    "rotated png": ("a.png", rotated(IMAGE, "PNG", 6), "png", ("exif_rotated",)),
+    "upright": ("a.JPEG", rotated(IMAGE, "JPEG", 1), "jpg", ()),
+    "misnamed": ("n02105855_2933.JPEG", encoded(IMAGE, "PNG"), "png", ("png_named_jpeg",)),
+    "misnamed too": ("a.png", encoded(IMAGE, "JPEG"), "jpg", ("jpeg_named_png",)),
+    "two pictures": (
+        "a.jpg",
+        encoded(IMAGE, "MPO", save_all=True, append_images=[IMAGE.rotate(180)]),
+        "jpg",
+        ("multi_picture",),
+    ),
+    "several": (
+        "a.JPEG",
+        rotated(IMAGE.convert("L"), "PNG", 8),
+        "png",
+        ("greyscale", "exif_rotated", "png_named_jpeg"),
+    ),
+}
+
+
+@each_verify
+@pytest.mark.parametrize("name", ODD)
+def test_bytes_are_kept_and_oddities_named(name: str, verify: Verify):
+    path, content, extension, oddities = ODD[name]
+    assert take(content, path=path, verify=verify) == StoredImage(content, extension, oddities)
+
+
+@pytest.mark.parametrize("progressive", [False, True])
+def test_truncation_is_noticed_where_a_full_decode_notices_it(progressive: bool):
+    """Decoding at an eighth of the size reads all the data."""
+    whole = encoded(picture(96, 128), "JPEG", quality=90, progressive=progressive)
+    verdicts: list[bool] = []
+    for length in range(0, len(whole), 97):
+        try:
+            decode_rgb(whole[:length], name="x")
+            expected = True
+        except ValueError:
+            expected = False
+        try:
+            take(whole[:length])
+            shown = True
+        except ValueError:
+            shown = False
+        assert shown == expected, length
+        verdicts.append(shown)
+    assert not any(verdicts[: len(verdicts) * 3 // 4])
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
+def test_header_alone_shows_truncation_too(kind: str):
+    whole = encoded(IMAGE, kind)
+    for length in range(0, len(whole) - 1, 61):
+        with pytest.raises(ValueError, match=r"not a readable image"):
+            take(whole[:length], path=f"a.{kind.lower()}", verify="header")
+
+
+def test_thumbnails_end_is_not_the_images():
+    """A truncated JPEG whose EXIF holds a whole one."""
+    exif = Image.Exif()
+    exif[ExifTags.Base.ImageDescription] = encoded(picture(8, 8), "JPEG")
+    whole = encoded(IMAGE, "JPEG", exif=exif)
+    assert whole.index(b"\xff\xd9") < len(whole) // 2
+    assert take(whole, verify="header").content == whole
+    with pytest.raises(ValueError, match="no end mark"):
+        take(whole[:-300], verify="header")
+
+
+def test_trailing_bytes_are_no_fault():
+    content = encoded(IMAGE, "JPEG") + b"\0 shot with a camera" * 9
+    assert take(content, verify="full").content == content
+    assert take(content, verify="header").content == content
+
+
+@each_verify
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (b"", "empty file"),
+        (b"<html>404</html>", "unknown format"),
+        (encoded(IMAGE, "GIF"), r"GIF files are not taken, only \.jpg, \.jpeg, \.png, \.webp"),
+        (encoded(IMAGE, "JPEG")[:900], "truncated"),
+    ],
+)
+def test_unreadable_image_is_refused(content: bytes, reason: str, verify: Verify):
+    with pytest.raises(ValueError, match=rf"^n1/a\.JPEG: not a readable image \(.*{reason}"):
+        take(content, path="n1/a.JPEG", verify=verify)
+
+
+def test_damaged_png_is_found_by_a_full_decode_alone():
+    content = bytearray(encoded(IMAGE, "PNG"))
+    content[len(content) // 2] ^= 0x55
+    with pytest.raises(ValueError, match="not a readable image"):
+        take(bytes(content), path="a.png")
+    assert take(bytes(content), path="a.png", verify="header").extension == "png"
+
+
+@pytest.mark.parametrize("name", ["plain", "misnamed", "webp", "cmyk", "rotated png", "grey16"])
+def test_larger_image_is_made_smaller(name: str):
+    path, content, extension, oddities = ODD[name]
+    smaller = take(content, path=path, resize=24)
+    assert smaller.oddities == oddities
+    assert smaller.extension == ("jpg" if extension == "jpg" else "png")
+    assert smaller == take(content, path=path, resize=24)
+    size = (24, 40) if name == "rotated png" else (40, 24)
+    expected = decode_rgb(content, name="x").resize(size, Image.Resampling.BICUBIC)
+    with Image.open(io.BytesIO(smaller.content)) as image:
+        assert (image.mode, image.size) == ("RGB", size)
+        assert "exif" not in image.info
+        difference = np.asarray(image).astype(int) - np.asarray(expected)
+    assert np.abs(difference).mean() < (3 if extension == "jpg" else 0.01)
+
+
+@pytest.mark.parametrize("side", [48, 49, 1000])
+def test_small_image_is_kept_as_it_is(side: int):
+    content = ODD["upside down"][1]
+    assert take(content, resize=side).content == content
+
+
+def test_narrow_image_keeps_its_shape():
+    smaller = take(encoded(picture(31, 400), "PNG"), path="a.png", resize=8)
+    assert Image.open(io.BytesIO(smaller.content)).size == (103, 8)

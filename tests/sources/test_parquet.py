@@ -1,0 +1,210 @@
+"""And parquet_reader: Hugging Face's shards, whole and broken."""
+
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pytest
+from pyarrow import parquet
+
+from contradiff.sources import parquet_reader
+from contradiff.sources.listing import Listing
+from contradiff.sources.parquet import scan_parquet
+from contradiff.sources.parquet_reader import ParquetReader
+from tests.sources.imagenet_layouts import WNIDS, make_photos, write_parquet, write_synsets
+
+FIRST = "data/train-00000-of-00002.parquet"
+
+
+def scan(root: Path) -> Listing:
+    return scan_parquet(root, shown_root="data/raw")
+
+
+def contents(root: Path) -> set[tuple[int, bytes]]:
+    read = ParquetReader(root)
+    return {(f.label, read(f)) for files in scan(root).splits.values() for f in files}
+
+
+def test_names_as_ilsvrc_has_them_give_the_same_listing(tmp_path: Path):
+    """Some copies have the wnid behind each name, some have not: training tells it all the same."""
+    photos = make_photos(seed=0)
+    write_parquet(tmp_path / "a", photos)
+    write_parquet(tmp_path / "b", photos, path_of=lambda photo: f"x/{photo.name}", val_name="val")
+    assert scan(tmp_path / "a").class_ids == scan(tmp_path / "b").class_ids == WNIDS
+    paths = [
+        {split: [f.path for f in files] for split, files in scan(tmp_path / name).splits.items()}
+        for name in ("a", "b")
+    ]
+    assert paths[0] == paths[1]
+
+
+@pytest.mark.parametrize("has_synsets", [True, False])
+def test_images_without_names_go_by_row(tmp_path: Path, has_synsets: bool):
+    photos = make_photos(seed=0)
+    write_parquet(tmp_path, photos, path_of=lambda _: None, has_names=False)
+    if has_synsets:
+        write_synsets(tmp_path)
+    listing = scan(tmp_path)
+    assert listing.class_ids == (WNIDS if has_synsets else ("0000", "0001", "0002"))
+    assert listing.class_names[0] == ("tench" if has_synsets else "0000")
+    assert {file.key.rpartition("_")[2] for file in listing.splits["train"]} == {
+        f"{row:08d}" for row in range(12)
+    }
+    assert contents(tmp_path) == {(WNIDS.index(p.wnid), p.content) for p in photos}
+
+
+def test_class_names_may_be_the_wnids(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("tests.sources.imagenet_layouts.WORDS", {wnid: wnid for wnid in WNIDS})
+    write_parquet(tmp_path, make_photos(seed=0), path_of=lambda _: None)
+    assert scan(tmp_path).class_ids == scan(tmp_path).class_names == WNIDS
+
+
+@pytest.mark.parametrize("rows_a_group", [1, 2, 100])
+@pytest.mark.parametrize("cached", [0, 1 << 20])
+def test_every_row_is_found_in_any_order(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rows_a_group: int, cached: int
+):
+    monkeypatch.setattr(parquet_reader, "CACHED_BYTES", cached)
+    photos = make_photos(seed=0)
+    write_parquet(tmp_path, photos, rows_a_group=rows_a_group)
+    expected = {photo.name: photo.content for photo in photos}
+    files = [file for files in scan(tmp_path).splits.values() for file in files]
+    read = ParquetReader(tmp_path)
+    for file in [*files, *reversed(files), *files[::2]]:
+        assert read(file) == expected[Path(file.path).name]
+
+
+def test_row_group_is_read_once_in_the_order_of_rows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    write_parquet(tmp_path, make_photos(seed=0), rows_a_group=3)
+    files = sorted(scan(tmp_path).splits["train"], key=lambda file: (file.stored, file.offset))
+    monkeypatch.setattr(parquet_reader, "CACHED_BYTES", 0)
+    groups: list[int] = []
+    real = parquet.ParquetFile.read_row_group
+
+    def counted(self: Any, number: int, **options: Any) -> Any:
+        groups.append(number)
+        return real(self, number, **options)
+
+    monkeypatch.setattr(parquet.ParquetFile, "read_row_group", counted)
+    read = ParquetReader(tmp_path)
+    for file in files:
+        read(file)
+    assert groups == [0, 1, 0, 1]
+
+
+def rewrite(root: Path, **columns: Any) -> None:
+    """Replace columns of the first shard of six rows."""
+    table = parquet.read_table(root / FIRST)
+    for name, values in columns.items():
+        index = table.column_names.index(name)
+        table = table.set_column(index, name, pa.array(values))
+    parquet.write_table(table, root / FIRST)
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    write_parquet(tmp_path, make_photos(seed=0))
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("columns", "fault"),
+    [
+        ({"label": ["cat"] * 6}, r"has the columns \(image: .*, label: string\); expected `image`"),
+        ({"image": [b"x"] * 6}, r"has the columns \(image: binary, label: int64\); expected"),
+        ({"image": [{"path": "a.jpg"}] * 6}, r"has the columns \(image: struct<path: string>"),
+        ({"label": [0, 1, 2, 3, 0, 1]}, r"label of row 3 of data/train.* is 3; expected 0 to 2"),
+        ({"label": [0, -1, 2, 2, 0, 1]}, r"label of row 1 of .* is -1; .* test split has no label"),
+        ({"label": [0, None, 2, 2, 0, 1]}, r"label of row 1 of .* is -1"),
+    ],
+)
+def test_wrong_columns_are_named(root: Path, columns: dict[str, Any], fault: str):
+    rewrite(root, **columns)
+    with pytest.raises(ValueError, match=rf"^data\.root: data/raw.* ?{fault}"):
+        scan(root)
+
+
+def test_missing_column_is_named(root: Path):
+    table = parquet.read_table(root / FIRST)
+    parquet.write_table(table.rename_columns(["img", "label"]), root / FIRST)
+    with pytest.raises(ValueError, match=rf"data/raw/{FIRST} has the columns \(img: struct"):
+        scan(root)
+
+
+def test_label_that_does_not_follow_the_wnid_is_named(tmp_path: Path):
+    photos = make_photos(seed=0)
+    write_parquet(tmp_path, photos)
+    shard = tmp_path / "data/validation-00001-of-00002.parquet"
+    table = parquet.read_table(shard)
+    labels = [(label + 1) % 3 for label in table["label"].to_pylist()]
+    parquet.write_table(table.set_column(1, "label", pa.array(labels)), shard)
+    with pytest.raises(
+        ValueError, match=r"validation-00001.*: row 0 \(.*\) has label \d, which is n0"
+    ):
+        scan(tmp_path)
+
+
+def test_labels_in_another_order_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """By the ids of ILSVRC's kit, say: models would disagree with those of other sources."""
+    monkeypatch.setattr("tests.sources.imagenet_layouts.WNIDS", tuple(reversed(WNIDS)))
+    write_parquet(tmp_path, make_photos(seed=0))
+    with pytest.raises(ValueError, match=r"labels are not the wnids' places in sorted order"):
+        scan(tmp_path)
+
+
+@pytest.mark.parametrize("split", ["train", "validation"])
+def test_missing_split_is_named(root: Path, split: str):
+    for path in root.glob(f"data/{split}-*"):
+        path.unlink()
+    with pytest.raises(ValueError, match=rf"^data\.root: data/raw has no \w+ shards: .*{split}-\*"):
+        scan(root)
+
+
+def test_missing_shard_is_named(root: Path):
+    (root / FIRST).unlink()
+    expected = r"data/raw has 1 of 2 shards like train-00001-of-00002\.parquet; missing: 00000"
+    with pytest.raises(ValueError, match=expected):
+        scan(root)
+
+
+@pytest.mark.parametrize("keep", [0, 3, 0.5])
+def test_truncated_shard_is_named(root: Path, keep: float):
+    content = (root / FIRST).read_bytes()
+    (root / FIRST).write_bytes(content[: int(keep if keep > 1 else keep * len(content))])
+    with pytest.raises(ValueError, match=rf"data/raw/{FIRST} is damaged, truncated or no parquet"):
+        scan(root)
+
+
+def test_damaged_page_is_named(root: Path):
+    files = [file for file in scan(root).splits["train"] if file.stored == FIRST]
+    size = (root / FIRST).stat().st_size
+    with (root / FIRST).open("r+b") as file:
+        file.seek(4)
+        file.write(b"\xff" * (size // 2))
+    read = ParquetReader(root)
+    with pytest.raises(ValueError, match=rf"data\.root: .*{FIRST}: row \d+ cannot be read"):
+        list(map(read, files))
+
+
+def test_image_without_bytes_is_named(root: Path):
+    table = parquet.read_table(root / FIRST)
+    images = table["image"].to_pylist()
+    images[0]["bytes"] = None
+    image = pa.array(images, table.schema.field("image").type)
+    parquet.write_table(table.set_column(0, "image", image), root / FIRST)
+    file = next(f for f in scan(root).splits["train"] if (f.stored, f.offset) == (FIRST, 0))
+    with pytest.raises(ValueError, match=rf"{FIRST}: row 0 has no image bytes, only a path"):
+        ParquetReader(root)(file)
+
+
+def test_shards_may_be_numbered_otherwise(tmp_path: Path):
+    """As the hub's own conversion writes them: train/0000.parquet."""
+    photos = make_photos(seed=0)
+    write_parquet(tmp_path, photos)
+    for path in sorted((tmp_path / "data").iterdir()):
+        split, number = path.name.split("-")[:2]
+        (tmp_path / split).mkdir(exist_ok=True)
+        path.rename(tmp_path / split / f"{number[1:]}.parquet")
+    assert contents(tmp_path) == {(WNIDS.index(p.wnid), p.content) for p in photos}

@@ -1,0 +1,292 @@
+"""The record of experiments, in a real MLflow store."""
+
+from stages.runtime.run import Run, RuntimeParams
+
+import json
+import multiprocessing
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+from stages.runtime import tracking as _tracking
+from stages.runtime.experiments import Results, upsert_row
+from stages.runtime.tracking import CHECKPOINT, connect, flatten_params
+from stages.track import table
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+    from mlflow.entities import Run as Record
+
+PARAMS = {
+    "seed": 0,
+    "loss": {"lambda": 1e-05, "contrastive": "ntxent"},
+    "lora": {"targets": ["attn2.to_q", "attn2.to_k"]},
+    "base": {"revision": None},
+    "runtime": {"device": "cpu"},
+}
+FLAT = {
+    "seed": "0",
+    "loss.lambda": "1e-05",
+    "loss.contrastive": "ntxent",
+    "lora.targets": '["attn2.to_q", "attn2.to_k"]',
+    "base.revision": "null",
+}
+
+
+def run_of(root: Path, stage: str) -> Run:
+    runtime = RuntimeParams(device="cpu", num_workers=0, log_every=1, checkpoint_every=1)
+    return Run(stage=stage, root=root, runtime=runtime)
+
+
+@pytest.fixture(scope="module")
+def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Creating a database takes seconds: do it once, then copy it."""
+    root = tmp_path_factory.mktemp("store")
+    connect(root)
+    return root / "mlflow.db"
+
+
+@pytest.fixture
+def root(empty_store: Path, tmp_path: Path) -> Path:
+    root = tmp_path / "main repository"
+    root.mkdir()
+    (root / "mlflow.db").write_bytes(empty_store.read_bytes())
+    return root
+
+
+@pytest.fixture
+def client(root: Path) -> "MlflowClient":
+    return connect(root).client
+
+
+@pytest.fixture
+def results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Results:
+    """A finished pipeline, in a copy beside the main repository, as in `dvc exp run --temp`."""
+    files = {
+        "copy/metrics/probe.json": json.dumps({"probe": {"top1": 0.5, "head": "linear"}}),
+        "copy/metrics/score.json": json.dumps({"score": {"fid": 12.5, "is_mean": 3}}),
+        "copy/metrics/pretrain.csv": "step,loss,lr\n0,2.0,0.1\n10,1.0,\n",
+        "copy/build/pretrain/model.safetensors": "weights",
+        "copy/build/report/index.html": "<html>",
+        "copy/build/report/summary.json": json.dumps(
+            {"rows": [["top-1", "50.0 %"], ["FID", "12.5"]], "report": "build/report/index.html"}
+        ),
+        "copy/build/figures/samples.png": "png",
+    }
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    monkeypatch.chdir(tmp_path / "copy")
+    return Results(
+        params=PARAMS,
+        metrics=[Path("metrics/probe.json"), Path("metrics/score.json")],
+        curve=Path("metrics/pretrain.csv"),
+        checkpoint=CHECKPOINT,
+        artifacts=[Path("build/figures/samples.png"), Path("build/report")],
+    )
+
+
+def records(client: "MlflowClient", experiment: str) -> "list[Record]":
+    found = client.get_experiment_by_name(experiment)
+    return list(client.search_runs([found.experiment_id])) if found else []
+
+
+def curve(client: "MlflowClient", run_id: str, name: str) -> list[tuple[int, float]]:
+    return [(point.step, point.value) for point in client.get_metric_history(run_id, name)]
+
+
+def test_params_are_flat_text_without_runtime():
+    assert flatten_params(PARAMS) == FLAT
+
+
+@pytest.mark.usefixtures("results")
+def test_table():
+    assert table(Path("build/report/summary.json")) == (
+        "top-1  50.0 %\nFID    12.5\n\nreport: build/report/index.html"
+    )
+
+
+class TestRow:
+    def test_is_complete(
+        self,
+        results: Results,
+        root: Path,
+        client: "MlflowClient",
+        monkeypatch: pytest.MonkeyPatch,
+    ):
+        monkeypatch.setenv("DVC_EXP_NAME", "tiled-bard")
+        monkeypatch.setenv("DVC_EXP_BASELINE_REV", "abc123")
+        run_id = upsert_row(results, run=run_of(root, "track"))
+        [row] = records(client, "contradiff")
+        assert row.info.run_id == run_id
+        assert row.info.run_name == "tiled-bard"
+        assert row.info.status == "FINISHED"
+        assert row.data.params == FLAT
+        scores = {"probe.top1": 0.5, "score.fid": 12.5, "score.is_mean": 3.0}
+        assert row.data.metrics == scores | {"pretrain.loss": 1.0, "pretrain.lr": 0.1}
+        assert curve(client, run_id, "pretrain.loss") == [(0, 2.0), (10, 1.0)]
+        assert curve(client, run_id, "pretrain.lr") == [(0, 0.1)]
+        assert row.data.tags["dvc.exp_names"] == "tiled-bard"
+        assert row.data.tags["baseline_rev"] == "abc123"
+        artifacts = root / "mlruns/contradiff" / run_id / "artifacts"
+        assert sorted(str(p.relative_to(artifacts)) for p in artifacts.rglob("*.*")) == [
+            "report/index.html",
+            "report/summary.json",
+            "samples.png",
+        ]
+
+    def test_same_results_are_one_row_with_both_names(
+        self,
+        results: Results,
+        root: Path,
+        client: "MlflowClient",
+        monkeypatch: pytest.MonkeyPatch,
+    ):
+        ids: set[str] = set()
+        for name in ("ruddy-duck", "azure-cove", "ruddy-duck"):
+            monkeypatch.setenv("DVC_EXP_NAME", name)
+            ids.add(upsert_row(results, run=run_of(root, "track")))
+        [row] = records(client, "contradiff")
+        assert ids == {row.info.run_id}
+        assert row.data.tags["dvc.exp_names"] == "azure-cove ruddy-duck"
+        assert curve(client, row.info.run_id, "pretrain.loss") == [(0, 2.0), (10, 1.0)]
+
+    def test_other_results_are_another_row(
+        self, results: Results, root: Path, client: "MlflowClient"
+    ):
+        upsert_row(results, run=run_of(root, "track"))
+        Path("metrics/probe.json").write_text('{"probe": {"top1": 0.6}}')
+        upsert_row(results, run=run_of(root, "track"))
+        assert sorted(row.data.metrics["probe.top1"] for row in records(client, "contradiff")) == [
+            0.5,
+            0.6,
+        ]
+
+    def test_half_written_row_is_replaced(
+        self,
+        results: Results,
+        root: Path,
+        client: "MlflowClient",
+        monkeypatch: pytest.MonkeyPatch,
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(_tracking.Store, "log", lambda *_, **__: 1 / 0)
+            with pytest.raises(ValueError, match="could not be recorded"):
+                upsert_row(results, run=run_of(root, "track"))
+        upsert_row(results, run=run_of(root, "track"))
+        [row] = records(client, "contradiff")
+        assert row.data.params == FLAT
+
+    def test_training_is_its_child(self, results: Results, root: Path, client: "MlflowClient"):
+        pretrain = run_of(root, "pretrain")
+        with pretrain.training_run(root, PARAMS, files_checkpoint=True) as log:
+            log(0, {"loss": 2.0})
+        for call in pretrain.on_success:
+            call()
+        run_id = upsert_row(results, run=run_of(root, "track"))
+        [training] = records(client, "contradiff-train")
+        assert training.data.tags["mlflow.parentRunId"] == run_id
+        [row] = records(client, "contradiff")
+        assert row.data.tags["train_run_id"] == training.info.run_id
+
+    def test_training_that_is_gone_does_not_matter(
+        self, results: Results, root: Path, client: "MlflowClient"
+    ):
+        pretrain = run_of(root, "pretrain")
+        with pretrain.training_run(root, PARAMS, files_checkpoint=True):
+            pass
+        for call in pretrain.on_success:
+            call()
+        client.delete_run(records(client, "contradiff-train")[0].info.run_id)
+        upsert_row(results, run=run_of(root, "track"))
+        assert "train_run_id" not in records(client, "contradiff")[0].data.tags
+
+
+class TestTraining:
+    def test_resumed_training_goes_on_in_its_run(
+        self, root: Path, tmp_path: Path, client: "MlflowClient"
+    ):
+        def train(steps: range, *, fails: bool) -> None:
+            with run_of(root, "pretrain").training_run(
+                tmp_path, PARAMS, files_checkpoint=True
+            ) as log:
+                for step in steps:
+                    log(step, {"loss": 1.0 - step / 8})
+                if fails:
+                    raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            train(range(4), fails=True)
+        [record] = records(client, "contradiff-train")
+        assert record.info.status == "KILLED"
+        train(range(2, 6), fails=False)  # the checkpoint was older than the last logged step
+        [record] = records(client, "contradiff-train")
+        assert record.info.status == "FINISHED"
+        assert record.data.params == FLAT
+        expected = [(step, 1.0 - step / 8) for step in range(6)]
+        assert curve(client, record.info.run_id, "loss") == expected
+
+    def test_store_that_fails_costs_a_warning(
+        self,
+        root: Path,
+        tmp_path: Path,
+        client: "MlflowClient",
+        monkeypatch: pytest.MonkeyPatch,
+        capfd: pytest.CaptureFixture[str],
+    ):
+        monkeypatch.setattr(_tracking, "_SECONDS_BETWEEN_BATCHES", 0.0)
+        monkeypatch.setattr(_tracking, "_SECONDS_BEFORE_RETRY", 0.0)
+        with run_of(root, "pretrain").training_run(tmp_path, PARAMS, files_checkpoint=True) as log:
+            log(0, {"loss": 3.0})
+            with monkeypatch.context() as patch:
+                patch.setattr(_tracking.Store, "log", lambda *_, **__: 1 / 0)
+                log(1, {"loss": 2.0})
+            log(2, {"loss": 1.0})
+        assert "warning: MLflow: 1 values wait to be logged" in capfd.readouterr().err
+        [record] = records(client, "contradiff-train")
+        assert curve(client, record.info.run_id, "loss") == [(0, 3.0), (1, 2.0), (2, 1.0)]
+
+    @pytest.mark.parametrize("uri", ["sqlite:////proc/none/mlflow.db", "nonsense://x"])
+    def test_wrong_uri_is_seen_at_the_start(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, uri: str
+    ):
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+        with (
+            pytest.raises(ValueError, match=f"MLflow's store {uri} cannot be used"),
+            run_of(tmp_path, "pretrain").training_run(tmp_path, PARAMS, files_checkpoint=True),
+        ):
+            pass
+
+    def test_tracking_uri_of_the_user_wins(
+        self, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ):
+        uri = f"sqlite:///{root}/mlflow.db"
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+        other = tmp_path / "other"
+        other.mkdir()
+        with run_of(other, "pretrain").training_run(tmp_path, PARAMS, files_checkpoint=True):
+            pass
+        assert not (other / "mlflow.db").exists()
+        assert os.environ["MLFLOW_TRACKING_URI"] == uri
+
+
+def _train_once(root: Path, number: int) -> None:
+    folder = root / f"work-{number}"
+    folder.mkdir()
+    with run_of(root, "pretrain").training_run(folder, PARAMS, files_checkpoint=True) as log:
+        log(0, {"loss": 1.0})
+
+
+@pytest.mark.slow
+def test_two_processes_may_create_the_store_at_once(tmp_path: Path):
+    context = multiprocessing.get_context("fork")
+    processes = [context.Process(target=_train_once, args=(tmp_path, i)) for i in range(2)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    assert [process.exitcode for process in processes] == [0, 0]
+    trainings = records(connect(tmp_path).client, "contradiff-train")
+    assert [len(training.data.metrics) for training in trainings] == [1, 1]

@@ -1,0 +1,138 @@
+"""Against closed forms and torch's own schedulers."""
+
+import math
+
+import pytest
+import torch
+from pydantic import ValidationError
+from torch import nn
+
+from contradiff.training.optim import (
+    SgdParams,
+    build_adamw,
+    cosine_with_warmup,
+    is_decayed,
+    scaled_lr,
+)
+
+
+def test_schedule_at_its_corners():
+    def at(step: int) -> float:
+        return cosine_with_warmup(step, total_steps=110, warmup_steps=10, final=0.2)
+
+    assert at(0) == 0.0
+    assert at(5) == 0.5
+    assert at(10) == 1.0
+    assert at(60) == pytest.approx(0.6)
+    assert at(110) == pytest.approx(0.2)
+
+
+def test_schedule_without_warmup_begins_at_one():
+    assert cosine_with_warmup(0, total_steps=10, warmup_steps=0) == 1.0
+    assert cosine_with_warmup(10, total_steps=10, warmup_steps=0) == pytest.approx(0.0)
+
+
+def test_schedule_transcribes_mae():
+    lr, min_lr, warmup_epochs, epochs, steps = 0.01, 0.0, 5, 50, 7
+    for step in range(epochs * steps):
+        epoch = step / steps
+        if epoch < warmup_epochs:
+            expected = lr * epoch / warmup_epochs
+        else:
+            progress = (epoch - warmup_epochs) / (epochs - warmup_epochs)
+            expected = min_lr + (lr - min_lr) * 0.5 * (1.0 + math.cos(math.pi * progress))
+        rate = lr * cosine_with_warmup(
+            step, total_steps=epochs * steps, warmup_steps=warmup_epochs * steps
+        )
+        assert rate == pytest.approx(expected, abs=1e-15)
+
+
+def test_schedule_equals_torch_linear_then_cosine():
+    total, warmup, lr, final = 60, 12, 0.3, 0.1
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=lr)
+    tiny = 1e-9  # LinearLR refuses a start at zero
+    reference = torch.optim.lr_scheduler.SequentialLR(
+        optimizer,
+        [
+            torch.optim.lr_scheduler.LinearLR(optimizer, tiny, total_iters=warmup),
+            torch.optim.lr_scheduler.CosineAnnealingLR(
+                optimizer, total - warmup, eta_min=final * lr
+            ),
+        ],
+        milestones=[warmup],
+    )
+    for step in range(total):
+        ours = lr * cosine_with_warmup(step, total_steps=total, warmup_steps=warmup, final=final)
+        assert ours == pytest.approx(reference.get_last_lr()[0], abs=1e-8)
+        optimizer.step()
+        reference.step()
+
+
+@pytest.mark.parametrize(("step", "warmup"), [(-1, 2), (11, 2), (0, 11), (0, -1)])
+def test_schedule_refuses_steps_outside_the_run(step: int, warmup: int):
+    with pytest.raises(ValueError, match="run of 10"):
+        cosine_with_warmup(step, total_steps=10, warmup_steps=warmup)
+
+
+def test_scaled_lr():
+    assert scaled_lr(1.5e-4, batch_size=512, enabled=True) == pytest.approx(3e-4)
+    assert scaled_lr(1.5e-4, batch_size=512, enabled=False) == 1.5e-4
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "expected"),
+    [
+        ("head.q_proj.weight", (4, 4), True),
+        ("unet.attn2.to_q.lora_A.default.weight", (4, 4), True),
+        ("class_embedding.weight", (4, 4), True),
+        ("patchify.weight", (4, 3, 2, 2), True),
+        ("cls_block.mlp.weight", (4, 4), True),
+        ("head.q_proj.bias", (4,), False),
+        ("attention.in_proj_bias", (2, 4), False),
+        ("norm.weight", (4,), False),
+        ("cls_token", (1, 1, 4), False),
+        ("conditioner.pos_embed", (1, 5, 4), False),
+        ("conditioner.position_embedding.weight", (5, 4), False),
+    ],
+)
+def test_decay_spares_biases_norms_and_tokens(name: str, shape: tuple[int, ...], expected: bool):
+    assert is_decayed(name, nn.Parameter(torch.zeros(shape))) is expected
+
+
+def test_adamw_takes_trainable_parameters_only_and_steps_as_torch():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 5), nn.LayerNorm(5), nn.Linear(5, 2))
+    model[0].weight.requires_grad_(False)
+    reference_model = nn.Sequential(nn.Linear(3, 5), nn.LayerNorm(5), nn.Linear(5, 2))
+    reference_model.load_state_dict(model.state_dict())
+    reference_model[0].weight.requires_grad_(False)
+
+    ours = build_adamw(model.named_parameters(), lr=0.1, betas=(0.9, 0.95), weight_decay=0.5)
+    assert [len(group["params"]) for group in ours.param_groups] == [1, 4]
+    decayed = {"params": [reference_model[2].weight], "weight_decay": 0.5}
+    spared = [reference_model[0].bias, *reference_model[1].parameters(), reference_model[2].bias]
+    reference = torch.optim.AdamW(
+        [decayed, {"params": spared, "weight_decay": 0.0}], lr=0.1, betas=(0.9, 0.95), foreach=False
+    )
+    inputs = torch.randn(4, 3)
+    for _ in range(3):
+        for network, optimizer in ((model, ours), (reference_model, reference)):
+            optimizer.zero_grad()
+            network(inputs).square().mean().backward()
+            optimizer.step()
+    for left, right in zip(model.parameters(), reference_model.parameters(), strict=True):
+        torch.testing.assert_close(left, right)
+
+
+def test_adamw_refuses_a_frozen_model():
+    frozen = nn.Linear(2, 2).requires_grad_(False)
+    with pytest.raises(ValueError, match="no trainable parameters"):
+        build_adamw(frozen.named_parameters(), lr=0.1, betas=(0.9, 0.95), weight_decay=0.0)
+
+
+def test_warmup_must_end_within_training():
+    class Params(SgdParams):
+        section = "probe"
+
+    with pytest.raises(ValidationError, match=r"probe\.warmup_epochs is 5.*probe\.epochs"):
+        Params(lr=0.1, momentum=0.9, weight_decay=0, batch_size=8, epochs=5, warmup_epochs=5)
