@@ -104,7 +104,7 @@ preset:  ## NAME=paper: make presets/paper.yaml the current params.yaml
 
 # The stage is frozen, so that nobody retrains the base by accident; `dvc repro -f` respects that.
 base: $(STAMP)  ## retrain the tiny base model (about 80 minutes); then `dvc push pretrain_base`
-	python -m stages.runtime.launch stages.pretrain_base
+	python -m stages.pretrain_base
 	dvc commit -f pretrain_base
 
 ui: $(STAMP)  ## MLflow's pages on this machine; they take up to a minute to start

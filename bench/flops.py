@@ -33,7 +33,8 @@ from contradiff.base.config import BaseParams, config_folder, downsampling_of
 from contradiff.base.loading import NoiseSchedule, unet_without_weights
 from contradiff.config import Section, parse, read_params
 from contradiff.features.inversion import inverted_maps
-from contradiff.method.attention import FeaturesParams, HeadParams
+from contradiff.features.params import FeaturesParams
+from contradiff.method.attention import HeadParams
 from contradiff.method.conditioner import ConditionerParams
 from contradiff.method.lora import LoraParams
 from contradiff.method.losses import LossParams

@@ -22,8 +22,8 @@ import torch
 from torch import Tensor
 
 from contradiff.base.loading import load_vae
+from contradiff.base.vae import decode_latents
 from contradiff.config import read_params
-from contradiff.data.latents import decode_latents
 from contradiff.generation.sampling import denoise
 from contradiff.generation.solvers import Solver, load_solver
 from contradiff.method.checkpoint import Architecture

@@ -1,7 +1,10 @@
 """Shapes and choices that travel through the system, named once."""
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Literal
 
+import torch
 from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
@@ -31,3 +34,28 @@ Maps = Float[Tensor, "batch width_m h_m w_m"]
 
 Features = Float[Tensor, "batch width"]
 """The feature h of Eq. 4."""
+
+
+@dataclass(frozen=True)
+class Processes:
+    """Which of several processes this is.
+
+    Attributes:
+        rank: its number, from 0; process 0 reports the progress of all.
+        size: how many there are.
+        barrier: returns when every process has called it.
+    """
+
+    rank: int = 0
+    size: int = 1
+    barrier: Callable[[], None] = lambda: None
+
+
+def to_pixels(images: ByteImages) -> Pixels:
+    """uint8, 0 to 255 => float32 in [-1, 1]."""
+    return images.float().div_(127.5).sub_(1.0)  # in place in the copy that `float` makes
+
+
+def to_bytes(pixels: Float[Tensor, "batch 3 height width"]) -> ByteImages:
+    """Float in [-1, 1] => uint8, 0 to 255, rounded; values outside are cut off."""
+    return pixels.float().add(1.0).mul(127.5).round().clamp(0, 255).to(torch.uint8)

@@ -21,6 +21,7 @@ from contradiff.generation.class_table import (
     train_class_table,
 )
 from contradiff.method.checkpoint import load_checkpoint, read_config
+from contradiff.training.state import STATE_VERSION
 
 BASE, CHECKPOINT = Path("build/base"), Path("build/pretrain")
 IMAGES, LATENTS = Path("build/shards"), Path("build/latents")
@@ -58,8 +59,9 @@ def main(params: Params, run: Run) -> None:
     )
     run.log(f"{sum(p.numel() for p in table.parameters()):,} trainable parameters")
     shown = params.model_dump(mode="json", by_alias=True)
+    decisive = shown | {"train": pairs.digest}
     with (
-        run.work_dir(shown | {"train": pairs.digest}, [BASE, CHECKPOINT]) as work,
+        run.work_dir(decisive, [BASE, CHECKPOINT], state_version=STATE_VERSION) as work,
         run.training_run(work, shown, files_checkpoint=False) as log_metrics,
         run.progress("train", num_steps, "step") as advance,
     ):

@@ -1,6 +1,6 @@
 """features: frozen features of every image, once, as shards that the probe reads.
 
-Runs on as many processes as `python -m stages.runtime.launch stages.features` starts. Each takes every
+Runs on as many processes as `python -m stages.features` starts. Each takes every
 n-th shard; the result does not depend on their number. Interrupted, it goes on where it was.
 """
 
@@ -15,8 +15,8 @@ from pydantic import Field, model_validator
 from safetensors.torch import save_file
 
 from contradiff.config import Section, Seed
+from contradiff.data.map_shards import STATE_VERSION
 from contradiff.data.shards import Shard, ShardIndex
-from contradiff.disk import check_free_space, describe_bytes, explain_full_disk
 from contradiff.features.cache import (
     HEAD_NAME,
     CacheIndex,
@@ -33,9 +33,15 @@ from contradiff.features.models import (
     bytes_of_image,
     write_features,
 )
+from contradiff.features.params import FeaturesParams
 from contradiff.features.timm_backbone import TimmFeatures
-from contradiff.files import replace_dir, sha256_of
-from contradiff.method.attention import FeaturesParams
+from contradiff.files import (
+    check_free_space,
+    describe_bytes,
+    explain_full_disk,
+    replace_dir,
+    sha256_of,
+)
 from contradiff.method.checkpoint import base_digest
 
 BASE, PRETRAIN = Path("build/base"), Path("build/pretrain")
@@ -77,7 +83,7 @@ def main(params: Params, run: Run) -> None:
     inputs = [BASE, PRETRAIN, IMAGES / "index.json", LATENTS / "index.json"]
     if params.features.model == "timm" and params.features.timm_weights is not None:
         inputs.append(run.resolve(params.features.timm_weights))
-    with run.work_dir(params.model_dump(by_alias=True), inputs) as folder:
+    with run.work_dir(params, inputs, state_version=STATE_VERSION) as folder:
         accelerator.wait_for_everyone()  # the main process holds the folder's lock
         first = next(iter(model.read(data, *shards[0])))
         num_images = sum(index.num_samples(split) for split in index.splits)
@@ -160,4 +166,4 @@ def fingerprint_of(model: FeatureModel, params: Params) -> str:
 
 
 if __name__ == "__main__":
-    execute(Params, main)
+    execute(Params, main, parallel=True)

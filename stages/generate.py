@@ -1,10 +1,11 @@
 """generate: noise => shards of PNG images, and a grid of the first.
 
 Unconditional, or conditioned on validation images or on classes, with or without guidance. Runs on
-as many processes as `python -m stages.runtime.launch stages.generate` starts: each makes whole
+as many processes as `python -m stages.generate` starts: each makes whole
 shards, the same whoever makes them. Begun again after a kill, it keeps the shards that are whole.
 """
 
+from stages.runtime.crew import Crew
 from stages.runtime.run import Run, execute
 
 import shutil
@@ -18,6 +19,7 @@ import torch
 
 from contradiff.base.loading import load_vae
 from contradiff.config import Section, Seed
+from contradiff.data.map_shards import STATE_VERSION
 from contradiff.data.params import DataParams
 from contradiff.data.png import LiveGrid, encode_png, image_grid
 from contradiff.data.shards import (
@@ -30,8 +32,7 @@ from contradiff.data.shards import (
     resume_shard,
     shard_name,
 )
-from contradiff.disk import explain_full_disk
-from contradiff.files import replace_dir, replace_file, sha256_of
+from contradiff.files import explain_full_disk, replace_dir, replace_file, sha256_of
 from contradiff.generation.class_table import choose_denoiser, load_class_table, read_class_config
 from contradiff.generation.conditions import (
     Conditioning,
@@ -47,7 +48,6 @@ from contradiff.method.checkpoint import WEIGHTS_NAME, base_digest, load_checkpo
 from contradiff.method.lora import cast_frozen_weights, merge_lora
 from contradiff.method.model import ContraDiff
 from contradiff.types import ByteImages
-from stages.runtime.crew import Crew
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -99,7 +99,7 @@ def main(params: Params, run: Run) -> None:
 
     inputs = [BASE, CHECKPOINT]
     inputs += {"noise": [], "class": [CLASSES], "image": [CONDITIONS]}[section.condition]
-    with run.work_dir(params.model_dump(mode="json", by_alias=True), inputs) as work:
+    with run.work_dir(params, inputs, state_version=STATE_VERSION) as work:
         shards = make_shards(params, run, records_of, work=work, accelerator=accelerator)
         if run.is_main:
             assemble(params, shards, work)
@@ -252,4 +252,4 @@ def below_their_conditions(samples: list[bytes]) -> list[bytes]:
 
 
 if __name__ == "__main__":
-    execute(Params, main)
+    execute(Params, main, parallel=True)

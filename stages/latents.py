@@ -1,6 +1,6 @@
 """latents: image shards => shards of VAE moments of each image's crops, in the same order.
 
-Runs on as many processes as `python -m stages.runtime.launch stages.latents` starts, with the same
+Runs on as many processes as `python -m stages.latents` starts, with the same
 result.
 """
 
@@ -26,6 +26,7 @@ from contradiff.data.encoding import (
     latents_bytes,
 )
 from contradiff.data.latents import LatentsParams, latent_facts
+from contradiff.data.map_shards import STATE_VERSION
 from contradiff.data.params import DataParams
 from contradiff.data.png import encode_png, image_grid
 from contradiff.data.shards import (
@@ -40,8 +41,7 @@ from contradiff.data.shards import (
     shard_name,
     write_noted_shard,
 )
-from contradiff.disk import check_free_space, explain_full_disk
-from contradiff.files import replace_dir, replace_file
+from contradiff.files import check_free_space, explain_full_disk, replace_dir, replace_file
 
 IMAGES = Path("build/shards")
 BASE, LATENTS = Path("build/base"), Path("build/latents")
@@ -76,7 +76,7 @@ def main(params: Params, run: Run) -> None:
     )
     shown = params.model_dump(by_alias=True)
     del shown["latents"]["min_psnr"]  # it decides whether there are latents, not which
-    with run.work_dir(shown, [IMAGES / "index.json", BASE]) as work:
+    with run.work_dir(shown, [IMAGES / "index.json", BASE], state_version=STATE_VERSION) as work:
         todo = [
             (split, shard, work / shard_name(split, number, params.shard.compression))
             for split in index.splits
@@ -166,4 +166,4 @@ def show(found: Reconstruction, run: Run) -> None:
 
 
 if __name__ == "__main__":
-    execute(Params, main)
+    execute(Params, main, parallel=True)

@@ -14,7 +14,7 @@ from contradiff.base.config import BaseParams, base_manifest
 from contradiff.config import Section, Seed
 from contradiff.data.params import DataParams, RawParams
 from contradiff.data.subsets import k_shot_split
-from contradiff.given_files import file_manifest
+from contradiff.files import file_manifest
 from contradiff.sources.imagenet import Manifest
 from contradiff.sources.raw import ensure_images, ensure_transfer_archive, transfer_manifest
 from contradiff.sources.transfer_set import TransferDataParams, TransferSplit, read_transfer_split

@@ -1,6 +1,6 @@
 """pretrain: LoRA, conditioner and attention head learn by reconstruction + lambda * contrast.
 
-Runs on as many processes as `python -m stages.runtime.launch stages.pretrain` starts.
+Runs on as many processes as `python -m stages.pretrain` starts.
 """
 
 from stages.runtime.run import PARAMS_FILE, Run, execute
@@ -26,6 +26,7 @@ from contradiff.method.noise import NoiseParams
 from contradiff.method.parameter_counts import count_parameters
 from contradiff.training.pretraining import pretrain
 from contradiff.training.recipe import PretrainParams, TrainingRecipe
+from contradiff.training.state import STATE_VERSION
 
 BASE, IMAGES, LATENTS = Path("build/base"), Path("build/shards"), Path("build/latents")
 CHECKPOINT, CURVE = Path("build/pretrain"), Path("metrics/pretrain.csv")
@@ -93,7 +94,7 @@ def main(params: Params, run: Run) -> None:
     num_steps = params.pretrain.epochs * (pairs.num_samples // params.pretrain.batch_size)
     shown = params.model_dump(mode="json", by_alias=True)
     with (
-        run.work_dir(shown | {"train": pairs.digest}, [BASE]) as work,
+        run.work_dir(shown | {"train": pairs.digest}, [BASE], state_version=STATE_VERSION) as work,
         run.training_run(work, shown, files_checkpoint=True) as log_metrics,
         run.progress("train", num_steps, "step") as advance,
     ):
@@ -143,4 +144,4 @@ def write_curve(path: Path, curve: Sequence[Mapping[str, float]]) -> None:
 
 
 if __name__ == "__main__":
-    execute(Params, main)
+    execute(Params, main, parallel=True)

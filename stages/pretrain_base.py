@@ -5,6 +5,7 @@ retrains it, on as many processes as `python -m stages.runtime.launch` starts
 (CONTRADIFF_NUM_PROCESSES).
 """
 
+from stages.runtime.progress import Advance
 from stages.runtime.run import Run, execute
 
 from collections.abc import Mapping
@@ -19,7 +20,7 @@ from contradiff.files import replace_dir
 from contradiff.toy.base_recipe import OnProgress, Share, build_scheduler, train_unet, train_vae
 from contradiff.toy.classes import CLASSES
 from contradiff.toy.render import render_image
-from stages.runtime.progress import Advance
+from contradiff.training.state import STATE_VERSION
 
 SEED = 1000
 """Of the base's own images: ContraDiff's have `seed` of params.yaml, and another form of seed."""
@@ -44,7 +45,7 @@ def main(_params: Params, run: Run) -> None:
     state = PartialState(cpu=run.device.type == "cpu")
     share = Share(state.process_index, state.num_processes, run.device)
     recipe = {"vae": [VAE_STEPS, VAE_BATCH], "unet": [UNET_STEPS, UNET_BATCH]}
-    with run.work_dir(recipe, []) as work:
+    with run.work_dir(recipe, [], state_version=STATE_VERSION) as work:
         with run.progress("autoencoder", VAE_STEPS, "step") as advance:
             vae = train_vae(
                 images,
@@ -91,4 +92,4 @@ def reporter(advance: Advance) -> OnProgress:
 
 
 if __name__ == "__main__":
-    execute(Params, main)
+    execute(Params, main, parallel=True)

@@ -1,11 +1,13 @@
 """reference: features of real images, for scores: statistics, a choice of features, and a card."""
 
+from stages.runtime.measuring import measure_set
 from stages.runtime.run import Run, execute
 
 from functools import partial
 from pathlib import Path
 
 from contradiff.config import Section, Seed
+from contradiff.data.map_shards import STATE_VERSION
 from contradiff.data.params import DataParams
 from contradiff.data.shards import ShardIndex
 from contradiff.evaluation.extractors import load_extractor, read_extractor_card
@@ -17,7 +19,6 @@ from contradiff.evaluation.reference import (
     fingerprint_of,
     write_reference,
 )
-from stages.runtime.measuring import measure_set
 
 IMAGES, EXTRACTOR = Path("build/shards"), Path("build/extractor")
 REFERENCE = Path("build/reference")
@@ -49,7 +50,7 @@ def main(params: Params, run: Run) -> None:
     read = partial(reference_shard, IMAGES, image_size=size, batch_size=section.batch_size)
     inputs = [IMAGES / "index.json", EXTRACTOR]
     accelerator = run.accelerator()
-    with run.work_dir(params.model_dump(by_alias=True), inputs) as work:
+    with run.work_dir(params, inputs, state_version=STATE_VERSION) as work:
         features = measure_set(
             shards,
             read,
@@ -68,4 +69,4 @@ def main(params: Params, run: Run) -> None:
 
 
 if __name__ == "__main__":
-    execute(Params, main)
+    execute(Params, main, parallel=True)

@@ -1,11 +1,13 @@
 """score: generated images against the reference => FID, KID, precision, inception score."""
 
+from stages.runtime.measuring import measure_set
 from stages.runtime.run import Run, execute
 
 from functools import partial
 from pathlib import Path
 
 from contradiff.config import Section, Seed
+from contradiff.data.map_shards import STATE_VERSION
 from contradiff.data.params import DataParams
 from contradiff.data.shards import ShardIndex
 from contradiff.evaluation.extractors import load_extractor, read_extractor_card
@@ -14,7 +16,6 @@ from contradiff.evaluation.images import generated_shard
 from contradiff.evaluation.measuring import FeatureSet
 from contradiff.evaluation.reference import read_reference, read_reference_card
 from contradiff.evaluation.scores import MIN_UNBIASED_IMAGES, ScoreParams, is_biased, scores_of
-from stages.runtime.measuring import measure_set
 
 SAMPLES, EXTRACTOR = Path("build/samples"), Path("build/extractor")
 REFERENCE = Path("build/reference")
@@ -38,7 +39,7 @@ def main(params: Params, run: Run) -> None:
     read = partial(generated_shard, SAMPLES, image_size=size, batch_size=section.batch_size)
     inputs = [SAMPLES / "index.json", EXTRACTOR, REFERENCE]
     accelerator = run.accelerator()
-    with run.work_dir(params.model_dump(by_alias=True), inputs) as work:
+    with run.work_dir(params, inputs, state_version=STATE_VERSION) as work:
         found = measure_set(
             shards,
             read,
@@ -104,4 +105,4 @@ def score(samples: FeatureSet, reference: FeatureSet, params: Params, run: Run) 
 
 
 if __name__ == "__main__":
-    execute(Params, main)
+    execute(Params, main, parallel=True)

@@ -20,8 +20,8 @@ from contradiff.downstream.separability import (
     separability_metrics,
 )
 from contradiff.features.extraction import Pool, extract, stored_batches
+from contradiff.features.params import FeaturesParams
 from contradiff.files import replace_file
-from contradiff.method.attention import FeaturesParams
 from contradiff.method.checkpoint import load_checkpoint
 from contradiff.method.model import ContraDiff
 

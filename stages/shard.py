@@ -8,10 +8,10 @@ from pathlib import Path
 from pydantic import model_validator
 
 from contradiff.config import Section, Seed
+from contradiff.data.map_shards import STATE_VERSION
 from contradiff.data.params import DataParams
 from contradiff.data.shards import ShardIndex, ShardParams
-from contradiff.disk import explain_full_disk
-from contradiff.files import replace_dir
+from contradiff.files import explain_full_disk, replace_dir
 from contradiff.sources.imagenet import Manifest
 from contradiff.sources.listing import Read
 from contradiff.sources.packing import (
@@ -66,7 +66,7 @@ def main(params: Params, run: Run) -> None:
     recipe = Recipe(params.shard.compression, params.ingest.verify, params.ingest.resize)
     # Shards that an interrupted run has finished are found again. The threshold changes none.
     decisive = params.model_dump(by_alias=True, exclude={"ingest": {"max_quarantined"}})
-    with run.work_dir(decisive, [MANIFEST]) as work:
+    with run.work_dir(decisive, [MANIFEST], state_version=STATE_VERSION) as work:
         tally = Tally(plan, max_quarantined=params.ingest.max_quarantined)
         missing = write_missing(plan, tally, run, work=work, read=read, recipe=recipe)
         if missing < len(plan):

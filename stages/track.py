@@ -3,15 +3,15 @@
 It runs at the end of every reproduction, also where all other stages came from DVC's cache.
 """
 
+from stages.runtime.experiments import Results, upsert_row
 from stages.runtime.run import PARAMS_FILE, Run, execute
+from stages.runtime.tracking import CHECKPOINT
 
 import json
 import textwrap
 from pathlib import Path
 
 from contradiff.config import Section, read_params
-from stages.runtime.experiments import Results, upsert_row
-from stages.runtime.tracking import CHECKPOINT
 
 LINE_WIDTH = 100
 SUMMARY = Path("build/report/summary.json")

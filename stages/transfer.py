@@ -1,6 +1,6 @@
 """transfer: few-shot classification of another data set, by default from frozen features (Table 6).
 
-Runs on as many processes as `python -m stages.runtime.launch stages.transfer` starts; the result is
+Runs on as many processes as `python -m stages.transfer` starts; the result is
 the same.
 """
 
@@ -36,8 +36,8 @@ from contradiff.downstream.transfer_features import (
 from contradiff.features.choice import features_of_all, load_feature_model
 from contradiff.features.extraction import CleanBatch, FeatureSet, encoded_batches
 from contradiff.features.models import FeatureModel
+from contradiff.features.params import FeaturesParams
 from contradiff.features.timm_backbone import TimmFeatures
-from contradiff.method.attention import FeaturesParams
 from contradiff.method.checkpoint import load_checkpoint
 from contradiff.method.model import ContraDiff
 from contradiff.sources.raw import ensure_transfer_archive, read_manifest, transfer_manifest
@@ -252,4 +252,4 @@ def finetune_all(
 
 
 if __name__ == "__main__":
-    execute(Params, main)
+    execute(Params, main, parallel=True)

@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from contradiff.base.config import SHIPPED_CONFIGS, config_folder, downsampling_of
-from contradiff.base.loading import NoiseSchedule, check_fit
+from contradiff.base.loading import NoiseSchedule
 from contradiff.config import Section, parse, read_params
 from contradiff.features.inversion import chain_to
 from contradiff.files import replace_file
+from contradiff.method.fit import check_fit
 from stages import (
     base,
     class_condition,

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from contradiff.config import read_params
-from contradiff.method.attention import FeaturesParams
+from contradiff.features.params import FeaturesParams
 
 TINY: dict[str, Any] = read_params(Path(__file__).resolve().parents[1] / "presets/tiny.yaml")
 

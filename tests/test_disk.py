@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from contradiff.disk import SPARE_BYTES, check_free_space, describe_bytes, explain_full_disk
+from contradiff.files import SPARE_BYTES, check_free_space, describe_bytes, explain_full_disk
 
 
 def leave_free(monkeypatch: pytest.MonkeyPatch, num_bytes: int) -> None:

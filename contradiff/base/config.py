@@ -7,7 +7,7 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 
 from contradiff.config import Section
-from contradiff.given_files import file_manifest
+from contradiff.files import file_manifest
 
 PARTS = ("vae", "unet", "scheduler")
 

@@ -1,17 +1,14 @@
 """The pretrained latent diffusion model, frozen: its noise schedule, UNet and autoencoder."""
 
-from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from contradiff.base.config import check_base, downsampling_of, read_part
-from contradiff.method.lora import check_lora_targets
+from contradiff.base.config import check_base, read_part
 
 if TYPE_CHECKING:
     from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
@@ -79,66 +76,6 @@ def _ddim_scheduler(folder: Path) -> "DDIMScheduler":
     scheduler = DDIMScheduler.from_pretrained(folder / "scheduler", clip_sample=False)
     assert isinstance(scheduler, DDIMScheduler)
     return scheduler
-
-
-def check_fit(
-    folder: Path,
-    *,
-    image_size: int,
-    lora_targets: list[str],
-    blocks: Mapping[str, Sequence[str]],
-    timesteps: Mapping[str, Sequence[int]],
-    num_inference_steps: int,
-) -> None:
-    """Refuse parameters that this base cannot serve, from its configuration files alone.
-
-    Each would else be found where it is first used: after the data has been encoded, or even after
-    training.
-
-    Args:
-        folder: of a base that `check_config` accepts.
-        image_size: data.image_size.
-        lora_targets: lora.targets.
-        blocks: what is read of the UNet, by the parameter that asks for it, such as head.block.
-        timesteps: at which it is read, by the parameter that asks for them.
-        num_inference_steps: generate.num_inference_steps.
-
-    Raises:
-        ValueError: all that does not fit, one a line, each with its parameter's name.
-    """
-    unet = unet_without_weights(folder)
-    faults: list[str] = []
-    for check in (
-        partial(check_lora_targets, unet, lora_targets),
-        partial(load_scheduler, folder, num_inference_steps=num_inference_steps),
-    ):
-        try:
-            check()
-        except ValueError as error:
-            faults.append(str(error))
-    num_up_blocks = len(unet.config["up_block_types"])
-    faults += [
-        f"{key}: {block} reads the UNet's second up block, but the base has {num_up_blocks}; ask "
-        "for mid alone, or take another base"
-        for key, asked in blocks.items()
-        for block in asked
-        if "up.1" in block and num_up_blocks < 2
-    ]
-    last = NoiseSchedule.of_base(folder).num_train_timesteps - 1
-    faults += [
-        f"{key}: {step} is beyond the base's last timestep, {last}"
-        for key, steps in timesteps.items()
-        for step in steps
-        if step > last
-    ]
-    of_vae, of_unet = downsampling_of(folder), 2 ** (len(unet.config["block_out_channels"]) - 1)
-    if image_size % (of_vae * of_unet):
-        faults.append(
-            f"data.image_size: {image_size} is no multiple of {of_vae * of_unet}: this base's VAE "
-            f"makes an image {of_vae} times smaller, and its UNet that {of_unet} times"
-        )
-    if faults:
-        raise ValueError("\n".join(faults))
 
 
 def unet_without_weights(folder: Path) -> "UNet2DConditionModel":

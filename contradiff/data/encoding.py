@@ -10,21 +10,18 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from contradiff.base.vae import decode_latents, downsampling_factor, mode, psnr
 from contradiff.data.latents import (
     LatentsParams,
     StoredLatents,
     Views,
     cut_views,
-    decode_latents,
-    downsampling_factor,
     encode_views,
-    mode,
-    psnr,
     split_samples,
 )
 from contradiff.data.shards import Record, Sample, ShardIndex
 from contradiff.data.transforms import apply_crop, decode
-from contradiff.disk import describe_bytes
+from contradiff.files import describe_bytes
 from contradiff.types import ByteImages
 
 if TYPE_CHECKING:

@@ -22,7 +22,8 @@ from contradiff.data.latents import StoredLatents
 from contradiff.data.order import Part, TrainingOrder
 from contradiff.data.remote import Location, join
 from contradiff.data.shards import Sample, ShardIndex, image_of, read_shard
-from contradiff.data.transforms import Crop, apply_crop, decode, random_crop, to_pixels
+from contradiff.data.transforms import Crop, apply_crop, decode, random_crop
+from contradiff.types import to_pixels
 
 Pair = tuple[dict[str, bytes], dict[str, bytes]]
 

@@ -5,12 +5,11 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int, UInt8
+from jaxtyping import Int, UInt8
 from torch import Tensor
 from torchvision.transforms.v2 import functional as transforms
 
 from contradiff.data.decoding import decode_rgb
-from contradiff.types import ByteImages, Pixels
 
 ASPECT_RATIOS = (3 / 4, 4 / 3)
 """Of random crops, as in torchvision's RandomResizedCrop and SimCLR."""
@@ -107,13 +106,3 @@ def jitter_colours(
     image = transforms.adjust_saturation(image, rng.uniform(low, high))
     image = transforms.adjust_hue(image, rng.uniform(-0.2, 0.2) * strength)
     return transforms.rgb_to_grayscale(image, 3) if rng.random() < 0.2 else image
-
-
-def to_pixels(images: ByteImages) -> Pixels:
-    """uint8, 0 to 255 => float32 in [-1, 1]."""
-    return images.float().div_(127.5).sub_(1.0)  # in place in the copy that `float` makes
-
-
-def to_bytes(pixels: Float[Tensor, "batch 3 height width"]) -> ByteImages:
-    """Float in [-1, 1] => uint8, 0 to 255, rounded; values outside are cut off."""
-    return pixels.float().add(1.0).mul(127.5).round().clamp(0, 255).to(torch.uint8)

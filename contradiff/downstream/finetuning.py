@@ -13,15 +13,14 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
-from contradiff.data.transforms import to_bytes, to_pixels
 from contradiff.downstream.accuracy import topk_correct
 from contradiff.features.extraction import CleanBatch, autocast, extract
-from contradiff.method.attention import FeaturesParams
+from contradiff.features.params import FeaturesParams
 from contradiff.method.lora import cast_frozen_weights
 from contradiff.method.model import ContraDiff
 from contradiff.method.noise import NUM_LEVELS
 from contradiff.training.optim import build_adamw, cosine_with_warmup
-from contradiff.types import ByteImages, Latents
+from contradiff.types import ByteImages, Latents, to_bytes, to_pixels
 
 BETAS = (0.9, 0.999)
 """AdamW's own; steps are too few to average over more."""

@@ -8,8 +8,8 @@ from torch import Tensor
 
 from contradiff.features.extraction import CleanBatch, FeatureSet
 from contradiff.features.models import FeatureModel, load_diffusion_features
+from contradiff.features.params import FeaturesParams
 from contradiff.features.timm_backbone import TimmFeatures
-from contradiff.method.attention import FeaturesParams
 
 
 def load_feature_model(

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from contradiff.method.attention import Encoded
+from contradiff.method.unet import Encoded
 from contradiff.types import Latents, Maps, Timesteps, Tokens
 
 if TYPE_CHECKING:

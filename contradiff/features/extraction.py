@@ -16,15 +16,18 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from contradiff.data.latents import StoredLatents, encode, mode, scaling_factor
+from contradiff.base.vae import encode, mode, scaling_factor
+from contradiff.data.latents import StoredLatents
 from contradiff.data.shards import image_of
 from contradiff.data.streams import Pair, PairedShards
-from contradiff.data.transforms import apply_crop, centre_crop, decode, to_pixels
+from contradiff.data.transforms import apply_crop, centre_crop, decode
 from contradiff.features.inversion import inverted_block_maps
-from contradiff.method.attention import FeaturesParams, LevelMaps, MapBlock
+from contradiff.features.params import FeaturesParams
+from contradiff.method.attention import LevelMaps
 from contradiff.method.model import ContraDiff
 from contradiff.method.noise import NUM_LEVELS
-from contradiff.types import ByteImages, Latents, Pixels, Tokens
+from contradiff.method.unet import MapBlock
+from contradiff.types import ByteImages, Latents, Pixels, Tokens, to_pixels
 
 if TYPE_CHECKING:
     from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL

@@ -5,15 +5,15 @@ from collections.abc import Sequence
 import torch
 
 from contradiff.base.loading import NoiseSchedule
-from contradiff.method.attention import (
+from contradiff.method.attention import LevelMaps
+from contradiff.method.model import ContraDiff
+from contradiff.method.unet import (
     NUM_UP_BLOCKS,
-    LevelMaps,
     MapBlock,
     advance,
     decode_from_bottleneck,
     maps_of_blocks,
 )
-from contradiff.method.model import ContraDiff
 from contradiff.types import Latents, Maps, Tokens
 
 CHAIN_STEPS = 20

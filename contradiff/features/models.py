@@ -23,18 +23,13 @@ from contradiff.features.extraction import (
     shard_batches,
     tokens_of,
 )
-from contradiff.method.attention import (
-    FeaturesParams,
-    HeadParams,
-    LevelMaps,
-    MapBlock,
-    TriTimestepAttention,
-    block_channels,
-)
+from contradiff.features.params import FeaturesParams
+from contradiff.method.attention import HeadParams, LevelMaps, TriTimestepAttention
 from contradiff.method.checkpoint import Architecture, load_checkpoint, read_config
 from contradiff.method.lora import cast_frozen_weights, disable_lora
 from contradiff.method.model import ContraDiff
 from contradiff.method.noise import NUM_LEVELS, add_noise
+from contradiff.method.unet import MapBlock, block_channels
 
 
 @runtime_checkable

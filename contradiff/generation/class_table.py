@@ -16,8 +16,8 @@ from pydantic import Field
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from contradiff.base.vae import sample
 from contradiff.config import Section
-from contradiff.data.latents import sample
 from contradiff.data.streams import (
     PairedShards,
     TrainingStream,

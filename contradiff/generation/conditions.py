@@ -23,11 +23,11 @@ from contradiff.data.shards import (
     read_shard,
     write_split,
 )
-from contradiff.data.transforms import decode, to_bytes, to_pixels
+from contradiff.data.transforms import decode
 from contradiff.features.extraction import CleanBatch
 from contradiff.generation.class_table import ClassTable
 from contradiff.method.model import ContraDiff
-from contradiff.types import ByteImages, Conditions, Latents, Tokens
+from contradiff.types import ByteImages, Conditions, Latents, Tokens, to_bytes, to_pixels
 
 TokensOf = Callable[[range], Tokens]
 """Conditions of the samples of these indices."""

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from pydantic import Field, model_validator
 
+from contradiff.base.vae import decode_latents, downsampling_factor
 from contradiff.config import Section
-from contradiff.data.latents import decode_latents, downsampling_factor
 from contradiff.generation.conditions import Conditioning, stacked_noise
 from contradiff.generation.solvers import Scheduler, Solver
 from contradiff.generation.token_cache import keys_and_values_kept

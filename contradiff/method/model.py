@@ -10,22 +10,19 @@ from torch import Tensor, nn
 
 from contradiff.base.config import downsampling_of
 from contradiff.base.loading import NoiseSchedule, load_unet
-from contradiff.method.attention import (
+from contradiff.method.attention import HeadParams, LevelMaps, Projector, TriTimestepAttention
+from contradiff.method.conditioner import Conditioner, ConditionerParams
+from contradiff.method.lora import LoraParams, add_lora
+from contradiff.method.noise import NUM_LEVELS, add_noise
+from contradiff.method.unet import (
     Encoded,
-    HeadParams,
-    LevelMaps,
     MapBlock,
-    Projector,
     SelfCondition,
-    TriTimestepAttention,
     block_channels,
     decode_from_bottleneck,
     encode_to_bottleneck,
     maps_of_blocks,
 )
-from contradiff.method.conditioner import Conditioner, ConditionerParams
-from contradiff.method.lora import LoraParams, add_lora
-from contradiff.method.noise import NUM_LEVELS, add_noise
 from contradiff.types import Conditions, Latents, Timesteps, Tokens
 
 if TYPE_CHECKING:

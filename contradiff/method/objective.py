@@ -8,14 +8,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.distributed._functional_collectives import all_gather_single_autograd
 
-from contradiff.method.attention import (
-    NUM_UP_BLOCKS,
-    Encoded,
-    advance,
-    block_maps,
-    decode_from_bottleneck,
-    order_by_noise,
-)
+from contradiff.method.attention import order_by_noise
 from contradiff.method.conditioner import drop_conditions
 from contradiff.method.losses import (
     LossParams,
@@ -26,6 +19,13 @@ from contradiff.method.losses import (
 from contradiff.method.microbatches import mean_in_parts
 from contradiff.method.model import ContraDiff
 from contradiff.method.noise import NUM_LEVELS, add_noise
+from contradiff.method.unet import (
+    NUM_UP_BLOCKS,
+    Encoded,
+    advance,
+    block_maps,
+    decode_from_bottleneck,
+)
 from contradiff.types import Latents, Timesteps, Tokens
 
 

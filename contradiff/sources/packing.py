@@ -25,8 +25,7 @@ from pydantic import Field
 from contradiff.config import Section
 from contradiff.data.shards import Compression, Record, Shard, shard_name, write_shard
 from contradiff.data.tar import BLOCK, padded_size
-from contradiff.disk import check_free_space, explain_full_disk
-from contradiff.files import replace_file
+from contradiff.files import check_free_space, explain_full_disk, replace_file
 from contradiff.sources.intake import Verify, take_in
 from contradiff.sources.listing import SPLITS, ImageFile, Read
 

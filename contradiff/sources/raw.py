@@ -7,8 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from contradiff.data.params import DataParams
-from contradiff.files import hold_lock, replace_file, sha256_of
-from contradiff.given_files import file_manifest
+from contradiff.files import file_manifest, hold_lock, replace_file, sha256_of
 from contradiff.sources.cifar_files import find_cifar
 from contradiff.sources.image_folder import ImageFolder
 from contradiff.sources.transfer_set import Source, TransferDataParams, cifar_name

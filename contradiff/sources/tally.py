@@ -10,8 +10,7 @@ from typing import Any
 import numpy as np
 
 from contradiff.data.shards import Shard
-from contradiff.disk import explain_full_disk
-from contradiff.files import replace_file
+from contradiff.files import explain_full_disk, replace_file
 from contradiff.sources.packing import DoneShard, PlannedShard, Quarantined
 
 QUARANTINE_NAME = "quarantine.json"

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from contradiff.data.latents import mode, sample
+from contradiff.base.vae import mode, sample
 from contradiff.data.streams import PairedShards
 from contradiff.method.model import ContraDiff
 from contradiff.method.noise import NUM_LEVELS, NUM_VIEWS, draw_timesteps, timestep_probabilities

@@ -11,6 +11,9 @@ from torch import Tensor
 
 from contradiff.files import replace_file
 
+STATE_VERSION = 1
+"""Raise it when a saved state would mean something else: other weights, order or random numbers."""
+
 _OPTIMIZER = "optimizer"
 
 

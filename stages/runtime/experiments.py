@@ -1,6 +1,16 @@
 """One row an experiment in MLflow, complete even where every stage came from DVC's cache."""
 
 from stages.runtime.run import Run
+from stages.runtime.tracking import (
+    Point,
+    Store,
+    connect,
+    flatten,
+    flatten_params,
+    run_name,
+    source_tags,
+    train_run_of,
+)
 
 import csv
 import hashlib
@@ -12,16 +22,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from contradiff.files import sha256_of
-from stages.runtime.tracking import (
-    Point,
-    Store,
-    connect,
-    flatten,
-    flatten_params,
-    run_name,
-    source_tags,
-    train_run_of,
-)
 
 EXPERIMENT = "contradiff"
 

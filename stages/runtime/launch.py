@@ -1,11 +1,11 @@
-"""Start a stage on all GPUs: `python -m stages.runtime.launch stages.pretrain [arguments]`.
+"""How many processes run a stage, and how they are started.
 
-One process runs as `python -m stages.pretrain`; several are started by torchrun. How many there are
-comes from CONTRADIFF_NUM_PROCESSES or else the number of CUDA devices, so that it stands neither in
-dvc.yaml nor in dvc.lock: the batch size of params.yaml is the global one, over all processes.
+A stage that can be shared starts itself on every GPU of the machine: `python -m stages.pretrain`
+becomes `torchrun ... -m stages.pretrain`. The number stands neither in dvc.yaml nor in dvc.lock;
+the batch size of params.yaml is the global one. A stage that somebody else's torchrun or
+`accelerate launch` has started just joins the others.
 """
 
-import importlib.util
 import os
 import sys
 from collections.abc import Sequence
@@ -17,10 +17,10 @@ _DRIVERS = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")
 
 
 def num_processes() -> int:
-    """Return how many processes to start.
+    """Return how many processes to start: the variable's, or else the number of CUDA devices.
 
     Raises:
-        ValueError: CONTRADIFF_NUM_PROCESSES is no integer of at least 1.
+        ValueError: CONTRADIFF_NUM_PROCESSES is not an integer of at least 1.
     """
     text = os.environ.get(VARIABLE, "")
     if text:
@@ -34,28 +34,21 @@ def num_processes() -> int:
     return max(1, torch.cuda.device_count())
 
 
-def command(arguments: Sequence[str]) -> list[str]:
-    """Return the command line that runs a module with its arguments.
+def command(stage: str, arguments: Sequence[str], *, count: int) -> list[str]:
+    """Return the command line that runs a stage in `count` processes."""
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}"]
+    return [sys.executable, *torchrun, "-m", f"stages.{stage}", *arguments]
+
+
+def start_several(stage: str) -> None:
+    """Become torchrun if several processes are asked for and none has been started yet.
 
     Raises:
-        ValueError: no module of `stages` is named first, or the number of processes is wrong.
+        ValueError: CONTRADIFF_NUM_PROCESSES is not an integer of at least 1.
     """
-    module = arguments[0] if arguments else ""
-    if not module.startswith("stages.") or importlib.util.find_spec(module) is None:
-        raise ValueError(
-            f"{module!r} is no stage; usage: python -m stages.runtime.launch stages.pretrain "
-            "[arguments]"
-        )
+    if "WORLD_SIZE" in os.environ:
+        return
     count = num_processes()
-    if count == 1:
-        return [sys.executable, "-m", *arguments]
-    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}"]
-    return [sys.executable, *torchrun, "-m", *arguments]
-
-
-if __name__ == "__main__":
-    try:
-        line = command(sys.argv[1:])
-    except ValueError as error:
-        sys.exit(f"contradiff: launch: {error}")
-    os.execv(line[0], line)  # noqa: S606  # the same process, so that signals reach the stage
+    if count > 1:
+        line = command(stage, sys.argv[1:], count=count)
+        os.execv(line[0], line)  # noqa: S606  # the same process, so that signals reach the stage

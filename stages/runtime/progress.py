@@ -14,7 +14,9 @@ SECONDS_BETWEEN_LINES = 10.0
 class Advance(Protocol):
     """Report that `n` more units are done, with values to show beside them."""
 
-    def __call__(self, n: int, /, **postfix: float | str) -> None: ...
+    def __call__(self, n: int, /, **postfix: float | str) -> None:
+        """Report."""
+        ...
 
 
 @contextmanager

@@ -1,17 +1,20 @@
-"""What every stage shares: reading its parameters, reporting, resuming, failing clearly.
+"""One run of a stage: it reads its parameters, reports, resumes and fails clearly.
 
-The only place that knows DVC's environment; MLflow's part is in `_tracking`. A stage reads:
+A stage reads:
 
-    class Params(Section): ...
+class Params(Section): ...
 
-    def main(params: Params, run: Run) -> None: ...
+def main(params: Params, run: Run) -> None: ...
 
-    if __name__ == "__main__":
-        execute(Params, main)
+if __name__ == "__main__":
+execute(Params, main)
 """
 
+from stages.runtime.launch import VARIABLE, start_several
+from stages.runtime.progress import Advance, show_progress
+from stages.runtime.work_dir import keep_until_success, key_of
+
 import argparse
-import ctypes
 import inspect
 import json
 import math
@@ -19,8 +22,8 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Generator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -30,29 +33,14 @@ from pydantic import Field
 
 from contradiff.config import Section, parse, read_params
 from contradiff.files import replace_file
-from stages.runtime.progress import Advance, show_progress
-from stages.runtime.work_dir import fingerprint, keep_until_success
 
 if TYPE_CHECKING:
+    from stages.runtime.tracking import LogMetrics
+
     import torch
     from accelerate import Accelerator
 
-    from contradiff.types import Precision
-    from stages.runtime.tracking import LogMetrics
-
-# How long OpenMP's threads spin before they sleep. By default long enough to starve another process
-# of the machine; with OMP_WAIT_POLICY=PASSIVE not at all, and two threads are then no faster than
-# one on small tensors (both measured: docs/log.md). libgomp reads this once, when torch is loaded:
-# hence at import, and stages import this module before torch.
-if "OMP_WAIT_POLICY" not in os.environ:
-    os.environ.setdefault("GOMP_SPINCOUNT", "2000")
-
-# glibc gives large buffers back to the system at once, and a training asks for the same ones again
-# at every step: keeping up to 2 GiB saves a tenth of its CPU time (page faults).
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
-if sys.platform == "linux" and hasattr(_libc := ctypes.CDLL(None), "mallopt"):
-    _libc.mallopt(_M_MMAP_THRESHOLD, 1 << 30)
-    _libc.mallopt(_M_TRIM_THRESHOLD, (1 << 31) - 1)
+    from contradiff.types import Precision, Processes
 
 PARAMS_FILE = Path("params.yaml")
 
@@ -122,7 +110,7 @@ class Run:
         return torch.device("cpu")
 
     def accelerator(self, *, precision: "Precision" = "fp32") -> "Accelerator":
-        """Join the processes that `python -m stages.runtime.launch` started, if several.
+        """Join the processes that share the stage, if there are several.
 
         Raises:
             ValueError: they did not find each other.
@@ -142,9 +130,17 @@ class Run:
             raise ValueError(
                 f"WORLD_SIZE is {os.environ.get('WORLD_SIZE')} but Accelerate joined "
                 f"{accelerator.num_processes} process; start by "
-                f"`python -m stages.runtime.launch stages.{self.stage}`"
+                f"`python -m stages.{self.stage}`, and choose by {VARIABLE}"
             )
         return accelerator
+
+    def processes(self, accelerator: "Accelerator") -> "Processes":
+        """Return which of the stage's processes this is, for `map_shards`."""
+        from contradiff.types import Processes
+
+        return Processes(
+            accelerator.process_index, accelerator.num_processes, accelerator.wait_for_everyone
+        )
 
     def resolve(self, path: str) -> Path:
         """Return a path of raw data: relative ones are relative to the project's root."""
@@ -189,27 +185,29 @@ class Run:
         with replace_file(path) as temporary:
             temporary.write_text(text + "\n", encoding="utf-8")
 
-    @contextmanager
     def work_dir(
-        self, fingerprint_of: Mapping[str, object], inputs: Sequence[Path]
-    ) -> Generator[Path]:
-        """Yield a folder for checkpoints that the same work, begun again, finds as it was left.
+        self,
+        params: Mapping[str, object] | Section,
+        inputs: Sequence[Path],
+        *,
+        state_version: int,
+    ) -> AbstractContextManager[Path]:
+        """Open a folder for checkpoints that the same work, begun again, finds as it was left.
 
         It is deleted when the block succeeds, and kept when it fails or is killed.
 
         Args:
-            fingerprint_of: the parameters that decide the result, sections or values.
+            params: the parameters that decide the result, sections or values.
             inputs: the files and folders that decide the result.
+            state_version: the STATE_VERSION of what is saved; other versions are begun anew.
         """
-        key = fingerprint(
-            self.stage,
-            params=fingerprint_of,
-            inputs=inputs,
-            code_root=Path(__file__).resolve().parents[2],
+        key = key_of(self.stage, params=params, inputs=inputs)
+        return keep_until_success(
+            self.root / ".work" / self.stage / key,
+            state_version=state_version,
+            is_main=self.is_main,
+            log=self.log,
         )
-        folder = self.root / ".work" / self.stage / key
-        with keep_until_success(folder, stage=self.stage, is_main=self.is_main) as kept:
-            yield kept
 
     def training_run(
         self,
@@ -255,7 +253,11 @@ def _rounded(value: object, *, key: str) -> object:
 
 
 def execute(
-    schema: type[SectionT], main: Callable[[SectionT, Run], None], *, stage: str | None = None
+    schema: type[SectionT],
+    main: Callable[[SectionT, Run], None],
+    *,
+    stage: str | None = None,
+    parallel: bool = False,
 ) -> None:
     """Run a stage from the command line, in the project's folder.
 
@@ -267,6 +269,8 @@ def execute(
         main: the stage's work. Its module's `describe(params) -> str`, if there is one, adds to
             what `--dry-run` prints.
         stage: its name; by default that of the module that is run.
+        parallel: whether several processes share the stage: one for each GPU, or as many as
+            CONTRADIFF_NUM_PROCESSES says.
     """
     stage = stage or _name_of_main()
     arguments = _parse_arguments(stage, description=inspect.getdoc(inspect.getmodule(main)))
@@ -281,6 +285,8 @@ def execute(
         if arguments.dry_run:
             _show(params, describe=_own(main, "describe"))
             return
+        if parallel:
+            start_several(stage)
         main(params, run)
         seconds = time.perf_counter() - started
         run.log(f"done in {seconds:.1f} s")

@@ -4,6 +4,8 @@ Two MLflow experiments: `contradiff-train` holds the live curves of trainings, `
 row for each experiment, which `_experiments` writes at its end. No other module knows MLflow.
 """
 
+from stages.runtime.work_dir import revision
+
 import json
 import logging
 import os
@@ -52,7 +54,9 @@ T = TypeVar("T")
 class LogMetrics(Protocol):
     """Log values of one training step."""
 
-    def __call__(self, step: int, values: Mapping[str, float], /) -> None: ...
+    def __call__(self, step: int, values: Mapping[str, float], /) -> None:
+        """Log."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -151,28 +155,17 @@ def flatten_params(content: Mapping[str, object]) -> dict[str, str]:
 
 def run_name() -> str:
     """Return DVC's name of the experiment, or else git's short revision, or `workspace`."""
-    return os.environ.get("DVC_EXP_NAME") or _git_revision(short=True) or "workspace"
+    return os.environ.get("DVC_EXP_NAME") or revision(short=True) or "workspace"
 
 
 def source_tags(run: "Run") -> dict[str, str]:
     """Return tags that say from what code a record comes."""
-    revision = os.environ.get("DVC_EXP_BASELINE_REV") or _git_revision(short=False) or ""
+    baseline = os.environ.get("DVC_EXP_BASELINE_REV") or revision() or ""
     return {
-        "baseline_rev": revision,
+        "baseline_rev": baseline,
         "mlflow.source.name": f"stages.{run.stage}",
         "mlflow.source.type": "LOCAL",
     }
-
-
-def _git_revision(*, short: bool) -> str | None:
-    import subprocess
-
-    command = ["git", "rev-parse", *(["--short"] if short else []), "--verify", "HEAD"]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return done.stdout.strip()
 
 
 @contextmanager

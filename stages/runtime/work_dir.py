@@ -1,59 +1,91 @@
 """Where an interrupted stage finds its own work again, and never another's.
 
-The folder is named by a fingerprint of all that decides the result: the stage, its parameters, the
-content of its inputs, and the source code that it imports. A run with anything else changed gets
-another folder, so that a checkpoint is never taken up by a run that would not have written it.
+The folder is named by what decides the result: the stage, its parameters and the content of its
+inputs. The code is not part of the name, so that a training survives a mended comment. Code that
+would read a saved state differently raises its STATE_VERSION, and unfinished work of another
+version is begun anew. A note names the commit that began the work.
 """
 
-import ast
 import hashlib
 import json
 import shutil
-import sys
-from collections.abc import Generator, Iterator, Mapping, Sequence
+import subprocess
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 from pydantic import BaseModel
 
-from contradiff.files import hold_lock, sha256_of
+from contradiff.files import hold_lock, replace_file, sha256_of
 
-PACKAGES = ("contradiff", "stages")
+NOTE_NAME = "begun.json"
 
 
 @contextmanager
-def keep_until_success(folder: Path, *, stage: str, is_main: bool) -> Generator[Path]:
+def keep_until_success(
+    folder: Path, *, state_version: int, is_main: bool, log: Callable[[str], None]
+) -> Generator[Path]:
     """Yield `folder`, created if need be; delete it when the block succeeds, keep it otherwise.
 
     Of several processes of one run only the main one locks and deletes. Where another run does the
     same work now (experiments side by side, or a killed dvc's child), it is waited for.
+
+    Args:
+        folder: .work/<stage>/<key>.
+        state_version: of what this code saves in it.
+        is_main: whether this process is the main one.
+        log: told who is waited for, and what becomes of unfinished work.
     """
     folder.mkdir(parents=True, exist_ok=True)
     if not is_main:
         yield folder
         return
-
-    def say(owner: str) -> None:
-        print(f"{stage}: waiting for process {owner}, which does the same work", file=sys.stderr)
-
-    with hold_lock(folder.parents[1] / "locks" / f"{stage}-{folder.name}", on_wait=say):
-        folder.mkdir(parents=True, exist_ok=True)
+    lock = folder.parents[1] / "locks" / f"{folder.parent.name}-{folder.name}"
+    with hold_lock(lock, on_wait=lambda pid: log(f"waiting for process {pid}: it does the same")):
+        _take_up(folder, state_version=state_version, log=log)
         yield folder
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def fingerprint(
-    stage: str, *, params: Mapping[str, object], inputs: Sequence[Path], code_root: Path
-) -> str:
-    """Name the work of a stage: 16 hexadecimal digits that change with whatever decides its result.
+def _take_up(folder: Path, *, state_version: int, log: Callable[[str], None]) -> None:
+    """Empty the folder if other code began the work; say so, and under which commit it goes on."""
+    note, commit = folder / NOTE_NAME, revision() or "no commit"
+    begun = json.loads(note.read_text(encoding="utf-8")) if note.is_file() else None
+    if begun is not None and begun["state_version"] == state_version:
+        if begun["commit"] != commit:
+            log(f"going on with work that {begun['commit']} began; the code is now {commit}")
+        return
+    if begun is not None:
+        log(
+            f"beginning anew: the unfinished work has STATE_VERSION {begun['state_version']}, "
+            f"this code saves version {state_version}"
+        )
+        shutil.rmtree(folder, ignore_errors=True)
+    with replace_file(note) as path:
+        path.write_text(json.dumps({"state_version": state_version, "commit": commit}))
+
+
+def revision(*, short: bool = False) -> str | None:
+    """Return git's revision, with `-dirty` if files differ from it; None without git."""
+    command = ["git", "describe", "--always", "--abbrev=" + ("7" if short else "40")]
+    try:
+        done = subprocess.run(
+            [*command, "--dirty", "--exclude=*"], capture_output=True, text=True, check=True
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return done.stdout.strip()
+
+
+def key_of(stage: str, *, params: Mapping[str, object] | BaseModel, inputs: Sequence[Path]) -> str:
+    """Name the work of a stage: 16 hexadecimal digits that change with what decides its result.
 
     Whole files are hashed, not sizes or dates: latents of other crops have the same sizes.
 
     Args:
-        stage: name of the stage, a module of `stages`.
+        stage: its name.
         params: values or sections; their order does not matter.
         inputs: files and folders, by their paths relative to the working directory.
-        code_root: the folder that holds the packages.
 
     Raises:
         FileNotFoundError: an input does not exist.
@@ -62,63 +94,17 @@ def fingerprint(
         "stage": stage,
         "params": params,
         "inputs": {str(path): _hash_tree(path) for path in inputs},
-        "code": {
-            str(path): sha256_of(code_root / path)
-            for path in source_files(f"stages.{stage}", code_root=code_root)
-        },
     }
     text = json.dumps(content, sort_keys=True, default=_plain)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def _plain(value: object) -> object:
-    if isinstance(value, BaseModel):
-        return value.model_dump(mode="json", by_alias=True)
-    return str(value)
+    return (
+        value.model_dump(mode="json", by_alias=True) if isinstance(value, BaseModel) else str(value)
+    )
 
 
 def _hash_tree(path: Path) -> dict[str, str]:
-    if path.is_dir():
-        files = sorted(file for file in path.rglob("*") if file.is_file())
-        return {str(file.relative_to(path)): sha256_of(file) for file in files}
-    return {"": sha256_of(path)}
-
-
-def source_files(module: str, *, code_root: Path) -> list[Path]:
-    """Return the files that `module` consists of: its own, and those of our packages it imports.
-
-    Imports inside functions count, those for type checkers alone do not; nor do `__init__.py`,
-    which are empty here. The paths are relative to `code_root` and sorted.
-    """
-    found: dict[str, Path] = {}
-    waiting = [module]
-    while waiting:
-        name = waiting.pop()
-        path = Path(*name.split(".")).with_suffix(".py")
-        if name not in found and (code_root / path).is_file():
-            found[name] = path
-            waiting.extend(_imports(code_root / path))
-    return sorted(found.values())
-
-
-def _imports(path: Path) -> Iterator[str]:
-    """Names that a file imports from our packages; `from a import b` may mean `a` or `a.b`."""
-    waiting: list[ast.AST] = [ast.parse(path.read_text(encoding="utf-8"))]
-    while waiting:
-        node = waiting.pop()
-        match node:
-            case ast.If(test=ast.Name(id="TYPE_CHECKING")):
-                waiting.extend(node.orelse)
-                continue
-            case ast.Import():
-                names = [alias.name for alias in node.names]
-            case ast.ImportFrom(module=str(package), level=0):
-                names = [package, *(f"{package}.{alias.name}" for alias in node.names)]
-            case ast.ImportFrom():
-                raise ValueError(
-                    f"{path}:{node.lineno}: relative import: write the package's full name"
-                )
-            case _:
-                names = []
-        yield from (name for name in names if name.split(".")[0] in PACKAGES)
-        waiting.extend(ast.iter_child_nodes(node))
+    files = sorted(f for f in path.rglob("*") if f.is_file()) if path.is_dir() else [path]
+    return {str(file.relative_to(path)): sha256_of(file) for file in files}

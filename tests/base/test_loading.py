@@ -15,13 +15,13 @@ from torch import Tensor, nn
 from contradiff.base.config import BaseParams, check_base, check_config, config_folder
 from contradiff.base.loading import (
     NoiseSchedule,
-    check_fit,
     load_scheduler,
     load_unet,
     load_vae,
     unet_without_weights,
     vae_without_weights,
 )
+from contradiff.method.fit import check_fit
 from contradiff.method.lora import add_lora, merge_lora
 
 SHIPPED = Path(__file__).resolve().parents[2] / "presets"

@@ -15,8 +15,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from bench import flops, loading, probe, sampling, shards
 from contradiff.config import parse, read_params
-from contradiff.method.attention import encode_to_bottleneck
 from contradiff.method.model import ContraDiff
+from contradiff.method.unet import encode_to_bottleneck
 from contradiff.training import pretraining as training
 from contradiff.training.pretraining import set_up
 

@@ -12,20 +12,12 @@ import torch
 from torch import Tensor
 
 from contradiff.base.loading import load_vae
+from contradiff.base.vae import LOG_VARIANCE_RANGE, decode_latents, encode, mode, sample
 from contradiff.data.encoding import chunks_of, encode_chunks
-from contradiff.data.latents import (
-    LOG_VARIANCE_RANGE,
-    LatentsParams,
-    StoredLatents,
-    choose_crops,
-    decode_latents,
-    encode,
-    latent_facts,
-    mode,
-    sample,
-)
+from contradiff.data.latents import LatentsParams, StoredLatents, choose_crops, latent_facts
 from contradiff.data.shards import Sample, ShardIndex, array_from_bytes, read_images, read_split
-from contradiff.data.transforms import Crop, apply_crop, centre_crop, decode, to_bytes, to_pixels
+from contradiff.data.transforms import Crop, apply_crop, centre_crop, decode
+from contradiff.types import to_bytes, to_pixels
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL

@@ -19,7 +19,8 @@ from contradiff.data.latents import StoredLatents
 from contradiff.data.order import Part
 from contradiff.data.shards import ShardIndex, read_images, read_split, write_split
 from contradiff.data.streams import PairedShards, TrainingStream, ViewChoice, training_batches
-from contradiff.data.transforms import apply_crop, decode, to_pixels
+from contradiff.data.transforms import apply_crop, decode
+from contradiff.types import to_pixels
 
 NUM_IMAGES = 24
 

@@ -20,9 +20,8 @@ from contradiff.data.transforms import (
     decode,
     jitter_colours,
     random_crop,
-    to_bytes,
-    to_pixels,
 )
+from contradiff.types import to_bytes, to_pixels
 
 sides = st.integers(1, 600)
 

@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from contradiff.data.transforms import to_pixels
 from contradiff.downstream import finetuning
 from contradiff.downstream.finetuning import EncodedImages, finetune, finetuned_top1, weights_kept
 from contradiff.features.extraction import extract, stored_batches
 from contradiff.method.model import ContraDiff
+from contradiff.types import to_pixels
 from tests.settings import features_params
 
 CPU = torch.device("cpu")

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from contradiff.base.loading import load_unet
 from contradiff.features.diffeed import blend, decoder_maps, encode_with_feedback, feedback_maps
-from contradiff.method.attention import encode_to_bottleneck
+from contradiff.method.unet import encode_to_bottleneck
 
 
 def inputs() -> tuple[Tensor, Tensor, Tensor]:

@@ -10,7 +10,7 @@ import torch
 from contradiff.base.loading import load_vae
 from contradiff.data.latents import StoredLatents
 from contradiff.data.shards import image_of, read_images, read_split
-from contradiff.data.transforms import apply_crop, centre_crop, decode, to_pixels
+from contradiff.data.transforms import apply_crop, centre_crop, decode
 from contradiff.features.extraction import (
     CleanBatch,
     FeatureSet,
@@ -20,6 +20,7 @@ from contradiff.features.extraction import (
     stored_batches,
 )
 from contradiff.method.model import ContraDiff
+from contradiff.types import to_pixels
 from tests.settings import features_params
 
 CPU = torch.device("cpu")

@@ -134,7 +134,8 @@ def test_every_class_and_the_null_class_learn_by_drop_alone(build_tiny: Build, t
 
 def noise_error(model: ContraDiff, table: ClassTable, pairs: PairedShards) -> float:
     """Eq. 3 at fixed noise, for every training image's centre crop with its own label."""
-    from contradiff.data.latents import StoredLatents, mode
+    from contradiff.base.vae import mode
+    from contradiff.data.latents import StoredLatents
     from contradiff.data.shards import image_of
 
     records = [pair for shard in range(pairs.num_shards) for pair in pairs.read(shard)]

@@ -11,8 +11,8 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from contradiff.base.loading import load_scheduler, load_vae
+from contradiff.base.vae import decode_latents
 from contradiff.config import Section, parse
-from contradiff.data.latents import decode_latents
 from contradiff.generation.conditions import Conditioning, seeded_noise, unconditional
 from contradiff.generation.sampling import (
     GenerateParams,

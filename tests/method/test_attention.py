@@ -7,16 +7,13 @@ from diffusers import UNet2DConditionModel
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from contradiff.method.attention import (
-    HeadParams,
+from contradiff.method.attention import HeadParams, Projector, TriTimestepAttention, order_by_noise
+from contradiff.method.unet import (
     MapBlock,
-    Projector,
-    TriTimestepAttention,
     block_channels,
     block_maps,
     decode_from_bottleneck,
     encode_to_bottleneck,
-    order_by_noise,
 )
 from tests.settings import features_params
 

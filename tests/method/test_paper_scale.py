@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from contradiff.base.config import downsampling_of
 from contradiff.base.loading import NoiseSchedule, load_scheduler
+from contradiff.base.vae import decode_latents
 from contradiff.config import parse, read_params
-from contradiff.data.latents import decode_latents
 from contradiff.generation.sampling import denoise
 from contradiff.method.checkpoint import Architecture
 from contradiff.method.losses import LossParams

@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from pydantic import ValidationError
 
-from contradiff import disk
+from contradiff import files as disk
 from contradiff.data.shards import Compression, ShardIndex, image_of, read_split
 from contradiff.data.tar import TarWriter
 from contradiff.sources.folder import FileReader

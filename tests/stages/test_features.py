@@ -18,8 +18,9 @@ from contradiff.config import parse, read_params
 from contradiff.downstream.probing import LinearProbe
 from contradiff.features.cache import FeatureCache
 from contradiff.features.extraction import extract, level_noise, stored_batches
-from contradiff.method.attention import FeaturesParams, encode_to_bottleneck
+from contradiff.features.params import FeaturesParams
 from contradiff.method.checkpoint import base_digest, load_checkpoint
+from contradiff.method.unet import encode_to_bottleneck
 from stages import features, probe
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -164,7 +164,7 @@ def run_to_be_killed(trained_project: Run, monkeypatch: pytest.MonkeyPatch) -> R
             raise KeyboardInterrupt
         return decode_latents(vae, latents)
 
-    from contradiff.data.latents import decode_latents
+    from contradiff.base.vae import decode_latents
 
     monkeypatch.setattr("contradiff.generation.sampling.decode_latents", dying)
     return trained_project

@@ -314,7 +314,7 @@ def test_a_process_that_fails_ends_the_others(run: Run):
     for name in ("stages", "contradiff"):
         (run.root / name).symlink_to(ROOT / name)
     done = subprocess.run(
-        [sys.executable, "-m", "stages.runtime.launch", "stages.latents"],
+        [sys.executable, "-m", "stages.latents"],
         env=os.environ | {"CONTRADIFF_NUM_PROCESSES": "2"},
         capture_output=True,
         text=True,

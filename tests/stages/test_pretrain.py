@@ -173,7 +173,7 @@ def test_two_processes_train_as_one(
     environment = os.environ | {"PYTHONPATH": str(ROOT), "MLFLOW_TRACKING_URI": ""}
     curves: list[list[dict[str, float]]] = []
     for count in ("1", "2"):
-        command = [sys.executable, "-m", "stages.runtime.launch", "stages.pretrain"]
+        command = [sys.executable, "-m", "stages.pretrain"]
         subprocess.run(command, check=True, env=environment | {"CONTRADIFF_NUM_PROCESSES": count})
         with Path("metrics/pretrain.csv").open(newline="") as file:
             curves.append([{k: float(v) for k, v in row.items()} for row in csv.DictReader(file)])

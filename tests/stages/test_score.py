@@ -1,5 +1,6 @@
 """stages.reference and stages.score: what the metrics say, and what is refused by name."""
 
+from stages.runtime import measuring as _measuring
 from stages.runtime.run import Run, RuntimeParams
 
 import json
@@ -26,7 +27,6 @@ from contradiff.evaluation.classifier import ResidualClassifier
 from contradiff.evaluation.extractors import save_classifier, save_inception
 from contradiff.files import sha256_of
 from stages import reference, score
-from stages.runtime import measuring as _measuring
 
 ROOT = Path(__file__).resolve().parents[2]
 BUILD = Path("build")
@@ -208,7 +208,7 @@ def test_two_processes_write_the_same_bytes(run: Run):
     results: list[list[bytes]] = []
     for count in ("1", "2"):
         for stage in ("reference", "score"):
-            command = [sys.executable, "-m", "stages.runtime.launch", f"stages.{stage}"]
+            command = [sys.executable, "-m", f"stages.{stage}"]
             subprocess.run(
                 command, check=True, env=environment | {"CONTRADIFF_NUM_PROCESSES": count}
             )

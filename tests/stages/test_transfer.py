@@ -178,7 +178,7 @@ def test_two_processes_write_the_same_bytes(project: Run):
     environment = os.environ | {"PYTHONPATH": str(ROOT), "MLFLOW_TRACKING_URI": ""}
     results: list[list[bytes]] = []
     for count in ("1", "2"):
-        command = [sys.executable, "-m", "stages.runtime.launch", "stages.transfer"]
+        command = [sys.executable, "-m", "stages.transfer"]
         subprocess.run(command, check=True, env=environment | {"CONTRADIFF_NUM_PROCESSES": count})
         files = (Path("build/transfer/splits.json"), Path("metrics/transfer.json"))
         results.append([path.read_bytes() for path in files])

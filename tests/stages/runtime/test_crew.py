@@ -1,10 +1,10 @@
 """stages.runtime.crew: what processes tell each other through files."""
 
+from stages.runtime.crew import Crew
+
 from pathlib import Path
 
 import pytest
-
-from stages.runtime.crew import Crew
 
 
 @pytest.fixture

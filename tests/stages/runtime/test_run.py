@@ -1,6 +1,9 @@
 """The frame of all stages: command line, failures, resuming."""
 
+from stages.runtime import launch, work_dir
+from stages.runtime.progress import show_progress
 from stages.runtime.run import Run, RuntimeParams
+from stages.runtime.work_dir import NOTE_NAME, key_of
 
 import json
 import multiprocessing
@@ -13,10 +16,6 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
-
-from stages.runtime import launch
-from stages.runtime.progress import show_progress
-from stages.runtime.work_dir import fingerprint, source_files
 
 ROOT = Path(__file__).resolve().parents[3]
 RUNTIME = "runtime: {device: cpu, num_workers: 0, log_every: 1, checkpoint_every: 1}\n"
@@ -48,7 +47,7 @@ def main(params: Params, run: Run) -> None:
         case "bug":
             raise RuntimeError("a bug")
         case "wait":
-            with run.work_dir(dict(params), []) as folder:
+            with run.work_dir(dict(params), [], state_version=1) as folder:
                 try:
                     (folder / "checkpoint").touch()
                     Path("started").touch()
@@ -175,19 +174,19 @@ def test_terminated_stage_cleans_up_and_keeps_its_work(project: Project):
 
 def test_work_is_kept_on_failure_and_deleted_on_success(run: Run):
     def fail() -> None:
-        with run.work_dir({"seed": 0}, []) as folder:
+        with run.work_dir({"seed": 0}, [], state_version=1) as folder:
             (folder / "checkpoint").touch()
             raise RuntimeError
 
     with pytest.raises(RuntimeError):
         fail()
     [folder] = (run.root / ".work" / run.stage).iterdir()
-    with run.work_dir({"seed": 0}, []) as again:
+    with run.work_dir({"seed": 0}, [], state_version=1) as again:
         assert again == folder
         assert (again / "checkpoint").exists()
     assert not folder.exists()
-    with run.work_dir({"seed": 0}, []) as fresh:
-        assert list(fresh.iterdir()) == []
+    with run.work_dir({"seed": 0}, [], state_version=1) as fresh:
+        assert [file.name for file in fresh.iterdir()] == [NOTE_NAME]
 
 
 def test_same_work_twice_at_once_is_waited_for(run: Run, capfd: pytest.CaptureFixture[str]):
@@ -195,7 +194,7 @@ def test_same_work_twice_at_once_is_waited_for(run: Run, capfd: pytest.CaptureFi
     ready = context.Event()
 
     def work() -> None:
-        with run.work_dir({"seed": 0}, []):
+        with run.work_dir({"seed": 0}, [], state_version=1):
             ready.set()
             time.sleep(0.5)
             (run.root / "done").touch()
@@ -203,9 +202,9 @@ def test_same_work_twice_at_once_is_waited_for(run: Run, capfd: pytest.CaptureFi
     process = context.Process(target=work)
     process.start()
     assert ready.wait(timeout=60)
-    with run.work_dir({"seed": 0}, []) as folder:
+    with run.work_dir({"seed": 0}, [], state_version=1) as folder:
         assert (run.root / "done").exists()
-        assert list(folder.iterdir()) == []
+        assert [file.name for file in folder.iterdir()] == [NOTE_NAME]
     process.join()
     assert f"waiting for process {process.pid}" in capfd.readouterr().err
 
@@ -215,7 +214,7 @@ def test_work_of_a_killed_process_is_free_again(run: Run):
     ready = context.Event()
 
     def hang() -> None:
-        with run.work_dir({"seed": 0}, []) as folder:
+        with run.work_dir({"seed": 0}, [], state_version=1) as folder:
             (folder / "checkpoint").touch()
             ready.set()
             time.sleep(60)
@@ -225,8 +224,43 @@ def test_work_of_a_killed_process_is_free_again(run: Run):
     assert ready.wait(60)
     process.kill()
     process.join()
-    with run.work_dir({"seed": 0}, []) as folder:
+    with run.work_dir({"seed": 0}, [], state_version=1) as folder:
         assert (folder / "checkpoint").exists()
+
+
+@pytest.fixture
+def interrupted(run: Run, monkeypatch: pytest.MonkeyPatch) -> Run:
+    """A run whose work was begun under commit 1, and stopped."""
+    monkeypatch.setattr(work_dir, "revision", lambda: "commit-1")
+    with run.work_dir({}, [], state_version=1) as folder:
+        (folder / "checkpoint").touch()
+        kept = {file: file.read_bytes() for file in folder.iterdir()}
+    folder.mkdir()
+    for file, content in kept.items():
+        file.write_bytes(content)
+    return run
+
+
+def test_work_goes_on_under_another_commit_and_says_so(
+    interrupted: Run, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+):
+    with interrupted.work_dir({}, [], state_version=1) as folder:
+        assert (folder / "checkpoint").exists()
+        assert capfd.readouterr().err == ""
+        monkeypatch.setattr(work_dir, "revision", lambda: "commit-2")
+        work_dir._take_up(folder, state_version=1, log=interrupted.log)
+        assert (folder / "checkpoint").exists()
+    said = capfd.readouterr().err
+    assert "going on with work that commit-1 began; the code is now commit-2" in said
+
+
+def test_work_of_another_state_version_is_begun_anew(
+    interrupted: Run, capfd: pytest.CaptureFixture[str]
+):
+    with interrupted.work_dir({}, [], state_version=2) as folder:
+        assert not (folder / "checkpoint").exists()
+    said = capfd.readouterr().err
+    assert "beginning anew: the unfinished work has STATE_VERSION 1, this code saves" in said
 
 
 class TestFingerprint:
@@ -240,7 +274,7 @@ class TestFingerprint:
     @staticmethod
     def key(inputs: list[Path], params: Mapping[str, object] | None = None) -> str:
         params = params or {"seed": 0, "lr": 0.1}
-        return fingerprint("track", params=params, inputs=inputs, code_root=ROOT)
+        return key_of("track", params=params, inputs=inputs)
 
     def test_is_stable_and_ignores_order(self, inputs: list[Path]):
         assert self.key(inputs) == self.key(inputs[::-1], {"lr": 0.1, "seed": 0})
@@ -261,24 +295,6 @@ class TestFingerprint:
     def test_missing_input_is_an_error(self, tmp_path: Path):
         with pytest.raises(FileNotFoundError, match="missing"):
             self.key([tmp_path / "missing"])
-
-
-def test_source_files_follow_imports_inside_functions_but_not_for_types(tmp_path: Path):
-    files = {
-        "stages/__init__.py": "",
-        "stages/a.py": "from typing import TYPE_CHECKING\nimport json\n"
-        "from contradiff import b\nif TYPE_CHECKING:\n    from contradiff import types\n"
-        "def f():\n    from contradiff.data.c import name\n",
-        "contradiff/b.py": "import contradiff.d",
-        "contradiff/d.py": "import contradiff.b",
-        "contradiff/types.py": "",
-        "contradiff/data/c.py": "import torch",
-    }
-    for name, text in files.items():
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).write_text(text)
-    expected = ["contradiff/b.py", "contradiff/d.py", "contradiff/data/c.py", "stages/a.py"]
-    assert [str(path) for path in source_files("stages.a", code_root=tmp_path)] == expected
 
 
 def test_json_is_sorted_rounded_and_whole(run: Run, tmp_path: Path):
@@ -366,25 +382,30 @@ def test_progress_in_a_log_file_is_a_line_every_ten_seconds(
 
 
 class TestLaunch:
-    def test_one_process_runs_the_module_itself(self, monkeypatch: pytest.MonkeyPatch):
+    def test_one_process_needs_no_launcher(self, monkeypatch: pytest.MonkeyPatch):
         monkeypatch.setenv("CONTRADIFF_NUM_PROCESSES", "1")
-        expected = [sys.executable, "-m", "stages.track", "--dry-run"]
-        assert launch.command(["stages.track", "--dry-run"]) == expected
+        monkeypatch.setattr(launch.os, "execv", lambda *_: pytest.fail("started again"))
+        launch.start_several("track")
 
     def test_several_processes_are_torchrun_s(self, monkeypatch: pytest.MonkeyPatch):
         monkeypatch.setenv("CONTRADIFF_NUM_PROCESSES", "2")
-        line = launch.command(["stages.track", "--dry-run"])
-        assert line[1:3] == ["-m", "torch.distributed.run"]
+        monkeypatch.setattr(sys, "argv", ["stages/track.py", "--verbose"])
+        monkeypatch.setattr(launch.os, "execv", lambda path, line: lines.append((path, line)))
+        lines: list[tuple[str, list[str]]] = []
+        launch.start_several("track")
+        [(path, line)] = lines
+        assert line[:3] == [path, "-m", "torch.distributed.run"]
         assert "--nproc-per-node=2" in line
-        assert line[-3:] == ["-m", "stages.track", "--dry-run"]
+        assert line[-3:] == ["-m", "stages.track", "--verbose"]
+
+    def test_a_process_of_somebody_s_torchrun_joins(self, monkeypatch: pytest.MonkeyPatch):
+        monkeypatch.setenv("CONTRADIFF_NUM_PROCESSES", "2")
+        monkeypatch.setenv("WORLD_SIZE", "2")
+        monkeypatch.setattr(launch.os, "execv", lambda *_: pytest.fail("started again"))
+        launch.start_several("track")
 
     @pytest.mark.parametrize("text", ["0", "-1", "two", "1.5"])
     def test_wrong_number(self, monkeypatch: pytest.MonkeyPatch, text: str):
         monkeypatch.setenv("CONTRADIFF_NUM_PROCESSES", text)
         with pytest.raises(ValueError, match=f"CONTRADIFF_NUM_PROCESSES={text}: must be"):
-            launch.command(["stages.track"])
-
-    @pytest.mark.parametrize("arguments", [[], ["track"], ["stages.nothing"]])
-    def test_wrong_module(self, arguments: list[str]):
-        with pytest.raises(ValueError, match="is no stage"):
-            launch.command(arguments)
+            launch.start_several("track")

@@ -1,6 +1,9 @@
 """The record of experiments, in a real MLflow store."""
 
+from stages.runtime import tracking as _tracking
+from stages.runtime.experiments import Results, upsert_row
 from stages.runtime.run import Run, RuntimeParams
+from stages.runtime.tracking import CHECKPOINT, connect, flatten_params
 
 import json
 import multiprocessing
@@ -10,9 +13,6 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from stages.runtime import tracking as _tracking
-from stages.runtime.experiments import Results, upsert_row
-from stages.runtime.tracking import CHECKPOINT, connect, flatten_params
 from stages.track import table
 
 if TYPE_CHECKING:

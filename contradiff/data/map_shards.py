@@ -1,0 +1,200 @@
+"""One loop over shards for every stage that makes them: shared by processes, and resumable.
+
+items (planned or existing shards) => make(item) writes files to a work folder => a note beside them
+that says they are whole => what was made of every item, in order
+"""
+
+import json
+import multiprocessing
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+from contradiff.data.shards import Shard
+from contradiff.files import explain_full_disk, replace_file
+from contradiff.types import Processes
+
+STATE_VERSION = 1
+"""Raise it when finished shards of an interrupted run may no longer be mixed with new ones."""
+SECONDS_BETWEEN_LOOKS = 0.2
+
+Item = TypeVar("Item")
+Tick = Callable[[int], None]
+"""Told how many more samples are done."""
+
+
+@dataclass(frozen=True)
+class Made:
+    """What was made of one item: files in the work folder, and any further notes (JSON)."""
+
+    files: tuple[Shard, ...]
+    notes: dict[str, Any] = field(default_factory=dict[str, Any])
+
+
+def map_shards(
+    items: Sequence[Item],
+    make: Callable[[Item, Tick], Made],
+    work_dir: Path,
+    *,
+    name_of: Callable[[Item], str],
+    processes: Processes | None = None,
+    num_workers: int = 0,
+    size_of: Callable[[Item], int] = lambda _: 1,
+    on_progress: Tick = lambda _: None,
+) -> list[Made]:
+    """Make something of every item, unless an interrupted run has done it already.
+
+    Each process takes every n-th of the items that are missing. If one of them fails, the others
+    stop too. No process waits in a collective meanwhile, so no time limit is run into.
+
+    Args:
+        items: the same list in every process.
+        make: writes an item's files to `work_dir`, each whole or not at all. It calls its second
+            argument with the number of samples done now and then.
+        work_dir: a folder that all processes share and that survives a kill.
+        name_of: a different name for each item; `<name>.json` is its note.
+        processes: which of several this is; by default there is one.
+        num_workers: further processes on this machine that run `make`, which must be picklable;
+            0: it runs here. With workers, progress counts whole items.
+        size_of: samples of an item.
+        on_progress: told how many more samples all processes have done; only in process 0.
+
+    Returns:
+        What was made, in the order of `items`, in every process.
+
+    Raises:
+        ChildProcessError: another process failed, or a worker was killed.
+        ValueError: the disk is full.
+    """
+    processes = processes or Processes()
+    notes = [work_dir / f"{name_of(item)}.json" for item in items]
+    missing = [number for number, note in enumerate(notes) if read_note(note) is None]
+    crew = _Crew(work_dir, processes, on_progress)
+    crew.begin()
+    processes.barrier()  # everyone has looked for what is missing before anyone writes
+    own = [items[number] for number in missing[processes.rank :: processes.size]]
+    with crew, explain_full_disk(work_dir):
+        for item, made in (
+            _in_workers(make, own, num_workers, size_of, crew.advance)
+            if num_workers and own
+            else ((item, make(item, crew.advance)) for item in own)
+        ):
+            with replace_file(work_dir / f"{name_of(item)}.json") as path:
+                path.write_text(json.dumps(asdict(made)), encoding="utf-8")
+        crew.wait(lambda: all(note.is_file() for note in notes))
+    found = [made for note in notes if (made := read_note(note)) is not None]
+    assert len(found) == len(items), "a note says what is there"
+    processes.barrier()  # everyone has read the notes before anyone moves the files
+    return found
+
+
+def read_note(note: Path) -> Made | None:
+    """What a note says was made; None if there is no note, or a file is not there as it says."""
+    if not note.is_file():
+        return None
+    content = json.loads(note.read_text(encoding="utf-8"))
+    files = tuple(Shard(**shard) for shard in content["files"])
+    paths = [note.parent / file.name for file in files]
+    whole = (
+        p.is_file() and p.stat().st_size == f.num_bytes for p, f in zip(paths, files, strict=True)
+    )
+    return Made(files, content["notes"]) if all(whole) else None
+
+
+class _Crew:
+    """The processes tell each other, by files, how far they are and whether one has failed."""
+
+    def __init__(self, folder: Path, processes: Processes, on_progress: Tick) -> None:
+        self.folder, self.processes, self.on_progress = folder, processes, on_progress
+        self.done = self.shown = 0
+
+    def begin(self) -> None:
+        """Take back what an earlier run has said."""
+        self._file("failed").unlink(missing_ok=True)
+        self.advance(0)
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is not None:
+            self._file("failed").touch()
+
+    def advance(self, count: int) -> None:
+        self.done += count
+        if self.processes.size > 1:
+            with replace_file(self._file("done")) as path:
+                path.write_text(str(self.done))
+        self._show()
+
+    def wait(self, is_done: Callable[[], bool]) -> None:
+        while not is_done():
+            for rank in range(self.processes.size):
+                if self._file("failed", rank).exists():
+                    raise ChildProcessError(f"process {rank} has failed; its own message says why")
+            time.sleep(SECONDS_BETWEEN_LOOKS)
+            self._show()
+
+    def _show(self) -> None:
+        if self.processes.rank == 0:
+            files = [self._file("done", rank) for rank in range(1, self.processes.size)]
+            total = self.done + sum(int(f.read_text() or 0) for f in files if f.is_file())
+            self.on_progress(total - self.shown)
+            self.shown = total
+
+    def _file(self, what: str, rank: int | None = None) -> Path:
+        return self.folder / f"{what}-{self.processes.rank if rank is None else rank}"
+
+
+def _in_workers(
+    make: Callable[[Item, Tick], Made],
+    items: Sequence[Item],
+    num_workers: int,
+    size_of: Callable[[Item], int],
+    tick: Tick,
+) -> Iterator[tuple[Item, Made]]:
+    """Yield items as they get done; a failure ends all workers at once."""
+    # Forking a process that has threads (torch's, OpenMP's) can hang: start anew.
+    context = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(min(num_workers, len(items)), context, initializer=_start_worker)
+    try:
+        waiting = {pool.submit(make, item, _ignore): item for item in items}
+        while waiting:
+            for future in wait(waiting, return_when=FIRST_COMPLETED).done:
+                item = waiting.pop(future)
+                made = future.result()
+                tick(size_of(item))
+                yield item, made
+    except BaseException as error:
+        for child in multiprocessing.active_children():
+            child.terminate()
+        if isinstance(error, BrokenProcessPool):
+            raise ChildProcessError(
+                "a worker process was killed, perhaps for want of memory: lower "
+                "runtime.num_workers, then run the same command again; what is whole is kept"
+            ) from error
+        raise
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _ignore(_: int) -> None:
+    """What workers are given for a tick."""
+
+
+def _start_worker() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process hears it too
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)

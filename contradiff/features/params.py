@@ -1,0 +1,100 @@
+"""Section `features`: which frozen features are computed, of what, and how they are kept."""
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from contradiff.config import Section
+from contradiff.method.noise import NUM_LEVELS
+from contradiff.method.unet import MapBlock
+from contradiff.types import Precision
+
+
+class FeaturesParams(Section):
+    """Section `features`: which frozen features are taken for evaluation, and how they are kept."""
+
+    model: Literal["contradiff", "base", "diffeed", "timm"] = Field(
+        description="contradiff: the trained model | base: its base alone, no LoRA and zero tokens "
+        "(Table 3's SD Features) | diffeed: the base in two passes with feedback | timm: a backbone"
+    )
+    timm_name: str | None = Field(description="timm: the architecture, as timm.create_model's")
+    timm_weights: str | None = Field(description="timm: a local .safetensors file of its weights")
+    timm_pretrained: bool = Field(description="timm: fetch its weights from the hub (network)")
+    timesteps: list[int] = Field(
+        min_length=NUM_LEVELS, max_length=NUM_LEVELS, description="the fixed evaluation triple"
+    )
+    more_triples: list[list[int]] = Field(description="further triples, for the probe's grid")
+    more_blocks: list[MapBlock] = Field(
+        description="further columns for the probe's grid: pooled maps of these blocks, each triple"
+    )
+    noising: Literal["direct", "ddim_chain"] = Field(
+        description="direct: in one step (Eq. 5) | ddim_chain: DDIM inversion on a grid of 20 steps"
+    )
+    condition: Literal["image", "noise"] = Field(
+        description="what contradiff's conditioner sees; the base alone has zero tokens"
+    )
+    pool: Literal["attention", "mean"] = Field(
+        description="attention: h of Eq. 4 | mean: the maps averaged over space (SD Features); "
+        "timm: the backbone's own pooled feature"
+    )
+    dtype: Literal["fp16", "bf16"] = Field(description="of the stored features")
+    precision: Precision = Field(description="of the computation; bf16 by autocast")
+    batch_size: int = Field(ge=1)
+
+    @property
+    def triples(self) -> list[list[int]]:
+        """The evaluation triple, and the further ones behind it."""
+        return [self.timesteps, *self.more_triples]
+
+    @model_validator(mode="after")
+    def _distinct(self) -> "FeaturesParams":
+        if len(set(self.timesteps)) < NUM_LEVELS or min(self.timesteps) < 0:
+            raise ValueError(
+                f"features.timesteps must be three distinct timesteps >= 0, not {self.timesteps}"
+            )
+        for triple in self.more_triples:
+            if len(triple) != NUM_LEVELS or len(set(triple)) < NUM_LEVELS or min(triple) < 0:
+                raise ValueError(
+                    f"features.more_triples: {triple} are not three distinct timesteps >= 0"
+                )
+        if len({frozenset(triple) for triple in self.triples}) < len(self.triples):
+            raise ValueError(
+                "features.more_triples: a triple is repeated (features.timesteps counts too)"
+            )
+        if len(set(self.more_blocks)) < len(self.more_blocks):
+            raise ValueError(f"features.more_blocks: {self.more_blocks} repeats a block")
+        return self
+
+    @model_validator(mode="after")
+    def _baselines_have_their_own_shape(self) -> "FeaturesParams":
+        if self.model != "contradiff" and self.pool == "attention":
+            raise ValueError(
+                f"features.pool: attention is contradiff's trained head, which features.model: "
+                f"{self.model} is without; set features.pool: mean"
+            )
+        if self.model == "diffeed" and self.noising != "direct":
+            raise ValueError(
+                "features.noising: features.model diffeed noises in one step; set it to direct"
+            )
+        if self.model in ("diffeed", "timm") and self.more_blocks:
+            raise ValueError(
+                f"features.more_blocks: features.model {self.model} fixes its blocks; set it to []"
+            )
+        if self.model == "timm":
+            self._check_timm()
+        return self
+
+    def _check_timm(self) -> None:
+        if self.timm_name is None:
+            raise ValueError(
+                "features.timm_name: features.model timm needs it (such as vit_base_patch16_224)"
+            )
+        if (self.timm_weights is None) != self.timm_pretrained:
+            raise ValueError(
+                "features.timm_weights: features.model timm needs either a local .safetensors file "
+                "here or features.timm_pretrained: true (network), not both and not neither"
+            )
+        if self.more_triples:
+            raise ValueError(
+                "features.more_triples: features.model timm has no timesteps; set it to []"
+            )
