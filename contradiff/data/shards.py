@@ -24,7 +24,6 @@ from pydantic import Field
 
 from contradiff.config import Section
 from contradiff.data.remote import Location, RemoteFile, join, read_bytes, size_of
-from contradiff.data.tar import TarWriter
 from contradiff.files import replace_file
 
 INDEX_NAME = "index.json"
@@ -157,6 +156,8 @@ def write_shard(path: Path, records: Iterable[Record], *, compression: Compressi
         records: samples: "__key__" => key as bytes, extension => content. A "cls" is counted.
         compression: of the tar file.
     """
+    from webdataset.writer import TarWriter
+
     num_samples = 0
     labels: Counter[int] = Counter()
     with replace_file(path) as temporary:
@@ -165,17 +166,13 @@ def write_shard(path: Path, records: Iterable[Record], *, compression: Compressi
             with (
                 io.BufferedWriter(hashed, BUFFER_BYTES) as buffer,
                 _compressed(buffer, compression) as stream,
+                TarWriter(stream, encoder=False, mtime=0) as writer,
             ):
-                writer = TarWriter(stream)
                 for record in records:
-                    key = record["__key__"].decode()
-                    # in webdataset's order
-                    for name in sorted(name for name in record if not name.startswith("_")):
-                        writer.add(f"{key}.{name}", record[name])
+                    writer.write({**record, "__key__": record["__key__"].decode()})
                     if "cls" in record:
                         labels[int(record["cls"])] += 1
                     num_samples += 1
-                writer.finish()
         class_counts = tuple(labels[label] for label in range(max(labels, default=-1) + 1))
         digest = hashed.hasher.hexdigest()
         return Shard(path.name, num_samples, hashed.num_bytes, digest, class_counts)

@@ -13,6 +13,7 @@ import hashlib
 import json
 import os
 import shutil
+import tarfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -24,7 +25,6 @@ from pydantic import Field
 
 from contradiff.config import Section
 from contradiff.data.shards import Compression, Record, Shard, shard_name, write_shard
-from contradiff.data.tar import BLOCK, padded_size
 from contradiff.files import check_free_space, explain_full_disk, replace_file
 from contradiff.sources.intake import Verify, take_in
 from contradiff.sources.listing import SPLITS, ImageFile, Read
@@ -93,7 +93,8 @@ class DoneShard:
 
 def tar_bytes(num_bytes: int) -> int:
     """What an image of `num_bytes` takes in a shard, with its class and both headers."""
-    return padded_size(num_bytes) + padded_size(BLOCK)
+    blocks = -(-num_bytes // tarfile.BLOCKSIZE)
+    return (1 + blocks + 2) * tarfile.BLOCKSIZE
 
 
 def plan_shards(

@@ -20,10 +20,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from pydantic import ValidationError
+from webdataset.writer import TarWriter
 
 from contradiff import files as disk
 from contradiff.data.shards import Compression, ShardIndex, image_of, read_split
-from contradiff.data.tar import TarWriter
 from contradiff.sources.folder import FileReader
 from contradiff.sources.listing import ImageFile
 from contradiff.sources.packing import (
@@ -407,18 +407,18 @@ def test_full_disk_leaves_whole_shards(tmp_path: Path, monkeypatch: pytest.Monke
     source = memory(10)
     plan = source.plan()
     expected = write_all(plan, tmp_path / "undisturbed", source)
-    room = 14
+    room = 7
 
-    def add(self: TarWriter, name: str, content: bytes) -> None:
+    def write(self: TarWriter, record: Any) -> None:
         nonlocal room
         room -= 1
         if room < 0:
             self.stream.write(b"part of a header")
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        written(self, name, content)
+        written(self, record)
 
-    written = TarWriter.add
-    monkeypatch.setattr(TarWriter, "add", add)
+    written = TarWriter.write
+    monkeypatch.setattr(TarWriter, "write", write)
     message = rf"^{re.escape(str(tmp_path / 'work'))}: no space is left .* free some, then run the"
     with pytest.raises(ValueError, match=message):
         write_all(plan, tmp_path, source)
