@@ -3,14 +3,12 @@
 image shards + latent shards => maps (n 3 c h w) or features h (n d), with labels
 """
 
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import torch
 from jaxtyping import Float, Int64
@@ -18,6 +16,7 @@ from torch import Tensor
 
 from contradiff.base.vae import encode, mode, scaling_factor
 from contradiff.data.latents import StoredLatents
+from contradiff.data.map_ahead import map_ahead
 from contradiff.data.shards import image_of
 from contradiff.data.streams import Pair, PairedShards
 from contradiff.data.transforms import apply_crop, centre_crop, decode
@@ -35,8 +34,6 @@ if TYPE_CHECKING:
 LOOKAHEAD = 2
 """Batches whose images are decoded while one is computed."""
 
-Item = TypeVar("Item")
-Result = TypeVar("Result")
 _Row: TypeAlias = tuple[str, int, Tensor, Tensor]
 """Key, label, moments of the centre crop, its pixels."""
 
@@ -139,27 +136,6 @@ def shard_batches(
         make, pairs.read(number), num_threads=num_threads, num_ahead=LOOKAHEAD * batch_size
     )
     yield from _batched(rows, facts, first_index=first_index, batch_size=batch_size)
-
-
-def map_ahead(
-    function: Callable[[Item], Result],
-    items: Iterable[Item],
-    *,
-    num_threads: int,
-    num_ahead: int,
-) -> Iterator[Result]:
-    """As `map`, but threads work ahead, on so many items at most; 0 threads: none does."""
-    if num_threads == 0:
-        yield from map(function, items)
-        return
-    waiting: deque[Future[Result]] = deque()
-    with ThreadPoolExecutor(num_threads) as executor:
-        for item in items:
-            waiting.append(executor.submit(function, item))
-            if len(waiting) > num_ahead:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
 
 
 def _clean_row(pair: Pair, facts: Mapping[str, Any], *, with_pixels: bool) -> _Row:

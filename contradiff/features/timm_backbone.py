@@ -12,10 +12,11 @@ import torch.nn.functional as F
 from jaxtyping import Int64
 from torch import Tensor, nn
 
+from contradiff.data.map_ahead import map_ahead
 from contradiff.data.shards import Sample, ShardIndex, image_of, read_shard
 from contradiff.data.transforms import Crop, apply_crop, centre_crop, decode
 from contradiff.features.cache import Column
-from contradiff.features.extraction import LOOKAHEAD, CleanBatch, FeatureData, autocast, map_ahead
+from contradiff.features.extraction import LOOKAHEAD, CleanBatch, FeatureData, autocast
 from contradiff.types import ByteImages, to_pixels
 
 
