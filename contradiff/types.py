@@ -1,7 +1,5 @@
 """Shapes and choices that travel through the system, named once."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -34,21 +32,6 @@ Maps = Float[Tensor, "batch width_m h_m w_m"]
 
 Features = Float[Tensor, "batch width"]
 """The feature h of Eq. 4."""
-
-
-@dataclass(frozen=True)
-class Processes:
-    """Which of several processes this is.
-
-    Attributes:
-        rank: its number, from 0; process 0 reports the progress of all.
-        size: how many there are.
-        barrier: returns when every process has called it.
-    """
-
-    rank: int = 0
-    size: int = 1
-    barrier: Callable[[], None] = lambda: None
 
 
 def to_pixels(images: ByteImages) -> Pixels:

@@ -1,7 +1,7 @@
-"""One loop over shards for every stage that makes them: shared by processes, and resumable.
+"""One resumable loop for every stage that makes shards, shared by several processes.
 
 items (planned or existing shards) => make(item) writes files to a work folder => a note beside them
-that says they are whole => what was made of every item, in order
+says that they are whole => what was made of every item, in order
 """
 
 import json
@@ -13,13 +13,13 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
 from contradiff.data.shards import Shard
 from contradiff.files import explain_full_disk, replace_file
-from contradiff.types import Processes
 
 STATE_VERSION = 1
 """Raise it when finished shards of an interrupted run may no longer be mixed with new ones."""
@@ -28,6 +28,21 @@ SECONDS_BETWEEN_LOOKS = 0.2
 Item = TypeVar("Item")
 Tick = Callable[[int], None]
 """Told how many more samples are done."""
+
+
+@dataclass(frozen=True)
+class Processes:
+    """Which of several processes this is.
+
+    Attributes:
+        rank: its number, from 0; process 0 reports the progress of all.
+        size: how many there are.
+        barrier: returns when every process has called it.
+    """
+
+    rank: int = 0
+    size: int = 1
+    barrier: Callable[[], object] = lambda: None
 
 
 @dataclass(frozen=True)
@@ -51,8 +66,8 @@ def map_shards(
 ) -> list[Made]:
     """Make something of every item, unless an interrupted run has done it already.
 
-    Each process takes every n-th of the items that are missing. If one of them fails, the others
-    stop too. No process waits in a collective meanwhile, so no time limit is run into.
+    Each process takes every n-th of the missing items and then waits until the others have made
+    theirs. It waits by looking at files, not in a collective, so no time limit is run into.
 
     Args:
         items: the same list in every process.
@@ -74,25 +89,33 @@ def map_shards(
         ValueError: the disk is full.
     """
     processes = processes or Processes()
-    notes = [work_dir / f"{name_of(item)}.json" for item in items]
-    missing = [number for number, note in enumerate(notes) if read_note(note) is None]
+    processes.barrier()  # process 0 holds the folder's lock now: no other run writes to it
+    missing = missing_items(items, work_dir, name_of=name_of)
     crew = _Crew(work_dir, processes, on_progress)
     crew.begin()
     processes.barrier()  # everyone has looked for what is missing before anyone writes
-    own = [items[number] for number in missing[processes.rank :: processes.size]]
+    own = missing[processes.rank :: processes.size]
     with crew, explain_full_disk(work_dir):
         for item, made in (
             _in_workers(make, own, num_workers, size_of, crew.advance)
             if num_workers and own
             else ((item, make(item, crew.advance)) for item in own)
         ):
-            with replace_file(work_dir / f"{name_of(item)}.json") as path:
+            with replace_file(_note_of(item, work_dir, name_of)) as path:
                 path.write_text(json.dumps(asdict(made)), encoding="utf-8")
-        crew.wait(lambda: all(note.is_file() for note in notes))
+        crew.wait(lambda: not missing_items(items, work_dir, name_of=name_of))
+    notes = (_note_of(item, work_dir, name_of) for item in items)
     found = [made for note in notes if (made := read_note(note)) is not None]
     assert len(found) == len(items), "a note says what is there"
     processes.barrier()  # everyone has read the notes before anyone moves the files
     return found
+
+
+def missing_items(
+    items: Sequence[Item], work_dir: Path, *, name_of: Callable[[Item], str]
+) -> list[Item]:
+    """Items that `map_shards` has still to make: no note says that their files are whole."""
+    return [item for item in items if read_note(_note_of(item, work_dir, name_of)) is None]
 
 
 def read_note(note: Path) -> Made | None:
@@ -108,6 +131,10 @@ def read_note(note: Path) -> Made | None:
     return Made(files, content["notes"]) if all(whole) else None
 
 
+def _note_of(item: Item, work_dir: Path, name_of: Callable[[Item], str]) -> Path:
+    return work_dir / f"{name_of(item)}.json"
+
+
 class _Crew:
     """The processes tell each other, by files, how far they are and whether one has failed."""
 
@@ -117,14 +144,16 @@ class _Crew:
 
     def begin(self) -> None:
         """Take back what an earlier run has said."""
-        self._file("failed").unlink(missing_ok=True)
-        self.advance(0)
+        for what in ("failed", "done"):
+            self._file(what).unlink(missing_ok=True)
 
     def __enter__(self) -> None: ...
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        """Tell the others of a failure. Of a killed process torchrun tells them."""
         if kind is not None:
-            self._file("failed").touch()
+            with suppress(OSError):  # the disk may be full: the first error says so
+                self._file("failed").touch()
 
     def advance(self, count: int) -> None:
         self.done += count
@@ -140,11 +169,12 @@ class _Crew:
                     raise ChildProcessError(f"process {rank} has failed; its own message says why")
             time.sleep(SECONDS_BETWEEN_LOOKS)
             self._show()
+        self._show()
 
     def _show(self) -> None:
         if self.processes.rank == 0:
             files = [self._file("done", rank) for rank in range(1, self.processes.size)]
-            total = self.done + sum(int(f.read_text() or 0) for f in files if f.is_file())
+            total = self.done + sum(int(f.read_text()) for f in files if f.is_file())
             self.on_progress(total - self.shown)
             self.shown = total
 
@@ -160,6 +190,7 @@ def _in_workers(
     tick: Tick,
 ) -> Iterator[tuple[Item, Made]]:
     """Yield items as they get done; a failure ends all workers at once."""
+    others = set(multiprocessing.active_children())
     # Forking a process that has threads (torch's, OpenMP's) can hang: start anew.
     context = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(min(num_workers, len(items)), context, initializer=_start_worker)
@@ -172,7 +203,7 @@ def _in_workers(
                 tick(size_of(item))
                 yield item, made
     except BaseException as error:
-        for child in multiprocessing.active_children():
+        for child in set(multiprocessing.active_children()) - others:
             child.terminate()
         if isinstance(error, BrokenProcessPool):
             raise ChildProcessError(
@@ -185,7 +216,7 @@ def _in_workers(
 
 
 def _ignore(_: int) -> None:
-    """What workers are given for a tick."""
+    """Stand in for a tick: progress does not cross from workers."""
 
 
 def _start_worker() -> None:

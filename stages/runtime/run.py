@@ -40,7 +40,8 @@ if TYPE_CHECKING:
     import torch
     from accelerate import Accelerator
 
-    from contradiff.types import Precision, Processes
+    from contradiff.data.map_shards import Processes
+    from contradiff.types import Precision
 
 PARAMS_FILE = Path("params.yaml")
 
@@ -136,7 +137,7 @@ class Run:
 
     def processes(self, accelerator: "Accelerator") -> "Processes":
         """Return which of the stage's processes this is, for `map_shards`."""
-        from contradiff.types import Processes
+        from contradiff.data.map_shards import Processes
 
         return Processes(
             accelerator.process_index, accelerator.num_processes, accelerator.wait_for_everyone
