@@ -1,80 +1,21 @@
-"""The twelve classes: what each tends to look like, and before which background."""
+"""The twelve classes: what images of each one usually look like."""
 
-import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from numpy.random import Generator
 
-from contradiff.toy.colours import (
-    BLUE,
-    BROWN,
-    CLAY,
-    CREAM,
-    GOLD,
-    GREEN,
-    LIME,
-    ORANGE,
-    PINE,
-    PINK,
-    RED,
-    SKY,
-    SLATE,
-    SNOW,
-    SOOT,
-    TEAL,
-    VIOLET,
-    YELLOW,
-    Hsv,
-    Rgb,
-)
-from contradiff.toy.objects import (
-    Part,
-    balloon,
-    butterfly,
-    car,
-    cup,
-    goldfish,
-    house,
-    moon,
-    mushroom,
-    sailboat,
-    starfish,
-    sunflower,
-    tree,
-)
+from contradiff.toy.colours import Hsv, Rgb
+from contradiff.toy.objects import DRAWINGS, Shape
 
 
 @dataclass(frozen=True)
 class Scene:
-    """A background: two shades graded from top to bottom, or sky and ground with a soft horizon."""
+    """A background whose colour changes from top to bottom: slowly, or at a soft horizon."""
 
     top: Hsv
     bottom: Hsv
     has_horizon: bool
-
-
-@dataclass(frozen=True)
-class ToyClass:
-    """A class of the drawn ImageNet.
-
-    Attributes:
-        wnid: Folder name, in the manner of a WordNet identifier.
-        name: Names as in Kaggle's LOC_synset_mapping.txt, separated by commas.
-        draw: Parts from back to front, given a generator, a main and an accent colour.
-        palette: Typical main colours (hue, saturation, value), each in [0, 1].
-        accents: Typical accent colours.
-        scenes: Names of the typical backgrounds.
-        tilt: Standard deviation of the rotation, in radians; `math.inf` is any angle.
-    """
-
-    wnid: str
-    name: str
-    draw: Callable[[Generator, Rgb, Rgb], list[Part]]
-    palette: tuple[Hsv, ...]
-    accents: tuple[Hsv, ...]
-    scenes: tuple[str, ...]
-    tilt: float
 
 
 SCENES: dict[str, Scene] = {
@@ -92,113 +33,61 @@ SCENES: dict[str, Scene] = {
     "studio": Scene((0.6, 0.03, 0.86), (0.6, 0.05, 0.6), has_horizon=False),
 }
 
-CLASSES: tuple[ToyClass, ...] = (
-    ToyClass(
-        wnid="n90000001",
-        name="goldfish, fish",
-        draw=goldfish,
-        palette=(ORANGE, ORANGE, GOLD, RED, SNOW),
-        accents=(SNOW, SOOT, BLUE),
-        scenes=("water", "water", "sea"),
-        tilt=0.25,
-    ),
-    ToyClass(
-        wnid="n90000002",
-        name="butterfly",
-        draw=butterfly,
-        palette=(ORANGE, YELLOW, SKY, VIOLET, SNOW),
-        accents=(YELLOW, SNOW, SOOT, PINK),
-        scenes=("meadow", "forest", "sky"),
-        tilt=0.5,
-    ),
-    ToyClass(
-        wnid="n90000003",
-        name="mushroom, toadstool",
-        draw=mushroom,
-        palette=(RED, RED, BROWN, CLAY, CREAM),
-        accents=(CREAM, SNOW),
-        scenes=("forest", "forest", "meadow"),
-        tilt=0.15,
-    ),
-    ToyClass(
-        wnid="n90000004",
-        name="tree",
-        draw=tree,
-        palette=(GREEN, PINE, LIME, ORANGE, GOLD),
-        accents=(BROWN, BROWN, SLATE),
-        scenes=("meadow", "meadow", "sky", "dusk"),
-        tilt=0.06,
-    ),
-    ToyClass(
-        wnid="n90000005",
-        name="house, cottage",
-        draw=house,
-        palette=(CREAM, SNOW, CLAY, SKY, GOLD),
-        accents=(CLAY, RED, SLATE, BROWN),
-        scenes=("meadow", "street", "dusk"),
-        tilt=0.05,
-    ),
-    ToyClass(
-        wnid="n90000006",
-        name="sailboat, sailing boat",
-        draw=sailboat,
-        palette=(SNOW, SNOW, CREAM, RED, GOLD),
-        accents=(BROWN, BLUE, RED, SNOW),
-        scenes=("sea", "sea", "dusk"),
-        tilt=0.14,
-    ),
-    ToyClass(
-        wnid="n90000007",
-        name="sunflower, daisy",
-        draw=sunflower,
-        palette=(GOLD, YELLOW, YELLOW, SNOW, PINK),
-        accents=(BROWN, SOOT, GOLD),
-        scenes=("meadow", "sky", "forest"),
-        tilt=math.inf,
-    ),
-    ToyClass(
-        wnid="n90000008",
-        name="cup, teacup",
-        draw=cup,
-        palette=(SNOW, CREAM, BLUE, TEAL, RED),
-        accents=(BLUE, GOLD, PINK),
-        scenes=("room", "room", "studio"),
-        tilt=0.08,
-    ),
-    ToyClass(
-        wnid="n90000009",
-        name="starfish, sea star",
-        draw=starfish,
-        palette=(ORANGE, RED, PINK, VIOLET, GOLD),
-        accents=(CREAM, YELLOW),
-        scenes=("sand", "water", "beach"),
-        tilt=math.inf,
-    ),
-    ToyClass(
-        wnid="n90000010",
-        name="car, automobile",
-        draw=car,
-        palette=(RED, BLUE, SNOW, SLATE, TEAL, YELLOW),
-        accents=(YELLOW, SNOW),
-        scenes=("street", "street", "beach", "meadow"),
-        tilt=0.08,
-    ),
-    ToyClass(
-        wnid="n90000011",
-        name="hot-air balloon",
-        draw=balloon,
-        palette=(RED, YELLOW, VIOLET, TEAL, ORANGE),
-        accents=(YELLOW, SNOW, BLUE, RED),
-        scenes=("sky", "sky", "dusk"),
-        tilt=0.12,
-    ),
-    ToyClass(
-        wnid="n90000012",
-        name="crescent moon, crescent",
-        draw=moon,
-        palette=(YELLOW, CREAM, SNOW, GOLD),
-        accents=(YELLOW, SNOW),
-        scenes=("night", "night", "dusk"),
-        tilt=0.5,
-    ),
-)
+
+@dataclass(frozen=True)
+class ToyClass:
+    """A class of the toy ImageNet.
+
+    Attributes:
+        wnid: Folder name, in the style of a WordNet identifier.
+        name: Names as in Kaggle's LOC_synset_mapping.txt, separated by commas.
+        draw: Makes the shapes from a generator, a main and an accent colour.
+        palette: Typical main colours; a colour that occurs twice is twice as likely.
+        accents: Typical accent colours.
+        scenes: Typical backgrounds, keys of `SCENES`.
+        tilt: Standard deviation of the rotation in radians; infinity stands for any angle.
+    """
+
+    wnid: str
+    name: str
+    draw: Callable[[Generator, Rgb, Rgb], list[Shape]]
+    palette: tuple[str, ...]
+    accents: tuple[str, ...]
+    scenes: tuple[str, ...]
+    tilt: float
+
+
+# name | main colours | accent colours | backgrounds | tilt
+_TABLE = """
+goldfish, fish | orange orange gold red snow | snow soot blue | water water sea | 0.25
+butterfly | orange yellow sky violet snow | yellow snow soot pink | meadow forest sky | 0.5
+mushroom, toadstool | red red brown clay cream | cream snow | forest forest meadow | 0.15
+tree | green pine lime orange gold | brown brown slate | meadow meadow sky dusk | 0.06
+house, cottage | cream snow clay sky gold | clay red slate brown | meadow street dusk | 0.05
+sailboat, sailing boat | snow snow cream red gold | brown blue red snow | sea sea dusk | 0.14
+sunflower, daisy | gold yellow yellow snow pink | brown soot gold | meadow sky forest | inf
+cup, teacup | snow cream blue teal red | blue gold pink | room room studio | 0.08
+starfish, sea star | orange red pink violet gold | cream yellow | sand water beach | inf
+car, automobile | red blue snow slate teal yellow | yellow snow | street street beach meadow | 0.08
+hot-air balloon | red yellow violet teal orange | yellow snow blue red | sky sky dusk | 0.12
+crescent moon, crescent | yellow cream snow gold | yellow snow | night night dusk | 0.5
+"""
+
+
+def _read_table() -> Iterator[ToyClass]:
+    for number, (line, draw) in enumerate(
+        zip(_TABLE.strip().splitlines(), DRAWINGS, strict=True), start=1
+    ):
+        name, palette, accents, scenes, tilt = line.split(" | ")
+        yield ToyClass(
+            wnid=f"n{90_000_000 + number}",
+            name=name,
+            draw=draw,
+            palette=tuple(palette.split()),
+            accents=tuple(accents.split()),
+            scenes=tuple(scenes.split()),
+            tilt=float(tilt),
+        )
+
+
+CLASSES = tuple(_read_table())
