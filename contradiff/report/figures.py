@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
 _PANELS = {
     "loss": "total loss",
@@ -45,6 +45,43 @@ def plot_losses(curve: Mapping[str, Float[np.ndarray, " rows"]], *, dark: bool) 
         figure.supxlabel(
             "step" if panels else "no training: pretrain.epochs is 0", fontsize="medium"
         )
+        return png_of(figure)
+
+
+def plot_embeddings(
+    panels: Mapping[str, Float[np.ndarray, "n 2"]], labels: Int[np.ndarray, " n"], *, dark: bool
+) -> bytes:
+    """Draw embeddings of the same images side by side, coloured by class, as a PNG.
+
+    Args:
+        panels: title => position of each image.
+        labels: the images' classes; a class's number stands at the median of its points.
+        dark: draw for a dark page.
+    """
+    from matplotlib import colormaps, patheffects, rc_context
+    from matplotlib.figure import Figure
+
+    style = page_style(dark=dark)
+    colours = colormaps["tab20"]
+    halo: list[patheffects.AbstractPathEffect] = [
+        patheffects.withStroke(linewidth=3, foreground=style["axes.facecolor"])
+    ]
+    with rc_context(style):
+        figure = Figure(figsize=(6.2 * len(panels), 6.4), layout="constrained")
+        axes = figure.subplots(1, len(panels), squeeze=False)[0]
+        for (title, positions), axis in zip(panels.items(), axes, strict=True):
+            for place, label in enumerate(np.unique(labels)):
+                points = positions[labels == label]
+                colour = colours(2 * place % 20 + place // 10 % 2)  # strong ones before the pale
+                axis.scatter(points[:, 0], points[:, 1], s=14, color=colour, linewidths=0)
+                x, y = np.median(points, axis=0)
+                text = axis.text(x, y, str(label), ha="center", va="center", weight="bold")
+                text.set_path_effects(halo)
+            axis.set_title(title, loc="left")
+            axis.set(xticks=[], yticks=[])
+            axis.margins(0.02)
+            axis.set_aspect("equal", adjustable="datalim")
+            axis.spines[:].set_visible(False)
         return png_of(figure)
 
 
