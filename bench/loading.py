@@ -22,6 +22,7 @@ import torch
 from torch.utils.data import get_worker_info
 
 from contradiff.data.latents import StoredLatents
+from contradiff.data.shard_info import ImageInfo, LatentInfo
 from contradiff.data.shards import Sample, ShardIndex, image_record, write_split
 from contradiff.data.streams import PairedShards, TrainingStream, ViewChoice, training_batches
 from contradiff.data.transforms import random_crop
@@ -84,7 +85,18 @@ def write_files(folder: Path, num_images: int, *, size: int) -> int:
             for sample in samples
         ),
     }
-    facts = {"image_size": size, "crop_scale_min": CROP_SCALE, "views": 2, "flips": False}
+    infos = {
+        "shards": ImageInfo(class_ids=()),
+        "latents": LatentInfo(
+            dtype="float16",
+            scaling_factor=1.0,
+            image_size=size,
+            views=2,
+            flips=False,
+            crop_scale_min=CROP_SCALE,
+            colour_jitter=0.0,
+        ),
+    }
     for name, items in records.items():
         shards = write_split(
             folder / name,
@@ -93,7 +105,7 @@ def write_files(folder: Path, num_images: int, *, size: int) -> int:
             samples_per_shard=SAMPLES_PER_SHARD,
             compression="none",
         )
-        ShardIndex({"train": shards}, facts).write(folder / name)
+        ShardIndex({"train": shards}, infos[name]).write(folder / name)
     return sum(len(sample.image) for sample in samples)
 
 

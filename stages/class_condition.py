@@ -36,7 +36,7 @@ class Params(Section):
 def main(params: Params, run: Run) -> None:
     section = params.class_condition
     pairs = PairedShards.open(run.shards(IMAGES), run.shards(LATENTS), split="train")
-    num_classes = len(pairs.image_index.facts["class_ids"])
+    num_classes = len(pairs.image_index.info.class_ids)
     num_steps = count_steps(section, num_samples=pairs.num_samples)
     save = partial(
         save_class_table,

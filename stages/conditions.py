@@ -9,6 +9,7 @@ from stages.runtime.run import Run, execute
 from pathlib import Path
 
 from contradiff.config import Section
+from contradiff.data.shard_info import ImageInfo
 from contradiff.data.shards import ShardIndex, ShardParams
 from contradiff.features.extraction import stored_batches
 from contradiff.files import replace_dir
@@ -27,7 +28,7 @@ class Params(Section):
 def main(params: Params, run: Run) -> None:
     section = params.generate
     wanted = section.num_samples if section.condition == "image" else 0
-    num_images = min(wanted, ShardIndex.read(IMAGES).num_samples("val"))
+    num_images = min(wanted, ShardIndex.read(IMAGES, ImageInfo).num_samples("val"))
     batches = stored_batches(IMAGES, LATENTS, split="val", batch_size=section.batch_size)
     with (
         replace_dir(CONDITIONS) as folder,

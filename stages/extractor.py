@@ -9,6 +9,7 @@ import torch
 
 from contradiff.config import Section, Seed
 from contradiff.data.params import DataParams
+from contradiff.data.shard_info import ImageInfo
 from contradiff.data.shards import ShardIndex
 from contradiff.evaluation.classifier import train_classifier
 from contradiff.evaluation.extractors import ExtractorParams, save_classifier, save_inception
@@ -32,7 +33,7 @@ def main(params: Params, run: Run) -> None:
             download_inception(weights)
         save_inception(EXTRACTOR, weights, resizers=settings.resizers)
         return
-    index = ShardIndex.read(IMAGES)
+    index = ShardIndex.read(IMAGES, ImageInfo)
     size = params.data.image_size
     loaded: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
     for split in ("train", "val"):
@@ -51,7 +52,7 @@ def main(params: Params, run: Run) -> None:
         classifier, accuracy = train_classifier(
             *loaded["train"],
             *loaded["val"],
-            num_classes=len(index.facts["class_ids"]),
+            num_classes=len(index.info.class_ids),
             width=settings.width,
             epochs=settings.epochs,
             batch_size=settings.batch_size,

@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 
 from contradiff.config import Section, Seed
 from contradiff.data.map_shards import STATE_VERSION
+from contradiff.data.shard_info import ImageInfo
 from contradiff.data.shards import Shard, ShardIndex
 from contradiff.features.cache import (
     HEAD_NAME,
@@ -76,7 +77,7 @@ def main(params: Params, run: Run) -> None:
         device=run.device,
         root=run.root,
     )
-    index = ShardIndex.read(IMAGES)
+    index = ShardIndex.read(IMAGES, ImageInfo)
     data = FeatureData(IMAGES, LATENTS, params.features.batch_size, run.runtime.num_workers)
     shards = [(split, i) for split in index.splits for i in range(len(index.shards(split)))]
     own = shards[accelerator.process_index :: accelerator.num_processes]
@@ -117,7 +118,7 @@ def file_of(folder: Path, split: str, number: int) -> Path:
 
 
 def collect(
-    folder: Path, *, params: Params, model: FeatureModel, index: ShardIndex, run: Run
+    folder: Path, *, params: Params, model: FeatureModel, index: ShardIndex[ImageInfo], run: Run
 ) -> None:
     """Move the shards of all processes to their place, and write the index."""
     files: dict[str, list[list[Shard]]] = {}
@@ -139,7 +140,7 @@ def collect(
             model=params.features.model,
             checkpoint=fingerprint_of(model, params),
             dtype=params.features.dtype,
-            num_classes=len(index.facts["class_ids"]),
+            num_classes=len(index.info.class_ids),
             columns=model.columns,
             head=shape,
             shards={split: tuple(pair[0] for pair in pairs) for split, pairs in files.items()},

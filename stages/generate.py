@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -22,6 +22,7 @@ from contradiff.config import Section, Seed
 from contradiff.data.map_shards import STATE_VERSION
 from contradiff.data.params import DataParams
 from contradiff.data.png import LiveGrid, encode_png, image_grid
+from contradiff.data.shard_info import SampleInfo
 from contradiff.data.shards import (
     Record,
     Shard,
@@ -213,10 +214,7 @@ def make_shards(
 def assemble(params: Params, shards: list[Shard], work: Path) -> None:
     """Move whole shards to build/samples, and show the first images."""
     section = params.generate
-    facts = {
-        "kind": "samples",
-        "condition": DESCRIPTIONS[section.condition],
-        "guidance": section.guidance,
+    settings: dict[str, Any] = {
         "guidance_interval": section.guidance_interval,
         "num_samples": section.num_samples,
         "seed": params.seed,
@@ -226,9 +224,12 @@ def assemble(params: Params, shards: list[Shard], work: Path) -> None:
         "checkpoint_sha256": sha256_of(CHECKPOINT / WEIGHTS_NAME),
         "base_sha256": base_digest(BASE),
     }
+    info = SampleInfo(
+        condition=DESCRIPTIONS[section.condition], guidance=section.guidance, **settings
+    )
     with replace_dir(SAMPLES) as folder, explain_full_disk(SAMPLES.parent):
         # The index first: on a full disk it is what fails, and the shards are still in their place.
-        ShardIndex({"sample": tuple(shards)}, facts).write(folder)
+        ShardIndex({"sample": tuple(shards)}, info).write(folder)
         for shard in shards:
             shutil.move(work / shard.name, folder / shard.name)
     first = [record["png"] for record in islice(read_split(SAMPLES, "sample"), GRID_IMAGES)]

@@ -7,11 +7,10 @@ result.
 from stages.runtime.run import Run, execute
 
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -25,10 +24,11 @@ from contradiff.data.encoding import (
     encode_chunks,
     latents_bytes,
 )
-from contradiff.data.latents import LatentsParams, latent_facts
+from contradiff.data.latents import LatentsParams, latent_info
 from contradiff.data.map_shards import STATE_VERSION
 from contradiff.data.params import DataParams
 from contradiff.data.png import encode_png, image_grid
+from contradiff.data.shard_info import ImageInfo, LatentInfo
 from contradiff.data.shards import (
     Shard,
     ShardIndex,
@@ -63,9 +63,9 @@ class Params(Section):
 
 def main(params: Params, run: Run) -> None:
     accelerator = run.accelerator()
-    index = ShardIndex.read(IMAGES)
+    index = ShardIndex.read(IMAGES, ImageInfo)
     vae = load_vae(BASE).to(run.device)  # pyright: ignore[reportArgumentType]
-    facts = latent_facts(vae, params=params.latents, image_size=params.data.image_size)
+    info = latent_info(vae, params=params.latents, image_size=params.data.image_size)
     encode = partial(
         encode_chunks,
         vae,
@@ -100,7 +100,7 @@ def main(params: Params, run: Run) -> None:
             images = list(islice(read_images(IMAGES, "val"), NUM_SHOWN))
             chunks = chunks_of(images, split="val", params=params.latents)
             records = [stored.to_record() for stored in encode(chunks, num_workers=0)]
-            decoded = Reconstruction.of(vae, images, records, facts=facts, device=run.device)
+            decoded = Reconstruction.of(vae, images, records, info=info, device=run.device)
             decoded.check(floor=params.latents.min_psnr)
         # The main process holds the folder's lock now and has found room enough.
         accelerator.wait_for_everyone()
@@ -125,15 +125,15 @@ def main(params: Params, run: Run) -> None:
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
             with replace_dir(LATENTS) as folder:
-                assemble(todo, facts, folder)
+                assemble(todo, info, folder)
                 images = list(islice(read_images(IMAGES, "val"), NUM_SHOWN))
                 records = list(islice(read_split(folder, "val"), NUM_SHOWN))
-                decoded = Reconstruction.of(vae, images, records, facts=facts, device=run.device)
+                decoded = Reconstruction.of(vae, images, records, info=info, device=run.device)
                 decoded.check(floor=params.latents.min_psnr)  # what was written, this time
             show(decoded, run)
 
 
-def assemble(todo: Todo, facts: Mapping[str, Any], folder: Path) -> None:
+def assemble(todo: Todo, info: LatentInfo, folder: Path) -> None:
     """Move all shards to `folder`, with an index."""
     splits: dict[str, list[Shard]] = {}
     for split, _, path in todo:
@@ -142,7 +142,7 @@ def assemble(todo: Todo, facts: Mapping[str, Any], folder: Path) -> None:
         splits.setdefault(split, []).append(shard)
     with explain_full_disk(folder.parent):
         # The index first: on a full disk it is what fails, and the shards are still in their place.
-        ShardIndex({k: tuple(v) for k, v in splits.items()}, facts).write(folder)
+        ShardIndex({k: tuple(v) for k, v in splits.items()}, info).write(folder)
         for *_, path in todo:
             shutil.move(path, folder / path.name)
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from contradiff.config import Section, Seed
 from contradiff.data.map_shards import STATE_VERSION
 from contradiff.data.params import DataParams
+from contradiff.data.shard_info import ImageInfo
 from contradiff.data.shards import ShardIndex
 from contradiff.evaluation.extractors import load_extractor, read_extractor_card
 from contradiff.evaluation.fid import check_count
@@ -32,7 +33,7 @@ class Params(Section):
 
 def main(params: Params, run: Run) -> None:
     section, size = params.reference, params.data.image_size
-    shards = ShardIndex.read(IMAGES).shards(section.split)
+    shards = ShardIndex.read(IMAGES, ImageInfo).shards(section.split)
     extractor_card = read_extractor_card(EXTRACTOR)
     num_images = sum(shard.num_samples for shard in shards)
     card = ReferenceCard(

@@ -9,6 +9,7 @@ from pathlib import Path
 from contradiff.config import Section, Seed
 from contradiff.data.map_shards import STATE_VERSION
 from contradiff.data.params import DataParams
+from contradiff.data.shard_info import SampleInfo
 from contradiff.data.shards import ShardIndex
 from contradiff.evaluation.extractors import load_extractor, read_extractor_card
 from contradiff.evaluation.fid import check_count
@@ -29,7 +30,7 @@ class Params(Section):
 
 def main(params: Params, run: Run) -> None:
     section, size = params.score, params.data.image_size
-    samples = ShardIndex.read(SAMPLES)
+    samples = ShardIndex.read(SAMPLES, SampleInfo)
     shards = samples.shards("sample")
     num_samples = samples.num_samples("sample")
     extractor = read_extractor_card(EXTRACTOR)
@@ -68,8 +69,8 @@ def main(params: Params, run: Run) -> None:
             facts = {
                 "biased": biased,
                 "num_samples": num_samples,
-                "condition": samples.facts["condition"],
-                "guidance": samples.facts["guidance"],
+                "condition": samples.info.condition,
+                "guidance": samples.info.guidance,
                 "num_reference": reference.num_images,
                 "num_kept": min(reference.num_kept, num_samples, reference.num_images),
                 "reference": reference.description,

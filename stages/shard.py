@@ -4,12 +4,14 @@ from stages.runtime.run import Run, execute
 
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from pydantic import model_validator
 
 from contradiff.config import Section, Seed
 from contradiff.data.map_shards import STATE_VERSION
 from contradiff.data.params import DataParams
+from contradiff.data.shard_info import ImageInfo
 from contradiff.data.shards import ShardIndex, ShardParams
 from contradiff.files import explain_full_disk, replace_dir
 from contradiff.sources.imagenet import Manifest
@@ -71,19 +73,18 @@ def main(params: Params, run: Run) -> None:
         missing = write_missing(plan, tally, run, work=work, read=read, recipe=recipe)
         if missing < len(plan):
             run.log(f"{len(plan) - missing} of {len(plan)} shards were there already")
-        facts = {
-            "kind": "images",
+        described: dict[str, Any] = {
             "seed": params.seed,
-            "class_ids": list(manifest.class_ids),
-            "class_names": list(manifest.class_names),
+            "class_names": manifest.class_names,
             **tally.facts(class_ids=manifest.class_ids),
         }
+        info = ImageInfo(class_ids=manifest.class_ids, **described)
         with replace_dir(SHARDS) as folder, explain_full_disk(folder):
             splits = {split: tally.shards(split) for split in manifest.splits}
             for shards in splits.values():
                 publish(shards, work=work, folder=folder)
             tally.write_quarantine(folder)
-            ShardIndex(splits, facts).write(folder)
+            ShardIndex(splits, info).write(folder)
     for split in manifest.splits:
         say_what_was_odd(tally, split, run)
 

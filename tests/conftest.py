@@ -167,8 +167,9 @@ def tiny_data(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
 
     from contradiff.base.loading import load_vae
     from contradiff.data.encoding import chunks_of, encode_chunks
-    from contradiff.data.latents import LatentsParams, latent_facts
+    from contradiff.data.latents import LatentsParams, latent_info
     from contradiff.data.png import encode_png
+    from contradiff.data.shard_info import ImageInfo
     from contradiff.data.shards import Sample, ShardIndex, image_record, write_split
 
     folder = tmp_path_factory.mktemp("tiny_data")
@@ -206,7 +207,7 @@ def tiny_data(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
         images[split] = write_split(folder / "images", split, records, **size)
         records = [item.to_record() for item in stored]
         latents[split] = write_split(folder / "latents", split, records, **size)
-    ShardIndex(images, {"class_ids": ["a", "b", "c"]}).write(folder / "images")
-    facts = latent_facts(vae, params=params, image_size=32)
-    ShardIndex(latents, facts).write(folder / "latents")
+    ShardIndex(images, ImageInfo(class_ids=("a", "b", "c"))).write(folder / "images")
+    info = latent_info(vae, params=params, image_size=32)
+    ShardIndex(latents, info).write(folder / "latents")
     return folder

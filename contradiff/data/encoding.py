@@ -5,7 +5,7 @@ chunks of encoded images => decoded and cut in other processes => encoded in thi
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch.utils.data import DataLoader, Dataset
@@ -19,6 +19,7 @@ from contradiff.data.latents import (
     encode_views,
     split_samples,
 )
+from contradiff.data.shard_info import ImageInfo, LatentInfo
 from contradiff.data.shards import Record, Sample, ShardIndex
 from contradiff.data.transforms import apply_crop, decode
 from contradiff.files import describe_bytes
@@ -134,7 +135,7 @@ def shard_bytes(num_samples: int, *, stored_views: int, moments_shape: Sequence[
 
 
 def latents_bytes(
-    index: ShardIndex, vae: "AutoencoderKL", *, params: LatentsParams, image_size: int
+    index: ShardIndex[ImageInfo], vae: "AutoencoderKL", *, params: LatentsParams, image_size: int
 ) -> dict[str, int]:
     """What the latents of each split will take on disk, uncompressed."""
     side = image_size // downsampling_factor(vae)
@@ -150,7 +151,9 @@ def latents_bytes(
     return cost
 
 
-def describe_cost(cost: Mapping[str, int], index: ShardIndex, params: LatentsParams) -> str:
+def describe_cost(
+    cost: Mapping[str, int], index: ShardIndex[ImageInfo], params: LatentsParams
+) -> str:
     """One line: what each split takes, and why."""
     parts: list[str] = []
     for split, num_bytes in cost.items():
@@ -183,7 +186,7 @@ class Reconstruction:
         images: Sequence[Sample],
         records: Sequence[Record],
         *,
-        facts: Mapping[str, Any],
+        info: LatentInfo,
         device: torch.device,
     ) -> "Reconstruction":
         """Decode latents as a reader of the shards finds them.
@@ -192,7 +195,7 @@ class Reconstruction:
             vae: on `device`.
             images: what was encoded.
             records: their latents.
-            facts: of the latents' index.
+            info: of the latents' index.
             device: where the VAE runs.
         """
         originals: list[torch.Tensor] = []
@@ -201,9 +204,9 @@ class Reconstruction:
         for image, record in zip(images, records, strict=True):
             stored = StoredLatents.of_record(record)
             pixels = decode(image.image, name=image.key)
-            originals.append(apply_crop(pixels, stored.crops[0], size=facts["image_size"]))
+            originals.append(apply_crop(pixels, stored.crops[0], size=info.image_size))
             moments = torch.from_numpy(stored.moments[:1]).to(device)
-            latents.append(mode(moments, scaling_factor=facts["scaling_factor"]))
+            latents.append(mode(moments, scaling_factor=info.scaling_factor))
             decoded.append(decode_latents(vae, latents[-1]).cpu())
         std = torch.cat(latents).std().item()
         return cls(torch.stack(originals), torch.cat(decoded), std)

@@ -5,7 +5,7 @@ images, 3 x s x s in [-1, 1] => moments (mean, log-variance), 2c x s/f x s/f, an
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 from zlib import crc32
 
 import numpy as np
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from contradiff.base.vae import encode, scaling_factor
 from contradiff.config import Section
+from contradiff.data.shard_info import LatentInfo
 from contradiff.data.shards import Record, Sample, array_from_bytes, array_to_bytes
 from contradiff.data.transforms import (
     Crop,
@@ -191,15 +192,14 @@ def split_samples(
         yield chunk
 
 
-def latent_facts(vae: "AutoencoderKL", *, params: LatentsParams, image_size: int) -> dict[str, Any]:
+def latent_info(vae: "AutoencoderKL", *, params: LatentsParams, image_size: int) -> LatentInfo:
     """What a reader of the shards must know: kept in their index."""
-    return {
-        "kind": "moments",
-        "dtype": params.dtype,
-        "scaling_factor": scaling_factor(vae),
-        "image_size": image_size,
-        "views": params.views,
-        "flips": params.flips,
-        "crop_scale_min": params.crop_scale_min,
-        "colour_jitter": params.colour_jitter,
-    }
+    return LatentInfo(
+        dtype=params.dtype,
+        scaling_factor=scaling_factor(vae),
+        image_size=image_size,
+        views=params.views,
+        flips=params.flips,
+        crop_scale_min=params.crop_scale_min,
+        colour_jitter=params.colour_jitter,
+    )

@@ -16,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, Literal
+from typing import Any, BinaryIO, Generic, Literal, TypeVar
 
 import numpy as np
 from jaxtyping import Shaped
@@ -24,14 +24,14 @@ from pydantic import Field
 
 from contradiff.config import Section
 from contradiff.data.remote import Location, RemoteFile, join, read_bytes, size_of
-from contradiff.files import replace_file
+from contradiff.data.shard_info import ShardInfo
+from contradiff.files import replace_file, sha256_of
 
 INDEX_NAME = "index.json"
-BUFFER_BYTES = 1 << 20
-"""What is hashed and written at once."""
 Compression = Literal["none", "gzip"]
 Record = Mapping[str, bytes]
 """One sample: file extension => content, besides "__key__"."""
+InfoT = TypeVar("InfoT", bound=ShardInfo)
 
 
 class ShardParams(Section):
@@ -69,18 +69,25 @@ class Sample:
 
 
 @dataclass(frozen=True)
-class ShardIndex:
-    """What a folder of shards holds: the shards of each split, and facts about all of them."""
+class ShardIndex(Generic[InfoT]):
+    """What a folder of shards holds: the shards of each split, and what is true of all of them.
+
+    Example:
+        >>> index = ShardIndex.read(Path("build/latents"), LatentInfo)  # doctest: +SKIP
+        >>> index.num_samples("train"), index.info.scaling_factor  # doctest: +SKIP
+        (1281167, 0.18215)
+    """
 
     splits: Mapping[str, tuple[Shard, ...]]
-    facts: Mapping[str, Any]
+    info: InfoT
 
     @classmethod
-    def read(cls, folder: Location) -> "ShardIndex":
+    def read(cls, folder: Location, kind: type[InfoT]) -> "ShardIndex[InfoT]":
         """Read a folder's index and check that its shards are there and whole.
 
         Args:
             folder: a local path, or a URL (s3://, gs://, http://, ...).
+            kind: of shards that should be there; `ShardInfo` takes any.
 
         Raises:
             ValueError: the index or a shard is missing, or its size or form is wrong; names it.
@@ -93,7 +100,7 @@ class ShardIndex:
                 split: tuple(Shard(**shard) for shard in shards)
                 for split, shards in content["splits"].items()
             }
-            facts = content["facts"]
+            info = kind.model_validate(content["facts"])
         except FileNotFoundError as error:
             remedy = (
                 "copy the whole folder of shards there"
@@ -101,14 +108,15 @@ class ShardIndex:
                 else f"run `dvc repro`, or fetch it by `dvc pull {folder}`"
             )
             raise ValueError(f"{path}: missing; {remedy}") from error
-        except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError) as error:
-            raise ValueError(_damage(path, f"not an index: {error!r}")) from error
+        except (ValueError, KeyError, TypeError) as error:
+            reason = " ".join(f"{type(error).__name__}: {error}".split())
+            raise ValueError(_damage(path, f"not an index of such shards: {reason}")) from error
         shards = [shard for shards in splits.values() for shard in shards]
         places = [join(folder, shard.name) for shard in shards]
         # a server answers many questions in the time of one
         with ThreadPoolExecutor(16 if isinstance(folder, str) else 1) as pool:
             list(pool.map(_check_size, places, shards))
-        return cls(splits, facts)
+        return ShardIndex(splits, info)
 
     def write(self, folder: Path) -> None:
         """Write `index.json`, last of all, when every shard is whole: one line a shard or fact."""
@@ -118,7 +126,8 @@ class ShardIndex:
             + "\n  ]"
             for split, shards in self.splits.items()
         ]
-        facts = [f"  {json.dumps(key)}: {json.dumps(value)}" for key, value in self.facts.items()]
+        info = self.info.model_dump(mode="json")
+        facts = [f"  {json.dumps(key)}: {json.dumps(value)}" for key, value in info.items()]
         parts = {"splits": splits, "facts": facts}
         text = ",\n".join(f' "{k}": {{\n' + ",\n".join(v) + "\n }" for k, v in parts.items())
         with replace_file(folder / INDEX_NAME) as path:
@@ -161,21 +170,19 @@ def write_shard(path: Path, records: Iterable[Record], *, compression: Compressi
     num_samples = 0
     labels: Counter[int] = Counter()
     with replace_file(path) as temporary:
-        with temporary.open("wb", buffering=0) as file:
-            hashed = _HashedWriter(file)
-            with (
-                io.BufferedWriter(hashed, BUFFER_BYTES) as buffer,
-                _compressed(buffer, compression) as stream,
-                TarWriter(stream, encoder=False, mtime=0) as writer,
-            ):
-                for record in records:
-                    writer.write({**record, "__key__": record["__key__"].decode()})
-                    if "cls" in record:
-                        labels[int(record["cls"])] += 1
-                    num_samples += 1
+        with (
+            temporary.open("wb") as file,
+            _compressed(file, compression) as stream,
+            TarWriter(stream, encoder=False, mtime=0) as writer,
+        ):
+            for record in records:
+                writer.write({**record, "__key__": record["__key__"].decode()})
+                if "cls" in record:
+                    labels[int(record["cls"])] += 1
+                num_samples += 1
         class_counts = tuple(labels[label] for label in range(max(labels, default=-1) + 1))
-        digest = hashed.hasher.hexdigest()
-        return Shard(path.name, num_samples, hashed.num_bytes, digest, class_counts)
+        num_bytes = temporary.stat().st_size
+        return Shard(path.name, num_samples, num_bytes, sha256_of(temporary), class_counts)
 
 
 def resume_shard(path: Path, records: Iterable[Record], *, compression: Compression) -> Shard:
@@ -284,7 +291,7 @@ def read_split(folder: Location, split: str) -> Iterator[dict[str, bytes]]:
     Raises:
         ValueError: as `ShardIndex.read` and `read_shard`.
     """
-    for shard in ShardIndex.read(folder).shards(split):
+    for shard in ShardIndex.read(folder, ShardInfo).shards(split):
         yield from read_shard(join(folder, shard.name), shard)
 
 
@@ -326,23 +333,6 @@ def _compressed(file: io.BufferedIOBase, compression: Compression) -> AbstractCo
         return nullcontext(file)
     # No name and no time in the gzip header, so that equal records give equal bytes.
     return gzip.GzipFile("", "wb", 6, file, mtime=0)
-
-
-class _HashedWriter(io.RawIOBase):
-    """A file that is hashed as it is written."""
-
-    def __init__(self, file: io.FileIO) -> None:
-        super().__init__()
-        self.file, self.hasher, self.num_bytes = file, hashlib.sha256(), 0
-
-    def writable(self) -> bool:
-        return True
-
-    def write(self, content: Any, /) -> int:
-        num_written = self.file.write(content) or 0
-        self.hasher.update(memoryview(content)[:num_written])
-        self.num_bytes += num_written
-        return num_written
 
 
 def _opened(path: Location, shard: Shard) -> "AbstractContextManager[BinaryIO | RemoteFile]":

@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from contradiff.data.latents import StoredLatents
 from contradiff.data.order import Part, TrainingOrder
 from contradiff.data.remote import Location, join
+from contradiff.data.shard_info import ImageInfo, LatentInfo
 from contradiff.data.shards import Sample, ShardIndex, image_of, read_shard
 from contradiff.data.transforms import Crop, apply_crop, decode, random_crop
 from contradiff.types import to_pixels
@@ -48,8 +49,8 @@ class PairedShards:
     images: Location
     latents: Location
     split: str
-    image_index: ShardIndex
-    latent_index: ShardIndex
+    image_index: ShardIndex[ImageInfo]
+    latent_index: ShardIndex[LatentInfo]
 
     @classmethod
     def open(cls, images: Location, latents: Location, *, split: str) -> "PairedShards":
@@ -63,7 +64,8 @@ class PairedShards:
         Raises:
             ValueError: shards are missing or damaged, or the folders do not belong together.
         """
-        image_index, latent_index = ShardIndex.read(images), ShardIndex.read(latents)
+        image_index = ShardIndex.read(images, ImageInfo)
+        latent_index = ShardIndex.read(latents, LatentInfo)
         counts = [
             [shard.num_samples for shard in index.shards(split)]
             for index in (image_index, latent_index)
@@ -91,9 +93,9 @@ class PairedShards:
 
     @property
     def digest(self) -> str:
-        """What the split holds, wherever it lies: a hash of its shards' hashes and of the facts."""
+        """What the split holds, wherever it lies: a hash of its shards' hashes and infos."""
         content = [
-            [[asdict(shard) for shard in index.shards(self.split)], dict(index.facts)]
+            [[asdict(shard) for shard in index.shards(self.split)], index.info.model_dump()]
             for index in (self.image_index, self.latent_index)
         ]
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
@@ -163,13 +165,13 @@ class TrainingStream(IterableDataset["dict[str, Tensor] | Exception"]):
                 than all images.
         """
         super().__init__()
-        facts = pairs.latent_index.facts
-        if choice.latent_views == "two" and facts["views"] < 2:
+        views = pairs.latent_index.info.views
+        if choice.latent_views == "two" and views < 2:
             raise ValueError(
                 "loss.latent_views: two needs latents.views of 2 or more (same: one view does)"
             )
         crops_of_latents = choice.condition == "latents" and choice.cond_view == "crop"
-        if crops_of_latents and facts["views"] < 2:
+        if crops_of_latents and views < 2:
             raise ValueError(
                 "conditioner.cond_view: crop with conditioner.input latents draws from the stored "
                 "views, and needs latents.views of 2 or more"
@@ -251,7 +253,7 @@ class TrainingStream(IterableDataset["dict[str, Tensor] | Exception"]):
         stored = StoredLatents.of_record(pair[1])
         rng = np.random.default_rng([self.seed, epoch, crc32(stored.key.encode())])
         num_stored = len(stored.crops)
-        flips: bool = self.pairs.latent_index.facts["flips"]
+        flips = self.pairs.latent_index.info.flips
         num_views = num_stored // 2 if flips else num_stored
         if self.choice.latent_views == "same":
             first = second = int(rng.integers(num_views))
@@ -278,12 +280,12 @@ class TrainingStream(IterableDataset["dict[str, Tensor] | Exception"]):
     ) -> UInt8[Tensor, "crops 3 s s"]:
         """Two new crops, or the given one alone."""
         image = decode(sample.image, name=sample.key)
-        facts = self.pairs.latent_index.facts
+        info = self.pairs.latent_index.info
         crops = [crop]
         if self.choice.cond_view == "crop":
-            scale = facts["crop_scale_min"]
+            scale = info.crop_scale_min
             crops = [random_crop(rng, *image.shape[1:], scale_min=scale) for _ in range(2)]
-        return torch.stack([apply_crop(image, c, size=facts["image_size"]) for c in crops])
+        return torch.stack([apply_crop(image, c, size=info.image_size) for c in crops])
 
 
 class _Sequence:

@@ -3,12 +3,12 @@
 image shards + latent shards => maps (n 3 c h w) or features h (n d), with labels
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Literal, TypeAlias
 
 import torch
 from jaxtyping import Float, Int64
@@ -17,6 +17,7 @@ from torch import Tensor
 from contradiff.base.vae import encode, mode, scaling_factor
 from contradiff.data.latents import StoredLatents
 from contradiff.data.map_ahead import map_ahead
+from contradiff.data.shard_info import LatentInfo
 from contradiff.data.shards import image_of
 from contradiff.data.streams import Pair, PairedShards
 from contradiff.data.transforms import apply_crop, centre_crop, decode
@@ -105,13 +106,13 @@ def stored_batches(
             noise is seeded by its place among them.
     """
     pairs = PairedShards.open(images, latents, split=split)
-    facts = pairs.latent_index.facts
+    info = pairs.latent_index.info
     records = (pair for shard in range(pairs.num_shards) for pair in pairs.read(shard))
     if chosen is not None:
         wanted = frozenset(chosen)
         records = (pair for index, pair in enumerate(records) if index in wanted)
-    rows = (_clean_row(pair, facts, with_pixels=True) for pair in records)
-    yield from _batched(rows, facts, first_index=0, batch_size=batch_size)
+    rows = (_clean_row(pair, info, with_pixels=True) for pair in records)
+    yield from _batched(rows, info, first_index=0, batch_size=batch_size)
 
 
 def shard_batches(
@@ -128,33 +129,33 @@ def shard_batches(
         with_pixels: whether the pixels are decoded; without, `pixels` has no rows and columns.
         num_threads: that decode ahead; 0: none.
     """
-    facts = pairs.latent_index.facts
+    info = pairs.latent_index.info
     shards = pairs.image_index.shards(pairs.split)
     first_index = sum(shard.num_samples for shard in shards[:number])
-    make = partial(_clean_row, facts=facts, with_pixels=with_pixels)
+    make = partial(_clean_row, info=info, with_pixels=with_pixels)
     rows = map_ahead(
         make, pairs.read(number), num_threads=num_threads, num_ahead=LOOKAHEAD * batch_size
     )
-    yield from _batched(rows, facts, first_index=first_index, batch_size=batch_size)
+    yield from _batched(rows, info, first_index=first_index, batch_size=batch_size)
 
 
-def _clean_row(pair: Pair, facts: Mapping[str, Any], *, with_pixels: bool) -> _Row:
+def _clean_row(pair: Pair, info: LatentInfo, *, with_pixels: bool) -> _Row:
     sample, stored = image_of(pair[0]), StoredLatents.of_record(pair[1])
     pixels = torch.empty(3, 0, 0, dtype=torch.uint8)
     if with_pixels:
         image = decode(sample.image, name=sample.key)
-        pixels = apply_crop(image, stored.crops[0], size=facts["image_size"])
+        pixels = apply_crop(image, stored.crops[0], size=info.image_size)
     return sample.key, sample.label, torch.from_numpy(stored.moments[0]), pixels
 
 
 def _batched(
-    rows: Iterator[_Row], facts: Mapping[str, Any], *, first_index: int, batch_size: int
+    rows: Iterator[_Row], info: LatentInfo, *, first_index: int, batch_size: int
 ) -> Iterator[CleanBatch]:
     while chunk := list(islice(rows, batch_size)):
         keys, labels, moments, pixels = zip(*chunk, strict=True)
         yield CleanBatch(
             tuple(range(first_index, first_index + len(chunk))),
-            mode(torch.stack(moments), scaling_factor=facts["scaling_factor"]),
+            mode(torch.stack(moments), scaling_factor=info.scaling_factor),
             to_pixels(torch.stack(pixels)),
             torch.tensor(labels),
             tuple(keys),

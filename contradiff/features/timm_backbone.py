@@ -13,6 +13,7 @@ from jaxtyping import Int64
 from torch import Tensor, nn
 
 from contradiff.data.map_ahead import map_ahead
+from contradiff.data.shard_info import ImageInfo
 from contradiff.data.shards import Sample, ShardIndex, image_of, read_shard
 from contradiff.data.transforms import Crop, apply_crop, centre_crop, decode
 from contradiff.features.cache import Column
@@ -168,7 +169,7 @@ def image_batches(
         size: side of the pixels.
         crop_fraction: share of the shorter side that is seen.
     """
-    shards = ShardIndex.read(data.images).shards(split)
+    shards = ShardIndex.read(data.images, ImageInfo).shards(split)
     first_index = sum(shard.num_samples for shard in shards[:number])
     samples = map(image_of, read_shard(data.images / shards[number].name, shards[number]))
     make = partial(centre_pixels, size=size, crop_fraction=crop_fraction)

@@ -188,7 +188,7 @@ def train_class_table(
             table,
             next(batches),
             drop=params.drop,
-            scaling_factor=pairs.latent_index.facts["scaling_factor"],
+            scaling_factor=pairs.latent_index.info.scaling_factor,
             generator=generator,
         )
         loss = torch.zeros((), device=device)
@@ -230,7 +230,7 @@ def _centre_crops(
     pairs: PairedShards, *, batch_size: int, start_step: int, seed: int
 ) -> TrainingStream:
     """View 0 of each image comes first: "two" pairs it with another view, where there is one."""
-    views = "two" if pairs.latent_index.facts["views"] > 1 else "same"
+    views = "two" if pairs.latent_index.info.views > 1 else "same"
     return TrainingStream(
         pairs,
         choice=ViewChoice(latent_views=views, cond_view="same", condition="labels"),

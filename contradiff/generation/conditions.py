@@ -7,13 +7,13 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from contradiff.data.png import encode_png
+from contradiff.data.shard_info import ConditionInfo
 from contradiff.data.shards import (
     Compression,
     Record,
@@ -179,8 +179,7 @@ def write_conditions(
         compression=compression,
         on_progress=on_progress,
     )
-    facts: dict[str, Any] = {"kind": "conditions"}
-    ShardIndex({SPLIT: shards}, facts).write(folder)
+    ShardIndex({SPLIT: shards}, ConditionInfo()).write(folder)
 
 
 def condition_images(folder: Path, *, start: int) -> Iterator[ConditionImage]:
@@ -193,7 +192,7 @@ def condition_images(folder: Path, *, start: int) -> Iterator[ConditionImage]:
     Raises:
         ValueError: there are none, or a shard is missing or damaged; names the folder or file.
     """
-    index = ShardIndex.read(folder)
+    index = ShardIndex.read(folder, ConditionInfo)
     num_images = index.num_samples(SPLIT)
     if num_images == 0:
         raise ValueError(

@@ -30,7 +30,7 @@ class BatchDrawer:
         self.recipe, self.device = recipe, accelerator.device
         self.rank, self.world_size = accelerator.process_index, accelerator.num_processes
         self.shape = model.conditioner.shape
-        self.scaling_factor: float = pairs.latent_index.facts["scaling_factor"]
+        self.scaling_factor = pairs.latent_index.info.scaling_factor
         self.probabilities = timestep_probabilities(
             model.schedule.alphas_cumprod, schedule=recipe.noise.schedule
         ).to(self.device)

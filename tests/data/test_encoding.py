@@ -18,6 +18,7 @@ from contradiff.data.encoding import (
     views_of,
 )
 from contradiff.data.latents import LatentsParams, StoredLatents
+from contradiff.data.shard_info import ImageInfo, LatentInfo
 from contradiff.data.shards import Sample, ShardIndex, read_images, read_split
 
 if TYPE_CHECKING:
@@ -87,7 +88,7 @@ def test_unreadable_images_are_named_in_one_line(vae: "AutoencoderKL", num_worke
 
 @pytest.mark.parametrize(("split", "views"), [("train", 3), ("val", 1)])
 def test_sizes_are_those_of_written_shards(tiny_data: Path, split: str, views: int):
-    for shard in ShardIndex.read(tiny_data / "latents").shards(split):
+    for shard in ShardIndex.read(tiny_data / "latents", LatentInfo).shards(split):
         foretold = shard_bytes(shard.num_samples, stored_views=views, moments_shape=(8, 8, 8))
         assert foretold == shard.num_bytes
 
@@ -99,9 +100,9 @@ def test_imagenet_takes_21_gb_a_view():
 
 
 def test_cost_is_that_of_all_splits(vae: "AutoencoderKL", tiny_data: Path):
-    index = ShardIndex.read(tiny_data / "images")
+    index = ShardIndex.read(tiny_data / "images", ImageInfo)
     cost = latents_bytes(index, vae, params=params_of(), image_size=32)
-    latents = ShardIndex.read(tiny_data / "latents")
+    latents = ShardIndex.read(tiny_data / "latents", LatentInfo)
     assert cost == {
         split: sum(shard.num_bytes for shard in latents.shards(split)) for split in latents.splits
     }
@@ -116,8 +117,8 @@ def test_cost_is_that_of_all_splits(vae: "AutoencoderKL", tiny_data: Path):
 def test_reconstruction_is_diffusers_own(vae: "AutoencoderKL", tiny_data: Path):
     images = list(read_images(tiny_data / "images", "val"))
     records = list(read_split(tiny_data / "latents", "val"))
-    facts = ShardIndex.read(tiny_data / "latents").facts
-    found = Reconstruction.of(vae, images, records, facts=facts, device=CPU)
+    info = ShardIndex.read(tiny_data / "latents", LatentInfo).info
+    found = Reconstruction.of(vae, images, records, info=info, device=CPU)
     pixels = found.originals.float() / 127.5 - 1
     with torch.no_grad():
         mean = vae.encode(pixels).latent_dist.mean
@@ -137,9 +138,9 @@ def test_reconstruction_is_diffusers_own(vae: "AutoencoderKL", tiny_data: Path):
 def test_another_scaling_factor_than_the_bases_shows(vae: "AutoencoderKL", tiny_data: Path):
     images = list(read_images(tiny_data / "images", "val"))
     records = list(read_split(tiny_data / "latents", "val"))
-    facts = dict(ShardIndex.read(tiny_data / "latents").facts)
-    right = Reconstruction.of(vae, images, records, facts=facts, device=CPU)
-    facts["scaling_factor"] *= 2
-    wrong = Reconstruction.of(vae, images, records, facts=facts, device=CPU)
+    info = ShardIndex.read(tiny_data / "latents", LatentInfo).info
+    right = Reconstruction.of(vae, images, records, info=info, device=CPU)
+    info = info.model_copy(update={"scaling_factor": 2 * info.scaling_factor})
+    wrong = Reconstruction.of(vae, images, records, info=info, device=CPU)
     assert wrong.std == pytest.approx(2 * right.std)
     assert not wrong.decoded.equal(right.decoded)

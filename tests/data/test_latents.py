@@ -14,7 +14,8 @@ from torch import Tensor
 from contradiff.base.loading import load_vae
 from contradiff.base.vae import LOG_VARIANCE_RANGE, decode_latents, encode, mode, sample
 from contradiff.data.encoding import chunks_of, encode_chunks
-from contradiff.data.latents import LatentsParams, StoredLatents, choose_crops, latent_facts
+from contradiff.data.latents import LatentsParams, StoredLatents, choose_crops, latent_info
+from contradiff.data.shard_info import LatentInfo
 from contradiff.data.shards import Sample, ShardIndex, array_from_bytes, read_images, read_split
 from contradiff.data.transforms import Crop, apply_crop, centre_crop, decode
 from contradiff.types import to_bytes, to_pixels
@@ -228,7 +229,7 @@ def test_bfloat16_moments_are_rounded_as_torch_rounds(vae: "AutoencoderKL", tiny
     assert bits.dtype == np.uint16
     assert torch.from_numpy(bits).view(torch.bfloat16).equal(expected)
     np.testing.assert_array_equal(StoredLatents.of_record(record).moments, item.moments)
-    assert latent_facts(vae, params=params, image_size=32)["dtype"] == "bfloat16"
+    assert latent_info(vae, params=params, image_size=32).dtype == "bfloat16"
 
 
 def test_evaluated_images_have_one_view(tiny_data: Path):
@@ -238,7 +239,7 @@ def test_evaluated_images_have_one_view(tiny_data: Path):
         assert item.crops == (centre_crop(40, 36),)
 
 
-def test_facts_are_those_of_the_base(vae: "AutoencoderKL", tiny_data: Path):
-    facts = ShardIndex.read(tiny_data / "latents").facts
-    assert facts == latent_facts(vae, params=params_of(), image_size=32)
-    assert facts["scaling_factor"] == 0.5
+def test_infos_are_those_of_the_base(vae: "AutoencoderKL", tiny_data: Path):
+    info = ShardIndex.read(tiny_data / "latents", LatentInfo).info
+    assert info == latent_info(vae, params=params_of(), image_size=32)
+    assert info.scaling_factor == 0.5

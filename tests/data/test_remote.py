@@ -16,6 +16,7 @@ import pytest
 
 from contradiff.data import remote
 from contradiff.data.remote import RemoteFile, join, read_bytes, size_of
+from contradiff.data.shard_info import ShardInfo
 from contradiff.data.shards import ShardIndex, read_shard, read_split
 from contradiff.data.streams import PairedShards, TrainingStream, ViewChoice, training_batches
 
@@ -93,7 +94,9 @@ def test_remote_shards_are_those_of_the_folder(request: Any, tiny_data: Path, pl
     url = (
         request.getfixturevalue("server").url if place == "http" else request.getfixturevalue(place)
     )
-    assert ShardIndex.read(f"{url}/images") == ShardIndex.read(tiny_data / "images")
+    assert ShardIndex.read(f"{url}/images", ShardInfo) == ShardIndex.read(
+        tiny_data / "images", ShardInfo
+    )
     remote_records = list(read_split(f"{url}/images", "train"))
     assert remote_records == list(read_split(tiny_data / "images", "train"))
     path = tiny_data / "images" / "train-00000.tar"
@@ -131,7 +134,7 @@ def test_training_from_a_url_has_the_same_batches(
 @pytest.mark.parametrize("faults", [["503"], ["cut"], ["cut", "503", "cut", "503"]])
 def test_a_broken_connection_is_taken_up_again(server: Server, tiny_data: Path, faults: list[str]):
     server.faults = list(faults)
-    shard = ShardIndex.read(tiny_data / "images").shards("train")[2]
+    shard = ShardIndex.read(tiny_data / "images", ShardInfo).shards("train")[2]
     records = list(read_shard(f"{server.url}/images/{shard.name}", shard))
     assert records == list(read_shard(tiny_data / "images" / shard.name, shard))
     assert server.faults == []
@@ -149,7 +152,7 @@ def test_a_file_that_can_be_sought_goes_on_where_it_broke_off(memory: str, tiny_
 
 def test_a_connection_that_stays_broken_is_no_damage(server: Server, tiny_data: Path):
     server.faults = ["503"] * 100
-    shard = ShardIndex.read(tiny_data / "images").shards("train")[0]
+    shard = ShardIndex.read(tiny_data / "images", ShardInfo).shards("train")[0]
     with pytest.raises(OSError, match=r"train-00000\.tar: 5 attempts failed, the last by .*503"):
         list(read_shard(f"{server.url}/images/{shard.name}", shard))
     assert len(server.requests) == 5
@@ -159,7 +162,7 @@ def test_no_server_is_no_missing_file(server: Server):
     url = server.url
     server.stop()
     with pytest.raises(OSError, match=r"index\.json: 5 attempts failed, .*127\.0\.0\.1"):
-        ShardIndex.read(f"{url}/images")
+        ShardIndex.read(f"{url}/images", ShardInfo)
     server.server = ThreadingHTTPServer(("127.0.0.1", 0), SimpleHTTPRequestHandler)
     server.thread = threading.Thread(target=server.server.serve_forever, daemon=True)
     server.thread.start()
@@ -172,26 +175,26 @@ def test_each_fault_of_remote_shards_has_its_message(server: Server):
 
     (folder / name).write_bytes(whole[:-512])
     with pytest.raises(ValueError, match=rf"^{url}/{name}: truncated or overwritten: .*copy it"):
-        ShardIndex.read(url)
+        ShardIndex.read(url, ShardInfo)
     (folder / name).unlink()
     with pytest.raises(ValueError, match=rf"^{url}/{name}: missing, though index.json lists it"):
-        ShardIndex.read(url)
+        ShardIndex.read(url, ShardInfo)
     (folder / name).write_bytes(whole[:2000] + bytes([whole[2000] ^ 1]) + whole[2001:])
     with pytest.raises(ValueError, match=rf"^{url}/{name}: damaged .*sha256.*copy it there again"):
         list(read_split(url, "train"))
     (folder / "index.json").write_text('{"splits": {"train": [')
     with pytest.raises(ValueError, match=rf"^{url}/index.json: damaged \(not an index"):
-        ShardIndex.read(url)
+        ShardIndex.read(url, ShardInfo)
     (folder / "index.json").unlink()
     with pytest.raises(ValueError, match=rf"^{url}/index.json: missing; copy the whole folder"):
-        ShardIndex.read(url)
+        ShardIndex.read(url, ShardInfo)
 
 
 def test_local_index_that_is_none_is_named(tmp_path: Path):
     for content in ("", "[]", '{"splits": {"train": [{"name": "a.tar"}]}, "facts": {}}'):
         (tmp_path / "index.json").write_text(content)
         with pytest.raises(ValueError, match=r"index\.json: damaged \(not an index.*dvc pull"):
-            ShardIndex.read(tmp_path)
+            ShardIndex.read(tmp_path, ShardInfo)
 
 
 @pytest.mark.parametrize(("protocol", "package"), [("s3", "s3fs"), ("gs", "gcsfs")])
@@ -202,7 +205,7 @@ def test_a_missing_package_is_named(protocol: str, package: str, monkeypatch: py
     with pytest.raises(
         ValueError, match=rf"^{protocol}://b/x/index\.json: .*`pip install {package}`"
     ):
-        ShardIndex.read(f"{protocol}://b/x")
+        ShardIndex.read(f"{protocol}://b/x", ShardInfo)
 
 
 def test_an_unknown_protocol_is_named():
@@ -213,6 +216,6 @@ def test_an_unknown_protocol_is_named():
 
 
 def test_index_is_compared_with_what_is_read(memory: str):
-    shard = ShardIndex.read(f"{memory}/images").shards("train")[0]
+    shard = ShardIndex.read(f"{memory}/images", ShardInfo).shards("train")[0]
     with pytest.raises(ValueError, match=r"train-00000\.tar: 6 samples where index\.json says 5"):
         list(read_shard(f"{memory}/images/{shard.name}", replace(shard, num_samples=5)))

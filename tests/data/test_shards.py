@@ -16,6 +16,7 @@ import webdataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from contradiff.data.shard_info import ShardInfo
 from contradiff.data.shards import (
     INDEX_NAME,
     Compression,
@@ -49,9 +50,9 @@ def record(number: int, *, num_bytes: int = 700) -> Record:
 RECORDS = [record(number) for number in range(10)]
 
 
-def write_folder(folder: Path, compression: Compression = "none") -> ShardIndex:
+def write_folder(folder: Path, compression: Compression = "none") -> ShardIndex[ShardInfo]:
     shards = write_split(folder, "train", RECORDS, samples_per_shard=4, compression=compression)
-    index = ShardIndex({"train": shards}, {"seed": 1})
+    index = ShardIndex({"train": shards}, ShardInfo(seed=1))
     index.write(folder)
     return index
 
@@ -59,7 +60,7 @@ def write_folder(folder: Path, compression: Compression = "none") -> ShardIndex:
 @each_compression
 def test_round_trip(tmp_path: Path, compression: Compression):
     index = write_folder(tmp_path, compression)
-    assert ShardIndex.read(tmp_path) == index
+    assert ShardIndex.read(tmp_path, ShardInfo) == index
     assert [shard.num_samples for shard in index.shards("train")] == [4, 4, 2]
     assert index.num_samples("train") == 10
     assert list(read_split(tmp_path, "train")) == RECORDS
@@ -90,7 +91,7 @@ def test_nothing_is_lost_or_doubled(
             compression=compression,
             on_progress=told.append,
         )
-        ShardIndex({"val": shards}, {}).write(Path(name))
+        ShardIndex({"val": shards}, ShardInfo()).write(Path(name))
         assert list(read_images(Path(name), "val")) == samples
     assert sum(told) == len(samples)
     assert len(shards) == -(-len(samples) // samples_per_shard)
@@ -130,7 +131,7 @@ def test_names_say_how_they_are_compressed(tmp_path: Path):
 
 def test_missing_index_is_named(tmp_path: Path):
     with pytest.raises(ValueError, match=rf"{INDEX_NAME}: missing; run `dvc repro`"):
-        ShardIndex.read(tmp_path)
+        ShardIndex.read(tmp_path, ShardInfo)
 
 
 def test_missing_split_is_named(tmp_path: Path):
@@ -143,7 +144,7 @@ def test_missing_shard_is_named(tmp_path: Path, compression: Compression):
     shard = write_folder(tmp_path, compression).shards("train")[1]
     (tmp_path / shard.name).unlink()
     with pytest.raises(ValueError, match=rf"{shard.name}: missing, though .*dvc pull"):
-        ShardIndex.read(tmp_path)
+        ShardIndex.read(tmp_path, ShardInfo)
 
 
 @each_compression
@@ -153,7 +154,7 @@ def test_truncated_shard_is_named(tmp_path: Path, compression: Compression, kept
     path = tmp_path / shard.name
     path.write_bytes(path.read_bytes()[:kept])
     with pytest.raises(ValueError, match=rf"{shard.name}: truncated or overwritten"):
-        ShardIndex.read(tmp_path)
+        ShardIndex.read(tmp_path, ShardInfo)
     with pytest.raises(ValueError, match=rf"{shard.name}: truncated or overwritten"):
         list(read_shard(path, shard))
 

@@ -1,11 +1,10 @@
 """Every image in its turn, whoever reads it and wherever one starts."""
 
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from itertools import chain, islice
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -17,6 +16,7 @@ from contradiff.data import order
 from contradiff.data import streams as loading
 from contradiff.data.latents import StoredLatents
 from contradiff.data.order import Part
+from contradiff.data.shard_info import ShardInfo
 from contradiff.data.shards import ShardIndex, read_images, read_split, write_split
 from contradiff.data.streams import PairedShards, TrainingStream, ViewChoice, training_batches
 from contradiff.data.transforms import apply_crop, decode
@@ -246,8 +246,8 @@ def test_labels_are_those_of_the_images(pairs: PairedShards, views: Views, tiny_
 
 
 def test_crops_of_latents_need_stored_views(pairs: PairedShards):
-    facts = pairs.latent_index.facts | {"views": 1}
-    one_view = replace(pairs, latent_index=replace(pairs.latent_index, facts=facts))
+    info = pairs.latent_index.info.model_copy(update={"views": 1})
+    one_view = replace(pairs, latent_index=replace(pairs.latent_index, info=info))
     with pytest.raises(ValueError, match=r"^conditioner\.cond_view: crop .*latents\.views of 2"):
         batches_of(one_view, 1, choice=ViewChoice("same", "crop", "latents"))
 
@@ -266,8 +266,8 @@ def rewritten(
     samples_per_shard: int,
     *,
     change: Callable[[Any], Any] = lambda record: record,
-    facts: Mapping[str, Any] = MappingProxyType({}),
     reverse: bool = False,
+    **changes: Any,
 ) -> Path:
     """A copy of a folder's training split, changed."""
     records = [change(record) for record in read_split(source, "train")]
@@ -278,7 +278,8 @@ def rewritten(
         samples_per_shard=samples_per_shard,
         compression="none",
     )
-    ShardIndex({"train": shards}, {**ShardIndex.read(source).facts, **facts}).write(folder)
+    info = ShardIndex.read(source, ShardInfo).info.model_copy(update=changes)
+    ShardIndex({"train": shards}, info).write(folder)
     return folder
 
 
@@ -426,7 +427,7 @@ def test_mirrored_views_are_drawn_as_often_as_the_others(
         moments = np.stack([np.full((8, 8, 8), view, np.float16) for view in range(6)])
         return StoredLatents(stored.key, moments, stored.crops * 2).to_record()
 
-    latents = rewritten(tiny_data / "latents", tmp_path, 6, change=mark, facts={"flips": True})
+    latents = rewritten(tiny_data / "latents", tmp_path, 6, change=mark, flips=True)
     flipped = PairedShards.open(pairs.images, latents, split="train")
     choice = ViewChoice(latent_views, "same", "latents")
     drawn = [
@@ -454,8 +455,8 @@ def test_digest_is_of_the_content_wherever_it_lies(
 
 def test_two_views_of_one_are_refused(tiny_data: Path):
     pairs = PairedShards.open(tiny_data / "images", tiny_data / "latents", split="val")
-    facts = {**pairs.latent_index.facts, "views": 1}
-    index = ShardIndex(pairs.latent_index.splits, facts)
+    info = pairs.latent_index.info.model_copy(update={"views": 1})
+    index = ShardIndex(pairs.latent_index.splits, info)
     pairs = PairedShards(pairs.images, pairs.latents, "val", pairs.image_index, index)
     with pytest.raises(ValueError, match=r"^loss\.latent_views: two needs latents\.views of 2"):
         stream_of(pairs)

@@ -141,7 +141,7 @@ def noise_error(model: ContraDiff, table: ClassTable, pairs: PairedShards) -> fl
     records = [pair for shard in range(pairs.num_shards) for pair in pairs.read(shard)]
     labels = torch.tensor([image_of(image).label for image, _ in records])
     moments = [torch.from_numpy(StoredLatents.of_record(r).moments[0]) for _, r in records]
-    scale = pairs.latent_index.facts["scaling_factor"]
+    scale = pairs.latent_index.info.scaling_factor
     latents = mode(torch.stack(moments), scaling_factor=scale)
     generator = torch.Generator().manual_seed(3)
     noise = torch.randn(latents.shape, generator=generator)

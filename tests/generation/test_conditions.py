@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from contradiff.data.shard_info import ConditionInfo
 from contradiff.data.shards import ShardIndex
 from contradiff.features.extraction import stored_batches
 from contradiff.generation.class_table import ClassTable
@@ -63,7 +64,7 @@ def test_images_come_in_order_from_any_index_and_again(tiny_data: Path, stored: 
 
 
 def test_earlier_shards_are_not_read(stored: Path):
-    first = stored / ShardIndex.read(stored).shards("condition")[0].name
+    first = stored / ShardIndex.read(stored, ConditionInfo).shards("condition")[0].name
     first.write_bytes(bytes(first.stat().st_size))
     assert len(list(islice(condition_images(stored, start=3), 5))) == 5
     with pytest.raises(ValueError, match=r"condition-00000\.tar: damaged"):
@@ -72,7 +73,7 @@ def test_earlier_shards_are_not_read(stored: Path):
 
 def test_no_more_images_are_stored_than_wanted(tiny_data: Path, tmp_path: Path):
     assert store(tiny_data, tmp_path, num_images=4) == [3, 1]
-    assert ShardIndex.read(tmp_path).num_samples("condition") == 4
+    assert ShardIndex.read(tmp_path, ConditionInfo).num_samples("condition") == 4
 
 
 def test_none_are_said_to_be_none(tmp_path: Path):

@@ -23,6 +23,7 @@ from pydantic import ValidationError
 from webdataset.writer import TarWriter
 
 from contradiff import files as disk
+from contradiff.data.shard_info import ShardInfo
 from contradiff.data.shards import Compression, ShardIndex, image_of, read_split
 from contradiff.sources.folder import FileReader
 from contradiff.sources.listing import ImageFile
@@ -104,7 +105,7 @@ def write_all(
         tally.add(planned, done, folder=work)
     shards = tally.shards("train")
     publish(shards, work=work, folder=out)
-    ShardIndex({"train": shards}, tally.facts(class_ids=CLASS_IDS)).write(out)
+    ShardIndex({"train": shards}, ShardInfo(**tally.facts(class_ids=CLASS_IDS))).write(out)
     tally.write_quarantine(out)
     return tally
 
@@ -157,7 +158,7 @@ def test_nothing_is_lost_or_doubled(data: Any, contents: dict[Any, bytes], sampl
                 break
             tally.done[part.split, part.name] = done
         shards = tally.shards("train")
-        ShardIndex({"train": shards}, {}).write(folder / "work")
+        ShardIndex({"train": shards}, ShardInfo()).write(folder / "work")
         read = [image_of(record) for record in read_split(folder / "work", "train")]
     if not tally.done:
         return
@@ -261,8 +262,8 @@ def test_index_tells_what_there_is(tmp_path: Path):
     Image.new("L", (4, 4), 7).save(grey, "JPEG")
     source.contents["train/a/3.png"] = grey.getvalue()
     tally = write_all(source.plan(), tmp_path, source, max_quarantined=0.3)
-    index = ShardIndex.read(tmp_path / "out")
-    assert index.facts == {
+    index = ShardIndex.read(tmp_path / "out", ShardInfo)
+    assert index.info.model_dump() == {
         "class_counts": {"train": [3, 2, 2]},
         "oddities": {"train": {"greyscale": 1, "jpeg_named_png": 1}},
         "num_quarantined": {"train": 3},

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from contradiff.config import parse
+from contradiff.data.shard_info import ConditionInfo
 from contradiff.data.shards import ShardIndex
 from stages import conditions
 
@@ -22,13 +23,13 @@ GENERATE: dict[str, Any] = {
 }
 
 
-def call(run: Run, **changes: Any) -> ShardIndex:
+def call(run: Run, **changes: Any) -> ShardIndex[ConditionInfo]:
     content = {
         "shard": {"samples_per_shard": 4, "compression": "none"},
         "generate": GENERATE | changes,
     }
     conditions.main(parse(conditions.Params, content, source="params.yaml"), run)
-    return ShardIndex.read(conditions.CONDITIONS)
+    return ShardIndex.read(conditions.CONDITIONS, ConditionInfo)
 
 
 @pytest.mark.parametrize(("num_samples", "num_images"), [(3, 3), (5, 5), (100, 8)])

@@ -15,6 +15,7 @@ import torch
 
 from contradiff.base.loading import load_vae
 from contradiff.config import parse
+from contradiff.data.shard_info import SampleInfo
 from contradiff.data.shards import ShardIndex, read_split
 from contradiff.data.transforms import decode
 from contradiff.files import sha256_of
@@ -62,7 +63,9 @@ def call(run: Run, **changes: Any) -> tuple[list[dict[str, bytes]], dict[str, An
     wanted = {name: content[name] for name in ("shard", "generate")}
     conditions.main(parse(conditions.Params, wanted, source="params.yaml"), run)
     run_stage(run, **changes)
-    return list(read_split(SAMPLES, "sample")), dict(ShardIndex.read(SAMPLES).facts)
+    return list(read_split(SAMPLES, "sample")), ShardIndex.read(
+        SAMPLES, SampleInfo
+    ).info.model_dump()
 
 
 def save_table(*, lora: bool) -> None:

@@ -23,6 +23,7 @@ from ruamel.yaml import YAML
 from contradiff.data import encoding
 from contradiff.data.encoding import Reconstruction
 from contradiff.data.latents import StoredLatents
+from contradiff.data.shard_info import LatentInfo
 from contradiff.data.shards import Record, Shard, ShardIndex, read_split
 from contradiff.data.transforms import decode
 from stages import latents
@@ -89,9 +90,9 @@ def _stage_of(rank: int, port: int, run: Run) -> None:
 
 def test_two_processes_write_what_one_writes(run: Run):
     latents.main(params_of(), run)
-    index = ShardIndex.read(Path("build/latents"))
+    index = ShardIndex.read(Path("build/latents"), LatentInfo)
     assert {split: index.num_samples(split) for split in index.splits} == NUM_IMAGES
-    assert index.facts["dtype"] == "bfloat16"
+    assert index.info.dtype == "bfloat16"
     stored = map(StoredLatents.of_record, read_split(Path("build/latents"), "train"))
     assert [len(item.crops) for item in stored] == [4] * 24
     assert not any((run.root / ".work" / "latents").iterdir())
@@ -168,7 +169,7 @@ def test_a_shard_that_another_run_finishes_meanwhile_shifts_no_other(
 ):
     latents.main(params_of(), run)
     expected = outs()
-    second = ShardIndex.read(Path("build/latents")).shards("train")[1]
+    second = ShardIndex.read(Path("build/latents"), LatentInfo).shards("train")[1]
     shutil.rmtree("build/latents")
     real: Callable[..., Any] = encoding.encode_views
 
@@ -187,7 +188,7 @@ def test_all_processes_wait_for_another_run_of_the_same_work(
 ):
     """The second of two; the other run ends while the main process waits for the lock."""
     latents.main(params_of(), run)
-    expected, index = outs(), ShardIndex.read(Path("build/latents"))
+    expected, index = outs(), ShardIndex.read(Path("build/latents"), LatentInfo)
     encoded.clear()
 
     def other_run_ends() -> None:

@@ -22,6 +22,7 @@ from torch import nn
 from bench import peers
 from contradiff.config import parse, read_params
 from contradiff.data.png import encode_png
+from contradiff.data.shard_info import ImageInfo, SampleInfo, ShardInfo
 from contradiff.data.shards import Sample, ShardIndex, image_record, write_split
 from contradiff.evaluation.classifier import ResidualClassifier
 from contradiff.evaluation.extractors import save_classifier, save_inception
@@ -33,13 +34,13 @@ BUILD = Path("build")
 COUNT = 40
 
 
-def write_images(folder: Path, split: str, facts: dict[str, Any], *, seed: int, side: int = 32):
+def write_images(folder: Path, split: str, info: ShardInfo, *, seed: int, side: int = 32):
     """Forty pictures in shards of 16; generated ones have no label."""
     images = peers.pictures(COUNT, side=side, seed=seed, contrast=40.0 + 10 * seed)
     samples = [Sample(f"{i:06d}", encode_png(image), i % 3) for i, image in enumerate(images)]
     records = [image_record(sample, extension="png") for sample in samples]
     shards = write_split(folder, split, records, samples_per_shard=16, compression="none")
-    ShardIndex({split: shards}, facts).write(folder)
+    ShardIndex({split: shards}, info).write(folder)
 
 
 def use_classifier() -> None:
@@ -73,9 +74,9 @@ def use_inception(num_features: int) -> None:
 @pytest.fixture
 def run(run_of: Callable[[str], Run]) -> Run:
     """In a folder with build/shards, samples and extractor."""
-    write_images(BUILD / "shards", "val", {"class_ids": ["a", "b", "c"]}, seed=0, side=36)
-    facts = {"condition": "unconditional: c(noise)", "guidance": 1.0}
-    write_images(BUILD / "samples", "sample", facts, seed=1)
+    write_images(BUILD / "shards", "val", ImageInfo(class_ids=("a", "b", "c")), seed=0, side=36)
+    info = SampleInfo(condition="unconditional: c(noise)", guidance=1.0)
+    write_images(BUILD / "samples", "sample", info, seed=1)
     use_classifier()
     return run_of("score")
 
@@ -143,8 +144,8 @@ def test_of_the_reference_itself_the_scores_are_perfect(run: Run):
         ]
         shutil.rmtree(BUILD / name)
         shards = write_split(BUILD / name, split, records, samples_per_shard=13, compression="none")
-        facts = {"condition": "c", "guidance": 1.0}
-        ShardIndex({split: shards}, facts).write(BUILD / name)
+        info = ShardInfo(class_ids=("a",), condition="c", guidance=1.0)
+        ShardIndex({split: shards}, info).write(BUILD / name)
     make_reference(run)
     metrics = make_score(run)
     assert metrics["fid"] == pytest.approx(0, abs=1e-5)
@@ -189,7 +190,7 @@ def test_images_of_other_sizes_are_refused_by_name(run: Run):
     shards = write_split(
         BUILD / "samples", "sample", records, samples_per_shard=16, compression="none"
     )
-    ShardIndex({"sample": shards}, {"condition": "c", "guidance": 1.0}).write(BUILD / "samples")
+    ShardIndex({"sample": shards}, SampleInfo(condition="c", guidance=1.0)).write(BUILD / "samples")
     with pytest.raises(ValueError, match=r"image 000030 has 24x24 pixels, not 32x32"):
         make_score(run)
 

@@ -18,6 +18,7 @@ from PIL import Image
 from pydantic import ValidationError
 
 from contradiff.config import read_params
+from contradiff.data.shard_info import ImageInfo
 from contradiff.data.shards import ShardIndex, read_images
 from contradiff.sources.imagenet import Manifest
 from stages import shard
@@ -60,12 +61,12 @@ def content_with(**changes: dict[str, Any]) -> dict[str, Any]:
     return content
 
 
-def run_stage(project: Path, **changes: dict[str, Any]) -> ShardIndex:
+def run_stage(project: Path, **changes: dict[str, Any]) -> ShardIndex[ImageInfo]:
     content = content_with(**changes)
     params = {name: content[name] for name in shard.Params.model_fields}
     runtime = RuntimeParams.model_validate(content["runtime"])
     shard.main(shard.Params.model_validate(params), Run("shard", project, runtime))
-    return ShardIndex.read(Path("build/shards"))
+    return ShardIndex.read(Path("build/shards"), ImageInfo)
 
 
 def test_shards_hold_the_files_own_bytes(project: Path, capsys: pytest.CaptureFixture[str]):
@@ -75,8 +76,8 @@ def test_shards_hold_the_files_own_bytes(project: Path, capsys: pytest.CaptureFi
     list_images(project)
     index = run_stage(project)
     assert [one.num_samples for one in index.shards("train")] == [4, 4, 4, 2]
-    assert index.facts["class_counts"] == {"train": [7, 7], "val": [2, 2]}
-    assert index.facts["oddities"] == {"train": {"cmyk": 1, "png_named_jpeg": 1}, "val": {}}
+    assert index.info.class_counts == {"train": [7, 7], "val": [2, 2]}
+    assert index.info.oddities == {"train": {"cmyk": 1, "png_named_jpeg": 1}, "val": {}}
     for split, number in (("train", 14), ("val", 4)):
         samples = list(read_images(Path("build/shards"), split))
         assert len(samples) == number

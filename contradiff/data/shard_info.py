@@ -1,0 +1,49 @@
+"""What the index of a folder of shards says of all of them: one class for each kind of shards.
+
+A class names what readers need. Whoever writes shards may add keys, which are kept for people to
+read: the solver of samples, the class names of images.
+"""
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict
+
+
+class ShardInfo(BaseModel):
+    """Any kind of shards."""
+
+    model_config = ConfigDict(frozen=True, extra="allow")
+
+
+class ImageInfo(ShardInfo):
+    """Images; sample i of class c belongs to `class_ids[c]`."""
+
+    kind: Literal["images"] = "images"
+    class_ids: tuple[str, ...]
+
+
+class LatentInfo(ShardInfo):
+    """Latents, stored as the VAE's moments; see `LatentsParams` for what was encoded."""
+
+    kind: Literal["moments"] = "moments"
+    dtype: Literal["float16", "bfloat16"]
+    scaling_factor: float
+    image_size: int
+    views: int
+    flips: bool
+    crop_scale_min: float
+    colour_jitter: float
+
+
+class ConditionInfo(ShardInfo):
+    """Validation images that samples are conditioned on."""
+
+    kind: Literal["conditions"] = "conditions"
+
+
+class SampleInfo(ShardInfo):
+    """Generated images."""
+
+    kind: Literal["samples"] = "samples"
+    condition: str
+    guidance: float
