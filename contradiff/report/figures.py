@@ -1,8 +1,4 @@
-"""Figures as PNGs that lie flush in the report's page, light or dark."""
-
-# scikit-learn, matplotlib and safetensors are typed in part only.
-# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
-# pyright: reportUnknownArgumentType=false, reportMissingTypeStubs=false
+"""Figures as PNGs, in the colours of the light and the dark page."""
 
 import io
 from collections.abc import Mapping
@@ -11,36 +7,31 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, Int
 
-_PANELS = {
-    "loss": "total loss",
-    "reconstruction": "reconstruction loss",
-    "contrastive": "contrastive loss",
-    "grad_norm": "gradient norm",
-}
+from contradiff.report.results import CURVES
 
 
 def plot_losses(curve: Mapping[str, Float[np.ndarray, " rows"]], *, dark: bool) -> bytes:
-    """Losses and gradient norm over the steps, a panel each, as a PNG.
+    """Draw the losses and the gradient norm over the steps as a PNG, one panel each.
 
     Args:
-        curve: columns of metrics/pretrain.csv; one that is NaN throughout gets no panel.
-        dark: draw for a dark page.
+        curve: Columns of metrics/pretrain.csv; a column that is all NaN gets no panel.
+        dark: Draw for the dark page.
     """
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
-    panels = {name: title for name, title in _PANELS.items() if np.isfinite(curve[name]).any()}
+    panels = {name: title for name, title in CURVES.items() if np.isfinite(curve[name]).any()}
     with rc_context(page_style(dark=dark)):
         figure = Figure(figsize=(10, 5.6), layout="constrained")
         axes = iter(figure.subplots(2, 2).flat)
         for (name, title), axis in zip(panels.items(), axes, strict=False):
             values = curve[name]
-            dots = "." if len(values) < 20 else ""  # a line through one point shows nothing
+            dots = "." if len(values) < 20 else ""  # one point makes no visible line
             axis.plot(curve["step"], values, color="C0", alpha=0.35, linewidth=0.8, marker=dots)
             axis.plot(curve["step"], _smooth(values), color="C0", linewidth=1.8)
             axis.set_title(title, loc="left")
             axis.grid(visible=True, linewidth=0.5)
-        for axis in axes:  # what zip left over
+        for axis in axes:  # panels without a curve
             axis.remove()
         figure.supxlabel(
             "step" if panels else "no training: pretrain.epochs is 0", fontsize="medium"
@@ -86,13 +77,13 @@ def plot_embeddings(
 
 
 def _smooth(values: Float[np.ndarray, " rows"]) -> Float[np.ndarray, " rows"]:
-    """Centred moving average over about a twentieth of the rows, shorter at the ends."""
+    """Centred moving average over a twentieth of the rows; the window shrinks at the ends."""
     window = np.ones(max(1, len(values) // 20))
     return np.convolve(values, window, "same") / np.convolve(np.ones(len(values)), window, "same")
 
 
 def page_style(*, dark: bool) -> dict[Any, Any]:
-    """Colours of the page's panels, so that a figure lies flush in the page."""
+    """Return matplotlib settings with the colours of the page."""
     from cycler import cycler
 
     paper, ink, line, accent = (
@@ -120,13 +111,13 @@ def page_style(*, dark: bool) -> dict[Any, Any]:
 
 
 def png_of(figure: Any) -> bytes:
-    """A matplotlib figure as a PNG; the same inputs give the same bytes."""
+    """Turn a matplotlib figure into a PNG; the same figure gives the same bytes."""
     from PIL import Image
 
     buffer = io.BytesIO()
-    # Without the library's name and version: the same inputs, the same bytes.
+    # Without the library's version, which would change the bytes.
     figure.savefig(buffer, format="png", dpi=144, metadata={"Software": None})
-    # A diagram has few colours: a palette makes it a third as large, for the eye the same.
+    # A diagram has few colours: a palette makes the file a third as large and looks the same.
     palette = io.BytesIO()
     Image.open(buffer).convert("RGB").quantize(256).save(palette, format="png", optimize=True)
     return palette.getvalue()

@@ -1,36 +1,28 @@
-"""The report: every number of a run with the way it was measured, on one self-contained page.
-
-Along the data's way: `results.read_results` (files => values) => `result_rows` (values => table),
-`figures` (values => pictures) => `render_html`, `render_markdown`. Nothing here trains, downloads
-or imports torch, and the same inputs give the same report: it holds no date and no host name.
-"""
+"""The report as a page, in Markdown and as JSON; the same inputs give the same bytes."""
 
 import base64
-import io
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from contradiff.report.results import (
-    OfShots,
-    Results,
-    SampleScores,
-    ScoreMetrics,
-    SeparabilityMetrics,
-    TransferMetrics,
+    PRETRAIN_FILE,
+    PretrainRecord,
+    ProbeRecord,
+    ResizerScores,
+    RunResults,
+    ScoreRecord,
+    SeparabilityRecord,
+    TransferRecord,
     fault,
-    lookup,
-    percent,
 )
-
-BIAS = "Fewer than 10,000 images bias it upwards; KID is not. "
 
 
 @dataclass(frozen=True)
-class Row:
-    """One line of the table of results; a row with a `headline` also stands at the page's top."""
+class TableRow:
+    """A line of the table of results; one with a `headline` also stands at the top of the page."""
 
     name: str
     value: str
@@ -38,162 +30,158 @@ class Row:
     headline: str = ""
 
 
-def result_rows(results: Results) -> list[Row]:
-    """The table of results: each score with its reference, extractor, count and seed.
-
-    An FID of fewer than 10,000 images is marked as biased: its expectation falls as they grow.
+def result_rows(results: RunResults) -> list[TableRow]:
+    """Make the table of results: each score with its reference, extractor, count and seed.
 
     Raises:
-        ValueError: build/pretrain/config.json names no `loss.lambda` or `lora.rank`.
+        ValueError: build/pretrain/config.json lacks `loss.lambda` or `lora.rank`.
     """
-    pretrain, probe, score, seed = results.pretrain, results.probe, results.score, results.seed
-    counts = pretrain.parameters
-    accuracy = (
-        ""
-        if score.extractor_accuracy is None
-        else f" (its accuracy: {percent(score.extractor_accuracy)})"
-    )
-    facts = (
+    settings = _settings(results.pretrain)
+    return [
+        TableRow("λ", settings["loss.lambda"], "Weight of the contrastive loss"),
+        TableRow("LoRA rank", settings["lora.rank"], ""),
+        *_score_rows(results.score),
+        *_probe_rows(results.probe, seed=results.seed),
+        *_transfer_rows(results.transfer, seed=results.seed),
+        *_separability_rows(results.separability),
+        *_training_rows(results.pretrain, seed=results.seed),
+    ]
+
+
+def _score_rows(score: ScoreRecord) -> Iterator[TableRow]:
+    accuracy = score.extractor_accuracy
+    known = "" if accuracy is None else f" (its accuracy: {_percent(accuracy)})"
+    compared = (
         f"{score.num_samples:,} samples ({score.condition}; guidance {score.guidance:g}) against "
         f"{score.num_reference:,} reference images "
         f"({score.reference}; {score.reference_sha256[:8]}), extractor {score.extractor}"
-        f"{accuracy}, seed {score.seed}"
+        f"{known}, seed {score.seed}"
     )
-    rows = [
-        Row("λ", _plain(lookup(pretrain.params, "loss.lambda")), "Weight of the contrastive loss"),
-        Row("LoRA rank", _plain(lookup(pretrain.params, "lora.rank")), ""),
-    ]
-    for resizer, scores in score.by_resizer.items():
-        rows += _sample_rows(score, scores, resizer=resizer, facts=f"{facts}, resizer {resizer}.")
-    judged = f"{probe.total:,} images of split {probe.split}"
-    setting = f"{probe.head} head on {probe.pool} features, seed {seed}."
-    low, high = probe.interval
-    rows += [
-        Row(
-            "Probe top-1 ↑",
-            f"{percent(probe.top1)} [{percent(low)}, {percent(high)}]",
-            f"95% interval; {judged}, {setting}",
-            "Probe top-1 ↑",
-        ),
-        Row("Probe top-5 ↑", percent(probe.top5), f"{judged}, {setting}"),
-    ]
-    for shots, of_shots in results.transfer.by_shots.items():
-        rows += _transfer_rows(results.transfer, shots, of_shots, seed=seed)
-    rows += _separability_rows(results.separability)
-    total = counts.trainable + counts.frozen
-    rows += [
-        Row(
-            "Trainable parameters",
-            f"{counts.trainable:,}",
-            f"{percent(counts.trainable / max(total, 1))} of {total:,} in all; "
-            f"{counts.frozen:,} are frozen.",
-            "Trainable parameters",
-        ),
-        Row("Pretraining steps", f"{pretrain.num_steps:,}", f"Seed {seed}."),
-    ]
-    return rows
-
-
-def _sample_rows(
-    score: ScoreMetrics, scores: SampleScores, *, resizer: str, facts: str
-) -> list[Row]:
-    """Scores by one resizer; the first one's FID and inception score head the page."""
-    first = scores is score
-    which = "" if first else f", {resizer}"
-    mark, bias = (" (biased)", BIAS) if score.biased else ("", "")
+    # FID's expectation falls as the number of images grows.
+    bias = "Fewer than 10,000 images bias the FID upwards; the KID has no bias. "
     kept = f"On {score.num_kept:,} features a side; otherwise measured as the FID above."
-    alone = (
-        f"{score.num_samples:,} samples, no reference, classes of {score.extractor}, resizer "
-        f"{resizer}, seed {score.seed}."
-    )
-    inception = f"{scores.inception_score:.2f} ± {scores.inception_score_std:.2f}"
-    pairs = {
-        f"Precision, recall{which} ↑": f"{scores.precision:.3f}, {scores.recall:.3f}",
-        f"Density, coverage{which} ↑": f"{scores.density:.3f}, {scores.coverage:.3f}",
+    others = {
+        name: ResizerScores.model_validate(value)
+        for name, value in (score.model_extra or {}).items()
+        if isinstance(value, Mapping)
     }
-    return [
-        Row(f"FID{which} ↓", f"{scores.fid:.2f}{mark}", f"{bias}{facts}", "FID ↓" if first else ""),
-        Row(f"KID{which} ↓", f"{scores.kid:.4f} ± {scores.kid_std:.4f}", kept),
-        *(Row(name, value, kept) for name, value in pairs.items()),
-        Row(f"Inception score{which} ↑", inception, alone, "Inception score ↑" if first else ""),
-    ]
+    for resizer, scores in {score.resizer: score, **others}.items():
+        first = scores is score
+        which = "" if first else f", {resizer}"
+        yield TableRow(
+            f"FID{which} ↓",
+            f"{scores.fid:.2f}{' (biased)' if score.biased else ''}",
+            f"{bias if score.biased else ''}{compared}, resizer {resizer}.",
+            "FID ↓" if first else "",
+        )
+        yield TableRow(f"KID{which} ↓", f"{scores.kid:.4f} ± {scores.kid_std:.4f}", kept)
+        pair = f"{scores.precision:.3f}, {scores.recall:.3f}"
+        yield TableRow(f"Precision, recall{which} ↑", pair, kept)
+        pair = f"{scores.density:.3f}, {scores.coverage:.3f}"
+        yield TableRow(f"Density, coverage{which} ↑", pair, kept)
+        yield TableRow(
+            f"Inception score{which} ↑",
+            f"{scores.inception_score:.2f} ± {scores.inception_score_std:.2f}",
+            f"{score.num_samples:,} samples, no reference, classes of {score.extractor}, resizer "
+            f"{resizer}, seed {score.seed}.",
+            "Inception score ↑" if first else "",
+        )
 
 
-def _transfer_rows(
-    transfer: TransferMetrics, shots: str, of_shots: OfShots, *, seed: int
-) -> list[Row]:
-    number = of_shots.num_splits
-    over = f"Mean ± standard deviation over {number} splits" if number > 1 else "One split"
-    taken = (
-        f"Trained on all training images of {transfer.source}"
-        if shots == "full"
-        else f"{over} of {transfer.source}, {shots} images a class"
+def _probe_rows(probe: ProbeRecord, *, seed: int) -> Iterator[TableRow]:
+    low, high = (_percent(bound) for bound in probe.interval)
+    how = (
+        f"{probe.total:,} images of split {probe.split}, "
+        f"{probe.head} head on {probe.pool} features, seed {seed}."
     )
-    how = f"{taken}, {transfer.total:,} test images, seed {seed}."
-    rows: list[Row] = []
-    trained = {"ridge": of_shots.ridge, "SGD": of_shots.sgd, "fine-tuned": of_shots.finetuned}
-    for name, result in trained.items():
-        if result is not None:
-            spread = "" if result.std is None else f" ± {percent(result.std)}"
-            first = shots == str(transfer.shots)
-            headline = "Transfer top-1 ↑" if first and name == "ridge" else ""
-            title = f"Transfer top-1, {name}{'' if first else f', {shots} shots'} ↑"
-            rows.append(Row(title, f"{percent(result.mean)}{spread}", how, headline))
-    return rows
+    name, value = "Probe top-1 ↑", f"{_percent(probe.top1)} [{low}, {high}]"
+    yield TableRow(name, value, f"95% interval; {how}", headline=name)
+    yield TableRow("Probe top-5 ↑", _percent(probe.top5), how)
 
 
-def _separability_rows(found: SeparabilityMetrics) -> list[Row]:
+def _transfer_rows(transfer: TransferRecord, *, seed: int) -> Iterator[TableRow]:
+    for shots, record in transfer.by_shots.items():
+        number, source = record.num_splits, transfer.source
+        over = f"Mean ± standard deviation over {number} splits" if number > 1 else "One split"
+        taken = f"{over} of {source}, {shots} images a class"
+        if shots == "full":
+            taken = f"Trained on all training images of {source}"
+        is_main = shots == str(transfer.shots)
+        which = "" if is_main else f", {shots} shots"
+        trained = {"ridge": record.ridge, "SGD": record.sgd, "fine-tuned": record.finetuned}
+        for name, result in trained.items():
+            if result is not None:
+                spread = "" if result.std is None else f" ± {_percent(result.std)}"
+                yield TableRow(
+                    f"Transfer top-1, {name}{which} ↑",
+                    f"{_percent(result.mean)}{spread}",
+                    f"{taken}, {transfer.total:,} test images, seed {seed}.",
+                    "Transfer top-1 ↑" if is_main and name == "ridge" else "",
+                )
+
+
+def _separability_rows(found: SeparabilityRecord) -> Iterator[TableRow]:
     how = (
         f"In feature space, cosine distance, {found.num_images:,} validation images of "
         f"{found.num_classes} classes, {found.num_neighbours} neighbours, each image left out."
     )
-    return [
-        Row(
-            f"Separability, {name} ↑",
-            f"kNN {percent(of.knn)}, silhouette "
-            + ("not defined" if of.silhouette is None else f"{of.silhouette:.3f}"),
-            how,
-        )
-        for name, of in (("features", found.contradiff), ("base alone", found.base))
-    ]
+    for name, features in (("features", found.contradiff), ("base alone", found.base)):
+        silhouette = features.silhouette
+        shown = "not defined" if silhouette is None else f"{silhouette:.3f}"
+        value = f"kNN {_percent(features.knn)}, silhouette {shown}"
+        yield TableRow(f"Separability, {name} ↑", value, how)
 
 
-def render_html(results: Results, *, loss: bytes, loss_dark: bytes) -> str:
-    """The whole report as one file: images are data URIs, and its policy forbids any request.
+def _training_rows(pretrain: PretrainRecord, *, seed: int) -> Iterator[TableRow]:
+    trainable, frozen = pretrain.parameters.trainable, pretrain.parameters.frozen
+    total = trainable + frozen
+    share = _percent(trainable / max(total, 1))
+    how = f"{share} of {total:,} in all; {frozen:,} are frozen."
+    name = "Trainable parameters"
+    yield TableRow(name, f"{trainable:,}", how, headline=name)
+    yield TableRow("Pretraining steps", f"{pretrain.num_steps:,}", f"Seed {seed}.")
+
+
+def render_html(results: RunResults, *, loss: bytes, loss_dark: bytes) -> str:
+    """Make the page: one file that holds its images and forbids the browser every request.
 
     Args:
-        results: from `read_results`.
-        loss: PNG of the losses, for a light page.
-        loss_dark: for a dark one.
+        results: From `read_results`.
+        loss: Figure of the losses for a light page, a PNG.
+        loss_dark: The same for a dark page.
     """
-    pictures = {
+    pngs = {
         "samples": results.samples,
         "loss": loss,
         "loss_dark": loss_dark,
         "tsne": results.tsne,
         "tsne_dark": results.tsne_dark,
     }
-    return _render("report.html", results, {name: _data_uri(png) for name, png in pictures.items()})
+    urls = {
+        name: f"data:image/png;base64,{base64.b64encode(png).decode()}"
+        for name, png in pngs.items()
+    }
+    return _render("report.html", results, urls)
 
 
-def render_markdown(results: Results) -> str:
-    """The same report for a terminal or a code host; figures are links from build/report."""
-    uris = {name: f"../figures/{name}.png" for name in ("samples", "loss", "tsne")}
-    return _render("report.md", results, uris)
+def render_markdown(results: RunResults) -> str:
+    """Make the same report for a terminal or a code host; it links figures from build/report."""
+    urls = {name: f"../figures/{name}.png" for name in ("samples", "loss", "tsne")}
+    return _render("report.md", results, urls)
 
 
-def summarise(rows: Sequence[Row], *, report: str) -> str:
-    """JSON for programs: each result's name, and its value with how it was measured.
+def summarise(rows: Iterable[TableRow], *, report: str) -> str:
+    """Make JSON for programs: each result's name, and its value with how it was measured.
 
     Args:
-        rows: as from `result_rows`.
-        report: where the page lies, from the project's root.
+        rows: From `result_rows`.
+        report: Path of the page, relative to the project's folder.
     """
     pairs = [[row.name, f"{row.value} — {row.detail}" if row.detail else row.value] for row in rows]
     return json.dumps({"rows": pairs, "report": report}, indent=2, ensure_ascii=False) + "\n"
 
 
-def _render(template: str, results: Results, uris: Mapping[str, str]) -> str:
+def _render(template: str, results: RunResults, urls: Mapping[str, str]) -> str:
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     environment = Environment(
@@ -204,70 +192,58 @@ def _render(template: str, results: Results, uris: Mapping[str, str]) -> str:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    environment.filters["cell"] = _cell
-    rows = result_rows(results)
+    environment.filters["cell"] = _escape_cell
+    rows, params = result_rows(results), results.pretrain.params
+    general = {key: value for key, value in params.items() if not isinstance(value, Mapping)}
+    named = {key: value for key, value in params.items() if isinstance(value, Mapping)}
+    sections = {"general": general, **named} if general else named
+    records = (
+        (stage, getattr(results, stage).model_dump(exclude_unset=True))
+        for stage in ("probe", "transfer", "score", "separability")
+    )
     return environment.get_template(template).render(
         rows=rows,
         headlines=[row for row in rows if row.headline],
         results=results,
-        uris=uris,
-        sections=_by_section(results.pretrain.params),
-        records={
-            "metrics/probe.json": _flatten(results.probe.model_dump(exclude_unset=True)),
-            "metrics/transfer.json": _flatten(results.transfer.model_dump(exclude_unset=True)),
-            "metrics/score.json": _flatten(results.score.model_dump(exclude_unset=True)),
-            "metrics/separability.json": _flatten(results.separability.model_dump()),
-        },
-        rank=_plain(lookup(results.pretrain.params, "lora.rank")),
-        weight=_plain(lookup(results.pretrain.params, "loss.lambda")),
-        small_samples=_png_width(results.samples) < 900,
+        urls=urls,
+        settings=_settings(results.pretrain),
+        sections={name: _flatten(section) for name, section in sections.items()},
+        records={f"metrics/{stage}.json": _flatten(record) for stage, record in records},
+        small_samples=int.from_bytes(results.samples[16:20]) < 900,  # a PNG's width
     )
 
 
-def _flatten(tree: Mapping[str, Any], *, prefix: str = "") -> list[tuple[str, str]]:
-    """Nested keys => (dotted key, value as text), in the file's order."""
-    pairs: list[tuple[str, str]] = []
+def _settings(pretrain: PretrainRecord) -> dict[str, str]:
+    """Parameters by their dotted keys."""
+    settings = _flatten(pretrain.params)
+    for key in ("loss.lambda", "lora.rank"):
+        if key not in settings:
+            raise ValueError(fault(PRETRAIN_FILE, f"params.{key}: missing"))
+    return settings
+
+
+def _flatten(tree: Mapping[str, Any], *, prefix: str = "") -> dict[str, str]:
+    flat: dict[str, str] = {}
     for key, value in tree.items():
         if isinstance(value, Mapping):
-            pairs += _flatten(value, prefix=f"{prefix}{key}.")
+            flat |= _flatten(value, prefix=f"{prefix}{key}.")
         else:
-            pairs.append((f"{prefix}{key}", _plain(value)))
-    return pairs
-
-
-def _by_section(params: Mapping[str, Any]) -> list[tuple[str, list[tuple[str, str]]]]:
-    """Sections with their keys; top-level values, such as the seed, form a first one, "general"."""
-    general = {key: value for key, value in params.items() if not isinstance(value, Mapping)}
-    sections = [("general", _flatten(general))] if general else []
-    return sections + [
-        (key, _flatten(value)) for key, value in params.items() if isinstance(value, Mapping)
-    ]
+            flat[f"{prefix}{key}"] = _plain(value)
+    return flat
 
 
 def _plain(value: object) -> str:
-    """A value as params.yaml writes it; lists in one line."""
+    """A value as params.yaml shows it, but a list in one line."""
     if isinstance(value, str):
         return value
     if isinstance(value, list | tuple):
-        return ", ".join(_plain(part) for part in value)
+        return ", ".join(_plain(item) for item in value)
     return json.dumps(value)
 
 
-def _cell(text: str) -> str:
-    """Text that may stand in a cell of a Markdown table."""
+def _escape_cell(text: str) -> str:
     return text.replace("|", "\\|").replace("\n", " ")
 
 
-def _data_uri(png: bytes) -> str:
-    return f"data:image/png;base64,{base64.b64encode(png).decode('ascii')}"
-
-
-def _png_width(png: bytes) -> int:
-    """Width in pixels; small pictures are enlarged with hard edges on the page."""
-    from PIL import Image, UnidentifiedImageError
-
-    try:
-        with Image.open(io.BytesIO(png), formats=["PNG"]) as image:
-            return image.width
-    except UnidentifiedImageError:
-        raise ValueError(fault("build/figures/samples.png", "not a PNG")) from None
+def _percent(share: float) -> str:
+    return f"{100 * share:.1f}%"

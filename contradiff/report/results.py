@@ -1,81 +1,84 @@
-"""What the stages left, read back: the values that a report is made of.
-
-files => `read_results` => `Results`; a gap is refused with the file's name and its stage
-"""
+"""The stages' files, read back and checked."""
 
 import csv
-from collections.abc import Mapping
-from dataclasses import dataclass
+import io
+import json
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal
 
 import numpy as np
 from jaxtyping import Float
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-# Which stage makes a file, so that a message can say what to run.
-_MAKERS = {
-    "build/pretrain/config.json": "pretrain",
+Share = Annotated[float, Field(ge=0, le=1)]
+Count = Annotated[int, Field(gt=0)]
+
+PRETRAIN_FILE = "build/pretrain/config.json"
+CURVES = {
+    "loss": "total loss",
+    "reconstruction": "reconstruction loss",
+    "contrastive": "contrastive loss",
+    "grad_norm": "gradient norm",
+}
+"""Columns of metrics/pretrain.csv that the report draws over its column `step`."""
+
+_STAGES = {
+    PRETRAIN_FILE: "pretrain",
     "metrics/pretrain.csv": "pretrain",
-    "metrics/probe.json": "probe",
-    "metrics/separability.json": "separability",
     "build/figures/tsne.png": "separability",
     "build/figures/tsne_dark.png": "separability",
-    "metrics/transfer.json": "transfer",
     "build/figures/samples.png": "generate",
-    "metrics/score.json": "score",
+    **{f"metrics/{stage}.json": stage for stage in ("probe", "transfer", "separability", "score")},
 }
-_COLUMNS = ("step", "epoch", "lr", "loss", "reconstruction", "contrastive", "grad_norm")
 
 
 class _Record(BaseModel):
-    """A file of metrics; keys that the report does not know are kept and listed."""
+    """A JSON object of results; the report keeps and lists keys that it does not know."""
 
-    model_config = ConfigDict(extra="allow", frozen=True, allow_inf_nan=False)
+    model_config = ConfigDict(
+        extra="allow", frozen=True, allow_inf_nan=False, arbitrary_types_allowed=True
+    )
 
 
-_R = TypeVar("_R", bound=_Record)
+class ProbeRecord(_Record):
+    """metrics/probe.json."""
 
-
-class ProbeMetrics(_Record):
-    """metrics/probe.json: accuracies in [0, 1], and the 95% interval of top-1."""
-
-    top1: float = Field(ge=0, le=1)
-    top5: float = Field(ge=0, le=1)
-    interval: tuple[float, float]
-    total: int = Field(gt=0, description="images judged")
+    top1: Share
+    top5: Share
+    interval: tuple[float, float] = Field(description="95% interval of top1")
+    total: Count = Field(description="classified images")
     split: str
     head: str
     pool: str
 
 
 class MeanStd(_Record):
-    """Mean and standard deviation of an accuracy in [0, 1] over random splits."""
+    """Accuracy over random splits."""
 
-    mean: float = Field(ge=0, le=1)
-    std: float | None = Field(ge=0, description="none of a single split")
+    mean: Share
+    std: float | None = Field(ge=0, description="None for a single split")
 
 
-class OfShots(_Record):
-    """Classifiers trained on so many images a class."""
+class ShotsRecord(_Record):
+    """Classifiers trained on one number of images a class."""
 
     ridge: MeanStd
     sgd: MeanStd
     finetuned: MeanStd | None = None
-    num_splits: int = Field(gt=0)
+    num_splits: Count
 
 
-class TransferMetrics(OfShots):
-    """metrics/transfer.json: classifiers on the same few-shot splits, and for other shots."""
+class TransferRecord(ShotsRecord):
+    """metrics/transfer.json: the main number of shots, and under `by_shots` every number."""
 
     shots: int | Literal["full"] = Field(description="training images a class")
-    total: int = Field(gt=0, description="test images judged a split")
+    total: Count = Field(description="test images a split")
     source: str
-    by_shots: dict[str, OfShots]
+    by_shots: dict[str, ShotsRecord]
 
 
-class SampleScores(_Record):
-    """Scores of the generated images by one resizer."""
+class ResizerScores(_Record):
+    """Scores of the generated images, resized in one way."""
 
     fid: float
     kid: float
@@ -88,13 +91,13 @@ class SampleScores(_Record):
     inception_score_std: float
 
 
-class ScoreMetrics(SampleScores):
-    """metrics/score.json: scores by the first resizer; those by another stand under its name."""
+class ScoreRecord(ResizerScores):
+    """metrics/score.json: scores by the first resizer; the others' stand under their names."""
 
-    biased: bool = Field(description="an FID of so few images")
-    num_samples: int = Field(gt=0)
-    num_reference: int = Field(gt=0)
-    num_kept: int = Field(gt=0, description="features a side, for KID, precision and the like")
+    biased: bool = Field(description="whether the FID is of fewer than 10,000 images")
+    num_samples: Count
+    num_reference: Count
+    num_kept: Count = Field(description="features a side for KID, precision and the like")
     extractor: str
     extractor_accuracy: float | None
     condition: str
@@ -104,53 +107,26 @@ class ScoreMetrics(SampleScores):
     reference_sha256: str
     seed: int
 
-    @property
-    def by_resizer(self) -> dict[str, SampleScores]:
-        """The first resizer's scores and the others'."""
-        others = {
-            name: SampleScores.model_validate(value)
-            for name, value in (self.model_extra or {}).items()
-            if isinstance(value, dict)
-        }
-        return {self.resizer: self, **others}
-
 
 class Separation(_Record):
-    """How well classes separate in one feature space."""
+    """How well the classes separate in one feature space."""
 
-    knn: float = Field(ge=0, le=1, description="accuracy of the neighbours' vote")
-    silhouette: float | None = Field(ge=-1, le=1, description="none where it is not defined")
+    knn: Share = Field(description="accuracy of the nearest neighbours' vote")
+    silhouette: float | None = Field(ge=-1, le=1, description="None where it is not defined")
 
 
-class SeparabilityMetrics(_Record):
-    """metrics/separability.json: the trained model's features beside its base's own."""
+class SeparabilityRecord(_Record):
+    """metrics/separability.json: the trained model's features and the base's own."""
 
     contradiff: Separation
     base: Separation
-    num_images: int = Field(gt=0)
-    num_classes: int = Field(gt=0)
-    num_neighbours: int = Field(gt=0)
+    num_images: Count
+    num_classes: Count
+    num_neighbours: Count
 
 
-class _ProbeFile(_Record):
-    # DVC shows the metrics of all files in one table: each file has its own outer key.
-    probe: ProbeMetrics
-
-
-class _TransferFile(_Record):
-    transfer: TransferMetrics
-
-
-class _ScoreFile(_Record):
-    score: ScoreMetrics
-
-
-class _SeparabilityFile(_Record):
-    separability: SeparabilityMetrics
-
-
-class ParameterCounts(_Record):
-    """Sizes of the model: scalars, and [trainable, frozen] for each module."""
+class ModelSize(_Record):
+    """Numbers of parameters, also [trainable, frozen] of each module."""
 
     trainable: int = Field(ge=0)
     frozen: int = Field(ge=0)
@@ -158,118 +134,102 @@ class ParameterCounts(_Record):
 
 
 class PretrainRecord(_Record):
-    """build/pretrain/config.json, as far as the report reads it."""
+    """build/pretrain/config.json."""
 
     params: dict[str, Any]
-    parameters: ParameterCounts
+    parameters: ModelSize
     num_steps: int = Field(ge=0)
 
 
-@dataclass(frozen=True)
-class Results:
+class RunResults(_Record):
     """All that the report shows.
 
-    `curve` maps each column of metrics/pretrain.csv to (rows,) float64, NaN where the file is
-    empty; `samples`, `tsne` and `tsne_dark` are PNGs.
+    `curve` maps `step` and the keys of `CURVES` to columns of metrics/pretrain.csv, with NaN for
+    empty cells; `samples`, `tsne` and `tsne_dark` are PNGs.
     """
 
     seed: int
     pretrain: PretrainRecord
-    probe: ProbeMetrics
-    transfer: TransferMetrics
-    score: ScoreMetrics
+    probe: ProbeRecord
+    transfer: TransferRecord
+    score: ScoreRecord
+    separability: SeparabilityRecord
     curve: dict[str, Float[np.ndarray, " rows"]]
-    separability: SeparabilityMetrics
     samples: bytes
     tsne: bytes
     tsne_dark: bytes
 
 
-def read_results(root: Path, *, seed: int) -> Results:
-    """Read what the other stages left below `root`, the project's root.
+def read_results(root: Path, *, seed: int) -> RunResults:
+    """Read what the other stages wrote below `root`, the project's folder.
 
     Raises:
-        ValueError: a file is missing, malformed or lacks a key; names the file and the stage that
-            makes it.
+        ValueError: A file is missing or malformed, or lacks a key. The message names the file and
+            the stage that makes it.
     """
-    curve = _read_curve(root)
-    separability = _read_record(root, "metrics/separability.json", _SeparabilityFile).separability
-    return Results(
-        seed=seed,
-        pretrain=_read_record(root, "build/pretrain/config.json", PretrainRecord),
-        probe=_read_record(root, "metrics/probe.json", _ProbeFile).probe,
-        transfer=_read_record(root, "metrics/transfer.json", _TransferFile).transfer,
-        score=_read_record(root, "metrics/score.json", _ScoreFile).score,
-        curve=curve,
-        separability=separability,
-        samples=_read_png(root, "build/figures/samples.png"),
-        tsne=_read_png(root, "build/figures/tsne.png"),
-        tsne_dark=_read_png(root, "build/figures/tsne_dark.png"),
-    )
+    records = {"pretrain": _read_json(root, PRETRAIN_FILE)}
+    for stage in ("probe", "transfer", "separability", "score"):
+        records |= _read_json(root, f"metrics/{stage}.json")  # each has one outer key: the stage
+    figures = {
+        name: _read_png(root, f"build/figures/{name}.png")
+        for name in ("samples", "tsne", "tsne_dark")
+    }
+    content = {**records, **figures, "curve": _read_curve(root), "seed": seed}
+    try:
+        return RunResults.model_validate(content)
+    except ValidationError as error:
+        stage = error.errors()[0]["loc"][0]
+        faults = "; ".join(
+            f"{'.'.join(map(str, each['loc'])).removeprefix('pretrain.')}: {each['msg']}"
+            for each in error.errors()
+            if each["loc"][0] == stage
+        )
+        file = PRETRAIN_FILE if stage == "pretrain" else f"metrics/{stage}.json"
+        raise ValueError(fault(file, faults)) from None
 
 
-def _require(root: Path, name: str) -> Path:
-    path = root / name
-    if not path.is_file():
-        raise ValueError(fault(name, "no such file"))
-    return path
+def fault(file: str, what: str) -> str:
+    """Say what is wrong with a file, and which stage makes it."""
+    stage = _STAGES[file]
+    return f"{file}: {what}; the {stage} stage makes it: run `dvc repro {stage}`"
 
 
-def _read_png(root: Path, name: str) -> bytes:
-    content = _require(root, name).read_bytes()
-    if not content.startswith(b"\x89PNG\r\n"):
-        raise ValueError(fault(name, "not a PNG"))
+def _read_bytes(root: Path, file: str) -> bytes:
+    if not (root / file).is_file():
+        raise ValueError(fault(file, "no such file"))
+    return (root / file).read_bytes()
+
+
+def _read_json(root: Path, file: str) -> dict[str, Any]:
+    content = _read_bytes(root, file)
+    try:
+        record = json.loads(content)
+    except ValueError as error:
+        raise ValueError(fault(file, str(error))) from None
+    if not isinstance(record, dict):
+        raise ValueError(fault(file, "not a JSON object"))
+    return record
+
+
+def _read_png(root: Path, file: str) -> bytes:
+    from PIL import Image
+
+    content = _read_bytes(root, file)
+    try:
+        Image.open(io.BytesIO(content), formats=["PNG"]).verify()
+    except (OSError, SyntaxError):
+        raise ValueError(fault(file, "not a PNG")) from None
     return content
 
 
-def fault(name: str, what: str) -> str:
-    """A message about a file, with the stage that makes it."""
-    stage = _MAKERS[name]
-    return f"{name}: {what}; the {stage} stage makes it: run `dvc repro {stage}`"
-
-
-def _read_record(root: Path, name: str, schema: type[_R]) -> _R:
-    try:
-        return schema.model_validate_json(_require(root, name).read_bytes())
-    except ValidationError as error:
-        faults = "; ".join(
-            f"{'.'.join(map(str, fault['loc'])) or '(whole file)'}: {fault['msg']}"
-            for fault in error.errors()
-        )
-        raise ValueError(fault(name, faults)) from None
-
-
 def _read_curve(root: Path) -> dict[str, Float[np.ndarray, " rows"]]:
-    name = "metrics/pretrain.csv"
-    with _require(root, name).open(encoding="utf-8", newline="") as file:
-        reader = csv.DictReader(file)
-        rows = list(reader)
-    absent = [column for column in _COLUMNS if column not in (reader.fieldnames or ())]
-    if absent:
-        raise ValueError(fault(name, f"no column {', '.join(absent)}"))
+    file = "metrics/pretrain.csv"
+    lines = _read_bytes(root, file).decode(errors="replace").splitlines()
+    reader = csv.DictReader(lines, restval="(no cell)")
+    rows, columns = list(reader), ("step", *CURVES)
+    if absent := set(columns) - set(reader.fieldnames or ()):
+        raise ValueError(fault(file, f"no column {', '.join(sorted(absent))}"))
     try:
-        return {
-            column: np.array([float(row[column] or "nan") for row in rows], dtype=np.float64)
-            for column in _COLUMNS
-        }
+        return {name: np.array([float(row[name] or "nan") for row in rows]) for name in columns}
     except ValueError as error:
-        raise ValueError(fault(name, str(error))) from None
-
-
-def percent(fraction: float) -> str:
-    """A share in [0, 1] as text."""
-    return f"{100 * fraction:.1f}%"
-
-
-def lookup(params: Mapping[str, Any], key: str) -> object:
-    """A checkpoint's parameter by its dotted key.
-
-    Raises:
-        ValueError: there is none.
-    """
-    value: Any = params
-    for part in key.split("."):
-        if not isinstance(value, Mapping) or part not in value:
-            raise ValueError(fault("build/pretrain/config.json", f"params.{key}: missing"))
-        value = value[part]
-    return value
+        raise ValueError(fault(file, str(error))) from None

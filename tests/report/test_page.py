@@ -1,4 +1,4 @@
-"""The report says how each score was measured, needs nothing beside itself, and refuses gaps."""
+"""The report says how each score was measured, loads nothing, and refuses missing files."""
 
 from stages.runtime.run import Run, RuntimeParams
 
@@ -29,16 +29,14 @@ PROBE = {
     "head": "linear",
     "pool": "attention",
 }
-TRANSFER: dict[str, Any] = {
+FEW_SHOT: dict[str, Any] = {
     "ridge": {"mean": 0.8123, "std": 0.0104},
     "sgd": {"mean": 0.7891, "std": 0.0123},
     "num_splits": 3,
-    "shots": 25,
-    "total": 797,
-    "source": "digits",
 }
+TRANSFER: dict[str, Any] = {**FEW_SHOT, "shots": 25, "total": 797, "source": "digits"}
 TRANSFER["by_shots"] = {
-    "25": {name: TRANSFER[name] for name in ("ridge", "sgd", "num_splits")},
+    "25": FEW_SHOT,
     "full": {
         "ridge": {"mean": 0.95, "std": None},
         "sgd": {"mean": 0.96, "std": None},
@@ -101,42 +99,35 @@ def png_of(value: int) -> bytes:
     return buffer.getvalue()
 
 
-# Distinct pictures in place of figures: drawing is tested by itself.
-PICTURES = {"loss": png_of(1), "loss_dark": png_of(2)}
-TSNE, TSNE_DARK = png_of(3), png_of(4)
+LOSS, LOSS_DARK, TSNE, TSNE_DARK, SAMPLES = (png_of(value) for value in range(5))
 
 
 def write_json(path: Path, content: object) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(content), encoding="utf-8")
+    path.write_text(json.dumps(content))
 
 
 def write_curve(root: Path, *, contrastive: bool) -> None:
     lines = ["step,epoch,lr,loss,reconstruction,contrastive,grad_norm"]
     for step in range(10, 380, 10):
-        reconstruction = 0.2 + 1 / step
-        extra = 3 / step**0.5 if contrastive else 0.0
-        shown = extra if contrastive else ""
-        total = reconstruction + 0.1 * extra
-        lines.append(f"{step},{step // 62},0.0005,{total},{reconstruction},{shown},{1 / step}")
-    (root / "metrics/pretrain.csv").write_text("\n".join(lines) + "\n", encoding="utf-8")
+        extra = 3 / step**0.5 if contrastive else ""
+        lines.append(f"{step},{step // 62},0.0005,{0.3 + 1 / step},0.2,{extra},{1 / step}")
+    (root / "metrics/pretrain.csv").write_text("\n".join(lines) + "\n")
 
 
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
-    """A project after all stages but the report."""
+    """A project in which every stage but the report has run."""
     write_json(tmp_path / "metrics/probe.json", {"probe": PROBE})
     write_json(tmp_path / "metrics/transfer.json", {"transfer": TRANSFER})
     write_json(tmp_path / "metrics/score.json", {"score": SCORE})
     write_json(tmp_path / "build/pretrain/config.json", PRETRAIN)
     write_curve(tmp_path, contrastive=True)
     write_json(tmp_path / "metrics/separability.json", {"separability": SEPARABILITY})
-    figure = tmp_path / "build/figures/samples.png"
-    figure.parent.mkdir(parents=True)
-    pixels = np.random.default_rng(0).integers(0, 256, (64, 96, 3), dtype=np.uint8)
-    Image.fromarray(pixels).save(figure)
-    figure.with_name("tsne.png").write_bytes(TSNE)
-    figure.with_name("tsne_dark.png").write_bytes(TSNE_DARK)
+    figures = tmp_path / "build/figures"
+    figures.mkdir()
+    for name, png in (("samples", SAMPLES), ("tsne", TSNE), ("tsne_dark", TSNE_DARK)):
+        (figures / f"{name}.png").write_bytes(png)
     return tmp_path
 
 
@@ -145,27 +136,23 @@ def rows_of(root: Path) -> dict[str, tuple[str, str]]:
 
 
 def page_of(root: Path) -> str:
-    return render_html(read_results(root, seed=3), **PICTURES)
+    return render_html(read_results(root, seed=3), loss=LOSS, loss_dark=LOSS_DARK)
 
 
 def markdown_of(root: Path) -> str:
     return render_markdown(read_results(root, seed=3))
 
 
-@pytest.fixture
-def page(root: Path) -> str:
-    return page_of(root)
+class PageParser(HTMLParser):
+    """All that a page could load, its tags, and its text."""
 
-
-class References(HTMLParser):
-    """All that a page could load, its open tags, and its text."""
-
-    def __init__(self) -> None:
+    def __init__(self, page: str) -> None:
         super().__init__()
         self.urls: list[str] = []
         self.tags: list[str] = []
         self.unclosed: list[str] = []
-        self.text: list[str] = []
+        self.text = ""
+        self.feed(page)
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.tags.append(tag)
@@ -177,204 +164,186 @@ class References(HTMLParser):
         assert self.unclosed.pop() == tag
 
     def handle_data(self, data: str) -> None:
-        self.text.append(data)
+        self.text += data
 
 
-class TestRows:
-    def test_values(self, root: Path) -> None:
-        rows = rows_of(root)
-        assert rows["λ"][0] == "0.1"
-        assert rows["LoRA rank"][0] == "16"
-        assert rows["FID ↓"][0] == "31.42 (biased)"
-        assert rows["Inception score ↑"][0] == "6.28 ± 0.17"
-        assert rows["Probe top-1 ↑"][0] == "73.4% [70.6%, 76.0%]"
-        assert rows["Probe top-5 ↑"][0] == "95.1%"
-        assert rows["Transfer top-1, ridge ↑"][0] == "81.2% ± 1.0%"
-        assert rows["Transfer top-1, SGD ↑"][0] == "78.9% ± 1.2%"
-        assert rows["Trainable parameters"] == (
-            "250,000",
-            "25.0% of 1,000,000 in all; 750,000 are frozen.",
-        )
-        assert rows["KID ↓"][0] == "0.0123 ± 0.0020"
-        assert rows["Precision, recall ↑"][0] == "0.700, 0.650"
-        assert rows["Density, coverage ↑"][0] == "0.604, 0.800"
-        assert rows["Separability, features ↑"][0] == "kNN 62.5%, silhouette 0.071"
-        assert rows["Separability, base alone ↑"][0] == "kNN 50.0%, silhouette not defined"
-        assert rows["Transfer top-1, fine-tuned, full shots ↑"][0] == "99.0%"
-        assert "all training images" in rows["Transfer top-1, ridge, full shots ↑"][1]
-
-    def test_scores_by_two_resizers_stand_one_under_the_other(self, root: Path) -> None:
-        second = SAMPLE_SCORES | {"fid": 30.0}
-        score = SCORE | {"resizer": "clean", "legacy_tensorflow": second}
-        write_json(root / "metrics/score.json", {"score": score})
-        rows = rows_of(root)
-        assert rows["FID ↓"][0] == "31.42 (biased)"
-        assert "resizer clean" in rows["FID ↓"][1]
-        assert rows["FID, legacy_tensorflow ↓"][0] == "30.00 (biased)"
-        assert "resizer legacy_tensorflow" in rows["FID, legacy_tensorflow ↓"][1]
-
-    def test_scores_state_reference_extractor_count_and_seed(self, root: Path) -> None:
-        rows = rows_of(root)
-        for fact in ("1,000 samples", "900 reference", "val images, centre crop", "resizer none"):
-            assert fact in rows["FID ↓"][1]
-        assert "domain-classifier (its accuracy: 95.0%)" in rows["FID ↓"][1]
-        assert "500 features a side; otherwise measured as the FID" in rows["KID ↓"][1]
-        for name in ("FID ↓", "Inception score ↑"):
-            assert "domain-classifier" in rows[name][1]
-            assert "resizer none" in rows[name][1]
-            assert "seed 7" in rows[name][1]
-        for name in ("Probe top-1 ↑", "Probe top-5 ↑"):
-            for fact in ("1,000 images", "split val", "linear head", "attention", "seed 3"):
-                assert fact in rows[name][1]
-        for fact in ("3 splits of digits", "25 images a class", "797 test images", "seed 3"):
-            assert fact in rows["Transfer top-1, ridge ↑"][1]
-        how = rows["Transfer top-1, ridge, full shots ↑"][1]
-        assert how.startswith("Trained on all training images of digits, 797 test images")
-
-    def test_a_single_split_has_no_deviation(self, root: Path) -> None:
-        once = {"ridge": {"mean": 0.8, "std": None}, "sgd": {"mean": 0.7, "std": None}}
-        shown = once | {"num_splits": 1, "shots": 1, "total": 9, "source": "digits"}
-        content = shown | {"by_shots": {"1": once | {"num_splits": 1}}}
-        write_json(root / "metrics/transfer.json", {"transfer": content})
-        how = rows_of(root)["Transfer top-1, ridge ↑"][1]
-        assert how.startswith("One split of digits, ")
-
-    @pytest.mark.parametrize("biased", [True, False])
-    def test_fid_of_few_samples_is_marked(self, root: Path, *, biased: bool) -> None:
-        write_json(root / "metrics/score.json", {"score": SCORE | {"biased": biased}})
-        value, detail = rows_of(root)["FID ↓"]
-        assert ("biased" in value) == ("bias it upwards" in detail) == biased
-
-    def test_unknown_extractor_accuracy(self, root: Path) -> None:
-        write_json(root / "metrics/score.json", {"score": SCORE | {"extractor_accuracy": None}})
-        assert "accuracy" not in rows_of(root)["FID ↓"][1]
+def test_values(root: Path) -> None:
+    values = {name: value for name, (value, _) in rows_of(root).items()}
+    assert values == {
+        "λ": "0.1",
+        "LoRA rank": "16",
+        "FID ↓": "31.42 (biased)",
+        "KID ↓": "0.0123 ± 0.0020",
+        "Precision, recall ↑": "0.700, 0.650",
+        "Density, coverage ↑": "0.604, 0.800",
+        "Inception score ↑": "6.28 ± 0.17",
+        "Probe top-1 ↑": "73.4% [70.6%, 76.0%]",
+        "Probe top-5 ↑": "95.1%",
+        "Transfer top-1, ridge ↑": "81.2% ± 1.0%",
+        "Transfer top-1, SGD ↑": "78.9% ± 1.2%",
+        "Transfer top-1, ridge, full shots ↑": "95.0%",
+        "Transfer top-1, SGD, full shots ↑": "96.0%",
+        "Transfer top-1, fine-tuned, full shots ↑": "99.0%",
+        "Separability, features ↑": "kNN 62.5%, silhouette 0.071",
+        "Separability, base alone ↑": "kNN 50.0%, silhouette not defined",
+        "Trainable parameters": "250,000",
+        "Pretraining steps": "372",
+    }
 
 
-class TestReading:
-    @pytest.mark.parametrize(
-        ("name", "stage"),
-        [
-            ("metrics/pretrain.csv", "pretrain"),
-            ("metrics/probe.json", "probe"),
-            ("metrics/transfer.json", "transfer"),
-            ("metrics/score.json", "score"),
-            ("build/figures/samples.png", "generate"),
-            ("metrics/separability.json", "separability"),
-            ("build/figures/tsne.png", "separability"),
-            ("build/figures/tsne_dark.png", "separability"),
-            ("build/pretrain/config.json", "pretrain"),
-        ],
-    )
-    def test_missing_and_broken_files_are_named_with_their_stage(
-        self, root: Path, name: str, stage: str
-    ) -> None:
-        (root / name).write_text("{]", encoding="utf-8")
+@pytest.mark.parametrize(
+    ("name", "facts"),
+    [
+        ("FID ↓", "1,000 samples|900 reference|val images, centre crop|resizer none|seed 7"),
+        ("FID ↓", "domain-classifier (its accuracy: 95.0%)"),
+        ("KID ↓", "500 features a side; otherwise measured as the FID"),
+        ("Inception score ↑", "1,000 samples|domain-classifier|resizer none|seed 7"),
+        ("Probe top-1 ↑", "95% interval|1,000 images|split val|linear head|attention|seed 3"),
+        ("Probe top-5 ↑", "1,000 images|split val|linear head|attention|seed 3"),
+        ("Transfer top-1, ridge ↑", "3 splits of digits, 25 images a class|797 test|seed 3"),
+        ("Transfer top-1, ridge, full shots ↑", "on all training images of digits, 797 test"),
+        ("Separability, base alone ↑", "900 validation images|12 classes|10 neighbours"),
+        ("Trainable parameters", "25.0% of 1,000,000 in all; 750,000 are frozen."),
+    ],
+)
+def test_scores_say_how_they_were_measured(root: Path, name: str, facts: str) -> None:
+    detail = rows_of(root)[name][1]
+    for fact in facts.split("|"):
+        assert fact in detail
+
+
+def test_scores_by_two_resizers_stand_one_under_the_other(root: Path) -> None:
+    score = SCORE | {"resizer": "clean", "legacy_tensorflow": SAMPLE_SCORES | {"fid": 30.0}}
+    write_json(root / "metrics/score.json", {"score": score})
+    for name, resizer, value in (
+        ("FID ↓", "clean", "31.42 (biased)"),
+        ("FID, legacy_tensorflow ↓", "legacy_tensorflow", "30.00 (biased)"),
+    ):
+        assert rows_of(root)[name][0] == value
+        assert f"resizer {resizer}" in rows_of(root)[name][1]
+
+
+def test_a_single_split_has_no_deviation(root: Path) -> None:
+    once = {"ridge": {"mean": 0.8, "std": None}, "sgd": {"mean": 0.7, "std": None}, "num_splits": 1}
+    content = TRANSFER | once | {"shots": 1, "by_shots": {"1": once}}
+    write_json(root / "metrics/transfer.json", {"transfer": content})
+    value, detail = rows_of(root)["Transfer top-1, ridge ↑"]
+    assert value == "80.0%"
+    assert detail.startswith("One split of digits, ")
+
+
+@pytest.mark.parametrize("biased", [True, False])
+def test_fid_of_few_samples_is_marked(root: Path, *, biased: bool) -> None:
+    write_json(root / "metrics/score.json", {"score": SCORE | {"biased": biased}})
+    value, detail = rows_of(root)["FID ↓"]
+    assert ("biased" in value) == ("bias the FID upwards" in detail) == biased
+
+
+def test_unknown_extractor_accuracy(root: Path) -> None:
+    write_json(root / "metrics/score.json", {"score": SCORE | {"extractor_accuracy": None}})
+    assert "accuracy" not in rows_of(root)["FID ↓"][1]
+
+
+@pytest.mark.parametrize(
+    ("name", "stage"),
+    [
+        ("metrics/pretrain.csv", "pretrain"),
+        ("metrics/probe.json", "probe"),
+        ("metrics/transfer.json", "transfer"),
+        ("metrics/score.json", "score"),
+        ("metrics/separability.json", "separability"),
+        ("build/figures/samples.png", "generate"),
+        ("build/figures/tsne.png", "separability"),
+        ("build/figures/tsne_dark.png", "separability"),
+        ("build/pretrain/config.json", "pretrain"),
+    ],
+)
+def test_missing_and_broken_files_are_named_with_their_stage(
+    root: Path, name: str, stage: str
+) -> None:
+    for broken in (b"", b"{]", b"[]", (root / name).read_bytes()[:60]):
+        (root / name).write_bytes(broken)
         with pytest.raises(ValueError, match=rf"^{name}: .*dvc repro {stage}"):
-            page_of(root)
-        (root / name).unlink()
-        with pytest.raises(ValueError, match=rf"^{name}: no such file; the {stage} stage"):
             read_results(root, seed=3)
-
-    @pytest.mark.parametrize(
-        ("name", "content", "match"),
-        [
-            ("metrics/score.json", {"score": SCORE | {"fid": float("nan")}}, "score.fid"),
-            ("metrics/probe.json", {"probe": PROBE | {"top1": 73.4}}, "probe.top1"),
-            (
-                "metrics/probe.json",
-                {"probe": {k: v for k, v in PROBE.items() if k != "head"}},
-                "probe.head",
-            ),
-            (
-                "metrics/transfer.json",
-                {"transfer": TRANSFER | {"ridge": {"mean": 0.5}}},
-                "transfer.ridge.std",
-            ),
-        ],
-    )
-    def test_wrong_values_are_named(
-        self, root: Path, name: str, content: dict[str, Any], match: str
-    ) -> None:
-        write_json(root / name, content)
-        with pytest.raises(ValueError, match=rf"{name}: {match}: "):
-            read_results(root, seed=3)
-
-    def test_pretraining_that_does_not_say_its_lambda(self, root: Path) -> None:
-        write_json(root / "build/pretrain/config.json", PRETRAIN | {"params": {"lora": {}}})
-        with pytest.raises(ValueError, match=r"params\.loss\.lambda: missing"):
-            rows_of(root)
-
-    def test_curve_without_contrastive_loss(self, root: Path) -> None:
-        write_curve(root, contrastive=False)
-        curve = read_results(root, seed=3).curve
-        assert np.isnan(curve["contrastive"]).all()
-        assert np.isfinite(curve["loss"]).all()
+    (root / name).unlink()
+    with pytest.raises(ValueError, match=rf"^{name}: no such file; the {stage} stage"):
+        read_results(root, seed=3)
 
 
-class TestPage:
-    def test_loads_nothing(self, page: str) -> None:
-        parsed = References()
-        parsed.feed(page)
-        assert parsed.unclosed == []
-        assert len(parsed.urls) == 5
-        assert all(url.startswith("data:image/png;base64,") for url in parsed.urls)
-        assert not {"script", "link", "iframe"} & set(parsed.tags)
-        assert "default-src 'none'" in page
-        assert not re.search(r"https?://|@import|url\(", page)
+@pytest.mark.parametrize(
+    ("name", "content", "match"),
+    [
+        ("metrics/score.json", {"score": SCORE | {"fid": float("nan")}}, "score.fid"),
+        ("metrics/probe.json", {"probe": PROBE | {"top1": 73.4}}, "probe.top1"),
+        ("metrics/probe.json", {"probe": {**PROBE, "head": None}}, "probe.head"),
+        ("metrics/separability.json", {}, "separability"),
+        (
+            "metrics/transfer.json",
+            {"transfer": TRANSFER | {"ridge": {"mean": 0.5}}},
+            "transfer.ridge.std",
+        ),
+        ("build/pretrain/config.json", PRETRAIN | {"num_steps": -1}, "num_steps"),
+        ("build/pretrain/config.json", PRETRAIN | {"params": {}}, "params.loss.lambda"),
+    ],
+)
+def test_wrong_values_are_named(root: Path, name: str, content: dict[str, Any], match: str) -> None:
+    write_json(root / name, content)
+    with pytest.raises(ValueError, match=rf"^{name}: {match}: "):
+        page_of(root)
 
-    def test_images_are_whole(self, page: str, root: Path) -> None:
-        parsed = References()
-        parsed.feed(page)
-        pngs = [base64.b64decode(url.partition(",")[2]) for url in parsed.urls]
-        samples = (root / "build/figures/samples.png").read_bytes()
-        assert pngs == [samples, PICTURES["loss_dark"], PICTURES["loss"], TSNE_DARK, TSNE]
 
-    def test_all_rows_and_parameters_are_in_both_reports(self, page: str, root: Path) -> None:
-        parsed = References()
-        parsed.feed(page)
-        texts = ["".join(parsed.text), markdown_of(root)]
-        rows = rows_of(root)
-        for text in texts:
-            for name, (value, detail) in rows.items():
-                assert name in text
-                assert value in text
-                assert detail in text
-            for fact in ("temperature", "attn2.to_q, attn2.to_k", "0.0005", "false", "700,000"):
-                assert fact in text
-            assert "whose dvc.lock has these results" in text
-            assert "sgd.std" in text
+def test_page_is_one_file_that_loads_nothing(root: Path) -> None:
+    page = page_of(root)
+    parsed = PageParser(page)
+    assert parsed.unclosed == []
+    assert not {"script", "link", "iframe"} & set(parsed.tags)
+    assert "default-src 'none'" in page
+    assert not re.search(r"https?://|@import|url\(", page)
+    kinds, pngs = zip(*(url.split(",") for url in parsed.urls), strict=True)
+    assert set(kinds) == {"data:image/png;base64"}
+    shown = [base64.b64decode(png) for png in pngs]
+    assert shown == [SAMPLES, LOSS_DARK, LOSS, TSNE_DARK, TSNE]
 
-    def test_text_is_escaped(self, root: Path) -> None:
-        write_json(root / "metrics/score.json", {"score": SCORE | {"reference": "<b>a|b</b>"}})
-        assert "&lt;b&gt;a|b" in page_of(root)
-        assert "<b>" not in page_of(root)
-        assert r"a\|b" in markdown_of(root)
 
-    def test_tables_of_markdown_have_even_rows(self, root: Path) -> None:
-        lines = markdown_of(root).splitlines()
-        tables = 0
-        for before, line in itertools.pairwise(lines):
-            if before.startswith("|") and line.startswith("|"):
-                assert before.count("|") == line.count("|")
-            tables += line.startswith("|--")
-        assert tables == 4
+def test_all_rows_and_parameters_are_in_both_reports(root: Path) -> None:
+    texts = [PageParser(page_of(root)).text, markdown_of(root)]
+    facts = [text for name, row in rows_of(root).items() for text in (name, *row)]
+    facts += ["temperature", "attn2.to_q, attn2.to_k", "0.0005", "false", "700,000", "sgd.std"]
+    assert [fact for text in texts for fact in facts if fact not in text] == []
 
-    def test_same_inputs_same_page_and_figures(self, root: Path) -> None:
-        assert page_of(root) == page_of(root)
-        curve = read_results(root, seed=3).curve
-        assert plot_losses(curve, dark=True) == plot_losses(curve, dark=True)
+
+def test_unknown_keys_are_listed(root: Path) -> None:
+    write_json(root / "metrics/probe.json", {"probe": PROBE | {"novel": {"key": [1, "two"]}}})
+    assert "| metrics/probe.json | novel.key | 1, two |" in markdown_of(root).splitlines()
+
+
+def test_text_is_escaped(root: Path) -> None:
+    write_json(root / "metrics/score.json", {"score": SCORE | {"reference": "<b>a|b</b>"}})
+    assert "&lt;b&gt;a|b" in page_of(root)
+    assert "<b>" not in page_of(root)
+    assert r"a\|b" in markdown_of(root)
+
+
+def test_tables_of_markdown_have_even_rows(root: Path) -> None:
+    lines = markdown_of(root).splitlines()
+    for before, line in itertools.pairwise(lines):
+        if before.startswith("|") and line.startswith("|"):
+            assert before.count("|") == line.count("|")
+    assert sum(line.startswith("|--") for line in lines) == 4
 
 
 def test_loss_figure_has_no_panel_for_an_empty_column(root: Path) -> None:
-    with_contrastive = plot_losses(read_results(root, seed=3).curve, dark=False)
-    write_curve(root, contrastive=False)
-    without = plot_losses(read_results(root, seed=3).curve, dark=False)
-    corner = [
-        np.asarray(Image.open(io.BytesIO(png)).convert("L"))[420:700, 760:1400]
-        for png in (with_contrastive, without)
-    ]
-    assert corner[0].min() < 255
-    assert corner[1].min() == 255
+    darkest: list[int] = []
+    for contrastive in (True, False):
+        write_curve(root, contrastive=contrastive)
+        curve = read_results(root, seed=3).curve
+        assert np.isnan(curve["contrastive"]).all() != contrastive
+        png = plot_losses(curve, dark=False)
+        assert png == plot_losses(curve, dark=False)
+        pixels = np.asarray(Image.open(io.BytesIO(png)).convert("L"))
+        darkest.append(pixels[420:700, 760:1400].min())  # the fourth panel
+    assert darkest[0] < 255
+    assert darkest[1] == 255
 
 
 def test_loss_figure_of_one_step(root: Path) -> None:
@@ -387,8 +356,7 @@ def test_summary(root: Path) -> None:
     summary = json.loads(summarise(rows, report="build/report/index.html"))
     assert summary["report"] == "build/report/index.html"
     values = dict(summary["rows"])
-    assert values["λ"].startswith("0.1 — ")
-    assert values["FID ↓"].startswith("31.42 (biased) — Fewer than")
+    assert values["λ"] == "0.1 — Weight of the contrastive loss"
     assert values["LoRA rank"] == "16"
 
 
