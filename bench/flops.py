@@ -92,7 +92,7 @@ def main(arguments: Sequence[str]) -> None:
     first: tuple[float, float] | None = None
     for name, changes in VARIANTS.items():
         params = parse(Params, changed(content, changes), source=str(path))
-        folder = config_folder(params.base, root=Path(), shipped=Path("presets"))
+        folder = config_folder(params.base, root=Path())
         step, features = of_training_step(params, folder), of_features(params, folder)
         peak, other = (size / 1e6 for size in peak_bytes(params, folder))
         first = first or (step, features)

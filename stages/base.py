@@ -6,10 +6,9 @@ import shutil
 from pathlib import Path
 
 from contradiff.base.config import (
-    PARTS,
+    COMPONENTS,
     BaseParams,
     check_base,
-    check_config,
     fetch_from_hub,
     local_base,
 )
@@ -25,18 +24,17 @@ def main(params: Params, run: Run) -> None:
     base = params.base
     with replace_dir(Path("build/base")) as folder:
         if base.source == "hub":
-            assert base.revision is not None
             run.log(f"fetching {base.path} at {base.revision}")
-            # Its configuration first: what cannot be used is refused before gigabytes are fetched.
-            fetch_from_hub(base.path, base.revision, folder, weights=False)
-            check_config(folder)
-            fetch_from_hub(base.path, base.revision, folder, weights=True)
+            # Configuration first: an unusable base is refused before gigabytes are fetched.
+            fetch_from_hub(base, folder, weights=False)
+            check_base(folder, weights=False)
+            fetch_from_hub(base, folder, weights=True)
             shutil.rmtree(folder / ".cache", ignore_errors=True)
         else:
             source = local_base(base, root=run.root)
             check_base(source)
-            for part in PARTS:
-                shutil.copytree(source / part, folder / part)
+            for name in COMPONENTS:
+                shutil.copytree(source / name, folder / name)
         check_base(folder)
 
 

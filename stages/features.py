@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field
 from safetensors.torch import save_file
 
 from contradiff.config import Section, Seed
@@ -55,15 +55,6 @@ class Params(Section):
     head: Literal["linear", "attentive"] = Field(
         alias="probe.head", description="attentive: the maps of the main triple are stored too"
     )
-
-    @model_validator(mode="after")
-    def _attentive_needs_maps(self) -> "Params":
-        if self.head == "attentive" and self.features.model == "timm":
-            raise ValueError(
-                "probe.head: attentive trains on maps of three noise levels, which features.model: "
-                "timm has not; set probe.head: linear"
-            )
-        return self
 
 
 def main(params: Params, run: Run) -> None:

@@ -30,7 +30,6 @@ from contradiff.training.state import STATE_VERSION
 
 BASE, IMAGES, LATENTS = Path("build/base"), Path("build/shards"), Path("build/latents")
 CHECKPOINT, CURVE = Path("build/pretrain"), Path("metrics/pretrain.csv")
-SHIPPED = Path(__file__).resolve().parents[1] / "presets"
 COLUMNS: Sequence[str] = (
     "step",
     "epoch",
@@ -62,7 +61,7 @@ class BaseSection(Section):
 def describe(params: Params) -> str:
     base = parse(BaseSection, read_params(PARAMS_FILE), source=str(PARAMS_FILE)).base
     rows = parameter_rows(
-        config_folder(base, root=Path(), shipped=SHIPPED),
+        config_folder(base, root=Path()),
         lora=params.lora,
         conditioner=params.conditioner,
         head=params.head,

@@ -6,8 +6,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from pydantic import model_validator
-
 from contradiff.config import Section, Seed
 from contradiff.data.map_shards import STATE_VERSION
 from contradiff.data.params import DataParams
@@ -38,15 +36,6 @@ class Params(Section):
     data: DataParams
     shard: ShardParams
     ingest: IngestParams
-
-    @model_validator(mode="after")
-    def _images_are_not_enlarged_again(self) -> "Params":
-        resize, image_size = self.ingest.resize, self.data.image_size
-        if resize is not None and resize < image_size:
-            raise ValueError(
-                f"ingest.resize must be null or at least data.image_size ({image_size})"
-            )
-        return self
 
 
 def main(params: Params, run: Run) -> None:

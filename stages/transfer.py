@@ -11,7 +11,6 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from pydantic import model_validator
 
 from contradiff.base.loading import load_vae
 from contradiff.config import Section, Seed
@@ -53,20 +52,6 @@ class Params(Section):
     features: FeaturesParams
     transfer_data: TransferDataParams
     transfer: TransferParams
-
-    @model_validator(mode="after")
-    def _finetuning_trains_the_head_at_random_noise(self) -> "Params":
-        if self.transfer.finetune_epochs and self.features.pool == "mean":
-            raise ValueError(
-                "transfer.finetune_epochs: trains the attention head, which features.pool: mean "
-                "leaves out; set features.pool to attention or transfer.finetune_epochs to 0"
-            )
-        if self.transfer.finetune_epochs and self.features.noising != "direct":
-            raise ValueError(
-                "transfer.finetune_epochs: trains on directly noised latents; set features.noising "
-                "to direct or transfer.finetune_epochs to 0"
-            )
-        return self
 
 
 def main(params: Params, run: Run) -> None:

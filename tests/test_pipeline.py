@@ -9,22 +9,19 @@ import grimp
 import pytest
 
 from contradiff.config import Section, read_params
-from stages.validate import STAGES, check
+from stages.validate import WholeFile, check
 
 ROOT = Path(__file__).resolve().parents[1]
 PIPELINE: dict[str, dict[str, Any]] = read_params(ROOT / "dvc.yaml")["stages"]
 PRESETS = sorted((ROOT / "presets").glob("*.yaml"))
 
+NEVER_A_RESULT = {
+    *("stages/runtime", "contradiff/report", "contradiff/rules.py"),
+    *("contradiff/config.py", "contradiff/files.py", "contradiff/types.py"),
+}
+"""Code that decides no stage's result: messages, reports, the reading and writing of files."""
+
 each_stage = pytest.mark.parametrize("stage", list(PIPELINE))
-
-
-@pytest.fixture(scope="module")
-def graph() -> grimp.ImportGraph:
-    return grimp.build_graph("contradiff", "stages", exclude_type_checking_imports=True)
-
-
-def file_of(module: str) -> Path:
-    return Path(*module.split(".")).with_suffix(".py")
 
 
 def paths(entries: list[str | dict[str, Any]]) -> list[str]:
@@ -37,53 +34,96 @@ def outs(stage: str) -> Iterator[str]:
         yield from paths(PIPELINE[stage].get(kind, []))
 
 
-def is_within(path: str, outs: set[str]) -> bool:
-    return any(str(place) in outs for place in (Path(path), *Path(path).parents))
+def is_within(path: str, places: set[str]) -> bool:
+    return any(str(place) in places for place in (Path(path), *Path(path).parents))
 
 
-NEVER_A_RESULT = ("stages/runtime", "contradiff/report", "contradiff/config.py")
-NEVER_A_RESULT += ("contradiff/types.py", "contradiff/files.py")
-"""Code that no stage's result depends on: messages, reports, the reading and writing of files."""
+def followers(stages: set[str]) -> set[str]:
+    """The stages that use an out of these, directly or through others; these are among them."""
+    found = set(stages)
+    while True:
+        made = {out for name in found for out in outs(name)}
+        more = {
+            name
+            for name, stage in PIPELINE.items()
+            if any(is_within(dep, made) for dep in stage.get("deps", []))
+        }
+        if more <= found:
+            return found
+        found |= more
+
+
+def touched_by(path: str) -> set[str]:
+    """The stages that make their outs again when a file changes.
+
+    Others may run: `validate`, whose out is constant, `prepare`, which always describes what it
+    finds, and by hand the frozen `pretrain_base`.
+    """
+    direct = {
+        name
+        for name, stage in PIPELINE.items()
+        if any(is_within(path, {dep}) for dep in stage["deps"])
+    }
+    return followers(direct - {"validate", "prepare", "pretrain_base"})
+
+
+@pytest.fixture(scope="module")
+def graph() -> grimp.ImportGraph:
+    return grimp.build_graph("contradiff", "stages", exclude_type_checking_imports=True)
 
 
 @each_stage
 def test_rooms_are_those_that_the_stage_imports(stage: str, graph: grimp.ImportGraph):
     """DVC does not follow imports: a room that is missing leaves the stage "up to date"."""
     modules = graph.find_upstream_modules(f"stages.{stage}") | {f"stages.{stage}"}
-    files = [path for name in modules if (ROOT / (path := file_of(name))).is_file()]
-    code = [dep for dep in PIPELINE[stage]["deps"] if dep.startswith(("contradiff", "stages"))]
-    uncovered = [str(path) for path in files if not is_within(str(path), {*code, *NEVER_A_RESULT})]
-    assert uncovered == []
-    idle = [dep for dep in code if not any(is_within(str(path), {dep}) for path in files)]
+    named = [f"{name.replace('.', '/')}.py" for name in modules]
+    files = [path for path in named if (ROOT / path).is_file()]
+    code = {dep for dep in PIPELINE[stage]["deps"] if dep.startswith(("contradiff", "stages"))}
+    assert [path for path in files if not is_within(path, code | NEVER_A_RESULT)] == []
+    idle = [dep for dep in code if not any(is_within(path, {dep}) for path in files)]
     assert idle == []
 
 
-def test_messages_and_reports_invalidate_no_result():
-    """`validate` has a constant out, `report` is the report."""
-    touched = {
-        stage
-        for stage, content in PIPELINE.items()
-        for dep in content["deps"]
-        if any(is_within(place, {dep}) for place in NEVER_A_RESULT)
-    }
-    assert touched == {"validate", "report"}
+@pytest.mark.parametrize("path", sorted(NEVER_A_RESULT - {"contradiff/report"}))
+def test_a_message_invalidates_no_result(path: str):
+    assert touched_by(path) == set()
+
+
+@pytest.mark.parametrize(
+    ("room", "stages"),
+    [
+        ("report", set()),
+        ("evaluation", {"extractor", "reference", "score"}),
+        ("downstream", {"probe", "transfer", "separability"}),
+    ],
+)
+def test_a_late_room_invalidates_its_own_stages_alone(room: str, stages: set[str]):
+    assert touched_by(f"contradiff/{room}") == {*stages, "report", "track"}
+
+
+def test_the_method_invalidates_training_and_no_data():
+    touched = touched_by("contradiff/method")
+    assert touched >= followers({"pretrain"})
+    assert touched.isdisjoint({"shard", "base", "latents", "extractor", "reference"})
 
 
 @each_stage
 def test_parameters_are_the_fields_of_the_stage(stage: str):
+    """And its sections are those that `validate` checks."""
     params = PIPELINE[stage].get("params", [])
     if stage == "validate":
         assert params == [{"params.yaml": None}]  # the whole file
         return
     schema: type[Section] = importlib.import_module(f"stages.{stage}").Params
-    fields = [field.alias or name for name, field in schema.model_fields.items()]
+    fields = {field.alias or name: field for name, field in schema.model_fields.items()}
     assert sorted(params) == sorted(fields)
-
-
-def test_validation_knows_every_stage():
-    assert [schema.__module__ for schema in STAGES] == [
-        f"stages.{name}" for name in PIPELINE if name != "validate"
-    ]
+    for name, field in fields.items():
+        section, _, key = name.partition(".")
+        whole = WholeFile.model_fields[section]
+        if key:
+            assert key in whole.annotation.model_fields
+        else:
+            assert field.annotation == whole.annotation
 
 
 @each_stage
@@ -91,19 +131,11 @@ def test_every_stage_runs_its_own_module(stage: str):
     assert PIPELINE[stage]["cmd"] == f"python -m stages.{stage}"
 
 
-def test_runtime_is_no_dependency():
-    """What changes no result may not invalidate one."""
-    assert [name for name in PIPELINE if "runtime" in str(PIPELINE[name].get("params"))] == []
-
-
 @pytest.mark.parametrize("preset", PRESETS, ids=lambda path: path.stem)
-def test_preset_is_valid(preset: Path):
-    check(read_params(preset), source=preset.name)
-
-
-@pytest.mark.parametrize("preset", PRESETS, ids=lambda path: path.stem)
-def test_preset_has_the_same_sections_in_the_same_order(preset: Path):
-    assert list(read_params(preset)) == list(read_params(ROOT / "presets/tiny.yaml"))
+def test_preset_is_valid_and_its_sections_have_the_same_order(preset: Path):
+    content = read_params(preset)
+    check(content, source=preset.name)
+    assert list(content) == list(read_params(ROOT / "presets/tiny.yaml"))
 
 
 def test_no_out_is_written_twice_or_lies_in_another():
@@ -131,15 +163,7 @@ def test_no_out_outlives_its_parameters():
 def test_every_stage_waits_for_validation():
     """Except for frozen ones, which `dvc repro` never runs."""
     thawed = {name for name in PIPELINE if not PIPELINE[name].get("frozen")}
-    waiting = {"validate"}
-    for _ in thawed:
-        made = {out for name in waiting for out in outs(name)}
-        waiting |= {
-            name
-            for name in thawed
-            if any(is_within(dep, made) for dep in PIPELINE[name].get("deps", []))
-        }
-    assert thawed - waiting == set()
+    assert thawed <= followers({"validate"})
 
 
 def test_stages_that_always_run_are_those_whose_input_is_outside_dvc():

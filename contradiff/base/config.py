@@ -1,24 +1,28 @@
 """Which base everything starts from, and what its configuration says without its weights."""
 
 import json
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
 from contradiff.config import Section
-from contradiff.files import file_manifest
+from contradiff.files import file_manifest, replace_dir
 
-PARTS = ("vae", "unet", "scheduler")
+COMPONENTS = ("vae", "unet", "scheduler")
+"""Folders of a model in diffusers' format; the others, such as the text encoder, are not used."""
 
 UNUSED_INPUTS = (
     *("addition_embed_type", "class_embed_type", "num_class_embeds"),
     *("encoder_hid_dim_type", "encoder_hid_dim", "center_input_sample"),
 )
-"""A UNet with one of these (SDXL's has) does more than noisy latents, timesteps and tokens ask."""
+"""A UNet with one of these (such as SDXL's) needs more than noisy latents, timesteps and tokens."""
 
-SHIPPED_CONFIGS = {"CompVis/stable-diffusion-v1-4": "stable-diffusion-v1-4"}
-"""Hub ids whose configuration the project ships, and its folder there."""
+SHIPPED_CONFIGS = {
+    "CompVis/stable-diffusion-v1-4": Path(__file__).parents[2] / "presets/stable-diffusion-v1-4"
+}
+"""Hub ids whose configuration the project ships, and its folder."""
 
 
 class BaseParams(Section):
@@ -43,36 +47,35 @@ class BaseParams(Section):
         return self
 
 
-def config_folder(base: BaseParams, *, root: Path, shipped: Path) -> Path:
-    """Where a base's configuration is read without weights and without a network.
+def config_folder(base: BaseParams, *, root: Path) -> Path:
+    """Return a folder with the base's configuration files; it need not hold weights.
 
     Args:
-        base: which base.
-        root: the project's folder, which a local base's path is relative to.
-        shipped: folder of the configurations that the project ships.
+        base: which base. A hub id whose configuration the project does not ship is fetched once.
+        root: the project's folder. A local base may lie there; fetched files are kept in .work.
 
     Raises:
-        ValueError: there is none; names base.path.
+        ValueError: the base is missing or cannot be used; names base.path.
+        ConnectionError: the hub cannot be reached.
     """
     if base.source == "local":
         folder = local_base(base, root=root)
     elif base.path in SHIPPED_CONFIGS:
-        folder = shipped / SHIPPED_CONFIGS[base.path]
+        folder = SHIPPED_CONFIGS[base.path]
     else:
-        raise ValueError(
-            f"base.path: the configuration of {base.path} is not shipped in {shipped} (there: "
-            f"{', '.join(SHIPPED_CONFIGS)}), so that nothing is known of it before it is fetched; "
-            "or set base.source: local and base.path to a folder of it"
-        )
-    check_config(folder)
+        folder = root / ".work/base-config" / f"{base.path.replace('/', '--')}-{base.revision}"
+        if not folder.is_dir():
+            with replace_dir(folder) as temporary:
+                fetch_from_hub(base, temporary, weights=False)
+    check_base(folder, weights=False)
     return folder
 
 
 def local_base(base: BaseParams, *, root: Path) -> Path:
-    """The folder of a base whose source is local.
+    """Return the folder of a base whose source is local.
 
-    In DVC's temporary copies of the project a folder that DVC tracks is here; one that it does not
-    is only below the project's root.
+    A temporary copy that DVC makes of the project holds a folder that DVC tracks; any other folder
+    is only in the project itself.
 
     Raises:
         ValueError: there is no such folder; names base.path.
@@ -81,14 +84,14 @@ def local_base(base: BaseParams, *, root: Path) -> Path:
     folder = here if here.is_dir() else root / base.path
     if not folder.is_dir():
         raise ValueError(
-            f"base.path: there is no folder {base.path}; the tiny base comes by "
-            "`dvc pull models/tiny`, or is retrained by `make base`"
+            f"base.path: there is no folder {base.path}; get the tiny base by `dvc pull "
+            "models/tiny`, or retrain it by `make base`"
         )
     return folder
 
 
 def base_manifest(base: BaseParams, *, root: Path) -> dict[str, Any]:
-    """What stands for a base in DVC: every file of a local one, or the pinned commit of a hub's.
+    """Describe a base for DVC: every file of a local one, or the pinned commit of a hub's.
 
     Raises:
         ValueError: a local folder is missing or cannot be used; names base.path.
@@ -97,87 +100,76 @@ def base_manifest(base: BaseParams, *, root: Path) -> dict[str, Any]:
         return {"path": base.path, "revision": base.revision}
     folder = local_base(base, root=root)
     check_base(folder)
-    files = [path for part in PARTS for path in (folder / part).rglob("*") if path.is_file()]
+    files = [path for name in COMPONENTS for path in (folder / name).rglob("*") if path.is_file()]
     names = [path.relative_to(folder).as_posix() for path in files]
     return {"path": base.path, "files": file_manifest(folder, names)}
 
 
-def check_base(folder: Path) -> None:
-    """Refuse a folder that is no latent diffusion model in diffusers' format.
+def check_base(folder: Path, *, weights: bool = True) -> None:
+    """Refuse a folder that is no latent diffusion model which ContraDiff can use.
+
+    Args:
+        folder: expected to be in diffusers' format.
+        weights: False: the configuration files are enough.
 
     Raises:
-        ValueError: a part is missing, or is not what ContraDiff can use; names base.path.
+        ValueError: all faults, one a line; names base.path.
     """
-    check_config(folder)
-    for part in ("vae", "unet"):
-        if not list((folder / part).glob("*.safetensors")):
-            raise ValueError(
-                f"base.path: {folder / part} holds no .safetensors file; pickled weights are not "
-                "read"
-            )
+    vae, unet, scheduler = (read_config(folder, name) for name in COMPONENTS)
+    faults = list(_config_faults(vae, unet, scheduler))
+    faults += [
+        f"{name} holds no .safetensors file, and pickled weights are not read"
+        for name in ("vae", "unet")
+        if weights and not list((folder / name).glob("*.safetensors"))
+    ]
+    if faults:
+        raise ValueError("\n".join(f"base.path: {folder}/{fault}" for fault in faults))
 
 
-def check_config(folder: Path) -> None:
-    """As `check_base`, from the configuration files alone: there need be no weights.
-
-    Raises:
-        ValueError: a part is missing, or is not what ContraDiff can use; names base.path.
-    """
-    vae, unet, scheduler = (read_part(folder, part) for part in PARTS)
+def _config_faults(
+    vae: Mapping[str, Any], unet: Mapping[str, Any], scheduler: Mapping[str, Any]
+) -> Iterator[str]:
+    """Yield faults, each beginning with the component; a missing key has diffusers' default."""
     blocks = [*unet.get("down_block_types", []), *unet.get("up_block_types", [])]
     attends = any("CrossAttn" in block for block in blocks)
     if unet.get("_class_name") != "UNet2DConditionModel" or not attends:
-        raise ValueError(
-            f"base.path: {folder}/unet is no UNet2DConditionModel with cross-attention"
-        )
-    # 1280 is diffusers' default
+        yield "unet is no UNet2DConditionModel with cross-attention"
     if not isinstance(width := unet.get("cross_attention_dim", 1280), int):
-        raise ValueError(
-            f"base.path: {folder}/unet has cross_attention_dim {width!r}; all its blocks must "
-            "attend to tokens of one width"
-        )
+        yield f"unet has cross_attention_dim {width!r}; all blocks must take tokens of one width"
     for key in UNUSED_INPUTS:
         if unet.get(key):
-            raise ValueError(
-                f"base.path: {folder}/unet has {key} {unet[key]!r}, which is not supported"
-            )
+            yield f"unet has {key} {unet[key]!r}, which is not supported"
     mid = "UNetMidBlock2DCrossAttn"
     if unet.get("mid_block_type", mid) != mid:
-        raise ValueError(
-            f"base.path: {folder}/unet has mid_block_type {unet['mid_block_type']!r}, not {mid}"
-        )
-    # 4 is the default of both
+        yield f"unet has mid_block_type {unet['mid_block_type']!r}, not {mid}"
     latent_channels, in_channels = vae.get("latent_channels", 4), unet.get("in_channels", 4)
     if latent_channels != in_channels:
-        raise ValueError(
-            f"base.path: {folder}/unet takes {in_channels} channels (in_channels), but its vae "
-            f"makes latents of {latent_channels} (latent_channels)"
+        yield (
+            f"unet takes {in_channels} channels (in_channels), but its vae makes latents of "
+            f"{latent_channels} (latent_channels)"
         )
     if (out_channels := unet.get("out_channels", 4)) != in_channels:
-        raise ValueError(
-            f"base.path: {folder}/unet takes {in_channels} channels and predicts {out_channels} "
-            "(out_channels); Eq. 3 compares noise with noise"
+        yield (
+            f"unet takes {in_channels} channels and predicts {out_channels} (out_channels); Eq. 3 "
+            "compares noise with noise"
         )
-    if scheduler.get("prediction_type", "epsilon") != "epsilon":
-        raise ValueError(
-            f"base.path: {folder}/scheduler predicts {scheduler['prediction_type']}; "
-            "Eq. 3 needs epsilon"
-        )
+    if (prediction := scheduler.get("prediction_type", "epsilon")) != "epsilon":
+        yield f"scheduler predicts {prediction}; Eq. 3 needs epsilon"
 
 
-def read_part(folder: Path, part: str) -> dict[str, Any]:
-    """The configuration of one of PARTS.
+def read_config(folder: Path, component: str) -> dict[str, Any]:
+    """Read the configuration of one of COMPONENTS.
 
     Raises:
         ValueError: it is missing or no JSON; names base.path.
     """
-    name = "scheduler_config.json" if part == "scheduler" else "config.json"
-    path = folder / part / name
+    name = "scheduler_config.json" if component == "scheduler" else "config.json"
+    path = folder / component / name
     if not path.is_file():
         raise ValueError(
-            f"base.path: {folder} has no {part}/{name}; expected a model folder in diffusers' "
-            "format with vae/, unet/ and scheduler/. The tiny base comes by "
-            "`dvc pull models/tiny`, or is retrained by `make base`"
+            f"base.path: {folder} has no {component}/{name}; it must be a model in diffusers' "
+            "format, with vae/, unet/ and scheduler/. Get the tiny base by `dvc pull models/tiny`, "
+            "or retrain it by `make base`"
         )
     try:
         return json.loads(path.read_text(encoding="utf-8"))
@@ -186,32 +178,33 @@ def read_part(folder: Path, part: str) -> dict[str, Any]:
 
 
 def downsampling_of(folder: Path) -> int:
-    """Side of an image over that of its latent, from the autoencoder's configuration."""
-    vae = read_part(folder, "vae")
-    return 2 ** (len(vae["block_out_channels"]) - 1)
+    """Return the side of an image divided by that of its latent, such as 8."""
+    return 2 ** (len(read_config(folder, "vae")["block_out_channels"]) - 1)
 
 
-def fetch_from_hub(name: str, revision: str, destination: Path, *, weights: bool) -> None:
-    """Download the parts that are used, at one pinned commit, as safetensors alone.
+def fetch_from_hub(base: BaseParams, destination: Path, *, weights: bool) -> None:
+    """Download a base's components at its pinned commit; weights as safetensors only.
 
     Args:
-        name: hub id.
-        revision: commit hash.
+        base: whose source is hub.
         destination: folder.
-        weights: whether to, or the configuration alone.
+        weights: False: the configuration alone.
 
     Raises:
-        ValueError: it cannot be fetched; names base.path.
+        ConnectionError: it cannot be fetched; names base.path.
     """
     from huggingface_hub import snapshot_download
 
-    patterns = [f"{part}/*.json" for part in PARTS]
+    patterns = [f"{name}/*.json" for name in COMPONENTS]
     if weights:
-        patterns += [f"{part}/diffusion_pytorch_model.safetensors" for part in PARTS[:2]]
+        patterns += [f"{name}/diffusion_pytorch_model.safetensors" for name in ("vae", "unet")]
     try:
-        snapshot_download(name, revision=revision, allow_patterns=patterns, local_dir=destination)
+        snapshot_download(
+            base.path, revision=base.revision, allow_patterns=patterns, local_dir=destination
+        )
     except Exception as error:
-        raise ValueError(
-            f"base.path: {name} at {revision} could not be fetched from the hub ({error}); without "
-            "a network, download it elsewhere, set base.source: local and base.path to its folder"
+        raise ConnectionError(
+            f"base.path: {base.path} at {base.revision} could not be fetched from the hub "
+            f"({error}); without a network, download it elsewhere, set base.source: local and "
+            "base.path to its folder"
         ) from error

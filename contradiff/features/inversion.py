@@ -20,21 +20,10 @@ CHAIN_STEPS = 20
 """Length of the whole chain's grid ("using 20 denoising steps", the linear probe's section)."""
 
 
-def chain_to(
-    timesteps: Sequence[int], *, schedule: NoiseSchedule, key: str = "features.timesteps"
-) -> list[int]:
-    """The grid's points from the cleanest up to the noisiest of `timesteps`.
-
-    Raises:
-        ValueError: a timestep is not on the grid; names `key`, where they stand, and
-            features.noising.
-    """
+def chain_to(timesteps: Sequence[int], *, schedule: NoiseSchedule) -> list[int]:
+    """The grid's points from the cleanest up to the noisiest of `timesteps`, all on the grid."""
     grid = schedule.ddim_timesteps(CHAIN_STEPS)
-    if not set(timesteps) <= set(grid):
-        raise ValueError(
-            f"{key}: with features.noising ddim_chain they must be of the base's "
-            f"{CHAIN_STEPS}-step grid {grid}, not {list(timesteps)}"
-        )
+    assert set(timesteps) <= set(grid), "rules.py refuses others"
     return grid[: grid.index(max(timesteps)) + 1]
 
 

@@ -2,27 +2,17 @@
 
 from stages.runtime.run import Run
 
-import copy
 import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from contradiff.config import parse, read_params
+from contradiff.base.config import BaseParams
 from stages import base
 
-ROOT = Path(__file__).resolve().parents[2]
-HUB = {"source": "hub", "path": "somebody/model", "revision": "a" * 40}
-
-
-@pytest.fixture
-def content(tiny_base: Path) -> dict[str, Any]:
-    tiny = copy.deepcopy(read_params(ROOT / "presets/tiny.yaml"))
-    tiny["base"]["path"] = str(tiny_base)
-    return tiny
+HUB = BaseParams(source="hub", path="somebody/model", revision="a" * 40)
 
 
 @pytest.fixture
@@ -44,7 +34,7 @@ def fetched(served: list[Path], monkeypatch: pytest.MonkeyPatch) -> list[str]:
     def snapshot_download(
         name: str, *, revision: str, allow_patterns: list[str], local_dir: Path
     ) -> None:
-        assert (name, revision) == (HUB["path"], HUB["revision"])
+        assert (name, revision) == (HUB.path, HUB.revision)
         for pattern in allow_patterns:
             for path in served[-1].glob(pattern):
                 target = Path(local_dir) / path.relative_to(served[-1])
@@ -56,35 +46,39 @@ def fetched(served: list[Path], monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return names
 
 
+def local(folder: Path) -> BaseParams:
+    return BaseParams(source="local", path=str(folder), revision=None)
+
+
 def files(folder: Path) -> set[str]:
     return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
 
 
-def test_a_local_base_is_copied(content: dict[str, Any], tiny_base: Path, run: Run):
-    base.main(parse(base.Params, content, source="params.yaml"), run)
-    assert files(Path("build/base")) == files(tiny_base)
-
-
-def test_a_base_is_fetched_whole(
-    content: dict[str, Any], tiny_base: Path, run: Run, fetched: list[str]
+def test_a_local_base_is_copied_and_a_hub_s_is_fetched(
+    tiny_base: Path, run: Run, fetched: list[str]
 ):
-    base.main(parse(base.Params, content | {"base": HUB}, source="params.yaml"), run)
+    base.main(base.Params(base=local(tiny_base)), run)
+    assert files(Path("build/base")) == files(tiny_base)
+    base.main(base.Params(base=HUB), run)
     assert files(Path("build/base")) == set(fetched) == files(tiny_base)
 
 
 def test_what_cannot_be_used_is_refused_before_weights(
-    content: dict[str, Any], run: Run, served: list[Path], fetched: list[str], tmp_path: Path
+    tiny_base: Path, run: Run, served: list[Path], fetched: list[str], tmp_path: Path
 ):
-    (tiny_base,) = served
     scheduler = json.loads((tiny_base / "scheduler/scheduler_config.json").read_text())
-    other = tmp_path / "other"
-    shutil.copytree(tiny_base, other)
+    other = Path(shutil.copytree(tiny_base, tmp_path / "other"))
     scheduler["prediction_type"] = "v_prediction"
     (other / "scheduler/scheduler_config.json").write_text(json.dumps(scheduler))
     served.append(other)
-    for section in (content["base"] | {"path": str(other)}, HUB):
-        params = parse(base.Params, content | {"base": section}, source="params.yaml")
+    for params in (local(other), HUB):
         with pytest.raises(ValueError, match=r"^base\.path: .*v_prediction"):
-            base.main(params, run)
+            base.main(base.Params(base=params), run)
     assert not Path("build/base").exists()
     assert [path for path in fetched if path.endswith(".safetensors")] == []
+
+
+def test_a_hub_that_cannot_be_reached_is_said(run: Run):
+    """The tests have no network."""
+    with pytest.raises(ConnectionError, match=r"^base\.path: somebody/model .* base\.source: loca"):
+        base.main(base.Params(base=HUB), run)

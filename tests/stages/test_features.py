@@ -303,16 +303,6 @@ def test_too_little_room_is_found_before_the_work(
             {"model": "timm", "pool": "mean", "timm_name": "x"},
             r"features\.timm_weights: .*features\.timm_pretrained: true",
         ),
-        (
-            {
-                "model": "timm",
-                "pool": "mean",
-                "timm_name": "x",
-                "timm_pretrained": True,
-                "probing": {"head": "attentive"},
-            },
-            r"probe\.head: attentive .*features\.model: timm has not",
-        ),
         ({"model": "diffeed", "pool": "mean", "noising": "ddim_chain"}, r"features\.noising: "),
         ({"model": "diffeed", "pool": "mean", "more_blocks": ["mid"]}, r"features\.more_blocks: "),
         ({"more_triples": [[401, 101, 201]]}, r"features\.more_triples: a triple is repeated"),

@@ -197,13 +197,3 @@ def test_changed_data_is_refused(project: Run):
     write_manifest()
     with pytest.raises(ValueError, match=r"train/dark/9\.png: not a readable image"):
         call(project)
-
-
-@pytest.mark.parametrize(("key", "value"), [("pool", "mean"), ("noising", "ddim_chain")])
-def test_finetuning_needs_the_head_and_direct_noise(key: str, value: str):
-    content = copy.deepcopy(CONTENT)
-    content["features"][key] = value
-    with pytest.raises(ValueError, match=rf"transfer\.finetune_epochs: .*features\.{key}"):
-        parse(transfer.Params, content, source="params.yaml")
-    content["transfer"]["finetune_epochs"] = 0
-    parse(transfer.Params, content, source="params.yaml")

@@ -1,0 +1,284 @@
+"""Every rule between sections of params.yaml, each once; the stage `validate` asks them all.
+
+A rule within one section is that section's validator. A rule here yields one message for each
+fault: it begins with a dotted key and says what to type. The code that relies on a rule asserts it.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from torch import nn
+
+from contradiff.base.config import BaseParams, downsampling_of
+from contradiff.base.loading import NoiseSchedule, unet_without_weights
+from contradiff.config import Section, Seed
+from contradiff.data.latents import LatentsParams
+from contradiff.data.params import DataParams, RawParams
+from contradiff.data.shards import ShardParams
+from contradiff.downstream.probing import ProbeParams
+from contradiff.downstream.separability import SeparabilityParams
+from contradiff.downstream.transfer import TransferParams
+from contradiff.evaluation.extractors import ExtractorParams
+from contradiff.evaluation.reference import ReferenceParams
+from contradiff.evaluation.scores import ScoreParams
+from contradiff.features.inversion import CHAIN_STEPS
+from contradiff.features.params import FeaturesParams
+from contradiff.generation.class_table import ClassConditionParams
+from contradiff.generation.sampling import GenerateParams
+from contradiff.method.attention import HeadParams
+from contradiff.method.conditioner import ConditionerParams
+from contradiff.method.lora import LoraParams
+from contradiff.method.losses import LossParams
+from contradiff.method.noise import NoiseParams
+from contradiff.sources.packing import IngestParams
+from contradiff.sources.transfer_set import TransferDataParams
+from contradiff.training.recipe import PretrainParams
+
+if TYPE_CHECKING:
+    from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+
+
+class AllParams(Section):
+    """All sections of params.yaml but `runtime`, which changes no result."""
+
+    seed: Seed
+    data: DataParams
+    raw: RawParams
+    shard: ShardParams
+    ingest: IngestParams
+    base: BaseParams
+    latents: LatentsParams
+    noise: NoiseParams
+    lora: LoraParams
+    conditioner: ConditionerParams
+    head: HeadParams
+    loss: LossParams
+    pretrain: PretrainParams
+    features: FeaturesParams
+    probe: ProbeParams
+    transfer_data: TransferDataParams
+    transfer: TransferParams
+    separability: SeparabilityParams
+    class_condition: ClassConditionParams
+    generate: GenerateParams
+    extractor: ExtractorParams
+    reference: ReferenceParams
+    score: ScoreParams
+
+
+def between_sections(params: AllParams) -> Iterator[str]:
+    """Yield what is wrong between sections, from the parameter file alone."""
+    for rule in (
+        images_are_not_enlarged,
+        patches_tile_the_pixels,
+        crops_are_stored,
+        colours_are_distorted_in_crops_alone,
+        batches_fit_the_rendered_images,
+        attentive_probe_has_maps,
+        finetuning_has_a_head,
+        null_condition_is_trained,
+        classes_have_a_table,
+        scores_have_enough_images,
+    ):
+        yield from rule(params)
+
+
+def images_are_not_enlarged(params: AllParams) -> Iterator[str]:
+    resize, image_size = params.ingest.resize, params.data.image_size
+    if resize is not None and resize < image_size:
+        yield f"ingest.resize: {resize} must be null or at least data.image_size, {image_size}"
+
+
+def patches_tile_the_pixels(params: AllParams) -> Iterator[str]:
+    patch_size, image_size = params.conditioner.patch_size, params.data.image_size
+    if params.conditioner.input == "pixels" and image_size % patch_size:
+        yield f"conditioner.patch_size: {patch_size} must divide data.image_size, {image_size}"
+
+
+def crops_are_stored(params: AllParams) -> Iterator[str]:
+    """The first stored view is the centre crop; random crops are the further ones."""
+    if params.latents.views > 1:
+        return
+    if params.conditioner.input == "latents" and params.conditioner.cond_view == "crop":
+        yield (
+            "conditioner.cond_view: crop needs stored random crops when conditioner.input is "
+            "latents; set latents.views to 2 or more"
+        )
+    if params.loss.latent_views == "two":
+        yield "loss.latent_views: two needs stored random crops; set latents.views to 2 or more"
+
+
+def colours_are_distorted_in_crops_alone(params: AllParams) -> Iterator[str]:
+    if params.latents.colour_jitter == 0:
+        return
+    if params.latents.views == 1:
+        yield (
+            "latents.colour_jitter: distorts random crops, and latents.views 1 stores none; set it "
+            "to 0"
+        )
+    elif params.loss.latent_views == "same" or params.loss.recon_passes > 3:
+        yield (
+            "latents.colour_jitter: loss.latent_views: same and loss.recon_passes over 3 would "
+            "teach the model to reconstruct distorted colours; set it to 0"
+        )
+
+
+def batches_fit_the_rendered_images(params: AllParams) -> Iterator[str]:
+    """Counts of other data are known to the stage `prepare`."""
+    num_train = params.data.num_train
+    for name, section in (
+        ("pretrain", params.pretrain),
+        ("class_condition", params.class_condition),
+    ):
+        if num_train is not None and section.epochs and section.batch_size > num_train:
+            yield (
+                f"{name}.batch_size: {section.batch_size} is more than data.num_train, "
+                f"{num_train}; lower it"
+            )
+
+
+def attentive_probe_has_maps(params: AllParams) -> Iterator[str]:
+    if params.probe.head == "attentive" and params.features.model == "timm":
+        yield (
+            "probe.head: attentive learns from maps at three noise levels, and features.model: "
+            "timm has none; set probe.head to linear"
+        )
+
+
+def finetuning_has_a_head(params: AllParams) -> Iterator[str]:
+    """Fine-tuning trains LoRA and the attention head on latents noised by Eq. 5."""
+    for key, value, needed in (
+        ("features.pool", params.features.pool, "attention"),
+        ("features.noising", params.features.noising, "direct"),
+    ):
+        if params.transfer.finetune_epochs and value != needed:
+            yield (
+                f"transfer.finetune_epochs: fine-tuning needs {key}: {needed} (got {value}); set "
+                f"{key} to {needed}, or transfer.finetune_epochs to 0"
+            )
+
+
+def null_condition_is_trained(params: AllParams) -> Iterator[str]:
+    """Sampling may use a null condition only if the reconstruction loss has seen it."""
+    generate, conditioner = params.generate, params.conditioner
+    # The second view gives the last three of six draws.
+    sees_noise = conditioner.cond_view == "noise" and params.loss.recon_passes > 3
+    is_trained = conditioner.drop > 0 or sees_noise or params.pretrain.epochs == 0
+    is_guided = generate.guidance != 1
+    is_used = generate.condition == "noise" or (generate.condition == "image" and is_guided)
+    if is_used and not is_trained:
+        yield (
+            "conditioner.drop: 0 never trains the null condition, and generate.condition: noise "
+            "and guided images need it; make it more than 0, such as 0.1"
+        )
+    if generate.condition == "class" and is_guided and params.class_condition.drop == 0:
+        yield (
+            "class_condition.drop: 0 never trains the null class, and generate.guidance needs it; "
+            "make it more than 0, such as 0.1, or set generate.guidance to 1"
+        )
+
+
+def classes_have_a_table(params: AllParams) -> Iterator[str]:
+    if params.generate.condition == "class" and params.class_condition.epochs == 0:
+        yield (
+            "generate.condition: class needs a table of classes; make class_condition.epochs 1 or "
+            "more (got 0)"
+        )
+
+
+def scores_have_enough_images(params: AllParams) -> Iterator[str]:
+    num_samples = params.generate.num_samples
+    images = {"generate.num_samples": num_samples, "reference.num_kept": params.reference.num_kept}
+    for key, value, sets in (
+        ("score.splits", params.score.splits, ["generate.num_samples"]),
+        ("score.kid_subset_size", params.score.kid_subset_size, list(images)),
+    ):
+        for name in sets:
+            if value > images[name]:
+                yield f"{key}: {value} is more than {name}, {images[name]}; lower it"
+    extractor = params.extractor
+    if num_samples < extractor.num_features:
+        yield (
+            f"generate.num_samples: FID needs {extractor.num_features} images or more, one for "
+            f"each feature of extractor.kind: {extractor.kind} (got {num_samples})"
+        )
+
+
+def with_base(params: AllParams, folder: Path) -> Iterator[str]:
+    """Yield what this base cannot serve, from its configuration files alone.
+
+    Args:
+        params: all parameters.
+        folder: a base that `check_config` accepts.
+    """
+    unet, schedule = unet_without_weights(folder), NoiseSchedule.of_base(folder)
+    yield from lora_has_targets(params, unet)
+    yield from blocks_are_there(params, unet)
+    yield from timesteps_are_in_the_schedule(params, schedule)
+    yield from sampling_fits_the_schedule(params, schedule)
+    yield from sizes_divide(params, unet, downsampling=downsampling_of(folder))
+
+
+def lora_has_targets(params: AllParams, unet: "UNet2DConditionModel") -> Iterator[str]:
+    names = [name for name, module in unet.named_modules() if isinstance(module, nn.Linear)]
+    example = next((name for name in names if "attn2" in name), names[0])
+    for target in params.lora.targets:
+        if not any(f".{name}".endswith(f".{target}") for name in names):
+            yield f"lora.targets: {target!r} ends no linear layer's name, such as {example!r}"
+
+
+def blocks_are_there(params: AllParams, unet: "UNet2DConditionModel") -> Iterator[str]:
+    num_up_blocks = len(unet.config["up_block_types"])
+    asked = [("head.block", params.head.block)]
+    asked += [("features.more_blocks", block) for block in params.features.more_blocks]
+    if params.features.model == "diffeed":
+        asked.append(("features.model", "diffeed"))
+    for key, value in asked:
+        if value != "mid" and num_up_blocks < 2:
+            yield (
+                f"{key}: {value} reads the UNet's second up block, but the base has "
+                f"{num_up_blocks}; ask for mid alone, or take another base"
+            )
+
+
+def timesteps_are_in_the_schedule(params: AllParams, schedule: NoiseSchedule) -> Iterator[str]:
+    last, grid = schedule.num_train_timesteps - 1, schedule.ddim_timesteps(CHAIN_STEPS)
+    for number, triple in enumerate(params.features.triples):
+        key = "features.more_triples" if number else "features.timesteps"
+        beyond = [step for step in triple if step > last]
+        if beyond:
+            yield f"{key}: {beyond} are beyond the base's last timestep, {last}"
+        elif params.features.noising == "ddim_chain" and not set(triple) <= set(grid):
+            yield (
+                f"{key}: {triple} are not on the base's {CHAIN_STEPS}-step grid, which "
+                f"features.noising: ddim_chain needs: choose from {grid}"
+            )
+
+
+def sampling_fits_the_schedule(params: AllParams, schedule: NoiseSchedule) -> Iterator[str]:
+    num_steps, most = params.generate.num_inference_steps, schedule.num_train_timesteps
+    # Stable Diffusion's steps_offset pushes the first of 1000 steps beyond its grid.
+    if num_steps > most or schedule.ddim_timesteps(num_steps)[-1] >= most:
+        yield (
+            f"generate.num_inference_steps: {num_steps} is more than the base's schedule of {most} "
+            "timesteps has room for; lower it"
+        )
+
+
+def sizes_divide(
+    params: AllParams, unet: "UNet2DConditionModel", *, downsampling: int
+) -> Iterator[str]:
+    image_size, patch_size = params.data.image_size, params.conditioner.patch_size
+    of_unet = 2 ** (len(unet.config["block_out_channels"]) - 1)
+    if image_size % (downsampling * of_unet):
+        yield (
+            f"data.image_size: {image_size} is no multiple of {downsampling * of_unet}: the base's "
+            f"VAE makes an image {downsampling} times smaller, and its UNet {of_unet} times more"
+        )
+    latent_size = image_size // downsampling
+    if params.conditioner.input == "latents" and latent_size % patch_size:
+        yield (
+            f"conditioner.patch_size: {patch_size} must divide the latent's side, {latent_size}, "
+            "when conditioner.input is latents"
+        )

@@ -1,0 +1,116 @@
+"""What is refused as a base, from its files."""
+
+import json
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from contradiff.base.config import BaseParams, base_manifest, check_base, config_folder
+
+STABLE_DIFFUSION = Path(__file__).resolve().parents[2] / "presets/stable-diffusion-v1-4"
+
+
+@pytest.fixture
+def base(tiny_base: Path, tmp_path: Path) -> Path:
+    """A copy that a test may break."""
+    return Path(shutil.copytree(tiny_base, tmp_path / "base"))
+
+
+def edit_json(path: Path, **changes: object) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def local(path: Path | str) -> BaseParams:
+    return BaseParams(source="local", path=str(path), revision=None)
+
+
+@pytest.mark.parametrize(
+    "missing", ["vae/config.json", "unet/config.json", "scheduler/scheduler_config.json"]
+)
+def test_a_missing_or_broken_configuration_is_named(base: Path, missing: str):
+    check_base(base)
+    (base / missing).write_text("{")
+    with pytest.raises(ValueError, match=rf"^base\.path: .*{missing}: not valid JSON"):
+        check_base(base)
+    (base / missing).unlink()
+    expected = rf"^base\.path: .* has no {re.escape(missing)}; .*dvc pull"
+    with pytest.raises(ValueError, match=expected):
+        check_base(base)
+
+
+def test_pickled_weights_are_refused(base: Path):
+    for name in ("vae", "unet"):
+        (weights,) = (base / name).glob("*.safetensors")
+        weights.rename(base / name / "diffusion_pytorch_model.bin")
+    with pytest.raises(ValueError, match=r"holds no \.safetensors file") as caught:
+        check_base(base)
+    assert [line.split()[1] for line in str(caught.value).splitlines()] == [
+        f"{base}/vae",
+        f"{base}/unet",
+    ]
+    check_base(base, weights=False)
+
+
+@pytest.mark.parametrize(
+    ("component", "changes", "fault"),
+    [
+        ("unet", {"_class_name": "DiTTransformer2DModel"}, "no UNet2DConditionModel with cross"),
+        (
+            "unet",
+            {"down_block_types": ["DownBlock2D"], "up_block_types": ["UpBlock2D"]},
+            "no UNet2DConditionModel with cross-attention",
+        ),
+        ("unet", {"cross_attention_dim": None}, r"cross_attention_dim None; .* one width"),
+        ("unet", {"cross_attention_dim": [16, 16]}, r"cross_attention_dim \[16, 16\]; "),
+        # As SDXL's: its added embedding would silently be left out.
+        ("unet", {"addition_embed_type": "text_time"}, "addition_embed_type 'text_time', which"),
+        ("unet", {"num_class_embeds": 1000}, "num_class_embeds 1000, which is not supported"),
+        ("unet", {"center_input_sample": True}, "center_input_sample True, which is not"),
+        ("unet", {"mid_block_type": "UNetMidBlock2D"}, "mid_block_type 'UNetMidBlock2D', not UNet"),
+        ("unet", {"out_channels": 8}, r"takes 4 channels and predicts 8 \(out_channels\)"),
+        (
+            "vae",
+            {"latent_channels": 16},
+            r"unet takes 4 channels \(in_channels\), but its vae .* latents of 16",
+        ),
+        ("scheduler", {"prediction_type": "v_prediction"}, r"predicts v_prediction; Eq\. 3 needs"),
+    ],
+)
+def test_a_base_that_the_method_cannot_use_is_refused(
+    base: Path, component: str, changes: dict[str, Any], fault: str
+):
+    name = "scheduler_config.json" if component == "scheduler" else "config.json"
+    edit_json(base / component / name, **changes)
+    with pytest.raises(ValueError, match=rf"^base\.path: {base}/.*{fault}"):
+        check_base(base, weights=False)
+
+
+def test_configurations_are_found_without_a_network(tiny_base: Path, tmp_path: Path):
+    assert config_folder(local(tiny_base.name), root=tiny_base.parent) == tiny_base
+    assert config_folder(local(tiny_base), root=tmp_path) == tiny_base
+    hub = BaseParams(source="hub", path="CompVis/stable-diffusion-v1-4", revision="a" * 40)
+    assert config_folder(hub, root=tmp_path) == STABLE_DIFFUSION
+
+
+def test_a_manifest_sees_every_file_of_a_local_base(base: Path):
+    before = base_manifest(local(base), root=Path())
+    assert base_manifest(local(base), root=Path()) == before
+    assert len(before["files"]) == 5
+    edit_json(base / "vae/config.json", note="changed")
+    assert base_manifest(local(base), root=Path()) != before
+
+
+@pytest.mark.parametrize(
+    ("params", "message"),
+    [
+        ({"source": "hub", "path": "a/b", "revision": None}, "must be a full commit hash"),
+        ({"source": "hub", "path": "a/b", "revision": "main"}, "must be a full commit hash"),
+        ({"source": "local", "path": "models/x", "revision": "a" * 40}, "has no meaning"),
+    ],
+)
+def test_a_hub_id_needs_its_commit_and_a_folder_has_none(params: dict[str, Any], message: str):
+    with pytest.raises(ValueError, match=rf"base\.revision {message}"):
+        BaseParams.model_validate(params)
