@@ -18,6 +18,7 @@ PRESETS = sorted((ROOT / "presets").glob("*.yaml"))
 NEVER_A_RESULT = {
     *("stages/runtime", "contradiff/report", "contradiff/rules.py"),
     *("contradiff/config.py", "contradiff/files.py", "contradiff/types.py"),
+    "contradiff/processes.py",
 }
 """Code that decides no stage's result: messages, reports, the reading and writing of files."""
 

@@ -20,6 +20,7 @@ from typing import Any, TypeVar
 
 from contradiff.data.shards import Shard
 from contradiff.files import explain_full_disk, replace_file
+from contradiff.processes import Processes
 
 STATE_VERSION = 1
 """Raise it when finished shards of an interrupted run may no longer be mixed with new ones."""
@@ -28,21 +29,6 @@ SECONDS_BETWEEN_LOOKS = 0.2
 Item = TypeVar("Item")
 Tick = Callable[[int], None]
 """Told how many more samples are done."""
-
-
-@dataclass(frozen=True)
-class Processes:
-    """Which of several processes this is.
-
-    Attributes:
-        rank: its number, from 0; process 0 reports the progress of all.
-        size: how many there are.
-        barrier: returns when every process has called it.
-    """
-
-    rank: int = 0
-    size: int = 1
-    barrier: Callable[[], object] = lambda: None
 
 
 @dataclass(frozen=True)

@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     import torch
     from accelerate import Accelerator
 
-    from contradiff.data.map_shards import Processes
+    from contradiff.processes import Processes
     from contradiff.types import Precision
 
 PARAMS_FILE = Path("params.yaml")
@@ -137,7 +137,7 @@ class Run:
 
     def processes(self, accelerator: "Accelerator") -> "Processes":
         """Return which of the stage's processes this is, for `map_shards`."""
-        from contradiff.data.map_shards import Processes
+        from contradiff.processes import Processes
 
         return Processes(
             accelerator.process_index, accelerator.num_processes, accelerator.wait_for_everyone
