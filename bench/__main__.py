@@ -1,20 +1,17 @@
-"""`python -m bench NAME`: measurements, each a table on stdout. Ratios, not seconds, are quoted."""
+"""Run a measurement: `python -m bench NAME` prints a table. Quote its ratios, not its seconds."""
 
 import importlib
 import sys
 from pathlib import Path
 
-BENCHES = sorted(path.stem for path in Path(__file__).parent.glob("[!_]*.py"))
-
-
-def first_line(name: str) -> str:
-    """What a bench measures, in the words of its module."""
-    return (importlib.import_module(f"bench.{name}").__doc__ or "").splitlines()[0]
-
+NAMES = sorted(path.stem for path in Path(__file__).parent.glob("[!_]*.py"))
 
 if __name__ == "__main__":
-    if len(sys.argv) < 2 or sys.argv[1] not in BENCHES:
-        lines = [f"  {name:12} {first_line(name)}" for name in BENCHES]
-        print("\n".join(["usage: python -m bench NAME [arguments]", *lines]))
-        sys.exit(0 if len(sys.argv) < 2 else f"{sys.argv[1]} is none of them")
-    importlib.import_module(f"bench.{sys.argv[1]}").main(sys.argv[2:])
+    if len(sys.argv) > 1 and sys.argv[1] in NAMES:
+        importlib.import_module(f"bench.{sys.argv[1]}").main(sys.argv[2:])
+    else:
+        print("usage: python -m bench NAME [arguments]")
+        for name in NAMES:
+            documentation = importlib.import_module(f"bench.{name}").__doc__ or ""
+            print(f"  {name:12} {documentation.splitlines()[0]}")
+        sys.exit(f"there is no bench {sys.argv[1]}" if len(sys.argv) > 1 else 0)

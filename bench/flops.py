@@ -1,25 +1,27 @@
-"""FLOPs and peak memory of a training step, FLOPs of features, for each switch of the method.
+"""Count FLOPs and peak memory of a training step, and FLOPs of features, for each switch.
 
-    python -m bench flops                 the paper preset: Stable Diffusion v1.4 at 256 pixels
+    python -m bench flops                     the paper preset: Stable Diffusion v1.4, 256 pixels
     python -m bench flops presets/tiny.yaml
 
-FLOPs are counted by torch's FlopCounterMode while a step runs forward and backward on the meta
-device: exact, the same on every machine. Matrix products, convolutions and attention count.
+torch's FlopCounterMode counts the FLOPs of a step, forward and backward, on the meta device. It
+counts matrix products, convolutions and attention; the numbers are exact and the same on every
+machine.
 
-Memory is what is alive at once of all tensors that a step makes, forward and backward, and of the
-weights: counted at every operation on fake tensors. Under bf16 it is autocast as CUDA has it, norms
-in float32; attention keeps what CUDA's flash attention keeps. What grows with the batch is printed
-an image; the rest are the weights, as they are held while training, and the draws that go through
-the up blocks at once. A GPU also needs the optimiser's moments and DDP's buckets, twelve bytes a
-trained weight, what its kernels work in, and what its allocator loses.
+Peak memory is the largest sum of the weights and of all tensors that are alive during a step,
+forward and backward. It is taken at every operation on fake tensors. Under bf16 it follows CUDA:
+autocast runs norms in float32, and attention keeps what flash attention keeps. "peak MB" grows with
+the batch and is printed an image. "other MB" does not: these are the weights and the latents that
+go through the up blocks at once. A GPU also needs twelve bytes a trained weight for the optimiser's
+moments and DDP's buckets, working memory for its kernels, and what its allocator wastes.
 """
 
 import weakref
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
@@ -45,10 +47,10 @@ from contradiff.training.recipe import PretrainParams
 from contradiff.types import Precision
 
 NUM_IMAGES = 4
-"""FLOPs an image do not depend on it, but for the contrastive loss's own few."""
+"""Images in a counted step; only the contrastive loss's few FLOPs an image depend on it."""
 
 BATCH_SIZES = (64, 128)
-"""Images of two steps, whose difference is what an image needs: the paper's 512 on 8 and 4 GPUs."""
+"""Images of two steps, whose difference gives one image: the paper's 512 on 8 and on 4 GPUs."""
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "the preset": {},
@@ -70,7 +72,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 
 class Params(Section):
-    """What decides the FLOPs of a step."""
+    """The sections that decide the FLOPs of a step."""
 
     data: dict[str, Any]
     base: BaseParams
@@ -83,7 +85,7 @@ class Params(Section):
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Print the table for a parameter file."""
+    """Print the table of a parameter file."""
     path = Path(arguments[0] if arguments else "presets/paper.yaml")
     content = read_params(path)
     print(f"{path}: GFLOPs and peak megabytes (10^6 bytes) an image, other megabytes\n")
@@ -102,7 +104,7 @@ def main(arguments: Sequence[str]) -> None:
 
 
 def changed(content: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
-    """The parameters with some dotted keys changed."""
+    """Return a copy of the parameters with some dotted keys changed."""
     result = deepcopy(content)
     for key, value in changes.items():
         section, name = key.split(".")
@@ -111,11 +113,7 @@ def changed(content: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
 
 
 def build(params: Params, folder: Path, *, precision: Precision = "fp32") -> ContraDiff:
-    """The model set up for training, on the meta device.
-
-    But for the schedule, which decides which passes are made. FLOPs do not depend on the precision,
-    and autocast knows no meta device.
-    """
+    """Build the model for training on the meta device; only its noise schedule holds numbers."""
     schedule = NoiseSchedule.of_base(folder)
     with torch.device("meta"):
         model = ContraDiff(
@@ -137,13 +135,13 @@ def build(params: Params, folder: Path, *, precision: Precision = "fp32") -> Con
 
 
 def latent_shape(model: ContraDiff, params: Params, folder: Path) -> tuple[int, int, int]:
-    """Channels and sides of a latent."""
+    """Return channels, height and width of a latent."""
     side = params.data["image_size"] // downsampling_of(folder)
     return model.unet.config["in_channels"], side, side
 
 
 def of_training_step(params: Params, folder: Path) -> float:
-    """GFLOPs an image of forward and backward."""
+    """Count GFLOPs an image, forward and backward, in fp32; the precision does not change them."""
     model = build(params, folder)
     with torch.device("meta"):
         batch = empty_batch(model, params, folder, num_images=NUM_IMAGES)
@@ -153,11 +151,11 @@ def of_training_step(params: Params, folder: Path) -> float:
 
 
 def peak_bytes(params: Params, folder: Path) -> tuple[float, float]:
-    """What a training step, forward and backward, holds when it holds most.
+    """Count the memory of a training step, forward and backward, at its peak.
 
     Returns:
-        Bytes an image, and bytes that do not grow with the batch: weights, gradients of what is
-        trained, and the `pretrain.decode_batch_size` draws that go through the up blocks at once.
+        Bytes an image, and bytes that do not grow with the batch: weights, gradients, and the
+        `pretrain.decode_batch_size` latents that go through the up blocks at once.
     """
     few, more = BATCH_SIZES
     peaks = {n: _peak(params, folder, num_images=n) for n in BATCH_SIZES}
@@ -171,7 +169,7 @@ def _peak(params: Params, folder: Path, *, num_images: int) -> int:
     half = precision == "bf16"
     norms = cuda_norms() if half else nullcontext()
     with FakeTensorMode(allow_non_fake_inputs=True), LiveBytes() as live, norms:
-        # Autocast knows no meta device; fake tensors are said to be on the CPU.
+        # Autocast does not support the meta device; fake tensors claim to be on the CPU.
         for module in model.modules():
             for name, parameter in list(module.named_parameters(recurse=False)):
                 fake = torch.empty(parameter.shape, dtype=parameter.dtype)
@@ -185,24 +183,19 @@ def _peak(params: Params, folder: Path, *, num_images: int) -> int:
     return live.peak
 
 
-@contextmanager
-def cuda_norms() -> Iterator[None]:
-    """Norms in float32, as autocast takes them on CUDA; on the CPU it leaves them as they come."""
-    originals = F.group_norm, F.layer_norm
+def cuda_norms() -> AbstractContextManager[Any]:
+    """Run norms in float32, as autocast does on CUDA but not on the CPU."""
 
     def in_float32(norm: Callable[..., Tensor]) -> Callable[..., Tensor]:
         return lambda tensor, *args, **kwargs: norm(tensor.float(), *args, **kwargs)
 
-    # Not by a TorchFunctionMode, which is off while a checkpointed block is computed again.
-    F.group_norm, F.layer_norm = map(in_float32, originals)
-    try:
-        yield
-    finally:
-        F.group_norm, F.layer_norm = originals
+    # A TorchFunctionMode would be off while a checkpointed block is computed again.
+    norms = {name: in_float32(getattr(F, name)) for name in ("group_norm", "layer_norm")}
+    return patch.multiple(F, **norms)
 
 
 class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of all tensors made under it that are alive, and their peak."""
+    """Counts the bytes of the tensors that were created under it and are alive, and their peak."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -212,7 +205,7 @@ class LiveBytes(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        """Run the operation and note the storages that it made."""
+        """Run the operation and note the storages that it creates."""
         result = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(result):
             if isinstance(tensor, Tensor):
@@ -233,7 +226,7 @@ class LiveBytes(TorchDispatchMode):
 
 
 def training_step(model: ContraDiff, params: Params) -> TrainingStep:
-    """The model in training, with the preset's loss."""
+    """Return the training step with the preset's loss."""
     return TrainingStep(
         model,
         loss=params.loss,
@@ -245,7 +238,7 @@ def training_step(model: ContraDiff, params: Params) -> TrainingStep:
 def empty_batch(
     model: ContraDiff, params: Params, folder: Path, *, num_images: int
 ) -> TrainingBatch:
-    """A batch without content, on torch's current default device."""
+    """Return a batch without content on torch's default device."""
     latent, condition = latent_shape(model, params, folder), model.conditioner.shape
     return TrainingBatch(
         latents=torch.empty(2, num_images, *latent),
@@ -258,7 +251,7 @@ def empty_batch(
 
 
 def of_features(params: Params, folder: Path) -> float:
-    """GFLOPs an image of the feature h, its condition included."""
+    """Count GFLOPs an image of the feature h, with its condition."""
     timesteps = params.features.timesteps
     model = build(params, folder).eval()
     with torch.device("meta"), torch.no_grad():

@@ -1,19 +1,18 @@
-"""Does a refactoring change any result? Two revisions run the smoke preset; their numbers compared.
+"""Compare two revisions: does a refactoring change any loss or metric?
 
     python -m bench same 85c8b5b          the working tree against a commit
     python -m bench same 85c8b5b HEAD     two commits
 
-Each side runs the whole pipeline in a throw-away copy, by its own code and presets/smoke.yaml, with
-one thread and 21 steps of pretraining. Printed are each step's losses, which must be equal bit for
-bit, and every metric, which may differ by 1e-4 of its value (a library may sum in another order).
-Exit code 1 if something differs by more. Takes two minutes a side; a commit's numbers are kept in
-.work/same, the working tree's are not. `make same REV=85c8b5b` calls it.
+Each side runs the whole pipeline in a throw-away copy, with its own code and presets/smoke.yaml, on
+one thread and with 21 steps of pretraining. The losses of every step must be equal bit for bit. A
+metric may differ by 1e-4 of its value, because a library may sum in another order. The exit code is
+1 if any number differs by more. A side takes two minutes; a commit's numbers are kept in .work/same
+for the next comparison. `make same REV=85c8b5b` calls this program.
 """
 
 import hashlib
 import json
 import re
-import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -22,13 +21,13 @@ from typing import Any
 
 from ruamel.yaml import YAML
 
-from bench._copies import ROOT, copy_revision, copy_working_tree, run_in
+from bench._copies import ROOT, copy_project, run_in
 
 TOLERANCE = 1e-4
 OVERRIDES = {("pretrain", "epochs"): 3, ("runtime", "log_every"): 1}
-"""Of presets/smoke.yaml: three epochs of seven steps, each logged."""
+"""Changes to presets/smoke.yaml: three epochs of seven steps, each step logged."""
 
-# MLflow keeps the losses as float64; metrics/pretrain.csv rounds them to six digits.
+# MLflow keeps every digit of the losses; metrics/pretrain.csv keeps six.
 READ_LOSSES = """
 import json, sys
 from mlflow import MlflowClient
@@ -43,15 +42,15 @@ json.dump({
 """
 
 Numbers = dict[str, dict[str, float]]
-"""`losses` and `metrics`, by name."""
+"""`losses` and `metrics`, each by name."""
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Run both sides, print the comparison."""
+    """Run both sides and print the comparison."""
     if not 1 <= len(arguments) <= 2:
         raise SystemExit("usage: python -m bench same REV [REV]   (make same REV=...)")
     first = numbers_of(arguments[0])
-    second = numbers_of(arguments[1] if len(arguments) == 2 else None)
+    second = numbers_of(arguments[1]) if len(arguments) == 2 else measure(None)
     lines = list(comparison(first, second))
     print("\n".join(line for line, _ in lines))
     num_different = sum(is_different for _, is_different in lines)
@@ -59,12 +58,9 @@ def main(arguments: Sequence[str]) -> None:
     sys.exit(bool(num_different))
 
 
-def numbers_of(revision: str | None) -> Numbers:
-    """The losses and metrics of a commit, or, for None, of the working tree."""
-    if revision is None:
-        return measure(None)
-    command = ["git", "rev-parse", "--verify", f"{revision}^{{commit}}"]
-    commit = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+def numbers_of(revision: str) -> Numbers:
+    """Return a commit's numbers, measured once and then read from .work/same."""
+    commit = run_in(ROOT, "git", "rev-parse", "--verify", f"{revision}^{{commit}}")
     key = hashlib.sha256((commit + repr(OVERRIDES)).encode()).hexdigest()[:16]
     kept = ROOT / ".work/same" / f"{commit[:12]}-{key}.json"
     if not kept.is_file():
@@ -75,54 +71,48 @@ def numbers_of(revision: str | None) -> Numbers:
 
 
 def measure(revision: str | None) -> Numbers:
-    """Run the pipeline of one side."""
+    """Run the pipeline of a commit or, for None, of the working tree."""
     with tempfile.TemporaryDirectory() as top:
         project = Path(top) / "project"
-        if revision is None:
-            copy_working_tree(project)
-        else:
-            copy_revision(revision, project)
+        copy_project(project, revision=revision)
         yaml = YAML(typ="safe")
         params = yaml.load(project / "presets/smoke.yaml")
         for (section, name), value in OVERRIDES.items():
             params[section][name] = value
         yaml.dump(params, project / "params.yaml")
-        one_thread = {"OMP_NUM_THREADS": "1"}
-        run_in(project, "dvc", "pull", "pretrain_base")
-        run_in(project, "dvc", "repro", environment=one_thread)
+        run_in(project, "dvc", "repro", environment={"OMP_NUM_THREADS": "1"})
         losses = json.loads(run_in(project, sys.executable, "-c", READ_LOSSES))
-        metrics = {
-            key: value
-            for path in sorted((project / "metrics").glob("*.json"))
-            for key, value in leaves(json.loads(path.read_text()))
-        }
-    return {"losses": losses, "metrics": metrics}
+        metrics = [json.loads(path.read_text()) for path in (project / "metrics").glob("*.json")]
+    return {"losses": losses, "metrics": dict(leaf for file in metrics for leaf in leaves(file))}
 
 
 def leaves(content: Any, prefix: str = "") -> Iterator[tuple[str, float]]:
-    """Yield the numbers of nested JSON under their dotted keys."""
+    """Yield the numbers in nested JSON, each with its dotted key."""
     if isinstance(content, Mapping):
         for name, value in content.items():
             yield from leaves(value, f"{prefix}.{name}" if prefix else name)
     elif isinstance(content, list):
-        for number, value in enumerate(content):
-            yield from leaves(value, f"{prefix}[{number}]")
+        for index, value in enumerate(content):
+            yield from leaves(value, f"{prefix}[{index}]")
     elif isinstance(content, int | float) and not isinstance(content, bool):
         yield prefix, float(content)
 
 
 def comparison(first: Numbers, second: Numbers) -> Iterator[tuple[str, bool]]:
-    """Yield a line for each number, and whether it differs by more than it may."""
+    """Yield a line for each number, and whether it differs by more than it may; NaN does."""
     for kind, tolerance in (("losses", 0.0), ("metrics", TOLERANCE)):
         for name in sorted(first[kind] | second[kind], key=_natural):
             a, b = first[kind].get(name), second[kind].get(name)
             if a is None or b is None:
                 yield f"{name}: {a} and {b}", True
-                continue
-            difference = abs(a - b) / max(abs(a), abs(b), 1e-12)
-            said = "equal" if a == b else f"{b:.12g}, relative difference {difference:.1e}"
-            yield f"{name}: {a:.12g}, {said}", difference > tolerance
+            elif a == b:
+                yield f"{name}: {a:.12g}, equal", False
+            else:
+                difference = abs(a - b) / max(abs(a), abs(b))
+                line = f"{name}: {a:.12g}, {b:.12g}, relative difference {difference:.1e}"
+                yield line, not difference <= tolerance
 
 
-def _natural(name: str) -> list[object]:
-    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]
+def _natural(name: str) -> list[tuple[int, str]]:
+    """Sort key by which step 9 comes before step 10."""
+    return [(int(text), "") if text.isdigit() else (-1, text) for text in re.split(r"(\d+)", name)]

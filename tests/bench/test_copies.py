@@ -1,0 +1,112 @@
+"""Throw-away copies of the project, and the two programs that run in them."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from bench import _copies, same, smoke
+
+REPRO = """\
+Running stage 'prepare':
+> python -m stages.prepare
+'models/tiny' didn't change, skipping
+Stage 'shard' didn't change, skipping
+Stage 'pretrain_base' is frozen. If there are any changes in dependencies, run it by hand
+"""
+NUMBERS: same.Numbers = {"losses": {"loss at step 1": 0.5}, "metrics": {"score.fid": 10.0}}
+
+
+def test_working_tree_has_edits_and_no_ignored_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = tmp_path / "root"
+    for name, text in {
+        ".gitignore": "/build/\n",
+        "code.py": "committed",
+        "gone.py": "committed",
+        "build/out": "ignored",
+        "artifacts/blob": "store",
+    }.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(text)
+    author = ["-c", "user.name=a", "-c", "user.email=a@b"]
+    for command in (["init", "-q"], ["add", "-A"], [*author, "commit", "-qm", "first"]):
+        subprocess.run(["git", *command], cwd=root, check=True)
+    (root / "code.py").write_text("edited")
+    (root / "new.py").write_text("untracked")
+    (root / "gone.py").unlink()
+    monkeypatch.setattr(_copies, "ROOT", root)
+    monkeypatch.setattr(_copies, "run_in", lambda *_: "")
+
+    def copied(name: str, revision: str | None = None) -> dict[str, str]:
+        folder = tmp_path / name
+        _copies.copy_project(folder, revision=revision)
+        files = [path for path in folder.rglob("*") if path.is_file()]
+        return {path.relative_to(folder).as_posix(): path.read_text() for path in files}
+
+    assert copied("head", "HEAD") == {
+        ".gitignore": "/build/\n",
+        "code.py": "committed",
+        "gone.py": "committed",
+        "artifacts/blob": "store",
+    }
+    edits = {".gitignore": "/build/\n", "code.py": "edited", "new.py": "untracked"}
+    assert copied("tree") == edits
+    (root / ".git").rename(tmp_path / "no-git")  # a zip download
+    assert copied("zip") == edits
+
+
+def test_a_copy_runs_apart_from_the_users_records(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://users.own")
+    code = "import os; print(os.environ.get('MLFLOW_TRACKING_URI'), os.environ['PYTHONPATH'])"
+    assert _copies.run_in(tmp_path, sys.executable, "-c", code) == f"None {tmp_path}\n"
+    with pytest.raises(SystemExit, match=r"(?s)said before.*failed in"):
+        _copies.run_in(tmp_path, "sh", "-c", "echo said before; exit 3")
+
+
+@pytest.mark.parametrize(
+    ("loss", "fid", "num_different"),
+    [
+        (0.5, 10.0, 0),
+        (0.5, 10.0009, 0),
+        (0.5, 10.002, 1),
+        (0.5 + 2**-53, 10.0, 1),
+        (float("nan"), float("nan"), 2),
+    ],
+)
+def test_losses_are_equal_bit_for_bit_and_metrics_nearly(
+    loss: float, fid: float, num_different: int
+) -> None:
+    other: same.Numbers = {"losses": {"loss at step 1": loss}, "metrics": {"score.fid": fid}}
+    for pair in ((NUMBERS, other), (other, NUMBERS)):
+        assert sum(differs for _, differs in same.comparison(*pair)) == num_different
+
+
+def test_numbers_of_one_side_differ_and_stand_in_natural_order() -> None:
+    extra: same.Numbers = {
+        "losses": {"loss at step 10": 1.0, "loss at step 9": 1.0, **NUMBERS["losses"]},
+        "metrics": {},
+    }
+    lines = list(same.comparison(NUMBERS, extra))
+    assert [line.partition(":")[0][-2:] for line, _ in lines] == [" 1", " 9", "10", "id"]
+    assert [differs for _, differs in lines] == [False, True, True, True]
+
+
+def test_leaves_are_the_numbers() -> None:
+    content = {"probe": {"top1": 0.5, "interval": [0.4, 0.6], "split": "val", "biased": True}}
+    assert dict(same.leaves(content)) == {
+        "probe.top1": 0.5,
+        "probe.interval[0]": 0.4,
+        "probe.interval[1]": 0.6,
+    }
+
+
+def test_second_run_may_only_repeat_what_always_runs() -> None:
+    smoke.check_second_run(REPRO + "Running stage 'track':\n> python -m stages.track\n")
+    for more in ("", "Running stage 'track':\nStage 'shard' is cached - skipping run, checking"):
+        with pytest.raises(SystemExit, match="nothing had changed"):
+            smoke.check_second_run(REPRO + more)

@@ -1,0 +1,141 @@
+"""bench.flops: FLOPs beside those of the method's parts, memory beside a real step's."""
+
+import json
+from collections.abc import Callable
+from contextlib import nullcontext
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.profiler import ProfilerActivity, profile
+from torch.utils.flop_counter import FlopCounterMode
+
+from bench import flops
+from contradiff.config import parse, read_params
+from contradiff.method.model import ContraDiff
+from contradiff.method.unet import encode_to_bottleneck
+from contradiff.training import pretraining
+from contradiff.training.pretraining import set_up
+
+CONTENT = read_params(Path(__file__).parents[2] / "presets/tiny.yaml")
+
+
+def preset(changes: dict[str, Any]) -> flops.Params:
+    return parse(flops.Params, flops.changed(CONTENT, changes), source="tiny")
+
+
+def test_features_cost_three_half_passes_a_condition_and_the_head(tiny_base: Path):
+    model = flops.build(preset({}), tiny_base)
+    with FlopCounterMode(display=False) as counter, torch.device("meta"), torch.no_grad():
+        tokens = model.conditioner(torch.empty(1, 3, 32, 32)).expand(3, -1, -1)
+        timesteps = torch.empty(3, dtype=torch.long)
+        encode_to_bottleneck(model.unet, torch.empty(3, 4, 8, 8), timesteps, tokens)
+        model.attention(torch.empty(1, 3, 32, 2, 2))
+    expected = counter.get_total_flops() / 1e9
+    assert flops.of_features(preset({}), tiny_base) == pytest.approx(expected)
+
+
+def test_switches_cost_what_they_add(tiny_base: Path):
+    def step(**changes: Any) -> float:
+        dotted = {key.replace("__", "."): value for key, value in changes.items()}
+        return flops.of_training_step(preset(dotted), tiny_base)
+
+    once = step()
+    assert step(loss__min_snr_gamma=5.0) == once
+    assert step(loss__lambda=0.0) < once / 2
+    twice, thrice = (step(loss__recon_passes=number) for number in (2, 3))
+    assert thrice - twice == pytest.approx(twice - once)
+    first, every = (step(pretrain__gradient_checkpointing=blocks) for blocks in ("down.0", "all"))
+    assert once < first < every
+    assert every > 1.2 * once
+    chain = flops.of_features(preset({"features.noising": "ddim_chain"}), tiny_base)
+    assert chain > 5 * flops.of_features(preset({}), tiny_base)
+
+
+@pytest.mark.parametrize(
+    ("block", "decode_batch_size", "checkpointing"),
+    [("mid", 0, "none"), ("mid", 4, "none"), ("mid+up.1", 4, "all")],
+)
+def test_peak_is_what_torch_allocates_in_a_real_step(
+    tiny_base: Path,
+    build_tiny: Callable[..., ContraDiff],
+    tmp_path: Path,
+    *,
+    block: str,
+    decode_batch_size: int,
+    checkpointing: str,
+):
+    """The CPU allocator also counts the working memory of kernels: one percent at most."""
+    changes = {
+        "head.block": block,
+        "pretrain.decode_batch_size": decode_batch_size,
+        "pretrain.gradient_checkpointing": checkpointing,
+    }
+    content, params = flops.changed(CONTENT, changes), preset(changes)
+    model = build_tiny(**{key: content[key] for key in ("lora", "conditioner", "head")})
+    set_up(model, loss=params.loss, gradient_checkpointing=checkpointing, precision="fp32")
+    weights = sum(t.untyped_storage().nbytes() for t in (*model.parameters(), *model.buffers()))
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        batch = flops.empty_batch(model, params, tiny_base, num_images=16)
+        batch.timesteps.zero_()
+        batch.dropped.zero_()
+        flops.training_step(model, params)(batch)["loss"].backward()
+    profiler.export_chrome_trace(str(tmp_path / "trace.json"))
+    trace = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
+    events = sorted((e for e in trace if e["name"] == "[memory]"), key=lambda event: event["ts"])
+    allocated = max(accumulate(event["args"]["Bytes"] for event in events))
+    peak = flops._peak(params, tiny_base, num_images=16)
+    assert peak - weights == pytest.approx(allocated, rel=0.01)
+
+
+def test_half_precision_keeps_one_copy_of_the_frozen_weights(
+    tiny_base: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Without the cast to bf16, autocast adds copies to float32 weights: four bytes a weight."""
+    monkeypatch.setattr(flops, "BATCH_SIZES", (4, 8))
+    params = preset({"pretrain.precision": "bf16"})
+    num_cast = sum(
+        parameter.numel()
+        for module in flops.build(params, tiny_base).unet.modules()
+        if isinstance(module, nn.Linear | nn.Conv2d) and not module.weight.requires_grad
+        for parameter in module.parameters(recurse=False)
+    )
+    other = flops.peak_bytes(params, tiny_base)[1]
+    monkeypatch.setattr(pretraining, "cast_frozen_weights", lambda _: None)
+    difference = flops.peak_bytes(params, tiny_base)[1] - other
+    assert 3.5 * num_cast <= difference <= 4 * num_cast
+
+
+def test_cuda_norms_run_in_float32_under_autocast():
+    half = torch.ones(2, 4, 3, 3, dtype=torch.bfloat16)
+    norm, layer_norm = nn.GroupNorm(2, 4), nn.LayerNorm(3)
+    with torch.autocast("cpu", torch.bfloat16):
+        with flops.cuda_norms():
+            assert norm(half).dtype == layer_norm(half).dtype == torch.float32
+            assert nn.Conv2d(4, 4, 1)(norm(half)).dtype == torch.bfloat16
+        assert norm(half).dtype == layer_norm(half).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("checkpointing", "decode_batch_size", "factor"), [("none", 0, 1.1), ("all", 4, 1.0)]
+)
+def test_norms_are_counted_as_cuda_takes_them(
+    tiny_base: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    *,
+    checkpointing: str,
+    decode_batch_size: int,
+    factor: float,
+):
+    """In a block that is computed again, too."""
+    changes = {
+        "pretrain.precision": "bf16",
+        "pretrain.decode_batch_size": decode_batch_size,
+        "pretrain.gradient_checkpointing": checkpointing,
+    }
+    on_cuda = flops._peak(preset(changes), tiny_base, num_images=8)
+    monkeypatch.setattr(flops, "cuda_norms", nullcontext)
+    assert on_cuda > factor * flops._peak(preset(changes), tiny_base, num_images=8)
