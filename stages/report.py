@@ -1,4 +1,4 @@
-"""report: all results of the run => one page, its Markdown twin, and a summary for programs."""
+"""report: all results of the run => a page, the same in Markdown, and a summary in JSON."""
 
 from stages.runtime.run import Run, execute
 

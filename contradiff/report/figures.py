@@ -45,9 +45,9 @@ def plot_embeddings(
     """Draw embeddings of the same images side by side, coloured by class, as a PNG.
 
     Args:
-        panels: title => position of each image.
-        labels: the images' classes; a class's number stands at the median of its points.
-        dark: draw for a dark page.
+        panels: Title => position of each image.
+        labels: Class of each image; its number stands at the median of the class's points.
+        dark: Draw for the dark page.
     """
     from matplotlib import colormaps, patheffects, rc_context
     from matplotlib.figure import Figure
@@ -63,7 +63,7 @@ def plot_embeddings(
         for (title, positions), axis in zip(panels.items(), axes, strict=True):
             for place, label in enumerate(np.unique(labels)):
                 points = positions[labels == label]
-                colour = colours(2 * place % 20 + place // 10 % 2)  # strong ones before the pale
+                colour = colours(2 * place % 20 + place // 10 % 2)  # strong first, then pale
                 axis.scatter(points[:, 0], points[:, 1], s=14, color=colour, linewidths=0)
                 x, y = np.median(points, axis=0)
                 text = axis.text(x, y, str(label), ha="center", va="center", weight="bold")
@@ -92,18 +92,11 @@ def page_style(*, dark: bool) -> dict[Any, Any]:
         else ("#ffffff", "#3d4450", "#d9dde3", "#0b68cb")
     )
     return {
-        "figure.facecolor": paper,
-        "axes.facecolor": paper,
-        "savefig.facecolor": paper,
-        "text.color": ink,
-        "axes.labelcolor": ink,
-        "axes.titlecolor": ink,
-        "xtick.color": ink,
-        "ytick.color": ink,
-        "axes.edgecolor": line,
-        "grid.color": line,
-        "axes.spines.top": False,
-        "axes.spines.right": False,
+        **dict.fromkeys(("figure.facecolor", "axes.facecolor", "savefig.facecolor"), paper),
+        **dict.fromkeys(("text.color", "axes.labelcolor", "axes.titlecolor"), ink),
+        **dict.fromkeys(("xtick.color", "ytick.color"), ink),
+        **dict.fromkeys(("axes.edgecolor", "grid.color"), line),
+        **dict.fromkeys(("axes.spines.top", "axes.spines.right"), False),
         "axes.prop_cycle": cycler(color=[accent]),
         "font.size": 11.0,
         "figure.constrained_layout.h_pad": 0.1,

@@ -34,8 +34,7 @@ def sometimes(rng: Generator, chance: float, *shapes: Shape) -> list[Shape]:
 
 def goldfish(rng: Generator, main: Rgb, accent: Rgb) -> list[Shape]:
     """A body with a forked tail, a fin, an eye and sometimes a band."""
-    height = rng.uniform(0.38, 0.56)
-    fork = rng.uniform(0.5, 0.7)
+    height, fork = rng.uniform(0.38, 0.56), rng.uniform(0.5, 0.7)
     tail = smooth(
         (-0.25, 0.0), (-0.95, -fork), (-1.05, -fork), (-0.78, 0.0), (-1.05, fork), (-0.95, fork)
     )
@@ -67,8 +66,7 @@ def butterfly(rng: Generator, main: Rgb, accent: Rgb) -> list[Shape]:
 
 def mushroom(rng: Generator, main: Rgb, accent: Rgb) -> list[Shape]:
     """A cap, sometimes spotted, on a stem."""
-    half, rise = rng.uniform(0.78, 0.98), rng.uniform(0.7, 1.0)
-    foot = rng.uniform(0.2, 0.34)
+    half, rise, foot = rng.uniform(0.78, 0.98), rng.uniform(0.7, 1.0), rng.uniform(0.2, 0.34)
     stem = smooth((-foot, -0.2), (foot, -0.2), (foot * 1.5, 0.98), (-foot * 1.5, 0.98))
     left, right = [(-half, 0.25), (-half, -0.3)], [(half, -0.3), (half, 0.25)]
     cap = smooth(*left, (-0.5, -rise - 0.1), (0.5, -rise - 0.1), *right)
@@ -106,8 +104,7 @@ def tree(rng: Generator, main: Rgb, accent: Rgb) -> list[Shape]:
 
 def house(rng: Generator, main: Rgb, accent: Rgb) -> list[Shape]:
     """Walls under a roof, with a door, a window and sometimes a chimney."""
-    half, eaves = rng.uniform(0.68, 0.82), rng.uniform(-0.2, 0.02)
-    ridge = rng.uniform(0.0, 0.35)
+    half, eaves, ridge = rng.uniform(0.68, 0.82), rng.uniform(-0.2, 0.02), rng.uniform(0.0, 0.35)
     roof = polygon((-half - 0.2, eaves), (-ridge, -0.92), (ridge, -0.92), (half + 0.2, eaves))
     chimney = sometimes(rng, 0.5, (box(0.36, -0.95, 0.58, -0.3), scale(main, 0.6)))
     door = rng.uniform(-0.4, 0.0)
@@ -122,8 +119,7 @@ def house(rng: Generator, main: Rgb, accent: Rgb) -> list[Shape]:
 
 def sailboat(rng: Generator, main: Rgb, accent: Rgb) -> list[Shape]:
     """A hull, a mast and two sails."""
-    mast, top = rng.uniform(-0.15, 0.1), rng.uniform(-1.0, -0.85)
-    belly = rng.uniform(0.2, 0.5)
+    mast, top, belly = rng.uniform(-0.15, 0.1), rng.uniform(-1.0, -0.85), rng.uniform(0.2, 0.5)
     sail = polygon((mast + 0.06, top), (mast + belly, -0.2), (0.82, 0.34), (mast + 0.06, 0.34))
     jib = polygon((mast - 0.08, top + 0.2), (mast - 0.08, 0.34), (-0.85, 0.34))
     hull = polygon((-0.95, 0.48), (0.98, 0.44), (0.66, 0.88), (-0.62, 0.9))
@@ -151,8 +147,7 @@ def sunflower(rng: Generator, main: Rgb, accent: Rgb) -> list[Shape]:
 
 def cup(rng: Generator, main: Rgb, accent: Rgb) -> list[Shape]:
     """A cup with a handle, sometimes with a stripe, on its saucer."""
-    top, foot = rng.uniform(0.6, 0.75), rng.uniform(0.36, 0.62)
-    brim = rng.uniform(-0.7, -0.5)
+    top, foot, brim = rng.uniform(0.6, 0.75), rng.uniform(0.36, 0.62), rng.uniform(-0.7, -0.5)
     middle = 0.5 * (top + foot) + 0.02
     angle = np.linspace(-1.9, 1.9, 20)
     arc = np.stack([np.cos(angle), np.sin(angle)], axis=1)
@@ -183,8 +178,7 @@ def starfish(rng: Generator, main: Rgb, accent: Rgb) -> list[Shape]:
 def car(rng: Generator, main: Rgb, accent: Rgb) -> list[Shape]:
     """A car from the side: cabin, body, two wheels."""
     roof, rear = rng.uniform(-0.62, -0.45), rng.uniform(-0.75, -0.5)
-    front = rng.uniform(0.3, 0.55)
-    radius = rng.uniform(0.22, 0.28)
+    front, radius = rng.uniform(0.3, 0.55), rng.uniform(0.22, 0.28)
     cabin = polygon((rear, -0.02), (rear + 0.2, roof), (front - 0.2, roof), (front + 0.1, -0.02))
     pane_left, pane_right = (rear + 0.26, roof + 0.1), (front - 0.24, roof + 0.1)
     panes = polygon((rear + 0.12, -0.04), pane_left, pane_right, (front - 0.04, -0.04))
@@ -223,8 +217,7 @@ def balloon(rng: Generator, main: Rgb, accent: Rgb) -> list[Shape]:
 
 def moon(rng: Generator, main: Rgb, accent: Rgb) -> list[Shape]:
     """A crescent, sometimes with a star."""
-    horn = rng.uniform(0.75, 1.25)
-    shift = rng.uniform(0.42, 0.68)
+    horn, shift = rng.uniform(0.75, 1.25), rng.uniform(0.42, 0.68)
     outer_angle = np.linspace(horn, 2 * math.pi - horn, 32)
     outer = np.stack([np.cos(outer_angle), np.sin(outer_angle)], axis=1)
     # The inner arc belongs to a circle further right; the two arcs meet at the horns.
