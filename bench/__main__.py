@@ -4,7 +4,8 @@ import importlib
 import sys
 from pathlib import Path
 
-NAMES = sorted(path.stem for path in Path(__file__).parent.glob("[!_]*.py"))
+FILES = sorted(Path(__file__).parent.glob("[!_]*.py"))
+NAMES = [path.stem for path in FILES if "\ndef main(" in path.read_text(encoding="utf-8")]
 
 if __name__ == "__main__":
     if len(sys.argv) > 1 and sys.argv[1] in NAMES:
