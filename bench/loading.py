@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -24,8 +24,9 @@ from torch.utils.data import get_worker_info
 from contradiff.data.latents import StoredLatents
 from contradiff.data.shard_info import ImageInfo, LatentInfo
 from contradiff.data.shards import Sample, ShardIndex, image_record, write_split
-from contradiff.data.streams import PairedShards, TrainingStream, ViewChoice, training_batches
+from contradiff.data.streams import PairedShards, TrainingStream, training_batches
 from contradiff.data.transforms import random_crop
+from contradiff.training.batch import ViewChooser
 
 BATCH_SIZE, SAMPLES_PER_SHARD, ROUNDS = 50, 125, 3
 CROP_SCALE = 0.2
@@ -183,12 +184,19 @@ class _OneEpoch(TrainingStream):
         return islice(super().__iter__(), len(steps))
 
 
-def ours(folder: Path, condition: str, num_workers: int) -> Iterable[Any]:
+def ours(folder: Path, condition: Literal["pixels", "latents"], num_workers: int) -> Iterable[Any]:
     """As pretraining reads: one crop an image and two stored latents, or the latents alone."""
-    views = "crop" if condition == "latents" else "same"
+    pairs = PairedShards.open(folder / "shards", folder / "latents", split="train")
     stream = _OneEpoch(
-        PairedShards.open(folder / "shards", folder / "latents", split="train"),
-        choice=ViewChoice("two", views, condition),
+        pairs,
+        make_batch=ViewChooser(
+            pairs,
+            latent_views="two",
+            cond_view="crop" if condition == "latents" else "same",
+            condition=condition,
+            seed=0,
+        ),
+        with_images=condition == "pixels",
         batch_size=BATCH_SIZE,
         start_step=0,
         seed=0,

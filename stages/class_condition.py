@@ -5,6 +5,7 @@ With class_condition.epochs 0 there is no table, and a note that says so.
 
 from stages.runtime.run import Run, execute
 
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 
@@ -67,12 +68,12 @@ def main(params: Params, run: Run) -> None:
     ):
         seen = 0
 
-        def on_step(step: int, loss: float | None) -> None:
+        def on_step(step: int, row: Mapping[str, float] | None) -> None:
             nonlocal seen
-            advance(step - seen, **({"loss": f"{loss:.3f}"} if loss is not None else {}))
+            advance(step - seen, **({"loss": f"{row['loss']:.3f}"} if row else {}))
             seen = step
-            if loss is not None:
-                log_metrics(step, {"class_condition/loss": loss})
+            if row is not None:
+                log_metrics(step, {"class_condition/loss": row["loss"]})
 
         train_class_table(
             model,

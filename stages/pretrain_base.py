@@ -13,13 +13,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from accelerate import PartialState
 
 from contradiff.config import Section
 from contradiff.files import replace_dir
-from contradiff.toy.base_recipe import OnProgress, Share, build_scheduler, train_unet, train_vae
+from contradiff.toy.base_recipe import build_scheduler, train_unet, train_vae
 from contradiff.toy.classes import CLASSES
 from contradiff.toy.render import render_image
+from contradiff.training.loop import OnStep
 from contradiff.training.state import STATE_VERSION
 
 SEED = 1000
@@ -41,9 +41,7 @@ def main(_params: Params, run: Run) -> None:
             drawn = render_image(int(rng.integers(len(CLASSES))), rng, image_size=32)
             images[number] = torch.from_numpy(drawn).permute(2, 0, 1)
             advance(1)
-    # Joins the processes that torchrun has started, if it has.
-    state = PartialState(cpu=run.device.type == "cpu")
-    share = Share(state.process_index, state.num_processes, run.device)
+    accelerator = run.accelerator()
     recipe = {"vae": [VAE_STEPS, VAE_BATCH], "unet": [UNET_STEPS, UNET_BATCH]}
     with run.work_dir(recipe, [], state_version=STATE_VERSION) as work:
         with run.progress("autoencoder", VAE_STEPS, "step") as advance:
@@ -54,9 +52,9 @@ def main(_params: Params, run: Run) -> None:
                 lr=2e-3,
                 kl_weight=1e-4,
                 seed=0,
-                share=share,
+                accelerator=accelerator,
                 work_dir=work,
-                on_progress=reporter(advance),
+                on_step=reporter(advance),
             )
         with run.progress("denoiser", UNET_STEPS, "step") as advance:
             unet = train_unet(
@@ -67,9 +65,9 @@ def main(_params: Params, run: Run) -> None:
                 lr=2e-3,
                 caption_drop=0.5,
                 seed=0,
-                share=share,
+                accelerator=accelerator,
                 work_dir=work,
-                on_progress=reporter(advance),
+                on_step=reporter(advance),
             )
         if run.is_main:
             with replace_dir(Path("models/tiny")) as folder:
@@ -77,15 +75,15 @@ def main(_params: Params, run: Run) -> None:
                 vae.half().save_pretrained(folder / "vae")
                 unet.half().save_pretrained(folder / "unet")
                 build_scheduler().save_pretrained(folder / "scheduler")
-        state.wait_for_everyone()
+        accelerator.wait_for_everyone()
 
 
-def reporter(advance: Advance) -> OnProgress:
+def reporter(advance: Advance) -> OnStep:
     seen = 0
 
-    def report(step: int, losses: Mapping[str, float]) -> None:
+    def report(step: int, row: Mapping[str, float] | None) -> None:
         nonlocal seen
-        advance(step - seen, **{name: f"{value:.4f}" for name, value in losses.items()})
+        advance(step - seen, loss=f"{(row or {})['loss']:.4f}")
         seen = step
 
     return report

@@ -1,45 +1,30 @@
 """Training batches: image shards and latent shards read side by side, in an order fixed by a seed.
 
-shard i of images, shard i of latents => (image bytes, views) pairs => shuffled => two chosen views
-with their moments and the pixels that condition them (or latents, or the label)
+shard i of images, shard i of latents => pairs of records => shuffled => batches, stacked by the
+caller's `make_batch` in the loader's workers
 """
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import count, islice
 from typing import Any
-from zlib import crc32
 
-import numpy as np
 import torch
-from jaxtyping import Float, Shaped, UInt8
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from contradiff.data.latents import StoredLatents
 from contradiff.data.order import Part, TrainingOrder
 from contradiff.data.remote import Location, join
 from contradiff.data.shard_info import ImageInfo, LatentInfo
-from contradiff.data.shards import Sample, ShardIndex, image_of, read_shard
-from contradiff.data.transforms import Crop, apply_crop, decode, random_crop
-from contradiff.types import to_pixels
+from contradiff.data.shards import ShardIndex, read_shard
 
 Pair = tuple[dict[str, bytes], dict[str, bytes]]
+"""Records of one image: of its file and label, and of its latents."""
 
-
-@dataclass(frozen=True)
-class ViewChoice:
-    """What the two views and their conditions are made of; see LossParams and ConditionerParams.
-
-    `condition` names what comes beside the latents: "pixels" or "latents" for the conditioner, or
-    "labels" for a class table. Only pixels are decoded.
-    """
-
-    latent_views: str
-    cond_view: str
-    condition: str
+MakeBatch = Callable[[int, Sequence[Pair]], dict[str, Tensor]]
+"""Stack one epoch's pairs to a batch."""
 
 
 @dataclass(frozen=True)
@@ -142,7 +127,8 @@ class TrainingStream(IterableDataset["dict[str, Tensor] | Exception"]):
         self,
         pairs: PairedShards,
         *,
-        choice: ViewChoice,
+        make_batch: MakeBatch,
+        with_images: bool,
         batch_size: int,
         start_step: int,
         seed: int,
@@ -153,46 +139,36 @@ class TrainingStream(IterableDataset["dict[str, Tensor] | Exception"]):
 
         Args:
             pairs: images and latents.
-            choice: how views and conditions are chosen.
+            make_batch: stacks the pairs of a batch in the workers, which unpickle it.
+            with_images: whether it needs the images; without them their shards are not read.
             batch_size: images a step in this process.
             start_step: batches that an earlier run has consumed.
-            seed: of order, views and crops.
+            seed: of the order.
             rank: this process's number: it has rows rank * batch_size and on of the global batch.
             world_size: number of processes.
 
         Raises:
-            ValueError: different views are asked for where only one was encoded, or a batch is more
-                than all images.
+            ValueError: a batch is more than all images.
         """
         super().__init__()
-        views = pairs.latent_index.info.views
-        if choice.latent_views == "two" and views < 2:
-            raise ValueError(
-                "loss.latent_views: two needs latents.views of 2 or more (same: one view does)"
-            )
-        crops_of_latents = choice.condition == "latents" and choice.cond_view == "crop"
-        if crops_of_latents and views < 2:
-            raise ValueError(
-                "conditioner.cond_view: crop with conditioner.input latents draws from the stored "
-                "views, and needs latents.views of 2 or more"
-            )
         self.order = TrainingOrder(pairs.sizes, batch_size * world_size, seed)
         if self.order.steps_per_epoch == 0:
             raise ValueError(
                 f"{pairs.images}: split {pairs.split!r} has {pairs.num_samples} images, fewer than "
                 f"a batch of {self.order.batch_size}"
             )
-        self.pairs, self.choice, self.batch_size = pairs, choice, batch_size
+        self.pairs, self.batch_size = pairs, batch_size
+        self.make_batch, self.with_images = make_batch, with_images
         self.start_step, self.seed, self.rank, self.world_size = start_step, seed, rank, world_size
 
     def __iter__(self) -> Iterator[dict[str, Tensor] | Exception]:
-        """Yield batches; see `_collate` for their content. A fault ends them, yielded as itself."""
+        """Yield batches; a fault ends them, yielded as itself."""
         worker = get_worker_info()
         # The loader takes batches from its workers in turn, beginning with worker 0.
         number, num_workers = (worker.id, worker.num_workers) if worker else (0, 1)
         try:
             for epoch, pairs in self._batches(self.start_step + number, num_workers):
-                yield self._collate([(epoch, pair) for pair in pairs])
+                yield self.make_batch(epoch, pairs)
         except (ValueError, OSError) as error:  # raised by a worker, they would come as tracebacks
             yield error
 
@@ -218,74 +194,9 @@ class TrainingStream(IterableDataset["dict[str, Tensor] | Exception"]):
 
     def _stream(self, epoch: int, lane: int, phase: int) -> Iterator[Pair]:
         place = {"epoch": epoch, "lane": lane, "phase": phase}
-        with_images = self.choice.condition != "latents"
         parts = self.order.parts(**place)
-        pairs = (pair for part in parts for pair in self.pairs.read_part(part, with_images))
+        pairs = (pair for part in parts for pair in self.pairs.read_part(part, self.with_images))
         return self.order.shuffled(pairs, **place)
-
-    def _collate(self, batch: list[tuple[int, Pair]]) -> dict[str, Tensor]:
-        """Stack to "moments" (2 batch 2c h w) and what the choice's `condition` names.
-
-        Moments are float16, or float32 where latents.dtype is bfloat16. The condition is
-        "conditions" (2 batch 3 s s), "condition_moments" (2 batch 2c h w) or "labels"
-        (batch).
-        """
-        chosen = [self._choose(epoch, pair) for epoch, pair in batch]
-        moments = torch.stack([item[0] for item in chosen], dim=1)
-        others = [item[1] for item in chosen]
-        match self.choice.condition:
-            case "pixels":  # one image, shown twice without a copy, or two
-                images = torch.stack(others, dim=1)
-                pixels = to_pixels(images.flatten(0, 1)).unflatten(0, images.shape[:2])
-                return {"moments": moments, "conditions": pixels.expand(2, -1, -1, -1, -1)}
-            case "latents":
-                return {"moments": moments, "condition_moments": torch.stack(others, dim=1)}
-            case _:
-                return {"moments": moments, "labels": torch.stack(others)}
-
-    def _choose(
-        self, epoch: int, pair: Pair
-    ) -> tuple[Float[Tensor, "2 moments h w"], Shaped[Tensor, "*shape"]]:
-        """Two views of one image and what conditions them.
-
-        The random numbers depend on the seed, the epoch and the key, not on who reads the image.
-        """
-        stored = StoredLatents.of_record(pair[1])
-        rng = np.random.default_rng([self.seed, epoch, crc32(stored.key.encode())])
-        num_stored = len(stored.crops)
-        flips = self.pairs.latent_index.info.flips
-        num_views = num_stored // 2 if flips else num_stored
-        if self.choice.latent_views == "same":
-            first = second = int(rng.integers(num_views))
-        else:
-            first, second = 0, int(rng.integers(1, num_views))
-        if flips:  # the mirrored views stand behind all others, in the same order
-            mirrored = rng.integers(2, size=2) * num_views
-            same = self.choice.latent_views == "same"
-            first, second = first + int(mirrored[0]), second + int(mirrored[0 if same else 1])
-        moments = torch.from_numpy(stored.moments)
-        match self.choice.condition:
-            case "pixels":
-                condition = self._images(image_of(pair[0]), stored.crops[first], rng)
-            case "latents" if self.choice.cond_view == "crop":
-                condition = moments[rng.integers(num_stored, size=2)]
-            case "latents":
-                condition = moments[[first, first]]
-            case _:
-                condition = torch.tensor(image_of(pair[0]).label)
-        return moments[[first, second]], condition
-
-    def _images(
-        self, sample: Sample, crop: Crop, rng: np.random.Generator
-    ) -> UInt8[Tensor, "crops 3 s s"]:
-        """Two new crops, or the given one alone."""
-        image = decode(sample.image, name=sample.key)
-        info = self.pairs.latent_index.info
-        crops = [crop]
-        if self.choice.cond_view == "crop":
-            scale = info.crop_scale_min
-            crops = [random_crop(rng, *image.shape[1:], scale_min=scale) for _ in range(2)]
-        return torch.stack([apply_crop(image, c, size=info.image_size) for c in crops])
 
 
 class _Sequence:

@@ -19,6 +19,7 @@ from contradiff.features.params import FeaturesParams
 from contradiff.method.lora import cast_frozen_weights
 from contradiff.method.model import ContraDiff
 from contradiff.method.noise import NUM_LEVELS
+from contradiff.training.loop import train
 from contradiff.training.optim import build_adamw, cosine_with_warmup
 from contradiff.types import ByteImages, Latents, to_bytes, to_pixels
 
@@ -143,31 +144,40 @@ def finetune(
         cast_frozen_weights(model.unet)
     trained = [*model.named_parameters(), *classifier.named_parameters(prefix="classifier")]
     optimizer = build_adamw(trained, lr=lr, betas=BETAS, weight_decay=weight_decay)
-    steps_per_epoch = math.ceil(len(data.labels) / batch_size)
+    num_images = len(data.labels)
+    steps_per_epoch = math.ceil(num_images / batch_size)
     total_steps = epochs * steps_per_epoch
-    step = 0
-    for epoch in range(1, epochs + 1):
-        loss_sum = 0.0
-        order = torch.randperm(len(data.labels), generator=generator)
-        for rows in order.tensor_split(steps_per_epoch):
-            rate = lr * cosine_with_warmup(step, total_steps=total_steps, warmup_steps=0)
-            for group in optimizer.param_groups:
-                group["lr"] = rate
-            logits = classifier(
-                _features(model, data[rows], features=features, generator=generator, device=device)
-            )
-            loss = nn.functional.cross_entropy(logits, data.labels[rows].to(device))
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            loss_sum += loss.item() * len(rows)
-            step += 1
-        mean_loss = loss_sum / len(data.labels)
-        if not math.isfinite(mean_loss):
-            raise ValueError(
-                f"transfer.finetune_lr: the loss is {mean_loss} in epoch {epoch}; lower it"
-            )
-        on_epoch(epoch, {"loss": mean_loss})
+    batches = (
+        rows
+        for _ in range(epochs)
+        for rows in torch.randperm(num_images, generator=generator).tensor_split(steps_per_epoch)
+    )
+    loss_sum = torch.zeros((), dtype=torch.float64, device=device)
+
+    def take_gradients(step: int) -> dict[str, Tensor]:
+        """Leave the gradient of a batch; return the epoch's mean loss so far."""
+        if step % steps_per_epoch == 0:
+            loss_sum.zero_()
+        rows = next(batches)
+        h = _features(model, data[rows], features=features, generator=generator, device=device)
+        loss = nn.functional.cross_entropy(classifier(h), data.labels[rows].to(device))
+        loss.backward()
+        loss_sum.add_(loss.detach().double() * len(rows))
+        return {"loss": loss_sum / num_images}
+
+    def tell_epoch(done: int, row: Mapping[str, float] | None) -> None:
+        if row is not None:
+            on_epoch(done // steps_per_epoch, {"loss": row["loss"]})
+
+    train(
+        take_gradients,
+        steps=range(total_steps),
+        optimizer=optimizer,
+        lr=lambda step: lr * cosine_with_warmup(step, total_steps=total_steps, warmup_steps=0),
+        lr_key="transfer.finetune_lr",
+        is_reported=lambda done: done % steps_per_epoch == 0,
+        on_step=tell_epoch,
+    )
     return classifier.requires_grad_(requires_grad=False)
 
 

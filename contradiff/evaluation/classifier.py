@@ -9,12 +9,13 @@ features (b 2·width) -> logits (b classes)
 """
 
 from collections.abc import Callable, Mapping
-from typing import cast
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int64, UInt8
 from torch import Tensor, nn
+
+from contradiff.training.loop import train
 
 OnProgress = Callable[[int, Mapping[str, float]], None]
 
@@ -190,25 +191,44 @@ def train_classifier(
     max_shift = max(1, round(side * MAX_SHIFT_FRACTION))
 
     classifier.train()
-    for epoch in range(epochs):
-        order = torch.randperm(len(images), generator=generator)[: steps_per_epoch * batch_size]
-        sums = torch.zeros(2, dtype=torch.float64, device=images.device)
-        for chosen in order.to(images.device).split(batch_size):
-            batch = augment(images[chosen], max_shift=max_shift, generator=generator)
-            _, logits = classifier(batch)
-            loss = F.cross_entropy(logits, labels[chosen])
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            schedule.step()
-            num_correct = (logits.detach().argmax(1) == labels[chosen]).sum()
-            sums += torch.stack([loss.detach() * len(chosen), num_correct])
-        mean_loss, train_accuracy = cast("list[float]", (sums / len(order)).tolist())
-        report = {"epoch": float(epoch + 1), "loss": mean_loss, "train_accuracy": train_accuracy}
-        on_progress(
-            (epoch + 1) * steps_per_epoch, report | {"lr": float(schedule.get_last_lr()[0])}
-        )
+    num_shown = steps_per_epoch * batch_size
+    batches = (
+        chosen
+        for _ in range(epochs)
+        for chosen in torch.randperm(len(images), generator=generator)[:num_shown]
+        .to(images.device)
+        .split(batch_size)
+    )
+    sums = torch.zeros(2, dtype=torch.float64, device=images.device)
 
+    def take_gradients(step: int) -> dict[str, Tensor | float]:
+        """Leave the gradient of a batch; return the epoch's means so far."""
+        if step % steps_per_epoch == 0:
+            sums.zero_()
+        chosen = next(batches)
+        batch = augment(images[chosen], max_shift=max_shift, generator=generator)
+        _, logits = classifier(batch)
+        loss = F.cross_entropy(logits, labels[chosen])
+        loss.backward()
+        num_correct = (logits.detach().argmax(1) == labels[chosen]).sum()
+        sums.add_(torch.stack([loss.detach() * batch_size, num_correct]))
+        epoch = float(step // steps_per_epoch + 1)
+        return {"epoch": epoch, "loss": sums[0] / num_shown, "train_accuracy": sums[1] / num_shown}
+
+    def rate(step: int) -> float:
+        if step > 0:
+            schedule.step()
+        return float(schedule.get_last_lr()[0])
+
+    train(
+        take_gradients,
+        steps=range(epochs * steps_per_epoch),
+        optimizer=optimizer,
+        lr=rate,
+        lr_key="extractor.lr",
+        is_reported=lambda done: done % steps_per_epoch == 0,
+        on_step=lambda done, row: None if row is None else on_progress(done, row),
+    )
     classifier.eval()
     return classifier, _accuracy(classifier, val_images, val_labels, batch_size=batch_size)
 

@@ -4,8 +4,6 @@ labels => one token each for the UNet's cross-attention; the table learns, the m
 """
 
 import json
-import math
-from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,30 +16,24 @@ from torch import Tensor, nn
 
 from contradiff.base.vae import sample
 from contradiff.config import Section
-from contradiff.data.streams import (
-    PairedShards,
-    TrainingStream,
-    ViewChoice,
-    training_batches,
-)
+from contradiff.data.streams import PairedShards, TrainingStream, training_batches
 from contradiff.files import replace_dir, sha256_of
 from contradiff.method.checkpoint import CONFIG_NAME, WEIGHTS_NAME
 from contradiff.method.lora import cast_frozen_weights, disable_lora, merge_lora
 from contradiff.method.model import ContraDiff
 from contradiff.method.noise import add_noise
+from contradiff.training.batch import ViewChooser
+from contradiff.training.loop import OnStep, train
 from contradiff.training.optim import build_adamw, cosine_with_warmup
-from contradiff.training.state import load_training_state, save_training_state
+from contradiff.training.state import SavedState
 from contradiff.types import Precision, Tokens
 
 TABLE_NAME = "table.safetensors"
 WARMUP_FRACTION = 0.02
-"""Of all steps; the paper names none."""
-IMAGES_AT_ONCE = 32
-"""A batch goes through the UNet in parts of this many, whose gradients add up: Stable Diffusion's
-activations for a batch of 512 fit no GPU."""
-
-OnStep = Callable[[int, float | None], None]
-"""Told every step's number and, at some, its loss."""
+"""The share of all steps that warms the rate up; the paper names none."""
+MICROBATCH_SIZE = 32
+"""Images that go through the UNet at once; their gradients add up. Stable Diffusion's activations
+for a batch of 512 fit no GPU."""
 
 
 class ClassConditionParams(Section):
@@ -169,100 +161,74 @@ def train_class_table(
     optimizer = build_adamw(
         table.named_parameters(), lr=params.lr, betas=(0.9, 0.999), weight_decay=0.0
     )
-    state_file, start = work_dir / "state.safetensors", 0
-    if (state := load_training_state(state_file)) is not None:
-        table.load_state_dict(state.parts["table"])
-        state.restore(optimizer)
-        start = state.step
-    batches = training_batches(
-        _centre_crops(pairs, batch_size=params.batch_size, start_step=start, seed=seed),
-        num_workers=num_workers,
+    saved = SavedState(
+        work_dir / "state.safetensors",
+        {f"table.{name}": tensor for name, tensor in table.state_dict().items()},
+        every=checkpoint_every,
     )
-    for step in range(start, total_steps):
-        scale = cosine_with_warmup(step, total_steps=total_steps, warmup_steps=warmup_steps)
-        for group in optimizer.param_groups:
-            group["lr"] = params.lr * scale
-        generator = torch.Generator(device).manual_seed(seed * 1_000_003 + step)
-        drawn = _draw(
-            model,
-            table,
-            next(batches),
-            drop=params.drop,
-            scaling_factor=pairs.latent_index.info.scaling_factor,
-            generator=generator,
-        )
-        loss = torch.zeros((), device=device)
-        parts = zip(*(tensor.split(IMAGES_AT_ONCE) for tensor in drawn), strict=True)
-        for latents, labels, timesteps, noise in parts:
-            # Eq. 3
-            noisy = add_noise(latents, noise, timesteps, model.schedule.alphas_cumprod)
-            with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
-                noise_pred = model.noise_pred(noisy, timesteps, table(labels))
-            share = F.mse_loss(noise_pred.float(), noise) * (len(latents) / params.batch_size)
-            share.backward()
-            loss += share.detach()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-
-        done = step + 1
-        value = None
-        saved = done % checkpoint_every == 0 and done < total_steps
-        if done % log_every == 0 or done == total_steps or saved:
-            value = loss.item()
-            if not math.isfinite(value):
-                raise ValueError(
-                    f"class_condition.lr: the loss is {value} at step {done}, training diverged; "
-                    "lower it"
-                )
-        on_step(done, value)
-        if saved:
-            save_training_state(
-                state_file,
-                step=done,
-                parts={"table": table.state_dict()},
-                optimizer=optimizer,
-                notes={},
-            )
-    table.eval()
-
-
-def _centre_crops(
-    pairs: PairedShards, *, batch_size: int, start_step: int, seed: int
-) -> TrainingStream:
-    """View 0 of each image comes first: "two" pairs it with another view, where there is one."""
-    views = "two" if pairs.latent_index.info.views > 1 else "same"
-    return TrainingStream(
+    start = saved.resume(optimizer)
+    info = pairs.latent_index.info
+    chooser = ViewChooser(
         pairs,
-        choice=ViewChoice(latent_views=views, cond_view="same", condition="labels"),
-        batch_size=batch_size,
-        start_step=start_step,
+        # View 0 of each image comes first: "two" pairs it with another view, where there is one.
+        latent_views="two" if info.views > 1 else "same",
+        cond_view="same",
+        condition="labels",
+        seed=seed,
+    )
+    stream = TrainingStream(
+        pairs,
+        make_batch=chooser,
+        with_images=True,
+        batch_size=params.batch_size,
+        start_step=start,
         seed=seed,
         rank=0,
         world_size=1,
     )
+    batches = training_batches(stream, num_workers=num_workers)
 
+    def take_gradients(step: int) -> dict[str, Tensor]:
+        """Leave the gradient of Eq. 3, taken in microbatches; return the loss."""
+        generator = torch.Generator(device).manual_seed(seed * 1_000_003 + step)
+        loaded = next(batches)
+        moments = loaded["moments"][0].to(device, non_blocking=True)
+        labels = loaded["labels"].to(device, non_blocking=True)
+        batch_size, channels, height, width = moments.shape
+        shape = (2, batch_size, channels // 2, height, width)
+        posterior_noise, noise = torch.randn(shape, generator=generator, device=device)
+        latents = sample(moments, noise=posterior_noise, scaling_factor=info.scaling_factor)
+        dropped = torch.rand(batch_size, generator=generator, device=device) < params.drop
+        labels = labels.masked_fill(dropped, table.null_label)
+        num_timesteps = model.schedule.num_train_timesteps
+        timesteps = torch.randint(num_timesteps, (batch_size,), generator=generator, device=device)
 
-def _draw(
-    model: ContraDiff,
-    table: ClassTable,
-    loaded: Mapping[str, Tensor],
-    *,
-    drop: float,
-    scaling_factor: float,
-    generator: torch.Generator,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """All that a step sees, random numbers included: latents, labels, timesteps, noise."""
-    device = generator.device
-    moments = loaded["moments"][0].to(device, non_blocking=True)
-    labels = loaded["labels"].to(device, non_blocking=True)
-    batch_size, channels, height, width = moments.shape
-    shape = (batch_size, channels // 2, height, width)
-    posterior_noise, noise = torch.randn((2, *shape), generator=generator, device=device)
-    latents = sample(moments, noise=posterior_noise, scaling_factor=scaling_factor)
-    dropped = torch.rand(batch_size, generator=generator, device=device) < drop
-    num_timesteps = model.schedule.num_train_timesteps
-    timesteps = torch.randint(num_timesteps, (batch_size,), generator=generator, device=device)
-    return latents, labels.masked_fill(dropped, table.null_label), timesteps, noise
+        loss = torch.zeros((), device=device)
+        for begin in range(0, batch_size, MICROBATCH_SIZE):
+            rows = slice(begin, min(begin + MICROBATCH_SIZE, batch_size))
+            noisy = add_noise(
+                latents[rows], noise[rows], timesteps[rows], model.schedule.alphas_cumprod
+            )
+            with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+                noise_pred = model.noise_pred(noisy, timesteps[rows], table(labels[rows]))
+            share = F.mse_loss(noise_pred.float(), noise[rows]) * ((rows.stop - begin) / batch_size)
+            share.backward()
+            loss += share.detach()
+        return {"loss": loss}
+
+    train(
+        take_gradients,
+        steps=range(start, total_steps),
+        optimizer=optimizer,
+        lr=lambda step: (
+            params.lr * cosine_with_warmup(step, total_steps=total_steps, warmup_steps=warmup_steps)
+        ),
+        lr_key="class_condition.lr",
+        is_reported=lambda done: done % log_every == 0,
+        on_step=on_step,
+        saved=saved,
+    )
+    table.eval()
 
 
 def save_class_table(

@@ -12,20 +12,20 @@ images (n 3 h w) in [-1, 1] -> AutoencoderKL, f = 4 -> latents (n 4 h/4 w/4) -> 
 import math
 from collections.abc import Callable, Mapping
 from copy import deepcopy
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 
 from contradiff.method.losses import min_snr_weights
-from contradiff.training.state import load_training_state, save_training_state
+from contradiff.training.loop import OnStep, train
+from contradiff.training.state import SavedState
 
 if TYPE_CHECKING:
+    from accelerate import Accelerator
     from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
     from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
     from diffusers.schedulers.scheduling_ddim import DDIMScheduler
@@ -36,48 +36,12 @@ CAPTION_DIM = 64
 MIN_SNR_GAMMA = 5.0
 """Of the denoiser's loss (Hang et al., 2023): less weight on low noise, which a glance forgives."""
 
+WARMUP_STEPS = 200
+
 CHECKPOINT_EVERY = 500
 """Optimiser steps between two saved states."""
 
-OnProgress = Callable[[int, Mapping[str, float]], None]
 M = TypeVar("M", bound=nn.Module)
-
-
-@dataclass(frozen=True)
-class Share:
-    """One process's part of every batch: row i belongs to process i modulo `num_processes`.
-
-    All random numbers are drawn for the whole batch by every process, and gradients are averaged,
-    so that the result does not depend on the number of processes, up to the order of float sums.
-    """
-
-    rank: int
-    num_processes: int
-    device: torch.device
-
-    def check(self, batch_size: int) -> None:
-        """Raise ValueError if a batch does not divide evenly."""
-        if batch_size % self.num_processes:
-            raise ValueError(
-                f"{batch_size} images do not divide over {self.num_processes} processes"
-            )
-
-    def of(self, batch: Tensor) -> Tensor:
-        """This process's rows, on its device."""
-        return batch[self.rank :: self.num_processes].to(self.device)
-
-    def average_gradients(self, model: nn.Module) -> None:
-        """Replace every gradient by its mean over all processes."""
-        if self.num_processes == 1:
-            return
-        gradients = [p.grad for p in model.parameters() if p.grad is not None]
-        flat = torch.cat([gradient.flatten() for gradient in gradients])
-        dist.all_reduce(flat)
-        flat /= self.num_processes
-        for gradient, mean in zip(
-            gradients, flat.split([gradient.numel() for gradient in gradients]), strict=True
-        ):
-            gradient.copy_(mean.view_as(gradient))
 
 
 def build_vae() -> "AutoencoderKL":
@@ -134,9 +98,9 @@ def train_vae(
     lr: float,
     kl_weight: float,
     seed: int,
-    share: Share,
+    accelerator: "Accelerator",
     work_dir: Path,
-    on_progress: OnProgress,
+    on_step: OnStep,
 ) -> "AutoencoderKL":
     """Train the autoencoder on |x - x'| + |grad x - grad x'| + kl_weight * KL.
 
@@ -151,22 +115,24 @@ def train_vae(
         lr: peak learning rate of AdamW; one cycle of warm-up and cosine.
         kl_weight: weight of the KL divergence to N(0, 1), per image and per pixel of the output.
         seed: of weights, order and noise.
-        share: this process's part of each batch.
+        accelerator: the processes that train together, and their device.
         work_dir: where checkpoints go.
-        on_progress: told the step and the losses.
+        on_step: hears of every step, see `train`.
 
     Raises:
         ValueError: the batch does not divide over the processes.
     """
-    share.check(batch_size)
+    mine = _rows_of(accelerator, batch_size)
+    device = accelerator.device
     torch.manual_seed(seed)
-    vae = build_vae().to(share.device)  # pyright: ignore[reportArgumentType]
+    vae = build_vae().to(device)  # pyright: ignore[reportArgumentType]
 
-    def loss_of(step: int) -> tuple[Tensor, dict[str, float]]:
+    def losses_of(step: int) -> dict[str, Tensor]:
         generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
-        batch = share.of(_draw(images, batch_size, generator))
+        batch = _draw(images, batch_size, generator)[mine].to(device)
         posterior = vae.encode(batch).latent_dist  # pyright: ignore[reportAttributeAccessIssue]
-        noise = share.of(torch.randn(batch_size, *posterior.mean.shape[1:], generator=generator))
+        noise = torch.randn(batch_size, *posterior.mean.shape[1:], generator=generator)
+        noise = noise[mine].to(device)
         decoded = vae.decode(posterior.mean + posterior.std * noise).sample  # pyright: ignore[reportAttributeAccessIssue]
         reconstruction = F.l1_loss(decoded, batch)
         edges = _edge_loss(decoded, batch) + _edge_loss(
@@ -174,20 +140,20 @@ def train_vae(
         )
         kl = posterior.kl().mean() / batch[0].numel()
         loss = reconstruction + edges + kl_weight * kl
-        return loss, {"l1": reconstruction.item(), "kl": kl.item()}
+        return {"loss": loss, "l1": reconstruction, "kl": kl}
 
     average = _train(
         vae,
-        loss_of,
+        losses_of,
         num_steps=num_steps,
         lr=lr,
-        share=share,
+        accelerator=accelerator,
         checkpoint=work_dir / "vae.safetensors",
-        on_progress=on_progress,
+        on_step=on_step,
     )
     with torch.no_grad():
         generator = torch.Generator().manual_seed(seed)
-        some = _draw(images, min(2048, len(images)), generator).to(share.device)
+        some = _draw(images, min(2048, len(images)), generator).to(device)
         means = average.encode(some).latent_dist.mean  # pyright: ignore[reportAttributeAccessIssue]
     average.register_to_config(scaling_factor=round(1.0 / means.std().item(), 5))
     return average
@@ -202,9 +168,9 @@ def train_unet(
     lr: float,
     caption_drop: float,
     seed: int,
-    share: Share,
+    accelerator: "Accelerator",
     work_dir: Path,
-    on_progress: OnProgress,
+    on_step: OnStep,
 ) -> "UNet2DConditionModel":
     """Train the denoiser on Eq. 3 with min-SNR weights and uniform timesteps.
 
@@ -214,49 +180,52 @@ def train_unet(
 
     Args:
         images: uint8 pixels.
-        vae: trained autoencoder with its scaling factor, on the share's device.
+        vae: trained autoencoder with its scaling factor, on the accelerator's device.
         num_steps: optimiser steps.
         batch_size: images a step, over all processes.
         lr: peak learning rate.
         caption_drop: probability in [0, 1].
         seed: of weights, order and noise.
-        share: this process's part of each batch.
+        accelerator: the processes that train together, and their device.
         work_dir: where checkpoints go.
-        on_progress: told the step and the loss.
+        on_step: hears of every step, see `train`.
 
     Raises:
         ValueError: the batch does not divide over the processes.
     """
-    share.check(batch_size)
+    mine = _rows_of(accelerator, batch_size)
+    device = accelerator.device
     torch.manual_seed(seed + 1)
-    unet = build_unet().to(share.device, memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue, reportArgumentType]
+    unet = build_unet().to(device, memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue, reportArgumentType]
     scheduler = build_scheduler()
     alphas_cumprod = scheduler.alphas_cumprod
     num_train_timesteps = len(alphas_cumprod)
-    weights = min_snr_weights(alphas_cumprod, gamma=MIN_SNR_GAMMA).to(share.device)
-    latents, tokens = _encode_all(images, vae, seed=seed, device=share.device)
+    weights = min_snr_weights(alphas_cumprod, gamma=MIN_SNR_GAMMA).to(device)
+    latents, tokens = _encode_all(images, vae, seed=seed, device=device)
 
-    def loss_of(step: int) -> tuple[Tensor, dict[str, float]]:
+    def losses_of(step: int) -> dict[str, Tensor]:
         generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
         index = torch.randint(len(latents), (batch_size,), generator=generator)
         noise = torch.randn(batch_size, *latents.shape[1:], generator=generator)
         timesteps = torch.randint(num_train_timesteps, (batch_size,), generator=generator)
         kept = torch.rand(batch_size, 1, 1, generator=generator) >= caption_drop
-        index, noise, timesteps, kept = (share.of(x) for x in (index, noise, timesteps, kept))
+        index, noise, timesteps, kept = (
+            drawn[mine].to(device) for drawn in (index, noise, timesteps, kept)
+        )
         noisy = scheduler.add_noise(latents[index], noise, timesteps)  # pyright: ignore[reportArgumentType]
         prediction = unet(noisy, timesteps, encoder_hidden_states=tokens[index] * kept).sample
         error = F.mse_loss(prediction, noise, reduction="none").mean(dim=(1, 2, 3))
         loss = (weights[timesteps] * error).mean()
-        return loss, {"loss": loss.item(), "error": error.mean().item()}
+        return {"loss": loss, "error": error.mean()}
 
     return _train(
         unet,
-        loss_of,
+        losses_of,
         num_steps=num_steps,
         lr=lr,
-        share=share,
+        accelerator=accelerator,
         checkpoint=work_dir / "unet.safetensors",
-        on_progress=on_progress,
+        on_step=on_step,
     )
 
 
@@ -283,6 +252,18 @@ def _draw(
     batch = images[index].float().div(127.5).sub(1.0)
     mirrored = torch.rand(batch_size, 1, 1, 1, generator=generator) < 0.5
     return torch.where(mirrored, batch.flip(-1), batch)
+
+
+def _rows_of(accelerator: "Accelerator", batch_size: int) -> slice:
+    """A process's rows of every batch: all processes draw the whole batch, and gradients average.
+
+    So the result does not depend on their number, up to the order of float sums.
+    """
+    if batch_size % accelerator.num_processes:
+        raise ValueError(
+            f"{batch_size} images do not divide over {accelerator.num_processes} processes"
+        )
+    return slice(accelerator.process_index, None, accelerator.num_processes)
 
 
 def _edge_loss(first: Tensor, second: Tensor) -> Tensor:
@@ -315,43 +296,52 @@ def _encode_all(
 
 def _train(
     model: M,
-    loss_of: Callable[[int], tuple[Tensor, dict[str, float]]],
+    losses_of: Callable[[int], Mapping[str, Tensor]],
     *,
     num_steps: int,
     lr: float,
-    share: Share,
+    accelerator: "Accelerator",
     checkpoint: Path,
-    on_progress: OnProgress,
+    on_step: OnStep,
 ) -> M:
-    """AdamW with warm-up and cosine, an average of the weights, a checkpoint now and then."""
+    """AdamW with warm-up and cosine; returns the average of the weights."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.99), weight_decay=1e-4)
     average = deepcopy(model).requires_grad_(requires_grad=False)
-    start = 0
-    if (state := load_training_state(checkpoint)) is not None:
-        model.load_state_dict(state.parts["model"])
-        average.load_state_dict(state.parts["average"])
-        state.restore(optimizer)
-        start = state.step
-    for step in range(start, num_steps):
-        warmup = min(1.0, (step + 1) / 200)
-        for group in optimizer.param_groups:
-            group["lr"] = lr * warmup * 0.5 * (1.0 + math.cos(math.pi * step / num_steps))
-        loss, parts = loss_of(step)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        share.average_gradients(model)
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        decay = min(0.999, (step + 1) / (step + 10))
+    tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
+    tensors |= {f"average.{name}": tensor for name, tensor in average.state_dict().items()}
+    saved = SavedState(checkpoint, tensors, every=CHECKPOINT_EVERY)
+
+    def take_gradients(step: int) -> Mapping[str, Tensor]:
+        losses = losses_of(step)
+        losses["loss"].backward()
+        if accelerator.num_processes > 1:
+            trained = [p for p in model.parameters() if p.grad is not None]
+            means = accelerator.reduce([p.grad for p in trained], "mean")
+            for parameter, mean in zip(trained, means, strict=True):
+                parameter.grad = mean
+        return losses
+
+    def rate(step: int) -> float:
+        warmup = min(1.0, (step + 1) / WARMUP_STEPS)
+        return lr * warmup * 0.5 * (1.0 + math.cos(math.pi * step / num_steps))
+
+    def update_average(done: int) -> None:
+        decay = min(0.999, done / (done + 9))
         with torch.no_grad():
             torch._foreach_lerp_(list(average.parameters()), list(model.parameters()), 1.0 - decay)  # pyright: ignore[reportPrivateUsage, reportPrivateImportUsage]
-        on_progress(step + 1, parts)
-        if (step + 1) % CHECKPOINT_EVERY == 0 and share.rank == 0:
-            save_training_state(
-                checkpoint,
-                step=step + 1,
-                parts={"model": model.state_dict(), "average": average.state_dict()},
-                optimizer=optimizer,
-                notes={},
-            )
+
+    train(
+        take_gradients,
+        steps=range(saved.resume(optimizer), num_steps),
+        optimizer=optimizer,
+        lr=rate,
+        lr_key="lr",
+        is_reported=lambda _: True,
+        on_step=on_step,
+        clipped=model.parameters(),
+        max_grad_norm=1.0,
+        update_average=update_average,
+        saved=saved,
+        accelerator=accelerator,
+    )
     return average.eval()

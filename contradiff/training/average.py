@@ -1,6 +1,4 @@
-"""The exponential moving average (EMA) of what is trained."""
-
-from collections.abc import Mapping
+"""The exponential moving average (EMA) of the trained weights."""
 
 from torch import Tensor
 
@@ -8,30 +6,26 @@ from contradiff.method.model import ContraDiff
 
 
 class WeightAverage:
-    """Exponential moving average of what is trained (diffusers' EMAModel, with its warm-up)."""
+    """diffusers' EMAModel over the trainable parameters, with its warm-up.
+
+    Attributes:
+        tensors: the live average by parameter name.
+    """
 
     def __init__(self, model: ContraDiff, *, decay: float) -> None:
+        """Start from the model's present weights; `decay` is that of an optimiser step."""
         from diffusers.training_utils import EMAModel
 
-        named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-        self.names = [name for name, _ in named]
-        self.parameters = [parameter for _, parameter in named]
+        named = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self.parameters = list(named.values())
         self.ema = EMAModel(self.parameters, decay=decay, foreach=True)
+        self.tensors: dict[str, Tensor] = dict(zip(named, self.ema.shadow_params, strict=True))
 
-    def update(self) -> None:
-        """After an optimiser step: decay 0 at the first, min(decay, (1 + s) / (10 + s)) after s."""
+    def update(self, done: int) -> None:
+        """Follow step `done`: decay 0 after the first, then min(decay, done / (done + 9))."""
+        self.ema.optimization_step = done - 1
         self.ema.step(self.parameters)
 
     def copy_to_model(self) -> None:
-        """The average replaces the weights."""
+        """Replace the weights by their average."""
         self.ema.copy_to(self.parameters)
-
-    def state(self) -> dict[str, Tensor]:
-        """The average by parameter name, to be saved."""
-        return dict(zip(self.names, self.ema.shadow_params, strict=True))
-
-    def load(self, state: Mapping[str, Tensor], *, step: int) -> None:
-        """Go on from a saved `state` after `step` updates."""
-        for name, shadow in zip(self.names, self.ema.shadow_params, strict=True):
-            shadow.copy_(state[name])
-        self.ema.optimization_step = step

@@ -1,35 +1,31 @@
 """Pretraining: reconstruction + lambda * contrast (Sec. 3.4, Table 1), resumable at any step."""
 
-import json
-import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Mapping
 from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from contradiff.data.streams import PairedShards, TrainingStream, ViewChoice, training_batches
+from contradiff.data.streams import PairedShards, TrainingStream, training_batches
 from contradiff.method.lora import cast_frozen_weights
 from contradiff.method.losses import LossParams
 from contradiff.method.model import ContraDiff
-from contradiff.method.objective import TrainingBatch, TrainingStep
+from contradiff.method.noise import timestep_probabilities
+from contradiff.method.objective import TrainingStep
 from contradiff.training.average import WeightAverage
-from contradiff.training.batch import BatchDrawer
+from contradiff.training.batch import ViewChooser, draw_batch
+from contradiff.training.loop import OnStep, train
 from contradiff.training.optim import build_adamw, cosine_with_warmup, scaled_lr
 from contradiff.training.recipe import Checkpointing, TrainingRecipe
-from contradiff.training.state import load_training_state, save_training_state
+from contradiff.training.state import SavedState
 from contradiff.types import Precision
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
 CURVE_ROWS = 200
-"""Rows that the stored curve has, about; live logging is as dense as the caller asks."""
-
-OnStep = Callable[[int, Mapping[str, float] | None], None]
-"""Told every step's number and, at some, its losses."""
+"""The stored curve has about this many rows; live logging is as dense as the caller asks."""
 
 
 def pretrain(
@@ -58,9 +54,9 @@ def pretrain(
         accelerator: processes, device and precision.
         work_dir: where the state to resume from is kept.
         num_workers: data-loading processes.
-        log_every: steps between two live reports of losses.
+        log_every: steps between two reports of losses.
         checkpoint_every: steps between two saved states.
-        on_step: progress callback.
+        on_step: hears of every step, see `train`.
 
     Returns:
         The curve: rows of step, epoch, lr, loss, reconstruction, contrastive, grad_norm.
@@ -69,9 +65,8 @@ def pretrain(
         ValueError: the batch does not divide over the processes or is larger than the data, or the
             loss or its gradient is not finite.
     """
-    params = recipe.pretrain
-    num_parts = params.grad_accumulation
-    local_batch = _local_batch(params.batch_size, accelerator.num_processes, num_parts)
+    params, microbatches = recipe.pretrain, recipe.pretrain.grad_accumulation
+    local_batch = _local_batch(params.batch_size, accelerator.num_processes, microbatches)
     steps_per_epoch = pairs.num_samples // params.batch_size
     if steps_per_epoch == 0:
         raise ValueError(
@@ -82,7 +77,6 @@ def pretrain(
         return []
     warmup_steps = round(params.warmup_epochs * steps_per_epoch)
     lr = scaled_lr(params.lr, batch_size=params.batch_size, enabled=params.scale_lr)
-    stride = max(1, total_steps // CURVE_ROWS)
 
     set_up(
         model,
@@ -97,70 +91,92 @@ def pretrain(
         betas=(params.beta1, params.beta2),
         weight_decay=params.weight_decay,
     )
+    tensors = {f"model.{name}": tensor for name, tensor in model.trained_state().items()}
     average = WeightAverage(model, decay=params.ema_decay) if params.ema_decay else None
-    state_file = work_dir / "state.safetensors"
-    start, curve = _resume(state_file, model, optimizer, average)
-    training_step = TrainingStep(
-        model,
-        loss=recipe.loss,
-        shared_condition=recipe.shared_condition,
-        decode_batch_size=params.decode_batch_size,
+    if average is not None:
+        tensors |= {f"average.{name}": tensor for name, tensor in average.tensors.items()}
+    saved = SavedState(work_dir / "state.safetensors", tensors, every=checkpoint_every)
+    start = saved.resume(optimizer)
+    objective, optimizer = accelerator.prepare(
+        TrainingStep(
+            model,
+            loss=recipe.loss,
+            shared_condition=recipe.shared_condition,
+            decode_batch_size=params.decode_batch_size,
+        ).train(),
+        optimizer,
     )
-    wrapped, optimizer = accelerator.prepare(training_step.train(), optimizer)
-    draw = BatchDrawer(model, pairs, recipe, accelerator)
+    chooser = ViewChooser(
+        pairs,
+        latent_views=recipe.loss.latent_views,
+        cond_view=recipe.conditioner.cond_view,
+        condition=recipe.conditioner.input,
+        seed=recipe.seed,
+    )
     stream = TrainingStream(
         pairs,
-        choice=ViewChoice(
-            recipe.loss.latent_views, recipe.conditioner.cond_view, recipe.conditioner.input
-        ),
+        make_batch=chooser,
+        with_images=recipe.conditioner.input == "pixels",
         batch_size=local_batch,
-        start_step=start * num_parts,
+        start_step=start * microbatches,
         seed=recipe.seed,
         rank=accelerator.process_index,
         world_size=accelerator.num_processes,
     )
     batches = training_batches(stream, num_workers=num_workers)
-    for step in range(start, total_steps):
-        scale = cosine_with_warmup(step, total_steps=total_steps, warmup_steps=warmup_steps)
-        for group in optimizer.param_groups:
-            group["lr"] = lr * scale
-        parts = (draw(next(batches), step * num_parts + part) for part in range(num_parts))
-        losses = _accumulate_gradients(wrapped, parts, accelerator, num_parts=num_parts)
-        grad_norm = accelerator.clip_grad_norm_(model.parameters(), params.max_grad_norm)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        if average is not None:
-            average.update()
+    probabilities = timestep_probabilities(
+        model.schedule.alphas_cumprod, schedule=recipe.noise.schedule
+    ).to(accelerator.device)
 
-        done = step + 1
-        row = None
-        if done % stride == 0 or done % log_every == 0 or done == total_steps:
-            row = _row(
-                done,
-                epoch=done / steps_per_epoch,
-                lr=lr * scale,
-                losses=losses,
-                grad_norm=grad_norm,
+    def take_gradients(step: int) -> dict[str, Tensor | float]:
+        """Leave the mean gradient of the step's microbatches; return their mean losses."""
+        means: dict[str, Tensor | float] = {"epoch": round((step + 1) / steps_per_epoch, 4)}
+        for number in range(step * microbatches, (step + 1) * microbatches):
+            batch = draw_batch(
+                next(batches),
+                number=number,
+                model=model,
+                recipe=recipe,
+                probabilities=probabilities,
+                scaling_factor=pairs.latent_index.info.scaling_factor,
                 accelerator=accelerator,
             )
-            if done % stride == 0 or done == total_steps:
-                curve.append(row)
+            # Processes average their gradients once a step, with the last microbatch.
+            is_last = number == (step + 1) * microbatches - 1
+            with nullcontext() if is_last else accelerator.no_sync(objective):
+                with accelerator.autocast():
+                    losses = objective(batch)
+                accelerator.backward(losses["loss"] / microbatches)
+            for name, value in losses.items():
+                means[name] = means.get(name, 0.0) + value.detach() / microbatches
+        return means
+
+    curve_stride = max(1, total_steps // CURVE_ROWS)
+
+    def keep_curve(done: int, row: Mapping[str, float] | None) -> None:
+        if row is not None and (done % curve_stride == 0 or done == total_steps):
+            saved.curve.append(dict(row))
         on_step(done, row)
-        if done % checkpoint_every == 0 and done < total_steps:
-            # The norm is one number for all processes; where it is not finite, weights are not.
-            _check_finite({"grad_norm": _number(grad_norm)}, step=done)
-            if accelerator.is_main_process:
-                averaged = {} if average is None else {"average": average.state()}
-                save_training_state(
-                    state_file,
-                    step=done,
-                    parts={"model": model.trained_state(), **averaged},
-                    optimizer=optimizer,
-                    notes={"curve": json.dumps(curve)},
-                )
+
+    train(
+        take_gradients,
+        steps=range(start, total_steps),
+        optimizer=optimizer,
+        lr=lambda step: (
+            lr * cosine_with_warmup(step, total_steps=total_steps, warmup_steps=warmup_steps)
+        ),
+        lr_key="pretrain.lr",
+        is_reported=lambda done: done % log_every == 0 or done % curve_stride == 0,
+        on_step=keep_curve,
+        clipped=model.parameters(),
+        max_grad_norm=params.max_grad_norm,
+        update_average=average.update if average else None,
+        saved=saved,
+        accelerator=accelerator,
+    )
     if average is not None:
         average.copy_to_model()
-    return curve
+    return saved.curve
 
 
 def set_up(
@@ -172,8 +188,8 @@ def set_up(
 ) -> None:
     """Freeze what the loss does not reach, and choose which activations and weights are kept.
 
-    Checkpointing is diffusers' own: resnets and transformer blocks are computed again in the
-    backward pass, without reentrance, so that LoRA's gradients live on under a frozen input.
+    Checkpointing is diffusers' own: the backward pass computes resnets and transformer blocks
+    again, without reentrance, so that gradients reach LoRA although the UNet's input is frozen.
     """
     if loss.weight == 0:
         # The reconstruction loss never reaches them (and DDP refuses parameters without gradient).
@@ -190,84 +206,13 @@ def set_up(
                 module.gradient_checkpointing = False  # pyright: ignore[reportArgumentType]
 
 
-def _resume(
-    path: Path,
-    model: ContraDiff,
-    optimizer: torch.optim.Optimizer,
-    average: WeightAverage | None,
-) -> tuple[int, list[dict[str, float]]]:
-    """Restore everything; returns the steps done and the curve so far: 0 and [] at the start."""
-    state = load_training_state(path)
-    if state is None:
-        return 0, []
-    model.load_trained_state(state.parts["model"])
-    state.restore(optimizer)
-    if average is not None:
-        average.load(state.parts["average"], step=state.step)
-    return state.step, json.loads(state.notes["curve"])
-
-
-def _accumulate_gradients(
-    wrapped: nn.Module,
-    parts: Iterable[TrainingBatch],
-    accelerator: "Accelerator",
-    *,
-    num_parts: int,
-) -> dict[str, Tensor]:
-    """Leave the mean gradient of a step's parts in the parameters; returns their mean losses."""
-    losses: dict[str, Tensor] = {}
-    for number, batch in enumerate(parts, start=1):
-        # Processes average their gradients once a step, with the last part.
-        averaged = nullcontext() if number == num_parts else accelerator.no_sync(wrapped)
-        with averaged:
-            with accelerator.autocast():
-                of_part = wrapped(batch)
-            accelerator.backward(of_part["loss"] / num_parts)
-        for name, value in of_part.items():
-            mean = value.detach() / num_parts
-            losses[name] = losses[name] + mean if name in losses else mean
-    return losses
-
-
-def _local_batch(batch_size: int, num_processes: int, parts: int) -> int:
+def _local_batch(batch_size: int, num_processes: int, microbatches: int) -> int:
     """Images that one process takes at once."""
-    if batch_size % (num_processes * parts):
+    if batch_size % (num_processes * microbatches):
         msg = (
             f"pretrain.batch_size: {batch_size} images do not divide over {num_processes} processes"
         )
-        if parts > 1:
-            msg += f" and {parts} parts (pretrain.grad_accumulation)"
+        if microbatches > 1:
+            msg += f" and {microbatches} microbatches (pretrain.grad_accumulation)"
         raise ValueError(msg)
-    return batch_size // (num_processes * parts)
-
-
-def _row(
-    step: int,
-    *,
-    epoch: float,
-    lr: float,
-    losses: Mapping[str, Tensor],
-    grad_norm: Tensor | None,
-    accelerator: "Accelerator",
-) -> dict[str, float]:
-    row = {"step": float(step), "epoch": round(epoch, 4), "lr": lr}
-    for name, value in losses.items():
-        mean = accelerator.reduce(value.detach(), "mean")
-        assert isinstance(mean, Tensor)
-        row[name] = mean.item()
-    row["grad_norm"] = _number(grad_norm)
-    _check_finite(row, step=step)
-    return row
-
-
-def _number(grad_norm: Tensor | None) -> float:
-    assert grad_norm is not None, "only DeepSpeed keeps it to itself"
-    return grad_norm.item()
-
-
-def _check_finite(values: Mapping[str, float], *, step: int) -> None:
-    for name, value in values.items():
-        if not math.isfinite(value):
-            raise ValueError(
-                f"pretrain.lr: {name} is {value} at step {step}, training diverged; lower it"
-            )
+    return batch_size // (num_processes * microbatches)

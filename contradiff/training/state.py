@@ -1,7 +1,7 @@
-"""What a training resumes from: weights, AdamW's moments and the step, in one file."""
+"""What a training resumes from: weights, the optimiser's moments, the step and the curve."""
 
+import json
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -14,64 +14,55 @@ from contradiff.files import replace_file
 STATE_VERSION = 1
 """Raise it when a saved state would mean something else: other weights, order or random numbers."""
 
-_OPTIMIZER = "optimizer"
 
+class SavedState:
+    """One safetensors file that holds a training as it was after some steps.
 
-@dataclass(frozen=True)
-class TrainingState:
-    """A training after some steps.
+    Example:
+        saved = SavedState(work_dir / "state.safetensors", model.state_dict(), every=500)
+        start = saved.resume(optimizer)  # 0 where nothing was saved
 
     Attributes:
-        step: optimiser steps done.
-        parts: state dicts by a name without dots, such as "model" and "average".
-        notes: texts that belong to it.
-        moments: AdamW's, by the parameter's index.
+        every: optimiser steps between two saved states.
+        curve: rows to plot later; saved and resumed with the weights.
     """
 
-    step: int
-    parts: Mapping[str, Mapping[str, Tensor]]
-    notes: Mapping[str, str]
-    moments: Mapping[int, Mapping[str, Tensor]]
+    def __init__(self, file: Path, tensors: Mapping[str, Tensor], *, every: int) -> None:
+        """Read and write nothing yet.
 
-    def restore(self, optimizer: torch.optim.Optimizer) -> None:
-        """Give a new optimiser of the same parameters its moments; its options stay."""
-        optimizer.load_state_dict({**optimizer.state_dict(), "state": self.moments})
+        Args:
+            file: where the state is saved.
+            tensors: the live weights, as `state_dict()` gives them: they share memory with the
+                module. `save` writes their values and `resume` overwrites them.
+            every: optimiser steps between two saved states.
+        """
+        assert not any(name.startswith("optimizer.") for name in tensors)
+        self.file, self.tensors, self.every = file, tensors, every
+        self.curve: list[dict[str, float]] = []
 
+    def save(self, step: int, optimizer: torch.optim.Optimizer) -> None:
+        """Write the state after `step` optimiser steps, whole or not at all."""
+        tensors = dict(self.tensors)
+        for index, moments in optimizer.state_dict()["state"].items():
+            tensors |= {f"optimizer.{index}.{name}": value for name, value in moments.items()}
+        contiguous = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
+        with replace_file(self.file) as temporary:
+            metadata = {"step": str(step), "curve": json.dumps(self.curve)}
+            save_file(contiguous, temporary, metadata)
 
-def save_training_state(
-    path: Path,
-    *,
-    step: int,
-    parts: Mapping[str, Mapping[str, Tensor]],
-    optimizer: torch.optim.Optimizer,
-    notes: Mapping[str, str],
-) -> None:
-    """Write a safetensors file, whole or not at all; see `TrainingState`."""
-    assert _OPTIMIZER not in parts
-    assert "step" not in notes
-    tensors = {f"{part}.{name}": value for part in parts for name, value in parts[part].items()}
-    for index, moments in optimizer.state_dict()["state"].items():
-        tensors |= {f"{_OPTIMIZER}.{index}.{name}": value for name, value in moments.items()}
-    contiguous = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
-    with replace_file(path) as temporary:
-        save_file(contiguous, temporary, {**notes, "step": str(step)})
-
-
-def load_training_state(path: Path) -> TrainingState | None:
-    """Read what `save_training_state` wrote, on the CPU; None if there is no such file."""
-    if not path.is_file():
-        return None
-    with safe_open(path, framework="pt") as file:
-        notes = dict(file.metadata())
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    step = int(notes.pop("step"))
-    parts: dict[str, dict[str, Tensor]] = {}
-    moments: dict[int, dict[str, Tensor]] = {}
-    for key, value in tensors.items():
-        part, name = key.split(".", 1)
-        if part == _OPTIMIZER:
-            index, moment = name.split(".", 1)
-            moments.setdefault(int(index), {})[moment] = value
-        else:
-            parts.setdefault(part, {})[name] = value
-    return TrainingState(step, parts, notes, moments)
+    def resume(self, optimizer: torch.optim.Optimizer) -> int:
+        """Fill weights, moments and curve from the file; return the steps done, 0 without one."""
+        if not self.file.is_file():
+            return 0
+        moments: dict[int, dict[str, Tensor]] = {}
+        with safe_open(self.file, framework="pt") as file:
+            metadata: dict[str, str] = file.metadata()
+            keys = set(file.keys())
+            for key in self.tensors:
+                self.tensors[key].copy_(file.get_tensor(key))
+            for key in keys - self.tensors.keys():
+                _, index, name = key.split(".")
+                moments.setdefault(int(index), {})[name] = file.get_tensor(key)
+        optimizer.load_state_dict({**optimizer.state_dict(), "state": moments})
+        self.curve = json.loads(metadata["curve"])
+        return int(metadata["step"])

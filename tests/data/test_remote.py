@@ -18,7 +18,8 @@ from contradiff.data import remote
 from contradiff.data.remote import RemoteFile, join, read_bytes, size_of
 from contradiff.data.shard_info import ShardInfo
 from contradiff.data.shards import ShardIndex, read_shard, read_split
-from contradiff.data.streams import PairedShards, TrainingStream, ViewChoice, training_batches
+from contradiff.data.streams import PairedShards, TrainingStream, training_batches
+from contradiff.training.batch import ViewChooser
 
 
 class Server:
@@ -112,9 +113,13 @@ def test_training_from_a_url_has_the_same_batches(
     """Also in workers, which are forked off a process that has spoken to the server."""
 
     def batches(images: Path | str, latents: Path | str, num_workers: int) -> list[Any]:
+        pairs = PairedShards.open(images, latents, split="train")
         stream = TrainingStream(
-            PairedShards.open(images, latents, split="train"),
-            choice=ViewChoice("two", "same", "pixels"),
+            pairs,
+            make_batch=ViewChooser(
+                pairs, latent_views="two", cond_view="same", condition="pixels", seed=0
+            ),
+            with_images=True,
             batch_size=8,
             start_step=1,
             seed=0,

@@ -13,14 +13,14 @@ import torch
 from torch import Tensor
 
 from contradiff.data import order
-from contradiff.data import streams as loading
 from contradiff.data.latents import StoredLatents
 from contradiff.data.order import Part
 from contradiff.data.shard_info import ShardInfo
 from contradiff.data.shards import ShardIndex, read_images, read_split, write_split
-from contradiff.data.streams import PairedShards, TrainingStream, ViewChoice, training_batches
-from contradiff.data.transforms import apply_crop, decode
-from contradiff.types import to_pixels
+from contradiff.data.streams import PairedShards, TrainingStream, training_batches
+from contradiff.data.transforms import decode
+from contradiff.training import batch as views_of_a_batch
+from contradiff.training.batch import ViewChooser
 
 NUM_IMAGES = 24
 
@@ -32,7 +32,10 @@ def pairs(tiny_data: Path) -> PairedShards:
 
 def stream_of(pairs: PairedShards, **changes: Any) -> TrainingStream:
     settings: dict[str, Any] = {
-        "choice": ViewChoice("two", "crop", "pixels"),
+        "make_batch": ViewChooser(
+            pairs, latent_views="two", cond_view="crop", condition="pixels", seed=0
+        ),
+        "with_images": True,
         "batch_size": 4,
         "start_step": 0,
         "seed": 0,
@@ -75,14 +78,6 @@ def shown(batch: dict[str, Tensor], views: Views) -> list[tuple[tuple[str, int],
 
 def keys(batches: list[dict[str, Tensor]], views: Views) -> list[str]:
     return [first[0] for batch in batches for first, _ in shown(batch, views)]
-
-
-def test_batches_have_two_views_and_two_conditions(pairs: PairedShards):
-    (batch,) = batches_of(pairs, 1)
-    assert batch["moments"].shape == (2, 4, 8, 8, 8)
-    assert batch["moments"].dtype == torch.float16
-    assert batch["conditions"].shape == (2, 4, 3, 32, 32)
-    assert batch["conditions"].abs().max() <= 1
 
 
 def test_an_epoch_sees_every_image_once(pairs: PairedShards, views: Views):
@@ -169,97 +164,6 @@ def test_ranks_share_no_shard(pairs: PairedShards, views: Views, tiny_data: Path
     assert len(set(seen[0] + seen[1])) == NUM_IMAGES
 
 
-def test_views_depend_on_the_image_not_on_who_reads_it(pairs: PairedShards, views: Views):
-    def by_key(batches: list[dict[str, Tensor]]) -> dict[str, bytes]:
-        return {
-            key: batch["conditions"][:, index].numpy().tobytes() + bytes([view_1, view_2])
-            for batch in batches
-            for index, ((key, view_1), (_, view_2)) in enumerate(shown(batch, views))
-        }
-
-    alone = by_key(batches_of(pairs, 6))
-    ranks = [by_key(batches_of(pairs, 3, rank=rank, world_size=2)) for rank in (0, 1)]
-    assert alone == ranks[0] | ranks[1]
-
-
-@pytest.mark.parametrize("cond_view", ["same", "crop", "noise"])
-def test_two_latent_views_are_two_views_of_one_image(
-    pairs: PairedShards, views: Views, cond_view: str
-):
-    pairs_of_views = [
-        item
-        for batch in batches_of(pairs, 18, choice=ViewChoice("two", cond_view, "pixels"))
-        for item in shown(batch, views)
-    ]
-    assert all(a[0] == b[0] and a[1] != b[1] for a, b in pairs_of_views)
-    # the centre crop and one of two random crops, 36 times each on average
-    drawn = [(a[1], b[1]) for a, b in pairs_of_views]
-    assert set(drawn) == {(0, 1), (0, 2)}
-    assert 18 < drawn.count((0, 1)) < 54
-
-
-def test_same_latent_view_is_shown_twice(pairs: PairedShards, views: Views):
-    batches = batches_of(pairs, 18, choice=ViewChoice("same", "same", "pixels"))
-    assert all(a == b for batch in batches for a, b in shown(batch, views))
-    assert {a[1] for batch in batches for a, _ in shown(batch, views)} == {0, 1, 2}
-
-
-@pytest.mark.parametrize("latent_views", ["same", "two"])
-@pytest.mark.parametrize("cond_view", ["same", "noise"])
-def test_same_condition_is_the_first_views_crop(
-    pairs: PairedShards, views: Views, tiny_data: Path, latent_views: str, cond_view: str
-):
-    images = {image.key: image.image for image in read_images(tiny_data / "images", "train")}
-    stored = map(StoredLatents.of_record, read_split(tiny_data / "latents", "train"))
-    crops = {item.key: item.crops for item in stored}
-    (batch,) = batches_of(pairs, 1, choice=ViewChoice(latent_views, cond_view, "pixels"))
-    for index, ((key, view), _) in enumerate(shown(batch, views)):
-        crop = apply_crop(decode(images[key], name=key), crops[key][view], size=32)
-        for condition in batch["conditions"][:, index]:
-            assert condition.equal(to_pixels(crop[None])[0])
-
-
-@pytest.mark.parametrize("cond_view", ["same", "crop"])
-def test_latent_conditions_are_stored_views_and_need_no_images(
-    pairs: PairedShards, views: Views, tmp_path: Path, cond_view: str
-):
-    without_images = replace(pairs, images=tmp_path / "nothing")
-    drawn: list[tuple[int, int, int]] = []
-    for batch in batches_of(without_images, 18, choice=ViewChoice("two", cond_view, "latents")):
-        conditions = shown({"moments": batch["condition_moments"]}, views)
-        for (a, _), (c, d) in zip(shown(batch, views), conditions, strict=True):
-            assert a[0] == c[0] == d[0]
-            drawn.append((a[1], c[1], d[1]))
-    if cond_view == "same":
-        assert set(drawn) == {(0, 0, 0)}
-    else:
-        # both independent of the view and of each other, 72 times
-        assert {(c, d) for _, c, d in drawn} == {(i, j) for i in range(3) for j in range(3)}
-
-
-def test_labels_are_those_of_the_images(pairs: PairedShards, views: Views, tiny_data: Path):
-    labels = {image.key: image.label for image in read_images(tiny_data / "images", "train")}
-    for batch in batches_of(pairs, 6, choice=ViewChoice("same", "same", "labels")):
-        keys_of = [first[0] for first, _ in shown(batch, views)]
-        assert batch["labels"].tolist() == [labels[key] for key in keys_of]
-        assert set(batch) == {"moments", "labels"}
-
-
-def test_crops_of_latents_need_stored_views(pairs: PairedShards):
-    info = pairs.latent_index.info.model_copy(update={"views": 1})
-    one_view = replace(pairs, latent_index=replace(pairs.latent_index, info=info))
-    with pytest.raises(ValueError, match=r"^conditioner\.cond_view: crop .*latents\.views of 2"):
-        batches_of(one_view, 1, choice=ViewChoice("same", "crop", "latents"))
-
-
-def test_cropped_conditions_are_two_new_crops(pairs: PairedShards):
-    batches = batches_of(pairs, 12, choice=ViewChoice("same", "crop", "pixels"))
-    conditions = torch.cat([batch["conditions"] for batch in batches], dim=1)
-    assert not any(a.equal(b) for a, b in zip(*conditions, strict=True))
-    distinct = {condition.numpy().tobytes() for condition in conditions.flatten(0, 1)}
-    assert len(distinct) == 2 * 2 * NUM_IMAGES  # other crops in the second epoch
-
-
 def rewritten(
     source: Path,
     folder: Path,
@@ -267,7 +171,6 @@ def rewritten(
     *,
     change: Callable[[Any], Any] = lambda record: record,
     reverse: bool = False,
-    **changes: Any,
 ) -> Path:
     """A copy of a folder's training split, changed."""
     records = [change(record) for record in read_split(source, "train")]
@@ -278,8 +181,7 @@ def rewritten(
         samples_per_shard=samples_per_shard,
         compression="none",
     )
-    info = ShardIndex.read(source, ShardInfo).info.model_copy(update=changes)
-    ShardIndex({"train": shards}, info).write(folder)
+    ShardIndex({"train": shards}, ShardIndex.read(source, ShardInfo).info).write(folder)
     return folder
 
 
@@ -379,7 +281,7 @@ def test_what_a_resumed_run_skips_is_not_decoded(
         decoded.append(name)
         return decode(encoded, name=name)
 
-    monkeypatch.setattr(loading, "decode", counting)
+    monkeypatch.setattr(views_of_a_batch, "decode", counting)
     batches_of(pairs, 1, start_step=4)
     assert len(decoded) == 4
 
@@ -416,35 +318,6 @@ def test_whoever_reads_a_damaged_shard_to_its_end_notices(pairs: PairedShards, t
         list(damaged.read_part(Part(1, 5, 6), True))
 
 
-@pytest.mark.parametrize("latent_views", ["same", "two"])
-def test_mirrored_views_are_drawn_as_often_as_the_others(
-    tiny_data: Path, pairs: PairedShards, tmp_path: Path, latent_views: str
-):
-    """Views 0 to 2 and, behind them, their mirror images 3 to 5, here marked by their numbers."""
-
-    def mark(record: Any) -> Any:
-        stored = StoredLatents.of_record(record)
-        moments = np.stack([np.full((8, 8, 8), view, np.float16) for view in range(6)])
-        return StoredLatents(stored.key, moments, stored.crops * 2).to_record()
-
-    latents = rewritten(tiny_data / "latents", tmp_path, 6, change=mark, flips=True)
-    flipped = PairedShards.open(pairs.images, latents, split="train")
-    choice = ViewChoice(latent_views, "same", "latents")
-    drawn = [
-        (int(a), int(b))
-        for batch in batches_of(flipped, 6, choice=choice, batch_size=24)
-        for a, b in batch["moments"][:, :, 0, 0, 0].T
-    ]
-    assert len(drawn) == 144
-    if latent_views == "same":
-        expected = {(view, view) for view in range(6)}
-    else:
-        expected = {(a, b) for a in (0, 3) for b in (1, 2, 4, 5)}
-    assert set(drawn) == expected
-    # 24 and 18 times each on average, with a standard deviation of 4.5 and 4
-    assert min(drawn.count(pair) for pair in expected) > 6
-
-
 def test_digest_is_of_the_content_wherever_it_lies(
     pairs: PairedShards, uneven: PairedShards, tiny_data: Path, tmp_path: Path
 ):
@@ -453,18 +326,17 @@ def test_digest_is_of_the_content_wherever_it_lies(
     assert moved.digest == pairs.digest != uneven.digest
 
 
-def test_two_views_of_one_are_refused(tiny_data: Path):
-    pairs = PairedShards.open(tiny_data / "images", tiny_data / "latents", split="val")
-    info = pairs.latent_index.info.model_copy(update={"views": 1})
-    index = ShardIndex(pairs.latent_index.splits, info)
-    pairs = PairedShards(pairs.images, pairs.latents, "val", pairs.image_index, index)
-    with pytest.raises(ValueError, match=r"^loss\.latent_views: two needs latents\.views of 2"):
-        stream_of(pairs)
-    (batch,) = batches_of(pairs, 1, choice=ViewChoice("same", "same", "pixels"))
-    assert batch["moments"][0].equal(batch["moments"][1])
-
-
 def test_counts_are_those_of_the_split(pairs: PairedShards):
     assert (pairs.num_shards, pairs.num_samples) == (4, NUM_IMAGES)
     numbers = [number for number in range(4) for _ in pairs.read(number)]
     assert np.bincount(numbers).tolist() == [6, 6, 6, 6]
+
+
+def test_without_images_their_shards_are_not_read(
+    pairs: PairedShards, views: Views, tmp_path: Path
+):
+    without_images = replace(pairs, images=tmp_path / "nothing")
+    settings = {"latent_views": "two", "cond_view": "same", "condition": "latents", "seed": 0}
+    chooser = ViewChooser(pairs, **settings)
+    seen = keys(batches_of(without_images, 6, make_batch=chooser, with_images=False), views)
+    assert len(set(seen)) == NUM_IMAGES

@@ -42,7 +42,7 @@ def test_learns_and_reports():
     assert accuracy > 0.9
     assert not classifier.training
     assert [step for step, _ in reports] == [6, 12, 18, 24, 30, 36]
-    assert set(reports[0][1]) == {"epoch", "loss", "train_accuracy", "lr"}
+    assert set(reports[0][1]) == {"step", "lr", "epoch", "loss", "train_accuracy"}
     assert reports[-1][1]["loss"] < reports[0][1]["loss"]
 
 

@@ -169,13 +169,13 @@ def test_a_step_is_the_loss_written_out(
     losses: dict[int, list[float | None]] = {}
     tables: dict[int, ClassTable] = {}
     for at_once in (7, 24):
-        monkeypatch.setattr(class_condition, "IMAGES_AT_ONCE", at_once)
+        monkeypatch.setattr(class_condition, "MICROBATCH_SIZE", at_once)
         tables[at_once], losses[at_once] = new_table(), []
         train(
             build_tiny(),
             tables[at_once],
             params={"batch_size": 24, "epochs": 1, "lr": 0.01},
-            on_step=lambda _, loss, at_once=at_once: losses[at_once].append(loss),
+            on_step=lambda _, row, at_once=at_once: losses[at_once].append(row["loss"]),
             work_dir=Path("nowhere"),
         )
     expected = noise_error(build_tiny(), new_table(), pairs)
@@ -327,7 +327,7 @@ def test_the_rate_warms_up_over_a_fiftieth_and_falls_along_a_cosine(
 
 
 def test_diverged_training_ends_with_a_message(build_tiny: Build, train: Train):
-    with pytest.raises(ValueError, match=r"^class_condition\.lr: the loss is (nan|inf) at step \d"):
+    with pytest.raises(ValueError, match=r"^class_condition\.lr: loss is (nan|inf) at step \d"):
         train(build_tiny(), new_table(), params={"lr": 1e30})
 
 

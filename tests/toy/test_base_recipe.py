@@ -1,20 +1,22 @@
 """Resuming, shares of a batch, and the loss written out."""
 
+import os
+import socket
 from collections.abc import Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from accelerate import Accelerator
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from contradiff.toy import base_recipe as base_training
-from contradiff.toy.base_recipe import Share, build_scheduler, captions, train_unet, train_vae
-
-ALONE = Share(0, 1, torch.device("cpu"))
+from contradiff.toy.base_recipe import build_scheduler, captions, train_unet, train_vae
 
 
 class Killed(BaseException):
@@ -47,9 +49,9 @@ def vae_of(images: Tensor, folder: Path, **changes: Any):
         "lr": 2e-3,
         "kl_weight": 1e-4,
         "seed": 0,
-        "share": ALONE,
+        "accelerator": Accelerator(cpu=True),
         "work_dir": folder,
-        "on_progress": lambda *_: None,
+        "on_step": lambda *_: None,
     }
     return train_vae(images, **(settings | changes))
 
@@ -61,9 +63,9 @@ def unet_of(images: Tensor, vae: Any, folder: Path, **changes: Any):
         "lr": 1e-3,
         "caption_drop": 0.5,
         "seed": 0,
-        "share": ALONE,
+        "accelerator": Accelerator(cpu=True),
         "work_dir": folder,
-        "on_progress": lambda *_: None,
+        "on_step": lambda *_: None,
     }
     return train_unet(images, vae, **(settings | changes))
 
@@ -89,7 +91,7 @@ def test_autoencoder_learns_and_has_unit_latents(images: Tensor, tmp_path: Path)
         num_steps=80,
         batch_size=8,
         lr=5e-3,  # a third of it is reached: the warm-up is 200 steps
-        on_progress=lambda _, parts: losses.append(parts["l1"]),
+        on_step=lambda _, parts: losses.append(parts["l1"]),
     )
     assert sum(losses[-10:]) < 0.93 * sum(losses[:10])
     with torch.no_grad():
@@ -100,7 +102,7 @@ def test_autoencoder_learns_and_has_unit_latents(images: Tensor, tmp_path: Path)
 def test_autoencoders_first_losses_are_those_written_out(images: Tensor, tmp_path: Path):
     """Step 0, seed 3: every random number drawn again in the documented order."""
     seen: list[Mapping[str, float]] = []
-    vae_of(images, tmp_path, seed=3, num_steps=1, on_progress=lambda _, parts: seen.append(parts))
+    vae_of(images, tmp_path, seed=3, num_steps=1, on_step=lambda _, parts: seen.append(parts))
     torch.manual_seed(3)
     vae = base_training.build_vae()
     generator = torch.Generator().manual_seed(3 * 1_000_003)
@@ -124,12 +126,12 @@ def test_autoencoders_first_losses_are_those_written_out(images: Tensor, tmp_pat
 def test_killed_trainings_resume_to_the_same_weights(images: Tensor, tmp_path: Path):
     vae = vae_of(images, tmp_path / "whole")
     with pytest.raises(Killed):
-        vae_of(images, tmp_path / "killed", on_progress=kill_after(3))
+        vae_of(images, tmp_path / "killed", on_step=kill_after(3))
     assert equal(vae_of(images, tmp_path / "killed"), vae)
 
     unet = unet_of(images, vae, tmp_path / "whole")
     with pytest.raises(Killed):
-        unet_of(images, vae, tmp_path / "killed", on_progress=kill_after(3))
+        unet_of(images, vae, tmp_path / "killed", on_step=kill_after(3))
     assert equal(unet_of(images, vae, tmp_path / "killed"), unet)
     assert not equal(unet_of(images, vae, tmp_path / "other", seed=1), unet)
 
@@ -145,7 +147,7 @@ def test_denoisers_first_loss_is_the_weighted_error_written_out(images: Tensor, 
         seed=3,
         num_steps=1,
         caption_drop=1.0,
-        on_progress=lambda _, parts: seen.append(parts),
+        on_step=lambda _, parts: seen.append(parts),
     )
     torch.manual_seed(4)
     unet = base_training.build_unet()
@@ -183,13 +185,13 @@ def test_captions_know_colours_and_no_shapes():
 
 def _train_in_two(rank: int, folder: Path) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2
-    )
+    environment = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "localhost"}
+    os.environ |= {name: str(value) for name, value in environment.items()}
+    os.environ["MASTER_PORT"] = (folder / "port").read_text()
+    accelerator = Accelerator(cpu=True)
     images = load_file(folder / "images.safetensors")["images"]
-    share = Share(rank, 2, torch.device("cpu"))
-    vae = vae_of(images, folder / "two", num_steps=2, share=share)
-    unet = unet_of(images, vae, folder / "two", num_steps=2, share=share)
+    vae = vae_of(images, folder / "two", num_steps=2, accelerator=accelerator)
+    unet = unet_of(images, vae, folder / "two", num_steps=2, accelerator=accelerator)
     state = {f"vae.{k}": v for k, v in vae.state_dict().items()}
     state |= {f"unet.{k}": v for k, v in unet.state_dict().items()}
     save_file({k: v.contiguous() for k, v in state.items()}, folder / f"{rank}.safetensors")
@@ -198,6 +200,9 @@ def _train_in_two(rank: int, folder: Path) -> None:
 
 def test_two_processes_train_the_model_of_one(images: Tensor, tmp_path: Path):
     save_file({"images": images}, tmp_path / "images.safetensors")
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        (tmp_path / "port").write_text(str(free.getsockname()[1]))
     mp.spawn(_train_in_two, (tmp_path,), nprocs=2)
     first, second = (load_file(tmp_path / f"{rank}.safetensors") for rank in range(2))
     vae = vae_of(images, tmp_path / "one", num_steps=2)
@@ -212,5 +217,6 @@ def test_two_processes_train_the_model_of_one(images: Tensor, tmp_path: Path):
 
 
 def test_batch_that_does_not_divide_is_refused(images: Tensor, tmp_path: Path):
+    three = SimpleNamespace(num_processes=3, process_index=0, device=torch.device("cpu"))
     with pytest.raises(ValueError, match="4 images do not divide over 3 processes"):
-        vae_of(images, tmp_path, share=Share(0, 3, torch.device("cpu")))
+        vae_of(images, tmp_path, accelerator=three)

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,16 +10,10 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor, nn
 
-from contradiff.data.streams import PairedShards
-from contradiff.method.checkpoint import Architecture
-from contradiff.method.losses import LossParams
 from contradiff.method.model import ContraDiff
-from contradiff.method.noise import NoiseParams
 from contradiff.method.objective import TrainingBatch, TrainingStep
 from contradiff.training import pretraining as training
-from contradiff.training.pretraining import pretrain
 from contradiff.training.recipe import PretrainParams, TrainingRecipe
-from contradiff.training.state import load_training_state
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -28,81 +21,15 @@ if TYPE_CHECKING:
 Build = Callable[..., ContraDiff]
 Row = Mapping[str, float] | None
 
-PRETRAIN: dict[str, Any] = {
-    "epochs": 2,
-    "warmup_epochs": 0.5,
-    "batch_size": 6,
-    "lr": 0.01,
-    "scale_lr": False,
-    "beta1": 0.9,
-    "beta2": 0.95,
-    "weight_decay": 0.05,
-    "max_grad_norm": 1.0,
-    "grad_accumulation": 1,
-    "ema_decay": 0.0,
-    "decode_batch_size": 0,
-    "gradient_checkpointing": "none",
-    "precision": "fp32",
-}
-LOSS: dict[str, Any] = {
-    "lambda": 0.1,
-    "contrastive": "ntxent",
-    "temperature": 0.1,
-    "latent_views": "two",
-    "recon_passes": 1,
-    "min_snr_gamma": 0.0,
-}
-NOISE: dict[str, Any] = {"schedule": "inverse_cosine", "uniform_mix": 0.25}
 ONE_EPOCH = {"epochs": 1}
 LONG = {"epochs": 400, "warmup_epochs": 1}
 """So many that the curve's rows, about 200, are eight steps apart."""
+SAME = {"cond_view": "same"}
 NUM_STEPS = 8  # 24 images, six a step, two epochs
 
 
 class Killed(BaseException):
     """As SIGTERM makes it: nothing handles it on the way."""
-
-
-@pytest.fixture(scope="module")
-def accelerator() -> "Accelerator":
-    from accelerate import Accelerator
-
-    return Accelerator(cpu=True)
-
-
-@pytest.fixture
-def train(
-    tiny_data: Path, tiny_params: dict[str, Any], accelerator: "Accelerator", tmp_path: Path
-) -> Callable[..., list[dict[str, float]]]:
-    """Call `pretrain` with small settings; keywords change them."""
-    architecture = Architecture.model_validate(tiny_params)
-
-    def run(model: ContraDiff, **changes: Any) -> list[dict[str, float]]:
-        conditioner = {
-            "cond_view": changes.pop("cond_view", "crop"),
-            "drop": changes.pop("drop", 0.3),
-            "input": model.conditioner.input,
-        }
-        recipe = TrainingRecipe(
-            seed=changes.pop("seed", 0),
-            noise=NoiseParams.model_validate(NOISE | changes.pop("noise", {})),
-            conditioner=architecture.conditioner.model_copy(update=conditioner),
-            loss=LossParams.model_validate(LOSS | changes.pop("loss", {})),
-            pretrain=PretrainParams.model_validate(PRETRAIN | changes.pop("pretrain", {})),
-        )
-        settings: dict[str, Any] = {
-            "work_dir": tmp_path,
-            "num_workers": 0,
-            "log_every": 5,
-            "checkpoint_every": 1000,
-            "on_step": lambda *_: None,
-        }
-        pairs = PairedShards.open(tiny_data / "images", tiny_data / "latents", split="train")
-        return pretrain(
-            model, pairs, recipe=recipe, accelerator=accelerator, **(settings | changes)
-        )
-
-    return run
 
 
 Train = Callable[..., list[dict[str, float]]]
@@ -132,8 +59,14 @@ def kill_at(step: int) -> Callable[[int, Row], None]:
     [
         (1, {}),
         (5, {"num_workers": 2}),
-        (6, {"loss": {"latent_views": "same", "recon_passes": 6}, "cond_view": "same"}),
-        (7, {"loss": {"lambda": 0.0}, "cond_view": "noise"}),
+        (
+            6,
+            {
+                "loss": {"latent_views": "same", "recon_passes": 6},
+                "conditioner": {"cond_view": "same"},
+            },
+        ),
+        (7, {"loss": {"lambda": 0.0}, "conditioner": {"cond_view": "noise"}}),
         (5, {"pretrain": {"grad_accumulation": 3, "ema_decay": 0.5}, "num_workers": 2}),
     ],
 )
@@ -141,7 +74,8 @@ def test_killed_and_resumed_equals_uninterrupted(
     build_tiny: Build, train: Train, tmp_path: Path, killed_at: int, settings: dict[str, Any]
 ):
     whole = build_tiny()
-    expected = train(whole, work_dir=tmp_path / "whole", **settings)
+    alone = settings | {"num_workers": 0}  # the data's order does not depend on it
+    expected = train(whole, work_dir=tmp_path / "whole", **alone)
     assert len(expected) == NUM_STEPS
 
     every = {"work_dir": tmp_path / "cut", "checkpoint_every": 2} | settings
@@ -157,44 +91,6 @@ def test_killed_and_resumed_equals_uninterrupted(
     assert curve == expected
     # The frozen base is not in the state: it comes from the same folder.
     assert changed(resumed, state_of(whole)) == set()
-
-
-@pytest.mark.parametrize("checkpoint_every", [1, 3])
-def test_a_training_that_diverged_is_never_saved(
-    build_tiny: Build, train: Train, tmp_path: Path, checkpoint_every: int
-):
-    """Also between two logged steps, which are all that is looked at otherwise."""
-
-    def spoil(step: int, _row: Row) -> None:
-        if step == 1:
-            with torch.no_grad():
-                model.conditioner.positions.fill_(math.inf)
-
-    model = build_tiny()
-    with pytest.raises(ValueError, match=r"^pretrain\.lr: grad_norm is nan at step [23]"):
-        train(model, on_step=spoil, checkpoint_every=checkpoint_every, log_every=100, pretrain=LONG)
-    state = load_training_state(tmp_path / "state.safetensors")
-    assert (state.step if state else 0) == (1 if checkpoint_every == 1 else 0)
-
-
-def test_resumed_with_other_workers_equals_uninterrupted(
-    build_tiny: Build, train: Train, tmp_path: Path
-):
-    """The data's order does not depend on them."""
-    whole, resumed = build_tiny(), build_tiny(seed=5)
-    expected = train(whole, work_dir=tmp_path / "whole")
-    every = {"work_dir": tmp_path / "cut", "checkpoint_every": 2}
-    with pytest.raises(Killed):
-        train(build_tiny(), on_step=kill_at(3), **every)
-    assert train(resumed, num_workers=2, **every) == expected
-    assert changed(resumed, state_of(whole)) == set()
-
-
-def test_another_seed_trains_otherwise(build_tiny: Build, train: Train, tmp_path: Path):
-    first, other = build_tiny(), build_tiny()
-    train(first, work_dir=tmp_path / "0", pretrain=ONE_EPOCH)
-    train(other, work_dir=tmp_path / "1", pretrain=ONE_EPOCH, seed=1)
-    assert changed(other, state_of(first))
 
 
 def test_trained_parts_change_and_the_base_does_not(build_tiny: Build, train: Train):
@@ -223,7 +119,7 @@ def test_without_contrast_the_head_is_untouched(build_tiny: Build, train: Train)
 def test_latents_condition_as_pixels_do(build_tiny: Build, train: Train, cond_view: str):
     model = build_tiny(conditioner={"input": "latents", "patch_size": 2})
     before = state_of(model)
-    train(model, pretrain=ONE_EPOCH, cond_view=cond_view)
+    train(model, pretrain=ONE_EPOCH, conditioner={"cond_view": cond_view})
     after = {name for name in changed(model, before) if name.startswith("conditioner.")}
     assert after == {f"conditioner.{name}" for name, _ in model.conditioner.named_parameters()}
 
@@ -256,76 +152,6 @@ class Recorder:
         return torch.stack([getattr(batch, name) for batch in self.batches])
 
 
-def test_every_image_view_and_level_has_its_own_random_numbers(
-    build_tiny: Build, train: Train, monkeypatch: pytest.MonkeyPatch
-):
-    model = build_tiny()
-    seen = Recorder(model, monkeypatch)
-    train(model, drop=0.4, pretrain={"batch_size": 24, "grad_accumulation": 2})
-    dropped = seen.all("dropped")  # (parts, views, images)
-    assert dropped.shape == (4, 2, 12)
-    assert dropped.float().mean() == pytest.approx(0.4, abs=0.15)
-    assert (dropped.any(-1) & ~dropped.all(-1)).all()  # some of each batch, not all
-    assert (dropped[:, 0] != dropped[:, 1]).any()
-
-    noises = {"condition_noise": 2, "noise": 3}  # axes of the part that stand before the image's
-    for name, axes in noises.items():
-        noise = seen.all(name).flatten(0, axes)
-        assert noise.mean() == pytest.approx(0.0, abs=0.02)
-        assert noise.std() == pytest.approx(1.0, abs=0.02)
-        assert (noise.abs() > 2).float().mean() == pytest.approx(0.0455, abs=0.005)
-        correlation = noise.flatten(1).corrcoef() - torch.eye(len(noise))
-        assert correlation.abs().max() < 0.4, name
-    timesteps = seen.all("timesteps").flatten(0, 2)
-    assert len(timesteps.unique(dim=0)) == len(timesteps) == 24
-
-
-def test_noise_alone_conditions_the_second_view(
-    build_tiny: Build, train: Train, monkeypatch: pytest.MonkeyPatch
-):
-    model = build_tiny()
-    seen = Recorder(model, monkeypatch)
-    train(model, cond_view="noise", pretrain=ONE_EPOCH)
-    first, second = seen.all("dropped").unbind(1)
-    assert second.all()
-    assert first.float().mean() == pytest.approx(0.3, abs=0.2)
-
-
-@pytest.mark.parametrize("latent_views", ["same", "two"])
-def test_views_share_their_latents_only_if_asked_to(
-    build_tiny: Build, train: Train, monkeypatch: pytest.MonkeyPatch, latent_views: str
-):
-    model = build_tiny()
-    seen = Recorder(model, monkeypatch)
-    train(model, loss={"latent_views": latent_views}, pretrain=ONE_EPOCH)
-    first, second = seen.all("latents").unbind(1)
-    shared = (first == second).flatten(2).all(-1)
-    assert shared.all() if latent_views == "same" else not shared.any()
-
-
-@pytest.mark.parametrize(
-    ("noise", "shares"),
-    [
-        ({"schedule": "uniform", "uniform_mix": 0.0}, (0.3, 0.3)),
-        ({"schedule": "inverse_cosine", "uniform_mix": 0.0}, (0.017, 0.017)),
-        ({"schedule": "inverse_cosine", "uniform_mix": 0.5}, (0.158, 0.017)),
-    ],
-)
-def test_timesteps_follow_the_schedule(
-    build_tiny: Build,
-    train: Train,
-    monkeypatch: pytest.MonkeyPatch,
-    noise: dict[str, Any],
-    shares: tuple[float, float],
-):
-    """Shares above 700 in the views; the first one's three draws are those of reconstruction."""
-    model = build_tiny()
-    seen = Recorder(model, monkeypatch)
-    train(model, noise=noise, loss={"recon_passes": 3}, pretrain={"batch_size": 24})
-    late = (seen.all("timesteps") > 700).float().mean(dim=(0, 2, 3))
-    assert late.tolist() == pytest.approx(shares, abs=0.09)
-
-
 def test_optimizer_has_the_settings_and_a_clipped_gradient(
     build_tiny: Build, train: Train, monkeypatch: pytest.MonkeyPatch
 ):
@@ -345,31 +171,11 @@ def test_optimizer_has_the_settings_and_a_clipped_gradient(
         assert row["grad_norm"] > 0.02  # that of before
 
 
-def test_two_processes_draw_the_batches_of_one(
+def test_accumulated_gradient_is_the_mean_of_the_parts(
     build_tiny: Build,
     train: Train,
+    recipe_of: Callable[..., TrainingRecipe],
     monkeypatch: pytest.MonkeyPatch,
-    accelerator: "Accelerator",
-    tmp_path: Path,
-):
-    """One after the other, unconnected: what they draw does not depend on the weights."""
-    seen: list[Recorder] = []
-    for rank, world_size in ((0, 1), (0, 2), (1, 2)):
-        model = build_tiny()
-        with monkeypatch.context() as patch:
-            patch.setattr(type(accelerator), "num_processes", world_size)
-            patch.setattr(type(accelerator), "process_index", rank)
-            seen.append(Recorder(model, patch))
-            train(model, work_dir=tmp_path / f"{rank}{world_size}", pretrain=ONE_EPOCH)
-    for field in fields(TrainingBatch):
-        whole, *parts = (recorder.all(field.name) for recorder in seen)
-        # The image's axis, after the steps' and the views', but for the levels in between.
-        axis = 3 if field.name in ("timesteps", "noise") else 2
-        assert torch.cat(parts, dim=axis).equal(whole), field.name
-
-
-def test_accumulated_gradient_is_the_mean_of_the_parts(
-    build_tiny: Build, train: Train, monkeypatch: pytest.MonkeyPatch
 ):
     model, copy = build_tiny(), build_tiny().train()
     seen = Recorder(model, monkeypatch)
@@ -381,8 +187,9 @@ def test_accumulated_gradient_is_the_mean_of_the_parts(
     assert [batch.latents.shape[1] for batch in seen.batches] == [2] * 12  # 24 images, once each
     losses: list[Tensor] = []
     for batch in seen.batches[:3]:
-        loss = LossParams.model_validate(LOSS)
-        step = TrainingStep(copy, loss=loss, shared_condition=False, decode_batch_size=0)
+        step = TrainingStep(
+            copy, loss=recipe_of().loss, shared_condition=False, decode_batch_size=0
+        )
         losses.append(step(batch)["loss"])
     torch.stack(losses).mean().backward()
     assert curve[0]["loss"] == pytest.approx(torch.stack(losses).mean().item(), rel=1e-5)
@@ -390,23 +197,6 @@ def test_accumulated_gradient_is_the_mean_of_the_parts(
     assert seen.gradients[0].keys() == expected.keys()
     for name, gradient in expected.items():
         torch.testing.assert_close(seen.gradients[0][name], gradient, rtol=1e-4, atol=1e-6)
-
-
-def test_accumulation_warns_that_it_adds_no_negatives(tiny_params: dict[str, Any]):
-    def recipe(parts: int, weight: float) -> TrainingRecipe:
-        return TrainingRecipe(
-            seed=0,
-            noise=NoiseParams(schedule="uniform", uniform_mix=0.0),
-            conditioner=Architecture.model_validate(tiny_params).conditioner,
-            loss=LossParams.model_validate(LOSS | {"lambda": weight}),
-            pretrain=PretrainParams.model_validate(PRETRAIN | {"grad_accumulation": parts}),
-        )
-
-    assert recipe(1, 0.1).warning is None
-    assert recipe(3, 0.0).warning is None
-    warning = recipe(3, 0.1).warning
-    assert warning is not None
-    assert "contrasted with the 2 of its part alone, not with all 6" in warning
 
 
 @pytest.mark.parametrize(
@@ -534,15 +324,8 @@ def test_curve_has_a_row_every_few_steps_and_at_the_end(
     assert [step for step, row in seen if row is not None] == [3, 4, 6, 7]
     assert [row for _, row in seen if row in curve] == curve
     for row in curve:
-        assert list(row) == [
-            "step",
-            "epoch",
-            "lr",
-            "loss",
-            "reconstruction",
-            "contrastive",
-            "grad_norm",
-        ]
+        names = {"step", "epoch", "lr", "loss", "reconstruction", "contrastive", "grad_norm"}
+        assert row.keys() == names
         assert row["epoch"] == row["step"]
         assert row["grad_norm"] > 0
         total = row["reconstruction"] + 0.25 * row["contrastive"]
@@ -550,21 +333,6 @@ def test_curve_has_a_row_every_few_steps_and_at_the_end(
     # half a cosine over the six steps after the warm-up; the third step is the second of them
     cosine = 0.5 * (1 + math.cos(math.pi * 1 / 6))
     assert curve[0]["lr"] == pytest.approx(0.5 * cosine, rel=1e-5)
-
-
-@pytest.mark.parametrize("log_every", [1, 1000])
-def test_diverged_training_ends_with_a_message(build_tiny: Build, train: Train, log_every: int):
-    """A ValueError, which stages show without a traceback."""
-    with pytest.raises(ValueError, match=r"^pretrain\.lr: \w+ is (nan|inf) at step \d+, .*lower"):
-        train(build_tiny(), log_every=log_every, pretrain={"lr": 1e25, "warmup_epochs": 0})
-
-
-def test_gradient_alone_may_diverge(build_tiny: Build, train: Train):
-    model = build_tiny()
-    weight = model.conditioner.to_tokens.weight
-    weight.register_hook(lambda gradient: gradient * torch.nan)
-    with pytest.raises(ValueError, match=r"^pretrain\.lr: grad_norm is nan at step 1, "):
-        train(model)
 
 
 def test_batch_larger_than_the_data_is_named(build_tiny: Build, train: Train):
@@ -596,6 +364,8 @@ def test_batch_that_does_not_divide_is_named(
         ({"lr": 0.0}, "greater than 0"),
     ],
 )
-def test_contradicting_parameters_are_refused(changes: dict[str, Any], fault: str):
+def test_contradicting_parameters_are_refused(
+    recipe_of: Callable[..., TrainingRecipe], changes: dict[str, Any], fault: str
+):
     with pytest.raises(ValidationError, match=fault):
-        PretrainParams.model_validate(PRETRAIN | changes)
+        PretrainParams.model_validate(dict(recipe_of().pretrain) | changes)

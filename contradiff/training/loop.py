@@ -1,0 +1,115 @@
+"""The training loop that every trainer here shares: a trainer is its set-up and a step function."""
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from contradiff.training.state import SavedState
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+StepFunction = Callable[[int], Mapping[str, Tensor | float]]
+"""Compute one step's gradients, given the number of steps done; return what to report."""
+
+OnStep = Callable[[int, Mapping[str, float] | None], None]
+"""Hear the number of steps done after every step, and its values where they were read."""
+
+
+def train(
+    step_function: StepFunction,
+    *,
+    steps: range,
+    optimizer: torch.optim.Optimizer,
+    lr: Callable[[int], float],
+    lr_key: str,
+    is_reported: Callable[[int], bool],
+    on_step: OnStep,
+    clipped: Iterable[nn.Parameter] = (),
+    max_grad_norm: float | None = None,
+    update_average: Callable[[int], None] | None = None,
+    saved: SavedState | None = None,
+    accelerator: "Accelerator | None" = None,
+) -> None:
+    """Take the steps; values are read, reported and checked now and then, states saved every n.
+
+    Reading a value makes the CPU wait for the GPU, so only reported steps do it, the last step, and
+    those after which the state is saved: no training that has diverged is ever saved.
+
+    Example:
+        >>> model = nn.Linear(2, 1)
+        >>> optimizer = torch.optim.SGD(model.parameters())
+        >>> def step_function(step: int) -> dict[str, Tensor]:
+        ...     loss = (model(torch.ones(1, 2)) - 3.0).square().mean()
+        ...     loss.backward()
+        ...     return {"loss": loss}
+        >>> train(
+        ...     step_function,
+        ...     steps=range(50),
+        ...     optimizer=optimizer,
+        ...     lr=lambda step: 0.1 * (1 - step / 50),
+        ...     lr_key="lr",
+        ...     is_reported=lambda done: done % 25 == 0,
+        ...     on_step=lambda done, row: print(done) if row and row["loss"] < 1e-3 else None,
+        ... )
+        25
+        50
+
+    Args:
+        step_function: leaves gradients in the parameters; they are zero before.
+        steps: from the first step not yet done to the end of the training.
+        optimizer: its learning rate is set before every step.
+        lr: the learning rate of a step.
+        lr_key: the rate's dotted parameter, which the error names.
+        is_reported: whether to report after so many steps; the last step always is.
+        on_step: called after every step. A report holds step, lr, the step function's values
+            (means over processes) and grad_norm where gradients are clipped.
+        clipped: parameters whose gradients are clipped together.
+        max_grad_norm: to this norm; None: no clipping.
+        update_average: called after every optimiser step with the number of steps done.
+        saved: writes the state; None: nothing is saved.
+        accelerator: the processes that train together; None: this one alone.
+
+    Raises:
+        ValueError: a value is not finite; names `lr_key`.
+    """
+    clipped = list(clipped)
+    for step in steps:
+        rate = lr(step)
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        done = step + 1
+        values = {"step": float(done), "lr": rate, **step_function(step)}
+        if max_grad_norm is not None:
+            values["grad_norm"] = nn.utils.clip_grad_norm_(clipped, max_grad_norm)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        if update_average is not None:
+            update_average(done)
+        due = saved if saved is not None and done % saved.every == 0 else None
+        row = None
+        if due is not None or is_reported(done) or done == steps.stop:
+            row = {name: _read(value, accelerator) for name, value in values.items()}
+            _check_finite(row, step=done, lr_key=lr_key)
+        on_step(done, row)
+        if due is not None and (accelerator is None or accelerator.is_main_process):
+            due.save(done, optimizer)
+
+
+def _read(value: Tensor | float, accelerator: "Accelerator | None") -> float:
+    if not isinstance(value, Tensor):
+        return value
+    mean = value.detach() if accelerator is None else accelerator.reduce(value.detach(), "mean")
+    assert isinstance(mean, Tensor)
+    return mean.item()
+
+
+def _check_finite(row: Mapping[str, float], *, step: int, lr_key: str) -> None:
+    for name, value in row.items():
+        if not math.isfinite(value):
+            raise ValueError(
+                f"{lr_key}: {name} is {value} at step {step}: the training diverged; lower it"
+            )

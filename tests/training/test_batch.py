@@ -1,0 +1,299 @@
+"""Which views an image gets, and the random numbers of a step."""
+
+from collections.abc import Callable
+from dataclasses import fields, replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from contradiff.data.latents import StoredLatents
+from contradiff.data.shards import ShardIndex, read_images, read_split, write_split
+from contradiff.data.streams import PairedShards
+from contradiff.data.transforms import apply_crop, decode
+from contradiff.method.model import ContraDiff
+from contradiff.method.noise import timestep_probabilities
+from contradiff.method.objective import TrainingBatch
+from contradiff.training.batch import ViewChooser, draw_batch
+from contradiff.training.recipe import TrainingRecipe
+from contradiff.types import to_pixels
+
+NUM_IMAGES = 24
+Views = dict[bytes, tuple[str, int]]
+Build = Callable[..., ContraDiff]
+Recipe = Callable[..., TrainingRecipe]
+
+
+@pytest.fixture
+def pairs(tiny_data: Path) -> PairedShards:
+    return PairedShards.open(tiny_data / "images", tiny_data / "latents", split="train")
+
+
+def chooser_of(pairs: PairedShards, **changes: Any) -> ViewChooser:
+    settings = {"latent_views": "two", "cond_view": "same", "condition": "pixels", "seed": 0}
+    return ViewChooser(pairs, **(settings | changes))
+
+
+def records(pairs: PairedShards, **changes: bool) -> list[Any]:
+    return [pair for shard in range(pairs.num_shards) for pair in pairs.read(shard, **changes)]
+
+
+def chosen(pairs: PairedShards, *, epochs: int = 1, **changes: Any) -> dict[str, Tensor]:
+    """All images as one batch, in their order; several epochs one after the other."""
+    chooser, items = chooser_of(pairs, **changes), records(pairs)
+    batches = [chooser(epoch, items) for epoch in range(epochs)]
+    axes = {name: 0 if name == "labels" else 1 for name in batches[0]}
+    return {name: torch.cat([b[name] for b in batches], dim=axes[name]) for name in axes}
+
+
+@pytest.fixture(scope="module")
+def views(tiny_data: Path) -> Views:
+    """Which image's which view some moments are."""
+    stored = map(StoredLatents.of_record, read_split(tiny_data / "latents", "train"))
+    found = {
+        moments.tobytes(): (item.key, view)
+        for item in stored
+        for view, moments in enumerate(item.moments)
+    }
+    assert len(found) == 3 * NUM_IMAGES
+    return found
+
+
+def shown(moments: Tensor, views: Views) -> list[tuple[tuple[str, int], tuple[str, int]]]:
+    """Image and view of each pair of moments."""
+    first, second = moments.numpy()
+    return [(views[a.tobytes()], views[b.tobytes()]) for a, b in zip(first, second, strict=True)]
+
+
+@pytest.mark.parametrize("cond_view", ["same", "crop", "noise"])
+def test_two_latent_views_are_two_views_of_one_image(
+    pairs: PairedShards, views: Views, cond_view: str
+):
+    batch = chosen(pairs, epochs=3, cond_view=cond_view)
+    assert batch["moments"].shape == (2, 72, 8, 8, 8)
+    assert batch["moments"].dtype == torch.float16
+    assert batch["conditions"].shape == (2, 72, 3, 32, 32)
+    assert batch["conditions"].abs().max() <= 1
+    both = shown(batch["moments"], views)
+    assert all(a[0] == b[0] for a, b in both)
+    # the centre crop and one of two random crops, 36 times each on average
+    drawn = [(a[1], b[1]) for a, b in both]
+    assert set(drawn) == {(0, 1), (0, 2)}
+    assert 18 < drawn.count((0, 1)) < 54
+
+
+def test_same_latent_view_is_shown_twice(pairs: PairedShards, views: Views):
+    both = shown(chosen(pairs, epochs=3, latent_views="same")["moments"], views)
+    assert all(a == b for a, b in both)
+    assert {a[1] for a, _ in both} == {0, 1, 2}
+
+
+def test_choices_depend_on_seed_epoch_and_image_alone(pairs: PairedShards):
+    items = records(pairs)
+    changes = {"cond_view": "crop"}
+    whole, other = (chooser_of(pairs, **changes, seed=seed)(1, items) for seed in (0, 1))
+    single = chooser_of(pairs, **changes)(1, [items[5]])
+    for name, tensor in whole.items():
+        assert single[name][:, 0].equal(tensor[:, 5])
+        assert not other[name].equal(tensor)
+        assert not chooser_of(pairs, **changes)(2, items)[name].equal(tensor)
+
+
+@pytest.mark.parametrize("latent_views", ["same", "two"])
+@pytest.mark.parametrize("cond_view", ["same", "noise"])
+def test_same_condition_is_the_first_views_crop(
+    pairs: PairedShards, views: Views, tiny_data: Path, latent_views: str, cond_view: str
+):
+    images = {image.key: image.image for image in read_images(tiny_data / "images", "train")}
+    stored = map(StoredLatents.of_record, read_split(tiny_data / "latents", "train"))
+    crops = {item.key: item.crops for item in stored}
+    batch = chosen(pairs, latent_views=latent_views, cond_view=cond_view)
+    for index, ((key, view), _) in enumerate(shown(batch["moments"], views)):
+        crop = apply_crop(decode(images[key], name=key), crops[key][view], size=32)
+        for condition in batch["conditions"][:, index]:
+            assert condition.equal(to_pixels(crop[None])[0])
+
+
+def test_cropped_conditions_are_two_new_crops(pairs: PairedShards):
+    conditions = chosen(pairs, epochs=2, latent_views="same", cond_view="crop")["conditions"]
+    distinct = {condition.numpy().tobytes() for condition in conditions.flatten(0, 1)}
+    assert len(distinct) == 2 * 2 * NUM_IMAGES
+
+
+@pytest.mark.parametrize("cond_view", ["same", "crop"])
+def test_latent_conditions_are_stored_views_and_need_no_images(
+    pairs: PairedShards, views: Views, cond_view: str
+):
+    chooser = chooser_of(pairs, condition="latents", cond_view=cond_view)
+    drawn: list[tuple[int, int, int]] = []
+    for epoch in range(3):
+        batch = chooser(epoch, records(pairs, with_images=False))
+        conditions = shown(batch["condition_moments"], views)
+        for (a, _), (c, d) in zip(shown(batch["moments"], views), conditions, strict=True):
+            assert a[0] == c[0] == d[0]
+            drawn.append((a[1], c[1], d[1]))
+    if cond_view == "same":
+        assert set(drawn) == {(0, 0, 0)}
+    else:
+        # both independent of the view and of each other, 72 times
+        assert {(c, d) for _, c, d in drawn} == {(i, j) for i in range(3) for j in range(3)}
+
+
+def test_labels_are_those_of_the_images(pairs: PairedShards, views: Views, tiny_data: Path):
+    labels = {image.key: image.label for image in read_images(tiny_data / "images", "train")}
+    batch = chosen(pairs, condition="labels")
+    keys = [first[0] for first, _ in shown(batch["moments"], views)]
+    assert batch["labels"].tolist() == [labels[key] for key in keys]
+    assert set(batch) == {"moments", "labels"}
+
+
+@pytest.mark.parametrize("latent_views", ["same", "two"])
+def test_mirrored_views_are_drawn_as_often_as_the_others(
+    tiny_data: Path, pairs: PairedShards, tmp_path: Path, latent_views: str
+):
+    """Views 0 to 2 and, behind them, their mirror images 3 to 5, here marked by their numbers."""
+    marked = []
+    for record in read_split(tiny_data / "latents", "train"):
+        stored = StoredLatents.of_record(record)
+        moments = np.stack([np.full((8, 8, 8), view, np.float16) for view in range(6)])
+        marked.append(StoredLatents(stored.key, moments, stored.crops * 2).to_record())
+    shards = write_split(tmp_path, "train", marked, samples_per_shard=6, compression="none")
+    info = pairs.latent_index.info.model_copy(update={"flips": True})
+    ShardIndex({"train": shards}, info).write(tmp_path)
+    flipped = PairedShards.open(pairs.images, tmp_path, split="train")
+    moments = chosen(flipped, epochs=6, latent_views=latent_views)["moments"]
+    drawn = [(int(a), int(b)) for a, b in moments[:, :, 0, 0, 0].T]
+    assert len(drawn) == 144
+    if latent_views == "same":
+        expected = {(view, view) for view in range(6)}
+    else:
+        expected = {(a, b) for a in (0, 3) for b in (1, 2, 4, 5)}
+    assert set(drawn) == expected
+    # 24 and 18 times each on average, with a standard deviation of 4.5 and 4
+    assert min(drawn.count(pair) for pair in expected) > 6
+
+
+@pytest.mark.parametrize(
+    ("changes", "key"),
+    [
+        ({"latent_views": "two"}, r"loss\.latent_views: two"),
+        ({"latent_views": "same", "cond_view": "crop", "condition": "latents"}, "conditioner.cond"),
+    ],
+)
+def test_two_views_of_one_are_refused(pairs: PairedShards, changes: dict[str, str], key: str):
+    info = pairs.latent_index.info.model_copy(update={"views": 1})
+    one_view = replace(pairs, latent_index=replace(pairs.latent_index, info=info))
+    with pytest.raises(ValueError, match=rf"^{key}.* needs latents\.views of 2"):
+        chooser_of(one_view, **changes)
+    chooser_of(one_view, latent_views="same", cond_view="crop", condition="pixels")
+
+
+@pytest.fixture
+def draw(build_tiny: Build, pairs: PairedShards, recipe_of: Recipe) -> Callable[..., Any]:
+    """Batches of consecutive numbers, stacked by field; keywords: processes, sections changed."""
+    model = build_tiny()
+
+    def run(
+        *,
+        num_batches: int = 4,
+        num_images: int = 12,
+        rank: int = 0,
+        world_size: int = 1,
+        **changes: dict[str, Any],
+    ) -> dict[str, Tensor]:
+        recipe = recipe_of(**changes)
+        chooser = chooser_of(
+            pairs,
+            latent_views=recipe.loss.latent_views,
+            cond_view=recipe.conditioner.cond_view,
+        )
+        mine = slice(rank * num_images // world_size, (rank + 1) * num_images // world_size)
+        probabilities = timestep_probabilities(
+            model.schedule.alphas_cumprod, schedule=recipe.noise.schedule
+        )
+        batches = [
+            draw_batch(
+                chooser(0, records(pairs)[:num_images][mine]),
+                number=number,
+                model=model,
+                recipe=recipe,
+                probabilities=probabilities,
+                scaling_factor=0.5,
+                accelerator=SimpleNamespace(
+                    device=torch.device("cpu"), process_index=rank, num_processes=world_size
+                ),
+            )
+            for number in range(num_batches)
+        ]
+        names = [field.name for field in fields(TrainingBatch)]
+        return {name: torch.stack([getattr(b, name) for b in batches]) for name in names}
+
+    return run
+
+
+Draw = Callable[..., dict[str, Tensor]]
+
+
+def test_every_image_view_and_level_has_its_own_random_numbers(draw: Draw):
+    seen = draw(conditioner={"drop": 0.4, "cond_view": "crop"})
+    dropped = seen["dropped"]  # (batches, views, images)
+    assert dropped.shape == (4, 2, 12)
+    assert dropped.float().mean() == pytest.approx(0.4, abs=0.15)
+    assert (dropped.any(-1) & ~dropped.all(-1)).all()  # some of each batch, not all
+    assert (dropped[:, 0] != dropped[:, 1]).any()
+
+    noises = {"condition_noise": 2, "noise": 3}  # axes of a batch that stand before the image's
+    for name, axes in noises.items():
+        noise = seen[name].flatten(0, axes)
+        assert noise.mean() == pytest.approx(0.0, abs=0.02)
+        assert noise.std() == pytest.approx(1.0, abs=0.02)
+        assert (noise.abs() > 2).float().mean() == pytest.approx(0.0455, abs=0.005)
+        correlation = noise.flatten(1).corrcoef() - torch.eye(len(noise))
+        assert correlation.abs().max() < 0.4, name
+    timesteps = seen["timesteps"].flatten(0, 2)
+    assert len(timesteps.unique(dim=0)) == len(timesteps) == 24
+
+
+def test_noise_alone_conditions_the_second_view(draw: Draw):
+    first, second = draw(conditioner={"cond_view": "noise", "drop": 0.3})["dropped"].unbind(1)
+    assert second.all()
+    assert first.float().mean() == pytest.approx(0.3, abs=0.2)
+
+
+@pytest.mark.parametrize("latent_views", ["same", "two"])
+def test_views_share_their_latents_only_if_asked_to(draw: Draw, latent_views: str):
+    first, second = draw(loss={"latent_views": latent_views})["latents"].unbind(1)
+    shared = (first == second).flatten(2).all(-1)
+    assert shared.all() if latent_views == "same" else not shared.any()
+
+
+@pytest.mark.parametrize(
+    ("noise", "shares"),
+    [
+        ({"schedule": "uniform", "uniform_mix": 0.0}, (0.3, 0.3)),
+        ({"schedule": "inverse_cosine", "uniform_mix": 0.0}, (0.017, 0.017)),
+        ({"schedule": "inverse_cosine", "uniform_mix": 0.5}, (0.158, 0.017)),
+    ],
+)
+def test_timesteps_follow_the_schedule(
+    draw: Draw, noise: dict[str, Any], shares: tuple[float, float]
+):
+    """Shares above 700 in the views; the first one's three draws are those of reconstruction."""
+    seen = draw(num_batches=8, noise=noise, loss={"recon_passes": 3})
+    late = (seen["timesteps"] > 700).float().mean(dim=(0, 2, 3))
+    assert late.tolist() == pytest.approx(shares, abs=0.09)
+
+
+@pytest.mark.parametrize("cond_view", ["same", "crop"])
+def test_two_processes_draw_the_batches_of_one(draw: Draw, cond_view: str):
+    changes = {"conditioner": {"cond_view": cond_view}}
+    whole = draw(**changes)
+    halves = [draw(rank=rank, world_size=2, **changes) for rank in range(2)]
+    for name, tensor in whole.items():
+        # The image's axis, after the batches' and the views', but for the levels in between.
+        axis = 3 if name in ("timesteps", "noise") else 2
+        assert torch.cat([half[name] for half in halves], dim=axis).equal(tensor), name

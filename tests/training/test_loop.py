@@ -1,0 +1,163 @@
+"""The loop and the state that it saves: killed and resumed, reported, checked, clipped."""
+
+import doctest
+import math
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from contradiff.training import loop
+from contradiff.training.loop import train
+from contradiff.training.state import SavedState
+
+
+class Killed(BaseException):
+    """As SIGTERM makes it: nothing handles it on the way."""
+
+
+def build(seed: int = 0) -> nn.Module:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2))
+
+
+def run(
+    model: nn.Module,
+    file: Path,
+    *,
+    num_steps: int = 9,
+    every: int = 2,
+    poison: int = -1,
+    **changes: Any,
+) -> list[dict[str, float]]:
+    """Train on noise by AdamW, with an average of a sort; returns the saved curve."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1.0)
+    tensors = model.state_dict() | {"mean": torch.zeros(4)}
+    saved = SavedState(file, tensors, every=every)
+
+    def take_gradients(step: int) -> dict[str, Tensor]:
+        generator = torch.Generator().manual_seed(step)
+        loss = model(torch.randn(5, 3, generator=generator)).square().mean()
+        (loss * (math.nan if step == poison else 1.0)).backward()
+        return {"loss": loss}
+
+    def keep(_: int, row: Mapping[str, float] | None) -> None:
+        if row is not None:
+            saved.curve.append(dict(row))
+
+    settings: dict[str, Any] = {
+        "steps": range(saved.resume(optimizer), num_steps),
+        "optimizer": optimizer,
+        "lr": lambda step: 0.1 / (step + 1),
+        "lr_key": "some.lr",
+        "is_reported": lambda done: done % 3 == 0,
+        "on_step": keep,
+        "clipped": model.parameters(),
+        "max_grad_norm": 0.5,
+        "update_average": lambda done: tensors["mean"].lerp_(model[0].bias.detach(), 1 / done),
+        "saved": saved,
+    }
+    if "on_step" in changes:
+        heard: Callable[..., None] = changes.pop("on_step")
+        settings["on_step"] = lambda done, row: (keep(done, row), heard(done, row))
+    train(take_gradients, **(settings | changes))
+    return saved.curve
+
+
+@pytest.mark.parametrize("killed_at", [1, 2, 5, 8])
+def test_killed_and_resumed_equals_uninterrupted(tmp_path: Path, killed_at: int):
+    """Weights, statistics, average, moments and curve; and every further step is taken once."""
+
+    def kill(done: int, _: object) -> None:
+        if done == killed_at:
+            raise Killed
+
+    whole, cut = build(), build()
+    expected = run(whole, tmp_path / "whole")
+    with pytest.raises(Killed):
+        run(cut, tmp_path / "cut", on_step=kill)
+    resumed = build(seed=0 if killed_at <= 2 else 7)
+    steps: list[int] = []
+    assert run(resumed, tmp_path / "cut", on_step=lambda done, _: steps.append(done)) == expected
+    assert steps == list(range((killed_at - 1) // 2 * 2 + 1, 10))
+    last, others = (load_file(tmp_path / name) for name in ("whole", "cut"))
+    torch.testing.assert_close(others, last, rtol=0, atol=0)
+    torch.testing.assert_close(resumed.state_dict(), whole.state_dict(), rtol=0, atol=0)
+
+
+def test_values_are_reported_where_asked_at_the_end_and_where_the_state_is_saved(tmp_path: Path):
+    heard: list[tuple[int, bool]] = []
+    curve = run(
+        build(), tmp_path / "f", every=4, on_step=lambda n, row: heard.append((n, row is not None))
+    )
+    assert heard == [(n, n in (3, 4, 6, 8, 9)) for n in range(1, 10)]
+    assert [row["step"] for row in curve] == [3, 4, 6, 8, 9]
+    assert all(row.keys() == {"step", "lr", "loss", "grad_norm"} for row in curve)
+    assert [row["lr"] for row in curve] == pytest.approx([0.1 / n for n in (3, 4, 6, 8, 9)])
+
+
+def test_the_gradient_is_clipped_before_the_step_and_its_norm_is_told_from_before():
+    model, norms = build(), []
+    optimizer = torch.optim.SGD(model.parameters())
+    optimizer.register_step_pre_hook(
+        lambda *_: norms.append(
+            torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]).norm()
+        )
+    )
+
+    def take_gradients(_: int) -> dict[str, Tensor]:
+        (1000 * model(torch.eye(3)).square().mean()).backward()
+        return {}
+
+    rows: list[Any] = []
+    train(
+        take_gradients,
+        steps=range(3),
+        optimizer=optimizer,
+        lr=lambda _: 1e-6,
+        lr_key="lr",
+        is_reported=lambda _: True,
+        on_step=lambda _, row: rows.append(row),
+        clipped=model.parameters(),
+        max_grad_norm=0.25,
+    )
+    assert norms == pytest.approx([0.25] * 3)
+    assert all(row["grad_norm"] > 10 for row in rows)
+
+
+@pytest.mark.parametrize("every", [1, 3])
+def test_a_training_that_diverged_is_never_saved(tmp_path: Path, every: int):
+    """Even between two reported steps, and where the gradient alone is not finite."""
+    expected = r"^some\.lr: grad_norm is nan at step 3: the training diverged; lower it$"
+    with pytest.raises(ValueError, match=expected):
+        run(build(), tmp_path / "f", every=every, poison=2, is_reported=lambda _: False)
+    model = build()
+    saved = SavedState(tmp_path / "f", model.state_dict() | {"mean": torch.zeros(4)}, every=1)
+    steps = saved.resume(torch.optim.AdamW(model.parameters()))
+    assert steps == (2 if every == 1 else 0)
+
+
+def test_a_failed_write_leaves_the_earlier_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    file, model = tmp_path / "state.safetensors", build()
+    optimizer = torch.optim.AdamW(model.parameters())
+    saved = SavedState(file, model.state_dict(), every=1)
+    saved.save(1, optimizer)
+
+    def full(_tensors: object, temporary: Path, *_: object) -> None:
+        temporary.write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("contradiff.training.state.save_file", full)
+    with pytest.raises(OSError, match="No space"):
+        saved.save(2, optimizer)
+    assert saved.resume(optimizer) == 1
+    assert [path.name for path in tmp_path.iterdir()] == [file.name]
+
+
+def test_the_example_of_the_docstring_runs():
+    assert doctest.testmod(loop) == doctest.TestResults(failed=0, attempted=4)
