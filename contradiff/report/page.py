@@ -193,10 +193,11 @@ def _render(template: str, results: RunResults, urls: Mapping[str, str]) -> str:
         keep_trailing_newline=True,
     )
     environment.filters["cell"] = _escape_cell
-    rows, params = result_rows(results), results.pretrain.params
-    general = {key: value for key, value in params.items() if not isinstance(value, Mapping)}
-    named = {key: value for key, value in params.items() if isinstance(value, Mapping)}
-    sections = {"general": general, **named} if general else named
+    rows, settings = result_rows(results), _settings(results.pretrain)
+    sections = {"general": {key: text for key, text in settings.items() if "." not in key}}
+    for name, section in results.pretrain.params.items():
+        if isinstance(section, Mapping):
+            sections[name] = _flatten(section)
     records = (
         (stage, getattr(results, stage).model_dump(exclude_unset=True))
         for stage in ("probe", "transfer", "score", "separability")
@@ -206,8 +207,8 @@ def _render(template: str, results: RunResults, urls: Mapping[str, str]) -> str:
         headlines=[row for row in rows if row.headline],
         results=results,
         urls=urls,
-        settings=_settings(results.pretrain),
-        sections={name: _flatten(section) for name, section in sections.items()},
+        settings=settings,
+        sections=sections,
         records={f"metrics/{stage}.json": _flatten(record) for stage, record in records},
         small_samples=int.from_bytes(results.samples[16:20]) < 900,  # a PNG's width
     )

@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Float
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-Share = Annotated[float, Field(ge=0, le=1)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(gt=0)]
 
 PRETRAIN_FILE = "build/pretrain/config.json"
@@ -43,8 +43,8 @@ class _Record(BaseModel):
 class ProbeRecord(_Record):
     """metrics/probe.json."""
 
-    top1: Share
-    top5: Share
+    top1: Fraction
+    top5: Fraction
     interval: tuple[float, float] = Field(description="95% interval of top1")
     total: Count = Field(description="classified images")
     split: str
@@ -55,7 +55,7 @@ class ProbeRecord(_Record):
 class MeanStd(_Record):
     """Accuracy over random splits."""
 
-    mean: Share
+    mean: Fraction
     std: float | None = Field(ge=0, description="None for a single split")
 
 
@@ -111,7 +111,7 @@ class ScoreRecord(ResizerScores):
 class Separation(_Record):
     """How well the classes separate in one feature space."""
 
-    knn: Share = Field(description="accuracy of the nearest neighbours' vote")
+    knn: Fraction = Field(description="accuracy of the nearest neighbours' vote")
     silhouette: float | None = Field(ge=-1, le=1, description="None where it is not defined")
 
 
