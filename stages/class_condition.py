@@ -4,6 +4,7 @@ With class_condition.epochs 0 there is no table, and a note that says so.
 """
 
 from stages.runtime.run import Run, execute
+from stages.runtime.tracking import training_run
 
 from collections.abc import Mapping
 from functools import partial
@@ -63,7 +64,7 @@ def main(params: Params, run: Run) -> None:
     decisive = shown | {"train": pairs.digest}
     with (
         run.work_dir(decisive, [BASE, CHECKPOINT], state_version=STATE_VERSION) as work,
-        run.training_run(work, shown, files_checkpoint=False) as log_metrics,
+        training_run(run, work, shown, files_checkpoint=False) as log_metrics,
         run.progress("train", num_steps, "step") as advance,
     ):
         seen = 0

@@ -4,6 +4,7 @@ Runs on as many processes as `python -m stages.pretrain` starts.
 """
 
 from stages.runtime.run import PARAMS_FILE, Run, execute
+from stages.runtime.tracking import training_run
 
 import csv
 from collections.abc import Mapping, Sequence
@@ -94,7 +95,7 @@ def main(params: Params, run: Run) -> None:
     shown = params.model_dump(mode="json", by_alias=True)
     with (
         run.work_dir(shown | {"train": pairs.digest}, [BASE], state_version=STATE_VERSION) as work,
-        run.training_run(work, shown, files_checkpoint=True) as log_metrics,
+        training_run(run, work, shown, files_checkpoint=True) as log_metrics,
         run.progress("train", num_steps, "step") as advance,
     ):
         # The main process holds the folder's lock now: what all resume from no longer changes.

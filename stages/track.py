@@ -1,11 +1,10 @@
-"""Record the experiment as one row in MLflow, and print its table.
+"""track: record the experiment as one row in MLflow, and print its results.
 
-It runs at the end of every reproduction, also where all other stages came from DVC's cache.
+It runs at the end of every reproduction, even if all other stages came from DVC's cache.
 """
 
-from stages.runtime.experiments import Results, upsert_row
+from stages.runtime.experiments import upsert_row
 from stages.runtime.run import PARAMS_FILE, Run, execute
-from stages.runtime.tracking import CHECKPOINT
 
 import json
 import textwrap
@@ -18,29 +17,23 @@ SUMMARY = Path("build/report/summary.json")
 
 
 class Params(Section):
-    """None: the parameters are copied, whatever they are."""
+    """Empty, because the stage copies all parameters."""
 
 
 def main(_params: Params, run: Run) -> None:
-    """Print the table of results, then write the row in MLflow."""
     print(table(SUMMARY))
-    results = Results(
+    run_id = upsert_row(
+        run,
         params=read_params(PARAMS_FILE),
         metrics=sorted(Path("metrics").glob("*.json")),
         curve=Path("metrics/pretrain.csv"),
-        checkpoint=CHECKPOINT,
         artifacts=[Path("build/figures/samples.png"), Path("build/report")],
     )
-    run_id = upsert_row(results, run=run)
     run.log(f"recorded as MLflow run {run_id}; to see it: mlflow ui")
 
 
 def table(summary: Path) -> str:
-    """Return the rows of the report's summary as aligned lines, and where the report is.
-
-    Raises:
-        FileNotFoundError: there is no summary; the stage `report` writes it.
-    """
+    """Return the rows of the report's summary as aligned lines, and where the report is."""
     content = json.loads(summary.read_text(encoding="utf-8"))
     rows: list[tuple[str, str]] = content["rows"]
     width = max((len(name) for name, _ in rows), default=0) + 2

@@ -1,7 +1,8 @@
-"""One row an experiment in MLflow, complete even where every stage came from DVC's cache."""
+"""One row for each experiment in MLflow, complete even where every stage came from DVC's cache."""
 
 from stages.runtime.run import Run
 from stages.runtime.tracking import (
+    CHECKPOINT,
     Point,
     Store,
     connect,
@@ -9,7 +10,7 @@ from stages.runtime.tracking import (
     flatten_params,
     run_name,
     source_tags,
-    train_run_of,
+    train_run_of_checkpoint,
 )
 
 import csv
@@ -17,8 +18,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from contradiff.files import sha256_of
@@ -26,108 +26,100 @@ from contradiff.files import sha256_of
 EXPERIMENT = "contradiff"
 
 
-@dataclass(frozen=True)
-class Results:
-    """What one experiment gave.
+def upsert_row(
+    run: Run,
+    *,
+    params: Mapping[str, object],
+    metrics: Sequence[Path],
+    curve: Path,
+    artifacts: Sequence[Path],
+) -> str:
+    """Write the experiment's row, or add this run's name to the row that is there already.
 
-    Attributes:
-        params: the whole parameter file; `runtime` in it is passed over.
-        metrics: files of nested JSON, by name.
+    The same parameters and results are the same row. A row that an interrupted process left
+    incomplete is replaced.
+
+    Args:
+        run: of the stage.
+        params: the whole parameter file; `runtime` in it is left out.
+        metrics: files of nested JSON.
         curve: CSV with a `step` column; its other columns become metrics `pretrain.<column>`.
-        checkpoint: the trained weights.
         artifacts: files and folders to keep a copy of.
-    """
 
-    params: Mapping[str, object]
-    metrics: Sequence[Path]
-    curve: Path
-    checkpoint: Path
-    artifacts: Sequence[Path]
-
-    def key(self) -> str:
-        """Name the experiment by its parameters and results: the same again is the same row."""
-        content = {
-            "params": flatten_params(self.params),
-            "files": {str(path): sha256_of(path) for path in (*self.metrics, self.checkpoint)},
-        }
-        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:32]
-
-    def scores(self) -> list[Point]:
-        """Return all finite numbers of the metric files, under their dotted keys."""
-        contents: list[dict[str, object]] = [
-            json.loads(path.read_text(encoding="utf-8")) for path in self.metrics
-        ]
-        return [
-            (key, float(value), 0)
-            for content in contents
-            for key, value in flatten(content)
-            if isinstance(value, int | float) and not isinstance(value, bool)
-        ]
-
-    def curve_points(self) -> list[Point]:
-        """Return the columns of the training curve, step by step; empty cells are no points."""
-        with self.curve.open(encoding="utf-8", newline="") as file:
-            return list(_points(csv.DictReader(file)))
-
-
-def _points(rows: Iterable[Mapping[str, str]]) -> Iterator[Point]:
-    for row in rows:
-        for name, text in row.items():
-            if name != "step" and text and math.isfinite(value := float(text)):
-                yield f"pretrain.{name}", value, int(float(row["step"]))
-
-
-def upsert_row(results: Results, *, run: Run) -> str:
-    """Write the experiment's row in `contradiff`, or add this run's name to the row that is there.
-
-    A row that an interrupted process left incomplete is replaced. Returns the row's run id.
+    Returns:
+        The row's run id.
 
     Raises:
         ValueError: MLflow's store cannot be used.
     """
     store = connect(run.root)
+    flat = flatten_params(params)
+    content = {
+        "params": flat,
+        "files": {str(path): sha256_of(path) for path in (*metrics, CHECKPOINT)},
+    }
+    key = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:32]
+    points = [*_scores(metrics), *_curve_points(curve)]
     try:
         with store.locked():
-            return _upsert_row(results, run=run, store=store)
+            run_id = _find_row(store, key=key)
+            if run_id is None:
+                tags = source_tags(run) | {"contradiff.key": key}
+                created = store.client.create_run(
+                    store.experiment_id(EXPERIMENT), tags=tags, run_name=run_name()
+                )
+                run_id = created.info.run_id
+                store.log(run_id, points=points, params=flat)
+            _finish_row(store, run_id, artifacts=artifacts)
     except (ValueError, OSError):
         raise
     except Exception as error:  # each kind of store has its own errors
         raise ValueError(
             f"MLflow's store {store.uri}: the results could not be recorded: {error}"
         ) from error
+    return run_id
 
 
-def _upsert_row(results: Results, *, run: Run, store: Store) -> str:
-    client, key = store.client, results.key()
+def _scores(metrics: Sequence[Path]) -> Iterator[Point]:
+    """Yield all numbers of the metric files, under their dotted keys."""
+    for path in metrics:
+        for key, value in flatten(json.loads(path.read_text(encoding="utf-8"))):
+            if isinstance(value, int | float) and not isinstance(value, bool):
+                yield key, float(value), 0
+
+
+def _curve_points(curve: Path) -> Iterator[Point]:
+    """Yield the columns of the training curve, step by step, without empty cells."""
+    with curve.open(encoding="utf-8", newline="") as file:
+        for row in csv.DictReader(file):
+            for name, text in row.items():
+                if name != "step" and text and math.isfinite(value := float(text)):
+                    yield f"pretrain.{name}", value, int(float(row["step"]))
+
+
+def _find_row(store: Store, *, key: str) -> str | None:
+    """Return the finished row's run id; delete unfinished ones."""
     experiment_id = store.experiment_id(EXPERIMENT)
-    row = None
-    for found in client.search_runs([experiment_id], f"tags.`contradiff.key` = '{key}'"):
+    run_id = None
+    for found in store.client.search_runs([experiment_id], f"tags.`contradiff.key` = '{key}'"):
         if found.info.status == "FINISHED":
-            row = found
+            run_id = found.info.run_id
         else:
-            client.delete_run(found.info.run_id)
-    if row is None:
-        tags = source_tags(run) | {"contradiff.key": key}
-        created = client.create_run(experiment_id, tags=tags, run_name=run_name())
-        run_id = created.info.run_id
-        store.log(
-            run_id,
-            metrics=[*results.scores(), *results.curve_points()],
-            params=flatten_params(results.params),
-        )
-        names: set[str] = set()
-    else:
-        run_id = row.info.run_id
-        names = set(row.data.tags.get("dvc.exp_names", "").split())
+            store.client.delete_run(found.info.run_id)
+    return run_id
+
+
+def _finish_row(store: Store, run_id: str, *, artifacts: Sequence[Path]) -> None:
+    client = store.client
     if name := os.environ.get("DVC_EXP_NAME"):
-        client.set_tag(run_id, "dvc.exp_names", " ".join(sorted(names | {name})))
-    if train_run := train_run_of(results.checkpoint, store=store):
+        names = client.get_run(run_id).data.tags.get("dvc.exp_names", "").split()
+        client.set_tag(run_id, "dvc.exp_names", " ".join(sorted({*names, name})))
+    if train_run := train_run_of_checkpoint(store):
         client.set_tag(run_id, "train_run_id", train_run)
         client.set_tag(train_run, "mlflow.parentRunId", run_id)
-    for path in results.artifacts:
+    for path in artifacts:
         if path.is_dir():
             client.log_artifacts(run_id, str(path), artifact_path=path.name)
         elif path.is_file():
             client.log_artifact(run_id, str(path))
     client.set_terminated(run_id)
-    return run_id

@@ -1,29 +1,36 @@
-"""How many processes run a stage, and how they are started.
+"""Several processes that share one stage: how many, how they start, how they end.
 
-A stage that can be shared starts itself on every GPU of the machine: `python -m stages.pretrain`
-becomes `torchrun ... -m stages.pretrain`. The number stands neither in dvc.yaml nor in dvc.lock;
-the batch size of params.yaml is the global one. A stage that somebody else's torchrun or
-`accelerate launch` has started just joins the others.
+A stage that can be shared starts itself once for every GPU of the machine. The number stands
+neither in dvc.yaml nor in dvc.lock: the batch size of params.yaml is that of all processes
+together, and the result does not depend on their number. A stage that another torchrun or
+`accelerate launch` has started joins its processes.
 """
 
+import hashlib
+import logging
 import os
+import signal
 import sys
-from collections.abc import Sequence
+import tempfile
+import uuid
 from pathlib import Path
 
 VARIABLE = "CONTRADIFF_NUM_PROCESSES"
-# what a driver for NVIDIA, AMD or WSL shows; without one, torch need not be loaded to count to zero
+_MESSAGES = "CONTRADIFF_MESSAGES"
+"""Names a folder that the processes of one stage share, so that each message is printed once."""
 _DRIVERS = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")
+"""Devices of NVIDIA, AMD and WSL; without one there is no GPU, and torch need not be loaded."""
 
 
 def num_processes() -> int:
-    """Return how many processes to start: the variable's, or else the number of CUDA devices.
+    """Return how many processes to start; 1 in a process that a launcher has started.
 
     Raises:
         ValueError: CONTRADIFF_NUM_PROCESSES is not an integer of at least 1.
     """
-    text = os.environ.get(VARIABLE, "")
-    if text:
+    if "WORLD_SIZE" in os.environ:
+        return 1
+    if text := os.environ.get(VARIABLE, ""):
         if not text.isdecimal() or int(text) < 1:
             raise ValueError(f"{VARIABLE}={text}: must be an integer of at least 1")
         return int(text)
@@ -34,21 +41,61 @@ def num_processes() -> int:
     return max(1, torch.cuda.device_count())
 
 
-def command(stage: str, arguments: Sequence[str], *, count: int) -> list[str]:
-    """Return the command line that runs a stage in `count` processes."""
-    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}"]
-    return [sys.executable, *torchrun, "-m", f"stages.{stage}", *arguments]
+def run_several(command: list[str], *, count: int) -> int:
+    """Run a command in `count` processes, and wait for them.
 
+    Args:
+        command: arguments of python, such as `-m stages.pretrain`.
+        count: number of processes.
 
-def start_several(stage: str) -> None:
-    """Become torchrun if several processes are asked for and none has been started yet.
+    Returns:
+        The exit code: that of the first process that failed, 128 + the number of a signal that
+        ended this process, or 0.
 
     Raises:
-        ValueError: CONTRADIFF_NUM_PROCESSES is not an integer of at least 1.
+        ChildProcessError: a process was killed.
     """
-    if "WORLD_SIZE" in os.environ:
-        return
-    count = num_processes()
-    if count > 1:
-        line = command(stage, sys.argv[1:], count=count)
-        os.execv(line[0], line)  # noqa: S606  # the same process, so that signals reach the stage
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    # The processes say what is wrong; torch's own report of 30 lines would bury it.
+    logging.disable()
+    # As torchrun has it: processes that each use all cores would be in each other's way.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    config = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=count,
+        run_id=str(uuid.uuid4()),
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        max_restarts=0,
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ[_MESSAGES] = folder
+        try:
+            elastic_launch(config, sys.executable)(*command)
+        except SignalException as error:
+            return 128 + error.sigval
+        except ChildFailedError as error:
+            rank, failure = error.get_first_failure()
+            if failure.exitcode < 0:
+                name = signal.Signals(-failure.exitcode).name
+                raise ChildProcessError(
+                    f"process {rank} was killed by {name}, perhaps for want of memory"
+                ) from None
+            return failure.exitcode
+        finally:
+            del os.environ[_MESSAGES]
+    return 0
+
+
+def is_new_message(text: str) -> bool:
+    """Return whether no other process of this stage has printed the same message."""
+    if folder := os.environ.get(_MESSAGES):
+        try:
+            Path(folder, hashlib.sha256(text.encode()).hexdigest()).touch(exist_ok=False)
+        except FileExistsError:
+            return False
+    return True

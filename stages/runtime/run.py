@@ -1,24 +1,26 @@
 """One run of a stage: it reads its parameters, reports, resumes and fails clearly.
 
-A stage reads:
+Example of a stage:
 
-class Params(Section): ...
+    class Params(Section):
+        seed: Seed
 
-def main(params: Params, run: Run) -> None: ...
+    def main(params: Params, run: Run) -> None:
+        run.log(f"the seed is {params.seed}")
 
-if __name__ == "__main__":
-execute(Params, main)
+    if __name__ == "__main__":
+        execute(Params, main)
 """
 
-from stages.runtime.launch import VARIABLE, start_several
+from stages.runtime.launch import VARIABLE, is_new_message, num_processes, run_several
 from stages.runtime.progress import Advance, show_progress
 from stages.runtime.work_dir import keep_until_success, key_of
 
 import argparse
 import inspect
 import json
-import math
 import os
+import re
 import signal
 import sys
 import time
@@ -33,14 +35,12 @@ from pydantic import Field
 
 from contradiff.config import Section, parse, read_params
 from contradiff.files import replace_file
+from contradiff.processes import Processes
 
 if TYPE_CHECKING:
-    from stages.runtime.tracking import LogMetrics
-
     import torch
     from accelerate import Accelerator
 
-    from contradiff.processes import Processes
     from contradiff.types import Precision
 
 PARAMS_FILE = Path("params.yaml")
@@ -49,7 +49,7 @@ SectionT = TypeVar("SectionT", bound=Section)
 
 
 class RuntimeParams(Section):
-    """What changes no result, and so is in no stage's `params` in dvc.yaml."""
+    """Section `runtime`: it changes no result, and so no stage in dvc.yaml depends on it."""
 
     device: Literal["auto", "cpu", "cuda"] = Field(description="auto: CUDA where there is one")
     num_workers: int = Field(ge=0, description="data-loading processes")
@@ -63,7 +63,7 @@ class RuntimeParams(Section):
 
 
 class RuntimeSection(Section):
-    """The part of params.yaml that every stage reads besides its own."""
+    """The section that every stage reads besides its own."""
 
     runtime: RuntimeParams
 
@@ -74,9 +74,9 @@ class Run:
 
     Attributes:
         stage: its name.
-        root: the project's folder, where raw data, mlflow.db and .work are. In DVC's temporary
-            copies (`exp run --temp`, `--queue`) this is the *main* repository, while relative
-            paths such as build/ are of the copy.
+        root: the project's folder with raw data, mlflow.db and .work. In a temporary copy that DVC
+            makes (`exp run --temp`, `--queue`) it is the *main* project, while relative paths such
+            as build/ lead to the copy.
         runtime: settings that change no result.
         on_success: called in order after the stage has succeeded.
     """
@@ -88,12 +88,12 @@ class Run:
 
     @property
     def is_main(self) -> bool:
-        """Whether this process writes and reports; torchrun starts several."""
+        """Whether this one of the stage's processes writes and reports."""
         return int(os.environ.get("RANK", "0")) == 0
 
     @property
     def device(self) -> "torch.device":
-        """Where to compute; under torchrun each process has its own CUDA device.
+        """Where to compute; each of several processes has its own CUDA device.
 
         Raises:
             ValueError: runtime.device asks for CUDA and there is none.
@@ -119,14 +119,15 @@ class Run:
         from accelerate import Accelerator
         from accelerate.utils import InitProcessGroupKwargs
 
-        mixed = {"fp32": "no", "bf16": "bf16"}[precision]
-        # Processes may wait for one that has more to do, for hours: torch's own limit is minutes.
-        # One that dies is noticed by torchrun, which ends the others.
+        # A process may wait hours for one that has more to do; torch's own limit is minutes. The
+        # launcher notices a process that dies, and ends the others.
         patience = InitProcessGroupKwargs(timeout=timedelta(days=7))
         accelerator = Accelerator(
-            mixed_precision=mixed, cpu=self.device.type == "cpu", kwargs_handlers=[patience]
+            mixed_precision={"fp32": "no", "bf16": "bf16"}[precision],
+            cpu=self.device.type == "cpu",
+            kwargs_handlers=[patience],
         )
-        # Without CUDA, `accelerate launch` starts lone processes that all believe to be the first.
+        # Without CUDA, `accelerate launch` starts processes that each believe to be alone.
         if accelerator.num_processes != int(os.environ.get("WORLD_SIZE", "1")):
             raise ValueError(
                 f"WORLD_SIZE is {os.environ.get('WORLD_SIZE')} but Accelerate joined "
@@ -135,20 +136,18 @@ class Run:
             )
         return accelerator
 
-    def processes(self, accelerator: "Accelerator") -> "Processes":
+    def processes(self, accelerator: "Accelerator") -> Processes:
         """Return which of the stage's processes this is, for `map_shards`."""
-        from contradiff.processes import Processes
-
         return Processes(
             accelerator.process_index, accelerator.num_processes, accelerator.wait_for_everyone
         )
 
     def resolve(self, path: str) -> Path:
-        """Return a path of raw data: relative ones are relative to the project's root."""
+        """Return a path to raw data; params.yaml gives it relative to the project's folder."""
         return self.root / path
 
     def shards(self, folder: Path) -> "Path | str":
-        """Return where training reads a folder of shards: its namesake at runtime.shards_from."""
+        """Return where training reads a folder of shards: here, or its copy at a URL."""
         if self.runtime.shards_from is None:
             return folder
         return f"{self.runtime.shards_from.rstrip('/')}/{folder.name}"
@@ -163,13 +162,7 @@ class Run:
     def progress(
         self, description: str, total: int | None, unit: str = "img"
     ) -> AbstractContextManager[Advance]:
-        """Show how far the work is and how long it still takes: a bar, or now and then a line.
-
-        Args:
-            description: a word or two.
-            total: number of units of the whole work, if known.
-            unit: of what, in the singular.
-        """
+        """Show how far the work is and how long it still takes; see `show_progress`."""
         return show_progress(
             f"{self.stage}: {description}", total=total, unit=unit, shown=self.is_main
         )
@@ -182,8 +175,15 @@ class Run:
         """
         if not self.is_main:
             return
-        text = json.dumps(_rounded(content, key=str(path)), indent=2, sort_keys=True)
+        text = json.dumps(content)
+        if unusable := re.search(r'"([^"]*)": [^"]*?(NaN|-?Infinity)', text):
+            raise ValueError(
+                f"{path}: {unusable[1]}: {unusable[2]} is no result; the computation diverged or "
+                "had no data"
+            )
+        rounded = json.loads(text, parse_float=lambda number: float(f"{float(number):.6g}"))
         with replace_file(path) as temporary:
+            text = json.dumps(rounded, indent=2, sort_keys=True)
             temporary.write_text(text + "\n", encoding="utf-8")
 
     def work_dir(
@@ -193,14 +193,14 @@ class Run:
         *,
         state_version: int,
     ) -> AbstractContextManager[Path]:
-        """Open a folder for checkpoints that the same work, begun again, finds as it was left.
+        """Open a folder for checkpoints, which the same work finds again after an interruption.
 
-        It is deleted when the block succeeds, and kept when it fails or is killed.
+        It is deleted when the block succeeds, and kept when the block fails or is killed.
 
         Args:
             params: the parameters that decide the result, sections or values.
             inputs: the files and folders that decide the result.
-            state_version: the STATE_VERSION of what is saved; other versions are begun anew.
+            state_version: the STATE_VERSION of what is saved; work of another version begins anew.
         """
         key = key_of(self.stage, params=params, inputs=inputs)
         return keep_until_success(
@@ -210,70 +210,25 @@ class Run:
             log=self.log,
         )
 
-    def training_run(
-        self,
-        work_dir: Path,
-        params: Mapping[str, object] | Section,
-        *,
-        files_checkpoint: bool,
-    ) -> "AbstractContextManager[LogMetrics]":
-        """Log metrics of a training live to MLflow; a resumed training goes on in the same run.
-
-        Args:
-            work_dir: of the training; keeps the run's id.
-            params: to log.
-            files_checkpoint: whether it makes build/pretrain, whose row this run then hangs under.
-
-        Raises:
-            ValueError: MLflow's store cannot be used. Later failures of it are only warned of.
-        """
-        from stages.runtime.tracking import training_run
-
-        return training_run(
-            self, work_dir=work_dir, params=params, files_checkpoint=files_checkpoint
-        )
-
-
-def _rounded(value: object, *, key: str) -> object:
-    match value:
-        case float():
-            if not math.isfinite(value):
-                raise ValueError(
-                    f"{key}: {value} is no result; the computation diverged or had no data"
-                )
-            return float(f"{value:.6g}")
-        case Mapping():
-            return {
-                str(name): _rounded(item, key=f"{key}: {name}")
-                for name, item in value.items()  # pyright: ignore[reportUnknownVariableType]
-            }
-        case list() | tuple():
-            return [_rounded(item, key=key) for item in value]  # pyright: ignore[reportUnknownVariableType]
-        case _:
-            return value
-
 
 def execute(
-    schema: type[SectionT],
-    main: Callable[[SectionT, Run], None],
-    *,
-    stage: str | None = None,
-    parallel: bool = False,
+    schema: type[SectionT], main: Callable[[SectionT, Run], None], *, parallel: bool = False
 ) -> None:
     """Run a stage from the command line, in the project's folder.
 
-    Faults of the user (ValueError, OSError) end with one message and exit code 2; the variable
-    CONTRADIFF_TRACEBACK=1 shows where they arose. SIGTERM ends with 143 after cleaning up.
+    A user's fault (ValueError, OSError) ends with one message and exit code 2;
+    CONTRADIFF_TRACEBACK=1 shows where it arose. SIGTERM ends with 143 after cleaning up.
 
     Args:
         schema: the sections of params.yaml that the stage depends on.
-        main: the stage's work. Its module's `describe(params) -> str`, if there is one, adds to
-            what `--dry-run` prints.
-        stage: its name; by default that of the module that is run.
+        main: the stage's work. If its module has a function `describe(params) -> str`, `--dry-run`
+            prints that too.
         parallel: whether several processes share the stage: one for each GPU, or as many as
             CONTRADIFF_NUM_PROCESSES says.
     """
-    stage = stage or _name_of_main()
+    spec = sys.modules["__main__"].__spec__
+    assert spec is not None, "stages are run as `python -m stages.NAME`"
+    stage = spec.name.rpartition(".")[2]
     arguments = _parse_arguments(stage, description=inspect.getdoc(inspect.getmodule(main)))
     signal.signal(signal.SIGTERM, _stop)
     try:
@@ -281,31 +236,22 @@ def execute(
         content = read_params(PARAMS_FILE)
         params = parse(schema, content, source=str(PARAMS_FILE))
         runtime = parse(RuntimeSection, content, source=str(PARAMS_FILE)).runtime
-        root = Path(os.environ.get("DVC_ROOT") or ".").resolve()
-        run = Run(stage=stage, root=root, runtime=runtime)
         if arguments.dry_run:
-            _show(params, describe=_own(main, "describe"))
+            _show(params, main=main)
             return
-        if parallel:
-            start_several(stage)
+        if parallel and (count := num_processes()) > 1:
+            sys.exit(run_several(["-m", spec.name], count=count))
+        run = Run(stage, Path(os.environ.get("DVC_ROOT") or ".").resolve(), runtime)
         main(params, run)
-        seconds = time.perf_counter() - started
-        run.log(f"done in {seconds:.1f} s")
+        run.log(f"done in {time.perf_counter() - started:.1f} s")
         for call in run.on_success:
             call()
     except (ValueError, OSError) as error:
         if os.environ.get("CONTRADIFF_TRACEBACK") == "1":
             raise
-        sys.exit(_complain(stage, error))
+        _end(f"contradiff: {stage}: {error}", code=2)
     except KeyboardInterrupt:
-        print(f"contradiff: {stage}: interrupted", file=sys.stderr)
-        sys.exit(130)
-
-
-def _name_of_main() -> str:
-    spec = sys.modules["__main__"].__spec__
-    assert spec is not None, "stages are run as `python -m stages.NAME`"
-    return spec.name.rpartition(".")[2]
+        _end(f"contradiff: {stage}: interrupted", code=128 + signal.SIGINT)
 
 
 def _parse_arguments(stage: str, *, description: str | None) -> argparse.Namespace:
@@ -321,26 +267,24 @@ def _parse_arguments(stage: str, *, description: str | None) -> argparse.Namespa
     return parser.parse_args()
 
 
-def _own(main: Callable[..., None], name: str) -> Callable[..., str] | None:
-    """Return the function `name` of the module of `main`, unless the module only imported it."""
-    function = getattr(inspect.getmodule(main), name, None)
-    return function if getattr(function, "__module__", None) == main.__module__ else None
-
-
-def _show(params: Section, *, describe: Callable[..., str] | None) -> None:
+def _show(params: Section, *, main: Callable[..., None]) -> None:
     from ruamel.yaml import YAML
 
     if values := params.model_dump(by_alias=True):
         YAML().dump(values, sys.stdout)  # pyright: ignore[reportUnknownMemberType]
-    if describe is not None:
+    describe = getattr(inspect.getmodule(main), "describe", None)
+    # A module may have imported another's `describe`.
+    if getattr(describe, "__module__", None) == main.__module__:
+        assert describe is not None
         print(describe(params))
 
 
-def _complain(stage: str, error: ValueError | OSError) -> int:
-    print(f"contradiff: {stage}: {error}", file=sys.stderr)
-    return 2
+def _end(message: str, *, code: int) -> NoReturn:
+    if is_new_message(message):
+        print(message, file=sys.stderr)
+    sys.exit(code)
 
 
 def _stop(signum: int, _frame: object) -> NoReturn:
-    """End as Python does on an interrupt, so that `finally` blocks and contexts are left."""
+    """End as Python does after an interrupt, so that `finally` blocks run and contexts close."""
     raise SystemExit(128 + signum)

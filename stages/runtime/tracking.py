@@ -1,9 +1,10 @@
 """The connection to MLflow, and the live record of a training.
 
-Two MLflow experiments: `contradiff-train` holds the live curves of trainings, `contradiff` has one
-row for each experiment, which `_experiments` writes at its end. No other module knows MLflow.
+MLflow has two experiments of ours: `contradiff-train` holds the live curves of trainings, and
+`contradiff` one row for each experiment, which `experiments` writes when all stages are done.
 """
 
+from stages.runtime.run import Run
 from stages.runtime.work_dir import revision
 
 import json
@@ -11,26 +12,24 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Generator, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel
 
 from contradiff.files import hold_lock, replace_file, sha256_of
 
 if TYPE_CHECKING:
-    from stages.runtime.run import Run
-
     from mlflow import MlflowClient
 
 TRAIN_EXPERIMENT = "contradiff-train"
 CHECKPOINT = Path("build/pretrain/model.safetensors")
 
-# For users who have not chosen otherwise: nothing phones home, no hints and no warnings about git,
-# and a server that is away costs a training seconds and not minutes.
+# Users may set these otherwise. MLflow does not phone home and does not hint or warn about git, and
+# a server that is away holds a training up for seconds instead of minutes.
 _ENVIRONMENT = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "MLFLOW_DISABLE_AGENT_HINT": "true",
@@ -40,23 +39,13 @@ _ENVIRONMENT = {
 }
 _SECONDS_BETWEEN_BATCHES = 5.0
 _SECONDS_BEFORE_RETRY = 60.0
-_MAX_WAITING_METRICS = 100_000
-# MLflow's own limits of one request
-_METRICS_PER_BATCH = 500
-_PARAMS_PER_BATCH = 100
+_MAX_WAITING_POINTS = 100_000
 
 Point = tuple[str, float, int]
 """Name, value and step of a metric."""
 
-T = TypeVar("T")
-
-
-class LogMetrics(Protocol):
-    """Log values of one training step."""
-
-    def __call__(self, step: int, values: Mapping[str, float], /) -> None:
-        """Log."""
-        ...
+LogMetrics = Callable[[int, Mapping[str, float]], None]
+"""Logs the values of one training step."""
 
 
 @dataclass(frozen=True)
@@ -67,45 +56,30 @@ class Store:
     uri: str
     root: Path
 
-    @contextmanager
-    def locked(self) -> Generator[None]:
+    def locked(self) -> AbstractContextManager[None]:
         """Let one process of this project at a time create or change shared records."""
-        with hold_lock(self.root / ".work" / "locks" / "mlflow"):
-            yield
+        return hold_lock(self.root / ".work/locks/mlflow")
 
     def experiment_id(self, name: str) -> str:
-        """Return the id of an experiment, created at its first use; call it under `locked`."""
+        """Return the id of an experiment, creating it at first use; call it under `locked`."""
         experiment = self.client.get_experiment_by_name(name)
         if experiment is not None:
             return experiment.experiment_id
-        # By default artifacts lie where the creator happens to run, perhaps a temporary copy. A
-        # server has its own place for them.
+        # By default, files would lie where this process runs, perhaps in a temporary copy. A server
+        # has its own place for them.
         is_server = self.uri.startswith(("http", "databricks"))
         location = None if is_server else (self.root / "mlruns" / name).as_uri()
         return self.client.create_experiment(name, artifact_location=location)
 
     def log(
-        self,
-        run_id: str,
-        *,
-        metrics: Sequence[Point] = (),
-        params: Mapping[str, str] | None = None,
+        self, run_id: str, *, points: Sequence[Point] = (), params: Mapping[str, str] | None = None
     ) -> None:
-        """Log in batches: one by one, 500 values take 15 s instead of 1."""
+        """Log all at once: one by one, 500 values take 15 s instead of 1."""
         from mlflow.entities import Metric, Param
 
         now = int(time.time() * 1000)
-        for batch in _chunks(list((params or {}).items()), _PARAMS_PER_BATCH):
-            self.client.log_batch(run_id, params=[Param(*pair) for pair in batch])
-        for batch in _chunks(metrics, _METRICS_PER_BATCH):
-            self.client.log_batch(
-                run_id, metrics=[Metric(name, value, now, step) for name, value, step in batch]
-            )
-
-
-def _chunks(items: Sequence[T], size: int) -> Iterator[Sequence[T]]:
-    for start in range(0, len(items), size):
-        yield items[start : start + size]
+        metrics = [Metric(name, value, now, step) for name, value, step in points]
+        self.client.log_batch(run_id, metrics, [Param(*pair) for pair in (params or {}).items()])
 
 
 def connect(root: Path) -> Store:
@@ -124,13 +98,13 @@ def connect(root: Path) -> Store:
 
     uri = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{root}/mlflow.db"
     try:
-        # processes that create the same new database at once would crash
-        with hold_lock(root / ".work" / "locks" / "mlflow"):
+        # Two processes that create a new database at once would crash.
+        with hold_lock(root / ".work/locks/mlflow"):
             client = MlflowClient(tracking_uri=uri)
             client.search_experiments(max_results=1)
     except Exception as error:  # each kind of store has its own errors
         raise ValueError(
-            f"MLflow's store {uri} cannot be used; see to the variable MLFLOW_TRACKING_URI "
+            f"MLflow's store {uri} cannot be used; correct the variable MLFLOW_TRACKING_URI "
             f"(unset: mlflow.db in {root}): {error}"
         ) from error
     return Store(client=client, uri=uri, root=root)
@@ -158,11 +132,10 @@ def run_name() -> str:
     return os.environ.get("DVC_EXP_NAME") or revision(short=True) or "workspace"
 
 
-def source_tags(run: "Run") -> dict[str, str]:
-    """Return tags that say from what code a record comes."""
-    baseline = os.environ.get("DVC_EXP_BASELINE_REV") or revision() or ""
+def source_tags(run: Run) -> dict[str, str]:
+    """Return tags that say which code wrote a record."""
     return {
-        "baseline_rev": baseline,
+        "baseline_rev": os.environ.get("DVC_EXP_BASELINE_REV") or revision() or "",
         "mlflow.source.name": f"stages.{run.stage}",
         "mlflow.source.type": "LOCAL",
     }
@@ -170,25 +143,37 @@ def source_tags(run: "Run") -> dict[str, str]:
 
 @contextmanager
 def training_run(
-    run: "Run",
-    *,
+    run: Run,
     work_dir: Path,
     params: Mapping[str, object] | BaseModel,
+    *,
     files_checkpoint: bool,
 ) -> Generator[LogMetrics]:
-    """Yield a function that logs metrics live; see `Run.training_run`.
+    """Yield a function that logs a training's metrics live to MLflow.
 
-    The run id is kept in `work_dir`, so that a resumed training goes on in the same MLflow run;
-    steps that it repeats are not logged twice. After success of the training that makes the
-    checkpoint, the id is filed under its hash, where `train_run_of` finds it.
+    `work_dir` keeps the id of MLflow's run, so a resumed training goes on in the same one and logs
+    no step twice. After success, the id is also filed under the checkpoint's hash.
+
+    Args:
+        run: of the stage.
+        work_dir: of the training.
+        params: to log.
+        files_checkpoint: whether this training makes build/pretrain. The experiment's row then
+            becomes the parent of its run.
+
+    Raises:
+        ValueError: MLflow's store cannot be used at the start. Later failures only cause warnings.
     """
     if not run.is_main:
-        yield _log_nothing
+        yield lambda _step, _values: None
         return
     if isinstance(params, BaseModel):
         params = params.model_dump(mode="json", by_alias=True)
     store = connect(run.root)
-    log = _TrainingLog.begin(store, run=run, work_dir=work_dir, params=flatten_params(params))
+    try:
+        log = _begin(store, run=run, note=work_dir / "mlflow.json", params=flatten_params(params))
+    except Exception as error:  # each kind of store has its own errors
+        raise ValueError(f"MLflow's store {store.uri} cannot be written to: {error}") from error
     status = "FAILED"
     try:
         yield log
@@ -199,50 +184,28 @@ def training_run(
     finally:
         log.end(status)
     if files_checkpoint:
-        run.on_success.append(lambda: _file_train_run(run.root, run_id=log.run_id, uri=store.uri))
-
-
-def _log_nothing(_step: int, _values: Mapping[str, float], /) -> None:
-    pass
+        run.on_success.append(lambda: _file_under_checkpoint(run.root, log))
 
 
 @dataclass
 class _TrainingLog:
-    """Collects points and sends them in batches; a store that fails is warned of and retried."""
+    """Collects points and sends them in batches; what a store refuses waits for the next batch.
+
+    MLflow's own queue (`log_batch(synchronous=False)`) drops a batch that fails: a server that is
+    away for a while would leave a hole in the curve.
+    """
 
     store: Store
     run_id: str
     note: Path
-    last_step: int
+    last_step: int = -1
     waiting: list[Point] = field(default_factory=list[Point])
     next_batch: float = 0.0
 
-    @classmethod
-    def begin(
-        cls, store: Store, *, run: "Run", work_dir: Path, params: Mapping[str, str]
-    ) -> "_TrainingLog":
-        note = work_dir / "mlflow.json"
-        try:
-            if note.is_file():
-                known = json.loads(note.read_text(encoding="utf-8"))
-                if known["uri"] == store.uri and _is_active(store, known["run_id"]):
-                    store.client.update_run(known["run_id"], status="RUNNING")
-                    return cls(store, known["run_id"], note, last_step=known["last_step"])
-            with store.locked():
-                experiment_id = store.experiment_id(TRAIN_EXPERIMENT)
-            tags = source_tags(run) | {"world_size": os.environ.get("WORLD_SIZE", "1")}
-            created = store.client.create_run(experiment_id, tags=tags, run_name=run_name())
-            store.log(created.info.run_id, params=params)
-        except Exception as error:  # each kind of store has its own errors
-            raise ValueError(f"MLflow's store {store.uri} cannot be written to: {error}") from error
-        log = cls(store, created.info.run_id, note, last_step=-1)
-        log.remember(log.last_step)
-        return log
-
     def __call__(self, step: int, values: Mapping[str, float], /) -> None:
-        if step <= self.last_step:
+        if step <= self.last_step:  # logged before an interruption
             return
-        self.waiting.extend((name, float(value), step) for name, value in values.items())
+        self.waiting += [(name, float(value), step) for name, value in values.items()]
         if time.monotonic() >= self.next_batch:
             self.send()
 
@@ -250,10 +213,10 @@ class _TrainingLog:
         if not self.waiting:
             return
         try:
-            self.store.log(self.run_id, metrics=self.waiting)
+            self.store.log(self.run_id, points=self.waiting)
         except Exception as error:  # noqa: BLE001  # a training of a day must survive its record
             _warn(f"MLflow: {len(self.waiting)} values wait to be logged: {error}")
-            del self.waiting[:-_MAX_WAITING_METRICS]
+            del self.waiting[:-_MAX_WAITING_POINTS]
             self.next_batch = time.monotonic() + _SECONDS_BEFORE_RETRY
             return
         self.remember(self.waiting[-1][2])
@@ -273,34 +236,52 @@ class _TrainingLog:
             _warn(f"MLflow: the training's end could not be logged: {error}")
 
 
-def _is_active(store: Store, run_id: str) -> bool:
+def _begin(store: Store, *, run: Run, note: Path, params: Mapping[str, str]) -> _TrainingLog:
+    """Take up the run that `note` names, or create one."""
+    if (known := _read_note(note, store)) is not None:
+        store.client.update_run(known["run_id"], status="RUNNING")
+        return _TrainingLog(store, known["run_id"], note, known["last_step"])
+    with store.locked():
+        experiment_id = store.experiment_id(TRAIN_EXPERIMENT)
+    tags = source_tags(run) | {"world_size": os.environ.get("WORLD_SIZE", "1")}
+    created = store.client.create_run(experiment_id, tags=tags, run_name=run_name())
+    store.log(created.info.run_id, params=params)
+    log = _TrainingLog(store, created.info.run_id, note)
+    log.remember(log.last_step)
+    return log
+
+
+def _read_note(note: Path, store: Store) -> dict[str, Any] | None:
+    """Return what a note says of a run, if the run is in this store and not deleted."""
     from mlflow.exceptions import MlflowException
 
+    if not note.is_file():
+        return None
+    known = json.loads(note.read_text(encoding="utf-8"))
+    if known["uri"] != store.uri:
+        return None
     try:
-        return store.client.get_run(run_id).info.lifecycle_stage == "active"
+        is_active = store.client.get_run(known["run_id"]).info.lifecycle_stage == "active"
     except MlflowException:
-        return False
+        return None
+    return known if is_active else None
 
 
 def _warn(message: str) -> None:
     print(f"contradiff: warning: {message}", file=sys.stderr)
 
 
-def _train_run_file(root: Path, checkpoint: Path) -> Path:
-    return root / ".work" / "runs" / f"{sha256_of(checkpoint)}.json"
+def _note_of_checkpoint(root: Path) -> Path:
+    return root / ".work/runs" / f"{sha256_of(CHECKPOINT)}.json"
 
 
-def _file_train_run(root: Path, *, run_id: str, uri: str) -> None:
+def _file_under_checkpoint(root: Path, log: _TrainingLog) -> None:
     if CHECKPOINT.is_file():
-        with replace_file(_train_run_file(root, CHECKPOINT)) as temporary:
-            temporary.write_text(json.dumps({"run_id": run_id, "uri": uri}), encoding="utf-8")
+        log.note = _note_of_checkpoint(root)
+        log.remember(log.last_step)
 
 
-def train_run_of(checkpoint: Path, *, store: Store) -> str | None:
-    """Return the id of the training that wrote `checkpoint`; None if it was not on this machine."""
-    path = _train_run_file(store.root, checkpoint)
-    if not path.is_file():
-        return None
-    known = json.loads(path.read_text(encoding="utf-8"))
-    is_here = known["uri"] == store.uri and _is_active(store, known["run_id"])
-    return known["run_id"] if is_here else None
+def train_run_of_checkpoint(store: Store) -> str | None:
+    """Return the id of the training that wrote the checkpoint; None if this machine knows none."""
+    known = _read_note(_note_of_checkpoint(store.root), store)
+    return None if known is None else known["run_id"]

@@ -1,9 +1,9 @@
 """Where an interrupted stage finds its own work again, and never another's.
 
-The folder is named by what decides the result: the stage, its parameters and the content of its
-inputs. The code is not part of the name, so that a training survives a mended comment. Code that
-would read a saved state differently raises its STATE_VERSION, and unfinished work of another
-version is begun anew. A note names the commit that began the work.
+The folder's name depends on what decides the result: the stage, its parameters and the content of
+its inputs. The code is left out, so that a training survives a corrected comment. Code that would
+read a saved state differently raises its STATE_VERSION, and unfinished work of another version
+begins anew. A note names the commit that began the work.
 """
 
 import hashlib
@@ -27,14 +27,14 @@ def keep_until_success(
 ) -> Generator[Path]:
     """Yield `folder`, created if need be; delete it when the block succeeds, keep it otherwise.
 
-    Of several processes of one run only the main one locks and deletes. Where another run does the
-    same work now (experiments side by side, or a killed dvc's child), it is waited for.
+    If another run does the same work now (a second experiment, or the child of a killed dvc), this
+    waits for it. Only the main one of a run's processes locks and deletes.
 
     Args:
         folder: .work/<stage>/<key>.
-        state_version: of what this code saves in it.
+        state_version: of what this code saves in the folder.
         is_main: whether this process is the main one.
-        log: told who is waited for, and what becomes of unfinished work.
+        log: told for whom the run waits, and what becomes of unfinished work.
     """
     folder.mkdir(parents=True, exist_ok=True)
     if not is_main:
@@ -48,16 +48,16 @@ def keep_until_success(
 
 
 def _take_up(folder: Path, *, state_version: int, log: Callable[[str], None]) -> None:
-    """Empty the folder if other code began the work; say so, and under which commit it goes on."""
+    """Empty the folder if its state has another version; say so, and which commit began it."""
     note, commit = folder / NOTE_NAME, revision() or "no commit"
     begun = json.loads(note.read_text(encoding="utf-8")) if note.is_file() else None
     if begun is not None and begun["state_version"] == state_version:
         if begun["commit"] != commit:
-            log(f"going on with work that {begun['commit']} began; the code is now {commit}")
+            log(f"resuming work that commit {begun['commit']} began; this is {commit}")
         return
     if begun is not None:
         log(
-            f"beginning anew: the unfinished work has STATE_VERSION {begun['state_version']}, "
+            f"beginning anew: the unfinished work has STATE_VERSION {begun['state_version']}, and "
             f"this code saves version {state_version}"
         )
         shutil.rmtree(folder, ignore_errors=True)
@@ -78,14 +78,14 @@ def revision(*, short: bool = False) -> str | None:
 
 
 def key_of(stage: str, *, params: Mapping[str, object] | BaseModel, inputs: Sequence[Path]) -> str:
-    """Name the work of a stage: 16 hexadecimal digits that change with what decides its result.
+    """Return 16 hexadecimal digits that change with everything that decides a stage's result.
 
-    Whole files are hashed, not sizes or dates: latents of other crops have the same sizes.
+    Whole files are hashed, because latents of other crops have the same sizes.
 
     Args:
         stage: its name.
-        params: values or sections; their order does not matter.
-        inputs: files and folders, by their paths relative to the working directory.
+        params: values or sections, in any order.
+        inputs: files and folders; their paths are relative to the working directory.
 
     Raises:
         FileNotFoundError: an input does not exist.

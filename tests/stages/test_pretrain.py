@@ -102,7 +102,7 @@ def start(
         raise Started
 
     monkeypatch.setattr(pretrain, "pretrain", stop)
-    monkeypatch.setattr(Run, "training_run", lambda *_, **__: nullcontext())
+    monkeypatch.setattr(pretrain, "training_run", lambda *_, **__: nullcontext())
 
     def run(**changes: dict[str, Any]) -> str:
         content = copy.deepcopy(read_params(ROOT / "presets/tiny.yaml")) | tiny_params

@@ -1,15 +1,15 @@
 """The record of experiments, in a real MLflow store."""
 
-from stages.runtime import tracking as _tracking
-from stages.runtime.experiments import Results, upsert_row
+from stages.runtime import tracking
+from stages.runtime.experiments import upsert_row
 from stages.runtime.run import Run, RuntimeParams
-from stages.runtime.tracking import CHECKPOINT, connect, flatten_params
+from stages.runtime.tracking import connect, flatten_params, training_run
 
 import json
 import multiprocessing
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -33,6 +33,9 @@ FLAT = {
     "lora.targets": '["attn2.to_q", "attn2.to_k"]',
     "base.revision": "null",
 }
+
+
+Results = dict[str, Any]
 
 
 def run_of(root: Path, stage: str) -> Run:
@@ -79,13 +82,12 @@ def results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Results:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(text)
     monkeypatch.chdir(tmp_path / "copy")
-    return Results(
-        params=PARAMS,
-        metrics=[Path("metrics/probe.json"), Path("metrics/score.json")],
-        curve=Path("metrics/pretrain.csv"),
-        checkpoint=CHECKPOINT,
-        artifacts=[Path("build/figures/samples.png"), Path("build/report")],
-    )
+    return {
+        "params": PARAMS,
+        "metrics": [Path("metrics/probe.json"), Path("metrics/score.json")],
+        "curve": Path("metrics/pretrain.csv"),
+        "artifacts": [Path("build/figures/samples.png"), Path("build/report")],
+    }
 
 
 def records(client: "MlflowClient", experiment: str) -> "list[Record]":
@@ -118,7 +120,7 @@ class TestRow:
     ):
         monkeypatch.setenv("DVC_EXP_NAME", "tiled-bard")
         monkeypatch.setenv("DVC_EXP_BASELINE_REV", "abc123")
-        run_id = upsert_row(results, run=run_of(root, "track"))
+        run_id = upsert_row(run_of(root, "track"), **results)
         [row] = records(client, "contradiff")
         assert row.info.run_id == run_id
         assert row.info.run_name == "tiled-bard"
@@ -147,7 +149,7 @@ class TestRow:
         ids: set[str] = set()
         for name in ("ruddy-duck", "azure-cove", "ruddy-duck"):
             monkeypatch.setenv("DVC_EXP_NAME", name)
-            ids.add(upsert_row(results, run=run_of(root, "track")))
+            ids.add(upsert_row(run_of(root, "track"), **results))
         [row] = records(client, "contradiff")
         assert ids == {row.info.run_id}
         assert row.data.tags["dvc.exp_names"] == "azure-cove ruddy-duck"
@@ -156,9 +158,9 @@ class TestRow:
     def test_other_results_are_another_row(
         self, results: Results, root: Path, client: "MlflowClient"
     ):
-        upsert_row(results, run=run_of(root, "track"))
+        upsert_row(run_of(root, "track"), **results)
         Path("metrics/probe.json").write_text('{"probe": {"top1": 0.6}}')
-        upsert_row(results, run=run_of(root, "track"))
+        upsert_row(run_of(root, "track"), **results)
         assert sorted(row.data.metrics["probe.top1"] for row in records(client, "contradiff")) == [
             0.5,
             0.6,
@@ -172,20 +174,20 @@ class TestRow:
         monkeypatch: pytest.MonkeyPatch,
     ):
         with monkeypatch.context() as patch:
-            patch.setattr(_tracking.Store, "log", lambda *_, **__: 1 / 0)
+            patch.setattr(tracking.Store, "log", lambda *_, **__: 1 / 0)
             with pytest.raises(ValueError, match="could not be recorded"):
-                upsert_row(results, run=run_of(root, "track"))
-        upsert_row(results, run=run_of(root, "track"))
+                upsert_row(run_of(root, "track"), **results)
+        upsert_row(run_of(root, "track"), **results)
         [row] = records(client, "contradiff")
         assert row.data.params == FLAT
 
     def test_training_is_its_child(self, results: Results, root: Path, client: "MlflowClient"):
         pretrain = run_of(root, "pretrain")
-        with pretrain.training_run(root, PARAMS, files_checkpoint=True) as log:
+        with training_run(pretrain, root, PARAMS, files_checkpoint=True) as log:
             log(0, {"loss": 2.0})
         for call in pretrain.on_success:
             call()
-        run_id = upsert_row(results, run=run_of(root, "track"))
+        run_id = upsert_row(run_of(root, "track"), **results)
         [training] = records(client, "contradiff-train")
         assert training.data.tags["mlflow.parentRunId"] == run_id
         [row] = records(client, "contradiff")
@@ -195,12 +197,12 @@ class TestRow:
         self, results: Results, root: Path, client: "MlflowClient"
     ):
         pretrain = run_of(root, "pretrain")
-        with pretrain.training_run(root, PARAMS, files_checkpoint=True):
+        with training_run(pretrain, root, PARAMS, files_checkpoint=True):
             pass
         for call in pretrain.on_success:
             call()
         client.delete_run(records(client, "contradiff-train")[0].info.run_id)
-        upsert_row(results, run=run_of(root, "track"))
+        upsert_row(run_of(root, "track"), **results)
         assert "train_run_id" not in records(client, "contradiff")[0].data.tags
 
 
@@ -209,8 +211,8 @@ class TestTraining:
         self, root: Path, tmp_path: Path, client: "MlflowClient"
     ):
         def train(steps: range, *, fails: bool) -> None:
-            with run_of(root, "pretrain").training_run(
-                tmp_path, PARAMS, files_checkpoint=True
+            with training_run(
+                run_of(root, "pretrain"), tmp_path, PARAMS, files_checkpoint=True
             ) as log:
                 for step in steps:
                     log(step, {"loss": 1.0 - step / 8})
@@ -236,12 +238,12 @@ class TestTraining:
         monkeypatch: pytest.MonkeyPatch,
         capfd: pytest.CaptureFixture[str],
     ):
-        monkeypatch.setattr(_tracking, "_SECONDS_BETWEEN_BATCHES", 0.0)
-        monkeypatch.setattr(_tracking, "_SECONDS_BEFORE_RETRY", 0.0)
-        with run_of(root, "pretrain").training_run(tmp_path, PARAMS, files_checkpoint=True) as log:
+        monkeypatch.setattr(tracking, "_SECONDS_BETWEEN_BATCHES", 0.0)
+        monkeypatch.setattr(tracking, "_SECONDS_BEFORE_RETRY", 0.0)
+        with training_run(run_of(root, "pretrain"), tmp_path, PARAMS, files_checkpoint=True) as log:
             log(0, {"loss": 3.0})
             with monkeypatch.context() as patch:
-                patch.setattr(_tracking.Store, "log", lambda *_, **__: 1 / 0)
+                patch.setattr(tracking.Store, "log", lambda *_, **__: 1 / 0)
                 log(1, {"loss": 2.0})
             log(2, {"loss": 1.0})
         assert "warning: MLflow: 1 values wait to be logged" in capfd.readouterr().err
@@ -255,7 +257,7 @@ class TestTraining:
         monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
         with (
             pytest.raises(ValueError, match=f"MLflow's store {uri} cannot be used"),
-            run_of(tmp_path, "pretrain").training_run(tmp_path, PARAMS, files_checkpoint=True),
+            training_run(run_of(tmp_path, "pretrain"), tmp_path, PARAMS, files_checkpoint=True),
         ):
             pass
 
@@ -266,7 +268,7 @@ class TestTraining:
         monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
         other = tmp_path / "other"
         other.mkdir()
-        with run_of(other, "pretrain").training_run(tmp_path, PARAMS, files_checkpoint=True):
+        with training_run(run_of(other, "pretrain"), tmp_path, PARAMS, files_checkpoint=True):
             pass
         assert not (other / "mlflow.db").exists()
         assert os.environ["MLFLOW_TRACKING_URI"] == uri
@@ -275,7 +277,7 @@ class TestTraining:
 def _train_once(root: Path, number: int) -> None:
     folder = root / f"work-{number}"
     folder.mkdir()
-    with run_of(root, "pretrain").training_run(folder, PARAMS, files_checkpoint=True) as log:
+    with training_run(run_of(root, "pretrain"), folder, PARAMS, files_checkpoint=True) as log:
         log(0, {"loss": 1.0})
 
 
