@@ -259,7 +259,9 @@ def of_features(params: Params, folder: Path) -> float:
         with FlopCounterMode(display=False) as counter:
             tokens = model.encode_condition(torch.empty(NUM_IMAGES, *model.conditioner.shape))
             if params.features.noising == "ddim_chain":
-                maps = inverted_maps(model, latents, tokens, timesteps=timesteps)
+                blocks = [model.block]
+                found = inverted_maps(model, latents, tokens, timesteps=timesteps, blocks=blocks)
+                maps = found[model.block]
             else:
                 noise = torch.empty(3, *latents.shape)
                 maps = model.level_maps(latents, tokens, timesteps=timesteps, noise=noise)

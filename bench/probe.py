@@ -18,8 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from contradiff.downstream.probe_training import train_linear_probes
-from contradiff.downstream.probing import LinearProbe, evaluate
+from contradiff.downstream.probe import LinearProbe, evaluate, train_linear_probes
 from contradiff.training.optim import SgdSchedule, SgdSetting, cosine_with_warmup
 
 SETTINGS = [

@@ -16,7 +16,7 @@ from contradiff.config import Section, Seed
 from contradiff.data.latents import LatentsParams
 from contradiff.data.params import DataParams, RawParams
 from contradiff.data.shards import ShardParams
-from contradiff.downstream.probing import ProbeParams
+from contradiff.downstream.probe import ProbeParams
 from contradiff.downstream.separability import SeparabilityParams
 from contradiff.downstream.transfer import TransferParams
 from contradiff.evaluation.extractors import ExtractorParams

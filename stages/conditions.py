@@ -11,7 +11,7 @@ from pathlib import Path
 from contradiff.config import Section
 from contradiff.data.shard_info import ImageInfo
 from contradiff.data.shards import ShardIndex, ShardParams
-from contradiff.features.extraction import stored_batches
+from contradiff.features.batches import stored_batches
 from contradiff.files import replace_dir
 from contradiff.generation.conditions import write_conditions
 from contradiff.generation.sampling import GenerateParams

@@ -14,7 +14,8 @@ from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
 from contradiff.downstream.accuracy import topk_correct
-from contradiff.features.extraction import CleanBatch, autocast, extract
+from contradiff.features.batches import CleanBatch
+from contradiff.features.models import DiffusionFeatures, autocast, compute_features
 from contradiff.features.params import FeaturesParams
 from contradiff.method.lora import cast_frozen_weights
 from contradiff.method.model import ContraDiff
@@ -192,15 +193,9 @@ def finetuned_top1(
     device: torch.device,
 ) -> float:
     """Share of images whose label has the greatest logit, with the noise of frozen features."""
-    featured = extract(
-        model,
-        data.batches(features.batch_size),
-        params=features,
-        pool="attention",
-        seed=seed,
-        device=device,
-        on_progress=lambda _: None,
-    )
+    main_alone = features.model_copy(update={"more_triples": [], "more_blocks": []})
+    frozen = DiffusionFeatures(model, main_alone, seed, device)
+    featured = compute_features(frozen, data.batches(features.batch_size))
     logits = classifier(featured.features.to(device)).cpu()
     return topk_correct(logits, data.labels, 1) / len(data.labels)
 
@@ -213,7 +208,7 @@ def _features(
     generator: torch.Generator,
     device: torch.device,
 ) -> Float[Tensor, "batch width"]:
-    """As `extraction.extract`, with gradient and fresh noise; float32 whatever the precision."""
+    """As `DiffusionFeatures`, with gradient and fresh noise; float32 whatever the precision."""
     num_images = len(batch.labels)
     if features.condition == "image":
         conditions = model.conditioner.choose(pixels=to_pixels(batch.images), latents=batch.latents)

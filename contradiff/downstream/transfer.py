@@ -1,19 +1,34 @@
-"""Few-shot transfer of features to another data set (Sec. 4.2.3, Table 6)."""
+"""Few-shot transfer of features to another data set (Sec. 4.2.3, Table 6).
+
+splits of the training pool => features of their images => two classifiers for each split => scores
+"""
 
 import statistics
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
+from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeAlias
 
 import torch
-from jaxtyping import Float, Float64, Int64
+from jaxtyping import Int64
 from pydantic import Field, model_validator
-from torch import Tensor, nn
+from torch import Tensor
 
+from contradiff.base.loading import load_vae
+from contradiff.data.map_shards import Processes
 from contradiff.data.subsets import k_shot_split
-from contradiff.downstream.accuracy import topk_correct
-from contradiff.downstream.probe_training import train_linear_probes
+from contradiff.downstream.finetuning import EncodedImages, finetune, finetuned_top1, weights_kept
+from contradiff.downstream.probe import OnEpoch, evaluate, train_linear_probes
+from contradiff.features.batches import CleanBatch, encode_images
+from contradiff.features.models import FeatureModel, LabelledFeatures, compute_features
+from contradiff.features.params import FeaturesParams
+from contradiff.features.timm_backbone import TimmFeatures
+from contradiff.method.model import ContraDiff
+from contradiff.sources.raw import ensure_transfer_archive, read_manifest, transfer_manifest
+from contradiff.sources.transfer_set import TransferDataParams, TransferSplit, read_transfer_split
 from contradiff.training.optim import SgdParams
+from contradiff.types import ByteImages
 
 Shots: TypeAlias = int | Literal["full"]
 """Training images a class, or all that there are."""
@@ -46,196 +61,310 @@ class TransferParams(SgdParams):
         return self
 
 
+Encode: TypeAlias = Callable[[ByteImages, Int64[Tensor, " n"]], CleanBatch]
+"""Makes a batch of square images in memory and their classes, as the feature model sees them."""
+
+
+def ridge_top1(train: LabelledFeatures, test: LabelledFeatures, *, ridge: float) -> float:
+    """Test accuracy of one-against-rest ridge regression on ±1 targets, in closed form.
+
+    Each feature is brought to mean 0 and variance 1 over the training samples. Decorrelating them
+    too would make the penalty a mere scale of the logits. The bias is not penalised.
+
+    Args:
+        train: the only samples that statistics are taken of.
+        test: samples to classify.
+        ridge: penalty λ > 0 in ‖XW − Y‖² + λ‖W‖², not divided by n.
+    """
+    from sklearn.linear_model import RidgeClassifier
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
+    classifier = make_pipeline(StandardScaler(), RidgeClassifier(alpha=ridge))
+    classifier.fit(train.features.double().numpy(), train.labels.numpy())
+    return float(classifier.score(test.features.double().numpy(), test.labels.numpy()))
+
+
 @dataclass(frozen=True)
-class LinearClassifier:
-    """Logits x·W + b, in float64."""
+class TransferTask:
+    """A data set and the few-shot splits of its training pool.
 
-    weight: Float64[Tensor, "d c"]
-    bias: Float64[Tensor, " c"]
+    Attributes:
+        pool: the training images.
+        test: the test images, all of which judge each split.
+        splits: for each number of shots its splits, each of ascending rows of the pool.
+        seed: of the first split; split i has seed + i.
+    """
 
-    def __call__(self, features: Float[Tensor, "n d"]) -> Float64[Tensor, "n c"]:
-        """Logits of raw features."""
-        return features.double() @ self.weight + self.bias
+    pool: TransferSplit
+    test: TransferSplit
+    splits: Mapping[Shots, Sequence[Sequence[int]]]
+    seed: int
+
+    @cached_property
+    def used(self) -> list[int]:
+        """The rows of the pool that some split uses, ascending: no other needs features."""
+        return sorted({row for group in self.splits.values() for split in group for row in split})
+
+    def places(self, shots: Shots, index: int) -> list[int]:
+        """Where a split's rows stand among the used ones."""
+        place = {row: number for number, row in enumerate(self.used)}
+        return [place[row] for row in self.splits[shots][index]]
+
+    @classmethod
+    def open(
+        cls,
+        data: TransferDataParams,
+        params: TransferParams,
+        *,
+        root: Path,
+        manifest: Path,
+        image_size: int,
+        seed: int,
+    ) -> "TransferTask":
+        """Open the data set, if it is what `prepare` has seen, and draw the splits.
+
+        Args:
+            data: which data set.
+            params: shots and number of splits.
+            root: the folder that transfer_data.root is relative to.
+            manifest: of the data set, as `prepare` wrote it.
+            image_size: side to which an ImageFolder's images are brought.
+            seed: of the first split.
+
+        Raises:
+            ValueError: the data is missing, damaged or changed, or a class has too few images.
+        """
+        folder = ensure_transfer_archive(root / data.root, data, seed=seed)
+        now = transfer_manifest(folder, source=data.source, shown_root=data.root)
+        if now != read_manifest(manifest):
+            raise ValueError(
+                f"transfer_data.root: {data.root} has changed since {manifest}; "
+                "run `dvc repro -f prepare`"
+            )
+        read = partial(
+            read_transfer_split,
+            folder,
+            source=data.source,
+            image_size=image_size,
+            shown_root=data.root,
+        )
+        pool = read(split="train")
+        return cls(pool, read(split="test"), draw_splits(pool.labels.tolist(), params, seed), seed)
+
+
+def draw_splits(
+    labels: Sequence[int], params: TransferParams, seed: int
+) -> dict[Shots, list[list[int]]]:
+    """Draw the training samples of each split: split i is `k_shot_split` with seed + i.
+
+    Splits are nested: of one seed, fewer shots are a part of more. "full" is one split, the pool.
+    """
+    return {
+        shots: [list(range(len(labels)))]
+        if shots == "full"
+        else [
+            k_shot_split(labels, shots=shots, seed=seed + index)
+            for index in range(params.num_splits)
+        ]
+        for shots in params.shots
+    }
+
+
+def encoder_of(model: FeatureModel, *, base: Path, image_size: int, device: torch.device) -> Encode:
+    """What a feature model sees of an image: its latent, or pixels at the backbone's own size."""
+    if isinstance(model, TimmFeatures):
+        return model.show
+    vae = load_vae(base).to(device)  # pyright: ignore[reportArgumentType]
+    return partial(encode_images, vae, image_size=image_size, device=device)
+
+
+def batch_share_of(num_rows: int, *, batch_size: int, processes: Processes) -> range:
+    """The rows that this process computes: whole batches, as a single process would form them.
+
+    So a row's feature does not depend on the number of processes, not even in its last bit.
+
+    Args:
+        num_rows: of all processes.
+        batch_size: rows of a batch; the last one may be smaller.
+        processes: which of how many this is; with fewer batches some have nothing to do.
+    """
+    num_batches = -(-num_rows // batch_size)
+    first, last = (
+        number * num_batches // processes.size for number in (processes.rank, processes.rank + 1)
+    )
+    return range(min(first * batch_size, num_rows), min(last * batch_size, num_rows))
+
+
+def transfer_batches(
+    encode: Encode, images: TransferSplit, rows: Sequence[int], *, batch_size: int
+) -> Iterator[CleanBatch]:
+    """Yield some rows of a split, encoded; images are read a batch at a time.
+
+    Args:
+        encode: makes a batch of images.
+        images: the split.
+        rows: of the split. An image's noise is seeded by its row in the split, so that it does not
+            depend on the others.
+        batch_size: images at once.
+    """
+    for start in range(0, len(rows), batch_size):
+        chosen = list(rows[start : start + batch_size])
+        pixels, labels = images.read(chosen), images.labels[chosen]
+        batch = encode(torch.from_numpy(pixels), torch.from_numpy(labels))
+        keys = tuple(images.keys[row] for row in chosen)
+        yield replace(batch, indices=tuple(chosen), keys=keys)
+
+
+def features_of_rows(
+    model: FeatureModel,
+    encode: Encode,
+    images: TransferSplit,
+    rows: Sequence[int],
+    *,
+    batch_size: int,
+    processes: Processes,
+    on_progress: Callable[[int], None],
+) -> LabelledFeatures:
+    """Features of some rows of a split, in order; each process computes a share and gets all.
+
+    Args:
+        model: images => features.
+        encode: makes a batch of images.
+        images: the split.
+        rows: of the split.
+        batch_size: images at once.
+        processes: which of how many this is.
+        on_progress: told the number of images of each of this process's batches.
+    """
+    from accelerate.utils import gather_object
+
+    share = batch_share_of(len(rows), batch_size=batch_size, processes=processes)
+    own = [rows[place] for place in share]
+    batches = transfer_batches(encode, images, own, batch_size=batch_size)
+    found = [compute_features(model, batches, on_progress=on_progress)] if own else []
+    return LabelledFeatures.joined(gather_object(found))
 
 
 @dataclass(frozen=True)
 class TransferScores:
-    """Top-1 accuracy, in [0, 1], of one classifier.
-
-    Attributes:
-        top1: One for each split.
-        mean: Their mean.
-        std: Their deviation with n - 1 in the denominator; None with a single split.
-    """
+    """Top-1 accuracy, in [0, 1], of one classifier on each split."""
 
     top1: list[float]
-    mean: float
-    std: float | None
+
+    @property
+    def mean(self) -> float:
+        """Over the splits."""
+        return statistics.fmean(self.top1)
+
+    @property
+    def std(self) -> float | None:
+        """Deviation with n - 1 in the denominator; None with a single split."""
+        return statistics.stdev(self.top1) if len(self.top1) > 1 else None
 
 
-@dataclass(frozen=True)
-class TransferResult:
-    """Scores of both classifiers on `total` test samples."""
-
-    ridge: TransferScores
-    probe: TransferScores
-    total: int
+ScoresOfShots: TypeAlias = dict[Shots, dict[str, TransferScores]]
+"""For each number of shots the scores of each classifier, by its name."""
 
 
-def solve_primal(
-    inputs: Float64[Tensor, "n d"], targets: Float64[Tensor, "n c"], *, ridge: float
-) -> Float64[Tensor, "d c"]:
-    """(XᵀX + λI)⁻¹ XᵀY, a system of d equations."""
-    gram = inputs.T @ inputs
-    gram.diagonal().add_(ridge)
-    return torch.cholesky_solve(inputs.T @ targets, torch.linalg.cholesky(gram))
-
-
-def solve_dual(
-    inputs: Float64[Tensor, "n d"], targets: Float64[Tensor, "n c"], *, ridge: float
-) -> Float64[Tensor, "d c"]:
-    """Xᵀ (XXᵀ + λI)⁻¹ Y, the same solution by n equations."""
-    kernel = inputs @ inputs.T
-    kernel.diagonal().add_(ridge)
-    return inputs.T @ torch.cholesky_solve(targets, torch.linalg.cholesky(kernel))
-
-
-def ridge_classifier(
-    features: Float[Tensor, "n d"],
-    labels: Int64[Tensor, " n"],
-    *,
-    num_classes: int,
-    ridge: float,
-) -> LinearClassifier:
-    """One-against-rest ridge regression on ±1 targets, in closed form.
-
-    Each feature is brought to mean 0 and variance 1 over the training samples; one that does not
-    vary counts for nothing. Decorrelating them too would make the penalty a mere scale of the
-    logits. The bias is not penalised.
+def score_splits(
+    task: TransferTask, train: LabelledFeatures, test: LabelledFeatures, *, params: TransferParams
+) -> ScoresOfShots:
+    """Train two classifiers, "ridge" and "sgd", on each split; test each on the whole test set.
 
     Args:
-        features: Training features; no statistics come from elsewhere.
-        labels: Classes in [0, num_classes); some may be absent.
-        num_classes: Number of classes.
-        ridge: Penalty λ > 0 in ‖XW − Y‖² + λ‖W‖², as scikit-learn's `alpha`.
-
-    Returns:
-        The classifier of raw features: the scaling is folded into it.
+        task: the splits; the SGD probe of split i has the split's seed.
+        train: frozen features of the task's used rows.
+        test: frozen features of the test set, all of them.
+        params: penalty of `ridge_top1`, and the SGD probe's settings.
     """
-    raw = features.double()
-    mean, scale = raw.mean(0), raw.std(0, correction=0)
-    # Rounding leaves a constant column a deviation of some 1e-16 of its value.
-    is_constant = scale <= 1e-12 * mean.abs()
-    inverse_scale = torch.where(is_constant, 0.0, 1.0 / scale)
-    inputs = (raw - mean) * inverse_scale
-    targets = 2.0 * nn.functional.one_hot(labels, num_classes).double() - 1.0
-    offset = targets.mean(0)
-    solve = solve_dual if len(inputs) < inputs.shape[1] else solve_primal
-    weight = inverse_scale[:, None] * solve(inputs, targets - offset, ridge=ridge)
-    return LinearClassifier(weight=weight, bias=offset - mean @ weight)
+    scores: ScoresOfShots = {}
+    for shots, group in task.splits.items():
+        ridge: list[float] = []
+        sgd: list[float] = []
+        for index in range(len(group)):
+            own = train.only(task.places(shots, index))
+            ridge.append(ridge_top1(own, test, ridge=params.ridge))
+            [probe] = train_linear_probes(
+                own.features,
+                own.labels,
+                num_classes=len(task.pool.class_names),
+                settings=[params.setting],
+                schedule=params.schedule,
+                seed=task.seed + index,
+            )
+            sgd.append(evaluate(probe, test.features, test.labels).top1)
+        scores[shots] = {"ridge": TransferScores(ridge), "sgd": TransferScores(sgd)}
+    return scores
 
 
-def draw_splits(
-    labels: Sequence[int], *, shots: Shots, num_splits: int, seed: int
-) -> list[list[int]]:
-    """Draw the training samples of each split: split i is `k_shot_split` with seed + i.
-
-    Splits are nested: of one seed, fewer shots are a part of more.
+def finetune_splits(
+    task: TransferTask,
+    model: ContraDiff,
+    encode: Encode,
+    *,
+    features: FeaturesParams,
+    params: TransferParams,
+    device: torch.device,
+    processes: Processes,
+    on_epoch: OnEpoch,
+) -> dict[Shots, TransferScores]:
+    """Test accuracy of each split's own copy of the model; each process tunes every n-th split.
 
     Args:
-        labels: Classes of the whole training pool.
-        shots: Samples a class; "full" is the whole pool, of which there is one split.
-        num_splits: Number of splits, at least 1.
-        seed: Seed of the first.
-
-    Returns:
-        For each split, ascending indices into `labels`.
+        task: the splits.
+        model: trained, in evaluation mode, on `device`; it is left as it is.
+        encode: makes a batch of images.
+        features: how features are taken.
+        params: of the fine-tuning.
+        device: where to compute.
+        processes: which of how many this is.
+        on_epoch: called after each epoch of each of this process's splits.
 
     Raises:
-        ValueError: a class has fewer samples than `shots`.
+        ValueError: a loss is not finite; names transfer.finetune_lr.
     """
-    if shots == "full":
-        return [list(range(len(labels)))]
-    return [k_shot_split(labels, shots=shots, seed=seed + index) for index in range(num_splits)]
+    from accelerate.utils import gather_object
 
-
-def compact_splits(
-    splits: Mapping[Shots, Sequence[Sequence[int]]],
-) -> tuple[list[int], dict[Shots, list[list[int]]]]:
-    """Keep of the pool only what some split uses, so that features are computed for no other.
-
-    Returns:
-        The used indices into the pool, ascending, and the splits as indices into these.
-    """
-    used = sorted({index for group in splits.values() for split in group for index in split})
-    position = {index: row for row, index in enumerate(used)}
-    rows: dict[Shots, list[list[int]]] = {
-        shots: [[position[index] for index in split] for split in group]
-        for shots, group in splits.items()
-    }
-    return used, rows
-
-
-def transfer(
-    features_train: Float[Tensor, "n d"],
-    labels_train: Int64[Tensor, " n"],
-    features_test: Float[Tensor, "m d"],
-    labels_test: Int64[Tensor, " m"],
-    *,
-    splits: Sequence[Sequence[int]],
-    num_classes: int,
-    params: TransferParams,
-    seed: int,
-) -> TransferResult:
-    """Train both classifiers on each split and test each on the whole test set.
-
-    Args:
-        features_train: Frozen features of the training pool, or of what `compact_splits` kept.
-        labels_train: Their classes.
-        features_test: Frozen features of the test set, all of them.
-        labels_test: Their classes.
-        splits: Rows of `features_train` for each split.
-        num_classes: Number of classes.
-        params: Penalty of `ridge_classifier`, and the SGD probe's settings.
-        seed: Seed of the first split's probe; split i has seed + i.
-    """
-    ridge_top1: list[float] = []
-    probe_top1: list[float] = []
-    for index, split in enumerate(splits):
-        rows = torch.tensor(split, device=features_train.device)
-        features, labels = features_train[rows], labels_train[rows]
-        closed_form = ridge_classifier(
-            features, labels, num_classes=num_classes, ridge=params.ridge
-        )
-        ridge_top1.append(_top1(closed_form(features_test), labels_test))
-        [probe] = train_linear_probes(
-            features,
-            labels,
-            num_classes=num_classes,
-            settings=[params.setting],
-            schedule=params.schedule,
-            seed=seed + index,
-        )
-        with torch.no_grad():
-            probe_top1.append(_top1(probe(features_test.float()), labels_test))
-    return TransferResult(
-        ridge=summarise(ridge_top1), probe=summarise(probe_top1), total=len(labels_test)
+    train, test = (
+        EncodedImages.of(transfer_batches(encode, images, rows, batch_size=features.batch_size))
+        for images, rows in ((task.pool, task.used), (task.test, range(len(task.test.labels))))
     )
+    jobs: list[tuple[Shots, int]] = [
+        (shots, index) for shots, group in task.splits.items() for index in range(len(group))
+    ]
+    done: list[tuple[Shots, int, float]] = []
+    for shots, index in jobs[processes.rank :: processes.size]:
+        with weights_kept(model):
+            classifier = finetune(
+                model,
+                train[torch.tensor(task.places(shots, index))],
+                num_classes=len(task.pool.class_names),
+                features=features,
+                epochs=params.finetune_epochs,
+                lr=params.finetune_lr,
+                weight_decay=params.finetune_weight_decay,
+                batch_size=params.finetune_batch_size,
+                seed=task.seed + index,
+                device=device,
+                on_epoch=on_epoch,
+            )
+            top1 = finetuned_top1(
+                model, classifier, test, features=features, seed=task.seed, device=device
+            )
+        done.append((shots, index, top1))
+    found = {(shots, index): top1 for shots, index, top1 in gather_object(done)}
+    return {
+        shots: TransferScores([found[shots, index] for index in range(len(group))])
+        for shots, group in task.splits.items()
+    }
 
 
-def summarise(top1_of_splits: list[float]) -> TransferScores:
-    """Mean and deviation over splits."""
-    std = statistics.stdev(top1_of_splits) if len(top1_of_splits) > 1 else None
-    return TransferScores(top1=top1_of_splits, mean=statistics.fmean(top1_of_splits), std=std)
-
-
-def transfer_metrics(
-    scores: Mapping[Shots, Mapping[str, TransferScores]], *, total: int, source: str
-) -> dict[str, Any]:
+def transfer_metrics(scores: ScoresOfShots, *, total: int, source: str) -> dict[str, Any]:
     """What metrics/transfer.json holds under `transfer`.
 
     Args:
-        scores: for each number of shots, the headline's first, each classifier's scores.
+        scores: of the headline's number of shots first.
         total: test samples that each split is judged on.
         source: name of the data set.
 
@@ -249,9 +378,25 @@ def transfer_metrics(
     }
     headline = next(iter(by_shots))
     named = {str(shots): content for shots, content in by_shots.items()}
-    facts = {"shots": headline, "total": total, "source": source, "by_shots": named}
-    return by_shots[headline] | facts
+    return by_shots[headline] | {
+        "shots": headline,
+        "total": total,
+        "source": source,
+        "by_shots": named,
+    }
 
 
-def _top1(logits: Float[Tensor, "m c"], labels: Int64[Tensor, " m"]) -> float:
-    return topk_correct(logits, labels, 1) / len(labels)
+def describe_splits(task: TransferTask, scores: ScoresOfShots) -> dict[str, list[dict[str, Any]]]:
+    """What build/transfer/splits.json holds under `splits`: each split's images and its scores."""
+    return {
+        str(shots): [
+            {
+                "seed": task.seed + index,
+                "indices": split,
+                "keys": [task.pool.keys[row] for row in split],
+                "top1": {name: kind.top1[index] for name, kind in scores[shots].items()},
+            }
+            for index, split in enumerate(group)
+        ]
+        for shots, group in task.splits.items()
+    }

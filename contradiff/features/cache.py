@@ -1,78 +1,72 @@
-"""Features on disk: one file for each image shard, its rows in the shard's order, and an index.
+"""Features on disk: a table with a row for each image and a column for each feature.
 
-`<split>-00000.safetensors` holds a tensor (rows, width) for each column, `labels`, and the keys in
-its header; `<split>-00000.maps.safetensors`, where maps are stored, the tensor `maps`. All are
-memory-mapped when read, so that only what is used is ever in memory.
+Each image shard has one file, `<split>-00000.safetensors`: a tensor (rows, width) for each column,
+`labels`, and the images' keys in its header, in the shard's order. Where maps are stored,
+`<split>-00000.maps.safetensors` holds the tensor `maps`. `index.json` lists the files. Readers map
+the files into memory, so that only what they use is ever read.
 """
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float, Int64
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from contradiff.data.shards import Shard
+from contradiff.features.params import FeatureSpec
 from contradiff.files import replace_file, sha256_of
+from contradiff.method.attention import TriTimestepAttention
+from contradiff.method.checkpoint import base_digest
 
 INDEX_NAME = "index.json"
-VERSION = 1
-DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 MAPS = "maps"
+"""Name of the maps among what a model computes, and in their files."""
 HEAD_NAME = "attention.safetensors"
 """Beside maps: the weights that an attentive probe's head starts from."""
 
 
-@dataclass(frozen=True)
-class Column:
-    """One feature an image: whose maps, at which noise levels, pooled how.
-
-    `triple` and `block` are None for a backbone that has neither.
-    """
-
-    name: str
-    triple: tuple[int, ...] | None
-    block: str | None
-    pool: str
-
-
-@dataclass(frozen=True)
-class CacheIndex:
-    """What a folder of features holds, and what it was made from.
+class CacheIndex(BaseModel):
+    """What a folder of features holds, and how they were made.
 
     Attributes:
-        model: contradiff, base, diffeed, or timm's name.
-        checkpoint: fingerprint of the weights: `checkpoint_fingerprint` of a trained model,
-            `base_digest` of a base's baseline, `TimmFeatures.fingerprint`.
+        version: of the files' form.
+        model: features.model.
+        checkpoint: fingerprint of the weights; see `weights_fingerprint`.
         dtype: fp16 or bf16.
         num_classes: of the data.
-        columns: the first is the main one.
-        head: shape of the attention head whose weights lie beside maps; None without maps.
-        shards: of each split, one for each image shard.
-        maps: likewise, of the maps; empty if none are stored.
-        facts: how they were made: the parameters, and whatever else decides them.
+        columns: the stored features, the main one first.
+        head: arguments of the attention whose weights lie beside maps; None without maps.
+        shards: each split's files, one for each image shard.
+        maps: each split's files of maps; empty if none are stored.
+        made_with: seed and section `features`; "timm_weights_sha256" of a local file.
     """
 
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, populate_by_name=True)
+
+    version: Literal[1] = 1
     model: str
     checkpoint: str
     dtype: str
     num_classes: int
-    columns: tuple[Column, ...]
-    head: Mapping[str, int] | None
-    shards: Mapping[str, tuple[Shard, ...]]
-    maps: Mapping[str, tuple[Shard, ...]]
-    facts: Mapping[str, Any]
+    columns: tuple[FeatureSpec, ...]
+    head: dict[str, int] | None
+    shards: dict[str, tuple[Shard, ...]]
+    maps: dict[str, tuple[Shard, ...]]
+    made_with: dict[str, Any] = Field(validation_alias="facts", serialization_alias="facts")
 
     def write(self, folder: Path) -> None:
         """Write `index.json`, last of all."""
         with replace_file(folder / INDEX_NAME) as path:
-            path.write_text(json.dumps({"version": VERSION, **asdict(self)}, indent=1) + "\n")
+            path.write_text(json.dumps(self.model_dump(by_alias=True), indent=1) + "\n")
 
     @classmethod
     def read(cls, folder: Path) -> "CacheIndex":
@@ -86,173 +80,127 @@ class CacheIndex:
             raise ValueError(
                 f"{path}: no features; run `dvc repro features`, or `dvc pull {folder}`"
             )
-        content: dict[str, Any] = json.loads(path.read_text())
-        if content.pop("version", None) != VERSION:
-            raise ValueError(f"{path}: not of version {VERSION}; run `dvc repro features`")
-        content["columns"] = tuple(
-            Column(
-                column["name"],
-                None if column["triple"] is None else tuple(column["triple"]),
-                column["block"],
-                column["pool"],
-            )
-            for column in content["columns"]
-        )
-        for kind in ("shards", "maps"):
-            content[kind] = {
-                split: tuple(Shard(**shard) for shard in shards)
-                for split, shards in content[kind].items()
-            }
-        index = cls(**content)
-        for shards in (*index.shards.values(), *index.maps.values()):
-            for shard in shards:
-                file = folder / shard.name
-                if not file.is_file() or file.stat().st_size != shard.num_bytes:
-                    raise ValueError(
-                        f"{file}: missing or truncated ({INDEX_NAME} says {shard.num_bytes} "
-                        f"bytes); run `dvc repro features`, or `dvc pull {folder}`"
-                    )
+        try:
+            index = cls.model_validate_json(path.read_text())
+        except ValidationError:
+            raise ValueError(f"{path}: no index of version 1; run `dvc repro features`") from None
+        for shard in chain(*index.shards.values(), *index.maps.values()):
+            file = folder / shard.name
+            if not file.is_file() or file.stat().st_size != shard.num_bytes:
+                raise ValueError(
+                    f"{file}: missing or truncated ({INDEX_NAME} says {shard.num_bytes} "
+                    f"bytes); run `dvc repro features`, or `dvc pull {folder}`"
+                )
         return index
 
 
-def checkpoint_fingerprint(folder: Path) -> str:
-    """Which trained model a folder such as build/pretrain holds: SHA-256 over all its files.
+def weights_fingerprint(model: str, *, checkpoint: Path, base: Path) -> str:
+    """SHA-256 of the weights that features come from: a baseline's do not change with training.
+
+    Args:
+        model: features.model; of timm's backbone see `TimmFeatures.fingerprint`.
+        checkpoint: the trained model's folder.
+        base: the folder of its base.
 
     Raises:
-        ValueError: it holds none.
+        ValueError: there is no checkpoint.
     """
-    files = sorted(file for file in folder.rglob("*") if file.is_file())
+    if model != "contradiff":
+        return base_digest(base)
+    files = sorted(file for file in checkpoint.rglob("*") if file.is_file())
     if not files:
         raise ValueError(
-            f"{folder}: no checkpoint; run `dvc repro pretrain`, or `dvc pull {folder}`"
+            f"{checkpoint}: no checkpoint; run `dvc repro pretrain`, or `dvc pull {checkpoint}`"
         )
-    text = "".join(f"{file.relative_to(folder)} {sha256_of(file)}\n" for file in files)
+    text = "".join(f"{file.relative_to(checkpoint)} {sha256_of(file)}\n" for file in files)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def to_stored(
-    features: Float[Tensor, "batch ..."], *, dtype: str, keys: Sequence[str], name: str
-) -> Float[Tensor, "batch ..."]:
-    """Round features to the stored type, on the CPU.
-
-    Raises:
-        ValueError: one is NaN or infinite, or becomes so; names the image.
-    """
-    stored = features.to("cpu", DTYPES[dtype])
-    finite = stored.isfinite().flatten(1).all(dim=1)
-    if not bool(finite.all()):
-        row = int((~finite).nonzero()[0])
-        if bool(features[row].isfinite().all()):
-            reason = "are too large for fp16 (65504); set features.dtype: bf16"
-        else:
-            reason = (
-                "are not finite: the model diverged (see metrics/pretrain.csv), or bf16 did "
-                "(features.precision)"
-            )
-        raise ValueError(f"features {name!r} of image {keys[row]} {reason}")
-    return stored
-
-
-def write_rows(path: Path, tensors: Mapping[str, Tensor], *, keys: Sequence[str]) -> Shard:
-    """Write one file, whole or not at all; its bytes depend on the content alone."""
-    num_rows = len(next(iter(tensors.values())))
-    with replace_file(path) as temporary:
-        whole = {name: tensor.contiguous() for name, tensor in tensors.items()}
-        save_file(whole, temporary, metadata={"keys": json.dumps(list(keys))})
-        return Shard(path.name, num_rows, temporary.stat().st_size, sha256_of(temporary))
-
-
-def finished_rows(path: Path) -> list[Shard] | None:
-    """The files of one image shard, if a note beside them says that they are whole."""
-    note = _note(path)
-    if not note.is_file():
-        return None
-    shards = [Shard(**shard) for shard in json.loads(note.read_text())]
-    return shards if all((path.parent / shard.name).is_file() for shard in shards) else None
-
-
-def resume_rows(path: Path, make: Callable[[], list[Shard]]) -> list[Shard]:
-    """The files of one image shard, made by `make` unless an interrupted run has made them."""
-    shards = finished_rows(path)
-    if shards is None:
-        shards = make()
-        with replace_file(_note(path)) as temporary:
-            temporary.write_text(json.dumps([asdict(shard) for shard in shards]))
-    return shards
-
-
-def _note(path: Path) -> Path:
-    return path.with_name(f"{path.name}.json")
-
-
-class Rows:
-    """Rows of several memory-mapped tensors as one: read when asked for, never as a whole.
+class MappedRows:
+    """Rows of several memory-mapped tensors as one tensor: read when asked for, never as a whole.
 
     Has as much of a tensor's interface as training and evaluation need.
     """
 
     device = torch.device("cpu")
 
-    def __init__(self, parts: Sequence[Tensor], chosen: Int64[Tensor, " n"] | None = None) -> None:
-        """Join `parts` along their rows; `chosen` are those kept, in order, by default all."""
-        self.parts = tuple(parts)
-        sizes = torch.tensor([0, *(len(part) for part in parts)])
-        self.starts = sizes.cumsum(0)
+    def __init__(
+        self, tensors: Sequence[Tensor], chosen: Int64[Tensor, " n"] | None = None
+    ) -> None:
+        """Join `tensors` along their rows; `chosen` are the rows to keep, in order; None: all."""
+        self.tensors = tuple(tensors)
+        self.starts = torch.tensor([0, *map(len, tensors)]).cumsum(0)
         self.chosen = torch.arange(int(self.starts[-1])) if chosen is None else chosen
-        self.shape = (len(self.chosen), *self.parts[0].shape[1:])
+        self.shape = (len(self.chosen), *self.tensors[0].shape[1:])
 
     def __len__(self) -> int:
         return len(self.chosen)
 
-    def only(self, rows: Int64[Tensor, " m"]) -> "Rows":
-        """Some of the rows, none of them read."""
-        return Rows(self.parts, self.chosen[rows])
+    def only(self, rows: Int64[Tensor, " m"]) -> "MappedRows":
+        """Some of the rows; none is read."""
+        return MappedRows(self.tensors, self.chosen[rows])
 
     def index_select(self, dim: int, index: Int64[Tensor, " m"]) -> Tensor:
         """The rows of `index`, in its order, read into memory."""
         assert dim == 0
         rows = self.chosen[index.cpu()]
         numbers = torch.searchsorted(self.starts, rows, right=True) - 1
-        found = torch.empty((len(rows), *self.shape[1:]), dtype=self.parts[0].dtype)
+        found = torch.empty((len(rows), *self.shape[1:]), dtype=self.tensors[0].dtype)
         for number in numbers.unique().tolist():
             here = (numbers == number).nonzero().squeeze(1)
-            found[here] = self.parts[number].index_select(0, rows[here] - self.starts[number])
+            found[here] = self.tensors[number].index_select(0, rows[here] - self.starts[number])
         return found
 
     def split(self, size: int) -> Iterator[Tensor]:
-        """All rows in order, so many at once."""
+        """All rows in order, `size` at once."""
         for rows in torch.arange(len(self)).split(size):
             yield self.index_select(0, rows)
 
 
 @dataclass(frozen=True)
 class FeatureCache:
-    """A folder of features, open for reading."""
+    """A folder of features, open for reading.
+
+    Example:
+        cache = FeatureCache.open(folder, checkpoint=..., base=..., root=...)
+        h, labels = cache.column("val", cache.index.columns[0].name), cache.labels("val")
+    """
 
     folder: Path
     index: CacheIndex
 
     @classmethod
-    def open(
-        cls, folder: Path, *, fingerprint_of: Callable[[CacheIndex], str | None]
-    ) -> "FeatureCache":
+    def open(cls, folder: Path, *, checkpoint: Path, base: Path, root: Path) -> "FeatureCache":
         """Open a cache; all but the maps are checked to the last bit.
+
+        timm's weights may be missing, since the cache may have come by `dvc pull`.
 
         Args:
             folder: of features.
-            fingerprint_of: gives the fingerprint that the index's model has now; None: its weights
-                are not here to compare.
+            checkpoint: the trained model's folder.
+            base: the folder of its base.
+            root: the folder that features.timm_weights is relative to.
 
         Raises:
-            ValueError: it is missing or damaged, or made from other weights; names the file.
+            ValueError: the cache is missing or damaged, or made from other weights than there are
+                now; names the file.
         """
         index = CacheIndex.read(folder)
-        if fingerprint_of(index) not in (None, index.checkpoint):
+        if index.model == "timm":
+            shown = index.made_with.get("timm_weights")
+            digest = index.made_with.get("timm_weights_sha256")
+            path = root / str(shown)
+            if digest is not None and path.is_file() and sha256_of(path) != digest:
+                raise ValueError(
+                    f"features.timm_weights: {shown} has changed since {folder} was made; run "
+                    "`dvc repro -f features`"
+                )
+        elif index.checkpoint != weights_fingerprint(index.model, checkpoint=checkpoint, base=base):
             raise ValueError(
                 f"{folder / INDEX_NAME}: features of another checkpoint or base than is here now; "
                 "run `dvc repro features`"
             )
-        for shard in (shard for shards in index.shards.values() for shard in shards):
+        for shard in chain(*index.shards.values()):
             if sha256_of(folder / shard.name) != shard.sha256:
                 raise ValueError(
                     f"{folder / shard.name}: damaged (its sha256); run `dvc repro features`"
@@ -260,7 +208,7 @@ class FeatureCache:
         return cls(folder, index)
 
     def column(self, split: str, name: str) -> Float[Tensor, "n width"]:
-        """A column's features of a whole split, in memory, in the stored type."""
+        """One feature of a whole split, in memory, in the stored type."""
         return torch.cat([self._tensor(shard, name) for shard in self.index.shards[split]])
 
     def labels(self, split: str) -> Int64[Tensor, " n"]:
@@ -275,7 +223,7 @@ class FeatureCache:
                 found += json.loads(file.metadata()["keys"])
         return found
 
-    def maps(self, split: str) -> Rows:
+    def maps(self, split: str) -> MappedRows:
         """The maps (n, 3, channels, h, w) of the main triple, memory-mapped.
 
         Raises:
@@ -286,7 +234,14 @@ class FeatureCache:
                 f"{self.folder / INDEX_NAME}: no maps, which probe.head: attentive trains on; run "
                 "`dvc repro features` with this setting"
             )
-        return Rows([self._tensor(shard, MAPS) for shard in self.index.maps[split]])
+        return MappedRows([self._tensor(shard, MAPS) for shard in self.index.maps[split]])
+
+    def attention(self) -> TriTimestepAttention:
+        """The head that lies beside the maps: trained, or, for a baseline, fresh."""
+        assert self.index.head is not None, "it lies beside maps"
+        head = TriTimestepAttention(**self.index.head)
+        head.load_state_dict(load_file(self.folder / HEAD_NAME))
+        return head
 
     def _tensor(self, shard: Shard, name: str) -> Tensor:
         with self._file(shard) as file:

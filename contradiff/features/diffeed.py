@@ -25,8 +25,8 @@ from contradiff.types import Latents, Maps, Timesteps, Tokens
 if TYPE_CHECKING:
     from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 
-NUM_FUSED = 4
-"""Maps that are fused: two blocks of two passes."""
+NUM_PASSES = 2
+"""The first, and the one that is fed back to; of both the mid block and `up.1` are fused."""
 
 
 def feedback_maps(

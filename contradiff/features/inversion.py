@@ -1,4 +1,4 @@
-"""Maps along a chain of DDIM inversion: the image's own noise in the place of random noise."""
+"""Maps along a chain of DDIM inversion, which finds an image's own noise; no noise is drawn."""
 
 from collections.abc import Sequence
 
@@ -28,8 +28,13 @@ def chain_to(timesteps: Sequence[int], *, schedule: NoiseSchedule) -> list[int]:
 
 
 def inverted_maps(
-    model: ContraDiff, latents: Latents, tokens: Tokens, *, timesteps: list[int]
-) -> LevelMaps:
+    model: ContraDiff,
+    latents: Latents,
+    tokens: Tokens,
+    *,
+    timesteps: Sequence[int],
+    blocks: Sequence[MapBlock],
+) -> dict[MapBlock, LevelMaps]:
     """Maps at three points of a deterministic DDIM inversion (eta = 0): noisiest, middle, cleanest.
 
     The chain climbs the base's own 20-step grid t_0 < t_1 < ..., for Stable Diffusion 1, 51, ...,
@@ -40,51 +45,34 @@ def inverted_maps(
 
         z_{t_{k+1}} = sqrt(a') (z_{t_k} - sqrt(1 - a) e) / sqrt(a) + sqrt(1 - a') e
 
-    which is exact only where e is the same at both points. diffusers' pipelines predict e at
+    This is exact only where e is the same at both points. diffusers' pipelines predict e at
     timestep t_{k+1} from z_{t_k} instead; maps so taken would lag behind their timestep. The chain
     ends at the noisiest timestep, whose noise is not predicted.
 
-    Deviation: the paper says neither how its 20 steps go nor which of their maps are read. This is
-    one reading; Eq. 5, in one step, is the other (`ContraDiff.level_maps`).
+    *Deviation*: the paper says neither how its 20 steps go nor which of their maps are read. This
+    is one reading; Eq. 5, in one step, is the other (`ContraDiff.level_maps`).
 
     Args:
         model: evaluation mode.
         latents: clean, at unit scale.
         tokens: their conditions, under which the model predicts the noise.
         timesteps: three points of the grid, in any order.
-
-    Raises:
-        ValueError: a timestep is not on the grid; names features.timesteps and features.noising.
+        blocks: whose maps are returned, all from the same passes.
     """
-    blocks: list[MapBlock] = [model.block]
-    maps = inverted_block_maps(model, latents, tokens, timesteps=timesteps, blocks=blocks)
-    return maps[model.block]
-
-
-def inverted_block_maps(
-    model: ContraDiff,
-    latents: Latents,
-    tokens: Tokens,
-    *,
-    timesteps: Sequence[int],
-    blocks: Sequence[MapBlock],
-) -> dict[MapBlock, LevelMaps]:
-    """As `inverted_maps`, of several blocks of the same passes."""
     chain = chain_to(timesteps, schedule=model.schedule)
     alphas = model.schedule.alphas_cumprod.to(latents)
+    num_up_blocks = max(NUM_UP_BLOCKS[block] for block in blocks)
     maps: dict[MapBlock, list[Maps]] = {block: [] for block in blocks}
-    for index, timestep in enumerate(chain):
+    for timestep, above in zip(chain, [*chain[1:], None], strict=True):
         steps = torch.full((len(latents),), timestep, device=latents.device)
         encoded = model.encode(latents, steps, tokens)
         if timestep in timesteps:
-            num_up_blocks = max(NUM_UP_BLOCKS[block] for block in blocks)
             encoded = advance(model.unet, encoded, tokens, num_up_blocks=num_up_blocks)
-            found = maps_of_blocks(model.unet, encoded, tokens, blocks=blocks)
-            for block in blocks:
-                maps[block].append(found[block])
-        if timestep != chain[-1]:
+            for block, found in maps_of_blocks(model.unet, encoded, tokens, blocks=blocks).items():
+                maps[block].append(found)
+        if above is not None:
             noise_pred = decode_from_bottleneck(model.unet, encoded, tokens)
-            here, above = alphas[timestep], alphas[chain[index + 1]]
-            clean_pred = (latents - (1 - here).sqrt() * noise_pred) / here.sqrt()
-            latents = above.sqrt() * clean_pred + (1 - above).sqrt() * noise_pred
+            a, a_above = alphas[timestep], alphas[above]
+            clean_pred = (latents - (1 - a).sqrt() * noise_pred) / a.sqrt()
+            latents = a_above.sqrt() * clean_pred + (1 - a_above).sqrt() * noise_pred
     return {block: torch.stack(found[::-1], dim=1) for block, found in maps.items()}

@@ -1,169 +1,166 @@
-"""The diffusion models whose features are cached: ContraDiff, its base alone, DifFeed's way."""
+"""The models whose frozen features are judged: ContraDiff, its base alone, DifFeed, timm's.
 
-from collections.abc import Iterable, Iterator, Mapping
+images => clean latents => three noise levels => the UNet's maps => h (Eq. 4), or their means
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
 import torch
+from jaxtyping import Float, Int64
 from torch import Tensor
 
-from contradiff.config import parse
-from contradiff.data.shards import Shard
-from contradiff.data.streams import PairedShards
-from contradiff.features.cache import MAPS, Column, to_stored, write_rows
-from contradiff.features.diffeed import NUM_FUSED, feedback_maps
-from contradiff.features.extraction import (
-    CleanBatch,
-    FeatureData,
-    autocast,
-    block_maps_of,
-    check_timesteps,
-    level_noise,
-    shard_batches,
-    tokens_of,
-)
-from contradiff.features.params import FeaturesParams
-from contradiff.method.attention import HeadParams, LevelMaps, TriTimestepAttention
-from contradiff.method.checkpoint import Architecture, load_checkpoint, read_config
+from contradiff.features.batches import CleanBatch, StoredImages
+from contradiff.features.cache import MAPS
+from contradiff.features.diffeed import feedback_maps
+from contradiff.features.inversion import inverted_maps
+from contradiff.features.params import FeaturesParams, FeatureSpec
+from contradiff.features.timm_backbone import TimmFeatures
+from contradiff.method.attention import LevelMaps
+from contradiff.method.checkpoint import load_checkpoint
 from contradiff.method.lora import cast_frozen_weights, disable_lora
 from contradiff.method.model import ContraDiff
 from contradiff.method.noise import NUM_LEVELS, add_noise
-from contradiff.method.unet import MapBlock, block_channels
+from contradiff.method.unet import MapBlock
+from contradiff.types import Tokens
 
 
 @runtime_checkable
 class FeatureModel(Protocol):
-    """Images to columns: what the cache is filled by.
+    """A frozen model: images => features.
 
-    Attributes:
-        columns: what a call returns, the main one first.
+    Example:
+        model = load_feature_model(params, checkpoint=..., base=..., seed=0, device=cpu, root=...)
+        batches = stored_batches(images, latents, split="val", batch_size=64)
+        h = compute_features(model, batches).features  # (num_images, width)
     """
 
     @property
-    def columns(self) -> tuple[Column, ...]:
-        """Main column first."""
+    def columns(self) -> tuple[FeatureSpec, ...]:
+        """The features that a call returns, the main one first."""
         ...
 
-    def read(self, data: FeatureData, split: str, number: int) -> Iterator[CleanBatch]:
-        """The batches of one image shard, with what the model needs of them."""
+    def read(self, images: StoredImages, split: str, number: int) -> Iterator[CleanBatch]:
+        """The batches of one shard, with what the model needs to see of its images."""
         ...
 
     def __call__(self, batch: CleanBatch) -> Mapping[str, Tensor]:
-        """Features (batch, width) by column, and "maps" where maps are kept."""
+        """Features (batch, width) by name, and the maps, if kept, under "maps"."""
         ...
 
 
 @dataclass(frozen=True)
 class DiffusionFeatures:
-    """Features of ContraDiff, or of its base: see `load_diffusion_features`."""
+    """Features of ContraDiff, of its base alone, or of its base in DifFeed's way.
+
+    Clean latents are noised to fixed timesteps. Each image has noise of its own, seeded by its
+    index: its features depend neither on the batch size nor on the number of processes.
+
+    Attributes:
+        model: evaluation mode, on `device`; for a baseline as `load_diffusion_features` leaves it.
+        params: which features are taken.
+        seed: of the noise.
+        device: where to compute.
+        keep_maps: whether a call returns the main triple's maps too.
+    """
 
     model: ContraDiff
-    head: HeadParams
     params: FeaturesParams
-    keep_maps: bool
     seed: int
     device: torch.device
-
-    def read(self, data: FeatureData, split: str, number: int) -> Iterator[CleanBatch]:
-        """Latents of one image shard, and pixels if the conditioner sees them."""
-        return shard_batches(
-            PairedShards.open(data.images, data.latents, split=split),
-            number,
-            batch_size=data.batch_size,
-            with_pixels=self.needs_pixels,
-            num_threads=data.num_threads,
-        )
+    keep_maps: bool = False
 
     @property
-    def needs_pixels(self) -> bool:
-        """Only for a conditioner that sees the image."""
-        shown = self.params.model == "contradiff" and self.params.condition == "image"
-        return shown and self.model.conditioner.input == "pixels"
-
-    @property
-    def columns(self) -> tuple[Column, ...]:
-        """Of each triple the configured pooling of the model's block, then the further blocks."""
+    def columns(self) -> tuple[FeatureSpec, ...]:
+        """Of each triple: the configured pooling of the main block, then the means of others."""
         main = "diffeed" if self.params.model == "diffeed" else self.model.block
         kinds = [(main, self.params.pool), *((block, "mean") for block in self.params.more_blocks)]
-        kinds = list(dict.fromkeys(kinds))
         return tuple(
-            Column(column_name(triple, block, pool), tuple(triple), block, pool)
+            FeatureSpec(f"{pool}:{block}@{'-'.join(map(str, triple))}", tuple(triple), block, pool)
             for triple in self.params.triples
-            for block, pool in kinds
+            for block, pool in dict.fromkeys(kinds)
         )
 
-    def initial_attention(self) -> TriTimestepAttention:
-        """What an attentive probe starts from: the trained head, or for a baseline a fresh one."""
-        if self.params.model == "contradiff":
-            return self.model.attention
-        channels = block_channels(self.model.unet, self.model.block)
-        if self.params.model == "diffeed":
-            channels = NUM_FUSED // 2 * block_channels(self.model.unet, "mid+up.1")
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(self.seed)
-            return TriTimestepAttention(**attention_shape(self.head, in_channels=channels))
+    def read(self, images: StoredImages, split: str, number: int) -> Iterator[CleanBatch]:
+        """Latents of one shard; the pixels too, if the conditioner sees them."""
+        shown = self.params.model == "contradiff" and self.params.condition == "image"
+        with_pixels = shown and self.model.conditioner.input == "pixels"
+        return images.latent_batches(split, number, with_pixels=with_pixels)
 
     @torch.inference_mode()
     def __call__(self, batch: CleanBatch) -> dict[str, Tensor]:
-        """Features of a batch, float32 or the autocast's type, on `device`."""
+        """Features (batch, width) of each column, float32 or the autocast's type, on `device`."""
         found: dict[str, Tensor] = {}
         with autocast(self.device, self.params.precision):
-            tokens = tokens_of(
-                self.model, batch, params=self.params, seed=self.seed, device=self.device
-            )
-            for number, triple in enumerate(self.params.triples):
+            tokens = self._tokens(batch)
+            for triple in self.params.triples:
                 maps = self._maps(batch, tokens, triple)
+                if self.keep_maps:
+                    found.setdefault(MAPS, next(iter(maps.values())))
                 for column in self.columns:
                     if column.triple == tuple(triple):
-                        assert column.block is not None
-                        found[column.name] = self._pooled(maps[column.block], column.pool)
-                if number == 0 and self.keep_maps:
-                    found[MAPS] = next(iter(maps.values()))
+                        of_block = maps[column.block or ""]
+                        found[column.name] = (
+                            self.model.attention(of_block)
+                            if column.pool == "attention"
+                            else of_block.float().mean(dim=(3, 4)).flatten(1)
+                        )
         return found
 
-    def _maps(self, batch: CleanBatch, tokens: Tensor, triple: list[int]) -> dict[str, Tensor]:
-        """By block, the main one first."""
-        if self.params.model == "diffeed":
-            return {"diffeed": self._feedback_maps(batch, tokens, triple)}
-        blocks: list[MapBlock] = list(dict.fromkeys([self.model.block, *self.params.more_blocks]))
-        found = block_maps_of(
-            self.model,
-            batch,
-            tokens,
-            timesteps=triple,
-            noising=self.params.noising,
-            blocks=blocks,
-            seed=self.seed,
-            device=self.device,
-        )
-        return {str(block): maps for block, maps in found.items()}
+    def _tokens(self, batch: CleanBatch) -> Tokens:
+        """The image's own tokens, or those of noise; zeros for the base alone."""
+        if self.params.model != "contradiff":
+            width = self.model.unet.config["cross_attention_dim"]
+            return torch.zeros(len(batch.labels), 1, width, device=self.device)
+        conditioner = self.model.conditioner
+        if self.params.condition == "image":
+            conditions = conditioner.choose(pixels=batch.pixels, latents=batch.latents)
+        else:
+            conditions = image_noise(conditioner.shape, batch.indices, seed=self.seed + 1)
+        return self.model.encode_condition(conditions.to(self.device))
 
-    def _feedback_maps(self, batch: CleanBatch, tokens: Tensor, triple: list[int]) -> LevelMaps:
-        schedule = self.model.schedule
-        check_timesteps(triple, num_train_timesteps=schedule.num_train_timesteps)
+    def _maps(
+        self, batch: CleanBatch, tokens: Tokens, timesteps: Sequence[int]
+    ) -> dict[str, LevelMaps]:
+        """Maps at one triple, the main block's first: noised in one step (Eq. 5) or by a chain."""
         latents = batch.latents.to(self.device)
+        blocks: list[MapBlock] = list(dict.fromkeys([self.model.block, *self.params.more_blocks]))
+        if self.params.noising == "ddim_chain":
+            found = inverted_maps(self.model, latents, tokens, timesteps=timesteps, blocks=blocks)
+            return {str(block): maps for block, maps in found.items()}
         noise = level_noise(batch, seed=self.seed).to(self.device)
-        levels = torch.tensor(sorted(triple, reverse=True), device=self.device)
+        if self.params.model != "diffeed":
+            found = self.model.level_block_maps(
+                latents, tokens, timesteps=timesteps, noise=noise, blocks=blocks
+            )
+            return {str(block): maps for block, maps in found.items()}
+        levels = torch.tensor(sorted(timesteps, reverse=True), device=self.device)
         steps = levels.repeat_interleave(len(latents))
-        noisy = add_noise(
-            latents.repeat(NUM_LEVELS, 1, 1, 1), noise.flatten(0, 1), steps, schedule.alphas_cumprod
-        )
+        repeated, alphas = latents.repeat(NUM_LEVELS, 1, 1, 1), self.model.schedule.alphas_cumprod
+        noisy = add_noise(repeated, noise.flatten(0, 1), steps, alphas)
         maps = feedback_maps(self.model.unet, noisy, steps, tokens.repeat(NUM_LEVELS, 1, 1))
-        return maps.unflatten(0, (NUM_LEVELS, -1)).transpose(0, 1)
-
-    def _pooled(self, maps: Tensor, pool: str) -> Tensor:
-        return self.model.attention(maps) if pool == "attention" else pooled_mean(maps)
+        return {"diffeed": maps.unflatten(0, (NUM_LEVELS, -1)).transpose(0, 1)}
 
 
-def pooled_mean(maps: LevelMaps) -> Tensor:
-    """The three maps averaged over space, side by side: (batch, 3 x channels), float32."""
-    return maps.float().mean(dim=(3, 4)).flatten(1)
+def image_noise(
+    shape: Sequence[int], indices: Sequence[int], *, seed: int
+) -> Float[Tensor, "batch ..."]:
+    """Gaussian noise of the given shape for each image, by its index alone."""
+    generators = [torch.Generator().manual_seed(seed * 10_000_019 + index) for index in indices]
+    return torch.stack([torch.randn(*shape, generator=generator) for generator in generators])
 
 
-def column_name(triple: list[int], block: str, pool: str) -> str:
-    """Such as "attention:mid@401-201-101"."""
-    return f"{pool}:{block}@{'-'.join(map(str, triple))}"
+def level_noise(batch: CleanBatch, *, seed: int) -> Float[Tensor, "3 batch channels h w"]:
+    """Noise of a batch's three levels."""
+    shape = (NUM_LEVELS, *batch.latents.shape[1:])
+    return image_noise(shape, batch.indices, seed=seed).transpose(0, 1)
+
+
+def autocast(device: torch.device, precision: str) -> torch.autocast:
+    """The context of features.precision."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
 
 
 def load_diffusion_features(
@@ -171,74 +168,105 @@ def load_diffusion_features(
     *,
     checkpoint: Path,
     base: Path,
-    keep_maps: bool,
     seed: int,
     device: torch.device,
+    keep_maps: bool = False,
 ) -> DiffusionFeatures:
-    """Load the trained model; of the baselines the base's own function alone is left.
+    """Load the trained model; for a baseline, leave the base's own function alone.
 
-    `base` is Table 3's "SD Features": LoRA off, all-zero tokens, pooled bottlenecks. The zero
-    tokens stand in the place of CLIP's empty prompt, which the method does not use.
+    `base` is Table 3's "SD Features": LoRA off, all-zero tokens, pooled maps. The zero tokens stand
+    in the place of CLIP's empty prompt, which the method does not use.
 
     Raises:
-        ValueError: the checkpoint is missing or of another base, or the base lacks a block.
+        ValueError: the checkpoint is missing or of another base.
     """
     model = load_checkpoint(checkpoint, base=base)
+    assert max(map(max, params.triples)) < model.schedule.num_train_timesteps, "rules.py says so"
+    blocks = [*params.more_blocks, *(["up.1"] if params.model == "diffeed" else [])]
+    assert set(blocks) <= {"mid"} or len(model.unet.up_blocks) > 1, "rules.py says so"
     if params.model != "contradiff":
         disable_lora(model.unet)
         model.self_condition = None
     if params.precision == "bf16":
         cast_frozen_weights(model.unet)
-    needed: list[MapBlock] = [*params.more_blocks, *(["up.1"] if params.model == "diffeed" else [])]
-    for block in needed:
-        try:
-            block_channels(model.unet, block)
-        except ValueError:
-            key = "features.more_blocks" if params.more_blocks else "features.model: diffeed"
-            raise ValueError(f"{key}: the base's UNet has no second up block") from None
-    shapes = parse(Architecture, read_config(checkpoint)["params"], source=str(checkpoint))
-    return DiffusionFeatures(model.to(device), shapes.head, params, keep_maps, seed, device)
+    return DiffusionFeatures(model.to(device), params, seed, device, keep_maps)
 
 
-def attention_shape(head: HeadParams, *, in_channels: int) -> dict[str, int]:
-    """Arguments of a TriTimestepAttention over so many channels."""
-    return {
-        "in_channels": in_channels,
-        "width": head.width,
-        "num_heads": head.num_heads,
-        "mlp_ratio": head.mlp_ratio,
-    }
+def load_feature_model(
+    params: FeaturesParams,
+    *,
+    checkpoint: Path,
+    base: Path,
+    seed: int,
+    device: torch.device,
+    root: Path,
+    keep_maps: bool = False,
+) -> FeatureModel:
+    """Load the model that features.model names.
 
-
-def write_features(
-    path: Path, model: FeatureModel, batches: Iterable[CleanBatch], *, dtype: str
-) -> list[Shard]:
-    """Write one image shard's features, and its maps, if the model keeps them, to a second file.
+    Args:
+        params: which model, and which features of it.
+        checkpoint: the trained model's folder.
+        base: the folder of its base.
+        seed: of the noise.
+        device: where to compute.
+        root: the folder that features.timm_weights is relative to.
+        keep_maps: whether the model returns maps beside features.
 
     Raises:
-        ValueError: a feature is not finite; names the image.
+        ValueError: a model cannot be had, or cannot give what is asked for; names the parameter.
     """
-    keys: list[str] = []
-    labels: list[Tensor] = []
-    parts: dict[str, list[Tensor]] = {}
-    for batch in batches:
-        keys += batch.keys
-        labels.append(batch.labels)
-        for name, features in model(batch).items():
-            stored = to_stored(features, dtype=dtype, keys=batch.keys, name=name)
-            parts.setdefault(name, []).append(stored)
-    maps = parts.pop(MAPS, None)
-    found = {name: torch.cat(part) for name, part in parts.items()} | {"labels": torch.cat(labels)}
-    shards = [write_rows(path, found, keys=keys)]
-    if maps is not None:
-        file = path.with_suffix(f".{MAPS}.safetensors")
-        shards.append(write_rows(file, {MAPS: torch.cat(maps)}, keys=[]))
-    return shards
-
-
-def bytes_of_image(model: FeatureModel, batch: CleanBatch) -> int:
-    """What the features of one image take on disk, found by computing those of a batch's first."""
-    one = CleanBatch(
-        batch.indices[:1], batch.latents[:1], batch.pixels[:1], batch.labels[:1], batch.keys[:1]
+    if params.model != "timm":
+        return load_diffusion_features(
+            params, checkpoint=checkpoint, base=base, seed=seed, device=device, keep_maps=keep_maps
+        )
+    assert params.timm_name is not None
+    weights = None if params.timm_weights is None else root / params.timm_weights
+    return TimmFeatures(
+        params.timm_name, weights=weights, precision=params.precision, device=device
     )
-    return 8 + 2 * sum(features.numel() for features in model(one).values())
+
+
+@dataclass(frozen=True)
+class LabelledFeatures:
+    """Features of a whole set of images, on the CPU, with their labels and keys."""
+
+    features: Float[Tensor, "num_images width"]
+    labels: Int64[Tensor, " num_images"]
+    keys: tuple[str, ...]
+
+    def only(self, rows: Sequence[int]) -> "LabelledFeatures":
+        """Some of the images, in the order of `rows`."""
+        chosen = torch.tensor(rows)
+        keys = tuple(self.keys[row] for row in rows)
+        return LabelledFeatures(self.features[chosen], self.labels[chosen], keys)
+
+    @classmethod
+    def joined(cls, sets: Sequence["LabelledFeatures"]) -> "LabelledFeatures":
+        """Several sets, one behind the other."""
+        return cls(
+            torch.cat([each.features for each in sets]),
+            torch.cat([each.labels for each in sets]),
+            tuple(key for each in sets for key in each.keys),
+        )
+
+
+def compute_features(
+    model: FeatureModel,
+    batches: Iterable[CleanBatch],
+    *,
+    on_progress: Callable[[int], None] = lambda _: None,
+) -> LabelledFeatures:
+    """Compute the main feature of every batch, float32, in memory: for some ten thousand images.
+
+    Args:
+        model: frozen.
+        batches: one at least.
+        on_progress: told the number of images of each batch.
+    """
+    found: list[LabelledFeatures] = []
+    for batch in batches:
+        features = model(batch)[model.columns[0].name].float().cpu()
+        found.append(LabelledFeatures(features, batch.labels, batch.keys))
+        on_progress(len(batch.labels))
+    return LabelledFeatures.joined(found)

@@ -1,5 +1,6 @@
-"""Section `features`: which frozen features are computed, of what, and how they are kept."""
+"""Section `features`, and what each feature that it asks for is."""
 
+from dataclasses import dataclass
 from typing import Literal
 
 from pydantic import Field, model_validator
@@ -8,6 +9,19 @@ from contradiff.config import Section
 from contradiff.method.noise import NUM_LEVELS
 from contradiff.method.unet import MapBlock
 from contradiff.types import Precision
+
+
+@dataclass(frozen=True)
+class FeatureSpec:
+    """What one feature of an image is: which block's maps, at which noise levels, pooled how.
+
+    `triple` and `block` are None for a backbone that has neither.
+    """
+
+    name: str
+    triple: tuple[int, ...] | None
+    block: str | None
+    pool: str
 
 
 class FeaturesParams(Section):
@@ -25,7 +39,7 @@ class FeaturesParams(Section):
     )
     more_triples: list[list[int]] = Field(description="further triples, for the probe's grid")
     more_blocks: list[MapBlock] = Field(
-        description="further columns for the probe's grid: pooled maps of these blocks, each triple"
+        description="further features for the probe's grid: means of these blocks, each triple"
     )
     noising: Literal["direct", "ddim_chain"] = Field(
         description="direct: in one step (Eq. 5) | ddim_chain: DDIM inversion on a grid of 20 steps"
@@ -70,7 +84,7 @@ class FeaturesParams(Section):
         if self.model != "contradiff" and self.pool == "attention":
             raise ValueError(
                 f"features.pool: attention is contradiff's trained head, which features.model: "
-                f"{self.model} is without; set features.pool: mean"
+                f"{self.model} does not have; set features.pool: mean"
             )
         if self.model == "diffeed" and self.noising != "direct":
             raise ValueError(
@@ -91,8 +105,8 @@ class FeaturesParams(Section):
             )
         if (self.timm_weights is None) != self.timm_pretrained:
             raise ValueError(
-                "features.timm_weights: features.model timm needs either a local .safetensors file "
-                "here or features.timm_pretrained: true (network), not both and not neither"
+                "features.timm_weights: features.model timm needs one of two: a local .safetensors "
+                "file here, or features.timm_pretrained: true (network)"
             )
         if self.more_triples:
             raise ValueError(

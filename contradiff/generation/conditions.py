@@ -24,7 +24,7 @@ from contradiff.data.shards import (
     write_split,
 )
 from contradiff.data.transforms import decode
-from contradiff.features.extraction import CleanBatch
+from contradiff.features.batches import CleanBatch
 from contradiff.generation.class_table import ClassTable
 from contradiff.method.model import ContraDiff
 from contradiff.types import ByteImages, Conditions, Latents, Tokens, to_bytes, to_pixels

@@ -9,7 +9,8 @@ import torch
 
 from contradiff.downstream import finetuning
 from contradiff.downstream.finetuning import EncodedImages, finetune, finetuned_top1, weights_kept
-from contradiff.features.extraction import extract, stored_batches
+from contradiff.features.batches import stored_batches
+from contradiff.features.models import DiffusionFeatures, compute_features
 from contradiff.method.model import ContraDiff
 from contradiff.types import to_pixels
 from tests.settings import features_params
@@ -82,15 +83,8 @@ def test_it_learns_and_only_lora_and_head_move(
         features = FEATURES.model_copy(update={"condition": condition})
         top1 = finetuned_top1(model, classifier, data, features=features, seed=0, device=CPU)
         assert top1 > 0.7
-        shown = extract(
-            model,
-            data.batches(24),
-            params=features,
-            pool="attention",
-            seed=0,
-            device=CPU,
-            on_progress=lambda _: None,
-        )
+        frozen = DiffusionFeatures(model, features, 0, CPU)
+        shown = compute_features(frozen, data.batches(24))
         answers = (shown.features @ classifier.weight.T + classifier.bias).argmax(1)
         assert top1 == pytest.approx((answers == data.labels).float().mean().item())
     assert all(model.state_dict()[name].equal(before[name]) for name in before)

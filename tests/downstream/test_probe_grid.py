@@ -1,16 +1,18 @@
 """What is trained on what, and its table."""
 
+import csv
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
-from contradiff.downstream.probe_data import ProbeData
-from contradiff.downstream.probe_grid import grid_rows, judge_columns
-from contradiff.downstream.probe_training import train_linear_probes
-from contradiff.downstream.probing import ProbeParams, evaluate
-from contradiff.features.cache import CacheIndex, Column, FeatureCache, write_rows
+from contradiff.downstream.probe import ProbeParams, evaluate, train_linear_probes
+from contradiff.downstream.probe_grid import GridHead, ProbeData, train_grid, write_grid
+from contradiff.features.cache import CacheIndex, FeatureCache
+from contradiff.features.params import FeatureSpec
+from contradiff.features.write_cache import write_table
 
 PARAMS = {
     "split": "val",
@@ -34,53 +36,69 @@ def draw(num_samples: int, *, seed: int = 0, width: int = 7) -> tuple[Tensor, Te
     return (centres[labels] + noise) * torch.logspace(-2, 2, width), labels
 
 
+def cache_of(
+    folder: Path, splits: dict[str, dict[str, Tensor]], columns: tuple[FeatureSpec, ...]
+) -> FeatureCache:
+    shards = {}
+    for split, tensors in splits.items():
+        keys = [f"{split}{number}" for number in range(len(tensors["labels"]))]
+        shards[split] = (write_table(folder / f"{split}-00000.safetensors", tensors, keys=keys),)
+    index = CacheIndex(
+        model="timm",
+        checkpoint="0" * 8,
+        dtype="fp16",
+        num_classes=4,
+        columns=columns,
+        head=None,
+        shards=shards,
+        maps={},
+        made_with={},
+    )
+    return FeatureCache(folder, index)
+
+
 @pytest.fixture
 def cache(tmp_path: Path) -> FeatureCache:
     columns = (
-        Column("attention:mid@4-2-1", (4, 2, 1), "mid", "attention"),
-        Column("mean:up.1@4-2-1", (4, 2, 1), "up.1", "mean"),
+        FeatureSpec("attention:mid@4-2-1", (4, 2, 1), "mid", "attention"),
+        FeatureSpec("mean:up.1@4-2-1", (4, 2, 1), "up.1", "mean"),
     )
-    shards = {}
+    splits = {}
     for split, number in (("train", 120), ("val", 40)):
         features, labels = draw(number, seed=len(split))
-        tensors = {
+        splits[split] = {
             columns[0].name: features.half(),
             columns[1].name: torch.cat([features, -features], dim=1).half(),
             "labels": labels,
         }
-        path = tmp_path / f"{split}-00000.safetensors"
-        shards[split] = (write_rows(path, tensors, keys=[f"{split}{i}" for i in range(number)]),)
-    CacheIndex("base", "0" * 8, "fp16", 4, columns, None, shards, {}, {}).write(tmp_path)
-    return FeatureCache.open(tmp_path, fingerprint_of=lambda _: None)
+    return cache_of(tmp_path, splits, columns)
 
 
-def judged(cache: FeatureCache, *, dev: bool):
-    return judge_columns(
-        ProbeData(cache, dev=dev),
-        params=ProbeParams.model_validate(PARAMS),
-        seed=0,
-        device=torch.device("cpu"),
-        on_progress=lambda *_: None,
-    )
+def grid_of(cache: FeatureCache, *, dev: bool, **changes: object) -> list[GridHead]:
+    params = ProbeParams.model_validate(PARAMS | changes)
+    return train_grid(ProbeData(cache, dev=dev), params=params, seed=0, device=torch.device("cpu"))
 
 
-def test_the_grid_names_the_headline_and_table_2(cache: FeatureCache):
-    grid = judged(cache, dev=False)
-    rows = grid_rows(grid)
+def test_the_grid_names_the_headline_and_table_2(cache: FeatureCache, tmp_path: Path):
+    params = ProbeParams.model_validate(PARAMS)
+    grid = grid_of(cache, dev=False)
+    grid[-1] = replace(grid[-1], accuracy=None)  # as if it had diverged
+    write_grid(tmp_path / "grid.csv", grid, params=params, index=cache.index)
+    rows = list(csv.DictReader((tmp_path / "grid.csv").read_text().splitlines()))
     assert [row["name"] for row in rows] == ["configured", "table2", *[""] * 8]
     assert [row["block"] for row in rows] == ["mid"] * 5 + ["up.1"] * 5
-    assert (rows[1]["lr"], rows[1]["momentum"], rows[1]["weight_decay"]) == (0.01, 0.9, 0.05)
-    assert {row["total"] for row in rows} == {40}
+    assert (rows[1]["lr"], rows[1]["momentum"], rows[1]["weight_decay"]) == ("0.01", "0.9", "0.05")
+    assert [row["total"] for row in rows] == ["40"] * 9 + [""]
     train, val = ProbeData(cache, dev=False).column("attention:mid@4-2-1")
     [alone] = train_linear_probes(
         train,
         cache.labels("train"),
         num_classes=4,
-        settings=[grid[0].setting],
-        schedule=ProbeParams.model_validate(PARAMS).schedule,
+        settings=[params.setting],
+        schedule=params.schedule,
         seed=0,
     )
-    assert grid[0].result == evaluate(alone, val, cache.labels("val"))
+    assert grid[0].accuracy == evaluate(alone, val, cache.labels("val"))
 
 
 def test_dev_holds_out_training_images_and_never_reads_val(cache: FeatureCache, tmp_path: Path):
@@ -89,18 +107,19 @@ def test_dev_holds_out_training_images_and_never_reads_val(cache: FeatureCache, 
     train, dev = data.labels()
     assert len(train) + len(dev) == 120
     assert 0 < len(dev) < 40
-    assert {head.result.total for head in judged(cache, dev=True) if head.result} == {len(dev)}
+    assert {head.accuracy.total for head in grid_of(cache, dev=True) if head.accuracy} == {len(dev)}
+
+
+def test_a_headline_that_diverges_is_refused(cache: FeatureCache):
+    with pytest.raises(
+        ValueError, match=r"^probe\.lr: the probe diverges \(got 1e\+30\); lower it"
+    ):
+        grid_of(cache, dev=False, lr=1e30, weight_decay=0.9)
 
 
 def test_dev_that_holds_out_nothing_is_refused(tmp_path: Path):
     features, labels = draw(3)
-    tensors = {"c": features, "labels": labels}
-    keys = ["a", "b", "c"]
-    shard = write_rows(tmp_path / "train-00000.safetensors", tensors, keys=keys)
-    columns = (Column("c", None, None, "mean"),)
-    CacheIndex("timm", "0" * 8, "fp16", 4, columns, None, {"train": (shard,)}, {}, {}).write(
-        tmp_path
-    )
-    cache = FeatureCache.open(tmp_path, fingerprint_of=lambda _: None)
+    splits = {"train": {"c": features, "labels": labels}}
+    cache = cache_of(tmp_path, splits, (FeatureSpec("c", None, None, "mean"),))
     with pytest.raises(ValueError, match=r"^probe\.split: dev holds out 0 of 3"):
         ProbeData(cache, dev=True)

@@ -1,24 +1,34 @@
-"""Against scikit-learn and hand-computed scores."""
+"""Splits, shares and scores of a transfer set, against plain loops."""
 
 import statistics
+from collections.abc import Sequence
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from pydantic import ValidationError
-from torch import Tensor, nn
+from torch import Tensor
 
-from contradiff.downstream.probe_training import train_linear_probes
+from contradiff.base.loading import load_vae
+from contradiff.data.map_shards import Processes
+from contradiff.downstream.probe import train_linear_probes
 from contradiff.downstream.transfer import (
     TransferParams,
     TransferScores,
-    compact_splits,
+    TransferTask,
+    batch_share_of,
     draw_splits,
-    ridge_classifier,
-    solve_dual,
-    solve_primal,
-    transfer,
+    ridge_top1,
+    score_splits,
+    transfer_batches,
     transfer_metrics,
 )
+from contradiff.features.batches import encode_images
+from contradiff.features.models import LabelledFeatures
+from contradiff.sources.transfer_set import TransferSplit
 
 PARAMS = {
     "shots": [25],
@@ -37,179 +47,133 @@ PARAMS = {
 }
 
 
-def samples(num_samples: int, *, dim: int, num_classes: int, seed: int) -> tuple[Tensor, Tensor]:
+def params_of(**changes: object) -> TransferParams:
+    return TransferParams.model_validate(PARAMS | changes)
+
+
+def labelled(features: Tensor, labels: Tensor) -> LabelledFeatures:
+    return LabelledFeatures(features, labels, tuple(map(str, range(len(labels)))))
+
+
+def samples(num_samples: int, *, dim: int, num_classes: int, seed: int) -> LabelledFeatures:
     """Overlapping clusters, each feature at a scale and offset of its own."""
     centres = torch.randn(num_classes, dim, generator=torch.Generator().manual_seed(99))
     generator = torch.Generator().manual_seed(seed)
     labels = torch.arange(num_samples) % num_classes
     features = centres[labels] + 1.5 * torch.randn(num_samples, dim, generator=generator)
     scale = torch.logspace(-2, 2, dim)
-    return features * scale - 2 * scale, labels
+    return labelled(features * scale - 2 * scale, labels)
 
 
-def test_primal_equals_dual():
-    generator = torch.Generator().manual_seed(0)
-    for num_samples, dim in ((30, 8), (8, 30), (8, 8)):
-        inputs = torch.randn(num_samples, dim, dtype=torch.float64, generator=generator)
-        targets = torch.randn(num_samples, 3, dtype=torch.float64, generator=generator)
-        primal = solve_primal(inputs, targets, ridge=0.7)
-        torch.testing.assert_close(primal, solve_dual(inputs, targets, ridge=0.7))
-        # The gradient of |XW - Y|^2 + ridge |W|^2 vanishes there.
-        gradient = inputs.T @ (inputs @ primal - targets) + 0.7 * primal
-        torch.testing.assert_close(gradient, torch.zeros_like(gradient), atol=1e-12, rtol=0)
+def split_of(labels: Sequence[int]) -> TransferSplit:
+    images = np.random.default_rng(0).integers(0, 256, (len(labels), 3, 32, 32), dtype=np.uint8)
+    keys = tuple(f"image-{row}" for row in range(len(labels)))
+    return TransferSplit(np.array(labels), keys, ("a", "b", "c", "d"), lambda rows: images[rows])
 
 
 @pytest.mark.parametrize(("num_samples", "dim"), [(60, 10), (20, 50)])
-@pytest.mark.parametrize("penalty", [0.01, 1.0, 100.0])
-def test_ridge_equals_scikit_learn(num_samples: int, dim: int, penalty: float):
-    from sklearn.linear_model import Ridge, RidgeClassifier
-    from sklearn.pipeline import make_pipeline
-    from sklearn.preprocessing import StandardScaler
-
-    features, labels = samples(num_samples, dim=dim, num_classes=4, seed=0)
-    test_features, _ = samples(100, dim=dim, num_classes=4, seed=1)
-    x, x_test = features.double().numpy(), test_features.double().numpy()
-    ours = ridge_classifier(features, labels, num_classes=4, ridge=penalty)(test_features)
-
-    targets = 2.0 * nn.functional.one_hot(labels, 4).double().numpy() - 1.0
-    regression = make_pipeline(StandardScaler(), Ridge(alpha=penalty)).fit(x, targets)
-    torch.testing.assert_close(
-        ours, torch.from_numpy(regression.predict(x_test)), atol=1e-8, rtol=0
-    )
-    classifier = make_pipeline(StandardScaler(), RidgeClassifier(alpha=penalty))
-    classifier.fit(x, labels.numpy())
-    assert ours.argmax(1).tolist() == classifier.predict(x_test).tolist()
-
-
-def test_ridge_ignores_a_constant_feature_and_an_absent_class():
-    features, labels = samples(40, dim=6, num_classes=4, seed=0)
-    plain = ridge_classifier(features, labels, num_classes=4, ridge=1.0)
-    constant = torch.cat([features, torch.full((40, 1), 0.1)], dim=1)
-    more = ridge_classifier(constant, labels, num_classes=5, ridge=1.0)
-    elsewhere = torch.cat([features, torch.full((40, 1), 1e6)], dim=1)
-    torch.testing.assert_close(more(elsewhere)[:, :4], plain(features))
-    assert more.weight[6].abs().max() == 0
-    torch.testing.assert_close(more(elsewhere)[:, 4], torch.full((40,), -1.0).double())
-
-
-def test_ridge_does_not_see_scale_or_offset():
-    features, labels = samples(40, dim=6, num_classes=4, seed=0)
-    plain = ridge_classifier(features.double(), labels, num_classes=4, ridge=1.0)
-    moved = features.double() * 50 + 7
-    other = ridge_classifier(moved, labels, num_classes=4, ridge=1.0)
-    torch.testing.assert_close(plain(features.double()), other(moved), atol=1e-9, rtol=0)
-
-
-def test_splits_and_their_compact_form():
-    labels = [index % 5 for index in range(500)]
-    splits = draw_splits(labels, shots=4, num_splits=3, seed=10)
-    assert splits == [
-        *draw_splits(labels, shots=4, num_splits=1, seed=10),
-        *draw_splits(labels, shots=4, num_splits=2, seed=11),
-    ]
-    used, rows = compact_splits({4: splits})
-    assert used == sorted(set(used))
-    assert [[used[row] for row in split] for split in rows[4]] == splits
+@pytest.mark.parametrize("penalty", [0.01, 100.0])
+def test_ridge_equals_the_normal_equations(num_samples: int, dim: int, penalty: float):
+    train = samples(num_samples, dim=dim, num_classes=4, seed=0)
+    test = samples(301, dim=dim, num_classes=4, seed=1)
+    mean, std = train.features.double().mean(0), train.features.double().std(0, correction=0)
+    x, x_test = ((each.features.double() - mean) / std for each in (train, test))
+    y = 2.0 * torch.nn.functional.one_hot(train.labels, 4).double() - 1.0
+    gram = x.T @ x + penalty * torch.eye(dim, dtype=torch.float64)
+    logits = x_test @ torch.linalg.solve(gram, x.T @ (y - y.mean(0))) + y.mean(0)
+    expected = (logits.argmax(1) == test.labels).double().mean().item()
+    assert ridge_top1(train, test, ridge=penalty) == pytest.approx(expected, abs=1e-12)
 
 
 def test_splits_of_several_shots_are_nested():
     labels = [index % 5 for index in range(200)]
-    splits = {
-        shots: draw_splits(labels, shots=shots, num_splits=3, seed=7)
-        for shots in (25, 1, 5, 10, "full")
-    }
+    splits = draw_splits(labels, params_of(shots=[25, 1, 5, 10, "full"]), 7)
     assert splits["full"] == [list(range(200))]
+    assert draw_splits(labels, params_of(num_splits=2), 8)[25] == splits[25][1:]
     for fewer, more in ((1, 5), (5, 10), (10, 25)):
         for small, large in zip(splits[fewer], splits[more], strict=True):
             assert len(small) == 5 * fewer
             assert set(small) < set(large)
-    few = {shots: splits[shots] for shots in (25, 1, 5)}
-    used, rows = compact_splits(few)
+    few = TransferTask(split_of(labels), split_of([0]), {k: splits[k] for k in (25, 1, 5)}, 7)
     # fewer shots ask for no further features: the headline's noise and score stay as they are
-    assert used == compact_splits({25: splits[25]})[0]
-    for shots, group in few.items():
-        assert [[used[row] for row in split] for split in rows[shots]] == group
-    assert compact_splits(splits)[0] == list(range(200))
+    assert few.used == TransferTask(few.pool, few.test, {25: splits[25]}, 7).used
+    for shots, group in few.splits.items():
+        for index, split in enumerate(group):
+            assert [few.used[place] for place in few.places(shots, index)] == split
 
 
-def test_transfer_scores_each_split_on_the_whole_test_set():
-    features, labels = samples(400, dim=12, num_classes=4, seed=0)
-    test_features, test_labels = samples(301, dim=12, num_classes=4, seed=1)
-    splits = draw_splits(labels.tolist(), shots=10, num_splits=3, seed=0)
-    params = TransferParams.model_validate(
-        PARAMS | {"lr": 0.01, "batch_size": 16, "epochs": 20, "warmup_epochs": 1.0}
+@given(
+    num_rows=st.integers(0, 200),
+    batch_size=st.integers(1, 50),
+    num_processes=st.integers(1, 9),
+)
+def test_shares_are_the_whole_in_whole_batches(num_rows: int, batch_size: int, num_processes: int):
+    shares = [
+        batch_share_of(num_rows, batch_size=batch_size, processes=Processes(rank, num_processes))
+        for rank in range(num_processes)
+    ]
+    assert [row for share in shares for row in share] == list(range(num_rows))
+    assert all(share.start % batch_size == 0 for share in shares if share)
+    counts = [-(-len(share) // batch_size) for share in shares]
+    assert max(counts) - min(counts) <= 1
+
+
+def test_batches_are_rows_of_the_split(tiny_base: Path):
+    split, rows = split_of([number % 3 for number in range(11)]), [10, 0, 3, 4, 5, 6, 9, 1]
+    vae, size = load_vae(tiny_base), {"image_size": 32, "device": torch.device("cpu")}
+    encode = lambda images, labels: encode_images(vae, images, labels, **size)  # noqa: E731
+    batches = list(transfer_batches(encode, split, rows, batch_size=3))
+    assert [len(batch.keys) for batch in batches] == [3, 3, 2]
+    assert [key for batch in batches for key in batch.keys] == [f"image-{row}" for row in rows]
+    # the noise is of the row in the split, whatever other rows are used
+    assert [index for batch in batches for index in batch.indices] == rows
+    expected = encode(
+        torch.from_numpy(split.read(rows[3:6])), torch.from_numpy(split.labels[rows[3:6]])
     )
+    assert batches[1].latents.equal(expected.latents)
+    assert batches[1].labels.equal(expected.labels)
 
-    def run(features: Tensor, labels: Tensor, splits: list[list[int]]):
-        return transfer(
-            features,
-            labels,
-            test_features,
-            test_labels,
-            splits=splits,
-            num_classes=4,
-            params=params,
-            seed=0,
-        )
 
-    result = run(features, labels, splits)
-    assert result.total == 301
-    for index, split in enumerate(splits):
-        ridge = ridge_classifier(features[split], labels[split], num_classes=4, ridge=1.0)
-        correct = (ridge(test_features).argmax(1) == test_labels).sum().item()
-        assert result.ridge.top1[index] == pytest.approx(correct / 301)
+def test_each_split_is_scored_on_the_whole_test_set():
+    pool = samples(400, dim=12, num_classes=4, seed=0)
+    test = samples(301, dim=12, num_classes=4, seed=1)
+    params = params_of(shots=[10], batch_size=16, epochs=20, warmup_epochs=1.0)
+    splits = draw_splits(pool.labels.tolist(), params, 0)
+    task = TransferTask(split_of(pool.labels.tolist()), split_of(test.labels.tolist()), splits, 0)
+    scores = score_splits(task, pool.only(task.used), test, params=params)[10]
+    for index, split in enumerate(splits[10]):
+        own = pool.only(split)
+        assert scores["ridge"].top1[index] == ridge_top1(own, test, ridge=1.0) > 0.5
         [probe] = train_linear_probes(
-            features[split],
-            labels[split],
+            own.features,
+            own.labels,
             num_classes=4,
             settings=[params.setting],
             schedule=params.schedule,
             seed=index,
         )
-        correct = (probe(test_features).argmax(1) == test_labels).sum().item()
-        assert result.probe.top1[index] == pytest.approx(correct / 301)
-    for scores in (result.ridge, result.probe):
-        assert min(scores.top1) > 0.5
-        mean = sum(scores.top1) / 3
-        assert scores.mean == pytest.approx(mean)
-        squares = sum((top1 - mean) ** 2 for top1 in scores.top1)
-        assert scores.std == pytest.approx((squares / 2) ** 0.5)
-        assert scores.std == pytest.approx(statistics.stdev(scores.top1))
-
-    used, rows = compact_splits({10: splits})
-    assert run(features[used], labels[used], rows[10]) == result
-    assert run(features, labels, splits[:1]).ridge.std is None
+        correct = (probe(test.features).argmax(1) == test.labels).sum().item()
+        assert scores["sgd"].top1[index] == correct / 301 > 0.5
 
 
 def test_metrics_have_the_headline_first():
-    def scores(mean: float, number: int) -> TransferScores:
-        std = 0.5 if number > 1 else None
-        return TransferScores(top1=[mean] * number, mean=mean, std=std)
-
-    metrics = transfer_metrics(
-        {
-            25: {"ridge": scores(0.25, 3), "sgd": scores(0.24, 3)},
-            "full": {"ridge": scores(0.9, 1), "sgd": scores(0.8, 1), "finetuned": scores(0.7, 1)},
-        },
-        total=99,
-        source="digits",
-    )
-    assert metrics == {
-        "ridge": {"mean": 0.25, "std": 0.5},
-        "sgd": {"mean": 0.24, "std": 0.5},
+    several = {"ridge": TransferScores([0.25, 0.5, 0.75]), "sgd": TransferScores([0.5] * 3)}
+    one = {"ridge": TransferScores([0.9]), "finetuned": TransferScores([0.7])}
+    metrics = transfer_metrics({25: several, "full": one}, total=99, source="digits")
+    shown = {
+        "ridge": {"mean": 0.5, "std": pytest.approx(statistics.stdev([0.25, 0.5, 0.75]))},
+        "sgd": {"mean": 0.5, "std": 0.0},
         "num_splits": 3,
+    }
+    assert metrics == {
+        **shown,
         "shots": 25,
         "total": 99,
         "source": "digits",
         "by_shots": {
-            "25": {
-                "ridge": {"mean": 0.25, "std": 0.5},
-                "sgd": {"mean": 0.24, "std": 0.5},
-                "num_splits": 3,
-            },
+            "25": shown,
             "full": {
                 "ridge": {"mean": 0.9, "std": None},
-                "sgd": {"mean": 0.8, "std": None},
                 "finetuned": {"mean": 0.7, "std": None},
                 "num_splits": 1,
             },
@@ -217,14 +181,9 @@ def test_metrics_have_the_headline_first():
     }
 
 
-def test_params():
+def test_shots_are_counts_or_full():
     for shots in ([25], [25, 1, 5, 10, "full"], ["full"]):
-        assert TransferParams.model_validate({**PARAMS, "shots": shots}).shots == shots
+        assert params_of(shots=shots).shots == shots
     for shots in ([0], [], 25, ["all"], [5, 5], [True], [2.0], ["full", "full"]):
         with pytest.raises(ValidationError, match="shots"):
-            TransferParams.model_validate({**PARAMS, "shots": shots})
-    for key in ("num_splits", "ridge", "finetune_lr", "finetune_batch_size"):
-        with pytest.raises(ValidationError, match=key):
-            TransferParams.model_validate({**PARAMS, key: 0})
-    with pytest.raises(ValidationError, match=r"transfer\.warmup_epochs"):
-        TransferParams.model_validate({**PARAMS, "warmup_epochs": 60})
+            params_of(shots=shots)

@@ -6,29 +6,20 @@ from pathlib import Path
 import pytest
 import torch
 
-from contradiff.features.cache import (
-    CacheIndex,
-    Column,
-    FeatureCache,
-    Rows,
-    checkpoint_fingerprint,
-    finished_rows,
-    resume_rows,
-    to_stored,
-    write_rows,
-)
+from contradiff.features.cache import CacheIndex, FeatureCache, MappedRows, weights_fingerprint
+from contradiff.features.params import FeatureSpec
+from contradiff.features.write_cache import to_stored, write_table
 
-COLUMN = Column("mean:mid@4-2-1", (4, 2, 1), "mid", "mean")
+COLUMN = FeatureSpec("mean:mid@4-2-1", (4, 2, 1), "mid", "mean")
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """A cache of five rows in two shards with maps, beside a checkpoint."""
-    checkpoint = tmp_path / "pretrain"
+    checkpoint, features = tmp_path / "pretrain", tmp_path / "features"
     checkpoint.mkdir()
     (checkpoint / "model.safetensors").write_bytes(b"weights")
     (checkpoint / "config.json").write_text("{}")
-    features = tmp_path / "features"
     features.mkdir()
     rows = torch.arange(20.0).view(5, 4).half()
     maps = torch.arange(5 * 6.0).view(5, 3, 2, 1, 1).half()
@@ -37,27 +28,26 @@ def folder(tmp_path: Path) -> Path:
         keys = [f"k{i}" for i in range(5)][part]
         tensors = {COLUMN.name: rows[part], "labels": torch.arange(5)[part]}
         path = features / f"train-{number:05d}.safetensors"
-        shards.append(write_rows(path, tensors, keys=keys))
+        shards.append(write_table(path, tensors, keys=keys))
         file = features / f"train-{number:05d}.maps.safetensors"
-        map_shards.append(write_rows(file, {"maps": maps[part]}, keys=[]))
+        map_shards.append(write_table(file, {"maps": maps[part]}, keys=[]))
     CacheIndex(
         model="contradiff",
-        checkpoint=checkpoint_fingerprint(checkpoint),
+        checkpoint=weights_fingerprint("contradiff", checkpoint=checkpoint, base=tmp_path),
         dtype="fp16",
         num_classes=5,
         columns=(COLUMN,),
         head={"width": 2},
         shards={"train": tuple(shards)},
         maps={"train": tuple(map_shards)},
-        facts={"seed": 0},
+        made_with={"seed": 0},
     ).write(features)
     return tmp_path
 
 
 def open_in(folder: Path) -> FeatureCache:
-    return FeatureCache.open(
-        folder / "features", fingerprint_of=lambda _: checkpoint_fingerprint(folder / "pretrain")
-    )
+    weights = {"checkpoint": folder / "pretrain", "base": folder / "base", "root": folder}
+    return FeatureCache.open(folder / "features", **weights)
 
 
 def test_rows_come_back_in_order(folder: Path):
@@ -78,13 +68,7 @@ def test_mapped_rows_behave_as_one_tensor(folder: Path):
     some = rows.only(torch.tensor([4, 1, 2]))
     assert (len(some), some.shape) == (3, (3, 3, 2, 1, 1))
     assert torch.equal(some.index_select(0, torch.tensor([0, 2])), whole[[4, 2]])
-    assert torch.equal(Rows([whole]).index_select(0, index), whole[index])
-
-
-def test_another_checkpoint_is_refused(folder: Path):
-    (folder / "pretrain/config.json").write_text('{"a": 1}')
-    with pytest.raises(ValueError, match=r"index\.json: .*another checkpoint.*dvc repro features"):
-        open_in(folder)
+    assert torch.equal(MappedRows([whole]).index_select(0, index), whole[index])
 
 
 def test_damage_is_named(folder: Path):
@@ -105,13 +89,13 @@ def test_damage_is_named(folder: Path):
 def test_missing_and_old_indices_are_refused(folder: Path, tmp_path: Path):
     path = folder / "features/index.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"version": 0}))
-    with pytest.raises(ValueError, match="not of version 1; run `dvc repro features`"):
+    with pytest.raises(ValueError, match="no index of version 1; run `dvc repro features`"):
         open_in(folder)
     path.unlink()
     with pytest.raises(ValueError, match="no features; run `dvc repro features`"):
         open_in(folder)
     with pytest.raises(ValueError, match="no checkpoint; run `dvc repro pretrain`"):
-        checkpoint_fingerprint(tmp_path / "nowhere")
+        weights_fingerprint("contradiff", checkpoint=tmp_path / "nowhere", base=tmp_path)
 
 
 def test_features_that_are_not_finite_are_refused_by_the_image():
@@ -123,12 +107,3 @@ def test_features_that_are_not_finite_are_refused_by_the_image():
     features[2, 1] = torch.nan
     with pytest.raises(ValueError, match="features 'h' of image c are not finite: the model div"):
         to_stored(features, dtype="bf16", keys="abc", name="h")
-
-
-def test_a_finished_file_is_not_made_again(tmp_path: Path):
-    path = tmp_path / "train-00000.safetensors"
-    assert finished_rows(path) is None
-    made = resume_rows(path, lambda: [write_rows(path, {"a": torch.ones(2)}, keys=["x", "y"])])
-    assert made == resume_rows(path, lambda: pytest.fail("made again"))
-    path.unlink()  # the note alone is not enough
-    assert finished_rows(path) is None

@@ -12,7 +12,8 @@ from diffusers import DDIMInverseScheduler
 from torch import Tensor
 
 from contradiff.base.loading import NoiseSchedule
-from contradiff.features.inversion import CHAIN_STEPS, inverted_maps
+from contradiff.features.inversion import CHAIN_STEPS
+from contradiff.features.inversion import inverted_maps as inverted_block_maps
 from contradiff.method.model import ContraDiff
 
 Build = Callable[..., ContraDiff]
@@ -23,6 +24,11 @@ def draw_inputs(num_images: int = 2) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(0)
     latents = torch.randn(num_images, 4, 8, 8, generator=generator)
     return latents, torch.randn(num_images, 16, 16, generator=generator)
+
+
+def inverted_maps(model: ContraDiff, *inputs: Tensor, timesteps: list[int]) -> Tensor:
+    maps = inverted_block_maps(model, *inputs, timesteps=timesteps, blocks=[model.block])
+    return maps[model.block]
 
 
 @pytest.mark.parametrize("timesteps", [[101, 401, 201], [951, 901, 1], [151, 51, 101]])

@@ -1,4 +1,4 @@
-"""What of a checkpoint a baseline's features may not see."""
+"""Features are those of the image, whatever else is in its batch, and of the model named."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -9,53 +9,147 @@ import torch
 from torch import Tensor
 
 from contradiff.features import models as feature_models
-from contradiff.features.extraction import stored_batches
-from contradiff.features.models import load_diffusion_features
-from contradiff.method.model import ContraDiff
+from contradiff.features.batches import CleanBatch, stored_batches
+from contradiff.features.models import (
+    DiffusionFeatures,
+    LabelledFeatures,
+    compute_features,
+    load_diffusion_features,
+)
+from contradiff.method.checkpoint import Architecture
+from contradiff.method.model import ContraDiff, build_model
 from tests.settings import features_params
+
+CPU = torch.device("cpu")
+Build = Callable[..., ContraDiff]
+
+
+@pytest.fixture
+def model(build_tiny: Build) -> ContraDiff:
+    return build_tiny()
+
+
+def batches_of(tiny_data: Path, *, split: str = "val", batch_size: int = 8) -> list[CleanBatch]:
+    folders = tiny_data / "images", tiny_data / "latents"
+    return list(stored_batches(*folders, split=split, batch_size=batch_size))
+
+
+def features_of(
+    model: ContraDiff, batches: list[CleanBatch], *, seed: int = 0, **changes: Any
+) -> LabelledFeatures:
+    told: list[int] = []
+    features = DiffusionFeatures(model, features_params(**changes), seed, CPU)
+    found = compute_features(features, batches, on_progress=told.append)
+    assert told == [len(batch.keys) for batch in batches]
+    return found
+
+
+@pytest.mark.parametrize(
+    ("noising", "condition"), [("direct", "image"), ("direct", "noise"), ("ddim_chain", "image")]
+)
+def test_batch_size_changes_nothing(
+    model: ContraDiff, tiny_data: Path, noising: str, condition: str
+):
+    settings = {"noising": noising, "condition": condition}
+    expected = features_of(model, batches_of(tiny_data, split="train"), **settings)
+    assert expected.features.std(dim=0).min() > 1e-2
+    for batch_size in (1, 7, 24):
+        batches = batches_of(tiny_data, split="train", batch_size=batch_size)
+        shown = features_of(model, batches, **settings)
+        assert (shown.keys, shown.labels.tolist()) == (expected.keys, expected.labels.tolist())
+        torch.testing.assert_close(shown.features, expected.features, atol=1e-4, rtol=1e-4)
+
+
+def test_order_of_the_triple_changes_nothing(model: ContraDiff, tiny_data: Path):
+    """The noisiest level is the query, wherever it stands in the parameters."""
+    batches = batches_of(tiny_data)
+    first = features_of(model, batches, timesteps=[401, 201, 101]).features
+    assert features_of(model, batches, timesteps=[101, 401, 201]).features.equal(first)
+    other = features_of(model, batches, timesteps=[402, 201, 101]).features
+    assert (other - first).abs().max() > 1e-6
+
+
+def test_condition_is_used(model: ContraDiff, tiny_data: Path):
+    batches = batches_of(tiny_data)
+    with_image = features_of(model, batches, condition="image").features
+    with_noise = features_of(model, batches, condition="noise").features
+    assert (with_image - with_noise).abs().max() > 1e-4
 
 
 @pytest.mark.parametrize("noising", ["direct", "ddim_chain"])
-def test_base_features_are_without_the_checkpoints_self_conditioning(  # noqa: PLR0917
-    build_tiny: Callable[..., ContraDiff],
+def test_only_direct_noising_is_random(model: ContraDiff, tiny_data: Path, noising: str):
+    """There, every image has noise of its own, and every seed another."""
+    (batch,) = batches_of(tiny_data)
+    twins = CleanBatch(
+        (0, 1),
+        batch.latents[:1].repeat(2, 1, 1, 1),
+        batch.pixels[:1].repeat(2, 1, 1, 1),
+        batch.labels[:2],
+        batch.keys[:2],
+    )
+    settings = {"noising": noising, "pool": "mean"}
+    first, second = features_of(model, [twins], **settings).features
+    other, _ = features_of(model, [twins], seed=1, **settings).features
+    for changed in (second, other):
+        difference = (first - changed).abs().max()
+        assert difference > 1e-2 if noising == "direct" else difference < 1e-5
+
+
+def test_pooling(model: ContraDiff, tiny_data: Path):
+    params = features_params(pool="mean", more_blocks=["up.1"])
+    features = DiffusionFeatures(model, params, 0, CPU, keep_maps=True)
+    (batch,) = batches_of(tiny_data)
+    found = features(batch)
+    maps = found["maps"]
+    assert maps.shape == (8, 3, 32, 2, 2)
+    mean = found["mean:mid@401-201-101"]
+    torch.testing.assert_close(mean, maps.mean(dim=(3, 4)).reshape(8, 3 * 32))
+    assert found["mean:up.1@401-201-101"].shape == (8, 3 * 32)
+    with torch.no_grad():
+        expected = model.attention(maps)
+    attended = features_of(model, [batch], pool="attention").features
+    torch.testing.assert_close(attended, expected, atol=1e-5, rtol=1e-5)
+
+
+CHANGED_HEAD = {"self_conditioning": True, "block": "mid+up.1"}
+
+
+@pytest.mark.parametrize(
+    ("head", "noising"), [({}, "direct"), (CHANGED_HEAD, "direct"), (CHANGED_HEAD, "ddim_chain")]
+)
+def test_the_base_alone_is_the_model_before_training(  # noqa: PLR0917
+    build_tiny: Build,
+    save_tiny: Callable[..., None],
     tiny_base: Path,
     tiny_params: dict[str, Any],
     tiny_data: Path,
-    save_tiny: Callable[..., None],
     tmp_path: Path,
+    head: dict[str, Any],
     noising: str,
 ):
-    """The same from a checkpoint with it and from one without; of contradiff's own they differ."""
-    shards = tiny_data / "images", tiny_data / "latents"
-    [batch] = stored_batches(*shards, split="val", batch_size=8)
-    found: dict[tuple[bool, str], dict[str, Tensor]] = {}
-    for self_conditioning in (True, False):
-        head = {"self_conditioning": self_conditioning}
-        model = build_tiny(head=head)
-        checkpoint = tmp_path / str(self_conditioning)
-        save_tiny(checkpoint, model, head=tiny_params["head"] | head)
-        for kind in ("base", "contradiff"):
-            features = load_diffusion_features(
-                features_params(
-                    model=kind, noising=noising, pool="mean", precision="fp32", more_blocks=["up.1"]
-                ),
-                checkpoint=checkpoint,
-                base=tiny_base,
-                keep_maps=False,
-                seed=0,
-                device=torch.device("cpu"),
-            )
-            found[self_conditioning, kind] = features(batch)
-    name = "mean:up.1@401-201-101"
-    for column, expected in found[False, "base"].items():
-        torch.testing.assert_close(found[True, "base"][column], expected)
-    difference = found[True, "contradiff"][name] - found[False, "contradiff"][name]
-    assert difference.abs().max() > 1e-3
+    """And under tokens that a conditioner makes, which are zero before training."""
+    save_tiny(tmp_path / "c", build_tiny(head=head), head=tiny_params["head"] | head)
+    params = features_params(noising=noising, pool="mean", more_blocks=["up.1"])
+    base = load_diffusion_features(
+        params.model_copy(update={"model": "base"}),
+        checkpoint=tmp_path / "c",
+        base=tiny_base,
+        seed=0,
+        device=CPU,
+    )
+    base.model.block = "mid"
+    shapes = Architecture.model_validate(tiny_params)
+    settings = {"lora": shapes.lora, "conditioner": shapes.conditioner, "head": shapes.head}
+    untrained = build_model(tiny_base, **settings, image_size=32, seed=1).eval()
+    (batch,) = batches_of(tiny_data)
+    found, expected = base(batch), DiffusionFeatures(untrained, params, 0, CPU)(batch)
+    assert list(found) == list(expected) == ["mean:mid@401-201-101", "mean:up.1@401-201-101"]
+    assert all(found[name].equal(expected[name]) for name in found)
 
 
 @pytest.mark.parametrize("kind", ["contradiff", "base", "diffeed"])
 def test_frozen_weights_in_half_precision_are_autocast_s_own(  # noqa: PLR0917
-    build_tiny: Callable[..., ContraDiff],
+    build_tiny: Build,
     tiny_base: Path,
     tiny_data: Path,
     save_tiny: Callable[..., None],
@@ -65,8 +159,7 @@ def test_frozen_weights_in_half_precision_are_autocast_s_own(  # noqa: PLR0917
 ):
     """Cast once, or by autocast at every batch: the same features, bit for bit."""
     save_tiny(tmp_path / "checkpoint", build_tiny())
-    shards = tiny_data / "images", tiny_data / "latents"
-    [batch] = stored_batches(*shards, split="val", batch_size=8)
+    (batch,) = batches_of(tiny_data)
     pool = "attention" if kind == "contradiff" else "mean"
 
     def features(precision: str) -> tuple[torch.dtype, Tensor]:
@@ -74,9 +167,8 @@ def test_frozen_weights_in_half_precision_are_autocast_s_own(  # noqa: PLR0917
             features_params(model=kind, pool=pool, precision=precision),
             checkpoint=tmp_path / "checkpoint",
             base=tiny_base,
-            keep_maps=False,
             seed=0,
-            device=torch.device("cpu"),
+            device=CPU,
         )
         return model.model.unet.conv_in.weight.dtype, model(batch)[model.columns[0].name]
 

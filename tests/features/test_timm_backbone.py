@@ -10,8 +10,8 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from contradiff.data.shards import read_images
-from contradiff.features.extraction import FeatureData
-from contradiff.features.timm_backbone import TimmFeatures, centre_pixels, image_batches
+from contradiff.features.batches import StoredImages
+from contradiff.features.timm_backbone import TimmFeatures
 
 NAME = "test_vit"
 CPU = torch.device("cpu")
@@ -34,8 +34,8 @@ def load(weights: Path) -> TimmFeatures:
 
 def test_features_are_timms_own(weights: Path, tiny_data: Path):
     features = load(weights)
-    data = FeatureData(tiny_data / "images", tiny_data / "latents", batch_size=4, num_threads=2)
-    batches = list(features.read(data, "val", 1))
+    shards = StoredImages(tiny_data / "images", tiny_data / "latents", 4, num_threads=2)
+    batches = list(features.read(shards, "val", 1))
     assert [batch.indices for batch in batches] == [(6, 7)]
     images = list(read_images(tiny_data / "images", "val"))[6:]
     assert [key for batch in batches for key in batch.keys] == [image.key for image in images]
@@ -58,31 +58,6 @@ def test_features_are_timms_own(weights: Path, tiny_data: Path):
     found = torch.cat([features(batch)[column.name] for batch in batches])
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
     assert found.std(dim=0).min() > 0
-
-
-def test_only_the_centre_is_seen(tiny_data: Path):
-    sample = next(iter(read_images(tiny_data / "images", "val")))  # 40 x 36
-    _, _, whole = centre_pixels(sample, size=36, crop_fraction=1.0)
-    _, _, centre = centre_pixels(sample, size=18, crop_fraction=0.5)
-    assert torch.equal(centre, whole[:, 9:27, 9:27])
-
-
-def test_threads_change_nothing(tiny_data: Path):
-    folders = tiny_data / "images", tiny_data / "latents"
-    first, second = (
-        list(
-            image_batches(
-                FeatureData(*folders, batch_size=4, num_threads=n),
-                "train",
-                1,
-                size=24,
-                crop_fraction=0.9,
-            )
-        )
-        for n in (0, 3)
-    )
-    assert [b.keys for b in first] == [b.keys for b in second]
-    assert all(torch.equal(a.pixels, b.pixels) for a, b in zip(first, second, strict=True))
 
 
 def test_faults_are_named(weights: Path, tmp_path: Path):

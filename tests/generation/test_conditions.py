@@ -10,7 +10,7 @@ import torch
 
 from contradiff.data.shard_info import ConditionInfo
 from contradiff.data.shards import ShardIndex
-from contradiff.features.extraction import stored_batches
+from contradiff.features.batches import stored_batches
 from contradiff.generation.class_table import ClassTable
 from contradiff.generation.conditions import (
     Conditioning,

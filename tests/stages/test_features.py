@@ -5,6 +5,8 @@ from stages.runtime.run import Run
 import csv
 import json
 import shutil
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,17 +17,19 @@ from safetensors.torch import load_file, save_file
 
 from contradiff.base.loading import load_unet
 from contradiff.config import parse, read_params
-from contradiff.downstream.probing import LinearProbe
+from contradiff.downstream.probe import LinearProbe
+from contradiff.features import write_cache
+from contradiff.features.batches import stored_batches
 from contradiff.features.cache import FeatureCache
-from contradiff.features.extraction import extract, level_noise, stored_batches
+from contradiff.features.models import DiffusionFeatures, level_noise
 from contradiff.features.params import FeaturesParams
 from contradiff.method.checkpoint import base_digest, load_checkpoint
 from contradiff.method.unet import encode_to_bottleneck
 from stages import features, probe
 
 ROOT = Path(__file__).resolve().parents[2]
-CACHE, PRETRAIN = Path("build/features"), Path("build/pretrain")
-CPU = torch.device("cpu")
+CACHE, PRETRAIN, BASE = Path("build/features"), Path("build/pretrain"), Path("build/base")
+STORED = {"images": Path("build/shards"), "latents": Path("build/latents")}
 
 
 def content_of(*, probing: dict[str, Any] | None = None, **changes: Any) -> dict[str, Any]:
@@ -35,20 +39,9 @@ def content_of(*, probing: dict[str, Any] | None = None, **changes: Any) -> dict
     return content
 
 
-def make(run: Run, *, rank: int = 0, world: int = 1, **changes: Any) -> FeatureCache | None:
-    """Run the stage as one of several processes."""
-    params = parse(features.Params, content_of(**changes), source="params.yaml")
-    accelerator = SimpleNamespace(
-        process_index=rank,
-        num_processes=world,
-        is_main_process=rank == 0,
-        wait_for_everyone=lambda: None,
-    )
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("RANK", str(rank))
-        patch.setattr(Run, "accelerator", lambda _: accelerator)
-        features.main(params, run)
-    return FeatureCache.open(CACHE, fingerprint_of=lambda _: None) if rank == 0 else None
+def make(run: Run, **changes: Any) -> FeatureCache:
+    features.main(parse(features.Params, content_of(**changes), source="params.yaml"), run)
+    return FeatureCache.open(CACHE, checkpoint=PRETRAIN, base=BASE, root=run.root)
 
 
 def judge(run: Run, **probing: Any) -> dict[str, Any]:
@@ -61,55 +54,63 @@ def digests() -> dict[str, str]:
     return {file.name: file.read_bytes().hex() for file in sorted(CACHE.iterdir())}
 
 
-def test_the_cache_holds_what_extract_gives(trained_project: Run):
+def test_the_cache_holds_what_the_model_gives(trained_project: Run):
     cache = make(trained_project, more_triples=[[999, 5, 300]], more_blocks=["mid", "up.1"])
-    assert cache is not None
-    names = [column.name for column in cache.index.columns]
-    assert names == [
+    assert [column.name for column in cache.index.columns] == [
         f"{kind}@{triple}"
         for triple in ("401-201-101", "999-5-300")
         for kind in ("attention:mid", "mean:mid", "mean:up.1")
     ]
-    model = load_checkpoint(PRETRAIN, base=Path("build/base"))
+    params = FeaturesParams.model_validate(
+        content_of(timesteps=[999, 5, 300], more_blocks=["mid"])["features"]
+    )
+    model = DiffusionFeatures(load_checkpoint(PRETRAIN, base=BASE), params, 0, torch.device("cpu"))
     for split, number in (("train", 24), ("val", 8)):
-        batches = list(
-            stored_batches(
-                Path("build/shards"), Path("build/latents"), split=split, batch_size=number
-            )
-        )
-        for triple, name in (([401, 201, 101], names[0]), ([999, 5, 300], names[3])):
-            params = FeaturesParams.model_validate(content_of(timesteps=triple)["features"])
-            for pool, column in (("attention", name), ("mean", name.replace("attention", "mean"))):
-                expected = extract(
-                    model,
-                    batches,
-                    params=params,
-                    pool=pool,
-                    seed=0,
-                    device=CPU,
-                    on_progress=lambda _: None,
-                )
-                stored = cache.column(split, column)
-                assert stored.dtype == torch.float16
-                torch.testing.assert_close(stored.float(), expected.features, atol=2e-3, rtol=2e-3)
-                assert cache.labels(split).equal(expected.labels)
-                assert tuple(cache.keys(split)) == expected.keys
+        [batch] = stored_batches(**STORED, split=split, batch_size=number)
+        for name, expected in model(batch).items():
+            stored = cache.column(split, name)
+            assert stored.dtype == torch.float16
+            torch.testing.assert_close(stored.float(), expected, atol=2e-3, rtol=2e-3)
+        assert cache.labels(split).equal(batch.labels)
+        assert tuple(cache.keys(split)) == batch.keys
 
 
-def test_the_number_of_processes_and_threads_changes_no_bit(trained_project: Run):
+def test_the_number_of_processes_and_threads_changes_no_bit(
+    trained_project: Run, monkeypatch: pytest.MonkeyPatch
+):
+    """Threads stand for the processes, and load the model one after the other."""
     run = trained_project
     make(run, probing={"head": "attentive"})
     alone = digests()
     assert {"attention.safetensors", "train-00003.maps.safetensors", "index.json"} <= set(alone)
     shutil.rmtree(CACHE)
+    own, barrier, lock = threading.local(), threading.Barrier(2), threading.Lock()
+    load = features.load_feature_model
+
+    def load_alone(*args: Any, **settings: Any) -> Any:
+        with lock:
+            return load(*args, **settings)
+
+    def accelerator(_: Run) -> SimpleNamespace:
+        return SimpleNamespace(
+            process_index=own.rank, num_processes=2, wait_for_everyone=barrier.wait
+        )
+
+    monkeypatch.setattr(Run, "accelerator", accelerator)
+    monkeypatch.setattr(Run, "is_main", property(lambda _: own.rank == 0))
+    monkeypatch.setattr(features, "load_feature_model", load_alone)
     threads = run.runtime.model_copy(update={"num_workers": 2})
     several = Run(stage=run.stage, root=run.root, runtime=threads)
-    make(several, rank=1, world=2, probing={"head": "attentive"})
-    assert not CACHE.exists()
-    make(several, rank=0, world=2, probing={"head": "attentive"})
+    content = content_of(probing={"head": "attentive"})
+
+    def work(rank: int) -> None:
+        own.rank = rank
+        features.main(parse(features.Params, content, source="params.yaml"), several)
+
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(work, range(2)))
     assert digests() == alone
-    work = run.root / ".work" / run.stage
-    assert list(work.iterdir()) == []
+    assert list((run.root / ".work" / run.stage).iterdir()) == []
 
 
 def test_an_interrupted_run_goes_on_with_the_shards_that_are_left(
@@ -117,37 +118,35 @@ def test_an_interrupted_run_goes_on_with_the_shards_that_are_left(
 ):
     write, written = features.write_features, []
 
-    def fail_at_third(path: Path, *args: Any, **kwargs: Any) -> Any:
+    def fail_at_third(item: tuple[str, int], *args: Any, **kwargs: Any) -> Any:
         if len(written) == 2:
             raise KeyboardInterrupt
-        written.append(path.name)
-        return write(path, *args, **kwargs)
+        written.append(item)
+        return write(item, *args, **kwargs)
+
+    def note(item: tuple[str, int], *args: Any, **kwargs: Any) -> Any:
+        written.append(item)
+        return write(item, *args, **kwargs)
 
     monkeypatch.setattr(features, "write_features", fail_at_third)
     with pytest.raises(KeyboardInterrupt):
         make(trained_project)
-    monkeypatch.setattr(
-        features,
-        "write_features",
-        lambda path, *a, **k: written.append(path.name) or write(path, *a, **k),
-    )
+    monkeypatch.setattr(features, "write_features", note)
     make(trained_project)
     assert len(written) == len(set(written)) == 6
     kept = digests()
-    shutil.rmtree(CACHE)
-    monkeypatch.setattr(features, "write_features", write)
     make(trained_project)
     assert digests() == kept
+    assert len(written) == 12
 
 
 def test_base_is_the_untouched_unet_with_zero_tokens(trained_project: Run):
     cache = make(trained_project, model="base", pool="mean")
-    assert cache is not None
-    assert cache.index.checkpoint == base_digest(Path("build/base"))
-    [batch] = stored_batches(Path("build/shards"), Path("build/latents"), split="val", batch_size=8)
-    unet = load_unet(Path("build/base"))
+    assert cache.index.checkpoint == base_digest(BASE)
+    [batch] = stored_batches(**STORED, split="val", batch_size=8)
+    unet = load_unet(BASE)
     noise = level_noise(batch, seed=0)
-    alphas = load_checkpoint(PRETRAIN, base=Path("build/base")).schedule.alphas_cumprod
+    alphas = load_checkpoint(PRETRAIN, base=BASE).schedule.alphas_cumprod
     expected = []
     with torch.no_grad():
         for level, timestep in enumerate((401, 201, 101)):
@@ -163,7 +162,6 @@ def test_base_is_the_untouched_unet_with_zero_tokens(trained_project: Run):
 
 def test_probe_writes_the_headline_its_head_and_the_grid(trained_project: Run):
     cache = make(trained_project, more_blocks=["up.1"])
-    assert cache is not None
     result = judge(trained_project, lr=0.05, lrs=[0.2])
     assert {"top1", "top5", "interval", "total", "split", "head", "pool", "model"} < set(result)
     assert (result["total"], result["model"], result["pool"]) == (8, "contradiff", "attention")
@@ -198,52 +196,25 @@ def test_attentive_probe_reads_maps_and_says_where_they_come_from(trained_projec
 
 def test_diffeed_s_maps_get_a_head_of_their_own(trained_project: Run):
     cache = make(trained_project, model="diffeed", pool="mean", probing={"head": "attentive"})
-    assert cache is not None
     assert cache.column("val", "mean:diffeed@401-201-101").shape == (8, 3 * 4 * 32)
     assert cache.maps("val").shape == (8, 3, 4 * 32, 2, 2)
     assert judge(trained_project, head="attentive", lrs=[])["model"] == "diffeed"
 
 
-def test_another_checkpoint_s_features_are_refused(trained_project: Run):
-    make(trained_project)
+@pytest.mark.parametrize("model", ["contradiff", "base", "diffeed"])
+def test_features_of_other_weights_are_refused(trained_project: Run, model: str):
+    make(trained_project, model=model, pool="attention" if model == "contradiff" else "mean")
     config = json.loads((PRETRAIN / "config.json").read_text())
     (PRETRAIN / "config.json").write_text(json.dumps(config | {"num_steps": 4}))
-    with pytest.raises(ValueError, match=r"build/features/index\.json: .*dvc repro features"):
-        judge(trained_project)
-
-
-def test_nobody_looks_before_the_main_process_holds_the_folder(
-    trained_project: Run, monkeypatch: pytest.MonkeyPatch
-):
-    """Another run of the same work may still write there; and all check before any writes."""
-    events: list[str] = []
-    accelerator = SimpleNamespace(
-        process_index=1,
-        num_processes=2,
-        is_main_process=False,
-        wait_for_everyone=lambda: events.append("wait"),
-    )
-    monkeypatch.setenv("RANK", "1")
-    monkeypatch.setattr(Run, "accelerator", lambda _: accelerator)
-    monkeypatch.setattr(features, "check_free_space", lambda *_, **__: events.append("check"))
-    monkeypatch.setattr(features, "resume_rows", lambda *_: events.append("write"))
-    features.main(parse(features.Params, content_of(), source="params.yaml"), trained_project)
-    assert events[:4] == ["wait", "check", "wait", "write"]
-
-
-@pytest.mark.parametrize("model", ["base", "diffeed"])
-def test_another_base_s_features_are_refused(trained_project: Run, model: str):
-    make(trained_project, model=model, pool="mean")
-    # the training is none of a baseline's business
-    config = json.loads((PRETRAIN / "config.json").read_text())
-    (PRETRAIN / "config.json").write_text(json.dumps(config | {"num_steps": 4}))
-    assert judge(trained_project)["model"] == model
-    base = Path("build/base").resolve()  # shared by the tests
-    Path("build/base").unlink()
-    shutil.copytree(base, "build/base")
-    [weights] = Path("build/base/unet").glob("*.safetensors")
-    weights.write_bytes(weights.read_bytes() + b"\0")
-    with pytest.raises(ValueError, match=r"index\.json: .* or base .*dvc repro features"):
+    if model != "contradiff":  # a baseline does not change with the training
+        assert judge(trained_project)["model"] == model
+        base = BASE.resolve()  # shared by the tests
+        BASE.unlink()
+        shutil.copytree(base, BASE)
+        [weights] = (BASE / "unet").glob("*.safetensors")
+        weights.write_bytes(weights.read_bytes() + b"\0")
+    fault = r"^build/features/index\.json: .*checkpoint or base .*dvc repro features"
+    with pytest.raises(ValueError, match=fault):
         judge(trained_project)
 
 
@@ -259,7 +230,6 @@ def test_other_timm_weights_are_refused(trained_project: Run, monkeypatch: pytes
     for seed in (0, 1):
         use(seed)
         cache = make(trained_project, timm_weights="w.safetensors", **settings)
-        assert cache is not None
         fingerprints.append(cache.index.checkpoint)
     assert len(set(fingerprints)) == 2
     assert judge(trained_project)["model"] == "timm"
@@ -280,7 +250,6 @@ def test_other_timm_weights_are_refused(trained_project: Run, monkeypatch: pytes
 
     monkeypatch.setattr(timm, "create_model", fetch)
     cache = make(trained_project, timm_pretrained=True, **settings)
-    assert cache is not None
     assert cache.index.checkpoint == fingerprints[1]
     judge(trained_project)
 
@@ -289,7 +258,7 @@ def test_too_little_room_is_found_before_the_work(
     trained_project: Run, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=32 * (8 + 2 * 16) - 1))
-    monkeypatch.setattr(features, "write_features", lambda *_: pytest.fail("it began"))
+    monkeypatch.setattr(write_cache, "write_table", lambda *_: pytest.fail("it began"))
     with pytest.raises(ValueError, match=r"kB are to be written .* less: probe\.head: linear"):
         make(trained_project)
 

@@ -18,7 +18,8 @@ from ruamel.yaml import YAML
 from safetensors.torch import save_file
 
 from contradiff.config import parse, read_params
-from contradiff.features.extraction import FeatureSet
+from contradiff.downstream import transfer as library
+from contradiff.features.models import LabelledFeatures
 from contradiff.files import sha256_of
 from contradiff.sources.raw import transfer_manifest
 from stages import transfer
@@ -115,15 +116,21 @@ def test_several_shots_frozen_and_finetuned(project: Run):
     assert frozen["sgd"] == metrics["sgd"]
 
 
-def test_more_shots_change_nothing_of_the_others(project: Run, monkeypatch: pytest.MonkeyPatch):
-    seen: list[FeatureSet] = []
-    gather = transfer.gather_features
+@pytest.fixture
+def seen(monkeypatch: pytest.MonkeyPatch) -> list[LabelledFeatures]:
+    """Every set of features that the stage computes."""
+    found: list[LabelledFeatures] = []
+    compute = transfer.features_of_rows
 
-    def note(part: FeatureSet | None) -> FeatureSet:
-        seen.append(gather(part))
-        return seen[-1]
+    def note(*args: Any, **settings: Any) -> LabelledFeatures:
+        found.append(compute(*args, **settings))
+        return found[-1]
 
-    monkeypatch.setattr(transfer, "gather_features", note)
+    monkeypatch.setattr(transfer, "features_of_rows", note)
+    return found
+
+
+def test_more_shots_change_nothing_of_the_others(project: Run, seen: list[LabelledFeatures]):
     changes = {"num_splits": 1, "features": {"condition": "noise"}}
     few, few_splits = call(project, shots=[2], **changes)
     many, many_splits = call(project, shots=[2, "full"], **changes)
@@ -133,27 +140,25 @@ def test_more_shots_change_nothing_of_the_others(project: Run, monkeypatch: pyte
     used, _, everything, _ = seen
     places = [everything.keys.index(key) for key in used.keys]
     assert places == few_splits["2"][0]["indices"] != list(range(4))
-    torch.testing.assert_close(used.features, everything.features[places], atol=1e-5, rtol=1e-5)
+    expected = everything.only(places).features
+    torch.testing.assert_close(used.features, expected, atol=1e-5, rtol=1e-5)
 
 
-def test_the_base_alone_is_transferred(project: Run, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(transfer, "gather_features", lambda part: found.append(part) or part)
-    found: list[FeatureSet] = []
+def test_the_base_alone_is_transferred(project: Run, seen: list[LabelledFeatures]):
     metrics, _ = call(project, features={"model": "base", "pool": "mean"}, finetune_epochs=0)
     assert set(metrics["by_shots"]["full"]) == {"ridge", "sgd", "num_splits"}
-    [train, test] = found
-    assert (train.features.shape, test.features.shape) == ((8, 3 * 32), (6, 3 * 32))
+    assert [found.features.shape for found in seen] == [(8, 3 * 32), (6, 3 * 32)]
 
 
-def test_timm_sees_its_own_size_and_no_vae(project: Run, monkeypatch: pytest.MonkeyPatch):
+def test_timm_sees_its_own_size_and_no_vae(
+    project: Run, seen: list[LabelledFeatures], monkeypatch: pytest.MonkeyPatch
+):
     import timm
 
     torch.manual_seed(0)
     model = timm.create_model("test_vit", num_classes=0).eval()
     save_file(model.state_dict(), "w.safetensors")
-    monkeypatch.setattr(transfer, "load_vae", lambda _: pytest.fail("a VAE for pixels"))
-    monkeypatch.setattr(transfer, "gather_features", lambda part: found.append(part) or part)
-    found: list[FeatureSet] = []
+    monkeypatch.setattr(library, "load_vae", lambda _: pytest.fail("a VAE for pixels"))
     features = {
         "model": "timm",
         "pool": "mean",
@@ -163,7 +168,7 @@ def test_timm_sees_its_own_size_and_no_vae(project: Run, monkeypatch: pytest.Mon
     call(project, features=features, shots=["full"], finetune_epochs=0)
     config = timm.data.resolve_model_data_config(model) | {"interpolation": "bicubic"}
     look = timm.data.create_transform(**config, is_training=False)
-    for split in found:
+    for split in seen:
         # flat colours: every crop and every size of them is the same
         images = [look(Image.open(Path("images") / key)) for key in split.keys]
         with torch.no_grad():

@@ -1,4 +1,4 @@
-"""Against a step-for-step transcription, scikit-learn and itself."""
+"""Against a step-for-step transcription, scikit-learn and itself; its parameters."""
 
 import copy
 import math
@@ -6,15 +6,20 @@ from dataclasses import replace
 
 import pytest
 import torch
+from pydantic import ValidationError
 from torch import Tensor, nn
 
-from contradiff.downstream.probe_training import (
-    Progress,
+from contradiff.downstream.probe import (
+    TABLE_2,
+    AttentiveProbe,
+    LinearProbe,
+    OnEpoch,
+    ProbeParams,
+    evaluate,
     train_attentive_probes,
     train_linear_probes,
 )
-from contradiff.downstream.probing import TABLE_2, AttentiveProbe, LinearProbe, evaluate
-from contradiff.features.cache import Rows
+from contradiff.features.cache import MappedRows
 from contradiff.training.optim import SgdSchedule, SgdSetting
 
 SETTING = SgdSetting(lr=0.01, momentum=0.9, weight_decay=0.0)
@@ -27,6 +32,18 @@ SETTINGS = [
 ]
 SHORT = SgdSchedule(batch_size=16, epochs=6, warmup_epochs=1.0)
 SHARED = {"num_classes": 4, "schedule": SHORT, "seed": 3}
+PARAMS = {
+    "split": "val",
+    "head": "linear",
+    "lrs": [0.3, 0.1],
+    "weight_decays": [0.001],
+    "lr": 0.1,
+    "momentum": 0.9,
+    "weight_decay": 0.0,
+    "batch_size": 256,
+    "epochs": 50,
+    "warmup_epochs": 5,
+}
 
 
 def clusters(
@@ -49,7 +66,7 @@ def train_one(
     setting: SgdSetting = SETTING,
     schedule: SgdSchedule = SCHEDULE,
     seed: int = 0,
-    on_progress: Progress | None = None,
+    on_epoch: OnEpoch = lambda *_: None,
 ) -> LinearProbe:
     [probe] = train_linear_probes(
         features,
@@ -58,19 +75,19 @@ def train_one(
         settings=[setting],
         schedule=schedule,
         seed=seed,
-        on_progress=on_progress,
+        on_epoch=on_epoch,
     )
     return probe
 
 
-def test_separable_features_are_learnt_whatever_their_scale():
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_separable_features_are_learnt_whatever_their_scale(dtype: torch.dtype):
     features, labels = clusters(1000, dim=32, num_classes=10, spread=0.3, seed=0)
     test_features, test_labels = clusters(500, dim=32, num_classes=10, spread=0.3, seed=1)
-    probe = train_one(features, labels, num_classes=10)
-    result = evaluate(probe, test_features, test_labels)
-    assert result.top1 > 0.99
-    assert result.top5 >= result.top1
-    assert result.correct == round(result.top1 * 500)
+    probe = train_one(features.to(dtype), labels, num_classes=10)
+    assert probe.linear.weight.dtype == torch.float32
+    result = evaluate(probe, test_features.to(dtype), test_labels)
+    assert result.top5 >= result.top1 > 0.99
     assert result.total == 500
     assert result.interval[0] < result.top1 <= result.interval[1]
 
@@ -100,7 +117,7 @@ def test_equals_a_transcription_with_torch_optim():
         setting=replace(SETTING, weight_decay=0.01),
         schedule=replace(SCHEDULE, batch_size=4, epochs=4),
         seed=7,
-        on_progress=lambda epoch, row: reports.append((epoch, row["loss"], row["lr"])),
+        on_epoch=lambda epoch, row: reports.append((epoch, row["loss"], row["lr"])),
     )
 
     generator = torch.Generator().manual_seed(7)
@@ -144,13 +161,6 @@ def test_depends_on_its_seed_alone():
     assert torch.equal(first.linear.weight, again.linear.weight)
     other = train_one(features, labels, num_classes=3, seed=1)
     assert not torch.equal(first.linear.weight, other.linear.weight)
-
-
-def test_half_precision_features_are_trained_on_in_single():
-    features, labels = clusters(200, dim=8, num_classes=3, spread=0.2, seed=0)
-    probe = train_one(features.half(), labels, num_classes=3)
-    assert probe.linear.weight.dtype == torch.float32
-    assert evaluate(probe, features.half(), labels).top1 > 0.99
 
 
 class MeanOfCleanest(nn.Module):
@@ -201,64 +211,32 @@ def test_attentive_probe_trains_a_copy_of_the_head():
         assert not torch.equal(trained[name], before[name])
 
 
-def test_attentive_probe_with_an_identity_head_is_the_linear_probe():
-    class Flat(nn.Module):
-        """Passes its input on, times a parameter that no gradient reaches."""
-
-        def __init__(self) -> None:
-            super().__init__()
-            self.unused = nn.Parameter(torch.zeros(1))
-
-        def forward(self, maps: Tensor) -> Tensor:
-            return maps.flatten(1)
-
-    maps = torch.randn(90, 3, 2, 2, 1, generator=torch.Generator().manual_seed(0))
-    labels = torch.arange(90) % 3
-    [attentive] = train_attentive_probes(
-        maps,
-        labels,
-        attention_head=Flat(),
-        num_classes=3,
-        settings=[SETTING],
-        schedule=SCHEDULE,
-        seed=0,
-    )
-    linear = train_one(maps.flatten(1), labels, num_classes=3)
-    torch.testing.assert_close(attentive.probe.linear.weight, linear.linear.weight)
-
-
 def test_single_samples_are_refused():
     features, labels = torch.randn(5, 3), torch.zeros(5, dtype=torch.int64)
     with pytest.raises(ValueError, match=r"5 samples in batches of 2.*raise batch_size"):
         train_one(features, labels, num_classes=2, schedule=replace(SCHEDULE, batch_size=2))
 
 
-def draw(num_samples: int, *, seed: int = 0, width: int = 7) -> tuple[Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    labels = torch.randint(4, (num_samples,), generator=generator)
-    centres = torch.randn(4, width, generator=torch.Generator().manual_seed(9))
-    noise = torch.randn(num_samples, width, generator=generator)
-    return (centres[labels] + noise) * torch.logspace(-2, 2, width), labels
-
-
 def test_each_head_is_the_one_trained_alone():
-    features, labels = draw(83)  # batches of unequal size
+    features, labels = clusters(
+        83, dim=7, num_classes=4, spread=1.0, seed=0
+    )  # batches of unequal size
     reports: list[float] = []
     probes = train_linear_probes(
         features,
         labels,
         settings=SETTINGS,
-        on_progress=lambda _, row: reports.append(row["loss"]),
+        on_epoch=lambda _, row: reports.append(row["loss"]),
         **SHARED,
     )
-    test_features, test_labels = draw(200, seed=1)
+    test_features, test_labels = clusters(200, dim=7, num_classes=4, spread=1.0, seed=1)
     for probe, setting in zip(probes, SETTINGS, strict=True):
         alone_reports: list[float] = []
         [alone] = train_linear_probes(
             features,
             labels,
             settings=[setting],
-            on_progress=lambda _, row, to=alone_reports: to.append(row["loss"]),
+            on_epoch=lambda _, row, to=alone_reports: to.append(row["loss"]),
             **SHARED,
         )
         assert not probe.training
@@ -273,7 +251,7 @@ def test_each_head_is_the_one_trained_alone():
 
 
 def test_a_head_that_diverges_leaves_the_others_alone():
-    features, labels = draw(60)
+    features, labels = clusters(60, dim=7, num_classes=4, spread=1.0, seed=0)
     settings = [SETTINGS[0], SgdSetting(lr=1e30, momentum=0.9, weight_decay=0.9)]
     fine, diverged = train_linear_probes(features, labels, settings=settings, **SHARED)
     assert not diverged.linear.weight.isfinite().all()
@@ -282,14 +260,14 @@ def test_a_head_that_diverges_leaves_the_others_alone():
 
 
 def test_features_in_half_precision_give_what_their_float32_values_give():
-    features, labels = draw(60)
+    features, labels = clusters(60, dim=7, num_classes=4, spread=1.0, seed=0)
     rounded = features.half()
     [half] = train_linear_probes(rounded, labels, settings=SETTINGS[:1], **SHARED)
     [single] = train_linear_probes(rounded.float(), labels, settings=SETTINGS[:1], **SHARED)
     assert torch.equal(half.linear.weight, single.linear.weight)
 
 
-def test_attentive_heads_are_those_trained_alone_and_maps_may_lie_in_parts():
+def test_attentive_heads_are_those_trained_alone_and_maps_may_lie_in_files():
     class Head(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -300,10 +278,10 @@ def test_attentive_heads_are_those_trained_alone_and_maps_may_lie_in_parts():
 
     torch.manual_seed(0)
     head = Head()
-    features, labels = draw(50, width=24)
+    features, labels = clusters(50, dim=24, num_classes=4, spread=1.0, seed=0)
     maps = (features / features.std(dim=0)).view(50, 3, 2, 2, 2).half()
     probes = train_attentive_probes(
-        Rows([maps[:20], maps[20:]]), labels, attention_head=head, settings=SETTINGS, **SHARED
+        MappedRows([maps[:20], maps[20:]]), labels, attention_head=head, settings=SETTINGS, **SHARED
     )
     for probe, setting in zip(probes, SETTINGS, strict=True):
         [alone] = train_attentive_probes(
@@ -311,3 +289,41 @@ def test_attentive_heads_are_those_trained_alone_and_maps_may_lie_in_parts():
         )
         for name, value in alone.state_dict().items():
             assert torch.equal(probe.state_dict()[name], value)
+
+
+def test_evaluation_counts_every_sample_and_all_classes_if_fewer_than_five():
+    probe = LinearProbe(3, 3).eval()
+    with torch.no_grad():
+        probe.linear.weight.copy_(torch.eye(3))
+    # More than one evaluation batch, and no multiple of it.
+    labels = torch.arange(2500) % 3
+    features = nn.functional.one_hot((labels + (torch.arange(2500) < 100)) % 3, 3).float()
+    result = evaluate(probe, features, labels)
+    assert (result.top1, result.top5, result.total) == (2400 / 2500, 1.0, 2500)
+    with pytest.raises(ValueError, match=r"probe\.split"):
+        evaluate(probe, features[:0], labels[:0])
+
+
+def test_grid_of_params_has_the_configured_setting_first_and_none_twice():
+    params = ProbeParams.model_validate(PARAMS)
+    assert params.grid == (
+        SgdSetting(0.1, 0.9, 0.0),
+        TABLE_2,
+        SgdSetting(0.1, 0.9, 0.001),
+        SgdSetting(0.3, 0.9, 0.0),
+        SgdSetting(0.3, 0.9, 0.001),
+    )
+    attentive = ProbeParams.model_validate(PARAMS | {"head": "attentive"})
+    assert attentive.grid == (SgdSetting(0.1, 0.9, 0.0), TABLE_2)
+    literal = PARAMS | {"lr": 0.01, "weight_decay": 0.05, "lrs": [], "weight_decays": []}
+    assert ProbeParams.model_validate(literal).grid == (TABLE_2,)
+    assert params.is_table_2
+    assert not ProbeParams.model_validate(PARAMS | {"batch_size": 128}).is_table_2
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("lrs", [0.0]), ("weight_decays", [-0.1]), ("warmup_epochs", 50)]
+)
+def test_params_that_cannot_be_are_refused(key: str, value: object):
+    with pytest.raises(ValidationError, match=rf"probe\.{key}"):
+        ProbeParams.model_validate(PARAMS | {key: value})

@@ -1,0 +1,216 @@
+"""Images as a feature model sees them, a batch at a time: clean latents, pixels, labels, keys.
+
+They come from shards (`StoredImages`, `stored_batches`) or from memory (`encode_images`). Nothing
+here is random: the latent is the mean of the VAE's posterior of the centre crop.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property, partial
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeAlias, TypeVar
+
+import torch
+from jaxtyping import Int64
+from torch import Tensor
+
+from contradiff.base.vae import encode, mode, scaling_factor
+from contradiff.data.latents import StoredLatents
+from contradiff.data.map_ahead import map_ahead
+from contradiff.data.shard_info import ImageInfo, LatentInfo
+from contradiff.data.shards import Sample, ShardIndex, image_of, read_shard
+from contradiff.data.streams import Pair, PairedShards
+from contradiff.data.transforms import Crop, apply_crop, centre_crop, decode
+from contradiff.types import ByteImages, Latents, Pixels, to_pixels
+
+if TYPE_CHECKING:
+    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+
+BATCHES_AHEAD = 2
+"""Batches whose images threads decode while one batch is computed."""
+
+Item = TypeVar("Item")
+_Row: TypeAlias = tuple[str, int, Tensor, Tensor]
+"""One image: key, label, clean latent, pixels as bytes."""
+
+
+@dataclass(frozen=True)
+class CleanBatch:
+    """Images whose features are to be computed.
+
+    Attributes:
+        indices: each image's number in its set, which seeds its noise.
+        latents: clean, at unit scale; of a model that reads pixels alone (batch, 1, 0, 0).
+        pixels: in [-1, 1]; (batch, 3, 0, 0) where the model needs none.
+        labels: classes.
+        keys: names.
+    """
+
+    indices: tuple[int, ...]
+    latents: Latents
+    pixels: Pixels
+    labels: Int64[Tensor, " batch"]
+    keys: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class StoredImages:
+    """Image shards and latent shards of the same images, read one shard at a time.
+
+    No batch reaches beyond its shard, so a shard's features depend on no other shard.
+
+    Attributes:
+        images: folder of image shards.
+        latents: folder of latent shards, in the same order.
+        batch_size: images at once.
+        num_threads: threads that decode ahead; 0: none.
+    """
+
+    images: Path
+    latents: Path
+    batch_size: int
+    num_threads: int
+
+    @cached_property
+    def index(self) -> ShardIndex[ImageInfo]:
+        """Of the image shards."""
+        return ShardIndex.read(self.images, ImageInfo)
+
+    @property
+    def shards(self) -> list[tuple[str, int]]:
+        """Every shard: its split and number."""
+        splits = self.index.splits
+        return [(split, number) for split in splits for number in range(len(splits[split]))]
+
+    def latent_batches(self, split: str, number: int, *, with_pixels: bool) -> Iterator[CleanBatch]:
+        """Yield one shard's clean latents, and, if asked for, the pixels of the same crops."""
+        pairs = PairedShards.open(self.images, self.latents, split=split)
+        make = partial(_clean_row, info=pairs.latent_index.info, with_pixels=with_pixels)
+        yield from self._batches(split, number, make, pairs.read(number))
+
+    def pixel_batches(
+        self, split: str, number: int, *, size: int, crop_fraction: float
+    ) -> Iterator[CleanBatch]:
+        """Yield the centres of one shard's images at a backbone's size; no latents are read.
+
+        Args:
+            split: its name.
+            number: of the shard.
+            size: side of the pixels.
+            crop_fraction: share of an image's shorter side that is seen.
+        """
+        shard = self.index.shards(split)[number]
+        samples = map(image_of, read_shard(self.images / shard.name, shard))
+        make = partial(centre_row, size=size, crop_fraction=crop_fraction)
+        yield from self._batches(split, number, make, samples)
+
+    def _batches(
+        self, split: str, number: int, make: Callable[[Item], _Row], items: Iterable[Item]
+    ) -> Iterator[CleanBatch]:
+        shards = self.index.shards(split)
+        first_index = sum(shard.num_samples for shard in shards[:number])
+        num_ahead = BATCHES_AHEAD * self.batch_size
+        rows = map_ahead(make, items, num_threads=self.num_threads, num_ahead=num_ahead)
+        yield from _batched(rows, first_index=first_index, batch_size=self.batch_size)
+
+
+def stored_batches(
+    images: Path,
+    latents: Path,
+    *,
+    split: str,
+    batch_size: int,
+    chosen: Sequence[int] | None = None,
+) -> Iterator[CleanBatch]:
+    """Yield a whole split in order: clean latents and the pixels of the same centre crops.
+
+    Args:
+        images: folder of image shards.
+        latents: folder of latent shards.
+        split: its name.
+        batch_size: images at once.
+        chosen: indices of the images to yield, ascending; None: all. An image's index in the batch
+            is its place among the chosen.
+    """
+    pairs = PairedShards.open(images, latents, split=split)
+    records = (pair for shard in range(pairs.num_shards) for pair in pairs.read(shard))
+    if chosen is not None:
+        wanted = frozenset(chosen)
+        records = (pair for index, pair in enumerate(records) if index in wanted)
+    info = pairs.latent_index.info
+    rows = (_clean_row(pair, info=info, with_pixels=True) for pair in records)
+    yield from _batched(rows, first_index=0, batch_size=batch_size)
+
+
+@torch.no_grad()
+def encode_images(
+    vae: "AutoencoderKL",
+    images: ByteImages,
+    labels: Int64[Tensor, " num_images"],
+    *,
+    image_size: int,
+    device: torch.device,
+) -> CleanBatch:
+    """Make one batch of square images in memory: resize (bicubic, Table 6's 32 to 256), encode.
+
+    Args:
+        vae: on `device`.
+        images: all of one size.
+        labels: their classes.
+        image_size: side of the model's pixels.
+        device: where the VAE runs.
+    """
+    batch = resized_batch(images, labels, centre_crop(*images.shape[2:]), size=image_size)
+    moments = encode(vae, batch.pixels.to(device))
+    latents = mode(moments, scaling_factor=scaling_factor(vae)).cpu()
+    return CleanBatch(batch.indices, latents, batch.pixels, labels, batch.keys)
+
+
+def resized_batch(
+    images: ByteImages, labels: Int64[Tensor, " num_images"], crop: Crop, *, size: int
+) -> CleanBatch:
+    """Make one batch of images in memory: the same crop of each, resized; no latents."""
+    pixels = to_pixels(torch.stack([apply_crop(image, crop, size=size) for image in images]))
+    indices = tuple(range(len(images)))
+    no_latents = torch.empty(len(images), 1, 0, 0)
+    return CleanBatch(indices, no_latents, pixels, labels, tuple(map(str, indices)))
+
+
+def central_crop(height: int, width: int, *, crop_fraction: float) -> Crop:
+    """The square in the middle whose side is `crop_fraction` of the shorter side."""
+    whole = centre_crop(height, width)
+    side = max(1, round(whole.height * crop_fraction))
+    offset = (whole.height - side) // 2
+    return Crop(whole.top + offset, whole.left + offset, side, side, mirrored=False)
+
+
+def centre_row(sample: Sample, *, size: int, crop_fraction: float) -> _Row:
+    """The centre of an image, `crop_fraction` of its shorter side, resized to `size`.
+
+    timm resizes to size / crop_fraction first and crops then: the same but for the border.
+    *Deviation*: the resize is always antialiased bicubic, whatever the backbone's own is.
+    """
+    image = decode(sample.image, name=sample.key)
+    crop = central_crop(*image.shape[1:], crop_fraction=crop_fraction)
+    return sample.key, sample.label, torch.empty(1, 0, 0), apply_crop(image, crop, size=size)
+
+
+def _clean_row(pair: Pair, *, info: LatentInfo, with_pixels: bool) -> _Row:
+    sample, stored = image_of(pair[0]), StoredLatents.of_record(pair[1])
+    pixels = torch.empty(3, 0, 0, dtype=torch.uint8)
+    if with_pixels:
+        image = decode(sample.image, name=sample.key)
+        pixels = apply_crop(image, stored.crops[0], size=info.image_size)
+    moments = torch.from_numpy(stored.moments[:1])
+    [latent] = mode(moments, scaling_factor=info.scaling_factor)
+    return sample.key, sample.label, latent, pixels
+
+
+def _batched(rows: Iterator[_Row], *, first_index: int, batch_size: int) -> Iterator[CleanBatch]:
+    while chunk := list(islice(rows, batch_size)):
+        keys, labels, latents, pixels = zip(*chunk, strict=True)
+        indices = tuple(range(first_index, first_index + len(chunk)))
+        shown = to_pixels(torch.stack(pixels))
+        yield CleanBatch(indices, torch.stack(latents), shown, torch.tensor(labels), tuple(keys))
+        first_index += len(chunk)
