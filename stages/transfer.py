@@ -25,7 +25,7 @@ from contradiff.features.models import load_feature_model
 from contradiff.features.params import FeaturesParams
 from contradiff.features.timm_backbone import TimmFeatures
 from contradiff.method.checkpoint import load_checkpoint
-from contradiff.sources.transfer_set import TransferDataParams
+from contradiff.sources.transfer_set import TransferSet
 
 MANIFEST = Path("build/manifest/transfer.json")
 BASE, CHECKPOINT = Path("build/base"), Path("build/pretrain")
@@ -35,7 +35,6 @@ class Params(Section):
     seed: Seed
     data: DataParams
     features: FeaturesParams
-    transfer_data: TransferDataParams
     transfer: TransferParams
 
 
@@ -52,11 +51,10 @@ def main(params: Params, run: Run) -> None:
     )
     size = params.data.image_size
     encode = encoder_of(model, base=BASE, image_size=size, device=run.device)
+    images = TransferSet.reopen(MANIFEST, project=run.root)
     task = TransferTask.open(
-        params.transfer_data,
+        images,
         settings,
-        root=run.root,
-        manifest=MANIFEST,
         image_size=model.uncropped_size if isinstance(model, TimmFeatures) else size,
         seed=params.seed,
     )
@@ -98,7 +96,7 @@ def main(params: Params, run: Run) -> None:
         shown = ", ".join(f"{name} {kind.mean:.1%}" for name, kind in kinds.items())
         run.log(f"{shots} shots: top-1 {shown} on {len(test_rows)} test images")
     run.write_json(Path("build/transfer/splits.json"), {"splits": describe_splits(task, scores)})
-    metrics = transfer_metrics(scores, total=len(test_rows), source=params.transfer_data.source)
+    metrics = transfer_metrics(scores, total=len(test_rows), source=images.source)
     run.write_json(Path("metrics/transfer.json"), {"transfer": metrics})
 
 

@@ -25,8 +25,7 @@ from contradiff.features.models import FeatureModel, LabelledFeatures, compute_f
 from contradiff.features.params import FeaturesParams
 from contradiff.features.timm_backbone import TimmFeatures
 from contradiff.method.model import ContraDiff
-from contradiff.sources.raw import ensure_transfer_archive, read_manifest, transfer_manifest
-from contradiff.sources.transfer_set import TransferDataParams, TransferSplit, read_transfer_split
+from contradiff.sources.transfer_set import TransferSet, TransferSplit
 from contradiff.training.optim import SgdParams
 from contradiff.types import ByteImages
 
@@ -113,44 +112,21 @@ class TransferTask:
 
     @classmethod
     def open(
-        cls,
-        data: TransferDataParams,
-        params: TransferParams,
-        *,
-        root: Path,
-        manifest: Path,
-        image_size: int,
-        seed: int,
+        cls, images: TransferSet, params: TransferParams, *, image_size: int, seed: int
     ) -> "TransferTask":
-        """Open the data set, if it is what `prepare` has seen, and draw the splits.
+        """Open the data set and draw the splits.
 
         Args:
-            data: which data set.
+            images: the data set.
             params: shots and number of splits.
-            root: the folder that transfer_data.root is relative to.
-            manifest: of the data set, as `prepare` wrote it.
             image_size: side to which an ImageFolder's images are brought.
             seed: of the first split.
 
         Raises:
-            ValueError: the data is missing, damaged or changed, or a class has too few images.
+            ValueError: the data is missing or damaged, or a class has too few images.
         """
-        folder = ensure_transfer_archive(root / data.root, data, seed=seed)
-        now = transfer_manifest(folder, source=data.source, shown_root=data.root)
-        if now != read_manifest(manifest):
-            raise ValueError(
-                f"transfer_data.root: {data.root} has changed since {manifest}; "
-                "run `dvc repro -f prepare`"
-            )
-        read = partial(
-            read_transfer_split,
-            folder,
-            source=data.source,
-            image_size=image_size,
-            shown_root=data.root,
-        )
-        pool = read(split="train")
-        return cls(pool, read(split="test"), draw_splits(pool.labels.tolist(), params, seed), seed)
+        pool, test = (images.split(name, image_size=image_size) for name in ("train", "test"))
+        return cls(pool, test, draw_splits(pool.labels.tolist(), params, seed), seed)
 
 
 def draw_splits(

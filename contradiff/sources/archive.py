@@ -1,23 +1,27 @@
 """ILSVRC2012's own archives, read where they lie: nothing is unpacked.
 
-`ILSVRC2012_img_train.tar` holds a tar a class, `<wnid>.tar`; `ILSVRC2012_img_val.tar` holds the
-validation images, numbered, whose classes the development kit knows. A first scan reads the tars'
-headers; its index is kept, and used as long as the archives do not change.
+`ILSVRC2012_img_train.tar` holds a tar for each class, `<wnid>.tar`. `ILSVRC2012_img_val.tar` holds
+the validation images by number; the development kit knows their classes.
 """
 
-import hashlib
 import os
 import re
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
+from tarfile import TarInfo
 from typing import Any
 
 from contradiff.sources.devkit import DEVKIT_ARCHIVE, read_devkit
-from contradiff.sources.folder import in_order
-from contradiff.sources.listing import ImageFile, Listing, is_image_name, unreadable
-from contradiff.sources.tar_index import Member, identity_of, load_index, store_index, walk_tar
+from contradiff.sources.folder import NUM_THREADS
+from contradiff.sources.listing import (
+    ImageFile,
+    Listing,
+    explain_unreadable,
+    in_order,
+    is_image_name,
+)
+from contradiff.sources.tars import Member, Members, check_digest, kept_index, walk_tar
 
 TRAIN_ARCHIVE = "ILSVRC2012_img_train.tar"
 VAL_ARCHIVE = "ILSVRC2012_img_val.tar"
@@ -26,10 +30,7 @@ MD5S = {
     VAL_ARCHIVE: "29b22e2961454d5413ddabcf34fc5622",
     DEVKIT_ARCHIVE: "fa75699e90414af021442c21a62c3abf",
 }
-"""As torchvision.datasets.ImageNet has them."""
-NUM_THREADS = 16
-"""Classes indexed at a time: network file systems answer each request late, but many at once."""
-_NUMBERED = re.compile(r"_(\d{8})\.\w+$")
+"""As in torchvision.datasets.ImageNet."""
 
 
 class ArchiveReader:
@@ -40,21 +41,19 @@ class ArchiveReader:
         self._descriptors: dict[str, int] = {}
 
     def __call__(self, file: ImageFile, /) -> bytes:
-        """Read one image by its place; several threads and forked processes may do so at once."""
+        """Read one image at its offset; several threads and forked processes may do so at once."""
         path = self.root / file.stored
-        try:
+        with explain_unreadable(path):
             if file.stored not in self._descriptors:
                 self._descriptors[file.stored] = os.open(path, os.O_RDONLY)
             content = os.pread(self._descriptors[file.stored], file.num_bytes, file.offset)
-        except OSError as error:
-            raise unreadable(error, shown=str(path)) from error
         if len(content) != file.num_bytes:
             raise ValueError(f"data.root: {path} is truncated: {file.path} is not whole in it")
         return content
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __reduce__(self) -> tuple[Any, ...]:
         """Leave the open files behind."""
-        return {"root": self.root, "_descriptors": {}}
+        return ArchiveReader, (self.root,)
 
     def __del__(self) -> None:
         for descriptor in self._descriptors.values():
@@ -62,172 +61,124 @@ class ArchiveReader:
 
 
 def scan_archives(
-    root: Path,
-    *,
-    shown_root: str,
-    cache: Path | None,
-    on_message: Callable[[str], None] = lambda _: None,
+    root: Path, *, cache: Path | None, on_message: Callable[[str], None] = lambda _: None
 ) -> Listing:
-    """List the images in the archives. Classes are the sorted wnids, as of an unpacked tree.
+    """List the images in the archives. Classes are the sorted wnids, as in class folders.
 
     Args:
         root: the folder of the archives and the development kit.
-        shown_root: how the parameters name it.
-        cache: a folder that keeps the index between runs; none: headers are read every time.
+        cache: a folder that keeps the archives' indices between runs; None reads headers each time.
         on_message: told what takes long.
 
     Raises:
-        ValueError: an archive or the kit is missing, truncated, damaged, or holds what it should
-            not; or they do not belong together.
+        ValueError: an archive or the kit is missing, truncated or damaged, or has a content that it
+            should not have; or they do not fit together.
     """
-    _check_presence(root, shown_root=shown_root)
-    devkit = read_devkit(root, shown_root=shown_root)  # small, and as often missing as the rest
-    groups = _index(root, TRAIN_ARCHIVE, shown_root, cache, on_message)
-    if not groups:
-        raise ValueError(
-            f"data.root: {shown_root}/{TRAIN_ARCHIVE} holds no class archives (<wnid>.tar)"
-        )
+    _check_presence(root)
+    devkit = read_devkit(root)  # before the long work: it is as often missing as the rest
+
+    def index(path: Path, read_headers: Callable[[Path], Members]) -> Members:
+        def make() -> Members:
+            on_message(f"reading the headers of {path} (once, as long as it does not change)")
+            return read_headers(path)
+
+        with explain_unreadable(path):
+            return kept_index(path, cache, make)
+
+    groups = index(root / TRAIN_ARCHIVE, _walk_classes)
     class_ids = tuple(sorted(groups))
     train = [
-        ImageFile(
-            f"train/{class_id}/{_base(member)}",
-            label,
-            member.num_bytes,
-            TRAIN_ARCHIVE,
-            member.offset,
-        )
+        ImageFile(f"train/{class_id}/{name}", label, num_bytes, TRAIN_ARCHIVE, offset)
         for label, class_id in enumerate(class_ids)
-        for member in groups[class_id]
-        if is_image_name(_base(member))
+        for name, offset, num_bytes in groups[class_id]
     ]
-    members = _index(root, VAL_ARCHIVE, shown_root, cache, on_message).get("", [])
-    members = [member for member in members if is_image_name(_base(member))]
-    val = _labelled(members, devkit.wnids, class_ids, shown_root=shown_root)
+    val = index(root / VAL_ARCHIVE, lambda path: {"val": _images(walk_tar(path))})["val"]
+    labelled = _labelled(val, devkit.wnids, class_ids, path=root / VAL_ARCHIVE)
     names = tuple(devkit.names.get(class_id, class_id) for class_id in class_ids)
-    return Listing(class_ids, names, {"train": in_order(train), "val": in_order(val)})
+    return Listing(class_ids, names, {"train": in_order(train), "val": in_order(labelled)})
 
 
-def verify_archives(
-    root: Path, *, shown_root: str, on_message: Callable[[str], None] = lambda _: None
-) -> None:
-    """Compare the archives' md5 with ILSVRC's; every byte is read, which takes minutes.
+def verify_archives(root: Path, *, on_message: Callable[[str], None] = lambda _: None) -> None:
+    """Compare the archives' md5 with ILSVRC's. This reads every byte, which takes minutes.
 
-    A development kit that is unpacked has none.
+    An unpacked development kit has no md5 and is passed over.
 
     Raises:
-        ValueError: one is missing or differs; names it.
+        ValueError: an archive is missing or differs.
     """
-    _check_presence(root, shown_root=shown_root)
+    _check_presence(root)
     for name, expected in MD5S.items():
         path = root / name
         if name == DEVKIT_ARCHIVE and not path.is_file():
             on_message(f"{name} is not there (unpacked?): its md5 is not checked")
             continue
         on_message(f"reading {path.stat().st_size / 1e9:.1f} GB of {name} for its md5")
-        with path.open("rb") as file:
-            # against damage, as ILSVRC publishes it, not against forgery
-            found = hashlib.file_digest(
-                file, lambda: hashlib.md5(usedforsecurity=False)
-            ).hexdigest()
-        if found != expected:
-            raise ValueError(
-                f"data.root: {shown_root}/{name} has md5 {found}, ILSVRC's has {expected}: fetch "
-                "it anew (or set raw.verify to false for a set of your own)"
-            )
+        remedy = "fetch it again, or set raw.verify to false for a set of your own"
+        check_digest(path, algorithm="md5", expected=expected, remedy=remedy)
 
 
-def _check_presence(root: Path, *, shown_root: str) -> None:
+def _check_presence(root: Path) -> None:
     for name in (TRAIN_ARCHIVE, VAL_ARCHIVE):
         if not (root / name).is_file():
-            raise ValueError(
-                f"data.root: no {shown_root}/{name}; expected ILSVRC's archives of 2012"
-            )
+            raise ValueError(f"data.root: no {root / name}; expected ILSVRC's archives of 2012")
 
 
-def _index(
-    root: Path,
-    name: str,
-    shown_root: str,
-    cache: Path | None,
-    on_message: Callable[[str], None],
-) -> dict[str, list[Member]]:
-    """Members of an archive: of train by class, of val in one group without a name."""
-    path, shown = root / name, f"{shown_root}/{name}"
-    kept = None if cache is None else cache / f"{name}.json"
-    try:
-        identity = identity_of(path)
-        if (known := load_index(kept, identity)) is not None:
-            return known
-        on_message(f"reading the headers of {shown} (once, as long as it does not change)")
-        with _opened(path) as descriptor:
-            outer = list(walk_tar(descriptor, start=0, end=path.stat().st_size, shown=shown))
-            if name == TRAIN_ARCHIVE:
-                groups = _index_classes(descriptor, outer, shown=shown)
-            else:
-                groups = {"": outer}
-    except OSError as error:
-        raise unreadable(error, shown=shown) from error
-    store_index(kept, identity, groups)
-    return groups
-
-
-def _index_classes(descriptor: int, outer: list[Member], *, shown: str) -> dict[str, list[Member]]:
-    classes: dict[str, Member] = {}
-    for member in outer:
-        stem, dot, extension = _base(member).rpartition(".")
-        if extension != "tar" or not dot or stem.startswith("."):
+def _walk_classes(path: Path) -> Members:
+    classes: dict[str, TarInfo] = {}
+    for member in walk_tar(path):
+        wnid, _, extension = _base(member.name).rpartition(".")
+        if extension != "tar" or not wnid or wnid.startswith("."):
             continue
-        if stem in classes:
-            raise ValueError(f"data.root: {shown} holds {_base(member)} twice")
-        classes[stem] = member
+        if wnid in classes:
+            raise ValueError(f"data.root: {path} holds {wnid}.tar twice")
+        classes[wnid] = member
+    if not classes:
+        raise ValueError(f"data.root: {path} holds no class archives (<wnid>.tar)")
 
-    def walk(member: Member) -> list[Member]:
-        end = member.offset + member.num_bytes
-        inner = f"{shown}: {member.name}"
-        return list(walk_tar(descriptor, start=member.offset, end=end, shown=inner))
+    def walk(member: TarInfo) -> list[Member]:
+        return _images(walk_tar(path, inner=member), start=member.offset_data)
 
     with ThreadPoolExecutor(NUM_THREADS) as pool:
         return dict(zip(classes, pool.map(walk, classes.values()), strict=True))
 
 
+def _images(members: Iterable[TarInfo], *, start: int = 0) -> list[Member]:
+    return [
+        Member(name, start + member.offset_data, member.size)
+        for member in members
+        if is_image_name(name := _base(member.name))
+    ]
+
+
+def _base(name: str) -> str:
+    return name.rpartition("/")[2]
+
+
 def _labelled(
-    members: list[Member], wnids: tuple[str, ...], class_ids: tuple[str, ...], *, shown_root: str
+    members: list[Member], wnids: tuple[str, ...], class_ids: tuple[str, ...], *, path: Path
 ) -> list[ImageFile]:
-    """Give each validation image the class that the ground truth has at its number."""
+    """Give each validation image the class on the ground truth's line of the image's number."""
     if len(members) != len(wnids):
         raise ValueError(
             f"data.root: the devkit's ground truth has {len(wnids)} lines for the {len(members)} "
-            f"images of {shown_root}/{VAL_ARCHIVE}"
+            f"images of {path}"
         )
     index = {class_id: label for label, class_id in enumerate(class_ids)}
     files: list[ImageFile] = []
-    for member in members:
-        match = _NUMBERED.search(_base(member))
+    for name, offset, num_bytes in members:
+        match = re.search(r"_(\d{8})\.\w+$", name)
         number = int(match[1]) if match else 0
         if not 1 <= number <= len(wnids):
             raise ValueError(
-                f"data.root: {shown_root}/{VAL_ARCHIVE}: {member.name} has no number from 1 to "
-                f"{len(wnids)} by which the ground truth knows it"
+                f"data.root: {path}: {name} has no number from 1 to {len(wnids)}, by which the "
+                "ground truth would know it"
             )
         wnid = wnids[number - 1]
         if wnid not in index:
             raise ValueError(
-                f"data.root: {shown_root}: the devkit gives {member.name} the class {wnid}, which "
+                f"data.root: {path}: the devkit gives {name} the class {wnid}, which "
                 f"{TRAIN_ARCHIVE} lacks"
             )
-        path = f"val/{wnid}/{_base(member)}"
-        files.append(ImageFile(path, index[wnid], member.num_bytes, VAL_ARCHIVE, member.offset))
+        place = f"val/{wnid}/{name}"
+        files.append(ImageFile(place, index[wnid], num_bytes, VAL_ARCHIVE, offset))
     return files
-
-
-def _base(member: Member) -> str:
-    return member.name.rpartition("/")[2]
-
-
-@contextmanager
-def _opened(path: Path) -> Generator[int]:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        yield descriptor
-    finally:
-        os.close(descriptor)

@@ -1,16 +1,151 @@
-"""CIFAR-10 and CIFAR-100 in both official forms, and data stored in one of their layouts."""
+"""CIFAR-10 and CIFAR-100: the official archives, packed or unpacked, python or binary.
 
-from collections.abc import Mapping
+Other 32-pixel data stored in one of their layouts may be read too, such as the toy digits.
+"""
+
+import gzip
+import tarfile
+import zlib
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
 
 import numpy as np
 from jaxtyping import Int64, UInt8
 
-from contradiff.sources.cifar_files import CifarFiles, CifarName, Split
-from contradiff.sources.cifar_pickle import as_text, read_mapping, uint8_matrix
+from contradiff.sources.cifar_pickle import as_text, read_mapping
+from contradiff.sources.tars import check_digest, check_member
+
+CifarName = Literal["cifar10", "cifar100"]
+Split = Literal["train", "test"]
 
 SIDE = 32
+HOMEPAGE = "https://www.cs.toronto.edu/~kriz/cifar.html"
+MAX_MEMBER_BYTES = 1 << 28
+"""The largest member has 155 MB. A larger one is not CIFAR's and might fill the memory."""
 _PIXELS = 3 * SIDE * SIDE
+
+
+@dataclass(frozen=True)
+class CifarForm:
+    """One official form of a data set.
+
+    Attributes:
+        archive: the archive's name.
+        folder: the only folder in the archive.
+        names: the file of class names.
+        md5: the archive's digest, as on the home page.
+        sha256: likewise, as Keras and TensorFlow Datasets pin it.
+    """
+
+    archive: str
+    folder: str
+    names: str
+    md5: str
+    sha256: str
+
+    @property
+    def is_python(self) -> bool:
+        """Whether files are pickled; else they are records of label bytes and 3072 pixels."""
+        return "python" in self.archive
+
+    @property
+    def prefix(self) -> str:
+        """Before `labels` and `label_names`: CIFAR-100 has coarse ones too."""
+        return "fine_" if "100" in self.archive else ""
+
+    def split_files(self, split: Split) -> list[str]:
+        """The files of a split, in order."""
+        stems = [split]
+        if not self.prefix:
+            batches = [f"data_batch_{number}" for number in range(1, 6)]
+            stems = batches if split == "train" else ["test_batch"]
+        return stems if self.is_python else [f"{stem}.bin" for stem in stems]
+
+    @property
+    def files(self) -> list[str]:
+        """All files that are read."""
+        return [*self.split_files("train"), *self.split_files("test"), self.names]
+
+
+FORMS: Mapping[CifarName, tuple[CifarForm, CifarForm]] = {
+    "cifar10": (
+        CifarForm(
+            archive="cifar-10-python.tar.gz",
+            folder="cifar-10-batches-py",
+            names="batches.meta",
+            md5="c58f30108f718f92721af3b95e74349a",
+            sha256="6d958be074577803d12ecdefd02955f39262c83c16fe9348329d7fe0b5c001ce",
+        ),
+        CifarForm(
+            archive="cifar-10-binary.tar.gz",
+            folder="cifar-10-batches-bin",
+            names="batches.meta.txt",
+            md5="c32a1d4ab5d03f1284b67883e8d87530",
+            sha256="c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd",
+        ),
+    ),
+    "cifar100": (
+        CifarForm(
+            archive="cifar-100-python.tar.gz",
+            folder="cifar-100-python",
+            names="meta",
+            md5="eb9058c3a382ffc7106e4002c42a8d85",
+            sha256="85cd44d02ba6437773c5bbd22e183051d648de2e7d6b014e1ef29b855ba677a7",
+        ),
+        CifarForm(
+            archive="cifar-100-binary.tar.gz",
+            folder="cifar-100-binary",
+            names="fine_label_names.txt",
+            md5="03b5dce01913d631647c71ecec9e9cb8",
+            sha256="58a81ae192c23a4be8b1804d68e518ed807d710a4eb253b1f2a199162a40d8ec",
+        ),
+    ),
+}
+"""The python form is looked for first; both hold the same images in the same order."""
+
+
+@dataclass(frozen=True)
+class CifarFiles:
+    """The files of one data set: `place` is the archive, or the folder of unpacked files."""
+
+    form: CifarForm
+    place: Path
+
+    @property
+    def paths(self) -> list[Path]:
+        """What is on the disk: the archive, or each unpacked file."""
+        if self.place.is_file():
+            return [self.place]
+        return [self.place / name for name in self.form.files]
+
+    def verify(self) -> None:
+        """Compare an archive with the official checksums; unpacked files have none.
+
+        Raises:
+            ValueError: it is another file.
+        """
+        if self.place.is_file():
+            remedy = (
+                f"fetch it again from {HOMEPAGE}, or set transfer_data.verify to false if it is "
+                "meant to hold other data"
+            )
+            for algorithm in ("sha256", "md5"):
+                expected = getattr(self.form, algorithm)
+                check_digest(self.place, algorithm=algorithm, expected=expected, remedy=remedy)
+
+    def read(self, names: Sequence[str]) -> dict[str, bytes]:
+        """Contents of some files, by the names that messages use. Nothing is written to the disk.
+
+        Raises:
+            ValueError: the archive is damaged, holds more than plain files, or lacks one.
+        """
+        if not self.place.is_file():
+            return {str(path): path.read_bytes() for path in (self.place / name for name in names)}
+        members = [f"{self.form.folder}/{name}" for name in names]
+        contents = _read_members(self.place, set(members))
+        return {f"{self.place}: {member}": contents[member] for member in members}
 
 
 @dataclass(frozen=True)
@@ -19,9 +154,9 @@ class CifarSplit:
 
     Attributes:
         images: RGB from 0 to 255.
-        labels: Classes, of CIFAR-100 the fine ones, in [0, len(class_names)).
-        class_names: The classes' names.
-        keys: The images' names, where the files hold them, else the split and a number.
+        labels: classes in [0, len(class_names)); of CIFAR-100 the fine ones.
+        class_names: the classes' names.
+        keys: the images' names, where the files hold them, else the split and a number.
     """
 
     images: UInt8[np.ndarray, "n 3 32 32"]
@@ -30,105 +165,102 @@ class CifarSplit:
     keys: list[str]
 
 
-@dataclass(frozen=True)
-class _Fields:
-    """What the files call labels and names, and where a binary record has its label."""
-
-    labels: str
-    label_names: str
-    num_label_bytes: int
-
-
-_FIELDS: Mapping[CifarName, _Fields] = {
-    "cifar10": _Fields("labels", "label_names", 1),
-    # the coarse label, then the fine one
-    "cifar100": _Fields("fine_labels", "fine_label_names", 2),
-}
-
-_Part = tuple[UInt8[np.ndarray, "n 3 32 32"], list[int], list[str]]
-
-
-def read_cifar(files: CifarFiles, name: CifarName, *, split: Split) -> CifarSplit:
-    """Read one split from an archive or an unpacked folder.
-
-    The number of images and classes is what the files hold, so that other 32-pixel data may use
-    the layouts.
+def find_cifar(root: Path, name: CifarName) -> CifarFiles:
+    """Look for a data set.
 
     Args:
-        files: as from `find_cifar`.
-        name: which of the two sets.
-        split: which half.
+        root: an archive, or a folder with unpacked files or an archive in it; folders below are
+            not searched.
+        name: which data set.
+
+    Raises:
+        ValueError: it is not there; names transfer_data.root and what is missing.
+    """
+    forms = FORMS[name]
+    archives = " or ".join(form.archive for form in forms)
+    if root.is_file():
+        for form in forms:
+            if root.name == form.archive:
+                return CifarFiles(form, root)
+        raise ValueError(f"transfer_data.root: {root} is a file, but not {archives}")
+    absent = [[file for file in form.files if not (root / file).is_file()] for form in forms]
+    for form, missing in zip(forms, absent, strict=True):
+        if not missing:
+            return CifarFiles(form, root)
+    for form in forms:
+        if (root / form.archive).is_file():
+            return CifarFiles(form, root / form.archive)
+    lacks = f"lacks {', '.join(min(absent, key=len))}" if root.exists() else "does not exist"
+    raise ValueError(
+        f"transfer_data.root: {root} {lacks}; put {archives} there, packed or unpacked (from "
+        f"{HOMEPAGE}; nothing is downloaded)"
+    )
+
+
+def read_cifar(files: CifarFiles, *, split: Split) -> CifarSplit:
+    """Read one split. The files decide how many images and classes there are.
 
     Raises:
         ValueError: a file is damaged, is a pickle that wants more than data, or holds images or
             labels of a wrong shape, number or range.
     """
-    layout, fields = files.layout, _FIELDS[name]
-    names = (layout.names, *layout.splits[split])
-    contents = dict(zip(names, files.read(names), strict=True))
-    shown = files.shown(layout.names)
-    class_names = _class_names(contents.pop(layout.names), files, fields, shown=shown)
+    form = files.form
+    (shown, content), *batches = files.read([form.names, *form.split_files(split)]).items()
+    entry = f"{form.prefix}label_names"
+    class_names = content.decode("utf-8", "replace").split()
+    if form.is_python:
+        mapping = read_mapping(content, shown=shown)
+        class_names = [as_text(name) for name in _list(mapping, entry, shown=shown)]
     if not class_names:
-        raise ValueError(f"{shown}: {fields.label_names} is empty")
-    read = _read_pickled if layout.encoding == "python" else _read_records
-    parts: list[_Part] = []
-    for file, content in contents.items():
-        shown = files.shown(file)
-        parts.append(read(content, fields, shown=shown))
-        for index, label in enumerate(parts[-1][1]):
-            if not 0 <= label < len(class_names):
+        raise ValueError(f"{shown}: {entry} is empty")
+    images: list[UInt8[np.ndarray, "_ 3 32 32"]] = []
+    labels: list[int] = []
+    keys: list[str] = []
+    for shown, content in batches:
+        read = _read_pickled if form.is_python else _read_records
+        pixels, classes, names = read(content, form.prefix, shown=shown)
+        for index, label in enumerate(classes):
+            if type(label) is not int or not 0 <= label < len(class_names):
                 raise ValueError(
-                    f"{shown}: {fields.labels}[{index}] is {label}; "
-                    f"expected 0 to {len(class_names) - 1}"
+                    f"{shown}: {form.prefix}labels[{index}] is {label!r}; expected 0 to "
+                    f"{len(class_names) - 1}"
                 )
-    keys = [key for _, _, part_keys in parts for key in part_keys]
-    return CifarSplit(
-        images=np.concatenate([images for images, _, _ in parts]),
-        labels=np.array([label for _, labels, _ in parts for label in labels], dtype=np.int64),
-        class_names=class_names,
-        keys=[key or f"{split}-{index:05d}" for index, key in enumerate(keys)],
-    )
+            labels.append(label)
+        # The copy is contiguous and writable: torch.from_numpy wants that.
+        images.append(np.array(pixels.reshape(-1, 3, SIDE, SIDE), order="C"))
+        # Data that others store in the layout may go without names.
+        keys += names if len(names) == len(classes) else [""] * len(classes)
+    keys = [key or f"{split}-{index:05d}" for index, key in enumerate(keys)]
+    return CifarSplit(np.concatenate(images), np.array(labels, np.int64), class_names, keys)
 
 
-def _class_names(content: bytes, files: CifarFiles, fields: _Fields, *, shown: str) -> list[str]:
-    if files.layout.encoding == "binary":
-        return content.decode("utf-8", "replace").split()
+_Batch = tuple[UInt8[np.ndarray, "n _pixels"], list[object], list[str]]
+"""Images, labels and names; an image is a whole red plane, then green, then blue."""
+
+
+def _read_pickled(content: bytes, prefix: str, *, shown: str) -> _Batch:
     mapping = read_mapping(content, shown=shown)
-    return [as_text(name) for name in _list(mapping, fields.label_names, shown=shown)]
-
-
-def _read_pickled(content: bytes, fields: _Fields, *, shown: str) -> _Part:
-    """`data` has a row an image: a whole red plane, then green, then blue."""
-    mapping = read_mapping(content, shown=shown)
-    matrix = uint8_matrix(_entry(mapping, "data", shown=shown), columns=_PIXELS, shown=shown)
-    labels = _list(mapping, fields.labels, shown=shown)
-    if len(labels) != len(matrix):
-        raise ValueError(f"{shown}: {len(labels)} {fields.labels} for {len(matrix)} images")
-    classes: list[int] = []
-    for index, label in enumerate(labels):
-        if type(label) is not int:
-            raise ValueError(f"{shown}: {fields.labels}[{index}] is {label!r}, no whole number")
-        classes.append(label)
+    data = _entry(mapping, "data", shown=shown)
+    if not isinstance(data, np.ndarray) or data.shape[1:] != (_PIXELS,) or not len(data):
+        found = f"of shape {data.shape}" if isinstance(data, np.ndarray) else "no numpy array"
+        raise ValueError(f"{shown}: data is {found}; expected n x {_PIXELS}, images by values")
+    labels = _list(mapping, f"{prefix}labels", shown=shown)
+    if len(labels) != len(data):
+        raise ValueError(f"{shown}: {len(labels)} {prefix}labels for {len(data)} images")
     names = _list(mapping, "filenames", shown=shown) if "filenames" in mapping else []
-    # Data that others store in the layout may go without.
-    keys = [as_text(name) for name in names] if len(names) == len(matrix) else [""] * len(matrix)
-    # The copy is contiguous and writable: torch.from_numpy wants that.
-    images = matrix.reshape(len(matrix), 3, SIDE, SIDE).copy(order="C")
-    return images, classes, keys
+    return data, labels, [as_text(name) for name in names]
 
 
-def _read_records(content: bytes, fields: _Fields, *, shown: str) -> _Part:
-    size = fields.num_label_bytes + _PIXELS
+def _read_records(content: bytes, prefix: str, *, shown: str) -> _Batch:
+    num_labels = 2 if prefix else 1  # CIFAR-100: the coarse label, then the fine one
+    size = num_labels + _PIXELS
     if not content or len(content) % size:
         raise ValueError(
             f"{shown}: {len(content)} bytes are not a whole number of records of {size} "
-            f"({fields.num_label_bytes} of labels, {_PIXELS} of pixels); it is damaged, or of the "
-            "other CIFAR"
+            f"({num_labels} of labels, {_PIXELS} of pixels); it is damaged, or of the other CIFAR"
         )
     records = np.frombuffer(content, np.uint8).reshape(-1, size)
-    labels = records[:, fields.num_label_bytes - 1].tolist()
-    images = records[:, fields.num_label_bytes :].reshape(-1, 3, SIDE, SIDE).copy(order="C")
-    return images, labels, [""] * len(records)
+    return records[:, num_labels:], records[:, num_labels - 1].tolist(), []
 
 
 def _entry(mapping: Mapping[str, object], key: str, *, shown: str) -> object:
@@ -144,3 +276,26 @@ def _list(mapping: Mapping[str, object], key: str, *, shown: str) -> list[object
     if not isinstance(value, list):
         raise ValueError(f"{shown}: {key} is no list but {type(value).__name__}")
     return value
+
+
+def _read_members(path: Path, wanted: set[str]) -> dict[str, bytes]:
+    """Read members of a .tar.gz. It is read to its end, so that gzip compares its own checksum."""
+    contents: dict[str, bytes] = {}
+    try:
+        with gzip.open(path) as stream, tarfile.open(fileobj=stream, mode="r|") as archive:
+            for member in archive:
+                check_member(member, shown=str(path))
+                if member.size > MAX_MEMBER_BYTES or member.name in contents:
+                    fault = f"{member.name} twice or with {member.size:,} bytes"
+                    raise ValueError(f"{path}: holds {fault}; fetch it again from {HOMEPAGE}")
+                if member.name in wanted and (file := archive.extractfile(member)):
+                    contents[member.name] = file.read()
+            while stream.read(1 << 20):
+                pass
+    except (tarfile.TarError, gzip.BadGzipFile, zlib.error, EOFError) as error:
+        raise ValueError(
+            f"{path}: truncated or damaged ({error}); fetch it again from {HOMEPAGE}"
+        ) from error
+    if missing := sorted(wanted - set(contents)):
+        raise ValueError(f"{path}: lacks {', '.join(missing)}; fetch it again from {HOMEPAGE}")
+    return contents

@@ -1,19 +1,15 @@
-"""Reader of the pickles in CIFAR's python archives, which runs nothing that they ask for.
+"""Reads the pickles in CIFAR's python archives, and runs nothing that they ask for.
 
-A pickle may run any code. This reader does not let it: the few names that the format needs are
-bound to the inert stand-ins below, so that not even numpy's own restoring code sees the file's
-content, and every other name is refused.
+A pickle may call any function. This reader knows only the few that rebuild numpy arrays of bytes.
 """
 
 import io
-import pickle  # noqa: TID251 - only for its parser, see above
-from collections.abc import Callable, Mapping
+import pickle  # noqa: TID251 - with the few names below and no others
 from typing import Any
 
 import numpy as np
-from jaxtyping import UInt8
 
-# What pickle raises over bytes that are no pickle; its documentation leaves the list open.
+# What pickle and numpy raise over bytes that are no pickle; pickle's documentation leaves it open.
 _UNREADABLE = (
     pickle.UnpicklingError,
     ArithmeticError,
@@ -28,58 +24,55 @@ _UNREADABLE = (
 
 
 class _Dtype:
-    """Stand-in for `numpy.dtype`: remembers the name that it was made with."""
+    """Stands for numpy's dtype of single bytes. The real one would take hostile flags from a file.
+
+    Raises:
+        UnpicklingError: the file asks for another dtype.
+    """
 
     def __init__(self, name: object, *_flags: object) -> None:
-        self.name = name
+        if name not in ("u1", "|u1", b"u1", b"|u1"):
+            raise pickle.UnpicklingError(f"its array is of {name!r}, not of u1")
 
-    def __setstate__(self, state: object) -> None:
-        """Ignore byte order, fields and metadata: only single bytes are read."""
-
-
-class _Array:
-    """Stand-in for `numpy.ndarray`: remembers the state that numpy's would be restored from."""
-
-    state: object = None
-
-    def __setstate__(self, state: object) -> None:
-        self.state = state
+    def __setstate__(self, state: object) -> None: ...
 
 
-def _reconstruct(*_type_shape_code: object) -> _Array:
-    return _Array()
+class _ByteArray(np.ndarray):
+    def __setstate__(self, state: Any, /) -> None:
+        version, shape, dtype, is_fortran, content = state
+        if not isinstance(dtype, _Dtype):
+            raise pickle.UnpicklingError("its array has no dtype")
+        super().__setstate__((version, shape, np.dtype(np.uint8), is_fortran, content))
 
 
 def _encode(text: str, encoding: object = "latin1") -> bytes:
-    """Stand-in for `_codecs.encode`, by which Python 3 writes bytes in protocol 2."""
+    """Python 3 writes bytes so in protocol 2."""
     if encoding not in ("latin1", b"latin1"):
         raise pickle.UnpicklingError(f"bytes encoded as {encoding!r}")
     return text.encode("latin1")
 
 
-_STAND_INS: Mapping[tuple[str, str], Callable[..., object]] = {
-    ("numpy.core.multiarray", "_reconstruct"): _reconstruct,
-    ("numpy._core.multiarray", "_reconstruct"): _reconstruct,
-    ("numpy", "ndarray"): _Array,
+_RECONSTRUCT = np.empty(0).__reduce__()[0]
+_KNOWN = {
+    ("numpy.core.multiarray", "_reconstruct"): _RECONSTRUCT,
+    ("numpy._core.multiarray", "_reconstruct"): _RECONSTRUCT,
+    ("numpy", "ndarray"): _ByteArray,
     ("numpy", "dtype"): _Dtype,
     ("_codecs", "encode"): _encode,
 }
 
 
 class _CifarUnpickler(pickle.Unpickler):
-    """Knows the stand-ins and nothing else."""
-
     def find_class(self, module_name: str, global_name: str, /) -> Any:
-        try:
-            return _STAND_INS[module_name, global_name]
-        except KeyError:
+        if (known := _KNOWN.get((module_name, global_name))) is None:
             raise pickle.UnpicklingError(
                 f"it asks for {module_name}.{global_name}, which CIFAR does not need"
-            ) from None
+            )
+        return known
 
 
 def read_mapping(content: bytes, *, shown: str) -> dict[str, object]:
-    """Unpickle a file's mapping: strings, numbers, lists, and matrices for `uint8_matrix`.
+    """Unpickle a file: strings, numbers, lists and arrays of bytes, by name.
 
     Args:
         content: the whole file.
@@ -96,32 +89,9 @@ def read_mapping(content: bytes, *, shown: str) -> dict[str, object]:
         ) from error
     if not isinstance(value, dict):
         raise ValueError(f"{shown}: expected a mapping, found {type(value).__name__}")
-    # Python 2 wrote the keys as byte strings; a file saved anew by Python 3 may hold text.
     return {as_text(key): entry for key, entry in value.items()}
 
 
 def as_text(value: object) -> str:
-    """A string, which Python 2 wrote as bytes."""
+    """A string. Python 2 wrote it as bytes."""
     return value.decode("utf-8", "replace") if isinstance(value, bytes) else str(value)
-
-
-def uint8_matrix(value: object, *, columns: int, shown: str) -> UInt8[np.ndarray, "rows columns"]:
-    """What stands for a numpy matrix in `read_mapping`'s result => the matrix.
-
-    Raises:
-        ValueError: it is no matrix of single bytes with so many columns and a row at least.
-    """
-    match value.state if isinstance(value, _Array) else None:
-        case (_, (int(num_rows), int(num_columns)), _Dtype(name=name), is_fortran, bytes(raw)):
-            pass
-        case _:
-            raise ValueError(f"{shown}: data is no numpy matrix, images by values")
-    if as_text(name) not in ("u1", "|u1") or num_columns != columns:
-        raise ValueError(
-            f"{shown}: data is {num_rows} x {num_columns} of {as_text(name)}; "
-            f"expected n x {columns} of u1"
-        )
-    if num_rows < 1 or len(raw) != num_rows * columns:
-        raise ValueError(f"{shown}: data has {len(raw)} bytes for {num_rows} images of {columns}")
-    order = "F" if is_fortran else "C"
-    return np.frombuffer(raw, np.uint8).reshape(num_rows, columns, order=order)

@@ -1,10 +1,12 @@
-"""What every source of ImageNet gives: images by class, whatever they are stored in.
+"""Images by class: what every source of raw images lists, whatever the images are stored in.
 
-An image's `path` is `<split>/<class>/<file>` in all sources, so that its key, its label and its
-place in the manifest are the same from a tree, from archives and from Kaggle's download.
+An image's `path` is `<split>/<class>/<file>` in all sources. So its key, its label and its place in
+the order are the same from class folders, ILSVRC's archives, Kaggle's download and parquet.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+import re
+from collections.abc import Callable, Generator, Iterable, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +14,7 @@ SPLITS = ("train", "val")
 EXTENSIONS = frozenset({".jpeg", ".jpg", ".png", ".webp"})
 SYNSETS_NAME = "LOC_synset_mapping.txt"
 """Kaggle's list of class folders and their names; optional elsewhere."""
+_NOT_UTF8 = re.compile("[\ud800-\udfff\0]")
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,11 +22,11 @@ class ImageFile:
     """One raw image.
 
     Attributes:
-        path: `<split>/<class>/<file>`, whether or not there is such a file.
+        path: `<split>/<class>/<file>`, even if there is no such file.
         label: class index: the place of the class among the sorted class ids.
         num_bytes: size of the encoded image.
-        stored: the file that holds it, relative to the root; empty: `path`.
-        offset: where in that file it begins; parquet: its row. 0 for a file of its own.
+        stored: the file that holds it, relative to the root; if empty, that is `path`.
+        offset: where the image begins in that file; in parquet, its row.
         is_estimate: whether `num_bytes` is the mean of its parquet row group.
     """
 
@@ -36,9 +39,9 @@ class ImageFile:
 
     @property
     def key(self) -> str:
-        """Unique, and without the dots that WebDataset would take for an extension.
+        """The image's name in shards: unique, and without dots (WebDataset splits names there).
 
-        The class folder is part of it where the file's name does not begin with it already.
+        It begins with the class folder, unless the file's own name does so already.
         """
         parent, _, name = self.path.rpartition("/")
         dot = name.rfind(".")
@@ -48,7 +51,7 @@ class ImageFile:
 
 
 Read = Callable[[ImageFile], bytes]
-"""Gives an image's bytes as they are stored. Picklable: files are opened where it is called.
+"""Returns an image's bytes as they are stored. It can be pickled: worker processes open files anew.
 
 It raises ValueError, which names the file, if that is gone or shorter than it was.
 """
@@ -60,68 +63,68 @@ class Listing:
 
     Attributes:
         class_ids: sorted; a label is an index into them.
-        class_names: one a class; its id where the source knows no name.
-        splits: `train` and `val`: images in order of class, then of name.
-        facts: further text that stands for the data, such as sizes of its containers.
+        class_names: one for each class; its id if the source knows no name.
+        splits: images of `train` and `val`, ordered by class, then by name.
+        containers: text about the files that hold the images, which the digest covers too.
     """
 
     class_ids: tuple[str, ...]
     class_names: tuple[str, ...]
     splits: Mapping[str, tuple[ImageFile, ...]]
-    facts: str = ""
+    containers: str = ""
+
+    def check(self, root: Path) -> None:
+        """Refuse a listing that cannot become shards.
+
+        Raises:
+            ValueError: a class has no image in a split, or an image has no usable key of its own.
+        """
+        for split, files in self.splits.items():
+            present = {file.label for file in files}
+            empty = [name for label, name in enumerate(self.class_ids) if label not in present]
+            if empty:
+                raise ValueError(
+                    f"data.root: {root}: {len(empty)} of {len(self.class_ids)} classes have no "
+                    f"{split} image: {', '.join(empty[:5])}"
+                )
+            seen: dict[str, ImageFile] = {}
+            for file in files:
+                if _NOT_UTF8.search(key := file.key):
+                    raise ValueError(f"data.root: {file.path!r} is not named in UTF-8: rename it")
+                if (other := seen.setdefault(key, file)) is not file:
+                    both = " and ".join(f"{f.path} (in {f.stored or root})" for f in (other, file))
+                    raise ValueError(f"data.root: {both} would both be {key}: rename one")
 
 
 def is_image_name(name: str) -> bool:
-    """Whether a file of this name is taken for an image; hidden files are not."""
+    """Whether a file of this name counts as an image; hidden files do not."""
     dot = name.rfind(".")
     return dot > 0 and name[0] != "." and name[dot:].lower() in EXTENSIONS
 
 
-def check_listing(listing: Listing, *, shown_root: str) -> None:
-    """Refuse what no source may give.
-
-    Raises:
-        ValueError: a class has no image in a split, or two images of a split have one key.
-    """
-    for split, files in listing.splits.items():
-        present = {file.label for file in files}
-        empty = [name for label, name in enumerate(listing.class_ids) if label not in present]
-        if empty:
-            raise ValueError(
-                f"data.root: {shown_root}: {len(empty)} of {len(listing.class_ids)} classes have "
-                f"no {split} image: {', '.join(empty[:5])}"
-            )
-        _check_keys(files)
+def in_order(files: Iterable[ImageFile]) -> tuple[ImageFile, ...]:
+    """Sort by class, then by name."""
+    return tuple(sorted(files, key=lambda file: (file.label, file.path)))
 
 
-def _check_keys(files: Sequence[ImageFile]) -> None:
-    seen: dict[str, ImageFile] = {}
-    for file in files:
-        if (other := seen.setdefault(file.key, file)) is not file:
-            places = [place.path + _whence(place) for place in (other, file)]
-            raise ValueError(
-                f"data.root: {' and '.join(places)} would both be {file.key}: rename one"
-            )
-
-
-def _whence(file: ImageFile) -> str:
-    return f" (in {file.stored})" if file.stored else ""
-
-
-def name_of(words: str) -> str:
-    """The first of a class's names: `tench` of `tench, Tinca tinca`."""
+def first_name(words: str) -> str:
+    """The first of a class's names: `tench` from `tench, Tinca tinca`."""
     return words.split(",", maxsplit=1)[0].strip()
 
 
-def read_synsets(path: Path) -> dict[str, str]:
-    """Class ids and names of `LOC_synset_mapping.txt`; empty if there is no such file."""
-    if not path.is_file():
-        return {}
-    text = path.read_text(encoding="utf-8", errors="replace")
-    lines = (line.split(maxsplit=1) for line in text.splitlines() if line.strip())
-    return {line[0]: name_of(line[1]) for line in lines if len(line) == 2}
+def read_synsets(root: Path) -> dict[str, str]:
+    """Names by class id, from `LOC_synset_mapping.txt`; empty if there is no such file."""
+    path = root / SYNSETS_NAME
+    text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+    lines = (line.split(maxsplit=1) for line in text.splitlines())
+    return {line[0]: first_name(line[1]) for line in lines if len(line) == 2}
 
 
-def unreadable(error: OSError, *, shown: str) -> ValueError:
-    """The user's fault behind an error of the system."""
-    return ValueError(f"data.root: {shown} cannot be read: {error.strerror or error}")
+@contextmanager
+def explain_unreadable(path: Path, *, key: str = "data.root") -> Generator[None]:
+    """Raise ValueError where the system cannot read `path`, to which the parameter `key` led."""
+    try:
+        yield
+    except OSError as error:
+        place, reason = error.filename or path, error.strerror or error
+        raise ValueError(f"{key}: {place} cannot be read: {reason}") from error

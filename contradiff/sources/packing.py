@@ -1,22 +1,19 @@
-"""Raw images -> shards: planned before any work, each shard an independent job, found after a kill.
+"""Raw images => shards: planned before any work, made by `map_shards`, then published.
 
-    files of a split =plan_shards=> PlannedShard, ... =write_planned=> DoneShard, ... =publish=> out
+    listing =plan_shards=> PlannedShard, ... =ShardMaker=> Made, ... =PackingReport=> folder
 
-What the shards hold together is counted by `contradiff.sources.tally`.
-
-The plan is a function of names, sizes and seed; a shard's bytes are a function of its plan, the
-images' bytes and the recipe. So they are the same whichever process writes them, and when. An image
-that cannot be read is left out of the shard that it was planned for: no other shard changes.
+The plan is a function of names, sizes and seed. A shard's bytes are a function of its plan, of the
+images' bytes and of the parameters. So they are the same whichever process writes them, and when.
+An unreadable image is left out of its shard and listed; no other shard changes.
 """
 
-import hashlib
 import json
 import os
 import shutil
 import tarfile
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,17 +21,25 @@ import numpy as np
 from pydantic import Field
 
 from contradiff.config import Section
-from contradiff.data.shards import Compression, Record, Shard, shard_name, write_shard
+from contradiff.data.map_shards import Made, Tick
+from contradiff.data.shard_info import ImageInfo
+from contradiff.data.shards import Record, ShardIndex, ShardParams, shard_name, write_shard
 from contradiff.files import check_free_space, explain_full_disk, replace_file
-from contradiff.sources.intake import Verify, take_in
-from contradiff.sources.listing import SPLITS, ImageFile, Read
+from contradiff.sources.image_check import Verify, check_image
+from contradiff.sources.listing import SPLITS, ImageFile, Listing, Read
+
+QUARANTINE_NAME = "quarantine.json"
+UNREADABLE = ".unreadable.json"
+"""Ends the name of the list of a shard's unreadable images, beside it."""
+NUM_SHOWN = 3
+"""Quarantined images that a message shows."""
 
 
 class IngestParams(Section):
-    """Section `ingest`: how raw images are taken into shards."""
+    """Section `ingest`: how raw images are put into shards."""
 
     max_shard_megabytes: int | None = Field(
-        ge=1, description="of 10^6 bytes, a shard's files before compression; a larger image: alone"
+        ge=1, description="10^6 bytes of files in a shard before compression; larger images alone"
     )
     verify: Verify = Field(description="full: decode each image once | header: format and end mark")
     resize: int | None = Field(ge=8, description="shorter side of larger images, in pixels")
@@ -44,51 +49,17 @@ class IngestParams(Section):
 
 
 @dataclass(frozen=True)
-class Recipe:
-    """What besides the plan decides a shard's bytes."""
-
-    compression: Compression
-    verify: Verify
-    resize: int | None
-
-
-@dataclass(frozen=True)
 class PlannedShard:
-    """Which images a shard is to hold, in order, and their sizes in bytes."""
+    """The images that a shard will hold, in order."""
 
     split: str
     name: str
     files: tuple[ImageFile, ...]
-    sizes: tuple[int, ...]
 
     @property
     def num_bytes(self) -> int:
-        """Of the tar before compression, if nothing is resized."""
-        return sum(map(tar_bytes, self.sizes))
-
-    def digest(self, recipe: Recipe) -> str:
-        """Name the work: a shard written for another plan or recipe is never taken for this one."""
-        content = [asdict(recipe), [asdict(file) for file in self.files], self.sizes]
-        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
-@dataclass(frozen=True)
-class Quarantined:
-    """An image that is left out, and why."""
-
-    key: str
-    path: str
-    reason: str
-
-
-@dataclass(frozen=True)
-class DoneShard:
-    """What became of a planned shard: None where no image of it could be read."""
-
-    split: str
-    shard: Shard | None
-    oddities: Mapping[str, int]
-    quarantined: tuple[Quarantined, ...]
+        """Size of the tar before compression, if nothing is resized."""
+        return sum(tar_bytes(file.num_bytes) for file in self.files)
 
 
 def tar_bytes(num_bytes: int) -> int:
@@ -98,134 +69,32 @@ def tar_bytes(num_bytes: int) -> int:
 
 
 def plan_shards(
-    files: Sequence[ImageFile],
-    sizes: Sequence[int],
-    *,
-    split: str,
-    seed: int,
-    samples_per_shard: int,
-    max_bytes: int | None,
-    compression: Compression,
+    listing: Listing, *, seed: int, shard: ShardParams, ingest: IngestParams
 ) -> list[PlannedShard]:
-    """Put images into a seeded random order and cut it, so that any shard is a fair sample.
+    """Put each split into a seeded random order and cut it, so that any shard is a fair sample.
 
-    Args:
-        files: of the split.
-        sizes: of the files, in bytes.
-        split: name of the split.
-        seed: of the order.
-        samples_per_shard: a shard has no more.
-        max_bytes: a shard's tar is no larger, unless it holds one image alone; None: no limit.
-        compression: for the shards' names.
-
-    Raises:
-        ValueError: two images have one key, or a name is not UTF-8; names the paths.
+    A shard holds at most `shard.samples_per_shard` images and `ingest.max_shard_megabytes`, unless
+    one image alone is larger.
     """
-    _check_keys(files)
-    rng = np.random.default_rng([seed, SPLITS.index(split)])
-    groups: list[list[int]] = []
-    room = 0
-    for index in rng.permutation(len(files)).tolist():
-        needed = tar_bytes(sizes[index])
-        is_full = max_bytes is not None and needed > room
-        if not groups or is_full or len(groups[-1]) == samples_per_shard:
-            groups.append([])
-            room = max_bytes or 0
-        groups[-1].append(index)
-        room -= needed
-    return [
-        PlannedShard(
-            split,
-            shard_name(split, number, compression),
-            tuple(files[index] for index in group),
-            tuple(sizes[index] for index in group),
-        )
-        for number, group in enumerate(groups)
-    ]
-
-
-def write_planned(
-    planned: PlannedShard,
-    folder: Path,
-    *,
-    read: Read,
-    recipe: Recipe,
-    tick: Callable[[], None] = lambda: None,
-) -> DoneShard:
-    """Write a planned shard, whole or not at all, and a note beside it that says so.
-
-    Args:
-        planned: the shard.
-        folder: where it is written.
-        read: gives an image's bytes.
-        recipe: how it is written.
-        tick: called after each image; what it raises ends the work.
-
-    Raises:
-        ValueError: the disk is full, or an image's size has changed since the plan was made.
-    """
-    oddities: Counter[str] = Counter()
-    quarantined: list[Quarantined] = []
-
-    def records() -> Iterator[Record]:
-        for file, size in zip(planned.files, planned.sizes, strict=True):
-            content = read(file)
-            if len(content) != size and not file.is_estimate:
-                raise ValueError(
-                    f"data.root: {file.path} has {len(content)} bytes, but had {size} when the "
-                    "work began: let nobody write there, then run the same command again"
-                )
-            try:
-                image = take_in(content, path=file.path, verify=recipe.verify, resize=recipe.resize)
-            except ValueError as error:
-                reason = str(error).removeprefix(f"{file.path}: ")
-                quarantined.append(Quarantined(file.key, file.path, reason))
-            else:
-                oddities.update(image.oddities)
-                yield {
-                    "__key__": file.key.encode(),
-                    image.extension: image.content,
-                    "cls": str(file.label).encode(),
-                }
-            tick()
-
-    path = folder / planned.name
-    with explain_full_disk(folder):
-        shard = write_shard(path, records(), compression=recipe.compression)
-        if shard.num_samples == 0:
-            path.unlink()
-            shard = None
-        done = DoneShard(planned.split, shard, dict(sorted(oddities.items())), tuple(quarantined))
-        with replace_file(_note_of(path)) as temporary:
-            content = {"digest": planned.digest(recipe), **asdict(done)}
-            temporary.write_text(json.dumps(content))
-    return done
-
-
-def find_done(planned: PlannedShard, folder: Path, *, recipe: Recipe) -> DoneShard | None:
-    """What an earlier run, killed since, made of a planned shard; None if it is to be written."""
-    path = folder / planned.name
-    if not _note_of(path).is_file():
-        return None
-    content: dict[str, Any] = json.loads(_note_of(path).read_text())
-    if content.pop("digest") != planned.digest(recipe):
-        return None
-    shard = None if content["shard"] is None else Shard(**content["shard"])
-    if shard is not None and not (path.is_file() and path.stat().st_size == shard.num_bytes):
-        return None
-    quarantined = tuple(Quarantined(**item) for item in content["quarantined"])
-    return DoneShard(planned.split, shard, content["oddities"], quarantined)
-
-
-def publish(shards: Sequence[Shard], *, work: Path, folder: Path) -> None:
-    """Make finished shards appear in `folder` too, without a copy where that is possible."""
-    for shard in shards:
-        source, target = work / shard.name, folder / shard.name
-        try:
-            os.link(source, target)
-        except OSError:  # another file system, or one without links
-            with explain_full_disk(folder):
-                shutil.copyfile(source, target)
+    megabytes = ingest.max_shard_megabytes
+    plan: list[PlannedShard] = []
+    for split, files in listing.splits.items():
+        rng = np.random.default_rng([seed, SPLITS.index(split)])
+        groups: list[list[ImageFile]] = []
+        room = 0
+        for index in rng.permutation(len(files)).tolist():
+            needed = tar_bytes(files[index].num_bytes)
+            is_full = megabytes is not None and needed > room
+            if not groups or is_full or len(groups[-1]) == shard.samples_per_shard:
+                groups.append([])
+                room = (megabytes or 0) * 1_000_000
+            groups[-1].append(files[index])
+            room -= needed
+        plan += [
+            PlannedShard(split, shard_name(split, number, shard.compression), tuple(group))
+            for number, group in enumerate(groups)
+        ]
+    return plan
 
 
 def check_space(
@@ -235,37 +104,188 @@ def check_space(
 
     Args:
         plan: all shards.
-        missing: those that are still to be written.
-        work: where they are written.
-        target: where they are published; shards are copied if it is another file system.
+        missing: those that no earlier run has made.
+        work: where they are made.
+        target: where they are published; on another file system that takes a copy.
 
     Raises:
-        ValueError: names the folder and how much is to be freed.
+        ValueError: names the folder and how much to free.
     """
     check_free_space(work, sum(planned.num_bytes for planned in missing))
     if work.stat().st_dev != target.stat().st_dev:
         check_free_space(target, sum(planned.num_bytes for planned in plan))
 
 
-def _note_of(path: Path) -> Path:
-    return path.with_name(f"{path.name}.json")
+@dataclass(frozen=True)
+class ShardMaker:
+    """Makes planned shards in the folder `work`; for `map_shards`.
+
+    Attributes:
+        read: returns an image's bytes.
+        num_images: in each split of the whole plan.
+        shard: section `shard`.
+        ingest: section `ingest`.
+        work: where shards are written.
+    """
+
+    read: Read
+    num_images: Mapping[str, int]
+    shard: ShardParams
+    ingest: IngestParams
+    work: Path
+
+    def __call__(self, planned: PlannedShard, tick: Tick) -> Made:
+        """Write one shard, whole or not at all; no file if none of its images is readable.
+
+        Raises:
+            ValueError: an image's size has changed since the plan was made, the disk is full, or
+                earlier shards had too many unreadable images.
+        """
+        self.unreadable_images()
+        irregularities: Counter[str] = Counter()
+        unreadable: list[dict[str, str]] = []
+
+        def records() -> Iterator[Record]:
+            for file in planned.files:
+                content = self.read(file)
+                if len(content) != file.num_bytes and not file.is_estimate:
+                    raise ValueError(
+                        f"data.root: {file.path} has {len(content)} bytes, but had "
+                        f"{file.num_bytes} when the work began: stop whatever writes there, then "
+                        "run the same command again"
+                    )
+                verify, resize = self.ingest.verify, self.ingest.resize
+                try:
+                    image = check_image(content, path=file.path, verify=verify, resize=resize)
+                except ValueError as error:
+                    reason = str(error).removeprefix(f"{file.path}: ")
+                    unreadable.append({"key": file.key, "path": file.path, "reason": reason})
+                else:
+                    irregularities.update(image.irregularities)
+                    yield {
+                        "__key__": file.key.encode(),
+                        image.extension: image.content,
+                        "cls": str(file.label).encode(),
+                    }
+                tick(1)
+
+        path = self.work / planned.name
+        with explain_full_disk(self.work):
+            shard = write_shard(path, records(), compression=self.shard.compression)
+        if shard.num_samples == 0:
+            path.unlink()
+        note = path.with_name(f"{path.name}{UNREADABLE}")
+        if unreadable:
+            with replace_file(note) as temporary:
+                temporary.write_text(json.dumps(unreadable))
+        else:
+            note.unlink(missing_ok=True)
+        notes = {"split": planned.split, "irregularities": dict(irregularities)}
+        return Made((shard,) if shard.num_samples else (), notes)
+
+    def unreadable_images(self) -> dict[str, list[dict[str, str]]]:
+        """Return the unreadable images that were found so far, for each split, in its order.
+
+        Raises:
+            ValueError: they are more than the share that may be left out; lists them in `work`.
+        """
+        found = {
+            split: [
+                item
+                for path in sorted(self.work.glob(f"{split}-*{UNREADABLE}"))
+                for item in json.loads(path.read_text())
+            ]
+            for split in self.num_images
+        }
+        for split, items in found.items():
+            share, total = self.ingest.max_quarantined, self.num_images[split]
+            if len(items) > share * total:
+                write_quarantine(found, folder=self.work)
+                shown = "\n".join(f"  {i['path']}: {i['reason']}" for i in items[:NUM_SHOWN])
+                raise ValueError(
+                    f"ingest.max_quarantined: {len(items)} of {total} {split} images cannot be "
+                    f"read, more than the share {share:g} that may be left out:\n{shown}\n"
+                    f"{self.work / QUARANTINE_NAME} lists those found so far; mend or remove them, "
+                    "or raise ingest.max_quarantined (finished shards are kept)"
+                )
+        return found
 
 
-def _check_keys(files: Sequence[ImageFile]) -> None:
-    seen: dict[str, ImageFile] = {}
-    for file in files:
-        key = file.key
-        try:
-            key.encode()
-        except UnicodeEncodeError as error:
-            raise ValueError(
-                f"data.root: {file.path!r} is not named in UTF-8: rename it"
-            ) from error
-        if not key or "." in key or "\0" in key:
-            raise ValueError(
-                f"data.root: {file.path!r} gives {key!r}, which can be no key: rename it"
+class PackingReport:
+    """What became of a plan; puts it into a folder.
+
+    Attributes:
+        shards: the shards of each split, in the plan's order.
+        unreadable: `key`, `path` and `reason` of the images of each split that are left out.
+        irregularities: how many images of each split are cmyk, greyscale, ...
+    """
+
+    def __init__(self, listing: Listing, made: Sequence[Made], maker: ShardMaker) -> None:
+        """Sum up what `map_shards` returned for all shards of a listing.
+
+        Raises:
+            ValueError: too many images are unreadable, or all of a class.
+        """
+        self.listing, self.work = listing, maker.work
+        self.unreadable = maker.unreadable_images()
+        by_split = {s: [m for m in made if m.notes["split"] == s] for s in listing.splits}
+        self.shards = {
+            split: tuple(shard for one in ours for shard in one.files)
+            for split, ours in by_split.items()
+        }
+        self.irregularities = {
+            split: dict(
+                sorted(sum((Counter(m.notes["irregularities"]) for m in ours), Counter()).items())
             )
-        if (other := seen.setdefault(key, file)) is not file:
-            raise ValueError(
-                f"data.root: {other.path} and {file.path} would both be {key}: rename one"
-            )
+            for split, ours in by_split.items()
+        }
+        self.class_counts = {split: self._class_counts(split) for split in listing.splits}
+
+    def _class_counts(self, split: str) -> list[int]:
+        class_ids = self.listing.class_ids
+        counts = np.zeros(len(class_ids), dtype=np.int64)
+        for shard in self.shards[split]:
+            counts[: len(shard.class_counts)] += shard.class_counts
+        if not counts.all():
+            class_id = class_ids[int(counts.argmin())]
+            raise ValueError(f"data.root: all {split} images of class {class_id} are unreadable")
+        return counts.tolist()
+
+    def publish(self, folder: Path, *, seed: int) -> None:
+        """Put the shards, the list of unreadable images and the index into an empty folder.
+
+        The shards are linked, or copied to another file system.
+
+        Raises:
+            ValueError: the disk is full.
+        """
+        with explain_full_disk(folder):
+            for shard in (shard for shards in self.shards.values() for shard in shards):
+                try:
+                    os.link(self.work / shard.name, folder / shard.name)
+                except OSError:  # another file system, or one without links
+                    shutil.copyfile(self.work / shard.name, folder / shard.name)
+            write_quarantine(self.unreadable, folder=folder)
+            described: dict[str, Any] = {
+                "seed": seed,
+                "class_names": self.listing.class_names,
+                "class_counts": self.class_counts,
+                "irregularities": self.irregularities,
+                "num_quarantined": {split: len(items) for split, items in self.unreadable.items()},
+            }
+            info = ImageInfo(class_ids=self.listing.class_ids, **described)
+            ShardIndex(self.shards, info).write(folder)
+
+    def describe(self) -> Iterator[str]:
+        """Yield a line on what is irregular and one on what is left out, for each split."""
+        for split, counts in self.irregularities.items():
+            if counts:
+                yield f"{split}: " + ", ".join(f"{n} {name}" for name, n in counts.items())
+            if number := len(self.unreadable[split]):
+                yield f"{split}: {number} unreadable images are left out, see {QUARANTINE_NAME}"
+
+
+def write_quarantine(items: Mapping[str, Sequence[Mapping[str, str]]], *, folder: Path) -> None:
+    """Write the list of images that are left out: split => key, path and reason."""
+    with replace_file(folder / QUARANTINE_NAME) as path:
+        path.write_text(json.dumps(items, indent=1) + "\n")

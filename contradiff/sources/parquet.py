@@ -1,42 +1,84 @@
 """ImageNet as Hugging Face has it: parquet shards with `image` {bytes, path} and `label`.
 
-The labels are the classes' places among the sorted wnids already (this is checked where the files'
-names show the wnids). Only labels, names and footers are read to list the images.
+The labels already are the classes' places among the sorted wnids (checked where the images' names
+show the wnids). Only labels, names and footers are read to list the images.
 """
 
 import hashlib
 import json
+import os
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
-from itertools import pairwise
+from bisect import bisect_right
+from collections.abc import Mapping, Sequence
+from functools import cache, lru_cache
+from itertools import accumulate, pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from contradiff.sources.folder import in_order
-from contradiff.sources.listing import SYNSETS_NAME, ImageFile, Listing, name_of, read_synsets
+from contradiff.sources.listing import ImageFile, Listing, first_name, in_order, read_synsets
 
 PATTERNS = ("data/{}-*.parquet", "{}-*.parquet", "data/{}/*.parquet", "{}/*.parquet")
 SPLIT_NAMES = {"train": ("train",), "val": ("validation", "val")}
+NUM_CACHED_GROUPS = 4
+"""Row groups kept in memory. Parquet reads no less than one (100 images here, 11 MB)."""
 _SHARD = re.compile(r"-(\d{5})-of-(\d{5})")
 _WNID = re.compile(r"n\d{8}")
 _PREFIX, _SUFFIX = re.compile(r"(n\d{8})_"), re.compile(r"(.+)_(n\d{8})")
 
 
-@dataclass
-class _Rows:
-    """A split's rows, file after file, and what was seen of the files."""
+class _Image(NamedTuple):
+    """A row: its label, the image's name, the shard, the row in it, its row group's mean size."""
 
-    labels: list[int]
-    names: list[str | None]
-    places: list[tuple[str, int, int]]
-    """The file, the row in it, and the mean size of an image in its row group."""
-    facts: str
-    class_names: list[str]
+    label: int
+    name: str | None
+    stored: str
+    row: int
+    num_bytes: int
+
+
+def read_row(root: Path, file: ImageFile) -> bytes:
+    """Read one image.
+
+    It costs the reading of its row group, unless that is still in memory. So reading in the order
+    of the rows is much the fastest.
+
+    Raises:
+        ValueError: the shard is gone or damaged, or the row holds no image.
+    """
+    import pyarrow as pa
+
+    shown = f"data.root: {root / file.stored}: row {file.offset}"
+    try:
+        path = root / file.stored
+        shard, starts = _opened(path, os.getpid(), path.stat().st_mtime_ns)
+        number = bisect_right(starts, file.offset) - 1
+        image = _row_group(shard, number)[file.offset - starts[number]]
+    except (pa.ArrowException, OSError, IndexError) as error:
+        raise ValueError(f"{shown} cannot be read: {error}") from error
+    content = image["bytes"].as_py() if image.is_valid else None
+    if not content:
+        raise ValueError(f"{shown} has no image bytes, only a path")
+    return content
+
+
+@cache
+def _opened(path: Path, _process: int, _time: int) -> tuple[Any, list[int]]:
+    """A shard and its row groups' first rows. It is opened anew after a fork or a change."""
+    from pyarrow import parquet
+
+    shard = parquet.ParquetFile(path, memory_map=True)
+    groups = range(shard.metadata.num_row_groups)
+    lengths = (shard.metadata.row_group(number).num_rows for number in groups)
+    return shard, [0, *accumulate(lengths)]
+
+
+@lru_cache(NUM_CACHED_GROUPS)
+def _row_group(shard: Any, number: int) -> Any:
+    return shard.read_row_group(number, columns=["image.bytes"], use_threads=False)["image"]
 
 
 def parquet_files(root: Path, split: str) -> list[Path]:
-    """The shards of a split, `data/train-00000-of-00294.parquet` and the like, sorted."""
+    """The shards of a split, such as `data/train-00000-of-00294.parquet`, sorted."""
     for name in SPLIT_NAMES[split]:
         for pattern in PATTERNS:
             if found := sorted(root.glob(pattern.format(name))):
@@ -44,89 +86,88 @@ def parquet_files(root: Path, split: str) -> list[Path]:
     return []
 
 
-def scan_parquet(root: Path, *, shown_root: str) -> Listing:
+def scan_parquet(root: Path) -> Listing:
     """List the images in parquet shards.
 
-    A class's id is its wnid where the images' names (or `LOC_synset_mapping.txt`) tell it, else
-    its label in four digits. An image without a name is named by its row.
+    A class's id is its wnid if the images' names (or `LOC_synset_mapping.txt`) tell it, else its
+    label in four digits. An image without a name is named by its row.
 
     Raises:
-        ValueError: shards are missing or damaged, have other columns, or labels that are out of
-            range or do not follow the wnids.
+        ValueError: shards are missing or damaged or have other columns, or labels are out of range
+            or do not follow the wnids.
     """
-    rows: dict[str, _Rows] = {}
+    images: dict[str, list[_Image]] = {}
+    class_names: dict[str, list[str]] = {}
+    containers = ""
     for split, split_names in SPLIT_NAMES.items():
         files = parquet_files(root, split)
         if not files:
             patterns = [p.format(name) for name in split_names for p in PATTERNS]
             raise ValueError(
-                f"data.root: {shown_root} has no {split} shards: none of {', '.join(patterns)}"
+                f"data.root: {root} has no {split} shards: none of {', '.join(patterns)}"
             )
-        _check_complete(files, shown_root=shown_root)
-        rows[split] = _read_rows(root, files, shown_root=shown_root)
-    known = rows["train"].class_names
-    num_classes = len(known) or 1 + max(rows["train"].labels, default=-1)
-    for split, found in rows.items():
-        _check_range(found, num_classes, shown=f"{shown_root}: {split}")
-    synsets = read_synsets(root / SYNSETS_NAME)
-    class_ids = _class_ids(rows, num_classes, synsets, shown_root=shown_root)
-    class_names = [name_of(name) for name in known] or [synsets.get(i, i) for i in class_ids]
+        _check_complete(root, files)
+        shards = [_read_shard(root, path) for path in files]
+        images[split] = [image for rows, _ in shards for image in rows]
+        class_names[split] = shards[0][1]
+        for path, (_, names) in zip(files, shards, strict=True):
+            if names != class_names[split]:
+                raise ValueError(
+                    f"data.root: {path} has other class names than the shards before it"
+                )
+            stored = path.relative_to(root).as_posix()
+            containers += f"{stored}\t{path.stat().st_size}\t{_footer_digest(path)}\n"
+    known = class_names["train"]
+    num_classes = len(known) or 1 + max((i.label for i in images["train"]), default=-1)
+    synsets = read_synsets(root)
+    class_ids = _class_ids(root, images, known, num_classes, synsets)
+    shown = [first_name(name) for name in known] or [synsets.get(i, i) for i in class_ids]
     splits = {
-        split: in_order(_image_files(split, found, class_ids)) for split, found in rows.items()
+        split: in_order(_image_file(split, *item, class_ids) for item in enumerate(rows))
+        for split, rows in images.items()
     }
-    facts = "".join(found.facts for found in rows.values())
-    return Listing(class_ids, tuple(class_names), splits, facts)
+    return Listing(class_ids, tuple(shown), splits, containers)
 
 
-def _check_complete(files: Sequence[Path], *, shown_root: str) -> None:
+def _check_complete(root: Path, files: Sequence[Path]) -> None:
     numbered = [match for path in files if (match := _SHARD.search(path.name))]
-    if not numbered:
-        return
-    total = max(int(match[2]) for match in numbered)
+    total = max((int(match[2]) for match in numbered), default=0)
     missing = sorted(set(range(total)) - {int(match[1]) for match in numbered})
     if missing or len(numbered) != total:
         text = ", ".join(f"{number:05d}" for number in missing[:5]) or "one twice"
         raise ValueError(
-            f"data.root: {shown_root} has {len(numbered)} of {total} shards like {files[0].name}; "
+            f"data.root: {root} has {len(numbered)} of {total} shards like {files[0].name}; "
             f"missing: {text}"
         )
 
 
-def _read_rows(root: Path, files: Sequence[Path], *, shown_root: str) -> _Rows:
+def _read_shard(root: Path, path: Path) -> tuple[list[_Image], list[str]]:
+    """Rows, and class names as far as the shard knows them."""
     import pyarrow as pa
     from pyarrow import parquet
 
-    rows = _Rows([], [], [], "", [])
-    for path in files:
-        stored = path.relative_to(root).as_posix()
-        shown = f"{shown_root}/{stored}"
-        try:
-            with parquet.ParquetFile(path) as file:
-                has_path = _check_columns(file.schema_arrow, shown=shown)
-                columns = ["label", *(["image.path"] if has_path else [])]
-                table = file.read(columns, use_threads=False)
-                sizes = _mean_sizes(file.metadata)
-                names = _class_names(file.schema_arrow.metadata)
-        except (pa.ArrowException, OSError) as error:
-            raise ValueError(
-                f"data.root: {shown} is damaged, truncated or no parquet file: {error}"
-            ) from error
-        if rows.class_names and names != rows.class_names:
-            raise ValueError(f"data.root: {shown} has other class names than the shards before it")
-        rows.class_names = names
-        rows.labels += [-1 if label is None else label for label in table["label"].to_pylist()]
-        rows.names += (
-            [(image or {}).get("path") for image in table["image"].to_pylist()]
-            if has_path
-            else [None] * len(table)
-        )
-        rows.places += [(stored, row, size) for row, size in enumerate(sizes)]
-        rows.facts += f"{stored}\t{path.stat().st_size}\t{_footer_digest(path)}\n"
-    return rows
+    try:
+        with parquet.ParquetFile(path) as file:
+            has_path = _check_columns(file.schema_arrow, path=path)
+            columns = ["label", *(["image.path"] if has_path else [])]
+            table = file.read(columns, use_threads=False)
+            sizes = _mean_sizes(file.metadata)
+            class_names = _class_names(file.schema_arrow.metadata)
+    except (pa.ArrowException, OSError) as error:
+        raise ValueError(
+            f"data.root: {path} is damaged, truncated or no parquet file: {error}"
+        ) from error
+    stored = path.relative_to(root).as_posix()
+    labels = [-1 if label is None else label for label in table["label"].to_pylist()]
+    names: list[str | None] = [None] * len(labels)
+    if has_path:
+        names = [(image or {}).get("path") for image in table["image"].to_pylist()]
+    places = zip(labels, names, [stored] * len(labels), range(len(labels)), sizes, strict=True)
+    return [_Image(*place) for place in places], class_names
 
 
-def _check_columns(schema: Any, *, shown: str) -> bool:
-    """Whether the images have names; `image` and `label` they must have."""
+def _check_columns(schema: Any, *, path: Path) -> bool:
+    """Whether the images have names. Refuse shards without `image.bytes` or `label`."""
     from pyarrow import types
 
     found = {field.name: field.type for field in schema}
@@ -138,14 +179,14 @@ def _check_columns(schema: Any, *, shown: str) -> bool:
     if not holds_bytes or label is None or not types.is_integer(label):
         columns = ", ".join(f"{name}: {kind}" for name, kind in found.items())
         raise ValueError(
-            f"data.root: {shown} has the columns ({columns}); expected `image` of bytes and path, "
+            f"data.root: {path} has the columns ({columns}); expected `image` of bytes and path, "
             "and `label`, a whole number"
         )
     return "path" in members
 
 
 def _mean_sizes(metadata: Any) -> list[int]:
-    """For each row, the mean size of an image in its row group: bytes themselves are not read."""
+    """For each row, the mean size of an image in its row group: the bytes are not read."""
     sizes: list[int] = []
     for number in range(metadata.num_row_groups):
         group = metadata.row_group(number)
@@ -156,34 +197,25 @@ def _mean_sizes(metadata: Any) -> list[int]:
 
 
 def _class_names(metadata: dict[bytes, bytes] | None) -> list[str]:
-    """The label's names as `datasets` keeps them in the file, if it does."""
+    """The classes' names, where `datasets` has written the file."""
     try:
         features = json.loads((metadata or {})[b"huggingface"])["info"]["features"]
         return [str(name) for name in features["label"]["names"]]
     except (KeyError, TypeError, ValueError):
-        return []  # written by something else: names are optional
+        return []  # another program has written it: names are optional
 
 
 def _footer_digest(path: Path) -> str:
-    """Hash of the footer: every column chunk's place and size, so a changed image shows in it."""
+    """Hash the footer. It has every column chunk's place and size, so a changed image shows."""
     with path.open("rb") as file:
-        file.seek(-8, 2)
+        file.seek(-8, os.SEEK_END)
         length = int.from_bytes(file.read(4), "little")
-        file.seek(-8 - length, 2)
+        file.seek(-8 - length, os.SEEK_END)
         return hashlib.sha256(file.read()).hexdigest()
 
 
-def _check_range(rows: _Rows, num_classes: int, *, shown: str) -> None:
-    for label, (stored, row, _) in zip(rows.labels, rows.places, strict=True):
-        if not 0 <= label < num_classes:
-            raise ValueError(
-                f"data.root: {shown}: the label of row {row} of {stored} is {label}; expected 0 to "
-                f"{num_classes - 1} (a test split has no labels)"
-            )
-
-
 def _stem_and_wnid(path: str | None) -> tuple[str, str | None]:
-    """`n01440764_10026` and `n01440764` of `n01440764_10026_n01440764.JPEG`.
+    """`n01440764_10026` and `n01440764`, from `n01440764_10026_n01440764.JPEG`.
 
     Hugging Face appended the wnid to the names of all images; it is taken off again.
     """
@@ -195,45 +227,46 @@ def _stem_and_wnid(path: str | None) -> tuple[str, str | None]:
 
 
 def _class_ids(
-    rows: dict[str, _Rows], num_classes: int, synsets: dict[str, str], *, shown_root: str
+    root: Path,
+    images: Mapping[str, Sequence[_Image]],
+    names: Sequence[str],
+    num_classes: int,
+    synsets: Mapping[str, str],
 ) -> tuple[str, ...]:
     wnids: dict[int, str] = {}
-    for found in rows.values():
-        for label, path, (stored, row, _) in zip(
-            found.labels, found.names, found.places, strict=True
-        ):
-            wnid = _stem_and_wnid(path)[1]
-            if wnid is not None and wnids.setdefault(label, wnid) != wnid:
-                raise ValueError(
-                    f"data.root: {shown_root}/{stored}: row {row} ({path}) has label {label}, "
-                    f"which is {wnids[label]} elsewhere"
-                )
+    for image in (image for rows in images.values() for image in rows):
+        label, shown = image.label, f"data.root: {root / image.stored}: row {image.row}"
+        if not 0 <= label < num_classes:
+            raise ValueError(
+                f"{shown} has the label {label}; expected 0 to {num_classes - 1} (a test split has "
+                "no labels)"
+            )
+        wnid = _stem_and_wnid(image.name)[1]
+        if wnid is not None and wnids.setdefault(label, wnid) != wnid:
+            raise ValueError(
+                f"{shown} ({image.name}) has label {label}, which is {wnids[label]} elsewhere"
+            )
     ordered = [wnids[label] for label in sorted(wnids)]
-    if ordered != sorted(set(ordered)):
-        wrong = next(later for earlier, later in pairwise(ordered) if earlier >= later)
-        raise ValueError(
-            f"data.root: {shown_root}: labels are not the wnids' places in sorted order, as they "
-            f"are in all other sources (see {wrong})"
-        )
-    names = rows["train"].class_names
+    for earlier, later in pairwise(ordered):
+        if earlier >= later:
+            raise ValueError(
+                f"data.root: {root}: labels are not the wnids' places in sorted order, as they are "
+                f"in all other sources (see {later})"
+            )
     if len(wnids) == num_classes:
         return tuple(ordered)
-    if names == sorted(names) and all(map(_WNID.fullmatch, names)) and names:
+    if names and list(names) == sorted(names) and all(map(_WNID.fullmatch, names)):
         return tuple(names)
     if len(synsets) == num_classes:
         return tuple(sorted(synsets))
     return tuple(f"{label:04d}" for label in range(num_classes))
 
 
-def _image_files(split: str, rows: _Rows, class_ids: Sequence[str]) -> list[ImageFile]:
-    files: list[ImageFile] = []
-    for number, (label, path, (stored, row, size)) in enumerate(
-        zip(rows.labels, rows.names, rows.places, strict=True)
-    ):
-        name = f"{split}_{number:08d}.jpg"
-        if path:
-            stem, _ = _stem_and_wnid(path)
-            name = stem + path[path.rfind(".") :] if stem else path.rpartition("/")[2]
-        place = f"{split}/{class_ids[label]}/{name}"
-        files.append(ImageFile(place, label, size, stored, row, is_estimate=True))
-    return files
+def _image_file(split: str, number: int, image: _Image, class_ids: Sequence[str]) -> ImageFile:
+    name = f"{split}_{number:08d}.jpg"
+    if image.name:
+        stem, _ = _stem_and_wnid(image.name)
+        extension = image.name[image.name.rfind(".") :]
+        name = stem + extension if stem else image.name.rpartition("/")[2]
+    path = f"{split}/{class_ids[image.label]}/{name}"
+    return ImageFile(path, image.label, image.num_bytes, image.stored, image.row, is_estimate=True)

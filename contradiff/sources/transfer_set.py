@@ -1,20 +1,25 @@
-"""The set that features are transferred to, whatever its source: images by row, labels, names."""
+"""The set that features are transferred to: images by row, labels, names, whatever its source."""
 
-from collections.abc import Callable, Sequence
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 from jaxtyping import Int64, UInt8
 from pydantic import Field
 
 from contradiff.config import Section
-from contradiff.sources.cifar import read_cifar
-from contradiff.sources.cifar_files import CifarName, Split, find_cifar
-from contradiff.sources.image_folder import ImageFolder, read_square
+from contradiff.data.subsets import k_shot_split
+from contradiff.files import file_manifest
+from contradiff.sources.cifar import SIDE, CifarName, Split, find_cifar, read_cifar
+from contradiff.sources.folder import class_folders, images_by_class
+from contradiff.sources.imagenet import read_manifest, relative_to_project
+from contradiff.sources.listing import ImageFile
 
 Source = Literal["digits", "cifar100", "cifar10", "imagefolder"]
+KEY = "transfer_data.root"
 
 ReadRows: TypeAlias = Callable[[Sequence[int]], UInt8[np.ndarray, "n 3 side side"]]
 """From rows of the split to their images, RGB from 0 to 255, all of one size."""
@@ -23,16 +28,16 @@ ReadRows: TypeAlias = Callable[[Sequence[int]], UInt8[np.ndarray, "n 3 side side
 class TransferDataParams(Section):
     """Section `transfer_data`: the set that features are transferred to."""
 
-    source: Source = Field(description="digits: written where root says | the others are there")
+    source: Source = Field(description="digits: written to root | the others must be there")
     root: str = Field(
-        min_length=1, description="a folder, or for CIFAR the archive itself or its folder"
+        min_length=1, description="a folder; for CIFAR, the archive itself or its folder"
     )
     verify: bool = Field(description="CIFAR's archives must have the official checksums")
 
 
 @dataclass(frozen=True)
 class TransferSplit:
-    """One split. Images are read when they are asked for: a folder's need not fit the memory."""
+    """One split. Images are read when they are asked for: a folder need not fit into memory."""
 
     labels: Int64[np.ndarray, " n"]
     keys: tuple[str, ...]
@@ -40,41 +45,146 @@ class TransferSplit:
     read: ReadRows
 
 
-def cifar_name(source: Source) -> CifarName:
-    """Which CIFAR's layout a source has: the digits are written in CIFAR-100's."""
-    return "cifar10" if source == "cifar10" else "cifar100"
+@dataclass(frozen=True)
+class TransferSet:
+    """A labelled set where it lies.
 
+    Attributes:
+        root: a folder, or CIFAR's archive.
+        source: how it is stored; the digits are stored as CIFAR-100.
 
-def read_transfer_split(
-    root: Path, *, source: Source, split: Split, image_size: int, shown_root: str
-) -> TransferSplit:
-    """Open one split.
-
-    Args:
-        root: as `raw.ensure_transfer_archive` returned it.
-        source: `transfer_data.source`.
-        split: which half; of an ImageFolder, test is its `test`, or else its `val`.
-        image_size: side to which an ImageFolder's images are brought. CIFAR's stay at 32 pixels:
-            they are resized where they are used.
-        shown_root: `transfer_data.root`.
-
-    Raises:
-        ValueError: the data is missing or damaged.
+    Example:
+        ```python
+        images = TransferSet(Path("data/raw/cifar-100-python.tar.gz"), "cifar100")
+        train = images.split("train", image_size=32)
+        pixels, labels = train.read([0, 1]), train.labels[:2]
+        ```
     """
-    if source == "imagefolder":
-        folder = ImageFolder.scan(root, shown_root=shown_root)
-        files = folder.splits[split]
+
+    root: Path
+    source: Source
+
+    @classmethod
+    def reopen(cls, manifest: Path, *, project: Path) -> "TransferSet":
+        """Return the set that a manifest stands for.
+
+        Args:
+            manifest: the file that holds `TransferSet.manifest`.
+            project: the project's root.
+
+        Raises:
+            ValueError: the manifest is missing, or the set has changed since.
+        """
+        content = read_manifest(manifest)
+        images = cls(project / content["root"], content["source"])
+        if images.manifest(project=project) != content:
+            raise ValueError(
+                f"{KEY}: {images.root} has changed since {manifest}; run `dvc repro -f prepare`"
+            )
+        return images
+
+    def manifest(self, *, project: Path) -> dict[str, Any]:
+        """What stands for the set in DVC, as JSON: hashes of all that is read.
+
+        Args:
+            project: the project's root; the set's place is given relative to it.
+
+        Raises:
+            ValueError: files are missing.
+        """
+        place = relative_to_project(self.root, project=project)
+        content: dict[str, Any] = {"root": place, "source": self.source}
+        if self.source != "imagefolder":
+            paths = find_cifar(self.root, self._cifar_name).paths
+            return content | {"files": file_manifest(paths[0].parent, [p.name for p in paths])}
+        class_names, splits = self._list_folders()
+        hasher = hashlib.sha256()
+        for file in (file for files in splits.values() for file in files):
+            image = (self.root / file.path).read_bytes()
+            hasher.update(f"{file.path}\t{len(image)}\n".encode())
+            hasher.update(image)
+        return content | {
+            "classes": list(class_names),
+            "num_images": {split: len(files) for split, files in splits.items()},
+            "sha256": hasher.hexdigest(),
+        }
+
+    def check(self, shots: Sequence[int | Literal["full"]], *, verify: bool) -> Iterator[str]:
+        """Read the set once; yield a line for each split.
+
+        Args:
+            shots: images per class of the few-shot sets that will be drawn from train.
+            verify: compare CIFAR's archives with their official checksums first.
+
+        Raises:
+            ValueError: data are missing or damaged, an archive is not the official one, or a class
+                has fewer images than `shots`.
+        """
+        if verify and self.source in {"cifar10", "cifar100"}:
+            find_cifar(self.root, self._cifar_name).verify()
+        splits = {name: self.split(name, image_size=SIDE) for name in ("train", "test")}
+        labels = splits["train"].labels.tolist()
+        for number in sorted(number for number in shots if number != "full"):
+            k_shot_split(labels, shots=number, seed=0)
+        for name, split in splits.items():
+            number = len(split.class_names)
+            yield f"{len(split.labels)} {name} images of {number} classes in {self.root}"
+
+    def split(self, split: Split, *, image_size: int) -> TransferSplit:
+        """Open one split.
+
+        Args:
+            split: which half. In folders, test is `test/`, or `val/` where there is no `test/`.
+            image_size: side to which images from folders are brought. CIFAR's stay at 32 pixels:
+                they are resized where they are used.
+
+        Raises:
+            ValueError: the data is missing or damaged.
+        """
+        if self.source != "imagefolder":
+            content = read_cifar(find_cifar(self.root, self._cifar_name), split=split)
+            return TransferSplit(
+                labels=content.labels,
+                keys=tuple(content.keys),
+                class_names=tuple(content.class_names),
+                read=lambda rows: content.images[list(rows)],
+            )
+        class_names, splits = self._list_folders()
+        files = splits[split]
         return TransferSplit(
             labels=np.array([file.label for file in files], dtype=np.int64),
             keys=tuple(file.path for file in files),
-            class_names=folder.class_names,
-            read=lambda rows: read_square(root, [files[row] for row in rows], size=image_size),
+            class_names=class_names,
+            read=lambda rows: self._read_square([files[row] for row in rows], size=image_size),
         )
-    name = cifar_name(source)
-    content = read_cifar(find_cifar(root, name, shown_root=shown_root), name, split=split)
-    return TransferSplit(
-        labels=content.labels,
-        keys=tuple(content.keys),
-        class_names=tuple(content.class_names),
-        read=lambda rows: content.images[list(rows)],
-    )
+
+    @property
+    def _cifar_name(self) -> CifarName:
+        return "cifar10" if self.source == "cifar10" else "cifar100"
+
+    def _list_folders(self) -> tuple[tuple[str, ...], dict[Split, tuple[ImageFile, ...]]]:
+        """Classes are the sorted folder names in train/, as in torchvision; test may lack some."""
+        root = self.root
+        test = "test" if (root / "test").is_dir() else "val"
+        if not (root / "train").is_dir() or not (root / test).is_dir():
+            raise ValueError(
+                f"{KEY}: {root} must hold train/<class>/* and test/<class>/* (or val/<class>/*)"
+            )
+        class_names = class_folders(root / "train", key=KEY)
+        train = images_by_class(root, "train", class_names, key=KEY)
+        files = images_by_class(root, test, class_names, may_be_empty=True, key=KEY)
+        if not files:
+            raise ValueError(f"{KEY}: {root / test} holds no images")
+        return class_names, {"train": train, "test": files}
+
+    def _read_square(
+        self, files: Sequence[ImageFile], *, size: int
+    ) -> UInt8[np.ndarray, "n 3 size size"]:
+        """Decode images as the pipeline does: centre crop, then bicubic to `size`."""
+        from contradiff.data.transforms import apply_crop, centre_crop, decode
+
+        squares: list[UInt8[np.ndarray, "3 size size"]] = []
+        for path in (self.root / file.path for file in files):
+            image = decode(path.read_bytes(), name=str(path))
+            squares.append(apply_crop(image, centre_crop(*image.shape[1:]), size=size).numpy())
+        return np.stack(squares)

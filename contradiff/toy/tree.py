@@ -27,7 +27,7 @@ def render_tree(
     num_val: int,
     image_size: int,
     seed: int,
-    on_progress: Callable[[int], None] | None = None,
+    on_progress: Callable[[int], None] = lambda _: None,
 ) -> None:
     """Write the toy ImageNet; it replaces `root` when it is complete.
 
@@ -42,7 +42,7 @@ def render_tree(
         num_val: Number of validation images; none equals a training image.
         image_size: Side of the square images in pixels.
         seed: Not negative.
-        on_progress: Called after every image with the number of images written.
+        on_progress: Called with 1 after every image.
 
     Raises:
         ValueError: A split has fewer images than there are classes, or `root` holds other files.
@@ -56,7 +56,6 @@ def render_tree(
             )
     mapping = "".join(f"{toy_class.wnid} {toy_class.name}\n" for toy_class in CLASSES)
     _check_replaceable(root, mapping)
-    written = 0
     with replace_dir(root) as temporary:
         for split_id, (split, number) in enumerate(splits.items()):
             for position in range(number):
@@ -71,9 +70,7 @@ def render_tree(
                 rng = np.random.default_rng([seed, split_id, class_index, index])
                 image = Image.fromarray(render_image(class_index, rng, image_size=image_size))
                 image.save(path, "JPEG", quality=JPEG_QUALITY, optimize=True, subsampling=0)
-                written += 1
-                if on_progress is not None:
-                    on_progress(written)
+                on_progress(1)
         (temporary / MAPPING_NAME).write_text(mapping, encoding="utf-8")
 
 

@@ -1,9 +1,6 @@
 """ILSVRC's archives, whole and broken, and their index."""
 
 import hashlib
-import os
-from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +8,12 @@ import pytest
 from torchvision.datasets import imagenet as torchvision_imagenet
 
 from contradiff.sources import archive as archive_source
-from contradiff.sources import tar_index
 from contradiff.sources.archive import MD5S, ArchiveReader, scan_archives
-from contradiff.sources.imagenet import Manifest
+from contradiff.sources.imagenet import RawImages, scan_images
 from contradiff.sources.listing import Listing
 from tests.sources.imagenet_layouts import (
     Photo,
     make_photos,
-    meta_mat,
     tar_of,
     write_archives,
     write_devkit,
@@ -39,7 +34,7 @@ def root(tmp_path: Path, photos: list[Photo]) -> Path:
 
 
 def scan(root: Path, **options: Any) -> Listing:
-    return scan_archives(root, shown_root="data/raw", **({"cache": None} | options))
+    return scan_archives(root, **({"cache": None} | options))
 
 
 def test_archives_hold_what_torchvision_unpacks(root: Path, monkeypatch: pytest.MonkeyPatch):
@@ -74,7 +69,7 @@ def test_only_images_count(root: Path, photos: list[Photo]):
 @pytest.mark.parametrize("name", [TRAIN, VAL])
 def test_missing_archive_is_named(root: Path, name: str):
     (root / name).unlink()
-    expected = rf"^data\.root: no data/raw/{name}; expected ILSVRC"
+    expected = rf"^data\.root: no {root}/{name}; expected ILSVRC"
     with pytest.raises(ValueError, match=expected):
         scan(root)
     with pytest.raises(ValueError, match=expected):
@@ -85,7 +80,7 @@ def test_missing_archive_is_named(root: Path, name: str):
 def test_truncated_archive_is_named(root: Path, name: str):
     content = (root / name).read_bytes()
     (root / name).write_bytes(content[: len(content) // 2])
-    with pytest.raises(ValueError, match=rf"^data\.root: data/raw/{name}.* is truncated"):
+    with pytest.raises(ValueError, match=rf"^data\.root: .*/{name}.* truncated"):
         scan(root)
 
 
@@ -93,7 +88,7 @@ def test_truncated_class_is_named(root: Path, photos: list[Photo]):
     """Whole outside, cut inside: an unpacking that was interrupted, and packed again."""
     inner = tar_of([(photo.name, bytes(1000)) for photo in photos[:4]])
     (root / TRAIN).write_bytes(tar_of([("n01440764.tar", inner[:1500])]))
-    expected = rf"data/raw/{TRAIN}: n01440764\.tar is truncated: its n01440764_\d+\.JPEG ends at"
+    expected = rf"{TRAIN}: n01440764\.tar is no tar archive, or is truncated"
     with pytest.raises(ValueError, match=expected):
         scan(root)
 
@@ -115,14 +110,14 @@ def test_missing_devkit_is_named_before_the_archives_are_read(
 ):
     (root / "ILSVRC2012_devkit_t12.tar.gz").unlink()
     monkeypatch.setattr(archive_source, "walk_tar", None)
-    with pytest.raises(ValueError, match=r"^data\.root: data/raw lacks ILSVRC2012_devkit_t12"):
+    with pytest.raises(ValueError, match=r"^data\.root: .* lacks ILSVRC2012_devkit_t12"):
         scan(root)
 
 
 @pytest.mark.parametrize("num_lines", [5, 7])
 def test_ground_truth_of_another_length_is_named(root: Path, num_lines: int):
     write_devkit(root, [450, 1, 898, 450, 1, 898, 1][:num_lines])
-    expected = rf"ground truth has {num_lines} lines for the 6 images of data/raw/{VAL}"
+    expected = rf"ground truth has {num_lines} lines for the 6 images of .*/{VAL}"
     with pytest.raises(ValueError, match=expected):
         scan(root)
 
@@ -149,7 +144,7 @@ def test_headers_are_read_once(root: Path):
     cache, told = root / "cache", []
     first = scan(root, cache=cache, on_message=told.append)
     assert [message.split(" (once")[0] for message in told] == [
-        f"reading the headers of data/raw/{name}" for name in (TRAIN, VAL)
+        f"reading the headers of {root}/{name}" for name in (TRAIN, VAL)
     ]
     told.clear()
     assert scan(root, cache=cache, on_message=told.append) == first
@@ -158,56 +153,18 @@ def test_headers_are_read_once(root: Path):
     assert len(told) == 2
 
 
-@pytest.mark.parametrize(
-    "change",
-    [
-        lambda path: path.write_bytes(path.read_bytes() + bytes(512)),
-        lambda path: os.utime(path, ns=(5, 5)),
-        # same size and time, another header: in a sampled block
-        lambda path: _overwrite(path, 0, b"N02"),
-    ],
-    ids=["size", "time", "content"],
-)
-def test_a_changed_archive_is_read_anew(root: Path, change: Callable[[Path], object]):
-    cache, told = root / "cache", []
-    scan(root, cache=cache)
-    change(root / TRAIN)
-    with suppress(ValueError):  # of the broken header
-        scan(root, cache=cache, on_message=told.append)
-    assert len(told) == 1
-
-
-def _overwrite(path: Path, place: int, content: bytes) -> None:
-    status = path.stat()
-    with path.open("r+b") as file:
-        file.seek(place)
-        file.write(content)
-    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
-
-
 def test_two_sets_do_not_share_an_index(root: Path, tmp_path: Path):
-    other = tmp_path / "other"
+    other, told = tmp_path / "other", list[str]()
     write_archives(other, make_photos(seed=1))
-    digests: list[str] = []
-    told: list[str] = []
-    for folder in (root, other, root, other):
-        manifest = Manifest.scan(
-            folder,
-            shown_root="data/raw",
-            layout="archives",
-            cache=tmp_path / "cache",
-            on_message=told.append,
-        )
-        digests.append(manifest.digest)
-    assert digests[:2] == digests[2:]
-    assert digests[0] != digests[1]
+    options = {"cache": tmp_path / "cache", "on_message": told.append}
+    listings = [scan(folder, **options) for folder in (root, other, root, other)]
+    assert listings[:2] == listings[2:]
+    assert listings[0] != listings[1]
     assert len(told) == 4
 
 
-def verify(root: Path, told: list[str]) -> Manifest:
-    return Manifest.scan(
-        root, shown_root="data/raw", layout="archives", verify=True, on_message=told.append
-    )
+def verify(root: Path, told: list[str]) -> RawImages:
+    return scan_images(root, layout="archives", verify=True, on_message=told.append)
 
 
 def test_checksums_are_torchvisions():
@@ -223,7 +180,7 @@ def test_wrong_checksum_is_named(root: Path, monkeypatch: pytest.MonkeyPatch, wr
     verify(root, told)
     assert sum("for its md5" in message for message in told) == 3
     found, md5s[wrong] = md5s[wrong], "0" * 32
-    expected = rf"^data\.root: data/raw/{wrong} has md5 {found}, ILSVRC's has 000.* fetch it anew"
+    expected = rf"/{wrong}: not the official {wrong}: its md5 is {found}, expected 000.* fetch it"
     with pytest.raises(ValueError, match=expected):
         verify(root, told)
 
@@ -246,30 +203,3 @@ def test_archive_that_shrank_since_the_scan_is_named(root: Path):
     expected = rf"{TRAIN} is truncated: {last.path} is not whole in it"
     with pytest.raises(ValueError, match=expected):
         ArchiveReader(root)(last)
-
-
-def test_only_headers_are_read(root: Path, monkeypatch: pytest.MonkeyPatch):
-    """138 GB of archive must not pass through memory for an index."""
-    sizes: list[int] = []
-    real = os.pread
-
-    def pread(descriptor: int, size: int, place: int) -> bytes:
-        sizes.append(size)
-        return real(descriptor, size, place)
-
-    monkeypatch.setattr(tar_index.os, "pread", pread)
-    monkeypatch.setattr(tar_index, "NUM_SAMPLED_BLOCKS", 2)
-    scan(root)
-    assert max(sizes) == tar_index.SAMPLED_BLOCK
-    # headers: three classes, 12 + 6 images, and the closing block of each of the five tars
-    assert sizes.count(tar_index.BLOCK) == 3 + 12 + 6 + 5
-
-
-def test_kit_is_made_as_matlab_makes_it():
-    """Scipy reads the real file as a structured array of objects; ours is no easier."""
-    import io
-
-    import scipy.io
-
-    table = scipy.io.loadmat(io.BytesIO(meta_mat()), squeeze_me=True)["synsets"]
-    assert table.dtype.names[:5] == ("ILSVRC2012_ID", "WNID", "words", "gloss", "num_children")

@@ -1,25 +1,236 @@
-"""What it reads, and above all what it refuses."""
+"""CIFAR's archives and folders, in both forms: as torchvision reads them, and what is refused."""
 
+import hashlib
+import io
 import os
 import pickle  # noqa: TID251 - writes what the reader is tested on
 import struct
+import tarfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
-from contradiff.sources.cifar import CifarSplit, read_cifar
-from contradiff.sources.cifar_files import Split, find_cifar
+from contradiff.files import sha256_of
+from contradiff.sources.cifar import (
+    FORMS,
+    CifarForm,
+    CifarName,
+    CifarSplit,
+    Split,
+    find_cifar,
+    read_cifar,
+)
 
-CLASSES = ["apple", "aquarium_fish", "baby"]
+SIZES = {"data_batch_1": 3, "data_batch_2": 2, "train": 6, "test": 2, "test_batch": 2}
+CLASSES = {"cifar10": ["airplane", "automobile", "bird"], "cifar100": ["apple", "bear", "cloud"]}
+PYTHON, BINARY = FORMS["cifar100"]
+each_form = pytest.mark.parametrize(
+    ("name", "form"),
+    [(name, form) for name, forms in FORMS.items() for form in forms],
+    ids=lambda value: getattr(value, "archive", value),
+)
 
 
-def read_cifar100(root: Path, *, split: Split) -> CifarSplit:
-    return read_cifar(find_cifar(root, "cifar100", shown_root="data"), "cifar100", split=split)
+def content_of(name: CifarName, form: CifarForm) -> dict[str, bytes]:
+    """A small set in the official form; both forms of a set hold the same."""
+    classes, prefix = CLASSES[name], "fine_" if name == "cifar100" else ""
+    files: dict[str, bytes] = {}
+    for seed, file in enumerate(form.files[:-1]):
+        rng = np.random.default_rng(seed)
+        number = SIZES.get(file.removesuffix(".bin"), 1)
+        data = rng.integers(0, 256, (number, 3072), dtype=np.uint8)
+        labels = rng.integers(0, 3, number).tolist()
+        if "binary" in form.archive:
+            coarse = b"\x09" if prefix else b""
+            rows = zip(labels, data, strict=True)
+            files[file] = b"".join(coarse + bytes([label]) + row.tobytes() for label, row in rows)
+        else:
+            names = [f"{file}-{index}.png" for index in range(number)]
+            entry = {f"{prefix}labels": labels, "data": data, "filenames": names}
+            files[file] = pickle.dumps(entry, protocol=2)
+    if "binary" in form.archive:
+        files[form.names] = "".join(f"{n}\n" for n in classes).encode() + b"\n"
+    else:
+        files[form.names] = pickle.dumps({f"{prefix}label_names": classes}, protocol=2)
+    return files
 
 
-def write(path: Path, content: object, *, protocol: int = 2) -> None:
-    path.write_bytes(pickle.dumps(content, protocol=protocol))
+def tar_gz(path: Path, files: list[tuple[str, bytes | dict[str, Any]]]) -> Path:
+    """Members by name: their content, or fields of a member without any."""
+    with tarfile.open(path, "w:gz") as archive:
+        for name, content in files:
+            member = tarfile.TarInfo(name)
+            if isinstance(content, bytes):
+                member.size = len(content)
+                archive.addfile(member, io.BytesIO(content))
+            else:
+                for field, value in content.items():
+                    setattr(member, field, value)
+                archive.addfile(member)
+    return path
+
+
+def pack(
+    folder: Path, name: CifarName, form: CifarForm, *more: tuple[str, Any], **changed: bytes
+) -> Path:
+    files = {**content_of(name, form), **changed}
+    members = [(f"{form.folder}/{file}", content) for file, content in reversed(files.items())]
+    top = [(form.folder, {"type": tarfile.DIRTYPE}), (f"{form.folder}/readme.html", b"<html>")]
+    return tar_gz(folder / form.archive, [*top, *members, *more])
+
+
+def unpack(folder: Path, name: CifarName, form: CifarForm) -> Path:
+    place = folder / form.folder
+    place.mkdir()
+    for file, content in content_of(name, form).items():
+        (place / file).write_bytes(content)
+    return place
+
+
+def read(place: Path, name: CifarName = "cifar100", split: Split = "train") -> CifarSplit:
+    return read_cifar(find_cifar(place, name), split=split)
+
+
+def complaint(place: Path, name: CifarName = "cifar100") -> str:
+    with pytest.raises(ValueError, match=r"\w") as caught:
+        read(place, name)
+    return str(caught.value)
+
+
+@each_form
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_torchvision_reads_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: CifarName, form: CifarForm, split: Split
+):
+    """Packed or not, python or binary; torchvision reads the unpacked python form alone."""
+    from torchvision.datasets import CIFAR10, CIFAR100
+
+    peer_class, python = CIFAR10 if name == "cifar10" else CIFAR100, FORMS[name][0]
+    assert (peer_class.filename, peer_class.base_folder) == (python.archive, python.folder)
+    assert peer_class.tgz_md5 == python.md5
+    monkeypatch.setattr(peer_class, "_check_integrity", lambda _: True)
+    folder = unpack(tmp_path, name, python)
+    # its checksum of the class names is looked at apart from the others
+    md5 = hashlib.md5((folder / python.names).read_bytes()).hexdigest()
+    monkeypatch.setattr(peer_class, "meta", peer_class.meta | {"md5": md5})
+    peer = peer_class(str(tmp_path), train=split == "train")
+    if form is not python:
+        folder = unpack(tmp_path, name, form)
+    for place in (folder, pack(tmp_path, name, form)):
+        ours = read(place, name, split)
+        np.testing.assert_array_equal(ours.images.transpose(0, 2, 3, 1), peer.data)
+        assert ours.labels.tolist() == peer.targets
+        assert ours.class_names == peer.classes
+        assert len(set(ours.keys)) == len(peer.targets)
+
+
+def test_python_comes_before_binary_and_unpacked_before_packed(tmp_path: Path):
+    for form in (BINARY, PYTHON):
+        pack(tmp_path, "cifar100", form)
+    assert find_cifar(tmp_path, "cifar100").paths == [tmp_path / PYTHON.archive]
+    place = unpack(tmp_path, "cifar100", BINARY)
+    pack(place, "cifar100", PYTHON)
+    assert find_cifar(place, "cifar100").paths == [place / name for name in BINARY.files]
+
+
+def test_nothing_found_is_named(tmp_path: Path):
+    key, absent = "transfer_data.root", tmp_path / "absent"
+    assert complaint(absent).startswith(f"{key}: {absent} does not exist; put cifar-100-python.tar")
+    (tmp_path / "meta").touch()
+    assert complaint(tmp_path).startswith(f"{key}: {tmp_path} lacks train, test; put cifar-100-py")
+    archive = pack(tmp_path, "cifar100", PYTHON)
+    assert complaint(archive, "cifar10") == (
+        f"{key}: {archive} is a file, but not cifar-10-python.tar.gz or cifar-10-binary.tar.gz"
+    )
+
+
+@each_form
+def test_archives_must_be_the_official_ones(tmp_path: Path, name: CifarName, form: CifarForm):
+    path = pack(tmp_path, name, form)
+    expected = (
+        rf"{path}: not the official {path.name}: its sha256 is {sha256_of(path)}, expected "
+        rf"{form.sha256}; fetch .* transfer_data\.verify to false"
+    )
+    with pytest.raises(ValueError, match=expected):
+        find_cifar(path, name).verify()
+    find_cifar(unpack(tmp_path, name, form), name).verify()  # unpacked files have no checksum
+
+
+@pytest.mark.parametrize("form", FORMS["cifar100"], ids=["python", "binary"])
+def test_damaged_archive_is_refused(tmp_path: Path, form: CifarForm):
+    archive = pack(tmp_path, "cifar100", form)
+    whole = archive.read_bytes()
+    for length in [0, 1, 10, 100, *range(1000, len(whole), 1777), len(whole) - 9, len(whole) - 1]:
+        archive.write_bytes(whole[:length])
+        assert complaint(archive).startswith(f"{archive}: truncated or damaged")
+    for place in range(50, len(whole), len(whole) // 7):  # behind gzip's header
+        archive.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+        assert str(archive) in complaint(archive)
+    archive.write_bytes(b"<html>404</html>")
+    assert "truncated or damaged (Not a gzipped file" in complaint(archive)
+
+
+@pytest.mark.parametrize(
+    ("name", "fields"),
+    [
+        ("/etc/passwd", {}),
+        ("cifar-100-python/../../meta", {}),
+        ("cifar-100-python/x", {"type": tarfile.SYMTYPE, "linkname": "/etc/passwd"}),
+        ("cifar-100-python/x", {"type": tarfile.LNKTYPE, "linkname": "cifar-100-python/train"}),
+        ("cifar-100-python/x", {"type": tarfile.CHRTYPE}),
+    ],
+)
+def test_hostile_members_are_refused(tmp_path: Path, name: str, fields: dict[str, Any]):
+    message = complaint(pack(tmp_path, "cifar100", PYTHON, (name, fields)))
+    fault = "is a link or a device" if fields else "points out of the archive"
+    assert f"{name!r} {fault}" in message
+    assert "do not unpack it" in message
+
+
+def test_a_linked_member_is_not_followed(tmp_path: Path):
+    """`train` itself is a link to a readable file outside."""
+    (tmp_path / "secret").write_text("secret")
+    link = {"type": tarfile.SYMTYPE, "linkname": str(tmp_path / "secret")}
+    path = tar_gz(tmp_path / PYTHON.archive, [("cifar-100-python/train", link)])
+    assert "is a link or a device" in complaint(path)
+    assert sorted(file.name for file in tmp_path.iterdir()) == [path.name, "secret"]
+
+
+def test_missing_repeated_and_enormous_members(tmp_path: Path):
+    path, meta = tmp_path / PYTHON.archive, ("cifar-100-python/meta", b"")
+    assert f"{path}: lacks cifar-100-python/train" in complaint(
+        tar_gz(path, [meta, ("other/train", b"")])
+    )
+    assert "holds cifar-100-python/meta twice" in complaint(tar_gz(path, [meta, meta]))
+    with tarfile.open(path, "w:gz") as archive:
+        member = tarfile.TarInfo("cifar-100-python/train")
+        member.size = 1 << 40
+        archive.fileobj.write(member.tobuf())  # pyright: ignore[reportOptionalMemberAccess]
+    assert "with 1,099,511,627,776 bytes" in complaint(path)
+
+
+@pytest.mark.parametrize("name", ["cifar10", "cifar100"])
+def test_wrong_sizes_of_binary_files(tmp_path: Path, name: CifarName):
+    place = unpack(tmp_path, name, FORMS[name][1])
+    file = place / FORMS[name][1].files[0]
+    whole = file.read_bytes()
+    for content in (whole[:-1], whole + b"\0", b""):
+        file.write_bytes(content)
+        size = 3073 if name == "cifar10" else 3074
+        expected = f"{file}: {len(content)} bytes are not a whole number of records of {size}"
+        assert complaint(place, name).startswith(expected)
+
+
+def test_wrong_label_of_a_binary_file(tmp_path: Path):
+    place = unpack(tmp_path, "cifar100", BINARY)
+    content = bytearray((place / "train.bin").read_bytes())
+    content[3074 + 1] = 3
+    (place / "train.bin").write_bytes(content)
+    assert complaint(place).endswith("train.bin: fine_labels[1] is 3; expected 0 to 2")
+    (place / "fine_label_names.txt").write_text("\n")
+    assert complaint(place).endswith("fine_label_names.txt: fine_label_names is empty")
 
 
 @pytest.fixture
@@ -28,35 +239,31 @@ def images() -> np.ndarray:
 
 
 @pytest.fixture
-def root(tmp_path: Path, images: np.ndarray) -> Path:
-    write(tmp_path / "meta", {b"fine_label_names": [name.encode() for name in CLASSES]})
-    for split, part in (("train", images), ("test", images[:1])):
-        labels = [index % 3 for index in range(len(part))]
-        write(tmp_path / split, {b"data": part.reshape(len(part), -1), b"fine_labels": labels})
-    return tmp_path
+def root(tmp_path: Path) -> Path:
+    return unpack(tmp_path, "cifar100", PYTHON)
+
+
+def write(path: Path, content: object, *, protocol: int = 2) -> None:
+    path.write_bytes(pickle.dumps(content, protocol=protocol))
 
 
 @pytest.mark.parametrize("protocol", [0, 1, 2, 3, 4])
-def test_round_trip(root: Path, images: np.ndarray, protocol: int):
-    content = {b"data": images.reshape(4, -1), b"fine_labels": [0, 1, 2, 0], b"filenames": [b"a"]}
+@pytest.mark.parametrize("order", ["C", "F"])
+def test_round_trip(root: Path, images: np.ndarray, protocol: int, order: Any):
+    """Keys as bytes, too few names for the images, and a matrix in either order."""
+    data = np.array(images.reshape(4, -1), order=order)
+    content = {b"data": data, b"fine_labels": [0, 1, 2, 0], b"filenames": [b"a"]}
     write(root / "train", content, protocol=protocol)
-    split = read_cifar100(root, split="train")
+    split = read(root)
     np.testing.assert_array_equal(split.images, images)
     np.testing.assert_array_equal(split.labels, [0, 1, 2, 0])
-    assert split.class_names == CLASSES
-    assert split.keys == [f"train-{index:05d}" for index in range(4)]
+    assert type(split.images) is np.ndarray
     assert split.images.flags.writeable
-    assert len(read_cifar100(root, split="test").images) == 1
-
-
-def test_text_keys_and_fortran_order(root: Path, images: np.ndarray):
-    data = np.asfortranarray(images.reshape(4, -1))
-    write(root / "train", {"data": data, "fine_labels": [0, 1, 2, 0]})
-    write(root / "meta", {"fine_label_names": CLASSES})
-    split = read_cifar100(root, split="train")
-    np.testing.assert_array_equal(split.images, images)
     assert split.images.flags.c_contiguous
-    assert split.class_names == CLASSES
+    assert split.keys == [f"train-{index:05d}" for index in range(4)]
+    names = [b"apple_s_000.png", b"b.png", b"c.png", b"d.png"]
+    write(root / "train", content | {b"filenames": names})
+    assert read(root).keys == [name.decode() for name in names]
 
 
 def python2_pickle(images: np.ndarray, labels: list[int]) -> bytes:
@@ -88,9 +295,8 @@ def test_reads_what_python_2_wrote(root: Path, images: np.ndarray):
     # The hand-written bytes are a true pickle: numpy itself restores them.
     theirs = pickle.loads(content, encoding="bytes")
     np.testing.assert_array_equal(theirs[b"data"].reshape(images.shape), images)
-
     (root / "train").write_bytes(content)
-    split = read_cifar100(root, split="train")
+    split = read(root)
     np.testing.assert_array_equal(split.images, images)
     np.testing.assert_array_equal(split.labels, [2, 1, 0, 2])
 
@@ -110,9 +316,16 @@ class Runs:
 def test_a_malicious_pickle_runs_nothing(root: Path, file: str, protocol: int):
     mark = root / "mark"
     write(root / file, {b"data": Runs(os.system, f"touch {mark}")}, protocol=protocol)
-    with pytest.raises(ValueError, match=rf"{file}: .*asks for \w+\.system"):
-        read_cifar100(root, split="train")
+    assert f"{file}: not a file of CIFAR's python archive: it asks for " in complaint(root)
     assert not mark.exists()
+
+
+def test_pickle_in_an_archive_runs_nothing(tmp_path: Path):
+    bad = b"cos\nsystem\n(X\x04\x00\x00\x00truetR."
+    path = pack(tmp_path, "cifar10", FORMS["cifar10"][0], data_batch_3=bad)
+    message = complaint(path, "cifar10")
+    assert message.startswith(f"{path}: cifar-10-batches-py/data_batch_3: not a file of CIFAR")
+    assert "asks for os.system" in message
 
 
 @pytest.mark.parametrize(
@@ -124,28 +337,22 @@ def test_a_malicious_pickle_runs_nothing(root: Path, file: str, protocol: int):
         b"\x80\x04\x8c\x05numpy\x8c\x10ndarray.__base__\x93.",
         b"i__builtin__\neval\n.",
         b"c_codecs\nencode\n(X\x01\x00\x00\x00aX\x05\x00\x00\x00rot13tR.",
+        # an array whose dtype a file would make: the state of one is no dtype
+        b"cnumpy\nndarray\n(K\x01tR(K\x01(K\x01tcnumpy\ndtype\nI00\nU\x01atb.",
     ],
 )
 def test_other_names_are_refused(root: Path, content: bytes):
     (root / "train").write_bytes(content)
-    with pytest.raises(ValueError, match="train: not a file of CIFAR"):
-        read_cifar100(root, split="train")
+    assert "train: not a file of CIFAR" in complaint(root)
 
 
 def test_every_truncation_is_refused(root: Path, images: np.ndarray):
     whole = python2_pickle(images[:1], [0])
-    for length in [*range(200), *range(len(whole) - 100, len(whole))]:
-        (root / "train").write_bytes(whole[:length])
-        with pytest.raises(ValueError, match=str(root / "train")):
-            read_cifar100(root, split="train")
-
-
-def test_arbitrary_bytes_are_refused(root: Path):
     rng = np.random.default_rng(0)
-    for _ in range(200):
-        (root / "train").write_bytes(rng.bytes(40))
-        with pytest.raises(ValueError, match=str(root / "train")):
-            read_cifar100(root, split="train")
+    contents = [whole[:n] for n in [*range(200), *range(len(whole) - 100, len(whole))]]
+    for content in [*contents, *(rng.bytes(40) for _ in range(200))]:
+        (root / "train").write_bytes(content)
+        assert str(root / "train") in complaint(root)
 
 
 GOOD = np.zeros((2, 3072), np.uint8)
@@ -154,54 +361,41 @@ GOOD = np.zeros((2, 3072), np.uint8)
 @pytest.mark.parametrize(
     ("data", "labels", "message"),
     [
-        (np.zeros((2, 3071), np.uint8), [0, 1], "2 x 3071 of u1; expected n x 3072"),
-        (np.zeros((2, 3072), np.int8), [0, 1], "of i1; expected n x 3072 of u1"),
-        (np.zeros((2, 3072), np.float32), [0, 1], "of f4"),
-        (np.zeros((2, 3072), object), [0, 1], "no numpy matrix"),
-        (np.zeros((2, 3, 1024), np.uint8), [0, 1], "no numpy matrix"),
-        (np.zeros((0, 3072), np.uint8), [], "data has 0 bytes for 0 images"),
-        ([[0] * 3072], [0], "no numpy matrix"),
+        (np.zeros((2, 3071), np.uint8), [0, 1], r"data is of shape (2, 3071); expected n x 3072"),
+        (np.zeros((2, 3, 1024), np.uint8), [0, 1], "data is of shape (2, 3, 1024); expected"),
+        (np.zeros((0, 3072), np.uint8), [], "data is of shape (0, 3072)"),
+        (np.zeros((2, 3072), np.int8), [0, 1], "its array is of 'i1', not of u1"),
+        (np.zeros((2, 3072), np.float32), [0, 1], "its array is of 'f4'"),
+        (np.zeros((2, 3072), object), [0, 1], "its array is of 'O8'"),
+        ([[0] * 3072], [0], "data is no numpy array"),
         (GOOD, [0], "1 fine_labels for 2 images"),
-        (GOOD, [0, 3], r"fine_labels\[1\] is 3; expected 0 to 2"),
-        (GOOD, [0, -1], r"fine_labels\[1\] is -1"),
-        (GOOD, [0, 1.0], r"fine_labels\[1\] is 1.0"),
-        (GOOD, [0, True], r"fine_labels\[1\] is True"),
+        (GOOD, [0, 3], "fine_labels[1] is 3; expected 0 to 2"),
+        (GOOD, [0, -1], "fine_labels[1] is -1"),
+        (GOOD, [0, 1.0], "fine_labels[1] is 1.0"),
+        (GOOD, [0, True], "fine_labels[1] is True"),
         (GOOD, (0, 1), "fine_labels is no list but tuple"),
     ],
 )
 def test_wrong_content_is_named(root: Path, data: object, labels: object, message: str):
     write(root / "train", {b"data": data, b"fine_labels": labels}, protocol=4)
-    with pytest.raises(ValueError, match=rf"train: .*{message}"):
-        read_cifar100(root, split="train")
+    assert f"{root}/train: " in complaint(root)
+    assert message in complaint(root)
 
 
 def test_byte_count_must_match_the_shape(root: Path, images: np.ndarray):
-    # numpy would refuse this state as well; here it is our own check.
     content = python2_pickle(images, [0, 1, 2, 0]).replace(
         b"J" + struct.pack("<i", 4), b"J" + struct.pack("<i", 5)
     )
     (root / "train").write_bytes(content)
-    with pytest.raises(ValueError, match="12288 bytes for 5 images of 3072"):
-        read_cifar100(root, split="train")
+    assert "train: not a file of CIFAR" in complaint(root)
 
 
-def test_file_names_are_the_keys(root: Path, images: np.ndarray):
-    content = {b"data": images.reshape(4, -1), b"fine_labels": [0, 1, 2, 0]}
-    names = [b"apple_s_000.png", b"b.png", b"c.png", b"d.png"]
-    write(root / "train", content | {b"filenames": names})
-    assert read_cifar100(root, split="train").keys == [name.decode() for name in names]
-
-
-def test_missing_files_and_entries(root: Path):
+def test_missing_entries_are_named(root: Path):
     write(root / "train", {b"data": GOOD, b"labels": [0, 1]})
-    with pytest.raises(ValueError, match=r"train: no entry 'fine_labels'.*other CIFAR"):
-        read_cifar100(root, split="train")
+    assert "train: no entry 'fine_labels', only ['data', 'labels']; is it of the other CIFAR?" in (
+        complaint(root)
+    )
     write(root / "train", [1, 2])
-    with pytest.raises(ValueError, match="train: expected a mapping, found list"):
-        read_cifar100(root, split="train")
+    assert "train: expected a mapping, found list" in complaint(root)
     write(root / "meta", {b"fine_label_names": []})
-    with pytest.raises(ValueError, match="meta: fine_label_names is empty"):
-        read_cifar100(root, split="train")
-    (root / "meta").unlink()
-    with pytest.raises(ValueError, match=r"transfer_data\.root: data lacks meta; put"):
-        read_cifar100(root, split="train")
+    assert "meta: fine_label_names is empty" in complaint(root)

@@ -23,7 +23,7 @@ def test_classes_are_those_that_torchvision_finds(
     if not packed:
         write_devkit(tmp_path, TRUTH, packed=False)
         (tmp_path / ARCHIVE).unlink()
-    kit = read_devkit(tmp_path, shown_root="data/raw")
+    kit = read_devkit(tmp_path)
     by_id = {number: wnid for wnid, number in ILSVRC_IDS.items()}
     assert list(kit.wnids) == wnids == [by_id[number] for number in TRUTH]
     assert kit.names == {wnid: words[0] for wnid, words in names.items()}
@@ -33,21 +33,21 @@ def test_classes_are_those_that_torchvision_finds(
 def test_a_data_folder_alone_will_do(tmp_path: Path):
     write_devkit(tmp_path, TRUTH, packed=False)
     (tmp_path / "ILSVRC2012_devkit_t12/data").rename(tmp_path / "data")
-    assert len(read_devkit(tmp_path, shown_root="data/raw").wnids) == 5
+    assert len(read_devkit(tmp_path).wnids) == 5
 
 
 def test_missing_kit_is_named(tmp_path: Path):
-    expected = r"data\.root: data/raw lacks ILSVRC2012_devkit_t12\.tar\.gz \(or .*meta\.mat"
+    expected = r"data\.root: .* lacks ILSVRC2012_devkit_t12\.tar\.gz \(or unpacked, .*meta\.mat"
     with pytest.raises(ValueError, match=expected):
-        read_devkit(tmp_path, shown_root="data/raw")
+        read_devkit(tmp_path)
 
 
 def test_truncated_kit_is_named(tmp_path: Path):
     write_devkit(tmp_path, TRUTH)
     content = (tmp_path / ARCHIVE).read_bytes()
     (tmp_path / ARCHIVE).write_bytes(content[: len(content) // 2])
-    with pytest.raises(ValueError, match=rf"data/raw/{ARCHIVE} is damaged or truncated"):
-        read_devkit(tmp_path, shown_root="data/raw")
+    with pytest.raises(ValueError, match=rf".*/{ARCHIVE} is damaged or truncated"):
+        read_devkit(tmp_path)
 
 
 def test_kit_without_its_files_is_named(tmp_path: Path):
@@ -56,7 +56,7 @@ def test_kit_without_its_files_is_named(tmp_path: Path):
     (tmp_path / ARCHIVE).write_bytes(gzip.compress(tar_of([("kit/data/meta.mat", b"x")])))
     expected = rf"{ARCHIVE} lacks data/ILSVRC2012_validation_ground_truth\.txt"
     with pytest.raises(ValueError, match=expected):
-        read_devkit(tmp_path, shown_root="data/raw")
+        read_devkit(tmp_path)
 
 
 @pytest.mark.parametrize("wrong", ["1001", "2", "n01440764", "", "-1"])
@@ -65,7 +65,7 @@ def test_unknown_class_is_named(tmp_path: Path, wrong: str):
     write_devkit(tmp_path, [450, wrong, 1])
     expected = rf"ground_truth\.txt: line 2 is no ILSVRC2012_ID of a class of meta\.mat: '{wrong}'"
     with pytest.raises(ValueError, match=expected):
-        read_devkit(tmp_path, shown_root="data/raw")
+        read_devkit(tmp_path)
 
 
 def test_unreadable_table_is_named(tmp_path: Path):
@@ -74,12 +74,5 @@ def test_unreadable_table_is_named(tmp_path: Path):
     content = meta.read_bytes()
     for broken in (b"", b"no matlab", content[:300], content.replace(b"synsets", b"synsetz")):
         meta.write_bytes(broken)
-        with pytest.raises(
-            ValueError, match=r"data/raw: meta\.mat has no readable table `synsets`"
-        ):
-            read_devkit(tmp_path, shown_root="data/raw")
-
-
-def test_ids_are_not_places():
-    """Else a confusion of the two would go unseen in these tests."""
-    assert [ILSVRC_IDS[wnid] for wnid in WNIDS] != sorted(ILSVRC_IDS.values())
+        with pytest.raises(ValueError, match=r".*: meta\.mat has no readable table `synsets`"):
+            read_devkit(tmp_path)

@@ -1,33 +1,132 @@
-"""Kaggle's download, and folders that cannot be read."""
+"""Class folders and Kaggle's download: as torchvision lists them; whatever is wrong is named."""
 
 import os
 from pathlib import Path
 from typing import Any
 
 import pytest
+from torchvision.datasets import ImageFolder
 
 from contradiff.sources.folder import scan_folder, scan_kaggle
-from contradiff.sources.listing import Listing
+from contradiff.sources.listing import ImageFile
 from tests.sources.imagenet_layouts import make_photos, write_folder, write_kaggle
 
 TABLE = "LOC_val_solution.csv"
 
 
 @pytest.fixture
-def root(tmp_path: Path) -> Path:
+def kaggle(tmp_path: Path) -> Path:
     write_kaggle(tmp_path, make_photos(seed=0))
     return tmp_path
 
 
-def scan(root: Path) -> Listing:
-    return scan_kaggle(root, shown_root="data/raw")
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    write_folder(tmp_path, make_photos(seed=0))
+    return tmp_path
 
 
-def test_validation_labels_come_from_the_table(root: Path):
-    (root / "LOC_synset_mapping.txt").unlink()  # names alone are in it
-    listing = scan(root)
-    photos = [photo for photo in make_photos(seed=0) if photo.split == "val"]
-    expected = {photo.name: photo.wnid for photo in photos}
+def test_torchvision_lists_the_same(root: Path):
+    for name in ("notes.txt", "checksums"):
+        (root / "train/n02119789" / name).write_text("x")
+    listing = scan_folder(root)
+    for split, files in listing.splits.items():
+        peer = ImageFolder(str(root / split))
+        assert [(str(root / file.path), file.label) for file in files] == peer.samples
+        assert list(listing.class_ids) == peer.classes
+        assert [f.num_bytes for f in files] == [Path(p).stat().st_size for p, _ in peer.samples]
+
+
+def test_hidden_files_are_no_images(root: Path):
+    """MacOS leaves `._name.JPEG` beside each file that it packs."""
+    before = scan_folder(root)
+    for name in ("._ILSVRC2012_val_00000001.JPEG", ".png"):
+        (root / "val/n02119789" / name).touch()
+    assert scan_folder(root) == before
+
+
+def test_classes_have_their_names_if_the_list_is_there(root: Path):
+    (root / "LOC_synset_mapping.txt").write_text("n02119789 tench, Tinca tinca\nn03 other\n\n")
+    assert scan_folder(root).class_names == ("n01440764", "tench", "n04557648")
+
+
+@pytest.mark.parametrize(
+    ("command", "fault"),
+    [
+        ("mv train other", "no folder {}/train; expected"),
+        ("mv val other", "no folder {}/val; expected"),
+        ("rm -r train/*", "{}/train has no class folders"),
+        ("rm train/n02119789/*", "{}/train/n02119789 holds no images"),
+        ("rm val/n02119789/*", "{}/val/n02119789 holds no images"),
+        ("mv val/n02119789 other", "{}/val/n02119789 holds no images"),
+        ("mkdir val/n03", r"{}/val has classes that train/ lacks: \['n03'\]"),
+        ("ln -s nowhere val/n02119789/x.JPEG", "{}/val/n02119789/x.JPEG cannot be read: No such"),
+    ],
+)
+def test_whatever_is_wrong_is_named(root: Path, command: str, fault: str):
+    assert os.system(f"cd {root} && {command}") == 0
+    with pytest.raises(ValueError, match=rf"^data\.root: {fault.format(root)}"):
+        scan_folder(root)
+
+
+@pytest.mark.parametrize("folder", ["train", "train/n02119789", "val/n02119789"])
+def test_unreadable_folder_is_named(root: Path, monkeypatch: pytest.MonkeyPatch, folder: str):
+    """By a stand-in for the system's refusal: these tests may run as root, who may read all."""
+    real = os.scandir
+
+    def scandir(path: Any) -> Any:
+        if Path(path) == root / folder:
+            raise PermissionError(13, "Permission denied", str(path))
+        return real(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    expected = rf"^data\.root: {root}/{folder} cannot be read: Permission denied"
+    with pytest.raises(ValueError, match=expected):
+        scan_folder(root)
+
+
+@pytest.mark.parametrize(
+    ("path", "key"),
+    [
+        ("train/n01/n01_5.JPEG", "n01_5"),
+        ("train/cat/5.jpg", "cat_5"),
+        ("val/n01/ILSVRC2012_val_5.JPEG", "n01_ILSVRC2012_val_5"),
+        ("train/cat/a.b.jpg", "cat_a_b"),
+        ("train/v1.0 cats/5.jpg", "v1_0 cats_5"),
+        ("train/v1.0/v1.0_5.jpg", "v1_0_5"),
+    ],
+)
+def test_key_names_class_and_file(path: str, key: str):
+    assert ImageFile(path, 0).key == key
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        ("n01/n01_9.JPEG", "n01/n01_9.png"),
+        ("n01/a.b.jpg", "n01/a_b.jpg"),
+        ("n/n01_9.jpg", "n01/n01_9.JPEG"),
+    ],
+)
+def test_two_images_of_one_key_are_named(root: Path, first: str, second: str):
+    for path in (root / split / name for name in (first, second) for split in ("train", "val")):
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("x")
+    expected = rf"^data\.root: train/{first} .* and train/{second} .* would both be .*: rename one"
+    with pytest.raises(ValueError, match=expected):
+        scan_folder(root).check(root)
+
+
+def test_name_that_is_not_utf8_is_refused(root: Path):
+    (root / "train/n02119789" / os.fsdecode(b"\xff.png")).touch()
+    with pytest.raises(ValueError, match=r"^data\.root: .* is not named in UTF-8: rename it"):
+        scan_folder(root).check(root)
+
+
+def test_kaggles_validation_labels_come_from_the_table(kaggle: Path):
+    (kaggle / "LOC_synset_mapping.txt").unlink()  # it has only names
+    listing = scan_kaggle(kaggle)
+    expected = {photo.name: photo.wnid for photo in make_photos(seed=0) if photo.split == "val"}
     found = {Path(f.path).name: listing.class_ids[f.label] for f in listing.splits["val"]}
     assert found == expected
     assert listing.class_names == listing.class_ids
@@ -44,62 +143,23 @@ def test_validation_labels_come_from_the_table(root: Path):
         ("", r"line 8 is not `image,class box"),
     ],
 )
-def test_wrong_line_is_named(root: Path, line: str, fault: str):
-    with (root / TABLE).open("a") as file:
+def test_wrong_line_is_named(kaggle: Path, line: str, fault: str):
+    with (kaggle / TABLE).open("a") as file:
         file.write(f"{line}\n")
-    with pytest.raises(ValueError, match=rf"^data\.root: data/raw/{TABLE}:? {fault}"):
-        scan(root)
+    with pytest.raises(ValueError, match=rf"^data\.root: {kaggle}/{TABLE}:? {fault}"):
+        scan_kaggle(kaggle)
 
 
-def test_image_without_a_line_is_named(root: Path):
-    (root / "ILSVRC/Data/CLS-LOC/val/ILSVRC2012_val_00000099.JPEG").touch()
-    expected = rf"data/raw/{TABLE} has no line for .*CLS-LOC/val/ILSVRC2012_val_00000099\.JPEG"
-    with pytest.raises(ValueError, match=expected):
-        scan(root)
-
-
-def test_missing_table_is_named(root: Path):
-    (root / TABLE).unlink()
-    with pytest.raises(ValueError, match=rf"^data\.root: no data/raw/{TABLE}, which holds"):
-        scan(root)
-
-
-@pytest.mark.parametrize("split", ["train", "val"])
-def test_missing_folder_is_named(root: Path, split: str):
-    (root / "ILSVRC/Data/CLS-LOC" / split).rename(root / "x")
-    expected = rf"^data\.root: (no folder )?data/raw/ILSVRC/Data/CLS-LOC/{split}(; exp| holds no)"
-    with pytest.raises(ValueError, match=expected):
-        scan(root)
-
-
-@pytest.mark.parametrize("folder", ["train", "train/n02119789", "val/n02119789"])
-def test_unreadable_folder_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, folder: str):
-    """By a stand-in for the system's refusal: these tests may run as root, who may read all."""
-    write_folder(tmp_path, make_photos(seed=0))
-    real = os.scandir
-
-    def scandir(path: Any) -> Any:
-        if Path(path) == tmp_path / folder:
-            raise PermissionError(13, "Permission denied", str(path))
-        return real(path)
-
-    monkeypatch.setattr(os, "scandir", scandir)
-    expected = rf"^data\.root: data/raw/{folder} cannot be read: Permission denied"
-    with pytest.raises(ValueError, match=expected):
-        scan_folder(tmp_path, shown_root="data/raw")
-
-
-def test_link_to_nowhere_is_named(tmp_path: Path):
-    write_folder(tmp_path, make_photos(seed=0))
-    (tmp_path / "val/n02119789/lost.JPEG").symlink_to(tmp_path / "nowhere")
-    expected = r"^data\.root: data/raw/val/n02119789/lost\.JPEG cannot be read: No such file"
-    with pytest.raises(ValueError, match=expected):
-        scan_folder(tmp_path, shown_root="data/raw")
-
-
-def test_hidden_files_are_no_images(tmp_path: Path):
-    """MacOS leaves `._name.JPEG` beside each file that it packs."""
-    write_folder(tmp_path, make_photos(seed=0))
-    before = scan_folder(tmp_path, shown_root="data/raw")
-    (tmp_path / "val/n02119789/._ILSVRC2012_val_00000001.JPEG").touch()
-    assert scan_folder(tmp_path, shown_root="data/raw") == before
+def test_missing_parts_of_kaggles_download_are_named(kaggle: Path):
+    images = kaggle / "ILSVRC/Data/CLS-LOC"
+    (images / "val/ILSVRC2012_val_00000099.JPEG").touch()
+    with pytest.raises(ValueError, match=rf"/{TABLE} has no line for {images}/val/.*99\.JPEG"):
+        scan_kaggle(kaggle)
+    for path, fault in (
+        (images / "val", f"{images}/val holds no images"),
+        (kaggle / TABLE, f"no {kaggle}/{TABLE}, which holds"),
+        (images / "train", f"no folder {images}/train; expected"),
+    ):
+        path.rename(kaggle / f"no-{path.name}")
+        with pytest.raises(ValueError, match=rf"^data\.root: {fault}"):
+            scan_kaggle(kaggle)

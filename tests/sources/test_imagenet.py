@@ -1,195 +1,237 @@
-"""A tree is listed, and whatever is wrong with it is named."""
+"""The same images from every layout: same keys, labels, bytes, whichever way they are read."""
 
-import json
+import multiprocessing
+import os
+import pickle  # noqa: TID251  # our own objects
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from contradiff.data.params import DataParams
-from contradiff.sources.imagenet import Manifest
-from contradiff.sources.listing import ImageFile
-from contradiff.sources.raw import read_manifest
+from contradiff.sources.imagenet import RawImages, check_batch_sizes, reopen_images, scan_images
+from tests.sources.imagenet_layouts import WNIDS, WRITERS, make_photos
 
-PARAMS = {
-    "source": "toy",
-    "root": "data/raw/toy",
-    "image_size": 32,
-    "num_train": 100,
-    "num_val": 10,
-}
+each_layout = pytest.mark.parametrize("layout", list(WRITERS))
 
 
-@pytest.fixture
-def root(tmp_path: Path) -> Path:
-    """Two classes, three training images and one for validation each."""
-    for class_id in ("n02", "n01"):
-        for split, names in {
-            "train": [f"{class_id}_{number}.JPEG" for number in (10, 9, 1)],
-            "val": [f"ILSVRC2012_val_{class_id}.png"],
-        }.items():
-            folder = tmp_path / split / class_id
-            folder.mkdir(parents=True)
-            for name in names:
-                (folder / name).write_text(f"pixels of {name}")
-    return tmp_path
+def scan(root: Path, **options: Any) -> RawImages:
+    return scan_images(root, **({"layout": "auto"} | options))
 
 
-def scan(root: Path) -> Manifest:
-    return Manifest.scan(root, shown_root="data/raw")
+def rows(images: RawImages) -> set[tuple[str, str, int, bytes]]:
+    return {
+        (split, file.key, file.label, images.read(file))
+        for split, files in images.listing.splits.items()
+        for file in files
+    }
 
 
-def test_tree_is_listed(root: Path):
-    manifest = scan(root)
-    assert manifest.class_ids == manifest.class_names == ("n01", "n02")
-    assert manifest.splits["val"] == (
-        ImageFile("val/n01/ILSVRC2012_val_n01.png", 0, num_bytes=32),
-        ImageFile("val/n02/ILSVRC2012_val_n02.png", 1, num_bytes=32),
-    )
-    assert [file.label for file in manifest.splits["train"]] == [0, 0, 0, 1, 1, 1]
-    assert [Path(file.path).name for file in manifest.splits["train"][:3]] == [
-        "n01_1.JPEG",
-        "n01_10.JPEG",
-        "n01_9.JPEG",
-    ]
+@settings(max_examples=5)
+@given(seed=st.integers(0, 1000), num_train=st.integers(1, 5), num_val=st.integers(1, 3))
+def test_all_layouts_give_the_same_images(seed: int, num_train: int, num_val: int):
+    photos = make_photos(seed=seed, num_train=num_train, num_val=num_val)
+    expected = {
+        (
+            photo.split,
+            # a training image's name begins with its class
+            ("" if photo.split == "train" else f"{photo.wnid}_") + photo.name.split(".")[0],
+            sorted(WNIDS).index(photo.wnid),
+            photo.content,
+        )
+        for photo in photos
+    }
+    digests: dict[str, str] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for layout, write in WRITERS.items():
+            root = Path(folder) / layout
+            write(root, photos)
+            images = scan(root)
+            assert rows(images) == expected
+            assert images.listing.class_ids == WNIDS
+            assert images.listing.class_names == ("tench", "kit fox", "water bottle")
+            manifest = images.manifest(project=Path(folder))
+            assert (manifest["root"], manifest["layout"]) == (layout, layout)
+            assert manifest["num_images"] == {"train": 3 * num_train, "val": 3 * num_val}
+            digests[layout] = images.digest
+    # a parquet's manifest has its shards' footers in it
+    assert digests["imagefolder"] == digests["archives"] == digests["kaggle"]
 
 
-def test_classes_have_their_names_if_the_list_is_there(root: Path):
-    (root / "LOC_synset_mapping.txt").write_text("n02 tench, Tinca tinca\nn03 other\n\n")
-    assert scan(root).class_names == ("n01", "tench")
+@each_layout
+def test_images_have_their_size_and_are_in_order(tmp_path: Path, layout: str):
+    WRITERS[layout](tmp_path, make_photos(seed=1, smallest=5000))
+    images = scan(tmp_path)
+    for split, files in images.listing.splits.items():
+        paths = [file.path for file in files]
+        assert paths == sorted(paths)
+        assert all(path.startswith(f"{split}/") for path in paths)
+        given = [file.num_bytes for file in files]
+        true = [len(images.read(file)) for file in files]
+        if layout == "parquet":  # means over row groups, with their pages' headers
+            assert sum(true) * 0.999 < sum(given) < sum(true) * 1.05
+        else:
+            assert given == true
 
 
-def test_other_files_are_no_images(root: Path):
-    digest = scan(root).digest
-    (root / "train/n01/notes.txt").write_text("x")
-    (root / "train/checksums").write_text("x")
-    assert scan(root).digest == digest
+@each_layout
+def test_reader_works_in_other_processes(
+    tmp_path: Path, layout: str, monkeypatch: pytest.MonkeyPatch
+):
+    """Pickled after it has been used, for a fresh interpreter; and inherited by a fork."""
+    WRITERS[layout](tmp_path, make_photos(seed=3))
+    images = scan(tmp_path)
+    files = images.listing.splits["train"]
+    expected = [images.read(file) for file in files]
+    again = pickle.loads(pickle.dumps(images.read))
+    assert [again(file) for file in files] == expected
+    with multiprocessing.get_context("fork").Pool(2) as pool:
+        assert pool.map(images.read, files) == expected
+    if layout == "archives":  # opened once in a process
+        monkeypatch.setattr(os, "open", None)
+    assert images.read(files[0]) == expected[0]
 
 
+@each_layout
+def test_an_image_that_is_gone_is_named(tmp_path: Path, layout: str):
+    WRITERS[layout](tmp_path / "here", make_photos(seed=3))
+    images = scan(tmp_path / "here")
+    (tmp_path / "here").rename(tmp_path / "there")
+    with pytest.raises(ValueError, match=r"data\.root: .*cannot be read"):
+        pickle.loads(pickle.dumps(images.read))(images.listing.splits["val"][0])
+
+
+def one_changed(**changes: Any) -> Callable[[Path, Any], None]:
+    """Write the images with one of them replaced or missing."""
+
+    def write(root: Path, writer: Any) -> None:
+        photos = make_photos(seed=4)
+        photo = photos.pop(1)
+        if "gone" not in changes:
+            name, change = changes.get("name", photo.name), changes.get("content", lambda c: c)
+            photos.append(type(photo)(photo.split, photo.wnid, name, change(photo.content)))
+        writer(root, photos)
+
+    return write
+
+
+@each_layout
 @pytest.mark.parametrize(
     "change",
     [
-        lambda root: (root / "train/n01/n01_9.JPEG").write_text("PIXELS of n01_9.JPEG"),
-        lambda root: (root / "val/n02/ILSVRC2012_val_n02.png").write_text("other"),
-        lambda root: (root / "train/n01/n01_9.JPEG").unlink(),
-        lambda root: (root / "train/n01/n01_9.JPEG").rename(root / "train/n01/n01_8.JPEG"),
-        lambda root: (root / "train/n01/n01_9.JPEG").rename(root / "train/n02/n01_9.JPEG"),
-        lambda root: (root / "train/n01/n01_11.jpg").write_text("new"),
+        one_changed(content=lambda content: content + b"x"),
+        one_changed(content=lambda content: content[:-1] + bytes([content[-1] ^ 1])),
+        one_changed(name="n01440764_20001.JPEG"),
+        one_changed(gone=True),
     ],
-    ids=["content", "size", "gone", "renamed", "other class", "new"],
+    ids=["size", "content", "renamed", "gone"],
 )
-def test_digest_notices_a_change(root: Path, change: Callable[[Path], object]):
-    digest = scan(root).digest
-    change(root)
-    assert scan(root).digest != digest
-
-
-def test_digest_does_not_depend_on_where_the_tree_is(root: Path, tmp_path_factory: Any):
-    elsewhere = tmp_path_factory.mktemp("elsewhere") / "tree"
-    digest = scan(root).digest
-    root.rename(elsewhere)
-    assert scan(elsewhere).digest == digest
-
-
-def test_written_manifest_counts_and_names(root: Path, tmp_path: Path):
-    (root / "LOC_synset_mapping.txt").write_text("n02 tench, Tinca tinca\n")
-    manifest = scan(root)
-    path = tmp_path / "build" / "images.json"
-    manifest.write(path)
-    assert read_manifest(path) == {
-        "root": "data/raw",
-        "layout": "imagefolder",
-        "digest": manifest.digest,
-        "num_images": {"train": 6, "val": 2},
-        "classes": {"n01": "n01", "n02": "tench"},
-    }
-    assert json.loads(path.read_text()) == read_manifest(path)
+def test_digest_notices_a_change(tmp_path: Path, layout: str, change: Callable[[Path, Any], None]):
+    project, manifest = tmp_path / "project", tmp_path / "images.json"
+    digests: list[str] = []
+    for number, write in enumerate((one_changed(), one_changed(), change)):
+        root = tmp_path / str(number)
+        write(root, WRITERS[layout])
+        digests.append(scan(root).digest)
+    assert digests[0] == digests[1] != digests[2]
+    (tmp_path / "0").rename(project)  # its place does not matter
+    content = scan(project).manifest(project=tmp_path)
+    manifest.write_text(str(content).replace("'", '"'))
+    assert reopen_images(manifest, project=tmp_path).digest == digests[0]
+    project.rename(tmp_path / "before")
+    (tmp_path / "2").rename(project)
+    expected = rf"^data\.root: {project} has changed since {manifest}; run `dvc repro -f prepare`"
+    with pytest.raises(ValueError, match=expected):
+        reopen_images(manifest, project=tmp_path)
 
 
 def test_missing_manifest_is_named(tmp_path: Path):
     with pytest.raises(ValueError, match=r"images.json: missing; run `dvc repro prepare`"):
-        read_manifest(tmp_path / "images.json")
+        reopen_images(tmp_path / "images.json", project=tmp_path)
 
 
-@pytest.mark.parametrize("split", ["train", "val"])
-def test_missing_folder_is_named(root: Path, split: str):
-    (root / split).rename(root / "other")
-    with pytest.raises(ValueError, match=rf"data\.root: no folder data/raw/{split}; expected"):
-        scan(root)
+def test_data_elsewhere_are_named_by_their_whole_path(tmp_path: Path):
+    WRITERS["imagefolder"](tmp_path, make_photos(seed=0))
+    assert scan(tmp_path).manifest(project=tmp_path / "project")["root"] == str(tmp_path)
 
 
-def test_folder_without_classes_is_named(tmp_path: Path):
-    (tmp_path / "train").mkdir()
-    with pytest.raises(ValueError, match=r"data\.root: data/raw/train has no class folders"):
+def test_what_auto_finds_is_told(tmp_path: Path):
+    WRITERS["kaggle"](tmp_path, make_photos(seed=0))
+    told: list[str] = []
+    scan(tmp_path, on_message=told.append)
+    assert told == [f"data.source auto: found kaggle (ILSVRC/Data/CLS-LOC/train/) in {tmp_path}"]
+
+
+def test_auto_lists_what_it_looked_for(tmp_path: Path):
+    (tmp_path / "train").mkdir()  # without a class in it
+    (tmp_path / "photo.jpg").touch()
+    for root in (tmp_path, tmp_path / "absent"):
+        with pytest.raises(ValueError, match=rf"^data\.root: found no images in {root}") as caught:
+            scan(root)
+        for text in (
+            "imagefolder: train/<class>/",
+            "archives: ILSVRC2012_img_train.tar",
+            "kaggle: ILSVRC/Data/CLS-LOC/train/",
+            "parquet: data/train-*.parquet",
+        ):
+            assert text in str(caught.value)
+
+
+def test_auto_leaves_the_choice_between_two_layouts(tmp_path: Path):
+    photos = make_photos(seed=0)
+    WRITERS["archives"](tmp_path, photos)
+    WRITERS["imagefolder"](tmp_path, photos)
+    expected = r"holds 2 layouts \(imagefolder: .*; archives: .*\); set data\.source to one"
+    with pytest.raises(ValueError, match=expected):
+        scan(tmp_path)
+    assert rows(scan(tmp_path, layout="archives")) == rows(scan(tmp_path, layout="imagefolder"))
+
+
+@each_layout
+def test_class_without_an_image_is_named(tmp_path: Path, layout: str):
+    photos = make_photos(seed=0)
+    missing = [p for p in photos if not (p.split == "train" and p.wnid == "n02119789")]
+    WRITERS[layout](tmp_path, missing)
+    if layout in ("imagefolder", "kaggle"):  # in the others it is there already
+        folder = "" if layout == "imagefolder" else "ILSVRC/Data/CLS-LOC/"
+        (tmp_path / folder / "train/n02119789").mkdir()
+    expected = r"n02119789 holds no images|classes have no train image: (n02119789|0001)"
+    with pytest.raises(ValueError, match=rf"^data\.root: .*({expected})"):
         scan(tmp_path)
 
 
-@pytest.mark.parametrize("split", ["train", "val"])
-def test_empty_class_is_named(root: Path, split: str):
-    for path in (root / split / "n02").iterdir():
-        path.unlink()
-    with pytest.raises(ValueError, match=rf"data\.root: data/raw/{split}/n02 holds no images"):
-        scan(root)
+@each_layout
+def test_two_images_of_one_key_are_named(tmp_path: Path, layout: str):
+    photos = make_photos(seed=0)
+    photo = photos[0]
+    photos.append(type(photo)("train", photo.wnid, photo.name.replace("JPEG", "png"), b"x"))
+    options = {"path_of": lambda photo: photo.name} if layout == "parquet" else {}
+    WRITERS[layout](tmp_path, photos, **options)
+    with pytest.raises(ValueError, match=r"^data\.root: .*JPEG.*png.* would both be n01440764_"):
+        scan(tmp_path)
 
 
-def test_class_without_validation_images_is_named(root: Path):
-    (root / "val/n02").rename(root / "n02")
-    with pytest.raises(ValueError, match=r"data\.root: data/raw/val/n02 holds no images"):
-        scan(root)
+def test_only_archives_have_checksums(tmp_path: Path):
+    WRITERS["imagefolder"](tmp_path, make_photos(seed=0))
+    with pytest.raises(ValueError, match=r"^raw\.verify: true .* read as imagefolder; set it to"):
+        scan(tmp_path, verify=True)
 
 
-def test_class_unknown_in_training_is_named(root: Path):
-    (root / "val/n03").mkdir()
-    with pytest.raises(ValueError, match=r"data/raw/val has classes that train/ lacks: \['n03'\]"):
-        scan(root)
+def test_batches_larger_than_the_training_set_are_refused(tmp_path: Path):
+    WRITERS["imagefolder"](tmp_path, make_photos(seed=0))
+    images = scan(tmp_path)
+    check_batch_sizes({"a.batch_size": 12, "b.batch_size": 0}, images)
+    sizes = {"a.batch_size": 12, "b.batch_size": 13, "c.batch_size": 14}
+    with pytest.raises(ValueError, match=r"^b\.batch_size: 13 is more than the 12 .*\nc\.batch_"):
+        check_batch_sizes(sizes, images)
 
 
-@pytest.mark.parametrize(
-    ("path", "key"),
-    [
-        ("train/n01/n01_5.JPEG", "n01_5"),
-        ("train/cat/5.jpg", "cat_5"),
-        ("val/n01/ILSVRC2012_val_5.JPEG", "n01_ILSVRC2012_val_5"),
-        ("train/cat/a.b.jpg", "cat_a_b"),
-        ("train/v1.0 cats/5.jpg", "v1_0 cats_5"),
-        ("train/v1.0/v1.0_5.jpg", "v1_0_5"),
-    ],
-)
-def test_key_names_class_and_file(path: str, key: str):
-    assert ImageFile(path, 0).key == key
-
-
-names = st.text("ab._ é1", min_size=1, max_size=6).filter(lambda name: name.strip(".") != "")
-
-
-@given(folder=names, stem=names)
-def test_keys_have_no_dots(folder: str, stem: str):
-    """WebDataset takes all behind the first dot for the extension."""
-    assert "." not in ImageFile(f"train/{folder}/{stem}.jpg", 0).key
-
-
-@pytest.mark.parametrize(
-    ("first", "second"),
-    [
-        ("n01/n01_9.JPEG", "n01/n01_9.png"),
-        ("n01/a.b.jpg", "n01/a_b.jpg"),
-        ("n/n01_9.jpg", "n01/n01_9.JPEG"),
-    ],
-)
-def test_two_images_of_one_key_are_named(root: Path, first: str, second: str):
-    for name in (first, second):
-        for split in ("train", "val"):
-            path = root / split / name
-            path.parent.mkdir(exist_ok=True)
-            path.write_text("x")
-    with pytest.raises(ValueError, match=r"^data\.root: .* would both be .*: rename one") as caught:
-        scan(root)
-    assert first in str(caught.value)
-    assert second in str(caught.value)
+PARAMS = {"source": "toy", "root": "data/raw", "image_size": 32, "num_train": 100, "num_val": 10}
 
 
 @pytest.mark.parametrize(
@@ -202,11 +244,8 @@ def test_two_images_of_one_key_are_named(root: Path, first: str, second: str):
     ],
 )
 def test_contradicting_parameters_are_refused(changes: dict[str, Any], fault: str):
+    assert DataParams.model_validate(PARAMS).layout == "imagefolder"
+    folder = PARAMS | {"source": "kaggle", "num_train": None, "num_val": None}
+    assert DataParams.model_validate(folder).layout == "kaggle"
     with pytest.raises(ValidationError, match=fault):
         DataParams.model_validate(PARAMS | changes)
-
-
-def test_parameters_of_both_sources_are_valid():
-    DataParams.model_validate(PARAMS)
-    folder = PARAMS | {"source": "imagefolder", "num_train": None, "num_val": None}
-    DataParams.model_validate(folder)

@@ -51,6 +51,10 @@ def test_a_changed_base_has_another_manifest(content: dict[str, Any], run: Run, 
     differing = {name for name in before if before[name] != after[name]}
     assert differing == {"base"}
     assert before["extractor"] == before["timm"] == {}
+    # where later stages find what was rendered
+    for name, place in (("images", "data/raw/toy"), ("transfer", "data/raw/digits")):
+        assert Path(before[name]["root"]).parent == Path(place)
+        assert (run.root / before[name]["root"] / "train").exists()
 
 
 def test_a_base_of_the_hub_is_its_commit(content: dict[str, Any], run: Run):
@@ -79,7 +83,7 @@ def test_all_that_is_missing_is_named_at_once(content: dict[str, Any], run: Run)
     with pytest.raises(ValueError, match=r"^base\.path: there is no folder neither") as caught:
         manifests(content, run)
     for fault in (
-        "extractor.weights: no file inception.pt: ",
+        "extractor.weights: no file inception.pt; ",
         "features.timm_weights: no file dino.safetensors; ",
         "features.timm_name: timm ",
         "data.root: ",

@@ -1,4 +1,4 @@
-"""stages.shard: a whole run, killed and resumed, and what it says of odd images."""
+"""stages.shard: a whole run, killed and resumed, and what it says of irregular images."""
 
 from stages.runtime.run import Run, RuntimeParams
 
@@ -19,7 +19,7 @@ from PIL import Image
 from contradiff.config import read_params
 from contradiff.data.shard_info import ImageInfo
 from contradiff.data.shards import ShardIndex, read_images
-from contradiff.sources.imagenet import Manifest
+from contradiff.sources.imagenet import scan_images
 from stages import shard
 from tests.sources.imagenet_layouts import WRITERS, make_photos
 
@@ -47,13 +47,14 @@ def project(workplace: Path) -> Path:
 
 
 def list_images(project: Path) -> None:
-    manifest = Manifest.scan(project / "raw", shown_root="raw")
-    manifest.write(project / "build/manifest/images.json")
+    manifest = project / "build/manifest/images.json"
+    manifest.parent.mkdir(parents=True, exist_ok=True)
+    images = scan_images(project / "raw", layout="auto")
+    manifest.write_text(json.dumps(images.manifest(project=project)))
 
 
 def content_with(**changes: dict[str, Any]) -> dict[str, Any]:
     content = read_params(ROOT / "presets/tiny.yaml")
-    content["data"] |= {"source": "imagefolder", "root": "raw", "num_train": None, "num_val": None}
     content["shard"] |= {"samples_per_shard": 4, "compression": "none"}
     for section, values in changes.items():
         content[section] |= values
@@ -69,14 +70,14 @@ def run_stage(project: Path, **changes: dict[str, Any]) -> ShardIndex[ImageInfo]
 
 
 def test_shards_hold_the_files_own_bytes(project: Path, capsys: pytest.CaptureFixture[str]):
-    odd = {"n01/n01_0": encoded(0, "PNG"), "n02/n02_1": encoded(1, mode="CMYK")}
-    for name, content in odd.items():
+    irregular = {"n01/n01_0": encoded(0, "PNG"), "n02/n02_1": encoded(1, mode="CMYK")}
+    for name, content in irregular.items():
         (project / f"raw/train/{name}.JPEG").write_bytes(content)
     list_images(project)
     index = run_stage(project)
     assert [one.num_samples for one in index.shards("train")] == [4, 4, 4, 2]
     assert index.info.class_counts == {"train": [7, 7], "val": [2, 2]}
-    assert index.info.oddities == {"train": {"cmyk": 1, "png_named_jpeg": 1}, "val": {}}
+    assert index.info.irregularities == {"train": {"cmyk": 1, "png_named_jpeg": 1}, "val": {}}
     for split, number in (("train", 14), ("val", 4)):
         samples = list(read_images(Path("build/shards"), split))
         assert len(samples) == number
@@ -102,13 +103,14 @@ def test_unreadable_images_are_left_out_up_to_a_share(
     assert [item["key"] for item in listed["train"]] == ["n01_4"]
     assert listed["val"] == []
     told = capsys.readouterr().err
-    assert "train: 1 unreadable, left out, see build/shards/quarantine.json" in told
+    assert "train: 1 unreadable images are left out, see quarantine.json" in told
     assert "shards were there already" in told  # the threshold is no reason to begin anew
 
 
 def test_changed_images_are_noticed(project: Path):
     (project / "raw/val/n01/n01_16.JPEG").write_bytes(encoded(99, "PNG"))
-    with pytest.raises(ValueError, match=r"^data\.root: raw has changed since .*images\.json"):
+    expected = rf"^data\.root: {project}/raw has changed since .*images\.json"
+    with pytest.raises(ValueError, match=expected):
         run_stage(project)
 
 
@@ -116,16 +118,16 @@ DYING = """
 import os, runpy, signal
 import contradiff.sources.packing as sharding
 
-take_in, num_taken = sharding.take_in, 0
+check_image, num_taken = sharding.check_image, 0
 
 def dying(*arguments, **options):
     global num_taken
     num_taken += 1
     if num_taken == 8:
         os.kill(os.getpid(), signal.SIGKILL)
-    return take_in(*arguments, **options)
+    return check_image(*arguments, **options)
 
-sharding.take_in = dying
+sharding.check_image = dying
 runpy.run_module("stages.shard", run_name="__main__", alter_sys=True)
 """
 
@@ -155,9 +157,8 @@ def test_every_layout_gives_the_same_samples(workplace: Path):
         project = workplace / layout
         write(project / "raw", photos)
         os.chdir(project)
-        manifest = Manifest.scan(project / "raw", shown_root="raw", layout="auto")
-        manifest.write(Path("build/manifest/images.json"))
-        run_stage(project, data={"source": "auto"})
+        list_images(project)
+        run_stage(project)
         samples[layout] = {
             (sample.key, sample.image, sample.label)
             for split in ("train", "val")

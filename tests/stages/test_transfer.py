@@ -21,7 +21,7 @@ from contradiff.config import parse, read_params
 from contradiff.downstream import transfer as library
 from contradiff.features.models import LabelledFeatures
 from contradiff.files import sha256_of
-from contradiff.sources.raw import transfer_manifest
+from contradiff.sources.transfer_set import TransferSet
 from stages import transfer
 from tests.settings import TINY
 
@@ -36,7 +36,6 @@ CONTENT: dict[str, Any] = {
         "num_val": None,
     },
     "features": TINY["features"] | {"batch_size": 4},
-    "transfer_data": {"source": "imagefolder", "root": "images", "verify": True},
     "transfer": {
         "shots": [2, 1, "full"],
         "num_splits": 2,
@@ -72,7 +71,7 @@ def project(trained_project: Run) -> Run:
 
 
 def write_manifest() -> None:
-    manifest = transfer_manifest(Path("images"), source="imagefolder", shown_root="images")
+    manifest = TransferSet(Path("images"), "imagefolder").manifest(project=Path())
     transfer.MANIFEST.parent.mkdir(parents=True, exist_ok=True)
     transfer.MANIFEST.write_text(json.dumps(manifest))
 
@@ -195,7 +194,7 @@ def test_two_processes_write_the_same_bytes(project: Run):
 def test_changed_data_is_refused(project: Run):
     path = Path("images/test/dark/0.png")
     path.write_bytes(path.read_bytes() + b"\0")
-    with pytest.raises(ValueError, match=r"transfer_data\.root: images has changed since"):
+    with pytest.raises(ValueError, match=r"transfer_data\.root: .*/images has changed since"):
         call(project)
     write_manifest()
     Path("images/train/dark/9.png").write_text("no image")

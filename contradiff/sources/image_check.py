@@ -1,0 +1,122 @@
+"""One raw image before it goes into a shard: is it readable, and is anything irregular about it?
+
+Only Pillow is used here, so that many processes start quickly.
+"""
+
+import io
+from pathlib import PurePosixPath
+from typing import Literal, NamedTuple
+
+from PIL import Image
+
+from contradiff.data.decoding import decode_rgb, opened, orientation_of
+
+Verify = Literal["full", "header"]
+
+EXTENSION_OF = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}
+"""Formats that shards may hold, by Pillow's names, and their extensions there."""
+FORMAT_OF_SUFFIX = {".jpg": "JPEG", ".jpeg": "JPEG", ".png": "PNG", ".webp": "WEBP"}
+IRREGULAR_MODES = {
+    "CMYK": ("cmyk",),
+    "L": ("greyscale",),
+    "1": ("greyscale",),
+    "I": ("greyscale", "sixteen_bit"),
+    "I;16": ("greyscale", "sixteen_bit"),
+    "I;16B": ("greyscale", "sixteen_bit"),
+    "LA": ("greyscale", "alpha"),
+    "P": ("palette",),
+    "PA": ("palette", "alpha"),
+    "RGBA": ("alpha",),
+}
+JPEG_QUALITY = 95
+"""For resized images, without chroma subsampling."""
+
+
+class CheckedImage(NamedTuple):
+    """An image for a shard: encoded bytes, true extension, irregularities in a fixed order."""
+
+    content: bytes
+    extension: str
+    irregularities: tuple[str, ...]
+
+
+def check_image(content: bytes, *, path: str, verify: Verify, resize: int | None) -> CheckedImage:
+    """Check an image; keep its bytes unless it must become smaller.
+
+    The extension follows the content: a PNG named x.JPEG is stored as a PNG. Irregularities are
+    `cmyk`, `greyscale`, `sixteen_bit`, `palette`, `alpha`, `exif_rotated`, `multi_picture` and
+    `A_named_B`.
+
+    Args:
+        content: the file's bytes.
+        path: the file's name, for its suffix and for messages.
+        verify: full decodes every scan line (a JPEG at an eighth of the size, which reads all the
+            data and skips most of the arithmetic). header reads the header and looks for the end
+            mark; damage in between shows only when the image is decoded.
+        resize: the shorter side of larger images after resizing (Pillow's bicubic), in pixels. They
+            become upright RGB and are encoded anew, JPEG as JPEG and all else as PNG. With None,
+            and for images that are small already, the bytes stay.
+
+    Raises:
+        ValueError: the image cannot be read; names the file and says why.
+    """
+    with opened(content, name=path) as image:
+        kind = image.format or "unknown"
+        if kind not in EXTENSION_OF:
+            raise ValueError(f"{kind} files are not taken, only {', '.join(FORMAT_OF_SUFFIX)}")
+        size, mode = image.size, image.mode
+        has_transparency = "transparency" in image.info
+        if verify == "full":
+            image.draft(None, (1, 1))  # pyright: ignore[reportArgumentType]  # keep the mode
+            image.load()
+        elif not _has_end(content, kind):
+            raise ValueError("image file is truncated: no end mark")
+        orientation = orientation_of(image)
+    irregularities = [*IRREGULAR_MODES.get(mode, ())]
+    if has_transparency and "alpha" not in irregularities:
+        irregularities.append("alpha")
+    if orientation != 1:
+        irregularities.append("exif_rotated")
+    if kind == "MPO":
+        kind = "JPEG"
+        irregularities.append("multi_picture")
+    claimed = FORMAT_OF_SUFFIX.get(PurePosixPath(path).suffix.lower(), kind)
+    if claimed != kind:
+        irregularities.append(f"{kind.lower()}_named_{claimed.lower()}")
+    extension = EXTENSION_OF[kind]
+    if resize is not None and min(size) > resize:
+        extension = "jpg" if kind == "JPEG" else "png"
+        content = _resized(decode_rgb(content, name=path), shorter_side=resize, extension=extension)
+    return CheckedImage(content, extension, tuple(irregularities))
+
+
+def _resized(image: Image.Image, *, shorter_side: int, extension: str) -> bytes:
+    scale = shorter_side / min(image.size)
+    width, height = (max(shorter_side, round(side * scale)) for side in image.size)
+    smaller = image.resize((width, height), Image.Resampling.BICUBIC)
+    buffer = io.BytesIO()
+    if extension == "jpg":
+        smaller.save(buffer, "JPEG", quality=JPEG_QUALITY, subsampling=0)
+    else:
+        smaller.save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def _has_end(content: bytes, kind: str) -> bool:
+    if kind in {"JPEG", "MPO"}:
+        # The data behind the header escapes 0xFF, so these bytes can be nothing but the end mark.
+        return content.rfind(b"\xff\xd9", _start_of_scan(content)) >= 0
+    if kind == "PNG":
+        return b"IEND\xaeB`\x82" in content[-4096:]
+    return len(content) >= 8 + int.from_bytes(content[4:8], "little")  # RIFF: its header says
+
+
+def _start_of_scan(content: bytes) -> int:
+    """Where a JPEG's data begin: behind its segments and the thumbnails in them."""
+    place = 2
+    while place + 4 <= len(content) and content[place] == 0xFF and content[place + 1] != 0xDA:
+        if content[place + 1] == 0xFF:  # a fill byte
+            place += 1
+        else:
+            place += 2 + int.from_bytes(content[place + 2 : place + 4], "big")
+    return place

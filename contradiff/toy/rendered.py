@@ -1,0 +1,80 @@
+"""The embedded default's data: rendered once for each recipe, into a folder named by the recipe.
+
+So experiments with different seeds run side by side. Only the stage `prepare` renders; it writes
+the folder's name into the manifests that later stages read.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from contradiff.data.params import DataParams
+from contradiff.files import hold_lock, replace_file, sha256_of
+
+RECIPE_NAME = ".rendered.json"
+"""What a folder was rendered from. It is written last, so only a whole folder has it."""
+DIGITS_PER_CLASS = 60
+"""Training pool of the digits, from which 25-shot splits are drawn; all others are for testing."""
+
+
+def ensure_images(
+    root: Path,
+    params: DataParams,
+    *,
+    seed: int,
+    on_progress: Callable[[int], None] = lambda _: None,
+) -> Path:
+    """Return the folder of rendered images below `root`; render them if they are not there.
+
+    Args:
+        root: `data.root`.
+        params: section `data`.
+        seed: of the rendered images.
+        on_progress: told the number of images rendered since the last call.
+
+    Raises:
+        ValueError: there are fewer images than classes.
+    """
+    from contradiff.toy.tree import render_tree
+
+    sizes = {
+        "num_train": params.num_train or 0,
+        "num_val": params.num_val or 0,
+        "image_size": params.image_size,
+    }
+    recipe = {"renderer": code_digest("*.py"), **sizes, "seed": seed}
+    return _ensure(
+        root, recipe, lambda tree: render_tree(tree, **sizes, seed=seed, on_progress=on_progress)
+    )
+
+
+def ensure_digits(root: Path, *, seed: int) -> Path:
+    """Return the folder of scikit-learn's digits below `root`; write them if they are not there."""
+    from contradiff.toy.digits import write_digits
+
+    recipe = {"renderer": code_digest("digits.py"), "seed": seed}
+    return _ensure(
+        root,
+        recipe,
+        lambda folder: write_digits(folder, num_train_per_class=DIGITS_PER_CLASS, seed=seed),
+    )
+
+
+def _ensure(root: Path, recipe: dict[str, Any], render: Callable[[Path], None]) -> Path:
+    text = json.dumps(recipe, sort_keys=True)
+    folder = root / hashlib.sha256(text.encode()).hexdigest()[:12]
+    with hold_lock(root / ".lock"):
+        note = folder / RECIPE_NAME
+        if not note.is_file() or json.loads(note.read_text()) != recipe:
+            render(folder)
+            with replace_file(note) as path:
+                path.write_text(json.dumps(recipe))
+    return folder
+
+
+def code_digest(pattern: str) -> str:
+    """Hash this room's files that match a pattern: a changed renderer renders anew."""
+    digests = [sha256_of(path) for path in sorted(Path(__file__).parent.glob(pattern))]
+    return hashlib.sha256("".join(digests).encode()).hexdigest()

@@ -1,0 +1,158 @@
+"""Folders as torchvision lists them and the pipeline crops them; CIFAR; what stands for them."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from contradiff.files import sha256_of
+from contradiff.sources.cifar import FORMS
+from contradiff.sources.transfer_set import Source, TransferSet, TransferSplit
+from tests.sources.test_cifar import pack, unpack
+
+FILES = {
+    "train/dog/b.png": (40, 30),
+    "train/dog/a.jpg": (20, 50),
+    "train/cat/1.PNG": (16, 16),
+    "train/bee/x.webp": (33, 32),
+    "test/cat/2.png": (30, 40),
+    "test/bee/3.png": (24, 24),
+}
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    root = tmp_path / "images"
+    for seed, (name, (width, height)) in enumerate(FILES.items()):
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # smooth, so that a JPEG is nearly what was drawn
+        small = np.random.default_rng(seed).integers(0, 256, (3, 3, 3), dtype=np.uint8)
+        Image.fromarray(small).resize((width, height), Image.Resampling.BICUBIC).save(path)
+    for name in ("notes.txt", "._a.jpg", ".png"):
+        (root / "train/dog" / name).write_text("no image")
+    return root
+
+
+def read(root: Path, split: Any) -> TransferSplit:
+    return TransferSet(root, "imagefolder").split(split, image_size=16)
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_torchvision_lists_and_shows_the_same(root: Path, split: str):
+    from torchvision.datasets import ImageFolder as Peer
+    from torchvision.transforms import v2
+
+    for name in ("._a.jpg", ".png"):  # what ours takes for hidden files
+        (root / "train/dog" / name).unlink()
+    # test/ has no dog: torchvision would then number the other classes anew
+    (root / "test/dog").mkdir(exist_ok=True)
+    size = v2.Compose(
+        [
+            v2.PILToTensor(),
+            v2.Lambda(lambda x: v2.functional.center_crop(x, [min(x.shape[1:])] * 2)),
+            v2.Resize(16, interpolation=v2.InterpolationMode.BICUBIC, antialias=True),
+        ]
+    )
+    peer = Peer(str(root / split), transform=size, allow_empty=True)
+    ours = read(root, split)
+    assert list(ours.class_names) == peer.classes == ["bee", "cat", "dog"]
+    assert ours.labels.tolist() == peer.targets
+    assert [str(root / key) for key in ours.keys] == [path for path, _ in peer.samples]
+    rows = list(range(len(peer)))[::-1]
+    for shown, row in zip(ours.read(rows), rows, strict=True):
+        expected = peer[row][0].numpy().astype(int)
+        assert np.abs(shown.astype(int) - expected).max() <= 1
+
+
+def test_test_comes_before_val(root: Path):
+    (root / "test").rename(root / "val")
+    assert len(read(root, "test").keys) == 2
+    (root / "test/cat").mkdir(parents=True)
+    (root / "val/cat/2.png").rename(root / "test/cat/2.png")
+    assert read(root, "test").keys == ("test/cat/2.png",)
+
+
+def test_faults_of_folders_are_named(root: Path):
+    def complaint() -> str:
+        with pytest.raises(ValueError, match=rf"^transfer_data\.root: {root}|: no") as caught:
+            TransferSet(root, "imagefolder").manifest(project=root)
+        return str(caught.value)
+
+    (root / "test/owl").mkdir()
+    assert f"{root}/test has classes that train/ lacks: ['owl']" in complaint()
+    (root / "train/owl").mkdir()
+    assert f"{root}/train/owl holds no images (.jpeg" in complaint()
+    (root / "train/owl/o.png").write_bytes((root / "train/cat/1.PNG").read_bytes())
+    for name in ("cat/2.png", "bee/3.png"):
+        (root / "test" / name).unlink()
+    assert f"{root}/test holds no images" in complaint()
+    (root / "test").rename(root / "rest")
+    assert "must hold train/<class>/* and test/<class>/*" in complaint()
+    (root / "val").mkdir()
+    (root / "train").rename(root / "x")
+    (root / "train").mkdir()
+    assert f"{root}/train has no class folders" in complaint()
+
+
+def test_unreadable_image_is_named(root: Path):
+    (root / "train/cat/1.PNG").write_text("no image")
+    split = read(root, "train")
+    with pytest.raises(ValueError, match=r"train/cat/1\.PNG: not a readable image"):
+        split.read([1])
+
+
+def reopened(images: TransferSet, project: Path) -> TransferSet:
+    (project / "transfer.json").write_text(json.dumps(images.manifest(project=project)))
+    return TransferSet.reopen(project / "transfer.json", project=project)
+
+
+def test_manifest_of_folders_covers_every_name_and_byte(root: Path, tmp_path: Path):
+    images = TransferSet(root, "imagefolder")
+    assert reopened(images, tmp_path) == images
+    content = json.loads((tmp_path / "transfer.json").read_text())
+    assert content["num_images"] == {"train": 4, "test": 2}
+    assert (content["root"], content["classes"]) == ("images", ["bee", "cat", "dog"])
+    path = root / "test/cat/2.png"
+    for change in (
+        lambda: path.write_bytes(path.read_bytes()[:-1] + b"?"),  # the same size
+        lambda: path.rename(root / "test/cat/0.png"),
+    ):
+        reopened(images, tmp_path)
+        change()
+        with pytest.raises(ValueError, match=rf"^transfer_data\.root: {root} has changed since"):
+            TransferSet.reopen(tmp_path / "transfer.json", project=tmp_path)
+
+
+@pytest.mark.parametrize("source", ["cifar10", "cifar100", "digits"])
+def test_manifest_of_cifar_covers_every_file(tmp_path: Path, source: Source):
+    name = "cifar10" if source == "cifar10" else "cifar100"
+    form = FORMS[name][0]
+    archive = pack(tmp_path, name, form)
+    for images in (TransferSet(archive, source), TransferSet(unpack(tmp_path, name, form), source)):
+        assert reopened(images, tmp_path) == images
+        files = images.manifest(project=tmp_path)["files"]
+        paths = [archive] if images.root == archive else [images.root / n for n in form.files]
+        assert {n: f["sha256"] for n, f in files.items()} == {p.name: sha256_of(p) for p in paths}
+        assert images.split("train", image_size=16).read([0]).shape == (1, 3, 32, 32)
+        paths[-1].write_bytes(paths[-1].read_bytes() + b"?")
+        with pytest.raises(ValueError, match="has changed since"):
+            TransferSet.reopen(tmp_path / "transfer.json", project=tmp_path)
+
+
+def test_check_reads_all_and_counts(root: Path, tmp_path: Path):
+    images = TransferSet(root, "imagefolder")
+    counts = [
+        f"{number} {name} images of 3 classes in {root}"
+        for number, name in ((4, "train"), (2, "test"))
+    ]
+    assert list(images.check([1, "full"], verify=True)) == counts
+    with pytest.raises(ValueError, match=r"^transfer\.shots: 2, but class 0 has only 1 images"):
+        list(images.check([2, 1], verify=True))
+    archive = TransferSet(pack(tmp_path, "cifar10", FORMS["cifar10"][0]), "cifar10")
+    with pytest.raises(ValueError, match="not the official cifar-10-python"):
+        list(archive.check([], verify=True))
+    assert len(list(archive.check([], verify=False))) == 2
