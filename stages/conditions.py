@@ -13,7 +13,7 @@ from contradiff.data.shard_info import ImageInfo
 from contradiff.data.shards import ShardIndex, ShardParams
 from contradiff.features.batches import stored_batches
 from contradiff.files import replace_dir
-from contradiff.generation.conditions import write_conditions
+from contradiff.generation.condition_images import write_conditions
 from contradiff.generation.sampling import GenerateParams
 
 IMAGES, LATENTS = Path("build/shards"), Path("build/latents")
@@ -30,17 +30,9 @@ def main(params: Params, run: Run) -> None:
     wanted = section.num_samples if section.condition == "image" else 0
     num_images = min(wanted, ShardIndex.read(IMAGES, ImageInfo).num_samples("val"))
     batches = stored_batches(IMAGES, LATENTS, split="val", batch_size=section.batch_size)
-    with (
-        replace_dir(CONDITIONS) as folder,
-        run.progress("store", num_images) as advance,
-    ):
+    with replace_dir(CONDITIONS) as folder, run.progress("store", num_images) as advance:
         write_conditions(
-            folder,
-            batches,
-            num_images=num_images,
-            samples_per_shard=params.shard.samples_per_shard,
-            compression=params.shard.compression,
-            on_progress=advance,
+            folder, batches, num_images=num_images, params=params.shard, on_progress=advance
         )
 
 

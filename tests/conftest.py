@@ -166,8 +166,8 @@ def tiny_data(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     import torch
 
     from contradiff.base.loading import load_vae
-    from contradiff.data.encoding import chunks_of, encode_chunks
-    from contradiff.data.latents import LatentsParams, latent_info
+    from contradiff.data.encoding import LatentEncoder
+    from contradiff.data.latents import LatentsParams
     from contradiff.data.png import encode_png
     from contradiff.data.shard_info import ImageInfo
     from contradiff.data.shards import Sample, ShardIndex, image_record, write_split
@@ -183,6 +183,7 @@ def tiny_data(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
         min_psnr=0.0,
         batch_size=24,
     )
+    encoder = LatentEncoder(vae, params, image_size=32, seed=0, device=torch.device("cpu"))
     generator = torch.Generator().manual_seed(0)
     y, x = torch.meshgrid(torch.arange(40), torch.arange(36), indexing="ij")
     images, latents = {}, {}
@@ -193,21 +194,12 @@ def tiny_data(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
             wave = torch.sin((x * angle.cos() + y * angle.sin()) / (2 + index % 3) + phase)
             content = encode_png((wave * 127 + 128).to(torch.uint8))
             samples.append(Sample(f"{split}-{index:03d}", content, index % 3))
-        stored = encode_chunks(
-            vae,
-            chunks_of(samples, split=split, params=params),
-            params=params,
-            image_size=32,
-            seed=0,
-            device=torch.device("cpu"),
-            num_workers=0,
-        )
+        stored = encoder.encode(samples, split=split)
         size = {"samples_per_shard": 6, "compression": "none"}
         records = [image_record(sample, extension="png") for sample in samples]
         images[split] = write_split(folder / "images", split, records, **size)
         records = [item.to_record() for item in stored]
         latents[split] = write_split(folder / "latents", split, records, **size)
     ShardIndex(images, ImageInfo(class_ids=("a", "b", "c"))).write(folder / "images")
-    info = latent_info(vae, params=params, image_size=32)
-    ShardIndex(latents, info).write(folder / "latents")
+    ShardIndex(latents, encoder.info).write(folder / "latents")
     return folder

@@ -1,124 +1,197 @@
-"""Whole shards of images => latents, at the pace of the VAE: what `stages.latents` is made of.
+"""Image shards => latent shards, at the pace of the VAE.
 
-chunks of encoded images => decoded and cut in other processes => encoded in this one, in order
+chunks of encoded images => decoded and cropped in other processes => encoded in this one, in order
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import islice
+from pathlib import Path
 from typing import TYPE_CHECKING
+from zlib import crc32
 
+import numpy as np
 import torch
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from contradiff.base.vae import decode_latents, downsampling_factor, mode, psnr
-from contradiff.data.latents import (
-    LatentsParams,
-    StoredLatents,
-    Views,
-    cut_views,
-    encode_views,
-    split_samples,
-)
+from contradiff.base.vae import downsampling_factor, encode, scaling_factor
+from contradiff.data.latents import LatentsParams, StoredLatents
+from contradiff.data.map_shards import Made, Tick
 from contradiff.data.shard_info import ImageInfo, LatentInfo
-from contradiff.data.shards import Record, Sample, ShardIndex
-from contradiff.data.transforms import apply_crop, decode
-from contradiff.files import describe_bytes
-from contradiff.types import ByteImages
+from contradiff.data.shards import (
+    Compression,
+    Record,
+    Sample,
+    Shard,
+    ShardIndex,
+    image_of,
+    read_shard,
+    shard_name,
+    write_shard,
+)
+from contradiff.data.transforms import (
+    Crop,
+    apply_crop,
+    centre_crop,
+    decode,
+    jitter_colours,
+    random_crop,
+)
+from contradiff.files import check_free_space, describe_bytes
+from contradiff.types import ByteImages, to_pixels
 
 if TYPE_CHECKING:
     from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
-
-EVALUATED = frozenset({"val"})
-"""Splits that are only evaluated: they have the centre crop alone."""
 
 _TAR_BLOCK, _TAR_RECORD, _NPY_HEADER = 512, 10240, 128
 
 
 @dataclass(frozen=True)
-class Chunk:
-    """Images that are encoded together, never of two shards: results do not depend on who does it.
+class PlannedLatents:
+    """A shard of latents to be made, and the shard of images that it is made from."""
+
+    split: str
+    name: str
+    images: Shard
+
+
+def plan_latents(index: ShardIndex[ImageInfo], *, compression: Compression) -> list[PlannedLatents]:
+    """Plan one shard of latents for each shard of images, in order."""
+    return [
+        PlannedLatents(split, shard_name(split, number, compression), shard)
+        for split, shards in index.splits.items()
+        for number, shard in enumerate(shards)
+    ]
+
+
+@dataclass(frozen=True)
+class CutImages:
+    """The crops of some images, cut out: what is encoded at once."""
+
+    keys: tuple[str, ...]
+    crops: tuple[tuple[Crop, ...], ...]
+    pixels: ByteImages
+
+
+@dataclass(frozen=True)
+class LatentEncoder:
+    """Encodes the crops of images; a result depends on the image, its key and the seed alone.
 
     Attributes:
-        samples: encoded images.
-        views: crops of each.
-        flips: whether each crop's mirror image is encoded too.
-    """
-
-    samples: Sequence[Sample]
-    views: int
-    flips: bool
-
-
-def views_of(split: str, params: LatentsParams) -> tuple[int, bool]:
-    """How many crops of an image a split has, and whether their mirror images too."""
-    return (1, False) if split in EVALUATED else (params.views, params.flips)
-
-
-def chunks_of(samples: Iterable[Sample], *, split: str, params: LatentsParams) -> Iterator[Chunk]:
-    """Yield a shard's images in chunks; the last one when the shard has been read and checked."""
-    views, flips = views_of(split, params)
-    for chunk in split_samples(samples, params=params, views=views, flips=flips):
-        yield Chunk(chunk, views, flips)
-
-
-class _Cutter(Dataset["Views | ValueError"]):
-    """Its "indices" are chunks, which the loader hands to its workers."""
-
-    def __init__(self, params: LatentsParams, *, image_size: int, seed: int) -> None:
-        self.params, self.image_size, self.seed = params, image_size, seed
-
-    def __getitem__(self, chunk: Chunk) -> Views | ValueError:
-        try:
-            return cut_views(
-                chunk.samples,
-                params=self.params,
-                views=chunk.views,
-                flips=chunk.flips,
-                image_size=self.image_size,
-                seed=self.seed,
-            )
-        except ValueError as error:  # raised by a worker, it would come as a traceback
-            return error
-
-
-def encode_chunks(
-    vae: "AutoencoderKL",
-    chunks: Iterable[Chunk],
-    *,
-    params: LatentsParams,
-    image_size: int,
-    seed: int,
-    device: torch.device,
-    num_workers: int,
-) -> Iterator[StoredLatents]:
-    """Encode images, in order.
-
-    Args:
         vae: frozen, float32, on `device`.
-        chunks: read in this process, somewhat ahead of the encoding.
-        params: how crops are distorted and stored.
+        params: which crops there are, and how they are stored.
         image_size: side of the crops, in pixels.
         seed: of the random crops and colours.
         device: where the VAE runs.
-        num_workers: processes that decode and cut images; 0: this one does.
+    """
+
+    vae: "AutoencoderKL"
+    params: LatentsParams
+    image_size: int
+    seed: int
+    device: torch.device
+
+    @property
+    def info(self) -> LatentInfo:
+        """What readers of the shards must know: kept in their index."""
+        return LatentInfo(
+            scaling_factor=scaling_factor(self.vae),
+            image_size=self.image_size,
+            **self.params.model_dump(exclude={"min_psnr", "batch_size"}),
+        )
+
+    def encode(
+        self, samples: Iterable[Sample], *, split: str, num_workers: int = 0
+    ) -> Iterator[StoredLatents]:
+        """Encode images, in order.
+
+        Args:
+            samples: encoded images, read in this process, somewhat ahead of the encoding.
+            split: decides how many crops of an image there are.
+            num_workers: processes that decode and cut images; 0: this one does.
+
+        Raises:
+            ValueError: an image cannot be decoded.
+        """
+        views, flips = self.params.views_of(split)
+        # The loader sends what its sampler yields, here images instead of indices, to its workers.
+        loader = DataLoader(
+            _Cutter(self.params, views, flips, self.image_size, self.seed),
+            sampler=_chunks(samples, size=max(1, self.params.batch_size // (views * (1 + flips)))),
+            batch_size=None,
+            num_workers=num_workers,
+        )
+        for cut in loader:
+            if isinstance(cut, ValueError):
+                raise cut
+            yield from self.encode_cut(cut)
+
+    def encode_cut(self, cut: CutImages) -> Iterator[StoredLatents]:
+        """Encode crops in one pass and round them to 16 bits."""
+        moments = encode(self.vae, to_pixels(cut.pixels.to(self.device))).cpu()
+        float16 = self.params.dtype == "float16"
+        rounded = moments.half() if float16 else moments.bfloat16().float()
+        by_image = rounded.unflatten(0, (len(cut.keys), -1)).numpy()
+        return map(StoredLatents, cut.keys, by_image, cut.crops)
+
+    def shard_bytes(self, split: str, num_samples: int) -> int:
+        """Size of an uncompressed shard of latents; gzip saves a few hundredths of it."""
+        views, flips = self.params.views_of(split)
+        side = self.image_size // downsampling_factor(self.vae)
+        shape = (2 * self.vae.config["latent_channels"], side, side)
+        return shard_bytes(num_samples, stored_views=views * (1 + flips), moments_shape=shape)
+
+    def check_room(self, folder: Path, planned: Sequence[PlannedLatents]) -> None:
+        """Refuse to begin if the shards do not fit on the disk of `folder`.
+
+        Raises:
+            ValueError: names the folder, and how much is missing.
+        """
+        num_bytes = sum(self.shard_bytes(item.split, item.images.num_samples) for item in planned)
+        ways_out = "lower latents.views or switch latents.flips off"
+        check_free_space(folder, num_bytes, ways_out=ways_out)
+
+    def describe_size(self, index: ShardIndex[ImageInfo]) -> str:
+        """One line: what the latents of each split take, and why."""
+        total, parts = 0, list[str]()
+        for split, shards in index.splits.items():
+            views, flips = self.params.views_of(split)
+            shown = f"{views} view{'s' if views > 1 else ''}{' and their mirror images' * flips}"
+            size = sum(self.shard_bytes(split, shard.num_samples) for shard in shards)
+            total += size
+            parts.append(f"{split} {describe_bytes(size)} ({index.num_samples(split):,} x {shown})")
+        return f"{describe_bytes(total)} of latents: {', '.join(parts)}"
+
+
+def encode_shard(
+    planned: PlannedLatents,
+    tick: Tick,
+    *,
+    encoder: LatentEncoder,
+    images: Path,
+    work_dir: Path,
+    compression: Compression,
+    num_workers: int,
+) -> Made:
+    """Make one shard of latents in `work_dir`, for `map_shards`.
 
     Raises:
-        ValueError: an image cannot be decoded.
+        ValueError: the shard of images is damaged, or an image cannot be decoded.
     """
-    loader = DataLoader(
-        _Cutter(params, image_size=image_size, seed=seed),
-        sampler=chunks,
-        batch_size=None,
-        num_workers=num_workers,
-    )
-    for views in loader:
-        if isinstance(views, ValueError):
-            raise views
-        yield from encode_views(vae, views, dtype=params.dtype, device=device)
+    records = read_shard(images / planned.images.name, planned.images)
+    stored = encoder.encode(map(image_of, records), split=planned.split, num_workers=num_workers)
+
+    def counted() -> Iterator[Record]:
+        for item in stored:
+            yield item.to_record()
+            tick(1)
+
+    return Made((write_shard(work_dir / planned.name, counted(), compression=compression),))
 
 
 def shard_bytes(num_samples: int, *, stored_views: int, moments_shape: Sequence[int]) -> int:
-    """Size of an uncompressed shard of latents; gzip saves a few hundredths of it.
+    """Size of an uncompressed shard of latents.
 
     Args:
         num_samples: images.
@@ -134,102 +207,60 @@ def shard_bytes(num_samples: int, *, stored_views: int, moments_shape: Sequence[
     return _round_up(num_samples * sample + 2 * _TAR_BLOCK, _TAR_RECORD)
 
 
-def latents_bytes(
-    index: ShardIndex[ImageInfo], vae: "AutoencoderKL", *, params: LatentsParams, image_size: int
-) -> dict[str, int]:
-    """What the latents of each split will take on disk, uncompressed."""
-    side = image_size // downsampling_factor(vae)
-    shape = (2 * vae.config["latent_channels"], side, side)
-    cost: dict[str, int] = {}
-    for split, shards in index.splits.items():
-        views, flips = views_of(split, params)
-        stored_views = views * (1 + flips)
-        cost[split] = sum(
-            shard_bytes(shard.num_samples, stored_views=stored_views, moments_shape=shape)
-            for shard in shards
-        )
-    return cost
-
-
-def describe_cost(
-    cost: Mapping[str, int], index: ShardIndex[ImageInfo], params: LatentsParams
-) -> str:
-    """One line: what each split takes, and why."""
-    parts: list[str] = []
-    for split, num_bytes in cost.items():
-        views, flips = views_of(split, params)
-        shown = f"{views} view{'s' if views > 1 else ''}{' and their mirror images' * flips}"
-        parts.append(
-            f"{split} {describe_bytes(num_bytes)} ({index.num_samples(split):,} x {shown})"
-        )
-    return f"{describe_bytes(sum(cost.values()))} of latents: {', '.join(parts)}"
+def choose_crops(
+    image: Tensor, *, key: str, views: int, crop_scale_min: float, seed: int
+) -> list[Crop]:
+    """The centre crop and `views - 1` random crops, which depend on the seed and the key alone."""
+    height, width = image.shape[1:]
+    rng = np.random.default_rng([seed, crc32(key.encode())])
+    crops = [random_crop(rng, height, width, scale_min=crop_scale_min) for _ in range(views - 1)]
+    return [centre_crop(height, width), *crops]
 
 
 @dataclass(frozen=True)
-class Reconstruction:
-    """Images and what their stored latents decode to.
+class _Cutter(Dataset["CutImages | ValueError"]):
+    """Decodes images and cuts their crops out; mirror images follow all crops of an image."""
 
-    Attributes:
-        originals: the centre crops.
-        decoded: the decoded first views.
-        std: standard deviation of the scaled latents, which the scaling factor makes about 1.
-    """
+    params: LatentsParams
+    views: int
+    flips: bool
+    image_size: int
+    seed: int
 
-    originals: ByteImages
-    decoded: ByteImages
-    std: float
+    def __getitem__(self, samples: list[Sample]) -> CutImages | ValueError:
+        try:
+            crops, pixels = zip(*map(self._cut, samples), strict=True)
+        except ValueError as error:  # raised by a worker, it would come as a traceback
+            return error
+        keys = tuple(sample.key for sample in samples)
+        return CutImages(keys, crops, torch.cat(pixels))
 
-    @classmethod
-    def of(
-        cls,
-        vae: "AutoencoderKL",
-        images: Sequence[Sample],
-        records: Sequence[Record],
-        *,
-        info: LatentInfo,
-        device: torch.device,
-    ) -> "Reconstruction":
-        """Decode latents as a reader of the shards finds them.
+    def _cut(self, sample: Sample) -> tuple[tuple[Crop, ...], ByteImages]:
+        image = decode(sample.image, name=sample.key)
+        crops = choose_crops(
+            image,
+            key=sample.key,
+            views=self.views,
+            crop_scale_min=self.params.crop_scale_min,
+            seed=self.seed,
+        )
+        cuts: list[Tensor] = []
+        for view, crop in enumerate(crops):
+            rng = np.random.default_rng([self.seed, crc32(sample.key.encode()), view])
+            strength = self.params.colour_jitter if view > 0 else 0.0
+            cut = apply_crop(image, crop, size=self.image_size)
+            cuts.append(jitter_colours(cut, rng, strength=strength))
+        if self.flips:
+            crops += [replace(crop, mirrored=not crop.mirrored) for crop in crops]
+            cuts += [cut.flip(-1) for cut in cuts]
+        return tuple(crops), torch.stack(cuts)
 
-        Args:
-            vae: on `device`.
-            images: what was encoded.
-            records: their latents.
-            info: of the latents' index.
-            device: where the VAE runs.
-        """
-        originals: list[torch.Tensor] = []
-        decoded: list[torch.Tensor] = []
-        latents: list[torch.Tensor] = []
-        for image, record in zip(images, records, strict=True):
-            stored = StoredLatents.of_record(record)
-            pixels = decode(image.image, name=image.key)
-            originals.append(apply_crop(pixels, stored.crops[0], size=info.image_size))
-            moments = torch.from_numpy(stored.moments[:1]).to(device)
-            latents.append(mode(moments, scaling_factor=info.scaling_factor))
-            decoded.append(decode_latents(vae, latents[-1]).cpu())
-        std = torch.cat(latents).std().item()
-        return cls(torch.stack(originals), torch.cat(decoded), std)
 
-    @property
-    def psnr(self) -> float:
-        """On average over the images, in dB."""
-        return psnr(self.originals, self.decoded).mean().item()
-
-    def check(self, *, floor: float) -> None:
-        """Refuse latents that show too little of their images.
-
-        Raises:
-            ValueError: the PSNR is below `floor`, in dB; names latents.min_psnr and likely causes.
-        """
-        if not self.psnr >= floor:
-            raise ValueError(
-                f"latents.min_psnr: decoded latents show their images at {self.psnr:.1f} dB where "
-                f"{floor:g} are asked for; their standard deviation is {self.std:.2f}, and should "
-                "be about 1. Either build/base has a wrong VAE or scaling factor, or its VAE was "
-                "made for images of another kind or size (data.image_size). If the base can do no "
-                "better, lower latents.min_psnr"
-            )
+def _chunks(samples: Iterable[Sample], *, size: int) -> Iterator[list[Sample]]:
+    """Images that are encoded together; the last ones come when `samples` has ended."""
+    samples = iter(samples)
+    while chunk := list(islice(samples, size)):
+        yield chunk
 
 
 def _round_up(number: int, multiple: int) -> int:

@@ -5,12 +5,14 @@ says that they are whole => what was made of every item, in order
 """
 
 import json
+import math
 import multiprocessing
 import os
+import shutil
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
@@ -18,7 +20,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-from contradiff.data.shards import Shard
+from contradiff.data.shard_info import ShardInfo
+from contradiff.data.shards import Shard, ShardIndex
 from contradiff.files import explain_full_disk, replace_file
 from contradiff.processes import Processes
 
@@ -87,6 +90,7 @@ def map_shards(
             if num_workers and own
             else ((item, make(item, crew.advance)) for item in own)
         ):
+            crew.tell()  # before the note: whoever has seen all notes has seen all progress
             with replace_file(_note_of(item, work_dir, name_of)) as path:
                 path.write_text(json.dumps(asdict(made)), encoding="utf-8")
         crew.wait(lambda: not missing_items(items, work_dir, name_of=name_of))
@@ -102,6 +106,30 @@ def missing_items(
 ) -> list[Item]:
     """Items that `map_shards` has still to make: no note says that their files are whole."""
     return [item for item in items if read_note(_note_of(item, work_dir, name_of)) is None]
+
+
+def publish_shards(
+    folder: Path, work_dir: Path, made: Iterable[tuple[str, Made]], info: ShardInfo
+) -> None:
+    """Move shards to an empty folder, with an index.
+
+    Args:
+        folder: that readers are to find.
+        work_dir: of `map_shards`.
+        made: the split of each item, and what was made of it.
+        info: of the index.
+
+    Raises:
+        ValueError: the disk is full.
+    """
+    splits: dict[str, tuple[Shard, ...]] = {}
+    for split, item in made:
+        splits[split] = (*splits.get(split, ()), *item.files)
+    with explain_full_disk(folder.parent):
+        # The index first: on a full disk it is what fails, and the shards are still in their place.
+        ShardIndex(splits, info).write(folder)
+        for shard in (shard for shards in splits.values() for shard in shards):
+            shutil.move(work_dir / shard.name, folder / shard.name)
 
 
 def read_note(note: Path) -> Made | None:
@@ -127,6 +155,7 @@ class _Crew:
     def __init__(self, folder: Path, processes: Processes, on_progress: Tick) -> None:
         self.folder, self.processes, self.on_progress = folder, processes, on_progress
         self.done = self.shown = 0
+        self.told_at = -math.inf
 
     def begin(self) -> None:
         """Take back what an earlier run has said."""
@@ -136,17 +165,15 @@ class _Crew:
     def __enter__(self) -> None: ...
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        """Tell the others of a failure. Of a killed process torchrun tells them."""
+        """Tell the others of a failure. torchrun tells them of a process that was killed."""
         if kind is not None:
             with suppress(OSError):  # the disk may be full: the first error says so
                 self._file("failed").touch()
 
     def advance(self, count: int) -> None:
         self.done += count
-        if self.processes.size > 1:
-            with replace_file(self._file("done")) as path:
-                path.write_text(str(self.done))
-        self._show()
+        if time.monotonic() - self.told_at >= SECONDS_BETWEEN_LOOKS:
+            self.tell()
 
     def wait(self, is_done: Callable[[], bool]) -> None:
         while not is_done():
@@ -154,15 +181,19 @@ class _Crew:
                 if self._file("failed", rank).exists():
                     raise ChildProcessError(f"process {rank} has failed; its own message says why")
             time.sleep(SECONDS_BETWEEN_LOOKS)
-            self._show()
-        self._show()
+            self.tell()
+        self.tell()
 
-    def _show(self) -> None:
-        if self.processes.rank == 0:
-            files = [self._file("done", rank) for rank in range(1, self.processes.size)]
-            total = self.done + sum(int(f.read_text()) for f in files if f.is_file())
-            self.on_progress(total - self.shown)
-            self.shown = total
+    def tell(self) -> None:
+        self.told_at = time.monotonic()
+        if self.processes.rank > 0:
+            with replace_file(self._file("done")) as path:
+                path.write_text(str(self.done))
+            return
+        files = [self._file("done", rank) for rank in range(1, self.processes.size)]
+        total = self.done + sum(int(file.read_text()) for file in files if file.is_file())
+        self.on_progress(total - self.shown)
+        self.shown = total
 
     def _file(self, what: str, rank: int | None = None) -> Path:
         return self.folder / f"{what}-{self.processes.rank if rank is None else rank}"

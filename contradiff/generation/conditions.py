@@ -1,77 +1,106 @@
-"""What samples are conditioned on: noise, images or classes, each sample by its index alone.
+"""What samples are conditioned on: noise, images or classes.
 
-Whoever makes sample i, in whatever batch, gives it the same noise and the same condition.
+Noise and condition depend on a sample's index alone, in whatever batch and process it is made.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from typing import Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from contradiff.data.png import encode_png
-from contradiff.data.shard_info import ConditionInfo
-from contradiff.data.shards import (
-    Compression,
-    Record,
-    ShardIndex,
-    array_from_bytes,
-    array_to_bytes,
-    read_shard,
-    write_split,
+from contradiff.generation.class_table import (
+    ClassTable,
+    choose_denoiser,
+    load_class_table,
+    read_class_config,
 )
-from contradiff.data.transforms import decode
-from contradiff.features.batches import CleanBatch
-from contradiff.generation.class_table import ClassTable
+from contradiff.generation.condition_images import ConditionImage, condition_images
+from contradiff.method.lora import merge_lora
 from contradiff.method.model import ContraDiff
-from contradiff.types import ByteImages, Conditions, Latents, Tokens, to_bytes, to_pixels
+from contradiff.types import Conditions, Tokens, to_pixels
 
 TokensOf = Callable[[range], Tokens]
 """Conditions of the samples of these indices."""
-
-SPLIT = "condition"
+Condition = Literal["noise", "image", "class"]
+DESCRIPTIONS: dict[Condition, str] = {
+    "noise": "unconditional: c(noise)",
+    "image": "image-conditional: c(image), validation images in order",
+    "class": "class-conditional: balanced labels",
+}
 
 
 @dataclass(frozen=True)
 class Conditioning:
-    """What samples are conditioned on, and the null condition that guidance leads away from."""
+    """What samples are conditioned on.
+
+    Attributes:
+        tokens: the conditions.
+        null_tokens: the null conditions that guidance leads away from.
+        num_classes: sample i is of class i mod num_classes; None: samples have no class.
+    """
 
     tokens: TokensOf
     null_tokens: TokensOf
+    num_classes: int | None = None
 
 
-@dataclass(frozen=True)
-class ConditionImage:
-    """One image to be conditioned on: as pixels and as a latent."""
+def load_conditioning(
+    condition: Condition,
+    model: ContraDiff,
+    *,
+    images: Path,
+    table: Path,
+    checkpoint: Path,
+    seed: int,
+    device: torch.device,
+) -> Conditioning:
+    """Load what `generate.condition` names, and prepare the model's LoRA for it.
 
-    image: ByteImages
-    latent: Latents
+    Args:
+        condition: noise | image | class.
+        model: evaluation mode, on `device`; its LoRA is merged, or disabled as the table says.
+        images: folder of the images to condition on.
+        table: folder of the class table.
+        checkpoint: folder of the model.
+        seed: of conditions of noise.
+        device: where to compute.
+
+    Raises:
+        ValueError: the images or the table are missing, or the table is of another model.
+    """
+    if condition == "class":
+        loaded = load_class_table(table, checkpoint=checkpoint).to(device)
+        choose_denoiser(model, lora=read_class_config(table)["lora"])
+        return class_conditional(loaded, device=device)
+    merge_lora(model.unet)
+    null = unconditional(model, seed=seed, device=device)
+    if condition == "noise":
+        return null
+    next(condition_images(images, start=0))  # refused now, if there are none
+    return image_conditional(model, images, null_tokens=null.null_tokens, device=device)
 
 
 def seeded_noise(
-    shape: tuple[int, ...], *, seed: int, index: int, stream: str
-) -> Float[Tensor, "..."]:
-    """Gaussian noise of one sample: the same at any batch size, device and process count.
+    shape: tuple[int, ...], *, seed: int, indices: range, stream: Literal["latent", "condition"]
+) -> Float[Tensor, "batch ..."]:
+    """Gaussian noise of some samples: the same at any batch size, device and process count.
 
     Args:
-        shape: of the noise.
+        shape: of one sample's noise.
         seed: of the run.
-        index: of the sample.
-        stream: "latent" or "condition": independent noises of one sample.
+        indices: of the samples.
+        stream: independent noises of one sample.
     """
     offset = {"latent": 0, "condition": 1}[stream]
-    generator = torch.Generator().manual_seed((seed * 1_000_003 + index) * 2 + offset)
-    return torch.randn(shape, generator=generator)
-
-
-def stacked_noise(
-    shape: tuple[int, ...], *, seed: int, indices: range, stream: str
-) -> Float[Tensor, "batch ..."]:
-    """`seeded_noise` of several samples."""
-    return torch.stack([seeded_noise(shape, seed=seed, index=i, stream=stream) for i in indices])
+    seeds = ((seed * 1_000_003 + index) * 2 + offset for index in indices)
+    return torch.stack(
+        [torch.randn(shape, generator=torch.Generator().manual_seed(own)) for own in seeds]
+    )
 
 
 def unconditional(model: ContraDiff, *, seed: int, device: torch.device) -> Conditioning:
@@ -84,27 +113,23 @@ def unconditional(model: ContraDiff, *, seed: int, device: torch.device) -> Cond
     """
 
     def tokens(indices: range) -> Tokens:
-        noise = stacked_noise(
-            model.conditioner.shape, seed=seed, indices=indices, stream="condition"
-        )
+        shape = model.conditioner.shape
+        noise = seeded_noise(shape, seed=seed, indices=indices, stream="condition")
         return _encoded(model, noise.to(device))
 
     return Conditioning(tokens, tokens)
 
 
 def image_conditional(
-    model: ContraDiff,
-    images_from: Callable[[int], Iterator[ConditionImage]],
-    *,
-    null_tokens: TokensOf,
-    device: torch.device,
+    model: ContraDiff, folder: Path, *, null_tokens: TokensOf, device: torch.device
 ) -> Conditioning:
-    """Sample i is conditioned on the i-th image (Fig. 4).
+    """Sample i is conditioned on the i-th image (Fig. 4); after the last image comes the first.
+
+    Samples that are made in order read each image once.
 
     Args:
         model: evaluation mode, on `device`.
-        images_from: all images in order from a given index on; see `condition_images`. It is asked
-            once for samples that are made in order.
+        folder: of the images, as `write_conditions` left it.
         null_tokens: `unconditional`'s.
         device: where to compute.
     """
@@ -114,7 +139,7 @@ def image_conditional(
     def tokens(indices: range) -> Tokens:
         nonlocal images, position
         if indices.start != position:
-            images = images_from(indices.start)
+            images = condition_images(folder, start=indices.start)
         position = indices.stop
         chosen = [
             model.conditioner.choose(pixels=to_pixels(item.image), latents=item.latent)
@@ -126,100 +151,22 @@ def image_conditional(
 
 
 def class_conditional(table: ClassTable, *, device: torch.device) -> Conditioning:
-    """Sample i is of class `balanced_label` (Table 5); the null is the table's last row.
+    """All classes in turn (Table 5); the null condition is the table's last row.
 
     Args:
         table: evaluation mode, on `device`.
         device: where to compute.
     """
 
+    @torch.inference_mode()
     def tokens_of(labels: list[int]) -> Tokens:
-        with torch.inference_mode():
-            return table(torch.tensor(labels, device=device))
+        return table(torch.tensor(labels, device=device))
 
-    def tokens(indices: range) -> Tokens:
-        return tokens_of([balanced_label(i, num_classes=table.null_label) for i in indices])
-
-    def null_tokens(indices: range) -> Tokens:
-        return tokens_of([table.null_label] * len(indices))
-
-    return Conditioning(tokens, null_tokens)
-
-
-def balanced_label(index: int, *, num_classes: int) -> int:
-    """The class of a sample: all classes in turn."""
-    return index % num_classes
-
-
-def write_conditions(
-    folder: Path,
-    batches: Iterable[CleanBatch],
-    *,
-    num_images: int,
-    samples_per_shard: int,
-    compression: Compression,
-    on_progress: Callable[[int], None],
-) -> None:
-    """Store the first images of a set: what the model sees of each, without loss.
-
-    Args:
-        folder: to write, empty.
-        batches: the images in order.
-        num_images: no more than these; 0 writes an index that says so.
-        samples_per_shard: images a shard.
-        compression: of the shards.
-        on_progress: told the number of images of each shard.
-    """
-    records = islice((record for batch in batches for record in _records(batch)), num_images)
-    shards = write_split(
-        folder,
-        SPLIT,
-        records,
-        samples_per_shard=samples_per_shard,
-        compression=compression,
-        on_progress=on_progress,
+    return Conditioning(
+        lambda indices: tokens_of([index % table.null_label for index in indices]),
+        lambda indices: tokens_of([table.null_label] * len(indices)),
+        num_classes=table.null_label,
     )
-    ShardIndex({SPLIT: shards}, ConditionInfo()).write(folder)
-
-
-def condition_images(folder: Path, *, start: int) -> Iterator[ConditionImage]:
-    """Yield stored images one by one, in order, from the first again after the last, endlessly.
-
-    Args:
-        folder: as `write_conditions` left it.
-        start: index of the first that is wanted; earlier shards are not read.
-
-    Raises:
-        ValueError: there are none, or a shard is missing or damaged; names the folder or file.
-    """
-    index = ShardIndex.read(folder, ConditionInfo)
-    num_images = index.num_samples(SPLIT)
-    if num_images == 0:
-        raise ValueError(
-            f"{folder}: holds no images; set generate.condition: image, `dvc repro conditions`"
-        )
-    skip = start % num_images
-    while True:
-        for shard in index.shards(SPLIT):
-            if skip >= shard.num_samples:
-                skip -= shard.num_samples
-                continue
-            for record in islice(read_shard(folder / shard.name, shard), skip, None):
-                yield ConditionImage(
-                    decode(record["png"], name=record["__key__"].decode())[None],
-                    torch.from_numpy(array_from_bytes(record["latent.npy"]))[None],
-                )
-            skip = 0
-
-
-def _records(batch: CleanBatch) -> Iterator[Record]:
-    images = to_bytes(batch.pixels)
-    for key, image, latent in zip(batch.keys, images, batch.latents, strict=True):
-        yield {
-            "__key__": key.encode(),
-            "png": encode_png(image),
-            "latent.npy": array_to_bytes(latent.numpy()),
-        }
 
 
 @torch.inference_mode()

@@ -2,16 +2,16 @@
 
 from collections.abc import Iterator
 from copy import deepcopy
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import torch
 from pydantic import Field, model_validator
 
 from contradiff.base.vae import decode_latents, downsampling_factor
 from contradiff.config import Section
-from contradiff.generation.conditions import Conditioning, stacked_noise
+from contradiff.generation.conditions import Condition, Conditioning, seeded_noise
+from contradiff.generation.cross_attention_cache import cache_keys_and_values
 from contradiff.generation.solvers import Scheduler, Solver
-from contradiff.generation.token_cache import keys_and_values_kept
 from contradiff.method.model import ContraDiff
 from contradiff.types import ByteImages, Latents, Precision, Tokens
 
@@ -25,7 +25,7 @@ class GenerateParams(Section):
     Deviation: the paper names no guidance.
     """
 
-    condition: Literal["noise", "image", "class"] = Field(
+    condition: Condition = Field(
         description="noise: unconditional (App. A) | image: of the val split (Fig. 4) | "
         "class: balanced labels (Table 5)"
     )
@@ -100,7 +100,7 @@ def denoise(
     both = None if null_tokens is None else torch.cat([tokens, null_tokens])
     latents = noise * scheduler.init_noise_sigma
     autocast = torch.autocast(noise.device.type, torch.bfloat16, enabled=precision == "bf16")
-    with keys_and_values_kept(model.unet), autocast:
+    with cache_keys_and_values(model.unet), autocast:
         for timestep in scheduler.timesteps:
             inputs = scheduler.scale_model_input(latents, timestep)
             steps = torch.full((len(inputs),), int(timestep), device=inputs.device)
@@ -120,8 +120,8 @@ def generate(
     model: ContraDiff,
     vae: "AutoencoderKL",
     scheduler: Scheduler,
-    *,
     indices: range,
+    *,
     conditioning: Conditioning,
     params: GenerateParams,
     image_size: int,
@@ -150,7 +150,7 @@ def generate(
         clean = denoise(
             model,
             scheduler,
-            stacked_noise(shape, seed=seed, indices=batch, stream="latent").to(device),
+            seeded_noise(shape, seed=seed, indices=batch, stream="latent").to(device),
             conditioning.tokens(batch),
             null_tokens=conditioning.null_tokens(batch) if params.guidance != 1 else None,
             guidance=params.guidance,
@@ -158,9 +158,3 @@ def generate(
             precision=params.precision,
         )
         yield decode_latents(vae, clean).cpu()
-
-
-def shard_indices(num_samples: int, *, samples_per_shard: int) -> list[range]:
-    """Cut samples into shards: a shard's own indices are all that its images depend on."""
-    starts = range(0, num_samples, samples_per_shard)
-    return [range(start, min(start + samples_per_shard, num_samples)) for start in starts]

@@ -6,34 +6,19 @@ same differential equation to second order.
 
 import inspect
 from pathlib import Path
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any, Literal
 
 import torch
-from torch import Tensor
 
 from contradiff.base.loading import load_scheduler
 
 Solver = Literal["ddim", "dpmsolver++", "unipc"]
-
-
-@runtime_checkable
-class Scheduler(Protocol):
-    """What sampling uses of a diffusers scheduler whose timesteps are set."""
-
-    timesteps: Tensor
-    init_noise_sigma: float
-
-    def scale_model_input(self, sample: Tensor, timestep: Any) -> Tensor:
-        """Noisy latents as the UNet wants them."""
-        ...
-
-    def step(self, model_output: Any, timestep: Any, sample: Any) -> Any:
-        """One step towards the clean latents, in `.prev_sample`; a solver may keep state."""
-        ...
+Scheduler = Any
+"""A scheduler of diffusers whose timesteps are set; its `step` may keep state."""
 
 
 def load_solver(folder: Path, *, solver: Solver, num_inference_steps: int) -> Scheduler:
-    """The base's own noise schedule, with the timesteps of a solver set.
+    """Load the base's own noise schedule, with the timesteps of a solver set.
 
     DDIM keeps the base's own grid of timesteps. The others go from the last timestep, pure noise,
     in equal steps (diffusers' `linspace`, their own default): in few steps, the gap that the base's
@@ -50,8 +35,13 @@ def load_solver(folder: Path, *, solver: Solver, num_inference_steps: int) -> Sc
     """
     ddim = load_scheduler(folder, num_inference_steps=num_inference_steps)
     if solver == "ddim":
-        return ddim  # pyright: ignore[reportReturnType]  # a float, declared as an int
-    multistep = _class_of(solver)
+        return ddim
+    from diffusers.schedulers.scheduling_dpmsolver_multistep import DPMSolverMultistepScheduler
+    from diffusers.schedulers.scheduling_unipc_multistep import UniPCMultistepScheduler
+
+    multistep: type[Any] = (
+        DPMSolverMultistepScheduler if solver == "dpmsolver++" else UniPCMultistepScheduler
+    )
     # By name, so that no setting of the base is lost to another default of the other class.
     known = inspect.signature(multistep.__init__).parameters
     settings = {name: value for name, value in ddim.config.items() if name in known}
@@ -59,13 +49,3 @@ def load_solver(folder: Path, *, solver: Solver, num_inference_steps: int) -> Sc
     assert torch.equal(scheduler.alphas_cumprod, ddim.alphas_cumprod), "another noise schedule"
     scheduler.set_timesteps(num_inference_steps)
     return scheduler
-
-
-def _class_of(solver: Literal["dpmsolver++", "unipc"]) -> type[Any]:
-    if solver == "dpmsolver++":
-        from diffusers.schedulers.scheduling_dpmsolver_multistep import DPMSolverMultistepScheduler
-
-        return DPMSolverMultistepScheduler
-    from diffusers.schedulers.scheduling_unipc_multistep import UniPCMultistepScheduler
-
-    return UniPCMultistepScheduler

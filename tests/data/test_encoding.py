@@ -1,146 +1,226 @@
-"""Workers change nothing, sizes are foretold, bad latents are refused."""
+"""Every crop is encoded as it would be alone; workers change nothing; sizes are foretold."""
 
+from collections.abc import Iterable
+from dataclasses import replace
+from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
 from contradiff.base.loading import load_vae
-from contradiff.data.encoding import (
-    Reconstruction,
-    chunks_of,
-    describe_cost,
-    encode_chunks,
-    latents_bytes,
-    shard_bytes,
-    views_of,
-)
+from contradiff.base.vae import encode
+from contradiff.data.encoding import LatentEncoder, choose_crops, plan_latents, shard_bytes
 from contradiff.data.latents import LatentsParams, StoredLatents
 from contradiff.data.shard_info import ImageInfo, LatentInfo
 from contradiff.data.shards import Sample, ShardIndex, read_images, read_split
+from contradiff.data.transforms import Crop, apply_crop, centre_crop, decode
+from contradiff.types import to_pixels
 
-if TYPE_CHECKING:
-    from diffusers import AutoencoderKL
-
-CPU = torch.device("cpu")
+IMAGE = torch.zeros(3, 40, 36, dtype=torch.uint8)
+CENTRE = Crop(2, 0, 36, 36, mirrored=False)
+SETTINGS: dict[str, Any] = {
+    "views": 3,
+    "flips": False,
+    "crop_scale_min": 0.4,
+    "colour_jitter": 0.0,
+    "dtype": "float16",
+    "min_psnr": 0.0,
+    "batch_size": 24,
+}
 
 
 @pytest.fixture(scope="module")
-def vae(tiny_base: Path) -> "AutoencoderKL":
-    return load_vae(tiny_base)
+def base(tiny_base: Path) -> LatentEncoder:
+    """An encoder as `tiny_data` was made by."""
+    params = LatentsParams.model_validate(SETTINGS)
+    return LatentEncoder(load_vae(tiny_base), params, 32, 0, torch.device("cpu"))
 
 
-def params_of(**changes: Any) -> LatentsParams:
-    settings = {
-        "views": 3,
-        "flips": False,
-        "crop_scale_min": 0.4,
-        "colour_jitter": 0.5,
-        "dtype": "float16",
-        "min_psnr": 0.0,
-        "batch_size": 12,
-    }
-    return LatentsParams.model_validate(settings | changes)
+def changed(encoder: LatentEncoder, **changes: Any) -> LatentEncoder:
+    return replace(encoder, params=LatentsParams.model_validate(SETTINGS | changes))
 
 
-def encoded(
-    vae: "AutoencoderKL", samples: list[Sample], params: LatentsParams, *, num_workers: int
-) -> list[StoredLatents]:
-    chunks = chunks_of(iter(samples), split="train", params=params)
-    return list(
-        encode_chunks(
-            vae, chunks, params=params, image_size=32, seed=0, device=CPU, num_workers=num_workers
-        )
+@pytest.fixture(scope="module")
+def images(tiny_data: Path) -> list[Sample]:
+    """The first six training images."""
+    return list(islice(read_images(tiny_data / "images", "train"), 6))
+
+
+@pytest.fixture(scope="module")
+def stored(tiny_data: Path) -> list[StoredLatents]:
+    """Their latents."""
+    records = islice(read_split(tiny_data / "latents", "train"), 6)
+    return [StoredLatents.of_record(record) for record in records]
+
+
+def encoded(encoder: LatentEncoder, samples: Iterable[Sample]) -> list[StoredLatents]:
+    return list(encoder.encode(samples, split="train"))
+
+
+def assert_near(found: Any, expected: Any) -> None:
+    """Up to float16's rounding."""
+    torch.testing.assert_close(
+        torch.as_tensor(found).float(), torch.as_tensor(expected).float(), atol=2e-3, rtol=2e-3
     )
 
 
-def test_workers_change_nothing(vae: "AutoencoderKL", tiny_data: Path):
-    samples = list(read_images(tiny_data / "images", "train"))[:10]
-    alone = encoded(vae, samples, params_of(flips=True), num_workers=0)
-    helped = encoded(vae, samples, params_of(flips=True), num_workers=2)
-    assert [item.key for item in alone] == [sample.key for sample in samples]
-    for item, other in zip(alone, helped, strict=True):
-        assert item.to_record() == other.to_record()
+def encoding_of(encoder: LatentEncoder, image: Sample, crop: Crop) -> Tensor:
+    """One crop, encoded alone."""
+    pixels = apply_crop(decode(image.image, name=image.key), crop, size=32)
+    return encode(encoder.vae, to_pixels(pixels[None]))[0]
 
 
-def test_chunks_hold_a_batch_of_crops(tiny_data: Path):
-    def sizes(split: str, **changes: Any) -> list[int]:
-        samples, params = read_images(tiny_data / "images", "train"), params_of(**changes)
-        return [len(chunk.samples) for chunk in chunks_of(samples, split=split, params=params)]
+def test_crops_depend_on_seed_and_key_alone():
+    def crops(key: str, seed: int, views: int = 5) -> list[Crop]:
+        return choose_crops(IMAGE, key=key, views=views, crop_scale_min=0.4, seed=seed)
 
-    assert sizes("train") == [4] * 6
-    assert sizes("train", flips=True) == [2] * 12
-    assert sizes("train", batch_size=1) == [1] * 24
-    assert sizes("train", batch_size=30) == [10, 10, 4]
-    assert sizes("val", flips=True) == [12, 12]
-    assert views_of("val", params_of(flips=True)) == (1, False)
-    assert views_of("train", params_of(flips=True)) == (3, True)
+    assert crops("a", 0) == crops("a", 0)
+    assert crops("a", 0)[1:] != crops("b", 0)[1:]
+    assert crops("a", 0)[1:] != crops("a", 1)[1:]
+    assert len(set(crops("a", 0))) == 5
+    assert crops("a", 0, views=3) == crops("a", 0)[:3]
+    assert crops("a", 0, views=1) == [centre_crop(40, 36)] == [CENTRE]
+
+
+def test_every_view_is_the_encoding_of_its_crop(
+    base: LatentEncoder, images: list[Sample], stored: list[StoredLatents]
+):
+    """A mirrored view is encoded from mirrored pixels: the VAE does not commute with mirroring."""
+    num_mirrored = 0
+    for image, item in zip(images, stored, strict=True):
+        assert item.key == image.key
+        for moments, crop in zip(item.moments, item.crops, strict=True):
+            expected = encoding_of(base, image, crop)
+            assert_near(moments, expected)
+            if crop.mirrored:
+                num_mirrored += 1
+                unmirrored = encoding_of(base, image, replace(crop, mirrored=False)).flip(-1)
+                assert (unmirrored - expected).abs().max() > 0.02
+    assert num_mirrored > 0
+
+
+def test_evaluated_images_have_the_centre_crop_alone(tiny_data: Path):
+    for record in read_split(tiny_data / "latents", "val"):
+        item = StoredLatents.of_record(record)
+        assert (item.moments.shape, item.crops) == ((1, 8, 8, 8), (CENTRE,))
+
+
+@pytest.mark.parametrize("batch_size", [1, 7, 72])
+def test_batch_size_changes_nothing(
+    base: LatentEncoder, images: list[Sample], stored: list[StoredLatents], batch_size: int
+):
+    again = encoded(changed(base, batch_size=batch_size), images)
+    assert [(item.key, item.crops) for item in again] == [(s.key, s.crops) for s in stored]
+    for item, expected in zip(again, stored, strict=True):
+        assert item.moments.dtype == np.float16
+        assert_near(item.moments, expected.moments)
+
+
+def test_colours_of_random_crops_alone_are_distorted(
+    base: LatentEncoder, images: list[Sample], stored: list[StoredLatents]
+):
+    encoder = changed(base, colour_jitter=0.5)
+    distorted, once_more = encoded(encoder, images), encoded(encoder, images)
+    for item, again, plain in zip(distorted, once_more, stored, strict=True):
+        assert item.crops == plain.crops
+        np.testing.assert_array_equal(item.moments, again.moments)
+        assert_near(item.moments[0], plain.moments[0])
+        for view in (1, 2):
+            assert np.abs(item.moments[view] - plain.moments[view]).max() > 0.02
+
+
+def test_flips_are_encodings_of_mirrored_pixels_behind_the_views(
+    base: LatentEncoder, images: list[Sample]
+):
+    plain = encoded(changed(base, colour_jitter=0.5), images)
+    flipped = encoded(changed(base, colour_jitter=0.5, flips=True), images)
+    for image, item, without in zip(images, flipped, plain, strict=True):
+        mirrored = tuple(replace(crop, mirrored=not crop.mirrored) for crop in without.crops)
+        assert item.crops == without.crops + mirrored
+        assert_near(item.moments[:3], without.moments)
+        # the centre crop, whose colours are left alone
+        assert_near(item.moments[3], encoding_of(base, image, mirrored[0]))
+        assert np.abs(item.moments[3] - item.moments[0][..., ::-1]).max() > 0.02
+
+
+def test_bfloat16_moments_are_rounded_as_torch_rounds(base: LatentEncoder, images: list[Sample]):
+    expected = encoding_of(base, images[0], CENTRE).bfloat16().float()
+    encoder = changed(base, views=1, dtype="bfloat16", batch_size=1)
+    (item,) = encoded(encoder, images[:1])
+    assert torch.from_numpy(item.moments[0]).equal(expected)
+    assert encoder.info.dtype == "bfloat16"
+
+
+def test_info_is_that_of_the_base_and_the_parameters(base: LatentEncoder, tiny_data: Path):
+    info = ShardIndex.read(tiny_data / "latents", LatentInfo).info
+    assert info == base.info
+    assert (info.scaling_factor, info.image_size, info.views) == (0.5, 32, 3)
+
+
+def test_workers_change_nothing(base: LatentEncoder, images: list[Sample]):
+    encoder = changed(base, flips=True, colour_jitter=0.5, batch_size=12)
+    alone = encoded(encoder, images)
+    helped = list(encoder.encode(images, split="train", num_workers=2))
+    assert [item.to_record() for item in alone] == [item.to_record() for item in helped]
+    assert [item.key for item in alone] == [image.key for image in images]
+
+
+@pytest.mark.parametrize(
+    ("split", "batch_size", "sizes"),
+    [
+        ("train", 24, [4] * 6),
+        ("train", 1, [1] * 24),
+        ("train", 60, [10, 10, 4]),
+        ("val", 5, [5, 3]),
+    ],
+)
+def test_a_batch_of_crops_is_encoded_at_once(  # noqa: PLR0917
+    base: LatentEncoder,
+    tiny_data: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    split: str,
+    batch_size: int,
+    sizes: list[int],
+):
+    """Three views and their mirror images of each training image."""
+    found: list[int] = []
+    monkeypatch.setattr(
+        LatentEncoder, "encode_cut", lambda _, cut: found.append(len(cut.keys)) or iter(())
+    )
+    samples = read_images(tiny_data / "images", split)
+    assert not list(changed(base, flips=True, batch_size=batch_size).encode(samples, split=split))
+    assert found == sizes
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
-def test_unreadable_images_are_named_in_one_line(vae: "AutoencoderKL", num_workers: int):
+def test_unreadable_images_are_named_in_one_line(base: LatentEncoder, num_workers: int):
+    samples = [Sample("n01_7", b"nothing", 0)]
     with pytest.raises(ValueError, match=r"^n01_7: not a readable image") as caught:
-        encoded(vae, [Sample("n01_7", b"nothing", 0)], params_of(), num_workers=num_workers)
+        list(base.encode(samples, split="train", num_workers=num_workers))
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize(("split", "views"), [("train", 3), ("val", 1)])
-def test_sizes_are_those_of_written_shards(tiny_data: Path, split: str, views: int):
-    for shard in ShardIndex.read(tiny_data / "latents", LatentInfo).shards(split):
-        foretold = shard_bytes(shard.num_samples, stored_views=views, moments_shape=(8, 8, 8))
-        assert foretold == shard.num_bytes
+def test_sizes_are_those_of_written_shards(base: LatentEncoder, tiny_data: Path):
+    index = ShardIndex.read(tiny_data / "latents", LatentInfo)
+    for split, shards in index.splits.items():
+        for shard in shards:
+            assert base.shard_bytes(split, shard.num_samples) == shard.num_bytes
+    more = changed(base, flips=True)
+    assert more.shard_bytes("val", 6) == base.shard_bytes("val", 6)
+    assert more.shard_bytes("train", 6) > base.shard_bytes("train", 6)
+    images = ShardIndex.read(tiny_data / "images", ImageInfo)
+    assert more.describe_size(images).endswith(
+        "(24 x 3 views and their mirror images), val 30.7 kB (8 x 1 view)"
+    )
+    plan = plan_latents(images, compression="gzip")
+    assert [item.name for item in plan[3:5]] == ["train-00003.tar.gz", "val-00000.tar.gz"]
 
 
 def test_imagenet_takes_21_gb_a_view():
-    """The performance page's figure, 16 KB of moments an image, and a tenth of tar and crops."""
+    """16 KB of moments an image, and a tenth of tar and crops."""
     of_shards = 313 * shard_bytes(4096, stored_views=1, moments_shape=(8, 32, 32))
     assert 21e9 < of_shards < 24e9
-
-
-def test_cost_is_that_of_all_splits(vae: "AutoencoderKL", tiny_data: Path):
-    index = ShardIndex.read(tiny_data / "images", ImageInfo)
-    cost = latents_bytes(index, vae, params=params_of(), image_size=32)
-    latents = ShardIndex.read(tiny_data / "latents", LatentInfo)
-    assert cost == {
-        split: sum(shard.num_bytes for shard in latents.shards(split)) for split in latents.splits
-    }
-    more = latents_bytes(index, vae, params=params_of(flips=True), image_size=32)
-    assert more["val"] == cost["val"]
-    assert more["train"] > cost["train"]
-    assert describe_cost(more, index, params_of(flips=True)).endswith(
-        "(24 x 3 views and their mirror images), val 30.7 kB (8 x 1 view)"
-    )
-
-
-def test_reconstruction_is_diffusers_own(vae: "AutoencoderKL", tiny_data: Path):
-    images = list(read_images(tiny_data / "images", "val"))
-    records = list(read_split(tiny_data / "latents", "val"))
-    info = ShardIndex.read(tiny_data / "latents", LatentInfo).info
-    found = Reconstruction.of(vae, images, records, info=info, device=CPU)
-    pixels = found.originals.float() / 127.5 - 1
-    with torch.no_grad():
-        mean = vae.encode(pixels).latent_dist.mean
-        decoded = vae.decode(mean).sample.clamp(-1, 1)
-    error = (found.decoded / 127.5 - 1 - decoded).abs()
-    assert error.max() <= 1 / 127.5 + 1e-3  # rounding to bytes, and float16
-    assert found.std == pytest.approx(0.5 * mean.std().item(), rel=1e-3)
-    squared = (found.decoded.double() - found.originals.double()).square().mean(dim=(1, 2, 3))
-    expected = np.mean([10 * np.log10(255**2 / value) for value in squared.tolist()])
-    assert found.psnr == pytest.approx(expected, rel=1e-5)
-
-    found.check(floor=found.psnr - 0.01)
-    with pytest.raises(ValueError, match=r"^latents\.min_psnr: .* dB where .* scaling factor"):
-        found.check(floor=found.psnr + 0.01)
-
-
-def test_another_scaling_factor_than_the_bases_shows(vae: "AutoencoderKL", tiny_data: Path):
-    images = list(read_images(tiny_data / "images", "val"))
-    records = list(read_split(tiny_data / "latents", "val"))
-    info = ShardIndex.read(tiny_data / "latents", LatentInfo).info
-    right = Reconstruction.of(vae, images, records, info=info, device=CPU)
-    info = info.model_copy(update={"scaling_factor": 2 * info.scaling_factor})
-    wrong = Reconstruction.of(vae, images, records, info=info, device=CPU)
-    assert wrong.std == pytest.approx(2 * right.std)
-    assert not wrong.decoded.equal(right.decoded)

@@ -9,42 +9,53 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from contradiff.data.png import LiveGrid, encode_png, image_grid
+from contradiff.data.png import LiveGrid, encode_png, image_grid, paired_grid
 
 
-def random_image(seed: int, side: int) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randint(256, (3, side, side), generator=generator, dtype=torch.uint8)
+def random_images(number: int, side: int) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(256, (number, 3, side, side), generator=generator, dtype=torch.uint8)
 
 
-def read(content: bytes) -> np.ndarray:
+def read(content: bytes) -> Tensor:
     image = Image.open(io.BytesIO(content))
     assert (image.format, image.mode) == ("PNG", "RGB")
-    return np.array(image)
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+
+
+def cells(grid: Tensor) -> Tensor:
+    """A grid of images of 64 pixels: rows, columns, 3, 64, 64."""
+    rows, columns = grid.shape[1] // 64, grid.shape[2] // 64
+    return grid.unflatten(2, (columns, 64)).unflatten(1, (rows, 64)).permute(1, 3, 0, 2, 4)
 
 
 def test_png_is_lossless():
-    image = random_image(0, 24)
-    np.testing.assert_array_equal(read(encode_png(image)), image.permute(1, 2, 0))
+    [image] = random_images(1, 24)
+    assert read(encode_png(image)).equal(image)
 
 
 def test_grid_has_the_images_in_reading_order():
-    images = [random_image(seed, 64) for seed in range(5)]
-    grid = read(image_grid([encode_png(image) for image in images], columns=3))
-    assert grid.shape == (2 * 64, 3 * 64, 3)
-    for number, image in enumerate(images):
-        row, column = divmod(number, 3)
-        shown = grid[64 * row : 64 * row + 64, 64 * column : 64 * column + 64]
-        np.testing.assert_array_equal(shown, image.permute(1, 2, 0))
-    assert (grid[64:, 128:] == 255).all()
+    images = random_images(5, 64)
+    grid = cells(read(image_grid(images, columns=3)))
+    assert grid.shape[:2] == (2, 3)
+    assert grid.flatten(0, 1)[:5].equal(images)
+    assert (grid[1, 2] == 255).all()
 
 
-@pytest.mark.parametrize(("side", "factor"), [(16, 4), (24, 3), (64, 1), (80, 1)])
+@pytest.mark.parametrize("number", [3, 4, 6])
+def test_every_image_stands_above_its_counterpart(number: int):
+    images = random_images(2 * number, 64)
+    grid = cells(read(paired_grid(images[:number], images[number:], columns=4)))
+    assert grid[::2].flatten(0, 1)[:number].equal(images[:number])
+    assert grid[1::2].flatten(0, 1)[:number].equal(images[number:])
+    assert (grid.permute(1, 0, 2, 3, 4)[number % 4 or 4 :, -2:] == 255).all()
+
+
+@pytest.mark.parametrize(("side", "factor"), [(16, 4), (24, 3), (80, 1)])
 def test_small_images_are_magnified_without_smoothing(side: int, factor: int):
-    image = random_image(1, side)
-    grid = read(image_grid([encode_png(image)], columns=1))
-    expected = np.kron(image.permute(1, 2, 0).numpy(), np.ones((factor, factor, 1), np.uint8))
-    np.testing.assert_array_equal(grid, expected)
+    image = random_images(1, side)
+    expected = np.kron(image[0].numpy(), np.ones((factor, factor), np.uint8))
+    np.testing.assert_array_equal(read(image_grid(image, columns=1)), expected)
 
 
 def test_live_grid_shows_the_newest_images_and_is_renewed_in_time(
@@ -52,7 +63,7 @@ def test_live_grid_shows_the_newest_images_and_is_renewed_in_time(
 ):
     now = 0.0
     monkeypatch.setattr("time.monotonic", lambda: now)
-    images = [encode_png(random_image(seed, 64)) for seed in range(7)]
+    images = random_images(7, 64)
     path = tmp_path / "preview.png"
     grid = LiveGrid(path, columns=2, max_images=4, seconds=10.0)
     grid.add(images[:2])

@@ -9,21 +9,18 @@ import pytest
 import torch
 
 from contradiff.data.shard_info import ConditionInfo
-from contradiff.data.shards import ShardIndex
-from contradiff.features.batches import stored_batches
+from contradiff.data.shards import ShardIndex, ShardParams
+from contradiff.features.batches import CleanBatch, stored_batches
 from contradiff.generation.class_table import ClassTable
+from contradiff.generation.condition_images import condition_images, write_conditions
 from contradiff.generation.conditions import (
     Conditioning,
-    balanced_label,
     class_conditional,
-    condition_images,
     image_conditional,
     seeded_noise,
     unconditional,
-    write_conditions,
 )
-from contradiff.method.checkpoint import Architecture
-from contradiff.method.model import ContraDiff, build_model
+from contradiff.method.model import ContraDiff
 
 CPU = torch.device("cpu")
 
@@ -33,14 +30,21 @@ def model(build_tiny: Callable[..., ContraDiff]) -> ContraDiff:
     return build_tiny()
 
 
+@pytest.fixture
+def images(tiny_data: Path) -> CleanBatch:
+    """All eight validation images."""
+    folders = tiny_data / "images", tiny_data / "latents"
+    [images] = stored_batches(*folders, split="val", batch_size=8)
+    return images
+
+
 def store(data: Path, folder: Path, *, num_images: int) -> list[int]:
     progress: list[int] = []
     write_conditions(
         folder,
         stored_batches(data / "images", data / "latents", split="val", batch_size=5),
         num_images=num_images,
-        samples_per_shard=3,
-        compression="none",
+        params=ShardParams(samples_per_shard=3, compression="none"),
         on_progress=progress.append,
     )
     return progress
@@ -53,11 +57,10 @@ def stored(tiny_data: Path, tmp_path: Path) -> Path:
     return tmp_path
 
 
-@pytest.mark.parametrize("start", [0, 1, 3, 5, 7, 8, 17])
-def test_images_come_in_order_from_any_index_and_again(tiny_data: Path, stored: Path, start: int):
-    [images] = stored_batches(
-        tiny_data / "images", tiny_data / "latents", split="val", batch_size=8
-    )
+@pytest.mark.parametrize("start", [0, 1, 3, 7, 8, 17])
+def test_images_come_in_order_from_any_index_and_again(
+    images: CleanBatch, stored: Path, start: int
+):
     for number, item in enumerate(islice(condition_images(stored, start=start), 18), start):
         assert torch.equal(item.latent[0], images.latents[number % 8])
         torch.testing.assert_close(item.image[0] / 127.5 - 1, images.pixels[number % 8])
@@ -71,15 +74,10 @@ def test_earlier_shards_are_not_read(stored: Path):
         list(islice(condition_images(stored, start=2), 1))
 
 
-def test_no_more_images_are_stored_than_wanted(tiny_data: Path, tmp_path: Path):
-    assert store(tiny_data, tmp_path, num_images=4) == [3, 1]
-    assert ShardIndex.read(tmp_path, ConditionInfo).num_samples("condition") == 4
-
-
-def test_none_are_said_to_be_none(tmp_path: Path):
+def test_no_images_are_said_to_be_none(tmp_path: Path):
     """Neither images nor latents need be there."""
     assert store(tmp_path / "nowhere", tmp_path, num_images=0) == []
-    with pytest.raises(ValueError, match=r"holds no images; set generate\.condition: image"):
+    with pytest.raises(ValueError, match=r"holds no images; set generate\.condition to image"):
         next(condition_images(tmp_path, start=0))
 
 
@@ -92,16 +90,15 @@ def table() -> ClassTable:
     return table.eval()
 
 
-def conditioned_on(kind: str, model: ContraDiff, data: Path, table: ClassTable) -> Conditioning:
-    if kind == "class":
-        return class_conditional(table, device=CPU)
+def conditioned_on(kind: str, model: ContraDiff, folder: Path, table: ClassTable) -> Conditioning:
     null = unconditional(model, seed=0, device=CPU)
-    return image_conditional(
-        model,
-        lambda start: condition_images(data, start=start),
-        null_tokens=null.null_tokens,
-        device=CPU,
-    )
+    match kind:
+        case "noise":
+            return null
+        case "class":
+            return class_conditional(table, device=CPU)
+        case _:
+            return image_conditional(model, folder, null_tokens=null.null_tokens, device=CPU)
 
 
 @pytest.mark.parametrize("kind", ["noise", "image", "class"])
@@ -119,56 +116,26 @@ def test_conditions_do_not_depend_on_the_batches(
         torch.testing.assert_close(conditioning.null_tokens(indices), null[rows])
 
 
+@pytest.mark.parametrize("kind", ["pixels", "latents"])
 @torch.no_grad()
 def test_sample_i_is_conditioned_on_image_i(
-    model: ContraDiff, tiny_data: Path, stored: Path, table: ClassTable
+    build_tiny: Callable[..., ContraDiff],
+    images: CleanBatch,
+    stored: Path,
+    table: ClassTable,
+    kind: str,
 ):
     """There are eight: sample 8 has the first again."""
-    [images] = stored_batches(
-        tiny_data / "images", tiny_data / "latents", split="val", batch_size=8
-    )
-    expected = model.encode_condition(images.pixels)[[*range(8), 0, 1]]
+    latents = kind == "latents"
+    model = build_tiny(conditioner={"input": kind, "patch_size": 2 if latents else 8})
+    seen = images.latents if latents else images.pixels
+    expected = model.encode_condition(seen)[[*range(8), 0, 1]]
     conditioning = conditioned_on("image", model, stored, table)
     tokens = [conditioning.tokens(range(4)), conditioning.tokens(range(4, 10))]
     torch.testing.assert_close(torch.cat(tokens), expected)
-    noise = seeded_noise((3, 32, 32), seed=0, index=9, stream="condition")[None]
+    noise = seeded_noise(seen.shape[1:], seed=0, indices=range(8, 10), stream="condition")
     null = conditioning.null_tokens(range(8, 10))
-    torch.testing.assert_close(null[1:], model.encode_condition(noise))
-
-
-@torch.no_grad()
-def test_conditioner_of_latents_gets_latents(
-    tiny_base: Path,
-    tiny_params: dict[str, Any],
-    tiny_data: Path,
-    stored: Path,
-    table: ClassTable,
-):
-    shapes = Architecture.model_validate(
-        tiny_params
-        | {"conditioner": tiny_params["conditioner"] | {"input": "latents", "patch_size": 2}}
-    )
-    with torch.random.fork_rng(devices=[]):
-        model = build_model(
-            tiny_base,
-            lora=shapes.lora,
-            conditioner=shapes.conditioner,
-            head=shapes.head,
-            image_size=32,
-            seed=0,
-        ).eval()
-    torch.nn.init.normal_(
-        model.conditioner.to_tokens.weight, generator=torch.Generator().manual_seed(0)
-    )
-    [images] = stored_batches(
-        tiny_data / "images", tiny_data / "latents", split="val", batch_size=8
-    )
-    conditioning = conditioned_on("image", model, stored, table)
-    expected = model.encode_condition(images.latents[:5])
-    torch.testing.assert_close(conditioning.tokens(range(5)), expected)
-    noise = seeded_noise((4, 8, 8), seed=0, index=1, stream="condition")[None]
-    null = conditioning.null_tokens(range(2))
-    torch.testing.assert_close(null[1:], model.encode_condition(noise))
+    torch.testing.assert_close(null, model.encode_condition(noise))
 
 
 @torch.no_grad()
@@ -177,20 +144,15 @@ def test_classes_come_in_turn(table: ClassTable):
     tokens = conditioning.tokens(range(4, 9))
     assert torch.equal(tokens, table(torch.tensor([1, 2, 0, 1, 2])))
     assert torch.equal(conditioning.null_tokens(range(2)), table(torch.tensor([3, 3])))
-
-
-@pytest.mark.parametrize(("num_samples", "counts"), [(3000, {3}), (3001, {3, 4}), (999, {0, 1})])
-def test_labels_are_balanced(num_samples: int, counts: set[int]):
-    labels = [balanced_label(index, num_classes=1000) for index in range(num_samples)]
-    assert set(torch.bincount(torch.tensor(labels), minlength=1000).tolist()) == counts
+    assert conditioning.num_classes == 3
 
 
 def test_seeded_noise_repeats_and_its_streams_differ():
-    key: dict[str, Any] = {"seed": 5, "index": 2, "stream": "latent"}
-    noise = seeded_noise((4, 32, 32), **key)
-    assert torch.equal(noise, seeded_noise((4, 32, 32), **key))
-    for change in ({"seed": 6}, {"index": 3}, {"stream": "condition"}):
-        other = seeded_noise((4, 32, 32), **key | change)
+    key: dict[str, Any] = {"seed": 5, "indices": range(2, 4), "stream": "latent"}
+    noise, second = seeded_noise((4, 32, 32), **key)
+    assert torch.equal(second, seeded_noise((4, 32, 32), **key | {"indices": range(3, 4)})[0])
+    for change in ({"seed": 6}, {"indices": range(3, 4)}, {"stream": "condition"}):
+        other = seeded_noise((4, 32, 32), **key | change)[0]
         # Independent: correlations of 4096 pairs stay within five standard errors.
         correlation = torch.corrcoef(torch.stack([noise.flatten(), other.flatten()]))[0, 1]
         assert abs(correlation) < 5 / 64

@@ -14,12 +14,7 @@ from contradiff.base.loading import load_scheduler, load_vae
 from contradiff.base.vae import decode_latents
 from contradiff.config import Section, parse
 from contradiff.generation.conditions import Conditioning, seeded_noise, unconditional
-from contradiff.generation.sampling import (
-    GenerateParams,
-    denoise,
-    generate,
-    shard_indices,
-)
+from contradiff.generation.sampling import GenerateParams, denoise, generate
 from contradiff.generation.solvers import load_solver
 from contradiff.method.lora import cast_frozen_weights, disable_lora, merge_lora
 from contradiff.method.model import ContraDiff
@@ -96,7 +91,7 @@ def sample_with(
         model,
         load_vae(base),
         load_solver(base, solver=params.solver, num_inference_steps=3),
-        indices=indices,
+        indices,
         conditioning=conditioning,
         params=params,
         image_size=32,
@@ -146,13 +141,6 @@ def test_samples_do_not_depend_on_those_before_them(model: ContraDiff, tiny_base
     assert not torch.equal(first, second)
 
 
-@pytest.mark.parametrize(("num_samples", "sizes"), [(7, [3, 3, 1]), (6, [3, 3]), (2, [2])])
-def test_shards_are_cut_by_index(num_samples: int, sizes: list[int]):
-    shards = shard_indices(num_samples, samples_per_shard=3)
-    assert [len(shard) for shard in shards] == sizes
-    assert [index for shard in shards for index in shard] == list(range(num_samples))
-
-
 def test_samples_depend_on_the_seed(model: ContraDiff, tiny_base: Path):
     first = generate_unconditional(model, tiny_base, seed=0)
     again = generate_unconditional(model, tiny_base, seed=0)
@@ -165,8 +153,8 @@ def test_samples_depend_on_the_seed(model: ContraDiff, tiny_base: Path):
 def test_a_sample_is_made_of_its_own_noises(model: ContraDiff, tiny_base: Path):
     """Sample 3 by hand: c(Gaussian pixels), DDIM, the VAE."""
     whole = generate_unconditional(model, tiny_base, seed=7)
-    latents = seeded_noise((4, 8, 8), seed=7, index=3, stream="latent")[None]
-    pixels = seeded_noise((3, 32, 32), seed=7, index=3, stream="condition")[None]
+    latents = seeded_noise((4, 8, 8), seed=7, indices=range(3, 4), stream="latent")
+    pixels = seeded_noise((3, 32, 32), seed=7, indices=range(3, 4), stream="condition")
     tokens = model.encode_condition(pixels)
 
     def predict(noisy: Tensor, timestep: int) -> Tensor:

@@ -2,6 +2,9 @@
 
 from stages.runtime.run import Run, RuntimeParams
 
+import multiprocessing
+import os
+import socket
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -47,3 +50,38 @@ def trained_project(  # noqa: PLR0917
         (build / name).symlink_to(folder)
     save_tiny(build / "pretrain", build_tiny(), num_steps=3, pretrain={"precision": "fp32"})
     return run_of("class_condition")
+
+
+def _one_of_two(rank: int, port: int, work: Callable[[int], int | None]) -> None:
+    from accelerate.state import AcceleratorState
+
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    AcceleratorState._reset_state(reset_partial_state=True)
+    code = 1
+    try:
+        code = work(rank) or 0
+    finally:
+        os._exit(code)
+
+
+@pytest.fixture
+def in_two_processes() -> Callable[[Callable[[int], int | None]], list[int | None]]:
+    """Call a function with ranks 0 and 1 in forked processes, joined by gloo; their exit codes."""
+
+    def start(work: Callable[[int], int | None]) -> list[int | None]:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        context = multiprocessing.get_context("fork")
+        processes = [
+            context.Process(target=_one_of_two, args=(rank, port, work)) for rank in range(2)
+        ]
+        for process in processes:
+            process.start()
+        for process in processes:
+            process.join(timeout=120)
+            process.kill()
+        return [process.exitcode for process in processes]
+
+    return start

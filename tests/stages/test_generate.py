@@ -2,9 +2,8 @@
 
 from stages.runtime.run import Run
 
-import multiprocessing
 import os
-import socket
+from collections.abc import Callable
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -14,13 +13,14 @@ import pytest
 import torch
 
 from contradiff.base.loading import load_vae
+from contradiff.base.vae import decode_latents
 from contradiff.config import parse
 from contradiff.data.shard_info import SampleInfo
 from contradiff.data.shards import ShardIndex, read_split
 from contradiff.data.transforms import decode
 from contradiff.files import sha256_of
 from contradiff.generation.class_table import ClassConditionParams, ClassTable, save_class_table
-from contradiff.generation.conditions import condition_images
+from contradiff.generation.condition_images import condition_images
 from contradiff.method.checkpoint import base_digest
 from stages import conditions, generate
 
@@ -58,7 +58,7 @@ def run_stage(run: Run, **changes: Any) -> None:
 
 
 def call(run: Run, **changes: Any) -> tuple[list[dict[str, bytes]], dict[str, Any]]:
-    """Run the stage, and that of its conditions; returns the samples' records and their facts."""
+    """Run the stage, and that of its conditions; returns the samples' records and their info."""
     content = content_with(**changes)
     wanted = {name: content[name] for name in ("shard", "generate")}
     conditions.main(parse(conditions.Params, wanted, source="params.yaml"), run)
@@ -83,12 +83,19 @@ def save_table(*, lora: bool) -> None:
     )
 
 
+def change_weights(run: Run) -> None:
+    weights = run.root / "build/pretrain/model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+
+
 def test_unconditional_samples(trained_project: Run):
     """Neither the latents nor a table of classes is needed."""
     (trained_project.root / "build/latents").unlink()
-    records, facts = call(trained_project)
+    records, info = call(trained_project)
     assert [set(record) for record in records] == [{"__key__", "png"}] * 5
-    assert facts == {
+    assert info == {
         "kind": "samples",
         "condition": "unconditional: c(noise)",
         "guidance": 1.0,
@@ -106,9 +113,9 @@ def test_unconditional_samples(trained_project: Run):
 
 
 def test_image_conditional_samples_lie_below_their_images(trained_project: Run):
-    records, facts = call(trained_project, condition="image", guidance=2.0, num_samples=18)
-    assert facts["condition"].startswith("image-conditional")
-    assert facts["guidance"] == 2.0
+    records, info = call(trained_project, condition="image", guidance=2.0, num_samples=18)
+    assert info["condition"].startswith("image-conditional")
+    assert info["guidance"] == 2.0
     assert set(records[0]) == {"__key__", "png"}
     # two rows of 16 conditions, each above its samples; every image is shown at twice its side
     grid = decode(generate.GRID.read_bytes(), name="grid")[:, ::2, ::2]
@@ -117,7 +124,7 @@ def test_image_conditional_samples_lie_below_their_images(trained_project: Run):
     samples = torch.stack([decode(record["png"], name="sample") for record in records])
     assert torch.equal(cells[1], samples[:16])
     assert torch.equal(cells[3, :2], samples[16:])
-    images = condition_images(generate.CONDITIONS, start=0)
+    images = condition_images(conditions.CONDITIONS, start=0)
     for number, item in enumerate(islice(images, 18)):
         assert torch.equal(cells[number // 16 * 2, number % 16], item.image[0])
     assert (cells[2:, 2:] == 255).all()
@@ -125,9 +132,9 @@ def test_image_conditional_samples_lie_below_their_images(trained_project: Run):
 
 def test_class_conditional_samples_have_their_labels(trained_project: Run):
     save_table(lora=True)
-    records, facts = call(trained_project, condition="class", guidance=1.5)
+    records, info = call(trained_project, condition="class", guidance=1.5)
     assert [record["cls"] for record in records] == [b"0", b"1", b"2", b"0", b"1"]
-    assert facts["condition"].startswith("class-conditional")
+    assert info["condition"].startswith("class-conditional")
 
 
 def test_the_table_says_whether_lora_takes_part(trained_project: Run):
@@ -140,10 +147,7 @@ def test_the_table_says_whether_lora_takes_part(trained_project: Run):
 
 def test_table_of_another_checkpoint_is_refused(trained_project: Run):
     save_table(lora=True)
-    weights = trained_project.root / "build/pretrain/model.safetensors"
-    content = bytearray(weights.read_bytes())
-    content[-1] ^= 1
-    weights.write_bytes(content)
+    change_weights(trained_project)
     with pytest.raises(ValueError, match=r"build/class_condition: trained with another model"):
         call(trained_project, condition="class")
     assert not SAMPLES.exists()
@@ -157,7 +161,7 @@ def test_faults_are_found_before_anything_is_made(trained_project: Run):
 
 @pytest.fixture
 def run_to_be_killed(trained_project: Run, monkeypatch: pytest.MonkeyPatch) -> Run:
-    """A run that dies at the third batch: in the second of the shards of two batches each."""
+    """A run that dies at the fourth batch: in the second of the shards of two batches each."""
     decoded = 0
 
     def dying(vae: Any, latents: Any) -> Any:
@@ -166,8 +170,6 @@ def run_to_be_killed(trained_project: Run, monkeypatch: pytest.MonkeyPatch) -> R
         if decoded == 4:
             raise KeyboardInterrupt
         return decode_latents(vae, latents)
-
-    from contradiff.base.vae import decode_latents
 
     monkeypatch.setattr("contradiff.generation.sampling.decode_latents", dying)
     return trained_project
@@ -197,52 +199,9 @@ def test_what_another_checkpoint_made_is_not_taken_up(run_to_be_killed: Run):
     with pytest.raises(KeyboardInterrupt):
         call(run_to_be_killed, num_samples=10, batch_size=2)
     [first] = (run_to_be_killed.root / ".work/generate").iterdir()
-    weights = run_to_be_killed.root / "build/pretrain/model.safetensors"
-    content = bytearray(weights.read_bytes())
-    content[-1] ^= 1
-    weights.write_bytes(content)
+    change_weights(run_to_be_killed)
     call(run_to_be_killed, num_samples=10, batch_size=2)
     assert list((run_to_be_killed.root / ".work/generate").iterdir()) == [first]
-
-
-def _one_of_two(rank: int, port: int, run: Run, settings: dict[str, Any], fail: bool) -> None:
-    from accelerate.state import AcceleratorState
-
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    AcceleratorState._reset_state(reset_partial_state=True)
-    if fail and rank == 1:
-
-        def failing(*_: Any, **__: Any) -> Any:
-            raise ValueError
-
-        generate.generate = failing
-    code = 0
-    try:
-        run_stage(run, **settings)
-    except ChildProcessError as error:
-        code = 3 if "process 1 has failed" in str(error) else 4
-    except ValueError:
-        code = 2
-    os._exit(code)
-
-
-def in_two_processes(run: Run, *, fail: bool = False, **settings: Any) -> list[int | None]:
-    """Fork two, joined by gloo; returns their exit codes."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    context = multiprocessing.get_context("fork")
-    processes = [
-        context.Process(target=_one_of_two, args=(rank, port, run, settings, fail))
-        for rank in range(2)
-    ]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(timeout=120)
-        process.kill()
-    return [process.exitcode for process in processes]
 
 
 @pytest.mark.parametrize(
@@ -250,32 +209,49 @@ def in_two_processes(run: Run, *, fail: bool = False, **settings: Any) -> list[i
     [{"solver": "dpmsolver++"}, {"condition": "image", "guidance": 2.0}],
     ids=["noise", "image"],
 )
-def test_two_processes_make_the_same_samples(trained_project: Run, settings: dict[str, Any]):
+def test_two_processes_make_the_same_samples(
+    trained_project: Run,
+    in_two_processes: Callable[..., list[int | None]],
+    settings: dict[str, Any],
+):
     """Bit for bit: three shards, of which the last is short."""
     settings |= {"num_samples": 9, "batch_size": 3}
-    records, facts = call(trained_project, **settings)
-    files = {path.name: path.read_bytes() for path in SAMPLES.iterdir()}
-    grid = generate.GRID.read_bytes()
-    for path in (*SAMPLES.iterdir(), generate.GRID):
+    call(trained_project, **settings)
+    paths = [*SAMPLES.iterdir(), generate.GRID]
+    expected = {path: path.read_bytes() for path in paths}
+    for path in paths:
         path.unlink()
-    assert in_two_processes(trained_project, **settings) == [0, 0]
-    assert {path.name: path.read_bytes() for path in SAMPLES.iterdir()} == files
-    assert generate.GRID.read_bytes() == grid
-    assert [record["__key__"] for record in records] == [b"%06d" % i for i in range(9)]
-    assert facts["num_samples"] == 9
+    assert in_two_processes(lambda _: run_stage(trained_project, **settings)) == [0, 0]
+    assert {path: path.read_bytes() for path in paths} == expected
     assert list((trained_project.root / ".work/generate").iterdir()) == []
 
 
-def test_a_failing_process_ends_the_other(trained_project: Run):
+def test_a_failing_process_ends_the_other(
+    trained_project: Run, in_two_processes: Callable[..., list[int | None]]
+):
     """And what the other has made is kept for the next run."""
-    assert in_two_processes(trained_project, fail=True, num_samples=9) == [3, 2]
+
+    def failing(rank: int) -> int:
+        if rank == 1:
+
+            def fail(*_: Any, **__: Any) -> Any:
+                raise ValueError
+
+            generate.generate = fail
+        try:
+            run_stage(trained_project, num_samples=9)
+        except ChildProcessError as error:
+            return 3 if "process 1 has failed" in str(error) else 4
+        except ValueError:
+            return 2
+        return 0
+
+    assert in_two_processes(failing) == [3, 2]
     assert not SAMPLES.exists()
     [work] = (trained_project.root / ".work/generate").iterdir()
-    assert sorted(path.name for path in work.glob("*.tar")) == [
-        "sample-00000.tar",
-        "sample-00002.tar",
-    ]
-    assert in_two_processes(trained_project, num_samples=9) == [0, 0]
+    kept = sorted(path.name for path in work.glob("*.tar"))
+    assert kept == ["sample-00000.tar", "sample-00002.tar"]
+    assert in_two_processes(lambda _: run_stage(trained_project, num_samples=9)) == [0, 0]
     assert len(list(read_split(SAMPLES, "sample"))) == 9
 
 
@@ -289,7 +265,7 @@ def test_bf16_keeps_the_vae_in_float32(trained_project: Run, monkeypatch: pytest
 
     monkeypatch.setattr(generate, "load_vae", load)
     exact, _ = call(trained_project)
-    rounded, facts = call(trained_project, precision="bf16")
+    rounded, info = call(trained_project, precision="bf16")
     assert set(seen) == {torch.float32}
-    assert facts["precision"] == "bf16"
+    assert info["precision"] == "bf16"
     assert exact != rounded

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from contradiff.generation.token_cache import keys_and_values_kept
+from contradiff.generation.cross_attention_cache import cache_keys_and_values
 from contradiff.method.lora import merge_lora
 from contradiff.method.model import ContraDiff
 
@@ -32,7 +32,7 @@ def test_nothing_changes_whichever_tokens_come(model: ContraDiff, merged: bool):
     first, second = draw(2, 16, 16, seed=1), draw(2, 16, 16, seed=2)
     order = [(900, first), (600, first), (600, second), (300, first), (1, first.clone())]
     expected = [predict(model, *item) for item in order]
-    with keys_and_values_kept(model.unet):
+    with cache_keys_and_values(model.unet):
         kept = [predict(model, *item) for item in order]
     assert all(map(torch.equal, kept, expected))
     assert not torch.equal(expected[1], expected[2])
@@ -49,12 +49,12 @@ def test_tokens_are_projected_once(model: ContraDiff):
     predict(model, 900, tokens)
     once = len(calls)
     assert once == 7 * 2
-    with keys_and_values_kept(model.unet):
+    with cache_keys_and_values(model.unet):
         for timestep in (900, 600, 300):
             predict(model, timestep, tokens)
     assert len(calls) == 2 * once
     # nothing is kept beyond the block, whether it ends well or not
-    with pytest.raises(TypeError), keys_and_values_kept(model.unet):
+    with pytest.raises(TypeError), cache_keys_and_values(model.unet):
         predict(model, None, tokens)  # pyright: ignore[reportArgumentType]
     for _ in range(2):
         predict(model, 900, tokens)

@@ -7,14 +7,14 @@ from torch import Tensor, nn
 
 
 @contextmanager
-def keys_and_values_kept(unet: nn.Module) -> Generator[None]:
-    """Within the block, do not project the same tokens again at every pass.
+def cache_keys_and_values(unet: nn.Module) -> Generator[None]:
+    """Project the same tokens once within the block, not at every pass.
 
-    The result is the same, bit for bit. A layer remembers its last input, the very tensor object,
-    and computes anew for any other: tokens may change in the block, though not in place.
+    The result is the same, bit for bit. Each layer remembers its last input, the very tensor
+    object, and computes anew for any other: tokens may change in the block, but not in place.
 
-    Memory, until the block ends: 2 x the cross-attention's widths x tokens x batch; for Stable
-    Diffusion, 256 tokens and float32 25 MB a row.
+    The memory is freed when the block ends. It is 2 x the cross-attention's widths x tokens x
+    batch: 25 MB a row for Stable Diffusion, 256 tokens and float32.
 
     Args:
         unet: denoiser, LoRA merged or not.
@@ -30,8 +30,7 @@ def keys_and_values_kept(unet: nn.Module) -> Generator[None]:
         yield
     finally:
         for layer in layers:
-            # the instance's own, which hid the class's
-            del layer.forward
+            del layer.forward  # the instance's own, which hid the class's
 
 
 def _remembering_the_last(function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
