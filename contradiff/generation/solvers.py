@@ -28,10 +28,8 @@ def load_solver(folder: Path, *, solver: Solver, num_inference_steps: int) -> Sc
         folder: of the base.
         solver: ddim | dpmsolver++ (Lu et al., 2022, second order, multistep) | unipc (Zhao et al.,
             2023, second order).
-        num_inference_steps: passes of the UNet: each of these solvers takes one a step.
-
-    Raises:
-        ValueError: more steps than the schedule has; names generate.num_inference_steps.
+        num_inference_steps: passes of the UNet: each of these solvers takes one a step. The
+            schedule has room for them: see `contradiff.rules`.
     """
     ddim = load_scheduler(folder, num_inference_steps=num_inference_steps)
     if solver == "ddim":

@@ -116,9 +116,3 @@ def test_ddim_is_the_bases_own(tiny_base: Path):
     scheduler: Any = load_solver(tiny_base, solver="ddim", num_inference_steps=20)
     assert scheduler.config == load_scheduler(tiny_base, num_inference_steps=20).config
     assert scheduler.timesteps.tolist() == list(range(951, 0, -50))
-
-
-@pytest.mark.parametrize("solver", ["ddim", *FAST])
-def test_too_many_steps_are_refused(tiny_base: Path, solver: Any):
-    with pytest.raises(ValueError, match=r"generate\.num_inference_steps: 1000 is more"):
-        load_solver(tiny_base, solver=solver, num_inference_steps=1000)

@@ -153,12 +153,6 @@ def test_table_of_another_checkpoint_is_refused(trained_project: Run):
     assert not SAMPLES.exists()
 
 
-def test_faults_are_found_before_anything_is_made(trained_project: Run):
-    with pytest.raises(ValueError, match=r"generate\.num_inference_steps: 1000 is more than"):
-        call(trained_project, num_inference_steps=1000)
-    assert not (trained_project.root / ".work").exists()
-
-
 @pytest.fixture
 def run_to_be_killed(trained_project: Run, monkeypatch: pytest.MonkeyPatch) -> Run:
     """A run that dies at the fourth batch: in the second of the shards of two batches each."""
