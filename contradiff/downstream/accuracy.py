@@ -1,4 +1,4 @@
-"""Top-k accuracy and how uncertain it is."""
+"""Top-k accuracy and its confidence interval."""
 
 from dataclasses import dataclass
 
@@ -8,12 +8,12 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Accuracy:
-    """Accuracy over a whole set.
+    """Accuracy on a whole set.
 
     Attributes:
-        top1: share of samples whose label has the greatest logit, in [0, 1].
-        top5: share whose label is among the five greatest (or all, with fewer classes).
-        total: samples in the set.
+        top1: Share of samples whose label has the highest logit, in [0, 1].
+        top5: Share whose label has one of the five highest logits; 1 with up to five classes.
+        total: Number of samples.
         interval: Wilson's 95% interval of `top1`.
     """
 
@@ -26,28 +26,28 @@ class Accuracy:
 def topk_correct(logits: Float[Tensor, "n classes"], labels: Int64[Tensor, " n"], k: int) -> int:
     """Count the samples whose label is among their `k` highest logits.
 
-    Counts, unlike means, add up exactly over batches of any sizes.
+    Unlike means, counts of batches can be added, whatever the sizes of the batches.
 
     Args:
-        logits: scores of each class; only their order matters. Ties fall as `torch.topk` lets them.
-        labels: classes in [0, classes).
-        k: at least 1, at most the number of classes.
+        logits: A score for each class; only the order matters. `torch.topk` decides ties.
+        labels: Classes in [0, classes).
+        k: From 1 to the number of classes.
 
     Raises:
-        ValueError: a logit is NaN, which has no order.
+        ValueError: A logit is NaN, so that the logits have no order.
     """
     assert 1 <= k <= logits.shape[1], k
     if bool(logits.isnan().any()):
-        raise ValueError("logits hold NaN: the classifier diverged, so that it has no accuracy")
+        raise ValueError("the logits contain NaN: the classifier diverged and has no accuracy")
     predictions = logits.topk(k, dim=1).indices
     return int((predictions == labels[:, None]).sum())
 
 
 def wilson_interval(correct: int, total: int) -> tuple[float, float]:
-    """95% confidence interval of an accuracy (Wilson, 1927), as fractions.
+    """Compute the 95% confidence interval of an accuracy (Wilson, 1927), in [0, 1].
 
-    Unlike the normal approximation it stays within [0, 1] and is right near its ends. It accounts
-    for the choice of the test images only, not for the training's seed.
+    Unlike the normal approximation it is also right for accuracies near 0 and 1. It describes the
+    random choice of the test images, but not the effect of the training's seed.
     """
     from scipy.stats import binomtest
 

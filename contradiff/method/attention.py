@@ -1,4 +1,4 @@
-"""The attention that makes the UNet's maps at three noise levels one feature, h (Eq. 4)."""
+"""Tri-timestep attention: the UNet's maps at three noise levels => one feature h (Eq. 4)."""
 
 import torch
 from jaxtyping import Float, Int
@@ -15,12 +15,12 @@ LevelMaps = Float[Tensor, "batch 3 width_m h_m w_m"]
 
 
 class HeadParams(Section):
-    """Section `head`: tri-timestep attention and the projector behind it."""
+    """Section `head`: tri-timestep attention, and the projector after it."""
 
     block: MapBlock = Field(
-        description="whose maps are read: mid (paper) | up.1, on mid's grid | both, stacked"
+        description="block that gives the maps: mid (paper) | up.1, pooled to mid's size | both"
     )
-    width: int = Field(ge=1, description="of the attention and of the feature h; paper-scale 1024")
+    width: int = Field(ge=1, description="width of attention and of h; paper-scale 1024")
     num_heads: int = Field(ge=1)
     mlp_ratio: int = Field(ge=1)
     self_conditioning: bool = Field(
@@ -46,22 +46,22 @@ def order_by_noise(
 
 
 class TriTimestepAttention(nn.Module):
-    """h = Attention[W_Q f(z_t1), W_K f(z_t2), W_V f(z_t3)] (Eq. 4), and a class token over it.
+    """h = Attention[W_Q f(z_t1), W_K f(z_t2), W_V f(z_t3)] (Eq. 4), pooled by a class token.
 
-    A shared LayerNorm; W_Q, W_K, W_V without bias; multi-head attention and W_O; an MLP; a class
-    token with one ViT block; a final norm. Around Eq. 4's attention the paper fixes only the count
-    of parameters (28M with the linear classifier), which this meets. Q comes from the noisiest map,
-    K from the middle one, V from the cleanest.
+    Q comes from the noisiest map, K from the middle one and V from the cleanest. The layers are: a
+    shared LayerNorm; W_Q, W_K, W_V without bias; multi-head attention and W_O; an MLP; a class
+    token with one ViT block; a final norm. The paper gives only Eq. 4 and the number of parameters
+    (28M with the linear classifier); these layers have that number.
     """
 
     def __init__(self, *, in_channels: int, width: int, num_heads: int, mlp_ratio: int) -> None:
-        """Random weights.
+        """Initialise with random weights.
 
         Args:
-            in_channels: of the maps; 1280 for Stable Diffusion's mid block.
-            width: of the attention and of h.
-            num_heads: must divide `width`.
-            mlp_ratio: hidden layer of the MLPs over `width`.
+            in_channels: Channels of the maps; 1280 for Stable Diffusion's mid block.
+            width: Width of the attention and of h.
+            num_heads: A divisor of `width`.
+            mlp_ratio: Width of the MLPs' hidden layer divided by `width`.
         """
         super().__init__()
         self.num_heads = num_heads
@@ -89,13 +89,13 @@ class TriTimestepAttention(nn.Module):
 
 
 class Projector(nn.Sequential):
-    """Linear, BatchNorm, ReLU, Linear before the contrastive loss; probes read h, not its output.
+    """Linear, BatchNorm, ReLU, Linear between h and the contrastive loss; probes read h.
 
-    The paper has none; SimCLR and MAGE, which it follows, do.
+    Deviation: the paper mentions no projector, but it follows SimCLR and MAGE, which have one.
     """
 
     def __init__(self, *, in_width: int, width: int, out_width: int) -> None:
-        """Random weights; no biases, since BatchNorm and cosine similarity make them idle."""
+        """Initialise with random weights; BatchNorm and cosine similarity would cancel biases."""
         super().__init__(
             nn.Linear(in_width, width, bias=False),
             nn.BatchNorm1d(width),

@@ -13,10 +13,10 @@ from contradiff.types import Conditions, Latents, Pixels, Tokens
 
 
 class ConditionerParams(Section):
-    """Section `conditioner`. Paper: width 512; depth, heads and patches follow from its count."""
+    """Section `conditioner`. The paper gives width 512 and the number of parameters only."""
 
     input: Literal["pixels", "latents"] = Field(
-        description="what is cut into patches: the image (paper) or its latent"
+        description="what the ViT sees: the image (paper) or its latent"
     )
     patch_size: int = Field(ge=1, description="side of a patch, in pixels or latent positions")
     width: int = Field(ge=1)
@@ -38,13 +38,13 @@ class ConditionerParams(Section):
 
 
 class Conditioner(nn.Module):
-    """A ViT over the clean image: patches, learned positions, pre-norm blocks, a linear map out.
+    """A ViT over the clean image: patches, learned positions, pre-norm blocks, a linear layer.
 
-    With `input` "latents" the patches are the clean latent's: no pixels are needed in training.
+    With `input` "latents" it sees the clean latent instead, and training needs no pixels.
 
-    The last linear layer starts at zero, so that training starts from all-zero tokens: for the tiny
-    base exactly its unconditional mode, for Stable Diffusion cross-attention that adds its bias
-    alone. The paper does not say how its conditioner starts.
+    The last linear layer starts at zero, so that all tokens are zero when training starts. For the
+    tiny base this is its unconditional mode; for Stable Diffusion, cross-attention then adds only
+    its bias. The paper does not say how its conditioner is initialised.
     """
 
     def __init__(
@@ -59,20 +59,20 @@ class Conditioner(nn.Module):
         num_heads: int,
         cross_attention_dim: int,
     ) -> None:
-        """Random weights.
+        """Initialise with random weights.
 
         Args:
-            input: what `forward` takes.
-            in_channels: of the input: 3 for pixels.
-            size: side of the input, a multiple of `patch_size`.
-            patch_size: side of a patch; (size / patch_size)^2 tokens.
-            width: of the blocks.
-            depth: number of blocks.
-            num_heads: of each block.
-            cross_attention_dim: width of the tokens that come out: the UNet's.
+            input: Whether `forward` takes pixels or latents.
+            in_channels: Channels of the input, 3 for pixels.
+            size: Side of the input, a multiple of `patch_size`.
+            patch_size: Side of a patch; there are (size / patch_size)^2 tokens.
+            width: Width of the blocks.
+            depth: Number of blocks.
+            num_heads: Heads of each block.
+            cross_attention_dim: Width of the tokens that the UNet takes.
 
         Raises:
-            ValueError: patches do not tile the image.
+            ValueError: `patch_size` does not divide `size`.
         """
         super().__init__()
         if size % patch_size:
@@ -94,11 +94,11 @@ class Conditioner(nn.Module):
         nn.init.zeros_(self.to_tokens.bias)
 
     def choose(self, *, pixels: Pixels, latents: Latents) -> Conditions:
-        """Of the two forms of clean images, the one that `forward` takes."""
+        """Return the one that `forward` takes."""
         return pixels if self.input == "pixels" else latents
 
     def forward(self, conditions: Conditions) -> Tokens:
-        """Images (pixels, or scaled latents), or Gaussian noise => encoder_hidden_states."""
+        """Pixels, scaled latents or Gaussian noise of their shape => encoder_hidden_states."""
         patches = self.to_patches(conditions).flatten(2).transpose(1, 2)
         return self.to_tokens(self.norm(self.blocks(patches + self.positions)))
 
@@ -106,8 +106,8 @@ class Conditioner(nn.Module):
 def drop_conditions(
     conditions: Conditions, *, dropped: Bool[Tensor, " batch"], noise: Conditions
 ) -> Conditions:
-    """Replace the images where `dropped` by Gaussian noise, each image for itself.
+    """Replace the images where `dropped` is true by Gaussian noise.
 
-    c(noise) is the paper's unconditional mode (App. A) and the null of classifier-free guidance.
+    c(noise) is the paper's unconditional mode (App. A), and the null condition of guidance.
     """
     return torch.where(dropped.view(-1, 1, 1, 1), noise, conditions)

@@ -31,7 +31,7 @@ def add_lora(unet: "UNet2DConditionModel", *, rank: int, alpha: float, targets: 
 
 
 def merge_lora(unet: nn.Module) -> None:
-    """Fold the low-rank updates into the weights, in float32: the same function, no extra cost."""
+    """Add the low-rank updates to the weights in float32: the output stays, the extra cost ends."""
     from peft.tuners.lora import LoraLayer
 
     for module in unet.modules():
@@ -40,7 +40,7 @@ def merge_lora(unet: nn.Module) -> None:
 
 
 def disable_lora(unet: nn.Module) -> None:
-    """Leave the low-rank updates out, for good: the base's own function."""
+    """Switch the low-rank updates off, so that the UNet computes what the base computes."""
     from peft.tuners.lora import LoraLayer
 
     for module in unet.modules():
@@ -49,11 +49,11 @@ def disable_lora(unet: nn.Module) -> None:
 
 
 def cast_frozen_weights(unet: nn.Module) -> None:
-    """Make the frozen weights of matrix products and convolutions bfloat16, once and for all.
+    """Convert the frozen weights of linear layers and convolutions to bfloat16.
 
-    Autocast would do so at every pass, to the same values, and keep a copy for the backward pass
-    beside the float32 ones. Norms' weights stay float32, in which autocast takes them on CUDA, and
-    so does what is trained.
+    Autocast would convert them to the same values in every pass, and would keep these copies beside
+    the float32 weights until the backward pass. The weights of norms stay float32, because autocast
+    runs norms in float32 on CUDA. Trainable weights stay float32 as well.
     """
     for module in unet.modules():
         if isinstance(module, nn.Linear | nn.Conv2d) and not module.weight.requires_grad:

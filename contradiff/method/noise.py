@@ -1,4 +1,4 @@
-"""Which noise levels are trained, and how an image is brought to them."""
+"""The noise levels of training: how timesteps are drawn, and how noise is added to latents."""
 
 import math
 from typing import Literal
@@ -13,7 +13,7 @@ from contradiff.types import Latents, Timesteps
 
 NUM_VIEWS = 2
 NUM_LEVELS = 3
-"""A view is a triple of noise levels: one each for query, key and value (Eq. 4)."""
+"""A view has three noise levels, one each for query, key and value (Eq. 4)."""
 
 
 class NoiseParams(Section):
@@ -28,12 +28,12 @@ class NoiseParams(Section):
 def timestep_probabilities(
     alphas_cumprod: Float[Tensor, " timesteps"], *, schedule: str
 ) -> Float[Tensor, " timesteps"]:
-    """Probability of each training timestep.
+    """Compute the probability of each training timestep.
 
-    SODA (Hudson et al., 2024) draws u uniformly and noises to
-    alpha-bar(u) = (2/pi) arccos(sqrt(u)), so that P(alpha-bar <= a) = 1 - cos^2(pi a / 2). On a
-    grid of alpha-bars each timestep takes the probability between the midpoints to its neighbours,
-    with 1 and 0 at the ends.
+    SODA (Hudson et al., 2024) draws u uniformly and adds noise until alpha-bar is
+    (2/pi) arccos(sqrt(u)), so that P(alpha-bar <= a) = 1 - cos^2(pi a / 2). The base has a grid of
+    alpha-bars: each timestep gets the probability between the midpoints to its two neighbours, and
+    the outermost intervals end at 1 and 0.
 
     Args:
         alphas_cumprod: alpha-bar of the base's grid, falling from near 1 to near 0.
@@ -61,20 +61,20 @@ def draw_timesteps(
 ) -> Int[Tensor, "views levels batch"]:
     """Draw two independent triples of timesteps for each image (Eqs. 4, 5).
 
-    The first `recon_passes` of the six draws, in the order (view, level), also feed the
-    reconstruction loss: each of them is uniform with probability `uniform_mix`. Nothing is sorted
-    here, so that their distribution is the schedule's own.
+    The reconstruction loss uses the first `recon_passes` of the six draws, in the order (view,
+    level). Each of these is replaced by a uniform draw with probability `uniform_mix`. The draws
+    are not sorted, so that each one follows the schedule.
 
-    A mixed draw is one of its view's triple as well, so that the contrastive loss sees it too: with
-    one reconstruction pass, in the first view alone.
+    A uniform draw also belongs to its view's triple, so the contrastive loss sees it too. With one
+    reconstruction pass this concerns only the first view.
 
-    Deviation: the paper's schedule has no uniform part (uniform_mix 0). With it alone, timesteps
-    above 700, which generation needs, are 1.7% of the draws.
+    Deviation: the paper draws no timesteps uniformly (uniform_mix 0). Timesteps above 700, which
+    generation needs, are then only 1.7% of the draws.
     """
     num_draws = NUM_VIEWS * NUM_LEVELS * batch_size
     draws = torch.multinomial(probabilities, num_draws, replacement=True, generator=generator)
     draws = draws.view(NUM_VIEWS * NUM_LEVELS, batch_size)
-    # Drawn whatever the setting, so that it does not shift the random numbers that follow.
+    # Drawn with every setting, so that the random numbers after these do not depend on it.
     device = probabilities.device
     uniform = torch.randint(len(probabilities), draws.shape, generator=generator, device=device)
     mixed = torch.rand(draws.shape, generator=generator, device=device) < uniform_mix
@@ -88,6 +88,6 @@ def add_noise(
     timesteps: Timesteps,
     alphas_cumprod: Float[Tensor, " timesteps"],
 ) -> Latents:
-    """q(z_t | z) in closed form: sqrt(alpha-bar_t) z + sqrt(1 - alpha-bar_t) noise (Eqs. 1, 5)."""
+    """Compute z_t = sqrt(alpha-bar_t) z + sqrt(1 - alpha-bar_t) noise (Eqs. 1, 5)."""
     alphas = alphas_cumprod.to(latents)[timesteps].view(-1, 1, 1, 1)
     return alphas.sqrt() * latents + (1.0 - alphas).sqrt() * noise

@@ -1,4 +1,4 @@
-"""The one transformer block that the conditioner and the attention head are built from."""
+"""The transformer block of the conditioner and of the attention head."""
 
 import torch.nn.functional as F
 from jaxtyping import Float
@@ -24,7 +24,7 @@ def attend(
     *,
     num_heads: int,
 ) -> Sequence:
-    """Multi-head scaled dot-product attention, heads split from the width and joined again."""
+    """Compute multi-head scaled dot-product attention; `width` holds the heads side by side."""
 
     def split(tokens: Tensor) -> Tensor:
         return tokens.unflatten(-1, (num_heads, -1)).transpose(1, 2)

@@ -11,8 +11,8 @@ from torch import nn
 
 from contradiff.config import Section
 
-# The batch size for which a base learning rate is stated, as in MAE.
 REFERENCE_BATCH_SIZE = 256
+"""The batch size that a base learning rate refers to, as in MAE."""
 
 _CLASS_TOKENS = ("cls", "cls_token", "class_token")
 _POSITION_PREFIXES = ("pos_embed", "position")
@@ -20,7 +20,7 @@ _POSITION_PREFIXES = ("pos_embed", "position")
 
 @dataclass(frozen=True)
 class SgdSetting:
-    """What tells classifiers apart that are trained together.
+    """The settings in which classifiers may differ when they are trained together.
 
     Attributes:
         lr: Peak learning rate.
@@ -35,10 +35,10 @@ class SgdSetting:
 
 @dataclass(frozen=True)
 class SgdSchedule:
-    """What classifiers that are trained together have in common.
+    """The settings that classifiers share when they are trained together.
 
     Attributes:
-        batch_size: Greatest batch.
+        batch_size: Largest batch; the batches of an epoch differ by at most one in size.
         epochs: Passes over all the samples.
         warmup_epochs: Length of the linear warm-up, after which the rate falls along half a cosine.
     """
@@ -66,29 +66,29 @@ class SgdParams(Section):
     def _warmup_ends_within_training(self) -> "SgdParams":
         if self.warmup_epochs >= self.epochs:
             raise ValueError(
-                f"{self.section}.warmup_epochs is {self.warmup_epochs:g}, which leaves nothing of "
-                f"the {self.epochs} in {self.section}.epochs: make it smaller"
+                f"{self.section}.warmup_epochs is {self.warmup_epochs:g}, but must be less than "
+                f"{self.section}.epochs, which is {self.epochs}: make it smaller"
             )
         return self
 
     @property
     def setting(self) -> SgdSetting:
-        """What may differ between classifiers that are trained together."""
+        """The settings in which classifiers may differ when they are trained together."""
         return SgdSetting(self.lr, self.momentum, self.weight_decay)
 
     @property
     def schedule(self) -> SgdSchedule:
-        """What they have in common."""
+        """The settings that they share."""
         return SgdSchedule(self.batch_size, self.epochs, self.warmup_epochs)
 
 
 def cosine_with_warmup(
     step: int, *, total_steps: int, warmup_steps: int, final: float = 0.0
 ) -> float:
-    """Multiplier of the learning rate: linear from 0 to 1, then half a cosine to `final`.
+    """Compute the multiplier of the learning rate: linear from 0 to 1, then a cosine to `final`.
 
-    As in MAE, the first step of a run with warm-up has the rate 0, and step `total_steps`, which
-    a run of that many steps does not take, would have the rate `final`.
+    As in MAE, the first step of a warm-up has the rate 0, and the last step of a run has almost the
+    rate `final`: exactly `final` would come one step later, at step `total_steps`.
 
     Args:
         step: Optimiser steps taken before this one, in [0, total_steps].
@@ -97,7 +97,7 @@ def cosine_with_warmup(
         final: Multiplier at the end.
 
     Raises:
-        ValueError: the step is outside the run, or the warm-up is longer than it.
+        ValueError: The step is outside the run, or the warm-up is longer than the run.
     """
     if not 0 <= warmup_steps <= total_steps:
         raise ValueError(
@@ -115,12 +115,12 @@ def cosine_with_warmup(
 
 
 def scaled_lr(lr: float, *, batch_size: int, enabled: bool) -> float:
-    """The learning rate for a global batch: lr · batch / 256 as in MAE if enabled, else lr."""
+    """Return the rate for a global batch: lr · batch / 256 as in MAE if enabled, else lr."""
     return lr * batch_size / REFERENCE_BATCH_SIZE if enabled else lr
 
 
 def is_decayed(name: str, parameter: nn.Parameter) -> bool:
-    """Whether weight decay applies: to matrices and kernels, not to biases, norms and tokens."""
+    """Return whether weight decay applies: not to biases, norms, tokens and positions."""
     components = name.split(".")
     is_token = components[-1] in _CLASS_TOKENS
     is_position = any(component.startswith(_POSITION_PREFIXES) for component in components)
@@ -134,26 +134,27 @@ def build_adamw(
     betas: tuple[float, float],
     weight_decay: float,
 ) -> torch.optim.AdamW:
-    """AdamW (Table 1) over the trainable ones of `named_parameters`.
+    """Build AdamW (Table 1) for the trainable parameters.
 
-    Biases, norms, class tokens and position embeddings are not decayed; the paper does not say.
+    Weight decay leaves out biases, norms, class tokens and position embeddings; the paper does not
+    say whether it should.
 
     Args:
-        named_parameters: As from `module.named_parameters()`; frozen ones are left out.
+        named_parameters: From `module.named_parameters()`; frozen ones are ignored.
         lr: Initial learning rate of both groups.
         betas: Decay rates of the moments; the paper's "momentum 0.9" is the first.
         weight_decay: Decoupled weight decay of the decayed group.
 
     Returns:
-        An optimiser of one or two groups: the decayed parameters first, then the others.
+        An optimiser with one or two groups: first the decayed parameters, then the others.
 
     Raises:
-        ValueError: nothing is trainable.
+        ValueError: No parameter is trainable.
     """
     trainable = [(name, param) for name, param in named_parameters if param.requires_grad]
     if not trainable:
         raise ValueError(
-            "no trainable parameters: check that lora.targets and the modules are not all frozen"
+            "no trainable parameters: check lora.targets, and that not all modules are frozen"
         )
     decayed = [param for name, param in trainable if is_decayed(name, param)]
     plain = [param for name, param in trainable if not is_decayed(name, param)]
@@ -162,6 +163,6 @@ def build_adamw(
         for params, decay in ((decayed, weight_decay), (plain, 0.0))
         if params
     ]
-    # One kernel instead of several over each tensor; elsewhere (MPS, XLA) torch decides.
+    # One kernel a step instead of several a tensor; on MPS or XLA torch decides.
     fused = all(param.device.type in ("cpu", "cuda") for _, param in trainable)
     return torch.optim.AdamW(groups, lr=lr, betas=betas, fused=fused or None)
