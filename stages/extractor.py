@@ -1,11 +1,9 @@
-"""extractor: the network that scores are made of: a classifier trained here, or given Inception."""
+"""extractor: the network behind the scores: a classifier trained here, or a given Inception."""
 
 from stages.runtime.run import Run, execute
 
 from collections.abc import Mapping
 from pathlib import Path
-
-import torch
 
 from contradiff.config import Section, Seed
 from contradiff.data.params import DataParams
@@ -13,7 +11,7 @@ from contradiff.data.shard_info import ImageInfo
 from contradiff.data.shards import ShardIndex
 from contradiff.evaluation.classifier import train_classifier
 from contradiff.evaluation.extractors import ExtractorParams, save_classifier, save_inception
-from contradiff.evaluation.images import reference_batches
+from contradiff.evaluation.images import real_images
 from contradiff.evaluation.inception import download_inception
 
 IMAGES, EXTRACTOR = Path("build/shards"), Path("build/extractor")
@@ -35,12 +33,14 @@ def main(params: Params, run: Run) -> None:
         return
     index = ShardIndex.read(IMAGES, ImageInfo)
     size = params.data.image_size
-    loaded: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
-    for split in ("train", "val"):
-        batches = list(reference_batches(IMAGES, split=split, image_size=size, batch_size=500))
-        images = torch.cat([images for images, _ in batches]).to(run.device)
-        loaded[split] = images, torch.cat([labels for _, labels in batches]).to(run.device)
-    num_steps = settings.epochs * (index.num_samples("train") // settings.batch_size)
+    train_images, train_labels, val_images, val_labels = (
+        tensor.to(run.device)
+        for split in ("train", "val")
+        for tensor in real_images(
+            IMAGES, split, image_size=size, num_workers=run.runtime.num_workers
+        )
+    )
+    num_steps = settings.epochs * (len(train_images) // settings.batch_size)
     with run.progress("train the classifier", num_steps, "step") as advance:
         done = 0
 
@@ -50,8 +50,10 @@ def main(params: Params, run: Run) -> None:
             done = step
 
         classifier, accuracy = train_classifier(
-            *loaded["train"],
-            *loaded["val"],
+            train_images,
+            train_labels,
+            val_images,
+            val_labels,
             num_classes=len(index.info.class_ids),
             width=settings.width,
             epochs=settings.epochs,
@@ -60,7 +62,7 @@ def main(params: Params, run: Run) -> None:
             seed=params.seed,
             on_progress=on_progress,
         )
-    val_count = index.num_samples("val")
+    val_count = len(val_images)
     run.log(f"accuracy {accuracy:.1%} on {val_count} val images")
     save_classifier(
         EXTRACTOR, classifier, image_size=size, val_accuracy=accuracy, val_count=val_count

@@ -1,6 +1,5 @@
-"""reference: features of real images, for scores: statistics, a choice of features, and a card."""
+"""reference: real images as the extractor sees them, for scores: measurements and a card."""
 
-from stages.runtime.measuring import measure_set
 from stages.runtime.run import Run, execute
 
 from functools import partial
@@ -13,7 +12,8 @@ from contradiff.data.shard_info import ImageInfo
 from contradiff.data.shards import ShardIndex
 from contradiff.evaluation.extractors import load_extractor, read_extractor_card
 from contradiff.evaluation.fid import check_count
-from contradiff.evaluation.images import reference_shard
+from contradiff.evaluation.images import real_image
+from contradiff.evaluation.measuring import measure_shards
 from contradiff.evaluation.reference import (
     ReferenceCard,
     ReferenceParams,
@@ -34,39 +34,42 @@ class Params(Section):
 def main(params: Params, run: Run) -> None:
     section, size = params.reference, params.data.image_size
     shards = ShardIndex.read(IMAGES, ImageInfo).shards(section.split)
-    extractor_card = read_extractor_card(EXTRACTOR)
-    num_images = sum(shard.num_samples for shard in shards)
+    extractor = read_extractor_card(EXTRACTOR)
     card = ReferenceCard(
         split=section.split,
-        num_images=num_images,
+        num_images=sum(shard.num_samples for shard in shards),
         image_size=size,
         images_sha256=fingerprint_of(shards),
-        extractor=extractor_card.name,
-        extractor_sha256=extractor_card.weights_sha256,
-        resizers=list(extractor_card.resizers),
+        extractor=extractor.name,
+        extractor_sha256=extractor.weights_sha256,
+        resizers=list(extractor.resizers),
         num_kept=section.num_kept,
         seed=params.seed,
     )
-    check_count(num_images, num_features=extractor_card.num_features, reference=card.description)
-    read = partial(reference_shard, IMAGES, image_size=size, batch_size=section.batch_size)
+    check_count(card.num_images, num_features=extractor.num_features, images=card.description)
     inputs = [IMAGES / "index.json", EXTRACTOR]
-    accelerator = run.accelerator()
-    with run.work_dir(params, inputs, state_version=STATE_VERSION) as work:
-        features = measure_set(
+    processes = run.processes(run.accelerator())
+    with (
+        run.work_dir(params, inputs, state_version=STATE_VERSION) as work_dir,
+        run.progress("images", card.num_images) as advance,
+    ):
+        found = measure_shards(
+            IMAGES,
             shards,
-            read,
+            partial(real_image, image_size=size),
             load_extractor(EXTRACTOR, device=run.device),
-            work,
-            run=run,
-            accelerator=accelerator,
-            reference=card.description,
+            work_dir,
+            images=card.description,
             num_kept=section.num_kept,
-            splits=None,
+            with_logits=False,
+            batch_size=section.batch_size,
+            num_workers=run.runtime.num_workers,
             seed=params.seed,
+            processes=processes,
+            on_progress=advance,
         )
-        if accelerator.is_main_process:
-            write_reference(REFERENCE, card, features)
-        accelerator.wait_for_everyone()
+        if run.is_main:
+            write_reference(REFERENCE, card, found)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,5 @@
 """score: generated images against the reference => FID, KID, precision, inception score."""
 
-from stages.runtime.measuring import measure_set
 from stages.runtime.run import Run, execute
 
 from functools import partial
@@ -12,11 +11,11 @@ from contradiff.data.params import DataParams
 from contradiff.data.shard_info import SampleInfo
 from contradiff.data.shards import ShardIndex
 from contradiff.evaluation.extractors import load_extractor, read_extractor_card
-from contradiff.evaluation.fid import check_count
-from contradiff.evaluation.images import generated_shard
-from contradiff.evaluation.measuring import FeatureSet
+from contradiff.evaluation.images import generated_image
+from contradiff.evaluation.kid import check_subset_size
+from contradiff.evaluation.measuring import measure_shards
 from contradiff.evaluation.reference import read_reference, read_reference_card
-from contradiff.evaluation.scores import MIN_UNBIASED_IMAGES, ScoreParams, is_biased, scores_of
+from contradiff.evaluation.scores import MIN_UNBIASED_IMAGES, ScoreParams, scores_of
 
 SAMPLES, EXTRACTOR = Path("build/samples"), Path("build/extractor")
 REFERENCE = Path("build/reference")
@@ -31,78 +30,72 @@ class Params(Section):
 def main(params: Params, run: Run) -> None:
     section, size = params.score, params.data.image_size
     samples = ShardIndex.read(SAMPLES, SampleInfo)
-    shards = samples.shards("sample")
     num_samples = samples.num_samples("sample")
     extractor = read_extractor_card(EXTRACTOR)
     reference = read_reference_card(REFERENCE, extractor=extractor, image_size=size)
-    words = f"{num_samples} samples"
-    check_count(num_samples, num_features=extractor.num_features, reference=words)
-    read = partial(generated_shard, SAMPLES, image_size=size, batch_size=section.batch_size)
+    num_smallest = min(num_samples, reference.num_images)
+    num_kept = min(reference.num_kept, num_smallest)
+    check_subset_size(section.kid_subset_size, num_kept=num_kept)
     inputs = [SAMPLES / "index.json", EXTRACTOR, REFERENCE]
-    accelerator = run.accelerator()
-    with run.work_dir(params, inputs, state_version=STATE_VERSION) as work:
-        found = measure_set(
-            shards,
-            read,
+    processes = run.processes(run.accelerator())
+    with (
+        run.work_dir(params, inputs, state_version=STATE_VERSION) as work_dir,
+        run.progress("images", num_samples) as advance,
+    ):
+        found = measure_shards(
+            SAMPLES,
+            samples.shards("sample"),
+            partial(generated_image, image_size=size),
             load_extractor(EXTRACTOR, device=run.device),
-            work,
-            run=run,
-            accelerator=accelerator,
-            reference=words,
+            work_dir,
+            images=f"{num_samples} samples",
             num_kept=reference.num_kept,
-            splits=section.splits,
+            with_logits=True,
+            batch_size=section.batch_size,
+            num_workers=run.runtime.num_workers,
             seed=params.seed,
+            processes=processes,
+            on_progress=advance,
         )
-        if accelerator.is_main_process:
-            real = read_reference(REFERENCE, reference)
-            by_resizer = {
-                resizer: score(found[resizer], real[resizer], params, run)
-                for resizer in extractor.resizers
-            }
-            main_one, *others = extractor.resizers
-            biased = is_biased(num_samples, reference.num_images)
-            if biased:
-                run.log(
-                    f"FID is biased upwards: fewer than {MIN_UNBIASED_IMAGES:,} images "
-                    f"({num_samples} samples, {reference.num_images} of the reference); see KID"
-                )
-            facts = {
-                "biased": biased,
-                "num_samples": num_samples,
-                "condition": samples.info.condition,
-                "guidance": samples.info.guidance,
-                "num_reference": reference.num_images,
-                "num_kept": min(reference.num_kept, num_samples, reference.num_images),
-                "reference": reference.description,
-                "reference_sha256": reference.images_sha256,
-                "extractor": extractor.name,
-                "extractor_accuracy": extractor.val_accuracy,
-                "resizer": main_one,
-                "seed": params.seed,
-            }
-            rest = {resizer: by_resizer[resizer] for resizer in others}
-            content = {"score": by_resizer[main_one] | facts | rest}
-            run.write_json(Path("metrics/score.json"), content)
-        accelerator.wait_for_everyone()
-
-
-def score(samples: FeatureSet, reference: FeatureSet, params: Params, run: Run) -> dict[str, float]:
-    """Scores with one resizer; a line of the log says the main ones."""
-    values = scores_of(
-        samples,
-        reference,
-        kid_subsets=params.score.kid_subsets,
-        kid_subset_size=params.score.kid_subset_size,
-        seed=params.seed,
-        device=run.device,
-    )
-    source = samples.statistics.source
-    run.log(
-        f"FID ({source.extractor}, resizer {source.resizer}) {values['fid']:.2f}, "
-        f"KID {values['kid']:.4f} ± {values['kid_std']:.4f}, "
-        f"IS {values['inception_score']:.2f} ± {values['inception_score_std']:.2f}"
-    )
-    return values
+        if not run.is_main:
+            return
+        real = read_reference(REFERENCE, reference)
+        scores = {
+            resizer: scores_of(
+                measurement, real[resizer], params=section, seed=params.seed, device=run.device
+            )
+            for resizer, measurement in found.items()
+        }
+        for resizer, values in scores.items():
+            run.log(
+                f"FID ({extractor.name}, resizer {resizer}) {values['fid']:.2f}, "
+                f"KID {values['kid']:.4f} ± {values['kid_std']:.4f}, "
+                f"IS {values['inception_score']:.2f} ± {values['inception_score_std']:.2f}"
+            )
+        biased = num_smallest < MIN_UNBIASED_IMAGES
+        if biased:
+            run.log(
+                f"FID is too large: fewer than {MIN_UNBIASED_IMAGES:,} images ({num_samples} "
+                f"samples, {reference.num_images} of the reference); see KID"
+            )
+        main_one, *others = extractor.resizers
+        facts = {
+            "biased": biased,
+            "num_samples": num_samples,
+            "condition": samples.info.condition,
+            "guidance": samples.info.guidance,
+            "num_reference": reference.num_images,
+            "num_kept": num_kept,
+            "reference": reference.description,
+            "reference_sha256": reference.images_sha256,
+            "extractor": extractor.name,
+            "extractor_accuracy": extractor.val_accuracy,
+            "resizer": main_one,
+            "seed": params.seed,
+        }
+        rest = {resizer: scores[resizer] for resizer in others}
+        content = {"score": scores[main_one] | facts | rest}
+        run.write_json(Path("metrics/score.json"), content)
 
 
 if __name__ == "__main__":

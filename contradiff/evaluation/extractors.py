@@ -1,39 +1,37 @@
-"""Extractors: the networks whose features and classes the scores are made of.
+"""Extractors: the networks whose features and logits the scores use.
 
-`classifier` is trained here on the data's labels, so that scores need no download; its scores are
-named "FID (domain classifier)". `inception` is the network of published FIDs.
+The `classifier` is trained here on the data's labels, so that scores need no download. Its scores
+are named "FID (domain classifier)". `inception` is the network of published FIDs.
 
-images (b 3 h w) uint8 -> [resizer] -> features (b d), logits (b classes), both float32
+images => prepared images (b 3 h w) => features (b d), logits (b classes)
 """
 
-import shutil
-from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Literal
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Num
 from pydantic import Field, model_validator
 from torch import Tensor
 
 from contradiff.config import Section, read_card
 from contradiff.evaluation.classifier import ResidualClassifier
+from contradiff.evaluation.images import Image
 from contradiff.evaluation.inception import (
-    PINNED,
+    SCRIPT_NAME,
+    STATE_DICT_NAME,
     Inception,
-    check_inception,
-    load_inception,
+    copy_inception,
     no_weights,
+    resizer_of,
 )
-from contradiff.evaluation.resizers import Images, Resizer, inception_input
-from contradiff.files import replace_dir, replace_file, sha256_of
+from contradiff.files import replace_dir, sha256_of
 
 Kind = Literal["classifier", "inception"]
-Outputs = tuple[Float[Tensor, "batch features"], Float[Tensor, "batch classes"]]
+Resizer = Literal["none", "clean", "legacy_tensorflow", "legacy_pytorch"]
+"""How images come to Inception's 299 pixels. FIDs differ by whole points between resizers."""
 
-WEIGHTS_NAME: dict[Kind, str] = {"classifier": "extractor.safetensors", "inception": "inception.pt"}
-CARD_NAME = "extractor.json"
-NUM_INCEPTION_FEATURES = 2048
+CARD_NAME, CLASSIFIER_NAME = "extractor.json", "extractor.safetensors"
 
 
 class ExtractorParams(Section):
@@ -41,137 +39,113 @@ class ExtractorParams(Section):
 
     kind: Kind
     weights: str | None = Field(
-        description="inception: path of inception-2015-12-05.pt, or of the .pth of pytorch-fid"
+        description="inception: path of inception-2015-12-05.pt, or of pytorch-fid's .pth"
     )
-    download: bool = Field(description="inception: fetch weights that are not there")
+    download: bool = Field(description="inception: fetch the weights if they are not there")
     resizers: list[Resizer] = Field(
-        min_length=1, description="scores are made with each, the first is the main one"
+        min_length=1, description="each gives scores; the first gives the main ones"
     )
-    width: int = Field(ge=2, multiple_of=2, description="classifier: its features are 2·width")
+    width: int = Field(ge=2, multiple_of=2, description="classifier: it has 2·width features")
     epochs: int = Field(gt=0)
     batch_size: int = Field(gt=1)
     lr: float = Field(gt=0)
 
     @model_validator(mode="after")
-    def _weights_belong_to_inception(self) -> "ExtractorParams":
-        if self.kind == "classifier" and self.weights is not None:
+    def _settings_fit_the_kind(self) -> "ExtractorParams":
+        if len(set(self.resizers)) < len(self.resizers):
+            raise ValueError(f"extractor.resizers: {self.resizers} names one twice")
+        if self.kind == "inception":
+            if self.weights is None:
+                raise ValueError(no_weights("extractor.weights is null"))
+            if "none" in self.resizers:
+                raise ValueError(
+                    "extractor.resizers: extractor.kind inception needs a resizer: "
+                    "[clean, legacy_tensorflow]"
+                )
+            return self
+        if self.weights is not None:
             raise ValueError(
                 "extractor.weights is set, but extractor.kind classifier is trained here: "
                 "set extractor.weights to null, or extractor.kind to inception"
             )
-        if self.kind == "inception" and self.weights is None:
-            raise ValueError(no_weights("extractor.weights is null"))
-        if self.kind == "classifier" and self.download:
+        if self.download:
             raise ValueError(
-                "extractor.download is of Inception; extractor.kind classifier is trained here"
+                "extractor.download is for Inception, but extractor.kind classifier is trained "
+                "here: set extractor.download to false"
             )
-        return self
-
-    @model_validator(mode="after")
-    def _resizers_belong_to_the_kind(self) -> "ExtractorParams":
-        if len(set(self.resizers)) < len(self.resizers):
-            raise ValueError(f"extractor.resizers: {self.resizers} names one twice")
-        if self.kind == "classifier" and self.resizers != ["none"]:
+        if self.resizers != ["none"]:
             raise ValueError(
                 f"extractor.resizers is {self.resizers}, but extractor.kind classifier sees images "
                 "as they are: set it to [none]"
-            )
-        if self.kind == "inception" and "none" in self.resizers:
-            raise ValueError(
-                "extractor.resizers: extractor.kind inception needs a resizer: "
-                "[clean, legacy_tensorflow]"
             )
         return self
 
     @property
     def num_features(self) -> int:
-        """Dimension of the features; there must be at least as many images."""
-        return 2 * self.width if self.kind == "classifier" else NUM_INCEPTION_FEATURES
+        """Dimension of the features."""
+        return 2 * self.width if self.kind == "classifier" else 2048
 
 
 class ExtractorCard(Section):
-    """What extractor.json says beside the weights."""
+    """What extractor.json says beside the weights; null is for Inception."""
 
     kind: Kind
     name: str
     resizers: list[Resizer] = Field(min_length=1)
     num_features: int = Field(gt=0)
     num_classes: int = Field(gt=0)
-    image_size: int | None = Field(description="side it was trained on; null: any")
-    width: int | None = Field(description="of the classifier")
-    val_accuracy: float | None = Field(ge=0, le=1, description="classifier: top-1 on val")
-    val_count: int | None = Field(description="images that val_accuracy was measured on")
+    image_size: int | None = None
+    width: int | None = None
+    val_accuracy: float | None = Field(default=None, ge=0, le=1, description="top-1")
+    val_count: int | None = Field(default=None, description="number of images behind val_accuracy")
     weights_sha256: str
 
 
-class Extractor(ABC):
-    """A frozen network with features and classes.
+class Extractor:
+    """A frozen network that gives features and logits.
+
+        extractor = load_extractor(Path("build/extractor"), device=torch.device("cpu"))
+        prepared = [extractor.prepare(image, resizer="none") for image in images]
+        features, logits = extractor(torch.stack(prepared), resizer="none")
 
     Attributes:
-        card: all that is known of it, with the sha256 of its weights.
+        card: what it is, with the sha256 of its weights.
     """
 
-    def __init__(self, card: ExtractorCard) -> None:
-        self.card = card
-
-    @abstractmethod
-    def __call__(self, images: Images, *, resizer: Resizer) -> Outputs:
-        """Features and logits of images in RGB from 0 to 255, on the extractor's device.
-
-        Args:
-            images: of one size.
-            resizer: one of the card's.
-        """
-
-
-class ClassifierExtractor(Extractor):
-    """The classifier trained here, on images of its own size only."""
-
     def __init__(
-        self, classifier: ResidualClassifier, card: ExtractorCard, *, device: torch.device
+        self, network: ResidualClassifier | Inception, card: ExtractorCard, *, device: torch.device
     ) -> None:
-        super().__init__(card)
-        self._classifier = classifier.to(device).eval()
+        self.card = card
+        self._network = network.to(device).eval()
         self._device = device
+        self._resize = {name: resizer_of(name) for name in card.resizers if name != "none"}
 
-    @torch.inference_mode()
-    def __call__(self, images: Images, *, resizer: Resizer) -> Outputs:
-        """Features and logits.
+    def prepare(self, image: Image, *, resizer: Resizer) -> Num[Tensor, "3 height2 width2"]:
+        """Bring an image (RGB, 0 to 255) to the size that the network takes; on the CPU.
 
         Raises:
-            ValueError: the images have another size than the training images.
+            ValueError: the image has another size than the classifier's training images.
         """
-        assert resizer == "none", "the classifier sees images as they are"
-        side = self.card.image_size
-        if images.shape[2:] != (side, side):
-            height, width = images.shape[2:]
+        if resizer != "none":
+            resized = self._resize[resizer](image.permute(1, 2, 0).numpy())
+            return torch.from_numpy(resized).permute(2, 0, 1)
+        side, (height, width) = self.card.image_size, image.shape[1:]
+        if (height, width) != (side, side):
             raise ValueError(
                 f"the extractor was trained on images of {side}x{side} pixels, not {height}x{width}"
                 ": run the stage extractor again on the data that is scored"
             )
-        return self._classifier(images.to(self._device))
-
-
-class InceptionExtractor(Extractor):
-    """Inception of 2015; images are resized in batches, where the peers take them one by one."""
-
-    def __init__(self, network: Inception, card: ExtractorCard, *, device: torch.device) -> None:
-        super().__init__(card)
-        self._network = network.to(device)
-        self._device = device
+        return image
 
     @torch.inference_mode()
-    def __call__(self, images: Images, *, resizer: Resizer) -> Outputs:
-        """Features of the last pooling, and logits without bias.
-
-        Raises:
-            ValueError: Inception has no such resizer.
-        """
-        pixels = inception_input(images.to(self._device), resizer=resizer)
-        # Convolutions on NVIDIA GPUs round to 10 bits (TF32) unless told not to, which would tell
-        # in the third digit of a score.
-        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
-            return self._network(pixels)
+    def __call__(
+        self, images: Num[Tensor, "batch 3 height2 width2"], *, resizer: Resizer
+    ) -> tuple[Float[Tensor, "batch features"], Float[Tensor, "batch classes"]]:
+        """Features and logits, float32 on the extractor's device, of a batch from `prepare`."""
+        images = images.to(self._device)
+        if isinstance(self._network, Inception):
+            return self._network(images, resizer=resizer)
+        return self._network(images)
 
 
 def save_classifier(
@@ -182,21 +156,12 @@ def save_classifier(
     val_accuracy: float,
     val_count: int,
 ) -> ExtractorCard:
-    """Write a trained classifier and its extractor.json; the folder is replaced as a whole.
-
-    Args:
-        folder: for instance build/extractor.
-        classifier: as from `train_classifier`.
-        image_size: side of the images it was trained on, in pixels.
-        val_accuracy: its top-1 accuracy in [0, 1].
-        val_count: on how many images that was measured.
-    """
+    """Write a trained classifier and its extractor.json; the folder is replaced as a whole."""
     from safetensors.torch import save_file
 
     state = {name: tensor.cpu().contiguous() for name, tensor in classifier.state_dict().items()}
     with replace_dir(folder) as temporary:
-        weights = temporary / WEIGHTS_NAME["classifier"]
-        save_file(state, weights)
+        save_file(state, weights := temporary / CLASSIFIER_NAME)
         card = ExtractorCard(
             kind="classifier",
             name="domain-classifier",
@@ -209,71 +174,36 @@ def save_classifier(
             val_count=val_count,
             weights_sha256=sha256_of(weights),
         )
-        _write_card(temporary, card)
-    return card
+        return _write_card(temporary, card)
 
 
-def save_inception(
-    folder: Path, weights: Path, *, resizers: list[Resizer], pinned: tuple[str, ...] = PINNED
-) -> ExtractorCard:
-    """Check a copy of Inception and put it into `folder`, which is replaced as a whole.
-
-    Args:
-        folder: for instance build/extractor.
-        weights: `extractor.weights`: TorchScript or state dict.
-        resizers: what scores are made with, the main one first.
-        pinned: what the file may hash to; tests put stand-ins here.
+def save_inception(folder: Path, weights: Path, *, resizers: list[Resizer]) -> ExtractorCard:
+    """Check the file `extractor.weights` and copy it to `folder`, which is replaced as a whole.
 
     Raises:
-        ValueError: the file is missing, is another file, or is not of Inception.
+        ValueError: the file is missing, or is another one.
     """
-    found = check_inception(weights, pinned=pinned)
-    network = load_inception(weights, device=torch.device("cpu"))
     with replace_dir(folder) as temporary:
-        shutil.copyfile(weights, temporary / WEIGHTS_NAME["inception"])
+        copy = copy_inception(weights, temporary)
+        network = Inception(copy)
         card = ExtractorCard(
             kind="inception",
             name="inception-2015-12-05",
             resizers=resizers,
             num_features=network.num_features,
             num_classes=network.num_classes,
-            image_size=None,
-            width=None,
-            val_accuracy=None,
-            val_count=None,
-            weights_sha256=found,
+            weights_sha256=sha256_of(copy),
         )
-        _write_card(temporary, card)
+        return _write_card(temporary, card)
+
+
+def _write_card(folder: Path, card: ExtractorCard) -> ExtractorCard:
+    (folder / CARD_NAME).write_text(card.model_dump_json(indent=2) + "\n", encoding="utf-8")
     return card
 
 
-def load_extractor(folder: Path, *, device: torch.device) -> Extractor:
-    """Load what `save_classifier` or `save_inception` wrote.
-
-    Raises:
-        ValueError: a file is missing, extractor.json is wrong, or the weights are not those that
-            it describes.
-    """
-    card = read_extractor_card(folder)
-    weights = folder / WEIGHTS_NAME[card.kind]
-    if not weights.is_file() or sha256_of(weights) != card.weights_sha256:
-        raise ValueError(
-            f"{weights}: missing, or not the weights that extractor.json describes: "
-            "run the stage extractor again"
-        )
-    if card.kind == "inception":
-        return InceptionExtractor(load_inception(weights, device=device), card, device=device)
-
-    from safetensors.torch import load_file
-
-    assert card.width is not None, "the card of a classifier without its width"
-    classifier = ResidualClassifier(width=card.width, num_classes=card.num_classes)
-    classifier.load_state_dict(load_file(weights))
-    return ClassifierExtractor(classifier, card, device=device)
-
-
 def read_extractor_card(folder: Path) -> ExtractorCard:
-    """Read extractor.json alone: what the extractor is, without its weights.
+    """Read extractor.json alone, without the weights.
 
     Raises:
         ValueError: the file is missing or wrong.
@@ -281,6 +211,26 @@ def read_extractor_card(folder: Path) -> ExtractorCard:
     return read_card(ExtractorCard, folder / CARD_NAME, stage="extractor")
 
 
-def _write_card(folder: Path, card: ExtractorCard) -> None:
-    with replace_file(folder / CARD_NAME) as path:
-        path.write_text(card.model_dump_json(indent=2) + "\n", encoding="utf-8")
+def load_extractor(folder: Path, *, device: torch.device) -> Extractor:
+    """Load what `save_classifier` or `save_inception` wrote.
+
+    Raises:
+        ValueError: extractor.json is missing or wrong, or describes other weights.
+    """
+    card = read_extractor_card(folder)
+    names = [CLASSIFIER_NAME] if card.kind == "classifier" else [SCRIPT_NAME, STATE_DICT_NAME]
+    found = [path for name in names if (path := folder / name).is_file()]
+    if not found or sha256_of(found[0]) != card.weights_sha256:
+        raise ValueError(
+            f"{folder}: the weights are missing, or not the weights that extractor.json describes: "
+            "run the stage extractor again"
+        )
+    if card.kind == "inception":
+        return Extractor(Inception(found[0]), card, device=device)
+
+    from safetensors.torch import load_file
+
+    assert card.width is not None, "a classifier's card states its width"
+    classifier = ResidualClassifier(width=card.width, num_classes=card.num_classes)
+    classifier.load_state_dict(load_file(found[0]))
+    return Extractor(classifier, card, device=device)

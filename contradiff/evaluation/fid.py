@@ -1,7 +1,7 @@
-"""The Fréchet distance of two sets of features (Heusel et al., 2017).
+"""The Fréchet distance of two sets of features, called FID (Heusel et al., 2017).
 
-features (b d), batch by batch -> FeatureStatistics: count, mean (d), scatter (d d), all float64
--> frechet_distance: one number
+features (b d), batch by batch => FeatureStatistics: count, mean (d), scatter (d d), all float64
+=> fid: one number
 """
 
 from dataclasses import dataclass
@@ -11,38 +11,35 @@ from jaxtyping import Float, Float64
 from torch import Tensor
 
 _LEAST_RATIO = 1e-12
-"""Of eigenvalues of A B: above it their roots are right to 1e-10 of the largest."""
+"""Eigenvalues of A B above this part of the largest have roots that are right to 1e-10 of it."""
 
 
 @dataclass(frozen=True)
 class FeatureSource:
-    """What features were computed from and with. A Fréchet distance is meaningless without it.
+    """What the features show and what computed them. An FID means nothing without it.
 
     Attributes:
-        reference: the images in words, such as "val" or "samples of build/samples".
-        resizer: how they were brought to the extractor's size.
+        images: the images in words, such as "1000 val images".
+        resizer: how the images came to the extractor's size.
         extractor: the extractor's name.
         fingerprint: sha256 of the extractor's weights.
     """
 
-    reference: str
+    images: str
     resizer: str
     extractor: str
     fingerprint: str
 
 
 class FeatureStatistics:
-    """Count, mean and covariance of features that stream by, in float64.
+    """Count, mean and covariance of features, summed batch by batch in float64.
 
-    Keeps the mean and the scatter matrix about it (Chan et al., 1983), so memory does not grow with
-    the number of samples, and a mean far from zero costs no digits.
+    It keeps the mean and the scatter matrix Σ (x - mean)(x - mean)ᵀ (Chan et al., 1983). Memory
+    does not grow with the number of images, and a mean far from zero costs no digits.
 
-    Attributes:
-        source: what the features were computed from and with.
-        num_features: their dimension d.
-        num_samples: how many there were so far.
-        mean: (d) float64 on the CPU; zero when there are none.
-        scatter: (d, d) sum of the outer products of the features less their mean.
+        statistics = FeatureStatistics(2048, source=source)
+        for features in batches:
+            statistics.update(features)
     """
 
     def __init__(self, num_features: int, *, source: FeatureSource) -> None:
@@ -54,32 +51,19 @@ class FeatureStatistics:
 
     @property
     def covariance(self) -> Float64[Tensor, "d d"]:
-        """Unbiased covariance of the features so far.
-
-        Raises:
-            ValueError: there are fewer than two samples.
-        """
-        if self.num_samples < 2:
-            raise ValueError(
-                f"covariance needs two samples, {self.source.reference} has {self.num_samples}"
-            )
+        """The unbiased covariance of the features so far."""
+        assert self.num_samples > 1, "one sample has no covariance"
         return self.scatter / (self.num_samples - 1)
 
     def update(self, features: Float[Tensor, "batch features"]) -> None:
-        """Take in a batch; an empty one changes nothing.
-
-        The sums are formed on the features' device and added on the CPU.
+        """Add a batch, which may be empty; its own sums are formed on its device.
 
         Raises:
-            ValueError: the features have another dimension, or are not finite.
+            ValueError: the features are not finite.
         """
-        if features.ndim != 2 or features.shape[1] != self.num_features:
-            shape = tuple(features.shape)
-            raise ValueError(
-                f"expected features of shape (batch, {self.num_features}), got {shape}"
-            )
+        assert features.shape[1] == self.num_features, "features of another dimension"
         if not bool(features.isfinite().all()):
-            raise ValueError(f"features of {self.source.reference} hold NaN or infinities")
+            raise ValueError(f"the features of {self.source.images} hold NaN or infinities")
         if len(features) == 0:
             return
         batch = features.detach().double()
@@ -88,16 +72,8 @@ class FeatureStatistics:
         self._add(len(batch), mean.cpu(), (centred.T @ centred).cpu())
 
     def merge(self, other: "FeatureStatistics") -> None:
-        """Take in the samples of `other`, as if they had been streamed through `update`.
-
-        Raises:
-            ValueError: `other` has another dimension or another source.
-        """
-        if (other.num_features, other.source) != (self.num_features, self.source):
-            raise ValueError(
-                f"cannot merge statistics of different features: {self.num_features} of "
-                f"{self.source} and {other.num_features} of {other.source}"
-            )
+        """Add the features of `other`, as if `update` had seen them."""
+        assert other.source == self.source, "statistics of other features"
         if other.num_samples:
             self._add(other.num_samples, other.mean, other.scatter)
 
@@ -113,49 +89,47 @@ class FeatureStatistics:
         self.num_samples = total
 
 
-def frechet_distance(a: FeatureStatistics, b: FeatureStatistics) -> float:
-    """Fréchet distance of two sets of features, each taken for a Gaussian; symmetric.
+def fid(a: FeatureStatistics, b: FeatureStatistics) -> float:
+    """The Fréchet distance of two sets of features, each seen as a Gaussian; symmetric.
 
-    It is biased upwards when samples are few, the more the higher the features' dimension: compare
-    distances of equal counts only.
+    Few samples make it too large, and more so if the features have many dimensions. So compare
+    distances between equal counts only.
 
     Raises:
-        ValueError: the features were made by different extractors or resizers, or a set has fewer
-            samples than its features have dimensions, so that its covariance must be singular.
+        ValueError: different extractors or resizers computed the features, or a set is too small
+            (`check_count`).
     """
     for name in ("extractor", "resizer", "fingerprint"):
-        of_a, of_b = getattr(a.source, name), getattr(b.source, name)
-        if of_a != of_b:
+        one, other = getattr(a.source, name), getattr(b.source, name)
+        if one != other:
             raise ValueError(
-                f"no Fréchet distance between features of different kinds: {a.source.reference} "
-                f"has {name} {of_a}, {b.source.reference} has {of_b}"
+                f"no FID between features of different kinds: {a.source.images} has {name} {one}, "
+                f"{b.source.images} has {other}"
             )
-    assert a.num_features == b.num_features, "one extractor, two dimensions"
     for statistics in (a, b):
         check_count(
             statistics.num_samples,
             num_features=statistics.num_features,
-            reference=statistics.source.reference,
+            images=statistics.source.images,
         )
-    return gaussian_frechet_distance(a.mean, a.covariance, b.mean, b.covariance)
+    return frechet_distance(a.mean, a.covariance, b.mean, b.covariance)
 
 
-def check_count(num_samples: int, *, num_features: int, reference: str) -> None:
-    """Refuse sets whose covariance must be singular; stages ask before they compute features.
+def check_count(num_samples: int, *, num_features: int, images: str) -> None:
+    """Refuse sets that are so small that their covariance is singular.
 
     Raises:
-        ValueError: there are fewer samples than features have dimensions.
+        ValueError: there are fewer samples than the features have dimensions.
     """
     if num_samples < num_features:
         raise ValueError(
-            f"no Fréchet distance from {num_samples} samples ({reference}) of {num_features} "
-            "feature dimensions: there must be at least as many samples as dimensions "
-            "(generate.num_samples for generated images; data.num_val, data.num_train or "
-            "reference.split for the reference)"
+            f"no FID of {num_samples} samples ({images}) with {num_features} feature dimensions: "
+            "it needs at least as many samples as dimensions (set generate.num_samples for "
+            "generated images; data.num_val, data.num_train or reference.split for the reference)"
         )
 
 
-def gaussian_frechet_distance(
+def frechet_distance(
     mean_a: Float64[Tensor, " d"],
     covariance_a: Float64[Tensor, "d d"],
     mean_b: Float64[Tensor, " d"],
@@ -163,11 +137,11 @@ def gaussian_frechet_distance(
 ) -> float:
     """|m_a - m_b|² + tr(A + B - 2 (A B)^½), the squared 2-Wasserstein distance of two Gaussians.
 
-    No square root of a matrix is formed, and no imaginary part arises. With A = L Lᵀ (Cholesky) the
-    matrix A B has the eigenvalues of Lᵀ B L, which is symmetric: a small part of the time of
-    `scipy.linalg.sqrtm`. Rounding of 1e-16 in an eigenvalue is 1e-8 in its root, so where some are
-    that small, or A is singular, the roots are found as the singular values of Fᵀ G instead, with
-    A = F Fᵀ and B = G Gᵀ by their eigenvectors. A distance below zero by rounding is zero.
+    It needs no square root of a matrix, and no imaginary part arises. With A = L Lᵀ (Cholesky) the
+    matrix A B has the eigenvalues of Lᵀ B L, which is symmetric. This takes a tenth of the time of
+    `scipy.linalg.sqrtm`. But a rounding error of 1e-16 in an eigenvalue is 1e-8 in its root. Where
+    eigenvalues are that small, or A is singular, the roots are the singular values of Fᵀ G, with
+    A = F Fᵀ and B = G Gᵀ by their eigenvectors. A distance that rounds to less than 0 is 0.
     """
     trace_of_root = _well_conditioned_trace(covariance_a, covariance_b)
     if trace_of_root is None:
@@ -181,7 +155,7 @@ def gaussian_frechet_distance(
 def _well_conditioned_trace(
     a: Float64[Tensor, "d d"], b: Float64[Tensor, "d d"]
 ) -> Float64[Tensor, ""] | None:
-    """Trace of (A B)^½, or none where rounding would tell in it."""
+    """The trace of (A B)^½, or None where rounding would show in it."""
     lower, failed = torch.linalg.cholesky_ex(a)
     if int(failed):
         return None
@@ -192,7 +166,7 @@ def _well_conditioned_trace(
 
 
 def _factor(covariance: Float64[Tensor, "d d"]) -> Float64[Tensor, "d rank"]:
-    """V Λ^½, without the eigenvalues that are zero but for rounding: their roots would add up."""
+    """V Λ^½ without the eigenvalues that only rounding keeps from zero: their roots add up."""
     eigenvalues, eigenvectors = torch.linalg.eigh(covariance)
     rounding = len(eigenvalues) * torch.finfo(torch.float64).eps * eigenvalues.max()
     kept = eigenvalues > rounding.clamp(min=0)

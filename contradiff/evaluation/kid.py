@@ -1,18 +1,14 @@
-"""The kernel distance of two sets of features, KID on Inception's (Bińkowski et al., 2018).
+"""The kernel distance of two sets of features, called KID (Bińkowski et al., 2018).
 
-features (n d) of both sets -> mean and deviation over random subsets of the squared MMD
+features (n d) of both sets => clean-fid's squared MMD of random subsets => mean and deviation
 """
 
 import numpy as np
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
-_CHUNK = 2048
-"""Rows of the kernel matrix that exist at one time."""
 
-
-def kernel_distance(
+def kid(
     samples: Float[Tensor, "n d"],
     reference: Float[Tensor, "m d"],
     *,
@@ -22,55 +18,49 @@ def kernel_distance(
 ) -> tuple[float, float]:
     """Unbiased squared MMD with the kernel (x·y/d + 1)³, over random subsets, in float64.
 
-    Unlike the Fréchet distance its expectation does not depend on how many samples there are; it
-    may come out slightly below zero. The subsets are those that torch-fidelity draws for this seed.
+    Its expectation does not depend on the number of images, unlike that of the FID. It may come out
+    slightly below 0. clean-fid computes it; torch-fidelity draws the same subsets for this seed.
 
     Args:
         samples: features of the generated images.
-        reference: features of the real ones.
+        reference: features of the real images.
         num_subsets: how many pairs of subsets.
-        subset_size: images of each, drawn without repetition.
-        seed: of the subsets.
+        subset_size: images of each subset, drawn without repetition.
+        seed: decides the subsets.
 
     Returns:
-        Mean and population deviation over the subsets.
+        The mean and the population deviation over the subsets.
 
     Raises:
         ValueError: a set is smaller than a subset.
     """
-    smallest = min(len(samples), len(reference))
-    if not 2 <= subset_size <= smallest:
-        raise ValueError(
-            f"score.kid_subset_size is {subset_size}; it must be from 2 to {smallest}, the number "
-            "of images whose features are kept (reference.num_kept, generate.num_samples)"
-        )
-    random = np.random.RandomState(seed)  # torch-fidelity's, for equal subsets
-    estimates = np.zeros(num_subsets)
-    for i in range(num_subsets):
-        x = samples[_chosen(random, len(samples), subset_size)].double()
-        y = reference[_chosen(random, len(reference), subset_size)].double()
-        estimates[i] = squared_mmd(x, y)
-    return float(estimates.mean()), float(estimates.std())
+    from cleanfid.fid import kernel_distance
+
+    check_subset_size(subset_size, num_kept=min(len(samples), len(reference)))
+    # clean-fid draws from NumPy's global generator, and draws of its second argument first.
+    x, y = reference.double().cpu().numpy(), samples.double().cpu().numpy()
+    state = np.random.get_state()  # noqa: NPY002
+    np.random.seed(seed)  # noqa: NPY002
+    try:
+        # It returns the mean alone; the deviation needs every subset.
+        estimates = [
+            kernel_distance(x, y, num_subsets=1, max_subset_size=subset_size)
+            for _ in range(num_subsets)
+        ]
+    finally:
+        np.random.set_state(state)  # noqa: NPY002
+    return float(np.mean(estimates)), float(np.std(estimates))
 
 
-def _chosen(random: np.random.RandomState, total: int, size: int) -> Tensor:
-    return torch.from_numpy(random.choice(total, size, replace=False))
+def check_subset_size(subset_size: int, *, num_kept: int) -> None:
+    """Refuse subsets that are larger than the smaller set of features.
 
-
-def squared_mmd(x: Float[Tensor, "n d"], y: Float[Tensor, "n d"]) -> float:
-    """Unbiased estimate of the squared MMD of two sets of one size n.
-
-    Σ_{i≠j} k(x_i, x_j) / n(n-1) + Σ_{i≠j} k(y_i, y_j) / n(n-1) - 2 Σ_{ij} k(x_i, y_j) / n²
+    Raises:
+        ValueError: they are.
     """
-    n = len(x)
-    within = sum(_kernel_sum(a, a) - float(_kernel(a, a).sum()) for a in (x, y))
-    return within / (n * (n - 1)) - 2 * _kernel_sum(x, y) / n**2
-
-
-def _kernel_sum(a: Float[Tensor, "n d"], b: Float[Tensor, "m d"]) -> float:
-    return sum(float((rows @ b.T / a.shape[1] + 1).pow(3).sum()) for rows in a.split(_CHUNK))
-
-
-def _kernel(a: Float[Tensor, "n d"], b: Float[Tensor, "n d"]) -> Float[Tensor, " n"]:
-    """The kernel of each row with the row of the same number."""
-    return ((a * b).sum(1) / a.shape[1] + 1).pow(3)
+    if subset_size > num_kept:
+        raise ValueError(
+            f"score.kid_subset_size is {subset_size}; it may be {num_kept} at most, the number of "
+            "images whose features are kept: lower it, or raise reference.num_kept, "
+            "generate.num_samples or data.num_val"
+        )

@@ -1,6 +1,6 @@
-"""The reference of scores: features of real images, and a card of what they were made from.
+"""The reference of scores: measurements of real images, and a card that says of which.
 
-build/reference/<resizer>.safetensors: a FeatureSet each; build/reference/reference.json: the card
+build/reference/reference.json: the card; build/reference/<resizer>.safetensors: a Measurement
 """
 
 import hashlib
@@ -13,7 +13,8 @@ from pydantic import Field
 from contradiff.config import Section, read_card
 from contradiff.data.shards import Shard
 from contradiff.evaluation.extractors import ExtractorCard
-from contradiff.evaluation.measuring import FeatureSet
+from contradiff.evaluation.fid import FeatureSource
+from contradiff.evaluation.measuring import Measurement
 from contradiff.files import replace_dir
 
 CARD_NAME = "reference.json"
@@ -24,13 +25,13 @@ class ReferenceParams(Section):
 
     split: Literal["val", "train"] = Field(description="Table 4: val")
     num_kept: int = Field(
-        gt=0, description="at most so many images' features are kept, for KID and precision"
+        gt=0, description="images of each set whose features are kept, for KID and precision"
     )
-    batch_size: int = Field(gt=0)
+    batch_size: int = Field(gt=0, description="images that the extractor sees at once")
 
 
 class ReferenceCard(Section):
-    """What reference.json says: which images, brought to which size, seen by which extractor."""
+    """What reference.json says: which images, which size, which extractor."""
 
     split: str
     num_images: int = Field(gt=0)
@@ -49,32 +50,34 @@ class ReferenceCard(Section):
 
 
 def fingerprint_of(shards: Sequence[Shard]) -> str:
-    """SHA-256 of the shards' own digests, in order: names the images."""
+    """SHA-256 of the shards' own digests, in order: it names the images."""
     digests = [shard.sha256 for shard in shards]
     return hashlib.sha256("\n".join(digests).encode()).hexdigest()
 
 
-def write_reference(folder: Path, card: ReferenceCard, features: Mapping[str, FeatureSet]) -> None:
-    """Write the features of each resizer and the card; the folder is replaced as a whole."""
+def write_reference(
+    folder: Path, card: ReferenceCard, measurements: Mapping[str, Measurement]
+) -> None:
+    """Write the card and the measurements by resizer; the folder is replaced as a whole."""
     with replace_dir(folder) as temporary:
-        for resizer, feature_set in features.items():
-            feature_set.save(temporary / f"{resizer}.safetensors")
+        for resizer, measurement in measurements.items():
+            measurement.save(temporary / f"{resizer}.safetensors")
         (temporary / CARD_NAME).write_text(card.model_dump_json(indent=2) + "\n", encoding="utf-8")
 
 
 def read_reference_card(
     folder: Path, *, extractor: ExtractorCard, image_size: int
 ) -> ReferenceCard:
-    """Read the card alone, and refuse a reference that scores with this extractor cannot use.
+    """Read the card alone, and refuse a reference that does not fit the generated images.
 
     Args:
         folder: for instance build/reference.
-        extractor: of the extractor that the generated images will be seen by.
+        extractor: the extractor that will see the generated images.
         image_size: of the generated images, in pixels.
 
     Raises:
         ValueError: the card is missing or wrong, or the reference was made with another extractor,
-            other resizers or another size; names it.
+            other resizers or another size.
     """
     path = folder / CARD_NAME
     card = read_card(ReferenceCard, path, stage="reference")
@@ -93,26 +96,20 @@ def read_reference_card(
     return card
 
 
-def read_reference(folder: Path, card: ReferenceCard) -> dict[str, FeatureSet]:
-    """Read the features of a reference, by resizer.
+def read_reference(folder: Path, card: ReferenceCard) -> dict[str, Measurement]:
+    """Read the measurements of a reference, by resizer.
 
     Raises:
         ValueError: a file is missing, or is not what the card describes.
     """
-    features: dict[str, FeatureSet] = {}
-    for resizer in card.resizers:
-        path = folder / f"{resizer}.safetensors"
-        found = FeatureSet.load(path)
-        source = found.statistics.source
-        told = (card.extractor, card.extractor_sha256, resizer, card.num_images)
-        if told != (
-            source.extractor,
-            source.fingerprint,
-            source.resizer,
-            found.statistics.num_samples,
-        ):
+    measurements = {
+        resizer: Measurement.load(folder / f"{resizer}.safetensors") for resizer in card.resizers
+    }
+    for resizer, measurement in measurements.items():
+        described = FeatureSource(card.description, resizer, card.extractor, card.extractor_sha256)
+        if measurement.statistics.source != described:
             raise ValueError(
-                f"{path}: not the features that {CARD_NAME} describes: run the stage reference"
+                f"{folder / resizer}.safetensors: not the measurement that {CARD_NAME} describes: "
+                "run the stage reference again"
             )
-        features[resizer] = found
-    return features
+    return measurements

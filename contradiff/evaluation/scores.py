@@ -1,74 +1,71 @@
-"""All scores of generated images against a reference, from their features."""
+"""All scores of generated images against a reference, from their measurements."""
 
+import torch
 from pydantic import Field
-from torch import device as Device
 
 from contradiff.config import Section
-from contradiff.evaluation.fid import frechet_distance
-from contradiff.evaluation.kid import kernel_distance
-from contradiff.evaluation.measuring import FeatureSet
-from contradiff.evaluation.prdc import manifold_scores
+from contradiff.evaluation.fid import fid
+from contradiff.evaluation.kid import kid
+from contradiff.evaluation.measuring import Measurement
+from contradiff.evaluation.prdc import DENSITY_NEIGHBOUR, prdc
 
 MIN_UNBIASED_IMAGES = 10_000
-"""With fewer images a Fréchet distance comes out too large by much; it is then marked as biased."""
+"""Fewer images give an FID that is much too large; the metrics then say that it is biased."""
 
 
 class ScoreParams(Section):
     """Section `score`: how generated images are scored."""
 
-    splits: int = Field(gt=0, description="of the inception score")
-    batch_size: int = Field(gt=0)
-    kid_subsets: int = Field(gt=0, description="random subsets of KID")
-    kid_subset_size: int = Field(ge=2, description="images of each")
-
-
-def is_biased(num_samples: int, num_reference: int) -> bool:
-    """Whether there are too few images to compare the Fréchet distance with others' counts."""
-    return min(num_samples, num_reference) < MIN_UNBIASED_IMAGES
+    splits: int = Field(gt=0, description="parts of the images that the inception score averages")
+    batch_size: int = Field(gt=0, description="images that the extractor sees at once")
+    kid_subsets: int = Field(gt=0, description="random subsets that KID averages")
+    kid_subset_size: int = Field(
+        gt=DENSITY_NEIGHBOUR, description="images of each subset; precision needs as many"
+    )
 
 
 def scores_of(
-    samples: FeatureSet,
-    reference: FeatureSet,
+    samples: Measurement,
+    reference: Measurement,
     *,
-    kid_subsets: int,
-    kid_subset_size: int,
+    params: ScoreParams,
     seed: int,
-    device: Device,
+    device: torch.device,
 ) -> dict[str, float]:
-    """Score generated images, seen through one extractor and one resizer.
+    """Score generated images by one extractor and one resizer.
+
+    The inception score (Salimans et al., 2016) is torch-fidelity's, over contiguous splits, as in
+    the first implementation: so the images must not come sorted by class.
 
     Args:
-        samples: of the generated images, with sums for the inception score.
-        reference: of the real ones, of the same extractor and resizer.
-        kid_subsets: random subsets of KID.
-        kid_subset_size: images of each.
-        seed: of the subsets.
-        device: where kernels and distances are computed.
-
-    Returns:
-        fid, kid, kid_std, precision, recall, density, coverage, inception_score and
-        inception_score_std.
+        samples: of the generated images, with logits.
+        reference: of the real images, by the same extractor and resizer.
+        params: the section `score`.
+        seed: decides KID's subsets.
+        device: where neighbours are found.
 
     Raises:
-        ValueError: the features are of different kinds, or there are too few.
+        ValueError: the measurements do not fit each other (`fid`), are too small (`kid`), or hold
+            logits that are not finite.
     """
-    assert samples.sums is not None, "generated images without sums for the inception score"
-    fid = frechet_distance(samples.statistics, reference.statistics)
-    x, y = samples.kept.to(device), reference.kept.to(device)
-    kid, kid_std = kernel_distance(
-        x, y, num_subsets=kid_subsets, subset_size=kid_subset_size, seed=seed
+    from torch_fidelity.metric_isc import isc_features_to_metric
+
+    assert params.splits <= len(samples.logits), "the stage validate refuses this"
+    if not bool(samples.logits.isfinite().all()):
+        raise ValueError(f"the logits of {samples.statistics.source.images} hold NaN or infinities")
+    kid_mean, kid_std = kid(
+        samples.kept,
+        reference.kept,
+        num_subsets=params.kid_subsets,
+        subset_size=params.kid_subset_size,
+        seed=seed,
     )
-    manifold = manifold_scores(x, y)
-    mean, std = samples.sums.score()
+    inception_score = isc_features_to_metric(samples.logits, splits=params.splits, shuffle=False)
     return {
-        "fid": fid,
-        "kid": kid,
+        "fid": fid(samples.statistics, reference.statistics),
+        "kid": kid_mean,
         "kid_std": kid_std,
-        "precision": manifold.precision,
-        "recall": manifold.recall,
-        "density": manifold.density,
-        "coverage": manifold.coverage,
-        "inception_score": mean,
-        "inception_score_std": std,
+        **prdc(samples.kept.to(device), reference.kept.to(device)),
+        "inception_score": inception_score["inception_score_mean"],
+        "inception_score_std": inception_score["inception_score_std"],
     }

@@ -1,4 +1,4 @@
-"""Inception with random weights, as files of both formats' kinds, for tests without network."""
+"""Inception with random weights, as files of both formats, and a small extractor."""
 
 import warnings
 from pathlib import Path
@@ -8,11 +8,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bench import peers
+from bench import fid
+from contradiff.evaluation.classifier import ResidualClassifier
+from contradiff.evaluation.extractors import Extractor, load_extractor, save_classifier
+from contradiff.evaluation.inception import SCRIPT_NAME
 
 
 class StandIn(nn.Module):
-    """The signature and parts of Inception's TorchScript, with a few random weights."""
+    """The call and the attributes of Inception's TorchScript file, with a few random weights."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -20,13 +23,16 @@ class StandIn(nn.Module):
         self.output = nn.Linear(2048, 4)
 
     def forward(
-        self,
-        img: Tensor,
-        return_features: bool = False,
-        use_fp16: bool = False,  # noqa: ARG002
-        no_output_bias: bool = False,
+        self, img: Tensor, return_features: bool = False, no_output_bias: bool = False
     ) -> Tensor:
-        features = self.layers((img.to(torch.float32) - 128) / 128).reshape(-1, 2048)
+        theta = torch.eye(2, 3)
+        # TensorFlow 1: the centres of the first pixels coincide, not those of the images
+        theta[0, 2] += 1.0 / img.shape[3] - 1.0 / 299
+        theta[1, 2] += 1.0 / img.shape[2] - 1.0 / 299
+        size = [img.shape[0], img.shape[1], 299, 299]
+        grid = F.affine_grid(theta[None].expand(img.shape[0], 2, 3), size, align_corners=False)
+        x = F.grid_sample(img.float(), grid, padding_mode="border", align_corners=False)
+        features = self.layers((x - 128) / 128).reshape(-1, 2048)
         if return_features:
             return features
         bias = torch.zeros_like(self.output.bias) if no_output_bias else self.output.bias
@@ -35,9 +41,8 @@ class StandIn(nn.Module):
 
 @pytest.fixture
 def script(tmp_path: Path) -> Path:
-    """A small TorchScript file that has Inception's parts."""
     torch.manual_seed(0)
-    path = tmp_path / "inception-2015-12-05.pt"
+    path = tmp_path / SCRIPT_NAME
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         torch.jit.script(StandIn()).save(str(path))
@@ -45,16 +50,22 @@ def script(tmp_path: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
-def inception_state() -> dict[str, Tensor]:
-    """Random weights of the whole network, as pytorch-fid and torch-fidelity name them."""
-    return peers.random_inception(0)
-
-
-@pytest.fixture(scope="session")
-def state_file(
-    inception_state: dict[str, Tensor], tmp_path_factory: pytest.TempPathFactory
-) -> Path:
-    """The same as a file."""
+def state_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The whole network, as pytorch-fid and torch-fidelity name its weights."""
     path = tmp_path_factory.mktemp("inception") / "pt_inception.pth"
-    torch.save(inception_state, path)
+    torch.save(fid.random_inception(0), path)
     return path
+
+
+@pytest.fixture
+def classifier() -> ResidualClassifier:
+    torch.manual_seed(0)
+    return ResidualClassifier(width=4, num_classes=3).eval()
+
+
+@pytest.fixture
+def extractor(classifier: ResidualClassifier, tmp_path: Path) -> Extractor:
+    """Of images of 16 pixels: eight features, three classes."""
+    folder = tmp_path / "extractor"
+    save_classifier(folder, classifier, image_size=16, val_accuracy=0.9, val_count=50)
+    return load_extractor(folder, device=torch.device("cpu"))

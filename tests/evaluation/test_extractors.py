@@ -7,14 +7,13 @@ from typing import Any
 import pytest
 import torch
 from pydantic import ValidationError
-from torch import Tensor
 
 from contradiff.evaluation.classifier import ResidualClassifier
 from contradiff.evaluation.extractors import (
+    Extractor,
     ExtractorParams,
     load_extractor,
     read_extractor_card,
-    save_classifier,
 )
 from contradiff.evaluation.inception import INCEPTION_URL
 from contradiff.files import sha256_of
@@ -32,82 +31,61 @@ PARAMS = {
 }
 
 
-@pytest.fixture
-def classifier() -> ResidualClassifier:
-    torch.manual_seed(0)
-    return ResidualClassifier(width=4, num_classes=3).eval()
-
-
-def pictures(n: int, *, height: int = 16, width: int = 16, seed: int = 0) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randint(0, 256, (n, 3, height, width), generator=generator, dtype=torch.uint8)
-
-
-def save(folder: Path, classifier: ResidualClassifier):
-    return save_classifier(folder, classifier, image_size=16, val_accuracy=0.9, val_count=50)
-
-
-# --- Parameters ---------------------------------------------------------------------------------
-
-
-def test_params():
-    assert ExtractorParams.model_validate(PARAMS).kind == "classifier"
-    with pytest.raises(ValidationError, match=r"extractor.weights is set"):
-        ExtractorParams.model_validate(PARAMS | {"weights": "x.pt"})
-    with pytest.raises(ValidationError, match=r"extractor.weights is null") as error:
-        ExtractorParams.model_validate(PARAMS | {"kind": "inception", "resizers": ["clean"]})
-    assert INCEPTION_URL in str(error.value)
-    assert "extractor.download" in str(error.value)
-
-
 @pytest.mark.parametrize(
-    ("changes", "message"),
+    ("changes", "messages"),
     [
-        ({"download": True}, "extractor.download is of Inception"),
-        ({"resizers": ["clean"]}, "sees images as they are"),
-        ({"resizers": []}, "at least 1 item"),
-        ({"kind": "inception", "weights": "x"}, "needs a resizer"),
-        ({"kind": "inception", "weights": "x", "resizers": ["clean", "clean"]}, "names one twice"),
-        ({"kind": "inception", "weights": "x", "resizers": ["bilinear"]}, "legacy_pytorch"),
+        ({"weights": "x.pt"}, ["extractor.weights is set"]),
+        ({"download": True}, ["extractor.download is for Inception"]),
+        ({"resizers": ["clean"]}, ["sees images as they are"]),
+        ({"resizers": []}, ["at least 1 item"]),
+        (
+            {"kind": "inception", "resizers": ["clean"]},
+            ["extractor.weights is null", "extractor.download", INCEPTION_URL],
+        ),
+        ({"kind": "inception", "weights": "x"}, ["needs a resizer"]),
+        (
+            {"kind": "inception", "weights": "x", "resizers": ["clean", "clean"]},
+            ["names one twice"],
+        ),
+        ({"kind": "inception", "weights": "x", "resizers": ["bilinear"]}, ["legacy_pytorch"]),
     ],
 )
-def test_contradictory_params_are_refused(changes: dict[str, Any], message: str):
-    with pytest.raises(ValidationError, match=message):
+def test_contradictory_params_are_refused(changes: dict[str, Any], messages: list[str]):
+    assert ExtractorParams.model_validate(PARAMS).num_features == 64
+    with pytest.raises(ValidationError) as error:
         ExtractorParams.model_validate(PARAMS | changes)
+    assert [message for message in messages if message not in str(error.value)] == []
 
 
-# --- The classifier -----------------------------------------------------------------------------
-
-
-def test_classifier_survives_saving(tmp_path: Path, classifier: ResidualClassifier):
-    card = save(tmp_path / "extractor", classifier)
-    extractor = load_extractor(tmp_path / "extractor", device=CPU)
-    assert extractor.card == card == read_extractor_card(tmp_path / "extractor")
+def test_the_classifier_survives_saving(
+    extractor: Extractor, classifier: ResidualClassifier, tmp_path: Path
+):
+    card = extractor.card
+    assert card == read_extractor_card(tmp_path / "extractor")
     assert (card.name, card.resizers, card.num_features) == ("domain-classifier", ["none"], 8)
-    images = pictures(5)
+    assert card.weights_sha256 == sha256_of(tmp_path / "extractor" / "extractor.safetensors")
+    images = torch.randint(0, 256, (5, 3, 16, 16), dtype=torch.uint8)
     with torch.no_grad():
         expected = classifier(images)
-    torch.testing.assert_close(extractor(images, resizer="none"), expected, rtol=0, atol=0)
-    assert card.weights_sha256 == sha256_of(tmp_path / "extractor" / "extractor.safetensors")
+    prepared = [extractor.prepare(image, resizer="none") for image in images]
+    found = extractor(torch.stack(prepared), resizer="none")
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
 
 
-def test_the_classifier_is_never_called_inception(tmp_path: Path, classifier: ResidualClassifier):
-    save(tmp_path / "extractor", classifier)
-    assert "inception" not in (tmp_path / "extractor" / "extractor.json").read_text().lower()
+def test_the_classifier_is_never_called_inception(extractor: Extractor):
+    assert "inception" not in extractor.card.model_dump_json().lower()
 
 
-def test_classifier_refuses_other_sizes(tmp_path: Path, classifier: ResidualClassifier):
-    save(tmp_path / "extractor", classifier)
-    extractor = load_extractor(tmp_path / "extractor", device=CPU)
+def test_the_classifier_refuses_other_sizes(extractor: Extractor):
     with pytest.raises(ValueError, match="16x16 pixels, not 16x20"):
-        extractor(pictures(2, width=20), resizer="none")
+        extractor.prepare(torch.zeros(3, 16, 20, dtype=torch.uint8), resizer="none")
 
 
-def test_load_refuses_wrong_files(tmp_path: Path, classifier: ResidualClassifier):
-    folder = tmp_path / "extractor"
+@pytest.mark.usefixtures("extractor")
+def test_load_refuses_wrong_files(tmp_path: Path):
     with pytest.raises(ValueError, match="run the stage extractor first"):
-        load_extractor(folder, device=CPU)
-    save(folder, classifier)
+        load_extractor(tmp_path / "absent", device=CPU)
+    folder = tmp_path / "extractor"
     card = folder / "extractor.json"
     content = json.loads(card.read_text())
     card.write_text(json.dumps(content | {"weights_sha256": "0" * 64}))
@@ -115,7 +93,4 @@ def test_load_refuses_wrong_files(tmp_path: Path, classifier: ResidualClassifier
         load_extractor(folder, device=CPU)
     card.write_text(json.dumps(content | {"more": 1}))
     with pytest.raises(ValueError, match="more: unknown key"):
-        load_extractor(folder, device=CPU)
-    card.write_text("{")
-    with pytest.raises(ValueError, match="not valid JSON"):
         load_extractor(folder, device=CPU)

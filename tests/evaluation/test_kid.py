@@ -1,12 +1,11 @@
-"""A transcription, and two peers."""
+"""clean-fid's kernel distance, on our subsets, beside a transcription and torch-fidelity."""
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from contradiff.evaluation import kid as module
-from contradiff.evaluation.kid import kernel_distance, squared_mmd
+from contradiff.evaluation.kid import kid
 
 
 def features(n: int, d: int, *, seed: int, shift: float = 0.0) -> Tensor:
@@ -30,12 +29,11 @@ def transcription(x: Tensor, y: Tensor) -> float:
     return total
 
 
-def test_equals_transcription(monkeypatch: pytest.MonkeyPatch):
+def test_whole_sets_equal_the_transcription():
     x, y = features(11, 3, seed=0), features(11, 3, seed=1, shift=0.3)
-    expected = transcription(x, y)
-    assert squared_mmd(x.double(), y.double()) == pytest.approx(expected, rel=1e-12)
-    monkeypatch.setattr(module, "_CHUNK", 4)
-    assert squared_mmd(x.double(), y.double()) == pytest.approx(expected, rel=1e-12)
+    mean, std = kid(x, y, num_subsets=3, subset_size=11, seed=0)
+    assert mean == pytest.approx(transcription(x, y), rel=1e-12)
+    assert std == pytest.approx(0.0, abs=1e-12)
 
 
 def test_equals_torch_fidelity_with_the_same_seed():
@@ -45,35 +43,35 @@ def test_equals_torch_fidelity_with_the_same_seed():
     peer = kid_features_to_metric(
         x.double(), y.double(), kid_subsets=7, kid_subset_size=40, rng_seed=5, verbose=False
     )
-    found = kernel_distance(x, y, num_subsets=7, subset_size=40, seed=5)
-    expected = (
-        peer["kernel_inception_distance_mean"],
-        peer["kernel_inception_distance_std"],
-    )
-    assert found == pytest.approx(expected, rel=1e-9)
+    found = kid(x, y, num_subsets=7, subset_size=40, seed=5)
+    assert found == pytest.approx(tuple(peer.values()), rel=1e-9)
 
 
-def test_equals_clean_fid_on_whole_sets():
-    from cleanfid.fid import kernel_distance as clean_fid
+def test_leaves_the_global_generator_alone():
+    np.random.seed(3)  # noqa: NPY002
+    expected = np.random.rand()  # noqa: NPY002
+    np.random.seed(3)  # noqa: NPY002
+    kid(features(9, 2, seed=0), features(9, 2, seed=1), num_subsets=2, subset_size=5, seed=0)
+    assert np.random.rand() == expected  # noqa: NPY002
 
-    x, y = features(50, 16, seed=0).double(), features(50, 16, seed=1, shift=0.2).double()
-    found, std = kernel_distance(x, y, num_subsets=3, subset_size=50, seed=0)
-    assert found == pytest.approx(clean_fid(y.numpy(), x.numpy(), num_subsets=3), rel=1e-9)
-    assert std == pytest.approx(0.0, abs=1e-12)
 
-
-def test_is_unbiased_where_the_frechet_distance_is_not():
+def test_is_unbiased_where_fid_is_not():
     """Small sets of one distribution: zero in the mean."""
     estimates = [
-        squared_mmd(features(20, 8, seed=2 * i).double(), features(20, 8, seed=2 * i + 1).double())
+        kid(
+            features(20, 8, seed=2 * i),
+            features(20, 8, seed=2 * i + 1),
+            num_subsets=1,
+            subset_size=20,
+            seed=0,
+        )[0]
         for i in range(200)
     ]
     assert abs(np.mean(estimates)) < 3 * np.std(estimates) / np.sqrt(200)
     assert min(estimates) < 0
 
 
-@pytest.mark.parametrize("size", [1, 11])
-def test_refuses_impossible_subsets(size: int):
+def test_refuses_subsets_that_are_too_large():
     x = features(10, 3, seed=0)
-    with pytest.raises(ValueError, match=rf"score.kid_subset_size is {size}; .* from 2 to 10"):
-        kernel_distance(x, features(20, 3, seed=1), num_subsets=2, subset_size=size, seed=0)
+    with pytest.raises(ValueError, match=r"score.kid_subset_size is 11; it may be 10 at most"):
+        kid(x, features(20, 3, seed=1), num_subsets=2, subset_size=11, seed=0)

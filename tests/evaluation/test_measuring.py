@@ -1,7 +1,11 @@
-"""Streaming, shards, processes, files."""
+"""Shards, processes, threads, files."""
 
-from dataclasses import replace
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -9,28 +13,15 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from contradiff.evaluation.classifier import ResidualClassifier
-from contradiff.evaluation.extractors import Extractor, load_extractor, save_classifier
-from contradiff.evaluation.inception_score import inception_score
-from contradiff.evaluation.measuring import (
-    FeatureSet,
-    choose_kept,
-    measure,
-    measure_shards,
-    merge_shards,
-)
+from contradiff.data.png import encode_png
+from contradiff.data.shards import Shard, write_shard
+from contradiff.evaluation.extractors import Extractor
+from contradiff.evaluation.images import generated_image
+from contradiff.evaluation.measuring import Measurement, choose_kept, measure_shards
+from contradiff.processes import Processes
 
 SIZES = (13, 1, 20, 6)
-
-
-@pytest.fixture
-def extractor(tmp_path: Path) -> Extractor:
-    torch.manual_seed(0)
-    classifier = ResidualClassifier(width=4, num_classes=3).eval()
-    save_classifier(
-        tmp_path / "extractor", classifier, image_size=16, val_accuracy=0.9, val_count=50
-    )
-    return load_extractor(tmp_path / "extractor", device=torch.device("cpu"))
+Measure = Callable[..., Measurement]
 
 
 @pytest.fixture
@@ -40,163 +31,147 @@ def images() -> Tensor:
     return torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8)
 
 
-def measure_all(
-    images: Tensor, extractor: Extractor, work: Path, *, num_processes: int, num_kept: int = 9
-) -> FeatureSet:
-    """As the stages do it, one process after the other, the last first."""
-    shards = [(len(part), lambda part=part: part.split(5)) for part in images.split(SIZES)]
-    for index in reversed(range(num_processes)):
-        measure_shards(
-            shards,
-            extractor,
-            work,
-            reference="samples",
-            num_kept=num_kept,
-            splits=4,
-            seed=3,
-            process_index=index,
-            num_processes=num_processes,
+@pytest.fixture
+def shards(images: Tensor, tmp_path: Path) -> list[Shard]:
+    records = iter({"__key__": b"%d" % i, "png": encode_png(x)} for i, x in enumerate(images))
+    return [
+        write_shard(
+            tmp_path / f"{number}.tar",
+            [next(records) for _ in range(size)],
+            compression="none",
         )
-    return merge_shards(work, num_shards=len(SIZES), resizers=["none"])["none"]
+        for number, size in enumerate(SIZES)
+    ]
 
 
-def test_shards_equal_one_batch(images: Tensor, extractor: Extractor, tmp_path: Path):
-    found = measure_all(images, extractor, tmp_path, num_processes=1)
+@pytest.fixture
+def measure(extractor: Extractor, shards: list[Shard], tmp_path: Path) -> Measure:
+    def measure(work_dir: str = "work", **changes: Any) -> Measurement:
+        (tmp_path / work_dir).mkdir(exist_ok=True)
+        arguments = {
+            "load": partial(generated_image, image_size=16),
+            "extractor": extractor,
+            "images": "samples",
+            "num_kept": 9,
+            "with_logits": True,
+            "batch_size": 5,
+            "num_workers": 0,
+            "seed": 3,
+        }
+        found = measure_shards(
+            tmp_path, shards, work_dir=tmp_path / work_dir, **(arguments | changes)
+        )
+        return found["none"] if found else None
+
+    return measure
+
+
+def test_shards_equal_one_batch(images: Tensor, extractor: Extractor, measure: Measure):
+    found = measure()
     features, logits = extractor(images, resizer="none")
     assert found.statistics.num_samples == len(images)
-    assert found.statistics.source.reference == "samples"
-    assert found.statistics.source.fingerprint == extractor.card.weights_sha256
+    source = found.statistics.source
+    assert (source.images, source.resizer) == ("samples", "none")
+    assert (source.extractor, source.fingerprint) == (
+        "domain-classifier",
+        extractor.card.weights_sha256,
+    )
     np.testing.assert_allclose(found.statistics.mean, features.double().mean(0), rtol=1e-5)
     np.testing.assert_allclose(
         found.statistics.covariance, np.cov(features.T.double().numpy()), rtol=1e-4, atol=1e-9
     )
-    kept = choose_kept(len(images), num_kept=9, seed=3)
-    torch.testing.assert_close(found.kept, features[kept], rtol=1e-5, atol=1e-6)
-    expected = inception_score(logits.double().softmax(1), splits=4)
-    assert found.sums is not None
-    assert found.sums.score() == pytest.approx(expected, rel=1e-6)
+    is_kept = choose_kept(len(images), num_kept=9, seed=3)
+    torch.testing.assert_close(found.kept, features[is_kept], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(found.logits, logits, rtol=1e-5, atol=1e-6)
+    assert len(measure("without", with_logits=False).logits) == 0
 
 
-@pytest.mark.parametrize("num_processes", [2, 3, 7])
-def test_the_number_of_processes_changes_no_bit(
-    num_processes: int, images: Tensor, extractor: Extractor, tmp_path: Path
+@pytest.mark.parametrize(("num_processes", "num_workers"), [(1, 2), (2, 0), (3, 2)])
+def test_processes_and_threads_change_no_bit(
+    num_processes: int, num_workers: int, measure: Measure, tmp_path: Path
 ):
-    files = []
-    for name, count in (("one", 1), ("several", num_processes)):
-        whole = measure_all(images, extractor, tmp_path / name, num_processes=count)
-        whole.save(tmp_path / f"{name}.safetensors")
-        files.append((tmp_path / f"{name}.safetensors").read_bytes())
-    assert files[0] == files[1]
+    measure("one").save(tmp_path / "one.safetensors")
+    barrier = threading.Barrier(num_processes).wait
+    with ThreadPoolExecutor(num_processes) as pool:  # threads stand for the processes
+        found = list(
+            pool.map(
+                lambda rank: measure(
+                    "several",
+                    num_workers=num_workers,
+                    processes=Processes(rank, num_processes, barrier),
+                ),
+                range(num_processes),
+            )
+        )
+    assert found[1:] == [None] * (num_processes - 1)
+    found[0].save(tmp_path / "several.safetensors")
+    contents = [(tmp_path / f"{name}.safetensors").read_bytes() for name in ("one", "several")]
+    assert contents[0] == contents[1]
 
 
-def test_shards_that_are_there_are_not_done_again(
-    images: Tensor, extractor: Extractor, tmp_path: Path
-):
-    first = measure_all(images, extractor, tmp_path, num_processes=1)
-    (tmp_path / "00002-none.safetensors").unlink()
-    seen = []
+def test_an_interrupted_run_goes_on_where_it_was(measure: Measure, tmp_path: Path):
+    first = measure()
+    (tmp_path / "work" / "00002-none.safetensors").unlink()
+    seen: list[bytes] = []
+    done: list[int] = []
 
-    def batches(number: int, part: Tensor):
-        seen.append(number)
-        return part.split(5)
+    def load(record: Any) -> Tensor:
+        seen.append(record["__key__"])
+        return generated_image(record, image_size=16)
 
-    measure_shards(
-        [
-            (len(part), lambda number=number, part=part: batches(number, part))
-            for number, part in enumerate(images.split(SIZES))
-        ],
-        extractor,
-        tmp_path,
-        reference="samples",
-        num_kept=9,
-        splits=4,
-        seed=3,
-        process_index=0,
-        num_processes=1,
-        on_progress=lambda _: None,
-    )
-    assert seen == [2]
-    again = merge_shards(tmp_path, num_shards=len(SIZES), resizers=["none"])["none"]
+    again = measure(load=load, on_progress=done.append)
+    assert seen == [b"%d" % i for i in range(14, 34)]
+    assert sum(done) == sum(SIZES)
+    assert done[0] == 20  # found done
     assert torch.equal(again.statistics.scatter, first.statistics.scatter)
 
 
-def test_merging_keeps_the_shards_order(images: Tensor, extractor: Extractor, tmp_path: Path):
-    """Float sums depend on it, and so does the order of the kept features."""
-    found = measure_all(images, extractor, tmp_path, num_processes=3, num_kept=100)
-    features, _ = extractor(images, resizer="none")
-    torch.testing.assert_close(found.kept, features, rtol=1e-5, atol=1e-6)
+def test_a_damaged_shard_is_refused(measure: Measure, tmp_path: Path):
+    """The last byte is tar's padding: nobody but the digest sees it."""
+    path = tmp_path / "1.tar"
+    path.write_bytes(path.read_bytes()[:-1] + b"x")
+    with pytest.raises(ValueError, match="its sha256 is not"):
+        measure()
 
 
-def test_save_and_load(images: Tensor, extractor: Extractor, tmp_path: Path):
-    found = measure_all(images, extractor, tmp_path, num_processes=1)
+def test_save_and_load(measure: Measure, tmp_path: Path):
+    found = measure()
     path = tmp_path / "folder" / "val.safetensors"
     contents = set()
     for _ in range(5):  # several entries of metadata would come in any order
         found.save(path)
         contents.add(path.read_bytes())
     assert len(contents) == 1
-    loaded = FeatureSet.load(path)
+    loaded = Measurement.load(path)
     assert loaded.statistics.source == found.statistics.source
-    assert loaded.statistics.num_samples == len(images)
-    assert torch.equal(loaded.statistics.mean, found.statistics.mean)
-    assert torch.equal(loaded.statistics.covariance, found.statistics.covariance)
-    assert torch.equal(loaded.kept, found.kept)
-    assert loaded.sums is not None
-    assert found.sums is not None
-    assert loaded.sums.score() == found.sums.score()
+    assert loaded.statistics.num_samples == sum(SIZES)
+    for name in ("statistics.mean", "statistics.covariance", "kept", "logits"):
+        one, other = (eval(f"m.{name}", {"m": m}) for m in (found, loaded))
+        assert torch.equal(one, other)
     assert [entry.name for entry in path.parent.iterdir()] == ["val.safetensors"]
-    replace(found, sums=None).save(path)
-    assert FeatureSet.load(path).sums is None
 
 
 def test_load_refuses_other_files(tmp_path: Path):
     path = tmp_path / "x.safetensors"
-    with pytest.raises(ValueError, match="no such file"):
-        FeatureSet.load(path)
-    save_file({"mean": torch.zeros(2)}, path)
-    with pytest.raises(ValueError, match="not written by"):
-        FeatureSet.load(path)
-    path.write_bytes(b"nonsense")
-    with pytest.raises(ValueError, match="not a safetensors file"):
-        FeatureSet.load(path)
+    contents = [None, lambda: save_file({"mean": torch.zeros(2)}, path)]
+    for write in (*contents, lambda: path.write_bytes(b"nonsense")):
+        if write is not None:
+            write()
+        with pytest.raises(ValueError, match=r"x.safetensors: no measurement that this version"):
+            Measurement.load(path)
 
 
 def test_kept_images_are_drawn_evenly_and_by_the_seed():
     chosen = choose_kept(1000, num_kept=100, seed=0)
-    assert torch.equal(chosen, chosen.unique())
-    assert len(chosen) == 100
-    assert 400 < chosen.double().mean() < 600
+    assert chosen.sum() == 100
+    assert 400 < chosen.nonzero().double().mean() < 600
     assert torch.equal(chosen, choose_kept(1000, num_kept=100, seed=0))
     assert not torch.equal(chosen, choose_kept(1000, num_kept=100, seed=1))
-    assert torch.equal(choose_kept(5, num_kept=100, seed=0), torch.arange(5))
+    assert choose_kept(5, num_kept=100, seed=0).all()
 
 
-def test_refuses_nothing_and_nan(images: Tensor, extractor: Extractor, tmp_path: Path):
-    with pytest.raises(ValueError, match="no images to score in samples"):
-        measure_shards(
-            [],
-            extractor,
-            tmp_path,
-            reference="samples",
-            num_kept=9,
-            splits=None,
-            seed=0,
-            process_index=0,
-            num_processes=1,
-        )
-
-    class Broken(Extractor):
-        def __call__(self, images: Tensor, *, resizer: str):
-            features, logits = extractor(images, resizer=resizer)
-            return features.where(features > features.min(), torch.nan), logits
-
+def test_refuses_nan(measure: Measure, monkeypatch: pytest.MonkeyPatch):
+    outputs = torch.full((5, 8), torch.nan), torch.zeros(5, 3)
+    monkeypatch.setattr(Extractor, "__call__", lambda *_, **__: outputs)
     with pytest.raises(ValueError, match="features of samples hold NaN"):
-        measure(
-            images.split(5),
-            Broken(extractor.card),
-            reference="samples",
-            start=0,
-            num_images=len(images),
-            kept=torch.arange(3),
-            splits=None,
-        )
+        measure()

@@ -9,7 +9,7 @@ import torch
 from contradiff.data.shards import Shard
 from contradiff.evaluation.extractors import ExtractorCard
 from contradiff.evaluation.fid import FeatureSource, FeatureStatistics
-from contradiff.evaluation.measuring import FeatureSet
+from contradiff.evaluation.measuring import Measurement
 from contradiff.evaluation.reference import (
     ReferenceCard,
     fingerprint_of,
@@ -24,10 +24,6 @@ EXTRACTOR = ExtractorCard(
     resizers=["clean", "legacy_tensorflow"],
     num_features=3,
     num_classes=4,
-    image_size=None,
-    width=None,
-    val_accuracy=None,
-    val_count=None,
     weights_sha256="1" * 64,
 )
 CARD = ReferenceCard(
@@ -43,20 +39,18 @@ CARD = ReferenceCard(
 )
 
 
-def features(resizer: str, *, num_images: int = 7) -> FeatureSet:
-    source = FeatureSource(
-        reference="val", resizer=resizer, extractor="inception", fingerprint="1" * 64
-    )
-    values = torch.randn(num_images, 3, generator=torch.Generator().manual_seed(0))
+def measurement(resizer: str, *, images: str = CARD.description) -> Measurement:
+    source = FeatureSource(images, resizer, extractor="inception", fingerprint="1" * 64)
+    values = torch.randn(7, 3, generator=torch.Generator().manual_seed(0))
     statistics = FeatureStatistics(3, source=source)
     statistics.update(values)
-    return FeatureSet(statistics, values[:5], None)
+    return Measurement(statistics, values[:5], torch.empty(0, 4))
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     write_reference(
-        tmp_path / "reference", CARD, {name: features(name) for name in EXTRACTOR.resizers}
+        tmp_path / "reference", CARD, {name: measurement(name) for name in EXTRACTOR.resizers}
     )
     return tmp_path / "reference"
 
@@ -67,7 +61,7 @@ def test_written_and_read(folder: Path):
     assert card.description == "7 val images, centre crop 32 px"
     found = read_reference(folder, card)
     assert list(found) == ["clean", "legacy_tensorflow"]
-    assert torch.equal(found["clean"].statistics.mean, features("clean").statistics.mean)
+    assert torch.equal(found["clean"].statistics.mean, measurement("clean").statistics.mean)
 
 
 @pytest.mark.parametrize(
@@ -93,18 +87,17 @@ def test_other_sizes_and_damaged_cards_are_refused(folder: Path):
     path.write_text(json.dumps(json.loads(path.read_text()) | {"more": 1}))
     with pytest.raises(ValueError, match="more: unknown key"):
         read_reference_card(folder, extractor=EXTRACTOR, image_size=32)
-    path.write_text("{")
-    with pytest.raises(ValueError, match="not valid JSON"):
-        read_reference_card(folder, extractor=EXTRACTOR, image_size=32)
     path.unlink()
     with pytest.raises(ValueError, match="run the stage reference first"):
         read_reference_card(folder, extractor=EXTRACTOR, image_size=32)
 
 
-@pytest.mark.parametrize("wrong", [features("legacy_tensorflow"), features("clean", num_images=6)])
-def test_features_that_are_not_the_cards_are_refused(folder: Path, wrong: FeatureSet):
+@pytest.mark.parametrize(
+    "wrong", [measurement("legacy_tensorflow"), measurement("clean", images="6 val images")]
+)
+def test_measurements_that_are_not_the_cards_are_refused(folder: Path, wrong: Measurement):
     wrong.save(folder / "clean.safetensors")
-    with pytest.raises(ValueError, match=r"clean.safetensors: not the features that reference"):
+    with pytest.raises(ValueError, match=r"clean.safetensors: not the measurement that reference"):
         read_reference(folder, CARD)
 
 
