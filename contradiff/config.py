@@ -1,6 +1,6 @@
-"""Parameters: one top-level key of params.yaml = one `Section`, which lives with its owner.
+"""Parameters: one top-level key of params.yaml is one `Section`, which lives with its owner.
 
-Result-affecting fields have no defaults in code: params.yaml shows every value.
+Fields that affect results have no defaults in code: params.yaml shows every value.
 """
 
 import json
@@ -11,13 +11,13 @@ from typing import Annotated, Any, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
-"""Of everything random; NumPy takes no others, and products of it and a step fit 64 bits."""
+"""NumPy takes no larger seeds, and the product of a seed and a step fits 64 bits."""
 
 
 class Section(BaseModel):
     """Base of all parameter sections.
 
-    Unknown keys, NaN, infinities and silent conversions (`true` for 1.0) are refused.
+    It refuses unknown keys, NaN, infinities and silent conversions (`true` for 1.0).
     """
 
     model_config = ConfigDict(
@@ -37,8 +37,7 @@ S = TypeVar("S", bound=Section)
 def read_params(path: Path) -> dict[str, Any]:
     """Read a parameter file as DVC reads it.
 
-    YAML 1.2 through ruamel: `1e-05`, which DVC itself writes, is a float here; PyYAML would make
-    it a string.
+    ruamel reads YAML 1.2, where `1e-05`, which DVC writes, is a float; PyYAML makes it a string.
 
     Raises:
         ValueError: the file is missing, is no YAML mapping, or repeats a key.
@@ -60,33 +59,30 @@ def read_params(path: Path) -> dict[str, Any]:
 
 
 def parse(schema: type[S], content: Mapping[str, Any], *, source: str) -> S:
-    """Validate the keys of `content` that `schema` knows; other top-level keys belong to others.
+    """Validate what `schema` knows of a parameter file, and leave the rest to others.
 
     Args:
-        schema: the sections that the caller uses, one field each; a field with an alias such as
-            "probe.head" is one key of a section.
-        content: a whole parameter file, as from `read_params`.
-        source: the file's name, for messages.
+        schema: one field for each section. As DVC has it, a stage may also depend on a single key
+            of a section: a field with the alias "probe.head".
+        content: a whole parameter file.
+        source: its name, for messages.
 
     Raises:
         ValueError: one line for each wrong value, each beginning with its dotted key.
     """
-    names = [field.alias or name for name, field in schema.model_fields.items()]
-    chosen = {name: content[name] for name in names if name in content}
-    # as DVC has it, a stage may depend on one key of another's section: "probe.head"
-    for name in names:
+    chosen: dict[str, Any] = {}
+    for field_name, field in schema.model_fields.items():
+        name = field.alias or field_name
         section, _, key = name.partition(".")
-        if key and isinstance(content.get(section), Mapping) and key in content[section]:
+        if not key and name in content:
+            chosen[name] = content[name]
+        elif key and isinstance(content.get(section), Mapping) and key in content[section]:
             chosen[name] = content[section][key]
     return parse_exactly(schema, chosen, source=source)
 
 
 def parse_exactly(schema: type[S], content: Mapping[str, Any], *, source: str) -> S:
-    """Validate `content` whole: keys that `schema` does not know are refused.
-
-    Raises:
-        ValueError: one line for each wrong value, each beginning with its dotted key.
-    """
+    """Validate as `parse` does, but refuse keys that `schema` does not know."""
     try:
         return schema.model_validate(dict(content))
     except ValidationError as error:
@@ -94,15 +90,10 @@ def parse_exactly(schema: type[S], content: Mapping[str, Any], *, source: str) -
 
 
 def read_card(schema: type[S], path: Path, *, stage: str) -> S:
-    """Read what a stage wrote of its outputs beside them, as JSON.
-
-    Args:
-        schema: of the whole file.
-        path: the file.
-        stage: that makes it, for the message where it is missing.
+    """Read the JSON file in which a stage describes its outputs.
 
     Raises:
-        ValueError: the file is missing or wrong.
+        ValueError: the file is missing or wrong; names the stage that makes it.
     """
     if not path.is_file():
         raise ValueError(f"{path}: no such file: run the stage {stage} first")
@@ -124,10 +115,9 @@ def describe(error: ValidationError, *, source: str) -> str:
             case "missing":
                 text = "missing; see presets/tiny.yaml for the keys that there are"
             case _:
-                text = f"{fault['msg'].removeprefix('Value error, ')}"
+                text = fault["msg"].removeprefix("Value error, ")
                 if not isinstance(fault["input"], dict):
                     text += f" (got {fault['input']!r})"
-        # a section's own validators name the key that they speak of
-        named = text.startswith(f"{key}.")
-        lines.append(f"{source}: {text}" if named else f"{source}: {key}: {text}")
+        # A section's own validator names the key itself.
+        lines.append(f"{source}: {text if text.startswith(f'{key}.') else f'{key}: {text}'}")
     return "\n".join(lines)

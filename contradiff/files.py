@@ -11,15 +11,12 @@ from pathlib import Path
 from typing import Any
 
 SPARE_BYTES = 50_000_000
-"""Left free for what else a run writes."""
+"""Stays free for the other files that a run writes."""
 
 
 @contextmanager
 def replace_file(path: Path) -> Generator[Path]:
-    """Yield a temporary path beside `path`; rename it to `path` if the block succeeds.
-
-    The temporary file lies in the same folder, so that the rename is atomic.
-    """
+    """Yield a temporary path beside `path`; rename it to `path` if the block succeeds."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
@@ -47,14 +44,11 @@ def replace_dir(path: Path) -> Generator[Path]:
 
 @contextmanager
 def hold_lock(path: Path, *, on_wait: Callable[[str], None] | None = None) -> Generator[None]:
-    """Hold an exclusive lock that the system releases however the process ends.
-
-    The lock file is never deleted: another process might hold the deleted one.
+    """Hold an exclusive lock, which the system releases however the process ends.
 
     Args:
-        path: the lock file; it then holds the process id of its last owner.
-        on_wait: told the owner's process id if another process holds the lock; then it is waited
-            for.
+        path: the lock file. It is never deleted: another process might hold the deleted one.
+        on_wait: told the owner's process id if this process has to wait for another.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a+") as file:
@@ -72,22 +66,21 @@ def hold_lock(path: Path, *, on_wait: Callable[[str], None] | None = None) -> Ge
 
 
 def sha256_of(path: Path) -> str:
-    """SHA-256 of a file's bytes, as 64 hexadecimal digits."""
+    """Return the SHA-256 of a file's bytes, as 64 hexadecimal digits."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def file_manifest(folder: Path, names: Iterable[str]) -> dict[str, Any]:
-    """Size and sha256 of some files of a folder, by name."""
-    files = {name: folder / name for name in sorted(names)}
+    """Return size and SHA-256 of some files of a folder, by name."""
     return {
-        name: {"num_bytes": path.stat().st_size, "sha256": sha256_of(path)}
-        for name, path in files.items()
+        name: {"num_bytes": (folder / name).stat().st_size, "sha256": sha256_of(folder / name)}
+        for name in sorted(names)
     }
 
 
 def describe_bytes(num_bytes: int) -> str:
-    """A size as people say it, in decimal units: "1.5 GB"."""
+    """Return a size in decimal units, such as "1.5 GB"."""
     for unit, size in (("GB", 1e9), ("MB", 1e6)):
         if num_bytes >= size:
             return f"{num_bytes / size:.1f} {unit}"
@@ -98,31 +91,27 @@ def check_free_space(folder: Path, num_bytes: int, *, ways_out: str = "") -> Non
     """Refuse to begin writing what does not fit.
 
     Args:
-        folder: existing; where it is to be written.
+        folder: where it is to be written; it exists.
         num_bytes: what is still to be written.
-        ways_out: parameters, with their dotted keys, by which less would be written.
+        ways_out: how less would be written, with the parameters' dotted keys.
 
     Raises:
-        ValueError: names the folder, how much is to be freed, and what else would do.
+        ValueError: says how much to free, and what else would help.
     """
     free = shutil.disk_usage(folder).free
     lacking = num_bytes + SPARE_BYTES - free
     if num_bytes > 0 and lacking > 0:
-        msg = (
+        remedy = f"free {describe_bytes(lacking)} more, or put the project on a larger disk"
+        raise ValueError(
             f"{folder.resolve()}: {describe_bytes(num_bytes)} are to be written and "
-            f"{describe_bytes(free)} are free, of which {describe_bytes(SPARE_BYTES)} are to stay "
-            f"so: free {describe_bytes(lacking)} more, or put the project on a larger disk"
+            f"{describe_bytes(free)} are free, but {describe_bytes(SPARE_BYTES)} must stay free: "
+            f"{remedy}{f', or {ways_out}' if ways_out else ''}"
         )
-        raise ValueError(f"{msg}, or {ways_out}" if ways_out else msg)
 
 
 @contextmanager
 def explain_full_disk(folder: Path) -> Generator[None]:
-    """Say what to do where the disk of `folder` runs full inside the block.
-
-    Raises:
-        ValueError: it did.
-    """
+    """Turn the error of a full disk into a ValueError that says what to do."""
     try:
         yield
     except OSError as error:
@@ -131,5 +120,5 @@ def explain_full_disk(folder: Path) -> Generator[None]:
         raise ValueError(
             f"{folder}: no space is left on the disk ({error.strerror}; "
             f"{describe_bytes(shutil.disk_usage(folder).free)} free): free some, then run the same "
-            "command again; what is whole is kept and the work goes on from there"
+            "command again; it keeps what is whole and goes on from there"
         ) from error

@@ -56,39 +56,26 @@ def test_valid_values_come_through():
     assert params.model_dump(by_alias=True) == VALID
 
 
-def test_lambda_is_known_by_its_name_in_the_file():
+def test_a_key_is_named_as_in_the_file():
     message = complaint(changed("loss", **{"lambda": -1.0}))
     assert message.startswith("params.yaml: loss.lambda: ")
     assert message.endswith("(got -1.0)")
-
-
-def test_unknown_key_is_named():
     assert "params.yaml: train.epocs: unknown key" in complaint(changed("train", epocs=3))
 
 
-def test_missing_key_is_named():
+def test_what_is_missing_is_named():
     content = VALID | {"loss": {"lambda": 0.1, "levels": []}}
-    assert complaint(content).startswith("params.yaml: loss.kind: missing")
-
-
-def test_missing_section_is_named():
-    content = {name: value for name, value in VALID.items() if name != "train"}
-    assert complaint(content).startswith("params.yaml: train: missing")
+    del content["train"]
+    loss, train = complaint(content).splitlines()
+    assert loss.startswith("params.yaml: loss.kind: missing")
+    assert train.startswith("params.yaml: train: missing")
 
 
 @pytest.mark.parametrize(
     ("key", "value"),
     [
-        ("lr", True),
-        ("lr", "0.1"),
-        ("lr", "1e-05"),
-        ("lr", float("nan")),
-        ("lr", float("inf")),
-        ("lr", None),
-        ("epochs", 2.0),
-        ("epochs", "2"),
-        ("epochs", True),
-        ("epochs", 0),
+        *(("lr", value) for value in (True, "0.1", float("nan"), float("inf"), None)),
+        *(("epochs", value) for value in (2.0, "2", True, 0)),
     ],
 )
 def test_wrong_value_is_named_and_shown(key: str, value: object):
@@ -98,14 +85,10 @@ def test_wrong_value_is_named_and_shown(key: str, value: object):
     assert message.count("\n") == 0
 
 
-def test_items_of_lists_are_numbered():
-    assert "params.yaml: loss.levels.1: " in complaint(changed("loss", levels=[3, "2", 1]))
-
-
 def test_every_fault_has_its_line():
-    content = changed("loss", kind="l2", **{"lambda": "0.1"}) | {"seed": "0"}
-    lines = complaint(content).splitlines()
-    assert [line.split(": ")[1] for line in lines] == ["seed", "loss.lambda", "loss.kind"]
+    content = changed("loss", kind="l2", levels=[3, "2"], **{"lambda": "0.1"}) | {"seed": "0"}
+    keys = [line.split(": ")[1] for line in complaint(content).splitlines()]
+    assert keys == ["seed", "loss.lambda", "loss.kind", "loss.levels.1"]
 
 
 def test_contradiction_names_both_keys():
@@ -139,29 +122,18 @@ def test_a_stage_may_depend_on_one_key_of_a_section():
             parse(OneKey, content, source="params.yaml")
 
 
-def test_sections_do_not_change():
-    params = parse(Params, VALID, source="params.yaml")
-    with pytest.raises(ValueError, match="frozen"):
-        params.seed = 1
-
-
 def written(folder: Path, text: str) -> Path:
     path = folder / "params.yaml"
     path.write_text(text)
     return path
 
 
-@pytest.mark.parametrize("number", ["1e-05", "1.0e-05", "0.00001", "1E-5"])
-def test_exponents_as_dvc_writes_them_are_floats(tmp_path: Path, number: str):
-    assert read_params(written(tmp_path, f"lr: {number}\n")) == {"lr": 1e-05}
-
-
-def test_words_are_words(tmp_path: Path):
-    assert read_params(written(tmp_path, "a: no\nb: on\nc: 010\n")) == {
-        "a": "no",
-        "b": "on",
-        "c": 10,
-    }
+def test_numbers_and_words_are_those_of_yaml_1_2(tmp_path: Path):
+    """DVC writes 1e-05."""
+    for number in ("1e-05", "1.0e-05", "0.00001", "1E-5"):
+        assert read_params(written(tmp_path, f"lr: {number}\n")) == {"lr": 1e-05}
+    words = read_params(written(tmp_path, "a: no\nb: on\nc: 010\n"))
+    assert words == {"a": "no", "b": "on", "c": 10}
 
 
 def test_what_dvc_sets_is_read_as_it_was_meant(tmp_path: Path):
@@ -184,13 +156,10 @@ def test_what_dvc_sets_is_read_as_it_was_meant(tmp_path: Path):
         ("", "expected a mapping of sections, found NoneType"),
     ],
 )
-def test_unreadable_file_is_named(tmp_path: Path, text: str, fault: str):
+def test_an_unreadable_or_missing_file_is_named(tmp_path: Path, text: str, fault: str):
     path = written(tmp_path, text)
-    with pytest.raises(ValueError, match=fault) as caught:
+    with pytest.raises(ValueError, match=f"^{path}: (?s:.*){fault}"):
         read_params(path)
-    assert str(caught.value).startswith(f"{path}: ")
-
-
-def test_missing_file_is_named(tmp_path: Path):
+    path.unlink()
     with pytest.raises(ValueError, match=r"params.yaml: no such file"):
-        read_params(tmp_path / "params.yaml")
+        read_params(path)

@@ -51,7 +51,7 @@ def config_folder(base: BaseParams, *, root: Path) -> Path:
     """Return a folder with the base's configuration files; it need not hold weights.
 
     Args:
-        base: which base. A hub id whose configuration the project does not ship is fetched once.
+        base: which base. Of a hub id that the project does not ship, the files are fetched once.
         root: the project's folder. A local base may lie there; fetched files are kept in .work.
 
     Raises:
@@ -74,20 +74,19 @@ def config_folder(base: BaseParams, *, root: Path) -> Path:
 def local_base(base: BaseParams, *, root: Path) -> Path:
     """Return the folder of a base whose source is local.
 
-    A temporary copy that DVC makes of the project holds a folder that DVC tracks; any other folder
-    is only in the project itself.
+    A temporary copy that DVC makes of the project holds what DVC tracks; anything else is only in
+    the project's own folder, `root`.
 
     Raises:
         ValueError: there is no such folder; names base.path.
     """
-    here = Path(base.path)
-    folder = here if here.is_dir() else root / base.path
-    if not folder.is_dir():
-        raise ValueError(
-            f"base.path: there is no folder {base.path}; get the tiny base by `dvc pull "
-            "models/tiny`, or retrain it by `make base`"
-        )
-    return folder
+    for folder in (Path(base.path), root / base.path):
+        if folder.is_dir():
+            return folder
+    raise ValueError(
+        f"base.path: there is no folder {base.path}; get the tiny base by `dvc pull models/tiny`, "
+        "or retrain it by `make base`"
+    )
 
 
 def base_manifest(base: BaseParams, *, root: Path) -> dict[str, Any]:
@@ -142,16 +141,13 @@ def _config_faults(
     mid = "UNetMidBlock2DCrossAttn"
     if unet.get("mid_block_type", mid) != mid:
         yield f"unet has mid_block_type {unet['mid_block_type']!r}, not {mid}"
-    latent_channels, in_channels = vae.get("latent_channels", 4), unet.get("in_channels", 4)
-    if latent_channels != in_channels:
+    of_vae, of_unet = vae.get("latent_channels", 4), unet.get("in_channels", 4)
+    if of_vae != of_unet:
+        yield f"unet has in_channels {of_unet}, but its vae has latent_channels {of_vae}"
+    if (predicted := unet.get("out_channels", 4)) != of_unet:
         yield (
-            f"unet takes {in_channels} channels (in_channels), but its vae makes latents of "
-            f"{latent_channels} (latent_channels)"
-        )
-    if (out_channels := unet.get("out_channels", 4)) != in_channels:
-        yield (
-            f"unet takes {in_channels} channels and predicts {out_channels} (out_channels); Eq. 3 "
-            "compares noise with noise"
+            f"unet has in_channels {of_unet} and out_channels {predicted}; Eq. 3 compares noise "
+            "with noise"
         )
     if (prediction := scheduler.get("prediction_type", "epsilon")) != "epsilon":
         yield f"scheduler predicts {prediction}; Eq. 3 needs epsilon"
@@ -183,12 +179,7 @@ def downsampling_of(folder: Path) -> int:
 
 
 def fetch_from_hub(base: BaseParams, destination: Path, *, weights: bool) -> None:
-    """Download a base's components at its pinned commit; weights as safetensors only.
-
-    Args:
-        base: whose source is hub.
-        destination: folder.
-        weights: False: the configuration alone.
+    """Download a base at its pinned commit: configuration, and safetensors if `weights`.
 
     Raises:
         ConnectionError: it cannot be fetched; names base.path.

@@ -21,22 +21,25 @@ Moments = Float[Tensor, "batch moments h w"]
 
 
 LOG_VARIANCE_RANGE = (-30.0, 20.0)
-"""Diffusers' bounds; also what keeps stored float16 moments finite."""
+"""Diffusers' bounds, which also keep moments finite in float16."""
 
 
 def scaling_factor(vae: "AutoencoderKL") -> float:
-    """What latents are multiplied by, so that their standard deviation is about 1."""
+    """Return the factor that gives latents a standard deviation of about 1."""
     return float(vae.config["scaling_factor"])
 
 
 def downsampling_factor(vae: "AutoencoderKL") -> int:
-    """Pixels to a latent's side: 8 for Stable Diffusion (the paper's "f = 4" is not its own)."""
+    """Return the side of an image divided by that of its latent.
+
+    It is 8 for Stable Diffusion. Deviation: the paper says f = 4, which its base does not have.
+    """
     return 2 ** (len(vae.config["block_out_channels"]) - 1)
 
 
 @torch.no_grad()
 def encode(vae: "AutoencoderKL", pixels: Pixels) -> Moments:
-    """Moments of the posterior, log-variance held to diffusers' range."""
+    """Return the posterior's moments, with the log-variance cut to diffusers' range."""
     posterior = vae.encode(pixels).latent_dist  # pyright: ignore[reportAttributeAccessIssue]
     return torch.cat([posterior.mean, posterior.logvar.clamp(*LOG_VARIANCE_RANGE)], dim=1)
 
@@ -50,18 +53,21 @@ def sample(
 
 
 def mode(moments: Moments, *, scaling_factor: float) -> Latents:
-    """The posterior's mean, scaled: what evaluation uses, so that nothing is random."""
+    """Return the posterior's scaled mean, which evaluation uses because it is not random."""
     return moments.float().chunk(2, dim=1)[0] * scaling_factor
 
 
 @torch.no_grad()
 def decode_latents(vae: "AutoencoderKL", latents: Latents) -> ByteImages:
-    """Scaled latents => uint8 images."""
+    """Decode scaled latents."""
     decoded = vae.decode(latents / vae.config["scaling_factor"])
     return to_bytes(decoded.sample)  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def psnr(images: ByteImages, decoded: ByteImages) -> Float[Tensor, " batch"]:
-    """Peak signal-to-noise ratio of each image, in dB; identical images count as one level off."""
+    """Return each image's peak signal-to-noise ratio in dB.
+
+    Identical images count as if one value was wrong by one level, since theirs would be infinite.
+    """
     error = (images.float() - decoded.float()).square().mean(dim=(1, 2, 3))
     return 10 * torch.log10(255**2 / error.clamp(min=1 / images[0].numel()))

@@ -1,22 +1,22 @@
 """What every stage shares, and the only place that knows DVC and MLflow.
 
-`run` reads the parameters, reports and fails clearly; `launch` starts several processes; `work_dir`
-keeps unfinished work; `progress` shows how far it is; `tracking` and `experiments` write to MLflow.
-May import `contradiff.config` and `contradiff.files`. Nothing here changes a result: DVC does not
-hash it. Importing the package sets up threads and memory, which torch reads when it is loaded:
-stages import it first.
+`run` reads the parameters, reports and fails clearly; `launch` starts several processes; `progress`
+shows how far the work is; `work_dir` keeps unfinished work; `tracking` and `experiments` write to
+MLflow. May import `contradiff.config`, `.files`, `.processes` and `.types`, so nothing here changes
+a result, and no stage in dvc.yaml depends on it. Stages import it before torch, which reads the
+settings for threads and memory below.
 """
 
 import ctypes
 import os
 import sys
 
-# How long OpenMP's threads spin before they sleep. By default they starve other processes; with
+# How long OpenMP's threads spin before they sleep. The default starves other processes, and with
 # OMP_WAIT_POLICY=PASSIVE two threads are no faster than one on small tensors (docs/log.md).
 if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "2000")
 
-# glibc gives large buffers back at once, and a training asks for the same ones at every step:
+# glibc returns large buffers at once, and every training step asks for the same ones again:
 # keeping up to 2 GiB saves a tenth of its CPU time.
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 if sys.platform == "linux" and hasattr(_libc := ctypes.CDLL(None), "mallopt"):

@@ -8,8 +8,6 @@ from stages.runtime.tracking import (
     connect,
     flatten,
     flatten_params,
-    run_name,
-    source_tags,
     train_run_of_checkpoint,
 )
 
@@ -20,6 +18,7 @@ import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from contradiff.files import sha256_of
 
@@ -29,12 +28,12 @@ EXPERIMENT = "contradiff"
 def upsert_row(
     run: Run,
     *,
-    params: Mapping[str, object],
+    params: Mapping[str, Any],
     metrics: Sequence[Path],
     curve: Path,
     artifacts: Sequence[Path],
 ) -> str:
-    """Write the experiment's row, or add this run's name to the row that is there already.
+    """Write the experiment's row, or add DVC's name of the experiment to the row that is there.
 
     The same parameters and results are the same row. A row that an interrupted process left
     incomplete is replaced.
@@ -53,23 +52,17 @@ def upsert_row(
         ValueError: MLflow's store cannot be used.
     """
     store = connect(run.root)
-    flat = flatten_params(params)
-    content = {
-        "params": flat,
-        "files": {str(path): sha256_of(path) for path in (*metrics, CHECKPOINT)},
-    }
+    hashes = {str(path): sha256_of(path) for path in (*metrics, CHECKPOINT)}
+    content = {"params": flatten_params(params), "files": hashes}
     key = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:32]
     points = [*_scores(metrics), *_curve_points(curve)]
     try:
         with store.locked():
             run_id = _find_row(store, key=key)
             if run_id is None:
-                tags = source_tags(run) | {"contradiff.key": key}
-                created = store.client.create_run(
-                    store.experiment_id(EXPERIMENT), tags=tags, run_name=run_name()
-                )
-                run_id = created.info.run_id
-                store.log(run_id, points=points, params=flat)
+                tags = {"contradiff.key": key}
+                run_id = store.create_run(EXPERIMENT, run=run, params=params, **tags)
+                store.log(run_id, points=points)
             _finish_row(store, run_id, artifacts=artifacts)
     except (ValueError, OSError):
         raise

@@ -41,16 +41,12 @@ def num_processes() -> int:
     return max(1, torch.cuda.device_count())
 
 
-def run_several(command: list[str], *, count: int) -> int:
-    """Run a command in `count` processes, and wait for them.
-
-    Args:
-        command: arguments of python, such as `-m stages.pretrain`.
-        count: number of processes.
+def run_several(module: str, *, count: int) -> int:
+    """Run `python -m module` in `count` processes, and wait for them.
 
     Returns:
-        The exit code: that of the first process that failed, 128 + the number of a signal that
-        ended this process, or 0.
+        The exit code of the first process that failed, or 128 + the number of a signal that ended
+        this process, or 0.
 
     Raises:
         ChildProcessError: a process was killed.
@@ -61,7 +57,7 @@ def run_several(command: list[str], *, count: int) -> int:
 
     # The processes say what is wrong; torch's own report of 30 lines would bury it.
     logging.disable()
-    # As torchrun has it: processes that each use all cores would be in each other's way.
+    # torchrun sets it too: processes that each use all cores would slow each other down.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     config = LaunchConfig(
         min_nodes=1,
@@ -75,17 +71,17 @@ def run_several(command: list[str], *, count: int) -> int:
     with tempfile.TemporaryDirectory() as folder:
         os.environ[_MESSAGES] = folder
         try:
-            elastic_launch(config, sys.executable)(*command)
+            elastic_launch(config, sys.executable)("-m", module)
         except SignalException as error:
             return 128 + error.sigval
         except ChildFailedError as error:
             rank, failure = error.get_first_failure()
-            if failure.exitcode < 0:
-                name = signal.Signals(-failure.exitcode).name
-                raise ChildProcessError(
-                    f"process {rank} was killed by {name}, perhaps for want of memory"
-                ) from None
-            return failure.exitcode
+            if failure.exitcode >= 0:
+                return failure.exitcode
+            name = signal.Signals(-failure.exitcode).name
+            raise ChildProcessError(
+                f"process {rank} was killed by {name}, perhaps for want of memory"
+            ) from None
         finally:
             del os.environ[_MESSAGES]
     return 0
@@ -93,9 +89,9 @@ def run_several(command: list[str], *, count: int) -> int:
 
 def is_new_message(text: str) -> bool:
     """Return whether no other process of this stage has printed the same message."""
-    if folder := os.environ.get(_MESSAGES):
-        try:
+    try:
+        if folder := os.environ.get(_MESSAGES):
             Path(folder, hashlib.sha256(text.encode()).hexdigest()).touch(exist_ok=False)
-        except FileExistsError:
-            return False
+    except FileExistsError:
+        return False
     return True

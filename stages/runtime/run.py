@@ -226,21 +226,30 @@ def execute(
         parallel: whether several processes share the stage: one for each GPU, or as many as
             CONTRADIFF_NUM_PROCESSES says.
     """
-    spec = sys.modules["__main__"].__spec__
-    assert spec is not None, "stages are run as `python -m stages.NAME`"
-    stage = spec.name.rpartition(".")[2]
-    arguments = _parse_arguments(stage, description=inspect.getdoc(inspect.getmodule(main)))
+    module = sys.modules["__main__"]
+    assert module.__spec__ is not None, "stages are run as `python -m stages.NAME`"
+    stage = module.__spec__.name.rpartition(".")[2]
+    parser = argparse.ArgumentParser(
+        prog=f"python -m stages.{stage}",
+        description=inspect.getdoc(module),
+        epilog=f"Parameters are read from {PARAMS_FILE}; see presets/ for the values there are.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "--dry-run", action="store_true", help="validate and print the parameters, do nothing"
+    )
+    is_dry = parser.parse_args().dry_run
     signal.signal(signal.SIGTERM, _stop)
     try:
         started = time.perf_counter()
         content = read_params(PARAMS_FILE)
         params = parse(schema, content, source=str(PARAMS_FILE))
         runtime = parse(RuntimeSection, content, source=str(PARAMS_FILE)).runtime
-        if arguments.dry_run:
-            _show(params, main=main)
+        if is_dry:
+            _show(params, describe=getattr(module, "describe", None))
             return
         if parallel and (count := num_processes()) > 1:
-            sys.exit(run_several(["-m", spec.name], count=count))
+            sys.exit(run_several(module.__spec__.name, count=count))
         run = Run(stage, Path(os.environ.get("DVC_ROOT") or ".").resolve(), runtime)
         main(params, run)
         run.log(f"done in {time.perf_counter() - started:.1f} s")
@@ -254,28 +263,12 @@ def execute(
         _end(f"contradiff: {stage}: interrupted", code=128 + signal.SIGINT)
 
 
-def _parse_arguments(stage: str, *, description: str | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog=f"python -m stages.{stage}",
-        description=description,
-        epilog=f"Parameters are read from {PARAMS_FILE}; see presets/ for the values there are.",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument(
-        "--dry-run", action="store_true", help="validate and print the parameters, do nothing"
-    )
-    return parser.parse_args()
-
-
-def _show(params: Section, *, main: Callable[..., None]) -> None:
+def _show(params: Section, *, describe: Callable[..., str] | None) -> None:
     from ruamel.yaml import YAML
 
     if values := params.model_dump(by_alias=True):
         YAML().dump(values, sys.stdout)  # pyright: ignore[reportUnknownMemberType]
-    describe = getattr(inspect.getmodule(main), "describe", None)
-    # A module may have imported another's `describe`.
-    if getattr(describe, "__module__", None) == main.__module__:
-        assert describe is not None
+    if describe is not None:
         print(describe(params))
 
 

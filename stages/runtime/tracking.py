@@ -1,6 +1,6 @@
 """The connection to MLflow, and the live record of a training.
 
-MLflow has two experiments of ours: `contradiff-train` holds the live curves of trainings, and
+MLflow holds two experiments of ours: `contradiff-train` has the live curves of trainings, and
 `contradiff` one row for each experiment, which `experiments` writes when all stages are done.
 """
 
@@ -25,11 +25,10 @@ from contradiff.files import hold_lock, replace_file, sha256_of
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
-TRAIN_EXPERIMENT = "contradiff-train"
 CHECKPOINT = Path("build/pretrain/model.safetensors")
 
-# Users may set these otherwise. MLflow does not phone home and does not hint or warn about git, and
-# a server that is away holds a training up for seconds instead of minutes.
+# Unless users set them: MLflow does not phone home, does not warn about git, and a server that is
+# away holds a training up for seconds instead of minutes.
 _ENVIRONMENT = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "MLFLOW_DISABLE_AGENT_HINT": "true",
@@ -39,7 +38,6 @@ _ENVIRONMENT = {
 }
 _SECONDS_BETWEEN_BATCHES = 5.0
 _SECONDS_BEFORE_RETRY = 60.0
-_MAX_WAITING_POINTS = 100_000
 
 Point = tuple[str, float, int]
 """Name, value and step of a metric."""
@@ -62,14 +60,23 @@ class Store:
 
     def experiment_id(self, name: str) -> str:
         """Return the id of an experiment, creating it at first use; call it under `locked`."""
-        experiment = self.client.get_experiment_by_name(name)
-        if experiment is not None:
+        if experiment := self.client.get_experiment_by_name(name):
             return experiment.experiment_id
         # By default, files would lie where this process runs, perhaps in a temporary copy. A server
         # has its own place for them.
         is_server = self.uri.startswith(("http", "databricks"))
         location = None if is_server else (self.root / "mlruns" / name).as_uri()
         return self.client.create_experiment(name, artifact_location=location)
+
+    def create_run(self, experiment: str, *, run: Run, params: Any, **tags: str) -> str:
+        """Create a run with parameters, and with tags that say which code wrote it."""
+        tags["baseline_rev"] = os.environ.get("DVC_EXP_BASELINE_REV") or revision() or ""
+        tags |= {"mlflow.source.name": f"stages.{run.stage}", "mlflow.source.type": "LOCAL"}
+        name = os.environ.get("DVC_EXP_NAME") or revision(short=True) or "workspace"
+        experiment_id = self.experiment_id(experiment)
+        created = self.client.create_run(experiment_id, tags=tags, run_name=name)
+        self.log(created.info.run_id, params=flatten_params(params))
+        return created.info.run_id
 
     def log(
         self, run_id: str, *, points: Sequence[Point] = (), params: Mapping[str, str] | None = None
@@ -110,16 +117,16 @@ def connect(root: Path) -> Store:
     return Store(client=client, uri=uri, root=root)
 
 
-def flatten(content: Mapping[str, object], *, prefix: str = "") -> Iterator[tuple[str, object]]:
+def flatten(content: Mapping[str, Any], *, prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Yield the leaves of nested mappings as (dotted key, value); a list is a leaf."""
     for name, value in content.items():
         if isinstance(value, Mapping):
-            yield from flatten(value, prefix=f"{prefix}{name}.")  # pyright: ignore[reportUnknownArgumentType]
+            yield from flatten(value, prefix=f"{prefix}{name}.")
         else:
             yield f"{prefix}{name}", value
 
 
-def flatten_params(content: Mapping[str, object]) -> dict[str, str]:
+def flatten_params(content: Mapping[str, Any]) -> dict[str, str]:
     """Return parameters as MLflow keeps them: dotted keys, values as text, without `runtime`."""
     return {
         key: value if isinstance(value, str) else json.dumps(value)
@@ -127,39 +134,19 @@ def flatten_params(content: Mapping[str, object]) -> dict[str, str]:
     }
 
 
-def run_name() -> str:
-    """Return DVC's name of the experiment, or else git's short revision, or `workspace`."""
-    return os.environ.get("DVC_EXP_NAME") or revision(short=True) or "workspace"
-
-
-def source_tags(run: Run) -> dict[str, str]:
-    """Return tags that say which code wrote a record."""
-    return {
-        "baseline_rev": os.environ.get("DVC_EXP_BASELINE_REV") or revision() or "",
-        "mlflow.source.name": f"stages.{run.stage}",
-        "mlflow.source.type": "LOCAL",
-    }
-
-
 @contextmanager
 def training_run(
     run: Run,
     work_dir: Path,
-    params: Mapping[str, object] | BaseModel,
+    params: Mapping[str, Any] | BaseModel,
     *,
     files_checkpoint: bool,
 ) -> Generator[LogMetrics]:
     """Yield a function that logs a training's metrics live to MLflow.
 
     `work_dir` keeps the id of MLflow's run, so a resumed training goes on in the same one and logs
-    no step twice. After success, the id is also filed under the checkpoint's hash.
-
-    Args:
-        run: of the stage.
-        work_dir: of the training.
-        params: to log.
-        files_checkpoint: whether this training makes build/pretrain. The experiment's row then
-            becomes the parent of its run.
+    no step twice. If the training makes build/pretrain (`files_checkpoint`), the id is also filed
+    under the checkpoint's hash; the experiment's row then becomes the parent of MLflow's run.
 
     Raises:
         ValueError: MLflow's store cannot be used at the start. Later failures only cause warnings.
@@ -171,7 +158,7 @@ def training_run(
         params = params.model_dump(mode="json", by_alias=True)
     store = connect(run.root)
     try:
-        log = _begin(store, run=run, note=work_dir / "mlflow.json", params=flatten_params(params))
+        log = _begin(store, run=run, note=work_dir / "mlflow.json", params=params)
     except Exception as error:  # each kind of store has its own errors
         raise ValueError(f"MLflow's store {store.uri} cannot be written to: {error}") from error
     status = "FAILED"
@@ -184,7 +171,7 @@ def training_run(
     finally:
         log.end(status)
     if files_checkpoint:
-        run.on_success.append(lambda: _file_under_checkpoint(run.root, log))
+        run.on_success.append(log.file_under_checkpoint)
 
 
 @dataclass
@@ -210,16 +197,14 @@ class _TrainingLog:
             self.send()
 
     def send(self) -> None:
-        if not self.waiting:
-            return
         try:
             self.store.log(self.run_id, points=self.waiting)
         except Exception as error:  # noqa: BLE001  # a training of a day must survive its record
             _warn(f"MLflow: {len(self.waiting)} values wait to be logged: {error}")
-            del self.waiting[:-_MAX_WAITING_POINTS]
             self.next_batch = time.monotonic() + _SECONDS_BEFORE_RETRY
             return
-        self.remember(self.waiting[-1][2])
+        if self.waiting:
+            self.remember(self.waiting[-1][2])
         self.waiting.clear()
         self.next_batch = time.monotonic() + _SECONDS_BETWEEN_BATCHES
 
@@ -235,18 +220,21 @@ class _TrainingLog:
         except Exception as error:  # noqa: BLE001  # as above
             _warn(f"MLflow: the training's end could not be logged: {error}")
 
+    def file_under_checkpoint(self) -> None:
+        if CHECKPOINT.is_file():
+            self.note = _note_of_checkpoint(self.store.root)
+            self.remember(self.last_step)
 
-def _begin(store: Store, *, run: Run, note: Path, params: Mapping[str, str]) -> _TrainingLog:
+
+def _begin(store: Store, *, run: Run, note: Path, params: Mapping[str, Any]) -> _TrainingLog:
     """Take up the run that `note` names, or create one."""
     if (known := _read_note(note, store)) is not None:
         store.client.update_run(known["run_id"], status="RUNNING")
         return _TrainingLog(store, known["run_id"], note, known["last_step"])
+    world_size = os.environ.get("WORLD_SIZE", "1")
     with store.locked():
-        experiment_id = store.experiment_id(TRAIN_EXPERIMENT)
-    tags = source_tags(run) | {"world_size": os.environ.get("WORLD_SIZE", "1")}
-    created = store.client.create_run(experiment_id, tags=tags, run_name=run_name())
-    store.log(created.info.run_id, params=params)
-    log = _TrainingLog(store, created.info.run_id, note)
+        run_id = store.create_run("contradiff-train", run=run, params=params, world_size=world_size)
+    log = _TrainingLog(store, run_id, note)
     log.remember(log.last_step)
     return log
 
@@ -258,13 +246,11 @@ def _read_note(note: Path, store: Store) -> dict[str, Any] | None:
     if not note.is_file():
         return None
     known = json.loads(note.read_text(encoding="utf-8"))
-    if known["uri"] != store.uri:
-        return None
     try:
-        is_active = store.client.get_run(known["run_id"]).info.lifecycle_stage == "active"
+        is_here = known["uri"] == store.uri and store.client.get_run(known["run_id"])
     except MlflowException:
         return None
-    return known if is_active else None
+    return known if is_here and is_here.info.lifecycle_stage == "active" else None
 
 
 def _warn(message: str) -> None:
@@ -273,12 +259,6 @@ def _warn(message: str) -> None:
 
 def _note_of_checkpoint(root: Path) -> Path:
     return root / ".work/runs" / f"{sha256_of(CHECKPOINT)}.json"
-
-
-def _file_under_checkpoint(root: Path, log: _TrainingLog) -> None:
-    if CHECKPOINT.is_file():
-        log.note = _note_of_checkpoint(root)
-        log.remember(log.last_step)
 
 
 def train_run_of_checkpoint(store: Store) -> str | None:

@@ -70,11 +70,11 @@ def test_pickled_weights_are_refused(base: Path):
         ("unet", {"num_class_embeds": 1000}, "num_class_embeds 1000, which is not supported"),
         ("unet", {"center_input_sample": True}, "center_input_sample True, which is not"),
         ("unet", {"mid_block_type": "UNetMidBlock2D"}, "mid_block_type 'UNetMidBlock2D', not UNet"),
-        ("unet", {"out_channels": 8}, r"takes 4 channels and predicts 8 \(out_channels\)"),
+        ("unet", {"out_channels": 8}, "in_channels 4 and out_channels 8; Eq"),
         (
             "vae",
             {"latent_channels": 16},
-            r"unet takes 4 channels \(in_channels\), but its vae .* latents of 16",
+            "unet has in_channels 4, but its vae has latent_channels 16",
         ),
         ("scheduler", {"prediction_type": "v_prediction"}, r"predicts v_prediction; Eq\. 3 needs"),
     ],
