@@ -1,6 +1,15 @@
-"""Who reads which sample: exact cuts of a split's shards, and the order of a training's data.
+"""The order of a training's samples: the same, whichever processes and workers share the reading.
 
-sizes of the shards => 1 to 64 streams, whose samples make up every global batch
+An epoch's shards are laid end to end in a seeded order and cut into ranges of samples, one for
+each stream. A stream shuffles its range in a buffer. Every batch takes its rows from several
+streams, and consecutive steps take theirs from different ones. With 2 row groups and 2 step groups
+there are 4 streams:
+
+              step 0   step 1   step 2   step 3
+    rows 0-3     A        B        A        B
+    rows 4-7     C        D        C        D
+
+So a process reads the streams of its rows alone, and a worker of it those of its steps.
 """
 
 import random
@@ -11,17 +20,16 @@ from typing import TypeVar
 
 import numpy as np
 
-MAX_LANES, MAX_PHASES = 8, 8
-"""Up to 8 processes and up to 8 workers of each read no shard that another reads, but at cuts."""
+GROUPS = (1, 2, 4, 8)
+"""Up to 8 processes with up to 8 workers each read no shard twice, except where it is cut."""
 SHUFFLE_BUFFER = 32768
 """Samples held while shuffling, by all streams together; shards are shuffled when written."""
 
-
-ItemT = TypeVar("ItemT")
+Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
-class Part:
+class ShardRange:
     """Samples `first` to `last - 1` of a shard."""
 
     shard: int
@@ -29,42 +37,12 @@ class Part:
     last: int
 
 
-def share_of(num_samples: int, *, rank: int, world_size: int) -> range:
-    """The consecutive samples of one process: disjoint, complete, equal but for one sample."""
-    return range(rank * num_samples // world_size, (rank + 1) * num_samples // world_size)
-
-
-def parts_of(sizes: Sequence[int], samples: range, *, order: Sequence[int]) -> list[Part]:
-    """Where consecutive samples lie, if shards are laid end to end.
-
-    Args:
-        sizes: samples of each shard.
-        samples: a range of step 1.
-        order: the shards' numbers, as they are laid.
-    """
-    ends = accumulate(sizes[shard] for shard in order)
-    parts = [
-        Part(
-            shard,
-            max(samples.start - (end - sizes[shard]), 0),
-            min(samples.stop - (end - sizes[shard]), sizes[shard]),
-        )
-        for shard, end in zip(order, ends, strict=True)
-    ]
-    return [part for part in parts if part.first < part.last]
-
-
 @dataclass(frozen=True)
 class TrainingOrder:
-    """The order of a training's samples: the same whatever processes and workers share the reading.
+    """The order of a training's samples.
 
-    An epoch's shards are laid end to end in a seeded order and cut into one range of samples for
-    each stream; a stream shuffles its range in a buffer. Row i of every global batch belongs to
-    lane i // rows_per_lane, and step s of the epoch takes it from that lane's stream s mod phases:
-    so a process needs only the streams of its rows, and a worker only those of its steps.
-
-    An epoch has num_samples // batch_size steps, with no sample twice; what is over is left out,
-    other samples in every epoch.
+    An epoch has num_samples // batch_size steps and takes no sample twice. The samples that fill no
+    batch are left out; in every epoch these are others.
 
     Attributes:
         sizes: samples of each shard.
@@ -82,60 +60,54 @@ class TrainingOrder:
         return sum(self.sizes) // self.batch_size
 
     @property
-    def num_lanes(self) -> int:
-        """How many streams feed one batch: a power of two that divides it."""
-        lanes = 1
-        most = min(MAX_LANES, len(self.sizes))
-        while 2 * lanes <= most and self.batch_size % (2 * lanes) == 0:
-            lanes *= 2
-        return lanes
+    def num_row_groups(self) -> int:
+        """How many streams make up one batch; divides it."""
+        return max(n for n in GROUPS if n <= max(1, len(self.sizes)) and self.batch_size % n == 0)
 
     @property
-    def num_phases(self) -> int:
-        """How many steps in a row are fed by different streams."""
-        phases = 1
-        while phases < MAX_PHASES and 2 * phases * self.num_lanes <= len(self.sizes):
-            phases *= 2
-        return phases
+    def num_step_groups(self) -> int:
+        """After so many steps the same streams are read again."""
+        return max(n for n in GROUPS if n == 1 or n * self.num_row_groups <= len(self.sizes))
 
     @property
-    def rows_per_lane(self) -> int:
+    def rows_per_group(self) -> int:
         """Consecutive rows of a batch from one stream."""
-        return self.batch_size // self.num_lanes
+        return self.batch_size // self.num_row_groups
 
     def rows_of(self, *, rank: int, world_size: int) -> Iterator[tuple[int, range]]:
-        """Yield a process's lanes, in its rows' order, and which of each lane's rows are its own.
+        """Yield a process's row groups, in order, and which rows of each group are its own.
 
         Args:
             rank: the process's number.
             world_size: number of processes; divides the batch.
         """
         assert self.batch_size % world_size == 0, "a process has as many rows as every other"
-        mine = share_of(self.batch_size, rank=rank, world_size=world_size)
-        height = self.rows_per_lane
-        for lane in range(mine.start // height, -(-mine.stop // height)):
-            top = lane * height
-            yield lane, range(max(mine.start - top, 0), min(mine.stop - top, height))
+        own, height = self.batch_size // world_size, self.rows_per_group
+        first, last = rank * own, (rank + 1) * own
+        for group in range(first // height, -(-last // height)):
+            top = group * height
+            yield group, range(max(first - top, 0), min(last - top, height))
 
-    def parts(self, *, epoch: int, lane: int, phase: int) -> list[Part]:
-        """What a stream reads in an epoch: at least the samples that its turns take."""
+    def ranges(self, *, epoch: int, row_group: int, step_group: int) -> list[ShardRange]:
+        """What a stream reads in an epoch: at least the samples that its steps take."""
         order = np.random.default_rng([self.seed, epoch]).permutation(len(self.sizes))
-        steps, phases = self.steps_per_epoch, self.num_phases
-        # turns are steps in which a stream is asked; early phases may have one more
-        before = lane * steps + sum(-(-(steps - p) // phases) for p in range(phase))
-        after = before + -(-(steps - phase) // phases)
-        # the range is cut in proportion to the turns, so that equal shards are not cut at all
-        num_samples, turns = sum(self.sizes), steps * self.num_lanes
-        samples = range(before * num_samples // turns, after * num_samples // turns)
-        return parts_of(self.sizes, samples, order=[int(shard) for shard in order])
+        steps, groups = self.steps_per_epoch, self.num_step_groups
+        # Steps that take from each stream; the first step groups may have one more.
+        steps_of = [-(-(steps - group) // groups) for group in range(groups)]
+        before = row_group * steps + sum(steps_of[:step_group])
+        after = before + steps_of[step_group]
+        # The cuts are in proportion to the steps, so that equal shards are not cut at all.
+        num_samples, all_steps = sum(self.sizes), steps * self.num_row_groups
+        samples = range(before * num_samples // all_steps, after * num_samples // all_steps)
+        return ranges_of(self.sizes, samples, order=[int(shard) for shard in order])
 
     def shuffled(
-        self, items: Iterable[ItemT], *, epoch: int, lane: int, phase: int
-    ) -> Iterator[ItemT]:
+        self, items: Iterable[Item], *, epoch: int, row_group: int, step_group: int
+    ) -> Iterator[Item]:
         """Yield a stream's items, each a random one of those that a buffer holds."""
-        rng = random.Random(f"{self.seed}/{epoch}/{lane}/{phase}")
-        size = max(1, SHUFFLE_BUFFER // (self.num_lanes * self.num_phases))
-        buffer: list[ItemT] = []
+        rng = random.Random(f"{self.seed}/{epoch}/{row_group}/{step_group}")
+        size = max(1, SHUFFLE_BUFFER // (self.num_row_groups * self.num_step_groups))
+        buffer: list[Item] = []
         for item in items:
             buffer.append(item)
             if len(buffer) > size:
@@ -144,7 +116,24 @@ class TrainingOrder:
             yield _pop_random(buffer, rng)
 
 
-def _pop_random(buffer: list[ItemT], rng: random.Random) -> ItemT:
+def ranges_of(sizes: Sequence[int], samples: range, *, order: Sequence[int]) -> list[ShardRange]:
+    """Where consecutive samples lie, if shards are laid end to end.
+
+    Args:
+        sizes: samples of each shard.
+        samples: a range of step 1.
+        order: the shards' numbers, as they are laid.
+    """
+    ends = accumulate(sizes[shard] for shard in order)
+    starts = ((shard, end - sizes[shard]) for shard, end in zip(order, ends, strict=True))
+    ranges = [
+        ShardRange(shard, max(samples.start - start, 0), min(samples.stop - start, sizes[shard]))
+        for shard, start in starts
+    ]
+    return [item for item in ranges if item.first < item.last]
+
+
+def _pop_random(buffer: list[Item], rng: random.Random) -> Item:
     index = rng.randrange(len(buffer))
     buffer[index], buffer[-1] = buffer[-1], buffer[index]
     return buffer.pop()

@@ -1,8 +1,7 @@
-"""WebDataset shards with an index: the form in which images, latents and samples travel.
+"""Shards: the form in which images, latents and samples are stored and read.
 
-A folder of shards holds `<split>-00000.tar` (or .tar.gz) files that any WebDataset reader takes,
-and `index.json` with each shard's sample count, size, sha256 and class histogram. The only user of
-webdataset.
+A folder holds `<split>-00000.tar` (or .tar.gz) files that any WebDataset reader takes, and
+`index.json` with each shard's sample count, size, sha256 and class counts.
 """
 
 import gzip
@@ -15,6 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import asdict, dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO, Generic, Literal, TypeVar
 
@@ -45,8 +45,8 @@ class ShardParams(Section):
 class Shard:
     """One tar file: its name, how many samples it holds, its size and sha256.
 
-    `class_counts` tells how many samples there are of class 0, 1, …, up to the last one that
-    occurs; it is empty where samples have no class.
+    `class_counts` are the numbers of samples of class 0, 1, …, up to the last class that occurs;
+    empty if samples have no class.
     """
 
     name: str
@@ -102,12 +102,7 @@ class ShardIndex(Generic[InfoT]):
             }
             info = kind.model_validate(content["facts"])
         except FileNotFoundError as error:
-            remedy = (
-                "copy the whole folder of shards there"
-                if isinstance(path, str)
-                else f"run `dvc repro`, or fetch it by `dvc pull {folder}`"
-            )
-            raise ValueError(f"{path}: missing; {remedy}") from error
+            raise ValueError(f"{path}: missing; {_remedy(path)}") from error
         except (ValueError, KeyError, TypeError) as error:
             reason = " ".join(f"{type(error).__name__}: {error}".split())
             raise ValueError(_damage(path, f"not an index of such shards: {reason}")) from error
@@ -119,19 +114,13 @@ class ShardIndex(Generic[InfoT]):
         return ShardIndex(splits, info)
 
     def write(self, folder: Path) -> None:
-        """Write `index.json`, last of all, when every shard is whole: one line a shard or fact."""
-        splits = [
-            f"  {json.dumps(split)}: [\n"
-            + ",\n".join(f"   {json.dumps(asdict(shard))}" for shard in shards)
-            + "\n  ]"
-            for split, shards in self.splits.items()
-        ]
-        info = self.info.model_dump(mode="json")
-        facts = [f"  {json.dumps(key)}: {json.dumps(value)}" for key, value in info.items()]
-        parts = {"splits": splits, "facts": facts}
-        text = ",\n".join(f' "{k}": {{\n' + ",\n".join(v) + "\n }" for k, v in parts.items())
+        """Write `index.json`; every shard must be whole."""
+        splits = {
+            split: [asdict(shard) for shard in shards] for split, shards in self.splits.items()
+        }
+        content = {"splits": splits, "facts": self.info.model_dump(mode="json")}
         with replace_file(folder / INDEX_NAME) as path:
-            path.write_text(f"{{\n{text}\n}}\n")
+            path.write_text(json.dumps(content) + "\n", encoding="utf-8")
 
     def num_samples(self, split: str) -> int:
         """How many samples a split holds.
@@ -158,11 +147,11 @@ def shard_name(split: str, number: int, compression: Compression) -> str:
 
 
 def write_shard(path: Path, records: Iterable[Record], *, compression: Compression) -> Shard:
-    """Write one shard, whole or not at all; the bytes depend on the records alone.
+    """Write one shard, whole or not at all; its bytes depend on the records alone.
 
     Args:
         path: of the tar file.
-        records: samples: "__key__" => key as bytes, extension => content. A "cls" is counted.
+        records: samples. If they have a "cls", classes are counted.
         compression: of the tar file.
     """
     from webdataset.writer import TarWriter
@@ -185,40 +174,6 @@ def write_shard(path: Path, records: Iterable[Record], *, compression: Compressi
         return Shard(path.name, num_samples, num_bytes, sha256_of(temporary), class_counts)
 
 
-def resume_shard(path: Path, records: Iterable[Record], *, compression: Compression) -> Shard:
-    """As `write_noted_shard`, unless an interrupted run has written this shard already."""
-    done = finished_shard(path)
-    if done is not None:
-        return done
-    return write_noted_shard(path, records, compression=compression)
-
-
-def write_noted_shard(path: Path, records: Iterable[Record], *, compression: Compression) -> Shard:
-    """As `write_shard`, and a note beside the shard, written after it, says that it is whole.
-
-    It takes all of `records`, even where the shard is there: a stream of many shards keeps step.
-    """
-    shard = write_shard(path, records, compression=compression)
-    with replace_file(_note_of(path)) as temporary:
-        temporary.write_text(json.dumps(asdict(shard)))
-    return shard
-
-
-def finished_shard(path: Path) -> Shard | None:
-    """A shard that `write_noted_shard` has written, now or in an interrupted run, or None.
-
-    The note alone is not enough: an interrupted run may have moved the shard away.
-    """
-    note = _note_of(path)
-    if note.is_file() and path.is_file():
-        return Shard(**json.loads(note.read_text()))
-    return None
-
-
-def _note_of(path: Path) -> Path:
-    return path.with_name(f"{path.name}.json")
-
-
 def write_split(
     folder: Path,
     split: str,
@@ -228,22 +183,12 @@ def write_split(
     compression: Compression,
     on_progress: Callable[[int], None] = lambda _: None,
 ) -> tuple[Shard, ...]:
-    """Write a split's shards one after the other; `on_progress` hears of each shard's samples."""
-    shards: list[Shard] = []
-    pending: list[Record] = []
-
-    def flush() -> None:
+    """Write a split's shards one after the other; `on_progress` is told each shard's samples."""
+    records, shards = iter(records), list[Shard]()
+    while chunk := list(islice(records, samples_per_shard)):
         path = folder / shard_name(split, len(shards), compression)
-        shards.append(write_shard(path, pending, compression=compression))
-        on_progress(len(pending))
-        pending.clear()
-
-    for record in records:
-        pending.append(record)
-        if len(pending) == samples_per_shard:
-            flush()
-    if pending:
-        flush()
+        shards.append(write_shard(path, chunk, compression=compression))
+        on_progress(len(chunk))
     return tuple(shards)
 
 
@@ -328,7 +273,7 @@ def array_from_bytes(content: bytes) -> Shaped[np.ndarray, "..."]:
     return np.load(io.BytesIO(content), allow_pickle=False)
 
 
-def _compressed(file: io.BufferedIOBase, compression: Compression) -> AbstractContextManager[Any]:
+def _compressed(file: BinaryIO, compression: Compression) -> AbstractContextManager[Any]:
     if compression == "none":
         return nullcontext(file)
     # No name and no time in the gzip header, so that equal records give equal bytes.
@@ -364,18 +309,16 @@ def _damage(path: Location, reason: object) -> str:
 
 def _remedy(path: Location) -> str:
     if isinstance(path, str):
-        return "copy it there again"
-    return f"make it anew, or fetch it by `dvc pull {path.parent}`"
+        return "copy the whole folder of shards there again"
+    return f"run `dvc repro`, or fetch it by `dvc pull {path.parent}`"
 
 
 def _check_size(path: Location, shard: Shard) -> None:
     try:
         num_bytes = size_of(path) if isinstance(path, str) else path.stat().st_size
     except FileNotFoundError as error:
-        fetch = (
-            "copy it there" if isinstance(path, str) else f"fetch it by `dvc pull {path.parent}`"
-        )
-        raise ValueError(f"{path}: missing, though {INDEX_NAME} lists it; {fetch}") from error
+        reason = f"missing, though {INDEX_NAME} lists it"
+        raise ValueError(f"{path}: {reason}; {_remedy(path)}") from error
     if num_bytes not in (shard.num_bytes, None):
         raise ValueError(
             f"{path}: truncated or overwritten: {num_bytes} bytes where {INDEX_NAME} "

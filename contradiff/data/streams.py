@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from contradiff.data.order import Part, TrainingOrder
+from contradiff.data.order import ShardRange, TrainingOrder
 from contradiff.data.remote import Location, join
 from contradiff.data.shard_info import ImageInfo, LatentInfo
 from contradiff.data.shards import ShardIndex, read_shard
@@ -63,8 +63,8 @@ class PairedShards:
 
     @property
     def num_shards(self) -> int:
-        """Of the split."""
-        return len(self.image_index.shards(self.split))
+        """Shards of the split."""
+        return len(self.sizes)
 
     @property
     def sizes(self) -> tuple[int, ...]:
@@ -73,7 +73,7 @@ class PairedShards:
 
     @property
     def num_samples(self) -> int:
-        """Of the split."""
+        """Samples of the split."""
         return sum(self.sizes)
 
     @property
@@ -85,15 +85,15 @@ class PairedShards:
         ]
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
-    def read_part(self, part: Part, with_images: bool) -> Iterator[Pair]:
-        """Yield the pairs of a part of a shard; what lies before it is read but not decoded.
+    def read_range(self, wanted: ShardRange, *, with_images: bool) -> Iterator[Pair]:
+        """Yield the pairs of a range of a shard. What lies before it is read, but not decoded.
 
         Raises:
-            ValueError: as `read`.
+            ValueError: the two shards' keys differ.
         """
-        # A shard is checked when it is read to its end, which whoever has its last sample does.
-        stop = None if part.last == self.sizes[part.shard] else part.last
-        yield from islice(self.read(part.shard, with_images=with_images), part.first, stop)
+        # A shard is checked when it is read to its end: by whoever has its last sample.
+        stop = None if wanted.last == self.sizes[wanted.shard] else wanted.last
+        yield from islice(self.read(wanted.shard, with_images=with_images), wanted.first, stop)
 
     def read(self, number: int, *, with_images: bool = True) -> Iterator[Pair]:
         """Yield the pairs of one shard; without images, their half is empty and not read.
@@ -135,7 +135,7 @@ class TrainingStream(IterableDataset["dict[str, Tensor] | Exception"]):
         rank: int,
         world_size: int,
     ) -> None:
-        """Describe the stream; nothing is read yet, nor by a start in mid-run any earlier epoch.
+        """Describe the stream. Nothing is read yet; a start in mid-run reads no earlier epoch.
 
         Args:
             pairs: images and latents.
@@ -144,7 +144,7 @@ class TrainingStream(IterableDataset["dict[str, Tensor] | Exception"]):
             batch_size: images a step in this process.
             start_step: batches that an earlier run has consumed.
             seed: of the order.
-            rank: this process's number: it has rows rank * batch_size and on of the global batch.
+            rank: this process's number; it has the rows from rank * batch_size on.
             world_size: number of processes.
 
         Raises:
@@ -162,63 +162,68 @@ class TrainingStream(IterableDataset["dict[str, Tensor] | Exception"]):
         self.start_step, self.seed, self.rank, self.world_size = start_step, seed, rank, world_size
 
     def __iter__(self) -> Iterator[dict[str, Tensor] | Exception]:
-        """Yield batches; a fault ends them, yielded as itself."""
+        """Yield batches. An error ends them and is yielded: raised, it would be a traceback."""
         worker = get_worker_info()
         # The loader takes batches from its workers in turn, beginning with worker 0.
         number, num_workers = (worker.id, worker.num_workers) if worker else (0, 1)
         try:
             for epoch, pairs in self._batches(self.start_step + number, num_workers):
                 yield self.make_batch(epoch, pairs)
-        except (ValueError, OSError) as error:  # raised by a worker, they would come as tracebacks
+        except (ValueError, OSError) as error:
             yield error
 
     def _batches(self, first_step: int, stride: int) -> Iterator[tuple[int, list[Pair]]]:
         """Yield epoch and pairs of every `stride`-th step."""
-        order, height = self.order, self.order.rows_per_lane
+        order, height = self.order, self.order.rows_per_group
         rows = list(order.rows_of(rank=self.rank, world_size=self.world_size))
-        streams: dict[tuple[int, int], _Sequence] = {}
-        current = -1
+        streams: dict[tuple[int, int, int], _Stream] = {}
         for step in count(first_step, stride):
             epoch, within = divmod(step, order.steps_per_epoch)
-            turn, phase = divmod(within, order.num_phases)
-            if epoch != current:
-                streams, current = {}, epoch
+            earlier_steps, step_group = divmod(within, order.num_step_groups)
+            streams = {key: stream for key, stream in streams.items() if key[0] == epoch}
             batch: list[Pair] = []
-            for lane, own in rows:
-                if (lane, phase) not in streams:
-                    streams[lane, phase] = _Sequence(self._stream(epoch, lane, phase))
-                start = turn * height
-                taken = range(start + own.start, start + own.stop)
-                batch += streams[lane, phase].take(taken)
+            for row_group, own in rows:
+                key = epoch, row_group, step_group
+                if key not in streams:
+                    streams[key] = _Stream(self._read(*key))
+                start = earlier_steps * height
+                batch += streams[key].take(range(start + own.start, start + own.stop))
             yield epoch, batch
 
-    def _stream(self, epoch: int, lane: int, phase: int) -> Iterator[Pair]:
-        place = {"epoch": epoch, "lane": lane, "phase": phase}
-        parts = self.order.parts(**place)
-        pairs = (pair for part in parts for pair in self.pairs.read_part(part, self.with_images))
+    def _read(self, epoch: int, row_group: int, step_group: int) -> Iterator[Pair]:
+        place = {"epoch": epoch, "row_group": row_group, "step_group": step_group}
+        pairs = (
+            pair
+            for wanted in self.order.ranges(**place)
+            for pair in self.pairs.read_range(wanted, with_images=self.with_images)
+        )
         return self.order.shuffled(pairs, **place)
 
 
-class _Sequence:
-    """Items by their places, taken in rising order."""
+class _Stream:
+    """Pairs, taken by their places in rising order."""
 
-    def __init__(self, items: Iterator[Pair]) -> None:
-        self.items, self.position = items, 0
+    def __init__(self, pairs: Iterator[Pair]) -> None:
+        self.pairs, self.position = pairs, 0
 
     def take(self, places: range) -> list[Pair]:
         skipped = places.start - self.position
         assert skipped >= 0, "what was skipped is gone"
         self.position = places.stop
-        taken = list(islice(self.items, skipped, skipped + len(places)))
-        assert len(taken) == len(places), "a stream holds all that its turns take"
+        taken = list(islice(self.pairs, skipped, skipped + len(places)))
+        assert len(taken) == len(places), "a stream holds all that its steps take"
         return taken
 
 
 def training_batches(stream: TrainingStream, *, num_workers: int) -> Iterator[Mapping[str, Any]]:
-    """Run the stream in worker processes (0: in this one): the same batches whatever their number.
+    """Run the stream in worker processes; their number changes nothing about the batches.
 
-    Where the split has 64 shards for each process, 1, 2, 4 or 8 workers read the data once between
-    them; other numbers of workers, or fewer shards, do as well but read some of them twice.
+    If the split has 64 shards for each process, 1, 2, 4 or 8 workers together read the data once.
+    With other numbers of workers, or fewer shards, some shards are read twice.
+
+    Args:
+        stream: of this process.
+        num_workers: 0: this process reads.
 
     Raises:
         ValueError: the data are damaged.

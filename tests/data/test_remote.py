@@ -179,13 +179,13 @@ def test_each_fault_of_remote_shards_has_its_message(server: Server):
     whole = (folder / name).read_bytes()
 
     (folder / name).write_bytes(whole[:-512])
-    with pytest.raises(ValueError, match=rf"^{url}/{name}: truncated or overwritten: .*copy it"):
+    with pytest.raises(ValueError, match=rf"^{url}/{name}: truncated or overwritten: .*copy"):
         ShardIndex.read(url, ShardInfo)
     (folder / name).unlink()
     with pytest.raises(ValueError, match=rf"^{url}/{name}: missing, though index.json lists it"):
         ShardIndex.read(url, ShardInfo)
     (folder / name).write_bytes(whole[:2000] + bytes([whole[2000] ^ 1]) + whole[2001:])
-    with pytest.raises(ValueError, match=rf"^{url}/{name}: damaged .*sha256.*copy it there again"):
+    with pytest.raises(ValueError, match=rf"^{url}/{name}: damaged .*sha256.*copy"):
         list(read_split(url, "train"))
     (folder / "index.json").write_text('{"splits": {"train": [')
     with pytest.raises(ValueError, match=rf"^{url}/index.json: damaged \(not an index"):

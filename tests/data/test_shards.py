@@ -7,7 +7,6 @@ import tarfile
 import tempfile
 from collections.abc import Iterator
 from dataclasses import replace
-from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -26,14 +25,11 @@ from contradiff.data.shards import (
     ShardIndex,
     array_from_bytes,
     array_to_bytes,
-    finished_shard,
     image_of,
     image_record,
     read_images,
     read_shard,
     read_split,
-    resume_shard,
-    write_noted_shard,
     write_shard,
     write_split,
 )
@@ -198,42 +194,6 @@ def test_failed_writer_leaves_no_shard(tmp_path: Path):
     with pytest.raises(OSError, match=r"^$"):
         write_shard(tmp_path / "x.tar", records(), compression="gzip")
     assert list(tmp_path.iterdir()) == []
-
-
-def test_resumed_shard_is_not_made_anew(tmp_path: Path):
-    def records() -> Iterator[Record]:
-        pytest.fail("asked for a record")
-        yield RECORDS[0]
-
-    path = tmp_path / "x.tar"
-    first = resume_shard(path, iter(RECORDS), compression="none")
-    assert first == write_shard(tmp_path / "y" / "x.tar", RECORDS, compression="none")
-    assert resume_shard(path, records(), compression="none") == first
-
-
-def test_a_stream_of_shards_keeps_step_though_one_is_there(tmp_path: Path):
-    path = tmp_path / "x.tar"
-    first = write_noted_shard(path, RECORDS, compression="none")
-    stream = iter([*RECORDS, RECORDS[0]])
-    again = write_noted_shard(path, islice(stream, len(RECORDS)), compression="none")
-    assert again == first == finished_shard(path)
-    assert list(stream) == [RECORDS[0]]
-
-
-def test_shard_that_was_moved_away_is_made_anew(tmp_path: Path):
-    """As an interrupted `latents` leaves it: the note is there, the shard is not."""
-    path = tmp_path / "x.tar"
-    first = resume_shard(path, iter(RECORDS), compression="none")
-    path.unlink()
-    assert resume_shard(path, iter(RECORDS), compression="none") == first
-    assert list(read_shard(path, first)) == RECORDS
-
-
-def test_shard_without_its_note_is_made_anew(tmp_path: Path):
-    path = tmp_path / "x.tar"
-    path.write_bytes(b"half of a shard")
-    shard = resume_shard(path, iter(RECORDS), compression="none")
-    assert list(read_shard(path, shard)) == RECORDS
 
 
 @pytest.mark.parametrize("dtype", ["float16", "float32", "int32", "uint8"])
