@@ -1,6 +1,6 @@
-"""Class-conditional generation: a table of embeddings in the conditioner's place (Table 5).
+"""Class-conditional generation: a table of embeddings replaces the conditioner (Table 5).
 
-labels => one token each for the UNet's cross-attention; the table learns, the model stays as it is
+label => one token for the UNet's cross-attention; training changes the table, never the model
 """
 
 import json
@@ -37,10 +37,10 @@ for a batch of 512 fit no GPU."""
 
 
 class ClassConditionParams(Section):
-    """Section `class_condition`. Paper: one embedding layer of width 512; nothing else is said."""
+    """Section `class_condition`. The paper says only: one embedding layer of width 512."""
 
-    epochs: int = Field(ge=0, description="0: no table, as long as nothing is made with classes")
-    width: int = Field(ge=1, description="of the embedding")
+    epochs: int = Field(ge=0, description="0: train no table; generate.condition: class needs one")
+    width: int = Field(ge=1, description="width of an embedding")
     drop: float = Field(ge=0, lt=1, description="chance that a label is replaced by the null class")
     batch_size: int = Field(ge=1, description="images a step")
     lr: float = Field(gt=0, description="peak learning rate")
@@ -48,25 +48,23 @@ class ClassConditionParams(Section):
 
 
 class ClassTable(nn.Module):
-    """One embedding for each class and one for none, mapped to the UNet's width (Sec. 4.2.2).
+    """One embedding a class and one for the null class, mapped to the UNet's width (Sec. 4.2.2).
 
-    At ImageNet's 1000 classes, width 512 and Stable Diffusion's 768: 906,496 parameters.
-
-    As the conditioner's, the last layer starts at zero, so that training starts from all-zero
-    tokens.
+    With ImageNet's 1000 classes, width 512 and Stable Diffusion's 768 it has 906,496 parameters.
+    Like the conditioner's, its last layer starts at zero, so that all tokens are zero at first.
 
     Deviation: the paper's encoder is "a single learnable embedding layer with a dimensionality of
-    512", which does not meet the UNet's 768: hence the linear layer. The row for the null class is
-    what classifier-free guidance needs.
+    512". The UNet needs 768, so a linear layer follows. Classifier-free guidance needs the null
+    class.
     """
 
     def __init__(self, *, num_classes: int, width: int, cross_attention_dim: int) -> None:
-        """Random embeddings.
+        """Initialise with random embeddings.
 
         Args:
-            num_classes: labels are 0 to `num_classes` - 1.
-            width: of the embedding.
-            cross_attention_dim: width of the tokens that come out: the UNet's.
+            num_classes: Labels are 0 to `num_classes` - 1.
+            width: Width of an embedding.
+            cross_attention_dim: Width of the tokens that the UNet takes.
         """
         super().__init__()
         self.embedding = nn.Embedding(num_classes + 1, width)
@@ -76,7 +74,7 @@ class ClassTable(nn.Module):
 
     @property
     def null_label(self) -> int:
-        """The label of no class: the last row, `num_classes`."""
+        """Label of the null class: the last row, `num_classes`."""
         return self.embedding.num_embeddings - 1
 
     def forward(self, labels: Int64[Tensor, " batch"]) -> Tokens:
@@ -85,7 +83,7 @@ class ClassTable(nn.Module):
 
 
 def choose_denoiser(model: ContraDiff, *, lora: bool) -> None:
-    """Leave ContraDiff's denoiser (LoRA merged), or the base's own, whatever was trained in it."""
+    """Turn the model into ContraDiff's denoiser, with LoRA merged, or back into the base's own."""
     if lora:
         merge_lora(model.unet)
     else:
@@ -94,10 +92,10 @@ def choose_denoiser(model: ContraDiff, *, lora: bool) -> None:
 
 
 def count_steps(params: ClassConditionParams, *, num_samples: int) -> int:
-    """Optimiser steps of the whole training; what is left over of an epoch is dropped.
+    """Count the optimiser steps of the whole training; an epoch drops its last, smaller batch.
 
     Raises:
-        ValueError: a batch is more than all images.
+        ValueError: A batch needs more images than there are.
     """
     steps_per_epoch = num_samples // params.batch_size
     if params.epochs and steps_per_epoch == 0:
@@ -122,33 +120,33 @@ def train_class_table(
     checkpoint_every: int,
     on_step: OnStep,
 ) -> None:
-    """Train the table in place; begun again with the same `work_dir`, go on where it was stopped.
+    """Train the table in place; a second call with the same `work_dir` resumes the training.
 
-    The loss is Eq. 3 alone, of the centre crops' latents at uniform timesteps, the label dropped to
-    the null class for each image by itself. Everything random in step s is drawn from a generator
-    seeded by (seed, s), and the data's order is fixed by the seed, so that an interrupted training
-    ends with the same weights, bit for bit on one machine. In one process: the table is small, and
-    one GPU is enough.
+    The loss is Eq. 3 for the latents of centre crops at uniform timesteps; each label is replaced
+    by the null class with probability `params.drop`. The generator of step s has the seed (seed,
+    s), and the order of the images depends only on the seed. A resumed training therefore ends with
+    the same weights, bit for bit on one machine. One process trains: the table is small, and one
+    GPU is enough.
 
-    Deviation: the paper's "no additional fine-tuning is applied for image generation" cannot hold
-    for an embedding, which has to be learnt; nothing of the model is.
+    Deviation: the paper says that "no additional fine-tuning is applied for image generation". An
+    embedding has to be trained, but the model is not.
 
     Args:
-        model: on `device`, LoRA merged or disabled as `params.lora` says; frozen here.
-        table: moved to `device`.
-        pairs: image and latent shards of the training split.
-        params: what to do.
-        precision: of the model's passes; the table and its optimiser are float32.
-        seed: of order, noise and dropped labels.
-        device: where to compute.
-        work_dir: where the state to resume from is kept.
-        num_workers: data-loading processes.
-        log_every: steps between two live reports of the loss.
-        checkpoint_every: steps between two saved states.
-        on_step: progress callback.
+        model: On `device`, with LoRA merged or disabled as `params.lora` says; frozen here.
+        table: Moved to `device`.
+        pairs: Image and latent shards of the training split.
+        params: Settings of the training.
+        precision: Precision of the model's passes; the table and its optimiser are float32.
+        seed: Seed of the order, the noise and the replaced labels.
+        device: Device to compute on.
+        work_dir: Folder of the saved state.
+        num_workers: Number of data-loading processes.
+        log_every: Steps between two live reports of the loss.
+        checkpoint_every: Steps between two saved states.
+        on_step: Called after every step.
 
     Raises:
-        ValueError: a batch is more than all images, or the loss is no longer finite.
+        ValueError: A batch needs more images than there are, or the loss is not finite.
     """
     total_steps = count_steps(params, num_samples=pairs.num_samples)
     if total_steps == 0:
@@ -189,7 +187,7 @@ def train_class_table(
     batches = training_batches(stream, num_workers=num_workers)
 
     def take_gradients(step: int) -> dict[str, Tensor]:
-        """Leave the gradient of Eq. 3, taken in microbatches; return the loss."""
+        """Add up the gradients of Eq. 3 over the microbatches; return the loss."""
         generator = torch.Generator(device).manual_seed(seed * 1_000_003 + step)
         loaded = next(batches)
         moments = loaded["moments"][0].to(device, non_blocking=True)
@@ -243,12 +241,12 @@ def save_class_table(
     """Write table.safetensors and config.json, whole or not at all.
 
     Args:
-        folder: to write; an earlier one is replaced.
-        table: after training; None, of no steps, leaves no weights.
-        checkpoint: folder of the model that it was trained with.
-        num_classes: without the null class.
-        num_steps: optimiser steps taken.
-        params: of the training.
+        folder: Folder to write; an earlier one is replaced.
+        table: The trained table; None where no step was taken, which writes no weights.
+        checkpoint: Folder of the model that the table was trained with.
+        num_classes: Number of classes without the null class.
+        num_steps: Number of optimiser steps taken.
+        params: Settings of the training.
     """
     config = {
         "checkpoint_sha256": sha256_of(checkpoint / WEIGHTS_NAME),
@@ -266,10 +264,10 @@ def save_class_table(
 
 
 def read_class_config(folder: Path) -> dict[str, Any]:
-    """A table's config.json.
+    """Read a table's config.json.
 
     Raises:
-        ValueError: there is none in `folder`.
+        ValueError: `folder` has none.
     """
     path = folder / CONFIG_NAME
     if not path.is_file():
@@ -284,21 +282,21 @@ def load_class_table(folder: Path, *, checkpoint: Path) -> ClassTable:
     """Rebuild a trained table, in evaluation mode, on the CPU.
 
     Args:
-        folder: as `save_class_table` wrote it.
-        checkpoint: folder of the model that it will condition.
+        folder: Folder that `save_class_table` wrote.
+        checkpoint: Folder of the model that the table will condition.
 
     Raises:
-        ValueError: no table, an untrained one, or one that was trained with another model.
+        ValueError: There is no table, it is untrained, or it was trained with another model.
     """
     config = read_class_config(folder)
     if config["num_steps"] == 0:
         raise ValueError(
-            f"{folder}: no table was trained, since class_condition.epochs is 0, and "
-            "generate.condition: class needs one; make class_condition.epochs 1 or more"
+            f"{folder}: class_condition.epochs is 0, so that no table was trained, but "
+            "generate.condition: class needs one; set class_condition.epochs to 1 or more"
         )
     if config["checkpoint_sha256"] != sha256_of(checkpoint / WEIGHTS_NAME):
         raise ValueError(
-            f"{folder}: trained with another model than {checkpoint}; "
+            f"{folder}: this table was trained with another model than {checkpoint}; "
             "run `dvc repro class_condition`"
         )
     weights = load_file(folder / TABLE_NAME)

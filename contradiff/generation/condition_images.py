@@ -1,4 +1,4 @@
-"""Validation images that samples are conditioned on, stored as the model sees them."""
+"""The validation images that samples are conditioned on, as pixels and as latents."""
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -41,14 +41,14 @@ def write_conditions(
     params: ShardParams,
     on_progress: Callable[[int], None],
 ) -> None:
-    """Store the first images of a set, without loss.
+    """Store the first images of a set without loss.
 
     Args:
-        folder: to write, empty.
-        batches: the images in order.
-        num_images: at most so many are stored; 0 writes an index that says so.
-        params: how they are packed.
-        on_progress: told the number of images of each shard.
+        folder: Empty folder to write.
+        batches: The images in order.
+        num_images: Largest number of images to store; 0 writes an empty index.
+        params: How shards are packed.
+        on_progress: Called with the number of images of each shard.
     """
     records = islice((record for batch in batches for record in _records(batch)), num_images)
     shards = write_split(folder, SPLIT, records, **params.model_dump(), on_progress=on_progress)
@@ -56,14 +56,14 @@ def write_conditions(
 
 
 def condition_images(folder: Path, *, start: int) -> Iterator[ConditionImage]:
-    """Yield stored images one by one, in order, endlessly: after the last comes the first.
+    """Yield the stored images in order, endlessly: after the last one comes the first.
 
     Args:
-        folder: as `write_conditions` left it.
-        start: index of the first image that is wanted; earlier shards are not read.
+        folder: Folder that `write_conditions` wrote.
+        start: Index of the first image to yield; earlier shards are not read.
 
     Raises:
-        ValueError: there are none, or a shard is missing or damaged; names the folder or file.
+        ValueError: There are no images, or a shard is missing or damaged.
     """
     index = ShardIndex.read(folder, ConditionInfo)
     num_images = index.num_samples(SPLIT)

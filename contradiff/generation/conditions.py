@@ -1,6 +1,6 @@
 """What samples are conditioned on: noise, images or classes.
 
-Noise and condition depend on a sample's index alone, in whatever batch and process it is made.
+A sample's noise and condition depend only on its index, not on its batch or process.
 """
 
 from collections.abc import Callable, Iterator
@@ -39,9 +39,9 @@ class Conditioning:
     """What samples are conditioned on.
 
     Attributes:
-        tokens: the conditions.
-        null_tokens: the null conditions that guidance leads away from.
-        num_classes: sample i is of class i mod num_classes; None: samples have no class.
+        tokens: The conditions.
+        null_tokens: The null conditions of classifier-free guidance.
+        num_classes: Sample i has the class i mod num_classes; None: samples have no class.
     """
 
     tokens: TokensOf
@@ -59,19 +59,20 @@ def load_conditioning(
     seed: int,
     device: torch.device,
 ) -> Conditioning:
-    """Load what `generate.condition` names, and prepare the model's LoRA for it.
+    """Load the conditions that `generate.condition` names, and prepare the model's LoRA for them.
 
     Args:
         condition: noise | image | class.
-        model: evaluation mode, on `device`; its LoRA is merged, or disabled as the table says.
-        images: folder of the images to condition on.
-        table: folder of the class table.
-        checkpoint: folder of the model.
-        seed: of conditions of noise.
-        device: where to compute.
+        model: In evaluation mode, on `device`; its LoRA is merged, or disabled if the table was
+            trained without it.
+        images: Folder of the images to condition on.
+        table: Folder of the class table.
+        checkpoint: Folder of the model.
+        seed: Seed of the noise that samples are conditioned on.
+        device: Device to compute on.
 
     Raises:
-        ValueError: the images or the table are missing, or the table is of another model.
+        ValueError: The images or the table are missing, or the table belongs to another model.
     """
     if condition == "class":
         loaded = load_class_table(table, checkpoint=checkpoint).to(device)
@@ -88,13 +89,13 @@ def load_conditioning(
 def seeded_noise(
     shape: tuple[int, ...], *, seed: int, indices: range, stream: Literal["latent", "condition"]
 ) -> Float[Tensor, "batch ..."]:
-    """Gaussian noise of some samples: the same at any batch size, device and process count.
+    """Draw Gaussian noise that does not depend on batch size, device or number of processes.
 
     Args:
-        shape: of one sample's noise.
-        seed: of the run.
-        indices: of the samples.
-        stream: independent noises of one sample.
+        shape: Shape of one sample's noise.
+        seed: Seed of the run.
+        indices: Indices of the samples.
+        stream: A sample has independent noise for each value of `stream`.
     """
     offset = {"latent": 0, "condition": 1}[stream]
     seeds = ((seed * 1_000_003 + index) * 2 + offset for index in indices)
@@ -104,12 +105,12 @@ def seeded_noise(
 
 
 def unconditional(model: ContraDiff, *, seed: int, device: torch.device) -> Conditioning:
-    """A condition of Gaussian noise (App. A), c(noise): the null condition itself.
+    """Condition samples on Gaussian noise, c(noise), which is also the null condition (App. A).
 
     Args:
-        model: evaluation mode, on `device`.
-        seed: sample i has noise of (seed, i).
-        device: where to compute.
+        model: In evaluation mode, on `device`.
+        seed: Sample i has noise with the seed (seed, i).
+        device: Device to compute on.
     """
 
     def tokens(indices: range) -> Tokens:
@@ -123,15 +124,15 @@ def unconditional(model: ContraDiff, *, seed: int, device: torch.device) -> Cond
 def image_conditional(
     model: ContraDiff, folder: Path, *, null_tokens: TokensOf, device: torch.device
 ) -> Conditioning:
-    """Sample i is conditioned on the i-th image (Fig. 4); after the last image comes the first.
+    """Condition sample i on the i-th image (Fig. 4); after the last image comes the first.
 
-    Samples that are made in order read each image once.
+    Samples that are generated in order read each image once.
 
     Args:
-        model: evaluation mode, on `device`.
-        folder: of the images, as `write_conditions` left it.
-        null_tokens: `unconditional`'s.
-        device: where to compute.
+        model: In evaluation mode, on `device`.
+        folder: Folder of the images that `write_conditions` wrote.
+        null_tokens: The null conditions of `unconditional`.
+        device: Device to compute on.
     """
     images: Iterator[ConditionImage] = iter(())
     position = -1
@@ -151,11 +152,11 @@ def image_conditional(
 
 
 def class_conditional(table: ClassTable, *, device: torch.device) -> Conditioning:
-    """All classes in turn (Table 5); the null condition is the table's last row.
+    """Condition samples on all classes in turn (Table 5); the null condition is the last row.
 
     Args:
-        table: evaluation mode, on `device`.
-        device: where to compute.
+        table: In evaluation mode, on `device`.
+        device: Device to compute on.
     """
 
     @torch.inference_mode()

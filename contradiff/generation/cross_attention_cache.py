@@ -1,4 +1,4 @@
-"""Keys and values of the cross-attention, computed once for tokens that stay the same."""
+"""A cache of the cross-attention's keys and values, for tokens that stay the same."""
 
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
@@ -8,16 +8,16 @@ from torch import Tensor, nn
 
 @contextmanager
 def cache_keys_and_values(unet: nn.Module) -> Generator[None]:
-    """Project the same tokens once within the block, not at every pass.
+    """Compute keys and values once within the block, and not in every pass.
 
-    The result is the same, bit for bit. Each layer remembers its last input, the very tensor
-    object, and computes anew for any other: tokens may change in the block, but not in place.
+    The result is the same, bit for bit. Each layer remembers its last input and output, and
+    computes again when the input is another tensor object. Tokens must not be changed in place.
 
-    The memory is freed when the block ends. It is 2 x the cross-attention's widths x tokens x
-    batch: 25 MB a row for Stable Diffusion, 256 tokens and float32.
+    The memory is freed when the block ends. An image of Stable Diffusion with 256 tokens in float32
+    takes 25 MB: 2 x the sum of the cross-attention's widths x the number of tokens.
 
     Args:
-        unet: denoiser, LoRA merged or not.
+        unet: The denoiser, with LoRA merged or not.
     """
     layers = [
         module

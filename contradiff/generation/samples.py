@@ -33,7 +33,7 @@ GRID_IMAGES, GRID_COLUMNS = 96, 16
 def describe_samples(
     params: GenerateParams, *, seed: int, checkpoint: Path, base: Path
 ) -> SampleInfo:
-    """What the index says of samples: their settings, and digests of the model and its base."""
+    """Describe samples for their index: their settings, and hashes of the model and its base."""
     settings: dict[str, Any] = {
         **params.model_dump(exclude={"condition", "guidance", "batch_size"}),
         "seed": seed,
@@ -46,14 +46,14 @@ def describe_samples(
 
 @dataclass(frozen=True)
 class PlannedSamples:
-    """A shard to be made: its images depend on their own indices alone."""
+    """A shard to write; each of its images depends only on its own index."""
 
     name: str
     indices: range
 
 
 def plan_samples(num_samples: int, params: ShardParams) -> list[PlannedSamples]:
-    """Cut samples into shards, in order."""
+    """Divide the samples into shards, in order."""
     size = params.samples_per_shard
     return [
         PlannedSamples(
@@ -74,16 +74,16 @@ def write_samples(
     params: ShardParams,
     on_images: Callable[[ByteImages], None],
 ) -> Made:
-    """Make one shard of samples in `work_dir`, for `map_shards`.
+    """Generate one shard of samples in `work_dir`, for `map_shards`.
 
     Args:
-        planned: the shard.
-        tick: told the number of images of each batch.
-        make: yields batches of the images of some indices.
-        num_classes: image i has the label i mod num_classes; None: images have no labels.
-        work_dir: where to write.
-        params: how images are packed.
-        on_images: shown each batch.
+        planned: The shard.
+        tick: Called with the number of images of each batch.
+        make: Yields batches of images for the given sample indices.
+        num_classes: Image i has the label i mod num_classes; None: images have no labels.
+        work_dir: Folder to write to.
+        params: How shards are packed.
+        on_images: Called with each batch.
     """
 
     def records() -> Iterator[Record]:
@@ -103,12 +103,12 @@ def write_samples(
 
 
 def sample_figure(samples: Path, *, conditions: Path | None) -> bytes:
-    """A PNG of the first samples.
+    """Draw the first samples as a PNG.
 
     Args:
-        samples: shards.
-        conditions: shards of the images that they are conditioned on, which are shown in rows above
-            the rows of their samples; None: there are none.
+        samples: Shards of the samples.
+        conditions: Shards of the images that the samples are conditioned on; each row of them
+            stands above the row of their samples. None: no images.
     """
     number = GRID_IMAGES if conditions is None else GRID_IMAGES // 2
     records = islice(read_split(samples, SPLIT), number)

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 class GenerateParams(Section):
     """Section `generate`. Paper: 50,000 images, 100 steps.
 
-    Deviation: the paper names no guidance.
+    Deviation: the paper does not mention guidance.
     """
 
     condition: Condition = Field(
@@ -60,8 +60,8 @@ class GenerateParams(Section):
             )
         if self.guidance == 1 and (low, high) != (0, 1):
             raise ValueError(
-                f"generate.guidance_interval is {low:g} to {high:g}, but generate.guidance 1 is "
-                "none; set the interval to 0 and 1, or some guidance"
+                f"generate.guidance_interval is {low:g} to {high:g}, but generate.guidance is 1, "
+                "which guides nothing; set the interval to [0, 1] or guidance to another number"
             )
         return self
 
@@ -80,19 +80,19 @@ def denoise(
 ) -> Latents:
     """Run the reverse process from pure noise, deterministically.
 
-    With null tokens, by classifier-free guidance (Ho and Salimans, 2022, in the form in which 1 is
-    no guidance): eps = eps_null + guidance * (eps_cond - eps_null), both in one pass. Outside the
-    interval (Kynkäänniemi et al., 2024) eps_cond alone, in half the time.
+    With null tokens, classifier-free guidance (Ho and Salimans, 2022) predicts the noise as eps =
+    eps_null + guidance * (eps_cond - eps_null); one pass computes both. Outside the guidance
+    interval (Kynkäänniemi et al., 2024) it is eps_cond, which takes half the time.
 
     Args:
-        model: evaluation mode.
-        scheduler: with its timesteps set; left as it is, though solvers keep state.
-        noise: Gaussian, of unit variance.
-        tokens: conditions.
-        null_tokens: null conditions of the same shape; None, for guidance 1, takes half the time.
-        guidance: 0 is the null condition alone, 1 the condition alone, above 1 goes beyond it.
-        guidance_interval: guided are timesteps between these parts of the schedule.
-        precision: of the UNet's passes; the solver's own steps are float32.
+        model: In evaluation mode.
+        scheduler: A solver with its timesteps set; it is copied, because solvers keep state.
+        noise: Gaussian noise of unit variance.
+        tokens: The conditions.
+        null_tokens: Null conditions of the same shape, or None where guidance is 1.
+        guidance: 0 uses only the null condition, 1 only the condition; more goes beyond it.
+        guidance_interval: Guidance acts on timesteps between these fractions of the schedule.
+        precision: Precision of the UNet's passes; the solver's own steps are float32.
     """
     assert null_tokens is not None or guidance == 1, "guidance needs the null condition"
     scheduler = deepcopy(scheduler)
@@ -131,15 +131,15 @@ def generate(
     """Yield batches of images, in the order of their sample indices.
 
     Args:
-        model: evaluation mode, LoRA merged or not, on `device`.
-        vae: float32, on `device`.
-        scheduler: with its timesteps set.
-        indices: of the samples to make, in steps of one.
-        conditioning: `unconditional`, `image_conditional` or `class_conditional`.
-        params: batch size, guidance and precision.
-        image_size: side of the images.
-        seed: sample i has noise of (seed, i).
-        device: where to compute.
+        model: In evaluation mode, LoRA merged or not, on `device`.
+        vae: In float32, on `device`.
+        scheduler: A solver with its timesteps set.
+        indices: Consecutive indices of the samples.
+        conditioning: From `unconditional`, `image_conditional` or `class_conditional`.
+        params: Batch size, guidance and precision.
+        image_size: Side of the images in pixels.
+        seed: Sample i has noise with the seed (seed, i).
+        device: Device to compute on.
     """
     # Not the UNet's own sample_size: Stable Diffusion's is 64, for 512 pixels.
     side = image_size // downsampling_factor(vae)

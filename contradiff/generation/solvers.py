@@ -1,7 +1,7 @@
-"""Solvers of the reverse process: one model and noise schedule, other ways through it.
+"""Solvers of the reverse process.
 
-DDIM (eta = 0) is the paper's. The others reach the same images in fewer steps: they integrate the
-same differential equation to second order.
+The paper uses DDIM (eta = 0). The other solvers integrate the same differential equation to second
+order, and so reach the same images in fewer steps.
 """
 
 import inspect
@@ -18,18 +18,18 @@ Scheduler = Any
 
 
 def load_solver(folder: Path, *, solver: Solver, num_inference_steps: int) -> Scheduler:
-    """Load the base's own noise schedule, with the timesteps of a solver set.
+    """Load a solver with the base's noise schedule and its timesteps set.
 
-    DDIM keeps the base's own grid of timesteps. The others go from the last timestep, pure noise,
-    in equal steps (diffusers' `linspace`, their own default): in few steps, the gap that the base's
-    "leading" grid leaves above its first timestep would show.
+    DDIM keeps the base's grid of timesteps, which is "leading": it starts below the last timestep.
+    With few steps this gap would show, so the other solvers start from the last timestep, pure
+    noise, and take equal steps (diffusers' `linspace`, which is their default).
 
     Args:
-        folder: of the base.
+        folder: Folder of the base.
         solver: ddim | dpmsolver++ (Lu et al., 2022, second order, multistep) | unipc (Zhao et al.,
             2023, second order).
-        num_inference_steps: passes of the UNet: each of these solvers takes one a step. The
-            schedule has room for them: see `contradiff.rules`.
+        num_inference_steps: Number of steps; each one takes one pass of the UNet.
+            `contradiff.rules` checks that the schedule has enough timesteps.
     """
     ddim = load_scheduler(folder, num_inference_steps=num_inference_steps)
     if solver == "ddim":
