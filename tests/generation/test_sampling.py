@@ -356,7 +356,7 @@ def test_guidance_of_noise_is_refused():
         ({"guidance_interval": [0.5, 0.2]}, r"guidance_interval must be two rising .*0\.5, 0\.2"),
         ({"guidance_interval": [0.0, 1.5]}, "guidance_interval must be two rising numbers"),
         ({"guidance_interval": [0.0]}, "guidance_interval"),
-        ({"guidance": 1.0, "guidance_interval": [0.0, 0.5]}, r"generate\.guidance 1 is none"),
+        ({"guidance": 1.0, "guidance_interval": [0.0, 0.5]}, r"generate\.guidance is 1"),
     ],
 )
 def test_bad_parameters_are_refused_by_name(changes: dict[str, Any], message: str):
