@@ -18,7 +18,7 @@ from torch import Tensor
 from contradiff.data.png import encode_png
 from contradiff.evaluation import inception
 from contradiff.evaluation.extractors import Extractor, Resizer, load_extractor, save_inception
-from contradiff.evaluation.fid import FeatureSource, FeatureStatistics, frechet_distance
+from contradiff.evaluation.fid import frechet_distance
 from contradiff.evaluation.kid import kid
 from contradiff.evaluation.prdc import prdc
 from contradiff.files import sha256_of
@@ -107,12 +107,9 @@ def features_of(extractor: Extractor, images: Tensor, resizer: Resizer) -> tuple
     return extractor(prepared, resizer=resizer)
 
 
-def fid_of(x: Tensor, y: Tensor) -> float:
-    """The distance that `fid` refuses to compute of fewer images than dimensions."""
-    sums = [FeatureStatistics(x.shape[1], source=FeatureSource("", "", "", "")) for _ in range(2)]
-    for features, statistics in zip((x, y), sums, strict=True):
-        statistics.update(features)
-    return frechet_distance(*(t for s in sums for t in (s.mean, s.covariance)))
+def fid_of(*sets: Tensor) -> float:
+    """The distance that `fid` refuses to compute for fewer images than dimensions."""
+    return frechet_distance(*(t for x in sets for t in (x.double().mean(0), x.double().T.cov())))
 
 
 def pictures(num_images: int, *, side: int = 64, seed: int, contrast: float) -> Tensor:

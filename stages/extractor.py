@@ -2,7 +2,6 @@
 
 from stages.runtime.run import Run, execute
 
-from collections.abc import Mapping
 from pathlib import Path
 
 from contradiff.config import Section, Seed
@@ -32,37 +31,25 @@ def main(params: Params, run: Run) -> None:
         save_inception(EXTRACTOR, weights, resizers=settings.resizers)
         return
     index = ShardIndex.read(IMAGES, ImageInfo)
-    size = params.data.image_size
-    train_images, train_labels, val_images, val_labels = (
+    size, num_workers = params.data.image_size, run.runtime.num_workers
+    images_and_labels = [
         tensor.to(run.device)
         for split in ("train", "val")
-        for tensor in real_images(
-            IMAGES, split, image_size=size, num_workers=run.runtime.num_workers
-        )
-    )
-    num_steps = settings.epochs * (len(train_images) // settings.batch_size)
-    with run.progress("train the classifier", num_steps, "step") as advance:
-        done = 0
-
-        def on_progress(step: int, values: Mapping[str, float]) -> None:
-            nonlocal done
-            advance(step - done, loss=f"{values['loss']:.3f}")
-            done = step
-
+        for tensor in real_images(IMAGES, split, image_size=size, num_workers=num_workers)
+    ]
+    epoch_steps = index.num_samples("train") // settings.batch_size
+    with run.progress("train the classifier", settings.epochs * epoch_steps, "step") as advance:
         classifier, accuracy = train_classifier(
-            train_images,
-            train_labels,
-            val_images,
-            val_labels,
+            *images_and_labels,
             num_classes=len(index.info.class_ids),
             width=settings.width,
             epochs=settings.epochs,
             batch_size=settings.batch_size,
             lr=settings.lr,
             seed=params.seed,
-            on_progress=on_progress,
+            on_progress=lambda _, row: advance(epoch_steps, loss=f"{row['loss']:.3f}"),
         )
-    val_count = len(val_images)
+    val_count = index.num_samples("val")
     run.log(f"accuracy {accuracy:.1%} on {val_count} val images")
     save_classifier(
         EXTRACTOR, classifier, image_size=size, val_accuracy=accuracy, val_count=val_count

@@ -16,13 +16,9 @@ _LEAST_RATIO = 1e-12
 
 @dataclass(frozen=True)
 class FeatureSource:
-    """What the features show and what computed them. An FID means nothing without it.
+    """The images in words, and what computed the features. An FID means nothing without it.
 
-    Attributes:
-        images: the images in words, such as "1000 val images".
-        resizer: how the images came to the extractor's size.
-        extractor: the extractor's name.
-        fingerprint: sha256 of the extractor's weights.
+    `fingerprint` is the sha256 of the extractor's weights.
     """
 
     images: str
@@ -92,8 +88,7 @@ class FeatureStatistics:
 def fid(a: FeatureStatistics, b: FeatureStatistics) -> float:
     """The Fréchet distance of two sets of features, each seen as a Gaussian; symmetric.
 
-    Few samples make it too large, and more so if the features have many dimensions. So compare
-    distances between equal counts only.
+    Few samples make it too large, so compare distances between equal counts only.
 
     Raises:
         ValueError: different extractors or resizers computed the features, or a set is too small
@@ -137,11 +132,10 @@ def frechet_distance(
 ) -> float:
     """|m_a - m_b|² + tr(A + B - 2 (A B)^½), the squared 2-Wasserstein distance of two Gaussians.
 
-    It needs no square root of a matrix, and no imaginary part arises. With A = L Lᵀ (Cholesky) the
-    matrix A B has the eigenvalues of Lᵀ B L, which is symmetric. This takes a tenth of the time of
-    `scipy.linalg.sqrtm`. But a rounding error of 1e-16 in an eigenvalue is 1e-8 in its root. Where
-    eigenvalues are that small, or A is singular, the roots are the singular values of Fᵀ G, with
-    A = F Fᵀ and B = G Gᵀ by their eigenvectors. A distance that rounds to less than 0 is 0.
+    With A = L Lᵀ (Cholesky), A B has the eigenvalues of Lᵀ B L, which is symmetric. This takes a
+    tenth of the time of `scipy.linalg.sqrtm`. But a rounding error of 1e-16 in an eigenvalue is
+    1e-8 in its root. Where eigenvalues are that small, or A is singular, the roots are the singular
+    values of Fᵀ G, with A = F Fᵀ and B = G Gᵀ by their eigenvectors. The distance is never below 0.
     """
     trace_of_root = _well_conditioned_trace(covariance_a, covariance_b)
     if trace_of_root is None:

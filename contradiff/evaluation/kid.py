@@ -21,13 +21,6 @@ def kid(
     Its expectation does not depend on the number of images, unlike that of the FID. It may come out
     slightly below 0. clean-fid computes it; torch-fidelity draws the same subsets for this seed.
 
-    Args:
-        samples: features of the generated images.
-        reference: features of the real images.
-        num_subsets: how many pairs of subsets.
-        subset_size: images of each subset, drawn without repetition.
-        seed: decides the subsets.
-
     Returns:
         The mean and the population deviation over the subsets.
 
@@ -53,11 +46,7 @@ def kid(
 
 
 def check_subset_size(subset_size: int, *, num_kept: int) -> None:
-    """Refuse subsets that are larger than the smaller set of features.
-
-    Raises:
-        ValueError: they are.
-    """
+    """Raise a ValueError if subsets are larger than the smaller set of features."""
     if subset_size > num_kept:
         raise ValueError(
             f"score.kid_subset_size is {subset_size}; it may be {num_kept} at most, the number of "

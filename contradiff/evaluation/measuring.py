@@ -31,10 +31,8 @@ _BATCHES_AHEAD = 2
 class Measurement:
     """Features of images by one extractor and one resizer, as far as scores need them.
 
-    Attributes:
-        statistics: of all features, for FID.
-        kept: features of a seeded choice of the images, in order.
-        logits: of all images, for the inception score; none if it is not wanted.
+    `statistics` of all images are for FID, and `logits` for the inception score (none for the
+    reference). `kept` has the features of a seeded choice of the images, in order.
     """
 
     statistics: FeatureStatistics
@@ -118,10 +116,10 @@ def measure_shards(
         folder: where the shards are.
         shards: in order.
         load: makes an image of a sample; threads call it.
-        extractor: as from `load_extractor`.
+        extractor: sees the images.
         work_dir: a folder that all processes share and that survives a kill.
         images: the images in words.
-        num_kept: how many images' features are kept; all if there are fewer.
+        num_kept: how many images' features are kept, if there are as many.
         with_logits: whether the logits are kept.
         batch_size: images that the extractor sees at once.
         num_workers: threads that load and resize images ahead; 0: none.

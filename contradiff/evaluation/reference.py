@@ -70,11 +70,6 @@ def read_reference_card(
 ) -> ReferenceCard:
     """Read the card alone, and refuse a reference that does not fit the generated images.
 
-    Args:
-        folder: for instance build/reference.
-        extractor: the extractor that will see the generated images.
-        image_size: of the generated images, in pixels.
-
     Raises:
         ValueError: the card is missing or wrong, or the reference was made with another extractor,
             other resizers or another size.

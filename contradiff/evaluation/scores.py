@@ -42,7 +42,7 @@ def scores_of(
         reference: of the real images, by the same extractor and resizer.
         params: the section `score`.
         seed: decides KID's subsets.
-        device: where neighbours are found.
+        device: where distances to neighbours are computed.
 
     Raises:
         ValueError: the measurements do not fit each other (`fid`), are too small (`kid`), or hold
