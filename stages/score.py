@@ -14,7 +14,7 @@ from contradiff.evaluation.extractors import load_extractor, read_extractor_card
 from contradiff.evaluation.images import generated_image
 from contradiff.evaluation.kid import check_subset_size
 from contradiff.evaluation.measuring import measure_shards
-from contradiff.evaluation.reference import read_reference, read_reference_card
+from contradiff.evaluation.reference import read_reference
 from contradiff.evaluation.scores import MIN_UNBIASED_IMAGES, ScoreParams, scores_of
 
 SAMPLES, EXTRACTOR = Path("build/samples"), Path("build/extractor")
@@ -32,7 +32,7 @@ def main(params: Params, run: Run) -> None:
     samples = ShardIndex.read(SAMPLES, SampleInfo)
     num_samples = samples.num_samples("sample")
     extractor = read_extractor_card(EXTRACTOR)
-    reference = read_reference_card(REFERENCE, extractor=extractor, image_size=size)
+    reference, real = read_reference(REFERENCE, extractor=extractor, image_size=size)
     num_smallest = min(num_samples, reference.num_images)
     num_kept = min(reference.num_kept, num_smallest)
     check_subset_size(section.kid_subset_size, num_kept=num_kept)
@@ -59,7 +59,6 @@ def main(params: Params, run: Run) -> None:
         )
         if not run.is_main:
             return
-        real = read_reference(REFERENCE, reference)
         scores = {
             resizer: scores_of(
                 measurement, real[resizer], params=section, seed=params.seed, device=run.device

@@ -65,14 +65,14 @@ def write_reference(
         (temporary / CARD_NAME).write_text(card.model_dump_json(indent=2) + "\n", encoding="utf-8")
 
 
-def read_reference_card(
+def read_reference(
     folder: Path, *, extractor: ExtractorCard, image_size: int
-) -> ReferenceCard:
-    """Read the card alone, and refuse a reference that does not fit the generated images.
+) -> tuple[ReferenceCard, dict[str, Measurement]]:
+    """Read a reference: its card, and its measurements by resizer.
 
     Raises:
-        ValueError: the card is missing or wrong, or the reference was made with another extractor,
-            other resizers or another size.
+        ValueError: a file is missing or wrong, or the reference was made with another extractor,
+            other resizers or another size than the generated images.
     """
     path = folder / CARD_NAME
     card = read_card(ReferenceCard, path, stage="reference")
@@ -88,23 +88,14 @@ def read_reference_card(
                 f"{path}: the reference was made with {name} {found}, these scores need {value}: "
                 "run `dvc repro score`, or the stage reference again"
             )
-    return card
-
-
-def read_reference(folder: Path, card: ReferenceCard) -> dict[str, Measurement]:
-    """Read the measurements of a reference, by resizer.
-
-    Raises:
-        ValueError: a file is missing, or is not what the card describes.
-    """
-    measurements = {
-        resizer: Measurement.load(folder / f"{resizer}.safetensors") for resizer in card.resizers
-    }
-    for resizer, measurement in measurements.items():
+    measurements: dict[str, Measurement] = {}
+    for resizer in card.resizers:
+        path = folder / f"{resizer}.safetensors"
+        measurements[resizer] = Measurement.load(path)
         described = FeatureSource(card.description, resizer, card.extractor, card.extractor_sha256)
-        if measurement.statistics.source != described:
+        if measurements[resizer].statistics.source != described:
             raise ValueError(
-                f"{folder / resizer}.safetensors: not the measurement that {CARD_NAME} describes: "
-                "run the stage reference again"
+                f"{path}: not the measurement that {CARD_NAME} describes: run the stage reference "
+                "again"
             )
-    return measurements
+    return card, measurements

@@ -73,12 +73,6 @@ def test_a_large_mean_costs_no_digits():
     torch.testing.assert_close(far.covariance, near.covariance, rtol=1e-7, atol=0)
 
 
-def test_half_features_are_summed_in_float64():
-    features = correlated(50, 4, seed=0, dtype=torch.float16)
-    expected = np.cov(features.double().numpy(), rowvar=False)
-    np.testing.assert_allclose(statistics_of(features).covariance, expected, rtol=1e-10)
-
-
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_update_refuses_what_is_not_finite(bad: float):
     with pytest.raises(ValueError, match="features of val hold NaN"):
@@ -95,6 +89,7 @@ def test_equals_pytorch_fid(dimensions: int):
     expected = pytorch_fid(*(x.numpy() for x in (a.mean, a.covariance, b.mean, b.covariance)))
     assert fid(a, b) == pytest.approx(expected, rel=1e-9)
     assert fid(b, a) == pytest.approx(expected, rel=1e-9)
+    assert fid(a, a) == pytest.approx(0.0, abs=1e-9)
 
 
 def test_diagonal_closed_form():
@@ -104,20 +99,6 @@ def test_diagonal_closed_form():
     expected = ((m - n) ** 2 + (sigma - tau) ** 2).sum()
     distance = frechet_distance(m, torch.diag(sigma**2), n, torch.diag(tau**2))
     assert distance == pytest.approx(float(expected), rel=1e-12)
-
-
-def test_singular_covariances():
-    zero = torch.zeros(6, dtype=torch.float64)
-    sigma = torch.tensor([2.0, 1.0, 0.5, 0.0, 0.0, 0.0], dtype=torch.float64)
-    tau = torch.tensor([0.0, 3.0, 0.5, 1.0, 0.0, 0.0], dtype=torch.float64)
-    rotation = torch.linalg.qr(correlated(6, 6, seed=0)).Q
-    a, b = (rotation @ torch.diag(s**2) @ rotation.T for s in (sigma, tau))
-    expected = float(((sigma - tau) ** 2).sum())
-    assert frechet_distance(zero, a, zero, b) == pytest.approx(expected, abs=1e-6)
-    assert frechet_distance(zero, b, zero, a) == pytest.approx(expected, abs=1e-6)
-    assert frechet_distance(zero, a, zero, a) == pytest.approx(0.0, abs=1e-6)
-    nothing = torch.zeros(6, 6, dtype=torch.float64)
-    assert frechet_distance(zero, nothing, zero, nothing) == 0.0
 
 
 @pytest.mark.parametrize("smallest", [1e-3, 1e-6, 1e-9, 0.0])
@@ -133,6 +114,8 @@ def test_nearly_singular_covariances(smallest: float):
     for pair in ((a, b), (b, a)):
         found = frechet_distance(zero, pair[0], zero, pair[1])
         assert found == pytest.approx(expected, rel=2e-6)
+    nothing = torch.zeros(d, d, dtype=torch.float64)
+    assert frechet_distance(zero, nothing, zero, nothing) == 0.0
 
 
 def test_fewer_samples_than_dimensions_have_a_distance():
@@ -147,15 +130,6 @@ def test_fewer_samples_than_dimensions_have_a_distance():
     assert found == pytest.approx(expected, rel=1e-5)
 
 
-@settings(max_examples=30)
-@given(st.integers(0, 1000))
-def test_of_itself_it_is_zero_and_otherwise_positive(seed: int):
-    a = statistics_of(correlated(50, 6, seed=seed))
-    b = statistics_of(correlated(50, 6, seed=seed + 1))
-    assert fid(a, a) == pytest.approx(0.0, abs=1e-9)
-    assert fid(a, b) > 0
-
-
 @pytest.mark.parametrize("name", ["extractor", "resizer", "fingerprint"])
 def test_refuses_features_of_different_kinds(name: str):
     features = correlated(20, 3, seed=0)
@@ -163,12 +137,7 @@ def test_refuses_features_of_different_kinds(name: str):
     b = statistics_of(features, source=replace(SOURCE, **{name: "another"}))
     with pytest.raises(ValueError, match=f"{name} .* another"):
         fid(a, b)
-
-
-def test_images_may_differ():
-    features = correlated(20, 3, seed=0)
-    samples = statistics_of(features, source=replace(SOURCE, images="samples"))
-    assert fid(statistics_of(features), samples) == pytest.approx(0.0, abs=1e-9)
+    assert fid(a, statistics_of(features, source=replace(SOURCE, images="samples"))) < 1e-9
 
 
 def test_refuses_fewer_samples_than_dimensions():

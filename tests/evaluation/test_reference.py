@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,7 +15,6 @@ from contradiff.evaluation.reference import (
     ReferenceCard,
     fingerprint_of,
     read_reference,
-    read_reference_card,
     write_reference,
 )
 
@@ -55,11 +55,15 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path / "reference"
 
 
+def read(folder: Path, *, image_size: int = 32, **changes: object):
+    extractor = EXTRACTOR.model_copy(update=changes)
+    return read_reference(folder, extractor=extractor, image_size=image_size)
+
+
 def test_written_and_read(folder: Path):
-    card = read_reference_card(folder, extractor=EXTRACTOR, image_size=32)
+    card, found = read(folder)
     assert card == CARD
     assert card.description == "7 val images, centre crop 32 px"
-    found = read_reference(folder, card)
     assert list(found) == ["clean", "legacy_tensorflow"]
     assert torch.equal(found["clean"].statistics.mean, measurement("clean").statistics.mean)
 
@@ -70,26 +74,22 @@ def test_written_and_read(folder: Path):
         ({"name": "domain-classifier"}, "extractor inception, these scores need domain-classifier"),
         ({"weights_sha256": "3" * 64}, "extractor_sha256 111"),
         ({"resizers": ["clean"]}, r"resizers \['clean', 'legacy_tensorflow'\]"),
+        ({"image_size": 64}, "image_size 32, these scores need 64"),
     ],
 )
-def test_reference_of_another_extractor_or_resizer_is_refused(
-    folder: Path, changes: dict[str, object], name: str
-):
-    other = EXTRACTOR.model_copy(update=changes)
+def test_a_reference_for_other_images_is_refused(folder: Path, changes: dict[str, Any], name: str):
     with pytest.raises(ValueError, match=f"reference.json: the reference was made with {name}"):
-        read_reference_card(folder, extractor=other, image_size=32)
+        read(folder, **changes)
 
 
-def test_other_sizes_and_damaged_cards_are_refused(folder: Path):
-    with pytest.raises(ValueError, match="made with image_size 32, these scores need 64"):
-        read_reference_card(folder, extractor=EXTRACTOR, image_size=64)
+def test_missing_and_damaged_cards_are_refused(folder: Path):
     path = folder / "reference.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"more": 1}))
     with pytest.raises(ValueError, match="more: unknown key"):
-        read_reference_card(folder, extractor=EXTRACTOR, image_size=32)
+        read(folder)
     path.unlink()
     with pytest.raises(ValueError, match="run the stage reference first"):
-        read_reference_card(folder, extractor=EXTRACTOR, image_size=32)
+        read(folder)
 
 
 @pytest.mark.parametrize(
@@ -98,10 +98,9 @@ def test_other_sizes_and_damaged_cards_are_refused(folder: Path):
 def test_measurements_that_are_not_the_cards_are_refused(folder: Path, wrong: Measurement):
     wrong.save(folder / "clean.safetensors")
     with pytest.raises(ValueError, match=r"clean.safetensors: not the measurement that reference"):
-        read_reference(folder, CARD)
+        read(folder)
 
 
 def test_the_fingerprint_names_the_images():
     shards = [Shard("a", 1, 2, "4" * 64), Shard("b", 1, 2, "5" * 64)]
     assert fingerprint_of(shards) != fingerprint_of(shards[::-1])
-    assert fingerprint_of(shards) == fingerprint_of(list(shards))
