@@ -1,4 +1,4 @@
-"""Encoded images -> upright RGB, by Pillow alone: what real collections hold, handled once."""
+"""Decode images to upright RGB with Pillow: one place for every format of real collections."""
 
 import io
 import struct
@@ -38,10 +38,10 @@ _UPRIGHT = {
 
 @contextmanager
 def opened(encoded: bytes, *, name: str) -> Generator[Image.Image]:
-    """Open an encoded image; whatever Pillow finds wrong inside the block is a ValueError.
+    """Open an encoded image, and turn every error of Pillow inside the block into a ValueError.
 
     Raises:
-        ValueError: the bytes are no image that can be read; names the sample.
+        ValueError: The image cannot be read; the message names the sample.
     """
     if not encoded:
         raise ValueError(_unreadable(name, "empty file"))
@@ -55,20 +55,21 @@ def opened(encoded: bytes, *, name: str) -> Generator[Image.Image]:
 
 
 def decode_rgb(encoded: bytes, *, name: str) -> Image.Image:
-    """Decode to upright RGB: rotated as EXIF says, whatever the colour mode.
+    """Decode an image of any colour mode to RGB, and rotate it as its EXIF data say.
 
-    CMYK (Adobe's inverted one too), grey of 8 and 16 bits and palettes become RGB; an alpha channel
-    is dropped, as torchvision's loader does. *Unlike* that loader, EXIF's orientation is applied.
+    CMYK (also Adobe's inverted form), grey with 8 or 16 bits and palettes become RGB. An alpha
+    channel is dropped, as torchvision's loader does; *unlike* that loader, this applies EXIF's
+    orientation.
 
     Raises:
-        ValueError: the bytes are no image that can be read; names the sample.
+        ValueError: The image cannot be read; the message names the sample.
     """
     with opened(encoded, name=name) as image:
         return upright(_to_rgb(image), orientation=orientation_of(image))
 
 
 def orientation_of(image: Image.Image) -> int:
-    """EXIF's orientation, 1 to 8; 1 (upright) where there is none or it makes no sense."""
+    """Return EXIF's orientation, 1 to 8; 1 (upright) if it is missing or invalid."""
     try:
         value = image.getexif().get(ExifTags.Base.Orientation, 1)
     except _FAULTS:  # damaged EXIF around a sound image

@@ -49,7 +49,7 @@ _TAR_BLOCK, _TAR_RECORD, _NPY_HEADER = 512, 10240, 128
 
 @dataclass(frozen=True)
 class PlannedLatents:
-    """A shard of latents to be made, and the shard of images that it is made from."""
+    """A shard of latents to write, and the shard of images that it comes from."""
 
     split: str
     name: str
@@ -67,7 +67,7 @@ def plan_latents(index: ShardIndex[ImageInfo], *, compression: Compression) -> l
 
 @dataclass(frozen=True)
 class CutImages:
-    """The crops of some images, cut out: what is encoded at once."""
+    """The crops of some images; the VAE encodes them in one pass."""
 
     keys: tuple[str, ...]
     crops: tuple[tuple[Crop, ...], ...]
@@ -76,14 +76,14 @@ class CutImages:
 
 @dataclass(frozen=True)
 class LatentEncoder:
-    """Encodes the crops of images; a result depends on the image, its key and the seed alone.
+    """Encodes the crops of images; a result depends only on the image, its key and the seed.
 
     Attributes:
-        vae: frozen, float32, on `device`.
-        params: which crops there are, and how they are stored.
-        image_size: side of the crops, in pixels.
-        seed: of the random crops and colours.
-        device: where the VAE runs.
+        vae: Frozen, in float32, on `device`.
+        params: Which crops to encode, and how to store them.
+        image_size: Side of the crops in pixels.
+        seed: Seed of the random crops and colours.
+        device: Device of the VAE.
     """
 
     vae: "AutoencoderKL"
@@ -94,7 +94,7 @@ class LatentEncoder:
 
     @property
     def info(self) -> LatentInfo:
-        """What readers of the shards must know: kept in their index."""
+        """Return what readers of the shards must know; it is stored in their index."""
         return LatentInfo(
             scaling_factor=scaling_factor(self.vae),
             image_size=self.image_size,
@@ -104,15 +104,15 @@ class LatentEncoder:
     def encode(
         self, samples: Iterable[Sample], *, split: str, num_workers: int = 0
     ) -> Iterator[StoredLatents]:
-        """Encode images, in order.
+        """Encode images in order.
 
         Args:
-            samples: encoded images, read in this process, somewhat ahead of the encoding.
-            split: decides how many crops of an image there are.
-            num_workers: processes that decode and cut images; 0: this one does.
+            samples: Encoded images; this process reads some of them ahead.
+            split: The split; it decides how many crops an image has.
+            num_workers: Number of processes that decode and crop; 0: this process does it.
 
         Raises:
-            ValueError: an image cannot be decoded.
+            ValueError: An image cannot be decoded.
         """
         views, flips = self.params.views_of(split)
         # The loader sends what its sampler yields, here images instead of indices, to its workers.
@@ -136,24 +136,24 @@ class LatentEncoder:
         return map(StoredLatents, cut.keys, by_image, cut.crops)
 
     def shard_bytes(self, split: str, num_samples: int) -> int:
-        """Size of an uncompressed shard of latents; gzip saves a few hundredths of it."""
+        """Return the size of an uncompressed shard of latents; gzip saves only a few percent."""
         views, flips = self.params.views_of(split)
         side = self.image_size // downsampling_factor(self.vae)
         shape = (2 * self.vae.config["latent_channels"], side, side)
         return shard_bytes(num_samples, stored_views=views * (1 + flips), moments_shape=shape)
 
     def check_room(self, folder: Path, planned: Sequence[PlannedLatents]) -> None:
-        """Refuse to begin if the shards do not fit on the disk of `folder`.
+        """Check that the shards fit on the disk of `folder`.
 
         Raises:
-            ValueError: names the folder, and how much is missing.
+            ValueError: They do not; the message says how much space is missing.
         """
         num_bytes = sum(self.shard_bytes(item.split, item.images.num_samples) for item in planned)
         ways_out = "lower latents.views or switch latents.flips off"
         check_free_space(folder, num_bytes, ways_out=ways_out)
 
     def describe_size(self, index: ShardIndex[ImageInfo]) -> str:
-        """One line: what the latents of each split take, and why."""
+        """Say in one line how much disk space the latents of each split need, and why."""
         total, parts = 0, list[str]()
         for split, shards in index.splits.items():
             views, flips = self.params.views_of(split)
@@ -174,10 +174,10 @@ def encode_shard(
     compression: Compression,
     num_workers: int,
 ) -> Made:
-    """Make one shard of latents in `work_dir`, for `map_shards`.
+    """Write one shard of latents to `work_dir`, for `map_shards`.
 
     Raises:
-        ValueError: the shard of images is damaged, or an image cannot be decoded.
+        ValueError: The shard of images is damaged, or an image cannot be decoded.
     """
     records = read_shard(images / planned.images.name, planned.images)
     stored = encoder.encode(map(image_of, records), split=planned.split, num_workers=num_workers)
@@ -191,11 +191,11 @@ def encode_shard(
 
 
 def shard_bytes(num_samples: int, *, stored_views: int, moments_shape: Sequence[int]) -> int:
-    """Size of an uncompressed shard of latents.
+    """Compute the size of an uncompressed shard of latents in bytes.
 
     Args:
-        num_samples: images.
-        stored_views: of each, mirror images included.
+        num_samples: Number of images.
+        stored_views: Stored views of each image, including mirror images.
         moments_shape: 2c, s/f, s/f.
     """
 
@@ -210,7 +210,7 @@ def shard_bytes(num_samples: int, *, stored_views: int, moments_shape: Sequence[
 def choose_crops(
     image: Tensor, *, key: str, views: int, crop_scale_min: float, seed: int
 ) -> list[Crop]:
-    """The centre crop and `views - 1` random crops, which depend on the seed and the key alone."""
+    """Choose the centre crop and `views - 1` random crops; only seed and key decide."""
     height, width = image.shape[1:]
     rng = np.random.default_rng([seed, crc32(key.encode())])
     crops = [random_crop(rng, height, width, scale_min=crop_scale_min) for _ in range(views - 1)]
@@ -219,7 +219,7 @@ def choose_crops(
 
 @dataclass(frozen=True)
 class _Cutter(Dataset["CutImages | ValueError"]):
-    """Decodes images and cuts their crops out; mirror images follow all crops of an image."""
+    """Decodes images and cuts out their crops; an image's mirrored crops follow its others."""
 
     params: LatentsParams
     views: int
@@ -257,7 +257,7 @@ class _Cutter(Dataset["CutImages | ValueError"]):
 
 
 def _chunks(samples: Iterable[Sample], *, size: int) -> Iterator[list[Sample]]:
-    """Images that are encoded together; the last ones come when `samples` has ended."""
+    """Yield groups of images to encode together."""
     samples = iter(samples)
     while chunk := list(islice(samples, size)):
         yield chunk

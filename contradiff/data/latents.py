@@ -1,4 +1,4 @@
-"""What is stored of an image beforehand: the VAE's moments of its crops, in 16 bits.
+"""The stored form of latents: the VAE's moments of an image's crops, in 16 bits.
 
 images, 3 x s x s in [-1, 1] => moments (mean, log-variance), 2c x s/f x s/f, and their crops
 """
@@ -20,7 +20,7 @@ EVALUATED = frozenset({"val"})
 
 
 class LatentsParams(Section):
-    """Section `latents`: which crops of an image are encoded beforehand."""
+    """Section `latents`: which crops of an image to encode before training."""
 
     views: int = Field(
         ge=1, description="K: the centre crop, and K-1 random crops of training images"
@@ -43,7 +43,7 @@ class LatentsParams(Section):
     batch_size: int = Field(ge=1, description="crops encoded at once")
 
     def views_of(self, split: str) -> tuple[int, bool]:
-        """How many crops of an image a split has, and whether their mirror images too."""
+        """Return the number of crops of an image in a split, and whether they are also mirrored."""
         return (1, False) if split in EVALUATED else (self.views, self.flips)
 
 

@@ -19,10 +19,10 @@ def map_ahead(
     """Yield what `map` yields, in the same order, but let threads work ahead.
 
     Args:
-        function: releases Python's lock for most of its time, as Pillow and torch do.
-        items: read in the calling thread.
-        num_threads: 0: nothing is done ahead.
-        num_ahead: how many results may wait to be fetched.
+        function: It should release Python's lock for most of its time, as Pillow and torch do.
+        items: Read in the calling thread.
+        num_threads: Number of threads; 0: nothing is computed ahead.
+        num_ahead: Largest number of results that may wait to be fetched.
     """
     if num_threads == 0:
         yield from map(function, items)

@@ -1,7 +1,7 @@
-"""One resumable loop for every stage that makes shards, shared by several processes.
+"""One resumable loop over shards, for every stage that writes them; processes can share it.
 
-items (planned or existing shards) => make(item) writes files to a work folder => a note beside them
-says that they are whole => what was made of every item, in order
+For each item (a planned or an existing shard), `make` writes files to a work folder. A note beside
+the files then says that they are whole, so that a resumed stage skips the item.
 """
 
 import json
@@ -36,7 +36,7 @@ Tick = Callable[[int], None]
 
 @dataclass(frozen=True)
 class Made:
-    """What was made of one item: files in the work folder, and any further notes (JSON)."""
+    """The result of one item: files in the work folder, and further notes as JSON."""
 
     files: tuple[Shard, ...]
     notes: dict[str, Any] = field(default_factory=dict[str, Any])
@@ -53,29 +53,31 @@ def map_shards(
     size_of: Callable[[Item], int] = lambda _: 1,
     on_progress: Tick = lambda _: None,
 ) -> list[Made]:
-    """Make something of every item, unless an interrupted run has done it already.
+    """Call `make` for every item that an interrupted run has not finished yet.
 
-    Each process takes every n-th of the missing items and then waits until the others have made
-    theirs. It waits by looking at files, not in a collective, so no time limit is run into.
+    Each of n processes takes every n-th of the missing items, and then waits until the others have
+    finished theirs. It waits by looking at files and not in a collective operation, which would
+    have a time limit.
 
     Args:
-        items: the same list in every process.
-        make: writes an item's files to `work_dir`, each whole or not at all. It calls its second
-            argument with the number of samples done now and then.
-        work_dir: a folder that all processes share and that survives a kill.
-        name_of: a different name for each item; `<name>.json` is its note.
-        processes: which of several this is; by default there is one.
-        num_workers: further processes on this machine that run `make`, which must be picklable;
-            0: it runs here. With workers, progress counts whole items.
-        size_of: samples of an item.
-        on_progress: told how many more samples all processes have done; only in process 0.
+        items: The same list in every process.
+        make: Writes an item's files to `work_dir`, each whole or not at all. It calls its second
+            argument with the number of samples done, now and then.
+        work_dir: A folder that all processes share; it survives when they are killed.
+        name_of: Returns a different name for each item; `<name>.json` is its note.
+        processes: This process among several; by default it is alone.
+        num_workers: Number of further processes on this machine that run `make`, which must be
+            picklable; 0: this process runs it. With workers, progress counts whole items.
+        size_of: Returns the number of samples of an item.
+        on_progress: Called in process 0 with the number of samples that all processes have done
+            since the last call.
 
     Returns:
-        What was made, in the order of `items`, in every process.
+        The results in the order of `items`, in every process.
 
     Raises:
-        ChildProcessError: another process failed, or a worker was killed.
-        ValueError: the disk is full.
+        ChildProcessError: Another process failed, or a worker was killed.
+        ValueError: The disk is full.
     """
     processes = processes or Processes()
     processes.barrier()  # process 0 holds the folder's lock now: no other run writes to it
@@ -104,23 +106,23 @@ def map_shards(
 def missing_items(
     items: Sequence[Item], work_dir: Path, *, name_of: Callable[[Item], str]
 ) -> list[Item]:
-    """Items that `map_shards` has still to make: no note says that their files are whole."""
+    """Return the items that `map_shards` has not finished: those without a valid note."""
     return [item for item in items if read_note(_note_of(item, work_dir, name_of)) is None]
 
 
 def publish_shards(
     folder: Path, work_dir: Path, made: Iterable[tuple[str, Made]], info: ShardInfo
 ) -> None:
-    """Move shards to an empty folder, with an index.
+    """Move finished shards to an empty folder and write its index.
 
     Args:
-        folder: that readers are to find.
-        work_dir: of `map_shards`.
-        made: the split of each item, and what was made of it.
-        info: of the index.
+        folder: The folder that readers use.
+        work_dir: The folder that `map_shards` wrote to.
+        made: The split and the result of each item.
+        info: What the index says of all shards.
 
     Raises:
-        ValueError: the disk is full.
+        ValueError: The disk is full.
     """
     splits: dict[str, tuple[Shard, ...]] = {}
     for split, item in made:
@@ -133,7 +135,7 @@ def publish_shards(
 
 
 def read_note(note: Path) -> Made | None:
-    """What a note says was made; None if there is no note, or a file is not there as it says."""
+    """Read an item's note; None if there is no note, or if a file differs from what it says."""
     if not note.is_file():
         return None
     content = json.loads(note.read_text(encoding="utf-8"))
@@ -150,7 +152,7 @@ def _note_of(item: Item, work_dir: Path, name_of: Callable[[Item], str]) -> Path
 
 
 class _Crew:
-    """The processes tell each other, by files, how far they are and whether one has failed."""
+    """Files by which the processes tell each other how far they are, and that one has failed."""
 
     def __init__(self, folder: Path, processes: Processes, on_progress: Tick) -> None:
         self.folder, self.processes, self.on_progress = folder, processes, on_progress
@@ -158,7 +160,7 @@ class _Crew:
         self.told_at = -math.inf
 
     def begin(self) -> None:
-        """Take back what an earlier run has said."""
+        """Delete the files of an earlier run."""
         for what in ("failed", "done"):
             self._file(what).unlink(missing_ok=True)
 
@@ -206,7 +208,7 @@ def _in_workers(
     size_of: Callable[[Item], int],
     tick: Tick,
 ) -> Iterator[tuple[Item, Made]]:
-    """Yield items as they get done; a failure ends all workers at once."""
+    """Yield items as workers finish them; a failure ends all workers at once."""
     others = set(multiprocessing.active_children())
     # Forking a process that has threads (torch's, OpenMP's) can hang: start anew.
     context = multiprocessing.get_context("spawn")
@@ -233,7 +235,7 @@ def _in_workers(
 
 
 def _ignore(_: int) -> None:
-    """Stand in for a tick: progress does not cross from workers."""
+    """Ignore progress, which workers cannot report."""
 
 
 def _start_worker() -> None:

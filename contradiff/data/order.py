@@ -9,7 +9,7 @@ there are 4 streams:
     rows 0-3     A        B        A        B
     rows 4-7     C        D        C        D
 
-So a process reads the streams of its rows alone, and a worker of it those of its steps.
+So a process reads only the streams of its rows, and each of its workers only those of its steps.
 """
 
 import random
@@ -41,13 +41,13 @@ class ShardRange:
 class TrainingOrder:
     """The order of a training's samples.
 
-    An epoch has num_samples // batch_size steps and takes no sample twice. The samples that fill no
-    batch are left out; in every epoch these are others.
+    An epoch has num_samples // batch_size steps and takes no sample twice. It leaves out the
+    samples that would not fill a batch, different ones in every epoch.
 
     Attributes:
-        sizes: samples of each shard.
-        batch_size: images a step, over all processes.
-        seed: of the order.
+        sizes: Number of samples of each shard.
+        batch_size: Images a step, over all processes.
+        seed: Seed of the order.
     """
 
     sizes: tuple[int, ...]
@@ -56,30 +56,30 @@ class TrainingOrder:
 
     @property
     def steps_per_epoch(self) -> int:
-        """Whole batches of an epoch."""
+        """Number of batches in an epoch."""
         return sum(self.sizes) // self.batch_size
 
     @property
     def num_row_groups(self) -> int:
-        """How many streams make up one batch; divides it."""
+        """Number of streams that make up one batch, a divisor of `batch_size`."""
         return max(n for n in GROUPS if n <= max(1, len(self.sizes)) and self.batch_size % n == 0)
 
     @property
     def num_step_groups(self) -> int:
-        """After so many steps the same streams are read again."""
+        """Number of steps after which the same streams are read again."""
         return max(n for n in GROUPS if n == 1 or n * self.num_row_groups <= len(self.sizes))
 
     @property
     def rows_per_group(self) -> int:
-        """Consecutive rows of a batch from one stream."""
+        """Number of consecutive rows of a batch that come from one stream."""
         return self.batch_size // self.num_row_groups
 
     def rows_of(self, *, rank: int, world_size: int) -> Iterator[tuple[int, range]]:
         """Yield a process's row groups, in order, and which rows of each group are its own.
 
         Args:
-            rank: the process's number.
-            world_size: number of processes; divides the batch.
+            rank: Number of this process.
+            world_size: Number of processes, a divisor of `batch_size`.
         """
         assert self.batch_size % world_size == 0, "a process has as many rows as every other"
         own, height = self.batch_size // world_size, self.rows_per_group
@@ -89,7 +89,7 @@ class TrainingOrder:
             yield group, range(max(first - top, 0), min(last - top, height))
 
     def ranges(self, *, epoch: int, row_group: int, step_group: int) -> list[ShardRange]:
-        """What a stream reads in an epoch: at least the samples that its steps take."""
+        """Return the ranges that a stream reads in an epoch, enough samples for its steps."""
         order = np.random.default_rng([self.seed, epoch]).permutation(len(self.sizes))
         steps, groups = self.steps_per_epoch, self.num_step_groups
         # Steps that take from each stream; the first step groups may have one more.
@@ -104,7 +104,7 @@ class TrainingOrder:
     def shuffled(
         self, items: Iterable[Item], *, epoch: int, row_group: int, step_group: int
     ) -> Iterator[Item]:
-        """Yield a stream's items, each a random one of those that a buffer holds."""
+        """Yield a stream's items in random order: each one is drawn from a buffer."""
         rng = random.Random(f"{self.seed}/{epoch}/{row_group}/{step_group}")
         size = max(1, SHUFFLE_BUFFER // (self.num_row_groups * self.num_step_groups))
         buffer: list[Item] = []
@@ -117,12 +117,12 @@ class TrainingOrder:
 
 
 def ranges_of(sizes: Sequence[int], samples: range, *, order: Sequence[int]) -> list[ShardRange]:
-    """Where consecutive samples lie, if shards are laid end to end.
+    """Find the shards of consecutive samples, where the shards are laid end to end.
 
     Args:
-        sizes: samples of each shard.
-        samples: a range of step 1.
-        order: the shards' numbers, as they are laid.
+        sizes: Number of samples of each shard.
+        samples: Positions of the samples, a range with step 1.
+        order: Indices of the shards in the order in which they are laid.
     """
     ends = accumulate(sizes[shard] for shard in order)
     starts = ((shard, end - sizes[shard]) for shard, end in zip(order, ends, strict=True))

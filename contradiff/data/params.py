@@ -1,6 +1,6 @@
 """Sections `data` and `raw` of the parameters.
 
-In a module of their own: stages that only need the image size do not depend on how data are read.
+They have their own module, so that stages that need only the image size import no reader of data.
 """
 
 from typing import Literal
@@ -39,11 +39,11 @@ class DataParams(Section):
 
     @property
     def layout(self) -> Layout | Literal["auto"]:
-        """The layout to read: toy images are rendered as a tree of class folders."""
+        """The layout to read: toy images are rendered into class folders."""
         return "imagefolder" if self.source == "toy" else self.source
 
 
 class RawParams(Section):
-    """Section `raw`: how raw data are checked; changes no result."""
+    """Section `raw`: how to check raw data; it changes no result."""
 
     verify: bool = Field(description="compare the md5 of ILSVRC's archives; reads all of them")

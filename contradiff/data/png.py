@@ -1,4 +1,4 @@
-"""PNG: how generated images are stored without loss, and shown side by side."""
+"""PNGs: generated images without loss, and grids of images."""
 
 import io
 import time
@@ -22,12 +22,12 @@ def encode_png(image: UInt8[Tensor, "3 height width"]) -> bytes:
 
 
 def image_grid(images: ByteImages, *, columns: int, min_side: int = 64) -> bytes:
-    """Lay square images out in rows, as one PNG; white fills the last row up.
+    """Arrange square images in rows, as one PNG; white fills the last row.
 
     Args:
-        images: in reading order.
-        columns: images a row.
-        min_side: smaller images are magnified to this many pixels, or a little more, without
+        images: The images in reading order.
+        columns: Images a row.
+        min_side: Smaller images are enlarged to this many pixels, or a little more, without
             smoothing.
     """
     factor = -(-min_side // images.shape[-1])
@@ -37,7 +37,7 @@ def image_grid(images: ByteImages, *, columns: int, min_side: int = 64) -> bytes
 
 
 def paired_grid(above: ByteImages, below: ByteImages, *, columns: int) -> bytes:
-    """Lay images out in rows, each row above the row of its counterparts; see `image_grid`."""
+    """Arrange images in rows, each row above the row of its counterparts; see `image_grid`."""
     pairs = torch.stack([_rows(above, columns), _rows(below, columns)], dim=1)
     return image_grid(pairs.flatten(0, 2), columns=columns)
 
@@ -48,25 +48,25 @@ def _rows(images: ByteImages, columns: int) -> UInt8[Tensor, "rows columns 3 hei
 
 
 class LiveGrid:
-    """A grid of the newest images, renewed on disk now and then while more of them are made."""
+    """A PNG of the newest images, which is rewritten now and then while more images arrive."""
 
     def __init__(
         self, path: Path, *, columns: int = 16, max_images: int = 96, seconds: float = 10.0
     ) -> None:
-        """Nothing is written yet.
+        """Write nothing yet.
 
         Args:
-            path: of the PNG, which is replaced whole.
-            columns: images a row.
-            max_images: how many of the newest images are shown.
-            seconds: the least time between two renewals; the first images are shown at once.
+            path: Path of the PNG.
+            columns: Images a row.
+            max_images: Number of the newest images to show.
+            seconds: Shortest time between two writes; the first images are written at once.
         """
         self.path, self.columns, self.seconds = path, columns, seconds
         self.images: deque[Tensor] = deque(maxlen=max_images)
         self.renewed_at: float | None = None
 
     def add(self, images: ByteImages) -> None:
-        """Take up images, and renew the grid if it is time."""
+        """Add images, and write the PNG if enough time has passed."""
         self.images.extend(images)
         now = time.monotonic()
         if self.renewed_at is None or now - self.renewed_at >= self.seconds:

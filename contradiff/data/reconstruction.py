@@ -1,4 +1,4 @@
-"""How much of an image the base's autoencoder keeps: stored latents, decoded again."""
+"""Decode stored latents, to see how much of an image the base's autoencoder keeps."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -18,12 +18,12 @@ COLUMNS = 16
 
 @dataclass(frozen=True)
 class Reconstruction:
-    """Images and what their stored latents decode to.
+    """Images beside the decoded latents that were stored for them.
 
     Attributes:
-        originals: the centre crops.
-        decoded: the decoded first views.
-        std: standard deviation of the scaled latents, which the scaling factor makes about 1.
+        originals: The centre crops.
+        decoded: The decoded first views.
+        std: Standard deviation of the scaled latents; the scaling factor should make it about 1.
     """
 
     originals: ByteImages
@@ -32,11 +32,11 @@ class Reconstruction:
 
     @property
     def psnr(self) -> float:
-        """Mean over the images, in dB."""
+        """Mean PSNR of the images in dB."""
         return psnr(self.originals, self.decoded).mean().item()
 
     def figure(self) -> bytes:
-        """A PNG: rows of images, each above the row of their reconstructions."""
+        """Draw a PNG with rows of images, each above the row of their reconstructions."""
         columns = min(COLUMNS, len(self.originals))
         return paired_grid(self.originals, self.decoded, columns=columns)
 
@@ -44,16 +44,16 @@ class Reconstruction:
 def reconstruct(
     encoder: LatentEncoder, images: Iterable[Sample], records: Iterable[Record]
 ) -> Reconstruction:
-    """Decode latents as a reader of the shards finds them.
+    """Decode latents as they are stored in shards.
 
     Args:
-        encoder: that has made the latents.
-        images: what was encoded.
-        records: their latents.
+        encoder: The encoder that made the latents.
+        images: The encoded images.
+        records: Their latents.
 
     Raises:
-        ValueError: the latents show too little of the images; names latents.min_psnr and likely
-            causes.
+        ValueError: The decoded images differ too much from the originals; the message names
+            latents.min_psnr and likely causes.
     """
     info, device = encoder.info, encoder.device
     originals: list[torch.Tensor] = []

@@ -1,6 +1,6 @@
 """Files in a folder or under a URL (s3://, gs://, http://, ...), through fsspec: its only user.
 
-A fault of the connection is met by opening the file anew and going on where it broke off.
+When a connection fails, the file is opened again and read on from where it broke off.
 """
 
 import time
@@ -19,54 +19,54 @@ T = TypeVar("T")
 
 
 def join(folder: Location, name: str) -> Location:
-    """The file or folder `name` in a folder."""
+    """Return the path or URL of `name` in a folder."""
     return f"{folder.rstrip('/')}/{name}" if isinstance(folder, str) else folder / name
 
 
 def read_bytes(url: str) -> bytes:
-    """All of a file.
+    """Read a whole file.
 
     Raises:
-        FileNotFoundError: there is none.
-        ValueError: the protocol is unknown, or its package is not installed.
-        OSError: the connection failed time and again.
+        FileNotFoundError: There is no such file.
+        ValueError: The protocol is unknown, or its package is not installed.
+        OSError: The connection failed several times.
     """
     file_system, path = _resolve(url)
     return _persist(lambda: file_system.cat_file(path), url)
 
 
 def size_of(url: str) -> int | None:
-    """Bytes of a file; None where the server does not tell.
+    """Return the size of a file in bytes; None if the server does not tell.
 
     Raises:
-        FileNotFoundError: there is none.
-        ValueError: the protocol is unknown, or its package is not installed.
-        OSError: the connection failed time and again.
+        FileNotFoundError: There is no such file.
+        ValueError: The protocol is unknown, or its package is not installed.
+        OSError: The connection failed several times.
     """
     file_system, path = _resolve(url)
     return _persist(lambda: file_system.info(path)["size"], url)
 
 
 class RemoteFile:
-    """A remote file, read once from its beginning to its end."""
+    """A remote file that is read once, from beginning to end."""
 
     def __init__(self, url: str, *, num_bytes: int) -> None:
-        """Describe the file; it is opened by the first `read`.
+        """Describe the file; the first `read` opens it.
 
         Args:
-            url: its address.
-            num_bytes: its size: if the server ends before, the connection has failed.
+            url: Address of the file.
+            num_bytes: Size of the file; if the server sends less, the connection has failed.
         """
         self.url, self.num_bytes = url, num_bytes
         self._file: Any = None
         self._position = 0
 
     def read(self, size: int = -1) -> bytes:
-        """Up to `size` bytes, b"" at the end; all that remain if it is negative.
+        """Read up to `size` bytes, or all the rest if it is negative; b"" at the end.
 
         Raises:
-            ValueError: the protocol is unknown, or its package is not installed.
-            OSError: the connection failed time and again.
+            ValueError: The protocol is unknown, or its package is not installed.
+            OSError: The connection failed several times.
         """
         if size >= 0:
             return _persist(lambda: self._read_some(size), self.url)
@@ -107,14 +107,14 @@ class RemoteFile:
         return file
 
     def close(self) -> None:
-        """Let the connection go; harmless if there is none."""
+        """Close the connection, if there is one."""
         if self._file is not None:
             self._file.close()
             self._file = None
 
 
 def _resolve(url: str) -> tuple[Any, str]:
-    """File system and path; never kept, since a forked worker needs a file system of its own."""
+    """Return file system and path; not cached, since a forked worker needs its own file system."""
     from fsspec.core import url_to_fs
 
     # Packed as it lies there: sizes and hashes are those of the file.
@@ -152,7 +152,7 @@ def _persist(action: Callable[[], T], url: str) -> T:
 
 
 def _is_passing(error: BaseException) -> bool:
-    """Whether it may be gone when one asks again."""
+    """Return whether another attempt may succeed."""
     error = _root(error)
     status = getattr(error, "status", None)  # of aiohttp's errors, which are no OSErrors
     if isinstance(status, int):
@@ -163,7 +163,7 @@ def _is_passing(error: BaseException) -> bool:
 
 
 def _root(error: BaseException) -> BaseException:
-    """What fsspec's HTTP shows as a missing file, whatever went wrong."""
+    """Return the real cause: fsspec's HTTP reports every failure as a missing file."""
     while isinstance(error, FileNotFoundError) and error.__cause__ is not None:
         error = error.__cause__
     return error

@@ -1,7 +1,7 @@
-"""What the index of a folder of shards says of all of them: one class for each kind of shards.
+"""What an index says of all the shards in its folder: one class for each kind of shards.
 
-A class names what readers need. Whoever writes shards may add keys, which are kept for people to
-read: the solver of samples, the class names of images.
+A class has the keys that readers need. Writers may add keys for people to read, such as the solver
+of samples or the class names of images.
 """
 
 from typing import Literal
@@ -23,7 +23,7 @@ class ImageInfo(ShardInfo):
 
 
 class LatentInfo(ShardInfo):
-    """Latents, stored as the VAE's moments; see `LatentsParams` for what was encoded."""
+    """Latents, stored as the VAE's moments; `LatentsParams` explains the keys."""
 
     kind: Literal["moments"] = "moments"
     dtype: Literal["float16", "bfloat16"]

@@ -70,7 +70,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class ShardIndex(Generic[InfoT]):
-    """What a folder of shards holds: the shards of each split, and what is true of all of them.
+    """The index of a folder: the shards of each split, and what is true of all shards.
 
     Example:
         >>> index = ShardIndex.read(Path("build/latents"), LatentInfo)  # doctest: +SKIP
@@ -123,18 +123,18 @@ class ShardIndex(Generic[InfoT]):
             path.write_text(json.dumps(content) + "\n", encoding="utf-8")
 
     def num_samples(self, split: str) -> int:
-        """How many samples a split holds.
+        """Return the number of samples of a split.
 
         Raises:
-            ValueError: there is no such split.
+            ValueError: There is no such split.
         """
         return sum(shard.num_samples for shard in self.shards(split))
 
     def shards(self, split: str) -> tuple[Shard, ...]:
-        """The shards of a split, in order.
+        """Return the shards of a split, in order.
 
         Raises:
-            ValueError: there is no such split.
+            ValueError: There is no such split.
         """
         if split not in self.splits:
             raise ValueError(f"no split {split!r} among {sorted(self.splits)}")
@@ -147,12 +147,12 @@ def shard_name(split: str, number: int, compression: Compression) -> str:
 
 
 def write_shard(path: Path, records: Iterable[Record], *, compression: Compression) -> Shard:
-    """Write one shard, whole or not at all; its bytes depend on the records alone.
+    """Write one shard, whole or not at all; its bytes depend only on the records.
 
     Args:
-        path: of the tar file.
-        records: samples. If they have a "cls", classes are counted.
-        compression: of the tar file.
+        path: Path of the tar file.
+        records: The samples; if they have a "cls", their classes are counted.
+        compression: Compression of the tar file.
     """
     from webdataset.writer import TarWriter
 
@@ -183,7 +183,7 @@ def write_split(
     compression: Compression,
     on_progress: Callable[[int], None] = lambda _: None,
 ) -> tuple[Shard, ...]:
-    """Write a split's shards one after the other; `on_progress` is told each shard's samples."""
+    """Write a split's shards in order; `on_progress` gets the number of samples of each shard."""
     records, shards = iter(records), list[Shard]()
     while chunk := list(islice(records, samples_per_shard)):
         path = folder / shard_name(split, len(shards), compression)
@@ -195,7 +195,7 @@ def write_split(
 def read_shard(path: Location, shard: Shard) -> Iterator[dict[str, bytes]]:
     """Yield a shard's samples in order, as extension => content and "__key__" => key.
 
-    Every byte is hashed on the way: damage that tar does not notice shows after the last sample.
+    Every byte is hashed, so that damage that tar does not notice is found after the last sample.
 
     Raises:
         ValueError: the shard is truncated or damaged, or holds another number of samples.
@@ -247,7 +247,7 @@ def read_images(folder: Location, split: str) -> Iterator[Sample]:
 
 
 def image_record(sample: Sample, *, extension: str) -> Record:
-    """An image as WebDataset has it: `key.jpg` and `key.cls`."""
+    """Return an image as a WebDataset sample: `key.jpg` and `key.cls`."""
     return {
         "__key__": sample.key.encode(),
         extension: sample.image,
@@ -262,14 +262,14 @@ def image_of(record: Record) -> Sample:
 
 
 def array_to_bytes(array: Shaped[np.ndarray, "..."]) -> bytes:
-    """An array as the content of an .npy file."""
+    """Return an array as the content of an .npy file."""
     buffer = io.BytesIO()
     np.save(buffer, array, allow_pickle=False)
     return buffer.getvalue()
 
 
 def array_from_bytes(content: bytes) -> Shaped[np.ndarray, "..."]:
-    """Inverse of `array_to_bytes`; never unpickles."""
+    """Read an array from the content of an .npy file, without pickle."""
     return np.load(io.BytesIO(content), allow_pickle=False)
 
 
@@ -298,7 +298,7 @@ class _HashedStream:
         return content
 
     def digest_of_all(self) -> str:
-        """SHA-256 of the whole file: tar's padding at the end is read here, if nowhere else."""
+        """Return the SHA-256 of the whole file, after reading tar's padding at its end."""
         self.read()
         return self.hasher.hexdigest()
 

@@ -1,4 +1,4 @@
-"""Training batches: image shards and latent shards read side by side, in an order fixed by a seed.
+"""Training batches from image shards and latent shards, in an order that a seed decides.
 
 shard i of images, shard i of latents => pairs of records => shuffled => batches, stacked by the
 caller's `make_batch` in the loader's workers
@@ -42,12 +42,12 @@ class PairedShards:
         """Read both indices.
 
         Args:
-            images: a local folder, or a URL (s3://, gs://, http://, ...).
-            latents: likewise.
-            split: its name.
+            images: A local folder or a URL (s3://, gs://, http://, ...).
+            latents: The same for the latents.
+            split: Name of the split.
 
         Raises:
-            ValueError: shards are missing or damaged, or the folders do not belong together.
+            ValueError: Shards are missing or damaged, or the latents belong to other images.
         """
         image_index = ShardIndex.read(images, ImageInfo)
         latent_index = ShardIndex.read(latents, LatentInfo)
@@ -63,22 +63,22 @@ class PairedShards:
 
     @property
     def num_shards(self) -> int:
-        """Shards of the split."""
+        """Number of shards of the split."""
         return len(self.sizes)
 
     @property
     def sizes(self) -> tuple[int, ...]:
-        """Samples of each shard."""
+        """Number of samples of each shard."""
         return tuple(shard.num_samples for shard in self.image_index.shards(self.split))
 
     @property
     def num_samples(self) -> int:
-        """Samples of the split."""
+        """Number of samples of the split."""
         return sum(self.sizes)
 
     @property
     def digest(self) -> str:
-        """What the split holds, wherever it lies: a hash of its shards' hashes and infos."""
+        """A hash of the split's content (its shards' hashes and infos), but not of its place."""
         content = [
             [[asdict(shard) for shard in index.shards(self.split)], index.info.model_dump()]
             for index in (self.image_index, self.latent_index)
@@ -86,20 +86,20 @@ class PairedShards:
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
     def read_range(self, wanted: ShardRange, *, with_images: bool) -> Iterator[Pair]:
-        """Yield the pairs of a range of a shard. What lies before it is read, but not decoded.
+        """Yield the pairs of a range of a shard; pairs before the range are read, but not decoded.
 
         Raises:
-            ValueError: the two shards' keys differ.
+            ValueError: The two shards' keys differ.
         """
         # A shard is checked when it is read to its end: by whoever has its last sample.
         stop = None if wanted.last == self.sizes[wanted.shard] else wanted.last
         yield from islice(self.read(wanted.shard, with_images=with_images), wanted.first, stop)
 
     def read(self, number: int, *, with_images: bool = True) -> Iterator[Pair]:
-        """Yield the pairs of one shard; without images, their half is empty and not read.
+        """Yield the pairs of one shard; without images, the image shard is not read.
 
         Raises:
-            ValueError: the two shards' keys differ.
+            ValueError: The two shards' keys differ.
         """
         image_shard = self.image_index.shards(self.split)[number]
         latent_shard = self.latent_index.shards(self.split)[number]
@@ -117,10 +117,10 @@ class PairedShards:
 
 
 class TrainingStream(IterableDataset["dict[str, Tensor] | Exception"]):
-    """An endless stream of one process's batches, that can start at any step.
+    """An endless stream of one process's batches; it can start at any step.
 
-    The samples of every global batch, and their order in it, depend on the seed, the batch size and
-    the shards alone, not on how many processes and workers there are: see `TrainingOrder`.
+    The samples of every global batch, and their order, depend only on the seed, the batch size and
+    the shards, and not on the number of processes and workers: see `TrainingOrder`.
     """
 
     def __init__(
@@ -135,20 +135,20 @@ class TrainingStream(IterableDataset["dict[str, Tensor] | Exception"]):
         rank: int,
         world_size: int,
     ) -> None:
-        """Describe the stream. Nothing is read yet; a start in mid-run reads no earlier epoch.
+        """Describe the stream; nothing is read yet. A later start does not read earlier epochs.
 
         Args:
-            pairs: images and latents.
-            make_batch: stacks the pairs of a batch in the workers, which unpickle it.
-            with_images: whether it needs the images; without them their shards are not read.
-            batch_size: images a step in this process.
-            start_step: batches that an earlier run has consumed.
-            seed: of the order.
-            rank: this process's number; it has the rows from rank * batch_size on.
-            world_size: number of processes.
+            pairs: Images and latents.
+            make_batch: Stacks the pairs of a batch; it runs in the workers and must be picklable.
+            with_images: Whether `make_batch` needs the images; otherwise they are not read.
+            batch_size: Images a step in this process.
+            start_step: Number of steps that an earlier run has taken.
+            seed: Seed of the order.
+            rank: Number of this process; its rows begin at rank * batch_size.
+            world_size: Number of processes.
 
         Raises:
-            ValueError: a batch is more than all images.
+            ValueError: A batch needs more images than there are.
         """
         super().__init__()
         self.order = TrainingOrder(pairs.sizes, batch_size * world_size, seed)
@@ -162,7 +162,7 @@ class TrainingStream(IterableDataset["dict[str, Tensor] | Exception"]):
         self.start_step, self.seed, self.rank, self.world_size = start_step, seed, rank, world_size
 
     def __iter__(self) -> Iterator[dict[str, Tensor] | Exception]:
-        """Yield batches. An error ends them and is yielded: raised, it would be a traceback."""
+        """Yield batches, and an error as the last item: raised, it would print a traceback."""
         worker = get_worker_info()
         # The loader takes batches from its workers in turn, beginning with worker 0.
         number, num_workers = (worker.id, worker.num_workers) if worker else (0, 1)
@@ -173,7 +173,7 @@ class TrainingStream(IterableDataset["dict[str, Tensor] | Exception"]):
             yield error
 
     def _batches(self, first_step: int, stride: int) -> Iterator[tuple[int, list[Pair]]]:
-        """Yield epoch and pairs of every `stride`-th step."""
+        """Yield the epoch and the pairs of every `stride`-th step."""
         order, height = self.order, self.order.rows_per_group
         rows = list(order.rows_of(rank=self.rank, world_size=self.world_size))
         streams: dict[tuple[int, int, int], _Stream] = {}
@@ -201,7 +201,7 @@ class TrainingStream(IterableDataset["dict[str, Tensor] | Exception"]):
 
 
 class _Stream:
-    """Pairs, taken by their places in rising order."""
+    """Pairs, looked up by ascending positions."""
 
     def __init__(self, pairs: Iterator[Pair]) -> None:
         self.pairs, self.position = pairs, 0
@@ -216,18 +216,18 @@ class _Stream:
 
 
 def training_batches(stream: TrainingStream, *, num_workers: int) -> Iterator[Mapping[str, Any]]:
-    """Run the stream in worker processes; their number changes nothing about the batches.
+    """Run the stream in worker processes; their number does not change the batches.
 
     If the split has 64 shards for each process, 1, 2, 4 or 8 workers together read the data once.
     With other numbers of workers, or fewer shards, some shards are read twice.
 
     Args:
-        stream: of this process.
-        num_workers: 0: this process reads.
+        stream: The stream of this process.
+        num_workers: Number of worker processes; 0: this process reads.
 
     Raises:
-        ValueError: the data are damaged.
-        OSError: a server could not be reached.
+        ValueError: The data are damaged.
+        OSError: A server cannot be reached.
     """
     loader = DataLoader(
         stream,

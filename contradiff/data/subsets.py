@@ -1,4 +1,4 @@
-"""Choosing samples: few-shot training sets, and a development split."""
+"""Subsets of samples: few-shot training sets and a development split."""
 
 import hashlib
 from collections.abc import Sequence
@@ -9,8 +9,8 @@ import numpy as np
 def k_shot_split(labels: Sequence[int], *, shots: int, seed: int) -> list[int]:
     """Draw the same number of samples from every class that occurs.
 
-    A class's draw depends on the seed and that class only, and more shots contain fewer: the
-    5-shot set of a seed is a part of its 25-shot set.
+    The draw of a class depends only on the seed and on that class. The 25-shot set of a seed
+    contains its 5-shot set, and so on.
 
     Args:
         labels: Class of each sample, in [0, classes).
@@ -41,8 +41,8 @@ def k_shot_split(labels: Sequence[int], *, shots: int, seed: int) -> list[int]:
 def is_dev(key: str, *, fraction: float = 0.1) -> bool:
     """Whether a training sample belongs to the held-out development split.
 
-    The key's hash decides, so the answer depends on no other sample, no order and no seed, and
-    a smaller fraction's split is a part of a greater one's.
+    The hash of the key decides, so that other samples, their order and the seed do not matter.
+    The split of a larger fraction contains the split of a smaller one.
 
     Args:
         key: The sample's key in its shard.

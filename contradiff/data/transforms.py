@@ -1,4 +1,4 @@
-"""Encoded images -> cropped pixels, with every crop written down as a box."""
+"""Encoded images => cropped pixels; every crop is recorded as a box."""
 
 import math
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ ASPECT_RATIOS = (3 / 4, 4 / 3)
 
 @dataclass(frozen=True)
 class Crop:
-    """A rectangle of an image, in its pixels, and whether it is mirrored afterwards."""
+    """A rectangle in an image's pixels, and whether the crop is mirrored."""
 
     top: int
     left: int
@@ -26,7 +26,7 @@ class Crop:
     mirrored: bool
 
     def to_array(self) -> Int[np.ndarray, "5"]:
-        """As five integers, for storage."""
+        """Return the crop as five integers, for storage."""
         values = [self.top, self.left, self.height, self.width, self.mirrored]
         return np.asarray(values, dtype=np.int32)
 
@@ -49,19 +49,20 @@ def decode(encoded: bytes, *, name: str) -> UInt8[Tensor, "3 height width"]:
 
 
 def centre_crop(height: int, width: int) -> Crop:
-    """The largest centred square: after resizing, Resize(size) + CenterCrop(size)."""
+    """Return the largest centred square; resized, it equals Resize(size) + CenterCrop(size)."""
     side = min(height, width)
     return Crop((height - side) // 2, (width - side) // 2, side, side, mirrored=False)
 
 
 def random_crop(rng: np.random.Generator, height: int, width: int, *, scale_min: float) -> Crop:
-    """A random resized crop's box (Inception-style), mirrored half the time.
+    """Draw a random resized crop (Inception-style); half of the crops are mirrored.
 
     Args:
-        rng: source of the five random numbers (more where boxes are rejected).
-        height: of the image, in pixels.
-        width: of the image, in pixels.
-        scale_min: the box covers this to 1.0 of the area; aspect ratios 3/4 to 4/3, log-uniform.
+        rng: Source of five random numbers, or more where boxes are rejected.
+        height: Height of the image in pixels.
+        width: Width of the image in pixels.
+        scale_min: Smallest share of the image's area; the largest is 1. Aspect ratios are 3/4 to
+            4/3, log-uniform.
     """
     mirrored = bool(rng.random() < 0.5)
     for _ in range(10):
@@ -79,7 +80,7 @@ def random_crop(rng: np.random.Generator, height: int, width: int, *, scale_min:
 def apply_crop(
     image: UInt8[Tensor, "3 height width"], crop: Crop, *, size: int
 ) -> UInt8[Tensor, "3 size size"]:
-    """Cut the box out and resize it to size x size (antialiased bicubic)."""
+    """Cut out the box and resize it to size x size (antialiased bicubic)."""
     cut = image[:, crop.top : crop.top + crop.height, crop.left : crop.left + crop.width]
     if cut.shape[1:] != (size, size):
         cut = transforms.resize(
@@ -91,11 +92,11 @@ def apply_crop(
 def jitter_colours(
     image: UInt8[Tensor, "3 height width"], rng: np.random.Generator, *, strength: float
 ) -> UInt8[Tensor, "3 height width"]:
-    """SimCLR's colour distortion: brightness, contrast, saturation, hue; grey one time in five.
+    """Apply SimCLR's colour distortion: brightness, contrast, saturation, hue; a fifth become grey.
 
     Args:
-        image: pixels.
-        rng: source of the random numbers; as many are drawn at every strength but 0.
+        image: The pixels.
+        rng: Source of random numbers; every strength but 0 draws the same number of them.
         strength: SimCLR's s: factors within 1 ± 0.8 s, hue within ± 0.2 s turns; 0 changes nothing.
     """
     if strength == 0:
