@@ -1,7 +1,7 @@
-"""conditions: the validation images that samples are to be conditioned on, as the model sees them.
+"""conditions: store the validation images that samples are conditioned on, as pixels and latents.
 
-With another generate.condition there are none, and an index that says so: generation then depends
-neither on the images nor on their latents, and runs where they are not.
+If generate.condition is not image, the stage stores an empty index. Generation then needs neither
+the images nor their latents, and runs on machines that lack them.
 """
 
 from stages.runtime.run import Run, execute

@@ -1,8 +1,8 @@
-"""generate: noise => shards of PNG images, and a grid of the first.
+"""generate: noise => shards of PNG images, and a grid of the first ones.
 
-Unconditional, or conditioned on validation images or on classes, with or without guidance. Runs on
-as many processes as `python -m stages.generate` starts: each makes whole shards, the same whoever
-makes them. Begun again after a kill, it keeps the shards that are whole.
+Images are unconditional, or conditioned on validation images or on classes, with or without
+guidance. The processes that `python -m stages.generate` starts share the shards; their number does
+not change the images. After an interruption, the stage keeps the shards that are whole.
 """
 
 from stages.runtime.run import Run, execute

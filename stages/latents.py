@@ -1,7 +1,7 @@
 """latents: image shards => shards of VAE moments of each image's crops, in the same order.
 
-Runs on as many processes as `python -m stages.latents` starts, with the same result. Begun again
-after a kill, it keeps the shards that are whole.
+The processes that `python -m stages.latents` starts share the shards; their number does not change
+the result. After an interruption, the stage keeps the shards that are whole.
 """
 
 from stages.runtime.run import Run, execute

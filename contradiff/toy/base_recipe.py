@@ -1,10 +1,10 @@
 """The recipe of the tiny base: a latent diffusion model of a few MB, trained without labels.
 
-It plays Stable Diffusion's part in the embedded default: pretrained on other images than those
-that ContraDiff is later trained on (same renderer, other seeds), conditioned through
-cross-attention on "captions" that know no classes, frozen afterwards. A caption here is the mean
-colour of the image's four quadrants, projected by a fixed random matrix: it stands where CLIP's
-text stood, so that the cross-attention which LoRA later adapts has learned to listen to something.
+In the embedded default it replaces Stable Diffusion. It is trained on other images than ContraDiff
+later is (same renderer, other seeds), conditioned by cross-attention on "captions" without classes,
+and then frozen. A caption is the mean colour of the image's four quadrants, projected by a fixed
+random matrix. It takes the place of CLIP's text: without captions, the cross-attention that LoRA
+later adapts would have learned nothing.
 
 images (n 3 h w) in [-1, 1] -> AutoencoderKL, f = 4 -> latents (n 4 h/4 w/4) -> UNet2DConditionModel
 """
@@ -45,7 +45,7 @@ M = TypeVar("M", bound=nn.Module)
 
 
 def build_vae() -> "AutoencoderKL":
-    """AutoencoderKL with f = 4 and 4 latent channels, random weights."""
+    """Build an AutoencoderKL with f = 4, 4 latent channels and random weights."""
     from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 
     return AutoencoderKL(
@@ -61,10 +61,10 @@ def build_vae() -> "AutoencoderKL":
 
 
 def build_unet() -> "UNet2DConditionModel":
-    """UNet2DConditionModel over 8x8x4 latents, random weights; its bottleneck is 96x4x4.
+    """Build a UNet2DConditionModel for 8x8x4 latents with random weights; bottleneck 96x4x4.
 
-    Like Stable Diffusion's at 256 pixels the bottleneck has 4 x 4 positions. Attention stands there
-    alone: the same compute in wider convolutions at 8 x 8 gave a lower loss (docs/log.md).
+    The bottleneck has 4 x 4 positions, as Stable Diffusion's has at 256 pixels. Only the bottleneck
+    has attention: at 8 x 8, wider convolutions of the same cost gave a lower loss (docs/log.md).
     """
     from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 
@@ -83,7 +83,7 @@ def build_unet() -> "UNet2DConditionModel":
 
 
 def captions(images: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch 4 width_c"]:
-    """Label-free captions: the four quadrants' mean colours through a fixed random projection."""
+    """Make captions without labels: the quadrants' mean colours, projected by a fixed matrix."""
     generator = torch.Generator().manual_seed(20_260)
     projection = torch.randn(3, CAPTION_DIM, generator=generator)
     colours = F.adaptive_avg_pool2d(images, 2).flatten(2).transpose(1, 2)
@@ -104,23 +104,23 @@ def train_vae(
 ) -> "AutoencoderKL":
     """Train the autoencoder on |x - x'| + |grad x - grad x'| + kl_weight * KL.
 
-    The gradient term (finite differences at two scales) keeps edges that a plain L1 blurs. After a
-    kill it goes on at the last checkpoint. The averaged weights are returned; the scaling factor is
-    set to 1 / std of the latents, as for Stable Diffusion.
+    The gradient term (finite differences at two scales) keeps edges that a plain L1 loss blurs.
+    After an interruption, training resumes from the last checkpoint. The result has the averaged
+    weights, and its scaling factor is 1 / std of the latents, as Stable Diffusion's.
 
     Args:
-        images: uint8 pixels.
-        num_steps: optimiser steps.
-        batch_size: images a step, over all processes.
-        lr: peak learning rate of AdamW; one cycle of warm-up and cosine.
-        kl_weight: weight of the KL divergence to N(0, 1), per image and per pixel of the output.
-        seed: of weights, order and noise.
-        accelerator: the processes that train together, and their device.
-        work_dir: where checkpoints go.
-        on_step: hears of every step, see `train`.
+        images: Pixels, 0 to 255.
+        num_steps: Number of optimiser steps.
+        batch_size: Images a step, over all processes.
+        lr: Peak learning rate of AdamW; one cycle of warm-up and cosine.
+        kl_weight: Weight of the KL divergence to N(0, 1), per image and per pixel of the output.
+        seed: Seed of the weights, the order and the noise.
+        accelerator: The processes that train together, and their device.
+        work_dir: Folder of the checkpoints.
+        on_step: Called after every step, see `train`.
 
     Raises:
-        ValueError: the batch does not divide over the processes.
+        ValueError: The number of processes does not divide the batch.
     """
     mine = _rows_of(accelerator, batch_size)
     device = accelerator.device
@@ -179,19 +179,19 @@ def train_unet(
     image. Stops and resumes like `train_vae`.
 
     Args:
-        images: uint8 pixels.
-        vae: trained autoencoder with its scaling factor, on the accelerator's device.
-        num_steps: optimiser steps.
-        batch_size: images a step, over all processes.
-        lr: peak learning rate.
-        caption_drop: probability in [0, 1].
-        seed: of weights, order and noise.
-        accelerator: the processes that train together, and their device.
-        work_dir: where checkpoints go.
-        on_step: hears of every step, see `train`.
+        images: Pixels, 0 to 255.
+        vae: The trained autoencoder with its scaling factor, on the accelerator's device.
+        num_steps: Number of optimiser steps.
+        batch_size: Images a step, over all processes.
+        lr: Peak learning rate.
+        caption_drop: Probability in [0, 1].
+        seed: Seed of the weights, the order and the noise.
+        accelerator: The processes that train together, and their device.
+        work_dir: Folder of the checkpoints.
+        on_step: Called after every step, see `train`.
 
     Raises:
-        ValueError: the batch does not divide over the processes.
+        ValueError: The number of processes does not divide the batch.
     """
     mine = _rows_of(accelerator, batch_size)
     device = accelerator.device
@@ -230,7 +230,7 @@ def train_unet(
 
 
 def build_scheduler() -> "DDIMScheduler":
-    """Stable Diffusion's noise schedule: 1000 betas, scaled linear, 0.00085 to 0.012."""
+    """Build Stable Diffusion's noise schedule: 1000 betas, scaled linear, 0.00085 to 0.012."""
     from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 
     return DDIMScheduler(
@@ -247,7 +247,7 @@ def build_scheduler() -> "DDIMScheduler":
 def _draw(
     images: UInt8[Tensor, "num_images 3 height width"], batch_size: int, generator: torch.Generator
 ) -> Float[Tensor, "batch 3 height width"]:
-    """Draw images with replacement, mirrored half the time, in [-1, 1]."""
+    """Draw images with replacement, in [-1, 1]; half of them are mirrored."""
     index = torch.randint(len(images), (batch_size,), generator=generator)
     batch = images[index].float().div(127.5).sub(1.0)
     mirrored = torch.rand(batch_size, 1, 1, 1, generator=generator) < 0.5
@@ -255,9 +255,10 @@ def _draw(
 
 
 def _rows_of(accelerator: "Accelerator", batch_size: int) -> slice:
-    """A process's rows of every batch: all processes draw the whole batch, and gradients average.
+    """Return a process's rows of every batch.
 
-    So the result does not depend on their number, up to the order of float sums.
+    Every process draws the whole batch, and the gradients are averaged, so that the number of
+    processes changes only the order of float sums.
     """
     if batch_size % accelerator.num_processes:
         raise ValueError(
@@ -280,7 +281,7 @@ def _encode_all(
     seed: int,
     device: torch.device,
 ) -> tuple[Float[Tensor, "twice 4 h w"], Float[Tensor, "twice 4 width_c"]]:
-    """Latents, scaled, and captions of every image and its mirror image."""
+    """Compute scaled latents and captions of every image and of its mirror image."""
     generator = torch.Generator().manual_seed(seed)
     latents: list[Tensor] = []
     tokens: list[Tensor] = []
@@ -304,7 +305,7 @@ def _train(
     checkpoint: Path,
     on_step: OnStep,
 ) -> M:
-    """AdamW with warm-up and cosine; returns the average of the weights."""
+    """Train by AdamW with warm-up and cosine; return the averaged weights."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.99), weight_decay=1e-4)
     average = deepcopy(model).requires_grad_(requires_grad=False)
     tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
