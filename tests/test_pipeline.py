@@ -85,8 +85,11 @@ def test_rooms_are_those_that_the_stage_imports(stage: str, graph: grimp.ImportG
     assert idle == []
 
 
-@pytest.mark.parametrize("path", sorted(NEVER_A_RESULT - {"contradiff/report"}))
-def test_a_message_invalidates_no_result(path: str):
+@pytest.mark.parametrize(
+    "path", [*sorted(NEVER_A_RESULT - {"contradiff/report"}), "contradiff/toy"]
+)
+def test_a_message_invalidates_no_result_nor_does_the_toy(path: str):
+    """What prepare renders is in its manifest."""
     assert touched_by(path) == set()
 
 
