@@ -14,18 +14,19 @@ Example of a stage:
 
 from stages.runtime.launch import VARIABLE, is_new_message, num_processes, run_several
 from stages.runtime.progress import Advance, show_progress
-from stages.runtime.work_dir import keep_until_success, key_of
+from stages.runtime.work_dir import key_of, take_up
 
 import argparse
 import inspect
 import json
 import os
 import re
+import shutil
 import signal
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -34,7 +35,7 @@ from typing import TYPE_CHECKING, Literal, NoReturn, TypeVar
 from pydantic import Field
 
 from contradiff.config import Section, parse, read_params
-from contradiff.files import replace_file
+from contradiff.files import hold_lock, replace_file
 from contradiff.processes import Processes
 
 if TYPE_CHECKING:
@@ -186,16 +187,19 @@ class Run:
             text = json.dumps(rounded, indent=2, sort_keys=True)
             temporary.write_text(text + "\n", encoding="utf-8")
 
+    @contextmanager
     def work_dir(
         self,
         params: Mapping[str, object] | Section,
         inputs: Sequence[Path],
         *,
         state_version: int,
-    ) -> AbstractContextManager[Path]:
+    ) -> Generator[Path]:
         """Open a folder for checkpoints, which the same work finds again after an interruption.
 
-        It is deleted when the block succeeds, and kept when the block fails or is killed.
+        It is deleted when the block succeeds, and kept when the block fails or is killed. If
+        another run does the same work now (a second experiment, or the child of a killed dvc), this
+        one waits for it.
 
         Args:
             params: the parameters that decide the result, sections or values.
@@ -203,12 +207,19 @@ class Run:
             state_version: the STATE_VERSION of what is saved; work of another version begins anew.
         """
         key = key_of(self.stage, params=params, inputs=inputs)
-        return keep_until_success(
-            self.root / ".work" / self.stage / key,
-            state_version=state_version,
-            is_main=self.is_main,
-            log=self.log,
-        )
+        folder = self.root / ".work" / self.stage / key
+        folder.mkdir(parents=True, exist_ok=True)
+        if not self.is_main:
+            yield folder
+            return
+
+        def on_wait(pid: str) -> None:
+            self.log(f"waiting for process {pid}, which does the same work")
+
+        with hold_lock(self.root / ".work/locks" / f"{self.stage}-{key}", on_wait=on_wait):
+            take_up(folder, state_version=state_version, log=self.log)
+            yield folder
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def execute(
@@ -246,7 +257,12 @@ def execute(
         params = parse(schema, content, source=str(PARAMS_FILE))
         runtime = parse(RuntimeSection, content, source=str(PARAMS_FILE)).runtime
         if is_dry:
-            _show(params, describe=getattr(module, "describe", None))
+            from ruamel.yaml import YAML
+
+            if values := params.model_dump(by_alias=True):
+                YAML().dump(values, sys.stdout)  # pyright: ignore[reportUnknownMemberType]
+            if describe := getattr(module, "describe", None):
+                print(describe(params))
             return
         if parallel and (count := num_processes()) > 1:
             sys.exit(run_several(module.__spec__.name, count=count))
@@ -261,15 +277,6 @@ def execute(
         _end(f"contradiff: {stage}: {error}", code=2)
     except KeyboardInterrupt:
         _end(f"contradiff: {stage}: interrupted", code=128 + signal.SIGINT)
-
-
-def _show(params: Section, *, describe: Callable[..., str] | None) -> None:
-    from ruamel.yaml import YAML
-
-    if values := params.model_dump(by_alias=True):
-        YAML().dump(values, sys.stdout)  # pyright: ignore[reportUnknownMemberType]
-    if describe is not None:
-        print(describe(params))
 
 
 def _end(message: str, *, code: int) -> NoReturn:

@@ -10,45 +10,18 @@ import hashlib
 import json
 import shutil
 import subprocess
-from collections.abc import Callable, Generator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from pydantic import BaseModel
 
-from contradiff.files import hold_lock, replace_file, sha256_of
+from contradiff.files import replace_file, sha256_of
 
 NOTE_NAME = "begun.json"
 
 
-@contextmanager
-def keep_until_success(
-    folder: Path, *, state_version: int, is_main: bool, log: Callable[[str], None]
-) -> Generator[Path]:
-    """Yield `folder`, created if need be; delete it when the block succeeds, keep it otherwise.
-
-    If another run does the same work now (a second experiment, or the child of a killed dvc), this
-    waits for it. Only the main one of a run's processes locks and deletes.
-
-    Args:
-        folder: .work/<stage>/<key>.
-        state_version: of what this code saves in the folder.
-        is_main: whether this process is the main one.
-        log: told for whom the run waits, and what becomes of unfinished work.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    if not is_main:
-        yield folder
-        return
-    lock = folder.parents[1] / "locks" / f"{folder.parent.name}-{folder.name}"
-    with hold_lock(lock, on_wait=lambda pid: log(f"waiting for process {pid}: it does the same")):
-        _take_up(folder, state_version=state_version, log=log)
-        yield folder
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def _take_up(folder: Path, *, state_version: int, log: Callable[[str], None]) -> None:
-    """Empty the folder if its state has another version; say so, and which commit began it."""
+def take_up(folder: Path, *, state_version: int, log: Callable[[str], None]) -> None:
+    """Empty a work folder if its state has another version; say so, and which commit began it."""
     note, commit = folder / NOTE_NAME, revision() or "no commit"
     begun = json.loads(note.read_text(encoding="utf-8")) if note.is_file() else None
     if begun is not None and begun["state_version"] == state_version:
