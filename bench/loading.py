@@ -5,13 +5,13 @@
 Each decodes the JPEGs, cuts a random crop of the files' side (bicubic), and stacks batches of 50:
 torchvision's ImageFolder with a DataLoader; webdataset's minimal pipeline (shuffle, decode, batch);
 ours, which also reads and picks the stored latents. `latents alone` is conditioner.input: latents,
-which decodes nothing. The best of three rounds in turn, since other work on the machine only slows.
+which decodes nothing. The table shows the best of three rounds, since other work only slows.
 """
 
 import io
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -19,7 +19,8 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from torch.utils.data import get_worker_info
+from PIL import Image
+from torch.utils.data import DataLoader
 
 from contradiff.data.latents import StoredLatents
 from contradiff.data.shard_info import ImageInfo, LatentInfo
@@ -28,15 +29,13 @@ from contradiff.data.streams import PairedShards, TrainingStream, training_batch
 from contradiff.data.transforms import random_crop
 from contradiff.training.batch import ViewChooser
 
-BATCH_SIZE, SAMPLES_PER_SHARD, ROUNDS = 50, 125, 3
+BATCH_SIZE, ROUNDS = 50, 3
 CROP_SCALE = 0.2
 
 
 def main(arguments: Sequence[str]) -> None:
     """Print the table."""
-    num_images, num_workers, size = (
-        int(given) for given in [*arguments, *("1000", "0", "256")[len(arguments) :]]
-    )
+    num_images, num_workers, size = map(int, [*arguments, *("1000", "0", "256")[len(arguments) :]])
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         num_bytes = write_files(folder, num_images, size=size)
@@ -49,7 +48,10 @@ def main(arguments: Sequence[str]) -> None:
         best = dict.fromkeys(loaders, float("inf"))
         for _ in range(ROUNDS):
             for loader, build in loaders.items():
-                best[loader] = min(best[loader], seconds_of(build(), num_images // BATCH_SIZE))
+                start = time.perf_counter()
+                taken = sum(1 for _ in build())
+                assert taken == num_images // BATCH_SIZE, "every loader has the same work"
+                best[loader] = min(best[loader], time.perf_counter() - start)
     print(f"{num_images} JPEGs of {size} pixels, {num_bytes / num_images / 1e3:.0f} kB each")
     print(f"{num_workers} workers, {torch.get_num_threads()} threads, best of {ROUNDS} rounds\n")
     print(f"{'':28}{'images/s':>10}{'MB/s':>8}{'/ ImageFolder':>16}{'/ webdataset':>15}")
@@ -59,84 +61,59 @@ def main(arguments: Sequence[str]) -> None:
         print(f"{loader:28}{rates}{folder_time / seconds:>15.2f}x{minimal_time / seconds:>14.2f}x")
 
 
-def seconds_of(batches: Iterable[Any], number: int) -> float:
-    """Time to take batches, from asking for the first; workers are started in it."""
-    start = time.perf_counter()
-    taken = sum(1 for _ in islice(batches, number))
-    assert taken == number, "every loader has the same work"
-    return time.perf_counter() - start
-
-
 def write_files(folder: Path, num_images: int, *, size: int) -> int:
     """Write an ImageFolder tree and shards of images and latents; return the JPEGs' bytes."""
-    samples = list(draw_images(num_images, size=size))
-    for sample in samples:
+    rng = np.random.default_rng(0)
+    images, latents, num_bytes = [], [], 0
+    for number in range(num_images):
+        sample = Sample(f"{number:06d}", draw_jpeg(rng, size), number % 10)
         path = folder / "tree" / str(sample.label) / f"{sample.key}.jpg"
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(sample.image)
-    rng = np.random.default_rng(1)
-    records = {
-        "shards": (image_record(sample, extension="jpg") for sample in samples),
-        "latents": (
-            StoredLatents(
-                sample.key,
-                rng.normal(size=(2, 8, size // 8, size // 8)).astype(np.float16),
-                tuple(random_crop(rng, size, size, scale_min=CROP_SCALE) for _ in range(2)),
-            ).to_record()
-            for sample in samples
-        ),
-    }
-    infos = {
-        "shards": ImageInfo(class_ids=()),
-        "latents": LatentInfo(
-            dtype="float16",
-            scaling_factor=1.0,
-            image_size=size,
-            views=2,
-            flips=False,
-            crop_scale_min=CROP_SCALE,
-            colour_jitter=0.0,
-        ),
-    }
-    for name, items in records.items():
-        shards = write_split(
-            folder / name,
-            "train",
-            items,
-            samples_per_shard=SAMPLES_PER_SHARD,
-            compression="none",
-        )
-        ShardIndex({"train": shards}, infos[name]).write(folder / name)
-    return sum(len(sample.image) for sample in samples)
+        num_bytes += path.write_bytes(sample.image)
+        moments = rng.normal(size=(2, 8, size // 8, size // 8)).astype(np.float16)
+        crops = tuple(random_crop(rng, size, size, scale_min=CROP_SCALE) for _ in range(2))
+        images.append(image_record(sample, extension="jpg"))
+        latents.append(StoredLatents(sample.key, moments, crops).to_record())
+    latent_info = LatentInfo(
+        dtype="float16",
+        scaling_factor=1.0,
+        image_size=size,
+        views=2,
+        flips=False,
+        crop_scale_min=CROP_SCALE,
+        colour_jitter=0.0,
+    )
+    for name, records, info in (
+        ("shards", images, ImageInfo(class_ids=())),
+        ("latents", latents, latent_info),
+    ):
+        settings = {"samples_per_shard": 125, "compression": "none"}
+        shards = write_split(folder / name, "train", records, **settings)
+        ShardIndex({"train": shards}, info).write(folder / name)
+    return num_bytes
 
 
-def draw_images(num_images: int, *, size: int) -> Iterator[Sample]:
+def draw_jpeg(rng: np.random.Generator, size: int) -> bytes:
     """Noise of all scales, which JPEG packs about as well as photographs (1.3 bits a pixel)."""
-    from PIL import Image
-
-    rng = np.random.default_rng(0)
-    for index in range(num_images):
-        pixels = np.zeros((size, size, 3), np.float32)
-        for scale in (size // 8, size // 32, size // 128):
-            coarse = rng.integers(256, size=(size // scale, size // scale, 3), dtype=np.uint8)
-            layer = Image.fromarray(coarse).resize((size, size), Image.Resampling.BICUBIC)
-            pixels += np.asarray(layer, np.float32) * scale
-        pixels += rng.normal(scale=pixels.std() / 10, size=pixels.shape)
-        low, high = pixels.min(), pixels.max()
-        buffer = io.BytesIO()
-        scaled = ((pixels - low) / (high - low) * 255).astype(np.uint8)
-        Image.fromarray(scaled).save(buffer, "JPEG", quality=90)
-        yield Sample(f"{index:06d}", buffer.getvalue(), index % 10)
+    pixels = np.zeros((size, size, 3), np.float32)
+    for scale in (size // 8, size // 32, size // 128):
+        coarse = rng.integers(256, size=(size // scale, size // scale, 3), dtype=np.uint8)
+        layer = Image.fromarray(coarse).resize((size, size), Image.Resampling.BICUBIC)
+        pixels += np.asarray(layer, np.float32) * scale
+    pixels += rng.normal(scale=pixels.std() / 10, size=pixels.shape)
+    scaled = (pixels - pixels.min()) / np.ptp(pixels) * 255
+    buffer = io.BytesIO()
+    Image.fromarray(scaled.astype(np.uint8)).save(buffer, "JPEG", quality=90)
+    return buffer.getvalue()
 
 
 def _crop(size: int) -> Any:
     from torchvision.transforms import v2
 
+    bicubic = v2.InterpolationMode.BICUBIC
     return v2.Compose(
         [
-            v2.RandomResizedCrop(
-                size, scale=(CROP_SCALE, 1.0), interpolation=v2.InterpolationMode.BICUBIC
-            ),
+            v2.RandomResizedCrop(size, scale=(CROP_SCALE, 1.0), interpolation=bicubic),
             v2.RandomHorizontalFlip(),
             v2.ToImage(),
             v2.ToDtype(torch.float32, scale=True),
@@ -147,15 +124,10 @@ def _crop(size: int) -> Any:
 
 def image_folder(folder: Path, size: int, num_workers: int) -> Iterable[Any]:
     """What most training scripts use."""
-    from torch.utils.data import DataLoader
     from torchvision.datasets import ImageFolder
 
-    return DataLoader(
-        ImageFolder(folder / "tree", _crop(size)),
-        batch_size=BATCH_SIZE,
-        shuffle=True,
-        num_workers=num_workers,
-    )
+    images = ImageFolder(folder / "tree", _crop(size))
+    return DataLoader(images, batch_size=BATCH_SIZE, shuffle=True, num_workers=num_workers)
 
 
 def minimal_webdataset(folder: Path, size: int, num_workers: int) -> Iterable[Any]:
@@ -163,39 +135,29 @@ def minimal_webdataset(folder: Path, size: int, num_workers: int) -> Iterable[An
     import webdataset
 
     urls = sorted(str(path) for path in (folder / "shards").glob("*.tar"))
-    crop = _crop(size)
     dataset = (
         webdataset.WebDataset(urls, shardshuffle=len(urls), empty_check=False)
         .shuffle(1000)
         .decode("pil")
         .to_tuple("jpg", "cls")
-        .map_tuple(crop, int)
+        .map_tuple(_crop(size), int)
     )
     return webdataset.WebLoader(dataset, batch_size=BATCH_SIZE, num_workers=num_workers)
-
-
-class _OneEpoch(TrainingStream):
-    """The endless stream, ended as the others end: workers go no further ahead than theirs."""
-
-    def __iter__(self) -> Iterator[Any]:
-        worker = get_worker_info()
-        number, num_workers = (worker.id, worker.num_workers) if worker else (0, 1)
-        steps = range(number, self.order.steps_per_epoch, num_workers)
-        return islice(super().__iter__(), len(steps))
 
 
 def ours(folder: Path, condition: Literal["pixels", "latents"], num_workers: int) -> Iterable[Any]:
     """As pretraining reads: one crop an image and two stored latents, or the latents alone."""
     pairs = PairedShards.open(folder / "shards", folder / "latents", split="train")
-    stream = _OneEpoch(
+    chooser = ViewChooser(
         pairs,
-        make_batch=ViewChooser(
-            pairs,
-            latent_views="two",
-            cond_view="crop" if condition == "latents" else "same",
-            condition=condition,
-            seed=0,
-        ),
+        latent_views="two",
+        cond_view="crop" if condition == "latents" else "same",
+        condition=condition,
+        seed=0,
+    )
+    stream = TrainingStream(
+        pairs,
+        make_batch=chooser,
         with_images=condition == "pixels",
         batch_size=BATCH_SIZE,
         start_step=0,
@@ -203,4 +165,5 @@ def ours(folder: Path, condition: Literal["pixels", "latents"], num_workers: int
         rank=0,
         world_size=1,
     )
-    return training_batches(stream, num_workers=num_workers)
+    batches = training_batches(stream, num_workers=num_workers)
+    return islice(batches, stream.order.steps_per_epoch)

@@ -13,8 +13,8 @@ import argparse
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Sequence
-from copy import deepcopy
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -44,12 +44,7 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory() as name:
-        rows = measure(
-            write_base(Path(name)),
-            images=options.images,
-            steps=options.steps,
-            rounds=options.rounds,
-        )
+        rows = measure(write_base(Path(name)), **vars(options))
     print(f"{options.images} images, guidance {GUIDANCE:g}, median of {options.rounds} rounds\n")
     for label, ratio, difference in rows:
         print(f"{label:52}{ratio:>6.2f}x{difference:>24}", flush=True)
@@ -65,23 +60,16 @@ def write_base(folder: Path) -> Path:
 
 
 def random_model(base: Path) -> ContraDiff:
-    """The tiny preset's model, its LoRA random too: it starts as the identity."""
+    """The tiny preset's model; its LoRA, which starts as the identity, is random too."""
     content = read_params(Path("presets/tiny.yaml"))
     shapes = Architecture.model_validate(
         {name: content[name] for name in Architecture.model_fields}
     )
-    model = build_model(
-        base,
-        lora=shapes.lora,
-        conditioner=shapes.conditioner,
-        head=shapes.head,
-        image_size=content["data"]["image_size"],
-        seed=0,
-    )
-    with torch.no_grad():
-        for name, parameter in model.unet.named_parameters():
-            if "lora_B" in name:
-                parameter.normal_(std=0.02)
+    sections = {name: getattr(shapes, name) for name in ("lora", "conditioner", "head")}
+    model = build_model(base, image_size=content["data"]["image_size"], seed=0, **sections)
+    for name, parameter in model.unet.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.02)
     return model.eval()
 
 
@@ -95,44 +83,34 @@ def measure(base: Path, *, images: int, steps: int, rounds: int) -> list[tuple[s
     noise = torch.randn(images, 4, side, side)
     tokens, null_tokens = torch.randn(2, images, 16, width)
 
-    def ours(solver: Solver, num_steps: int) -> Callable[[], Tensor]:
+    def ours(solver: Solver, num_steps: int) -> Tensor:
         scheduler = load_solver(base, solver=solver, num_inference_steps=num_steps)
+        latents = denoise(
+            merged, scheduler, noise, tokens, null_tokens=null_tokens, guidance=GUIDANCE
+        )
+        return decode_latents(vae, latents)
 
-        def sample() -> Tensor:
-            latents = denoise(
-                merged, scheduler, noise, tokens, null_tokens=null_tokens, guidance=GUIDANCE
-            )
-            return decode_latents(vae, latents)
-
-        return sample
-
-    def peer(unet: Any) -> Callable[[], Tensor]:
+    def peer(unet: Any) -> Tensor:
         scheduler = load_solver(base, solver="ddim", num_inference_steps=steps)
-        pipeline = pipeline_of(vae, unet, scheduler)
-
-        def sample() -> Tensor:
-            result = pipeline(
-                prompt_embeds=tokens,
-                negative_prompt_embeds=null_tokens,
-                guidance_scale=GUIDANCE,
-                num_inference_steps=steps,
-                latents=noise,
-                height=side * 4,
-                width=side * 4,
-                output_type="np",
-            )
-            return torch.from_numpy((result.images * 255).round().astype("uint8")).permute(
-                0, 3, 1, 2
-            )
-
-        return sample
+        result = pipeline_of(vae, unet, scheduler)(
+            prompt_embeds=tokens,
+            negative_prompt_embeds=null_tokens,
+            guidance_scale=GUIDANCE,
+            num_inference_steps=steps,
+            latents=noise,
+            height=side * 4,
+            width=side * 4,
+            output_type="np",
+        )
+        images = (result.images * 255).round().astype("uint8")
+        return torch.from_numpy(images).permute(0, 3, 1, 2)
 
     fast = max(1, steps // FEWER)
     contenders = {
-        f"diffusers' pipeline, DDIM {steps}, LoRA unmerged": peer(unmerged.unet),
-        f"diffusers' pipeline, DDIM {steps}, LoRA merged": peer(merged.unet),
-        f"ours, DDIM {steps}": ours("ddim", steps),
-        f"ours, dpmsolver++ {fast} (other work)": ours("dpmsolver++", fast),
+        f"diffusers' pipeline, DDIM {steps}, LoRA unmerged": partial(peer, unmerged.unet),
+        f"diffusers' pipeline, DDIM {steps}, LoRA merged": partial(peer, merged.unet),
+        f"ours, DDIM {steps}": partial(ours, "ddim", steps),
+        f"ours, dpmsolver++ {fast} (other work)": partial(ours, "dpmsolver++", fast),
     }
     seconds: dict[str, list[float]] = {label: [] for label in contenders}
     made: dict[str, Tensor] = {}
@@ -158,15 +136,13 @@ def pipeline_of(vae: Any, unet: Any, scheduler: Any) -> Any:
         StableDiffusionPipeline,
     )
 
+    absent = ("text_encoder", "tokenizer", "safety_checker", "feature_extractor")
     pipeline = StableDiffusionPipeline(
         vae=vae,
-        text_encoder=None,  # pyright: ignore[reportArgumentType]
-        tokenizer=None,  # pyright: ignore[reportArgumentType]
         unet=unet,
-        scheduler=deepcopy(scheduler),
-        safety_checker=None,  # pyright: ignore[reportArgumentType]
-        feature_extractor=None,  # pyright: ignore[reportArgumentType]
+        scheduler=scheduler,
         requires_safety_checker=False,
+        **dict.fromkeys(absent),
     )
     pipeline.set_progress_bar_config(disable=True)
     return pipeline

@@ -70,10 +70,7 @@ class RemoteFile:
         """
         if size >= 0:
             return _persist(lambda: self._read_some(size), self.url)
-        chunks: list[bytes] = []
-        while chunk := self.read(1 << 20):
-            chunks.append(chunk)
-        return b"".join(chunks)
+        return b"".join(iter(lambda: self.read(1 << 20), b""))
 
     def _read_some(self, size: int) -> bytes:
         size = min(size, self.num_bytes - self._position)
@@ -135,19 +132,17 @@ def _resolve(url: str) -> tuple[Any, str]:
 
 
 def _persist(action: Callable[[], T], url: str) -> T:
-    pause = FIRST_PAUSE
-    for attempt in range(1, ATTEMPTS + 1):
+    for attempt in range(ATTEMPTS):
         try:
             return action()
         except Exception as error:
             if not _is_passing(error):
                 raise
-            if attempt == ATTEMPTS:
+            if attempt == ATTEMPTS - 1:
                 raise OSError(
                     f"{url}: {ATTEMPTS} attempts failed, the last by {_root(error)!r}"
                 ) from error
-            time.sleep(pause)
-            pause *= 2
+            time.sleep(FIRST_PAUSE * 2**attempt)
     raise AssertionError
 
 
