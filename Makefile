@@ -4,7 +4,7 @@
 # Not "/bin/sh": make would then run simple recipes itself, with the PATH that it was started with.
 SHELL := sh
 
-# The first of these that will do.
+# The first of these that is new enough.
 PYTHON ?= python3 python3.14 python3.13 python3.12 python3.11
 UV := uv==0.13.9
 STAMP := .venv/.installed
@@ -43,7 +43,7 @@ $(STAMP): requirements.lock pyproject.toml
 	    && VIRTUAL_ENV="$(CURDIR)/.venv" uv pip sync --require-hashes --compile-bytecode \
 	        requirements.lock; then :; \
 	else \
-	    echo "uv did not do; going on with pip"; \
+	    echo "uv failed; going on with pip"; \
 	    .venv/bin/python -m pip install --disable-pip-version-check --no-deps --require-hashes \
 	        -r requirements.lock; \
 	fi; \
@@ -102,7 +102,7 @@ preset:  ## NAME=paper: make presets/paper.yaml the current params.yaml
 	cp "presets/$(NAME).yaml" params.yaml; \
 	echo "params.yaml is now presets/$(NAME).yaml"
 
-# The stage is frozen, so that nobody retrains the base by accident; `dvc repro -f` respects that.
+# The stage is frozen, so that nobody retrains the base by accident, not even by `dvc repro -f`.
 base: $(STAMP)  ## retrain the tiny base model (about 80 minutes); then `dvc push pretrain_base`
 	python -m stages.pretrain_base
 	dvc commit -f pretrain_base
