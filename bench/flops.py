@@ -33,14 +33,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from contradiff.base.config import BaseParams, config_folder, downsampling_of
 from contradiff.base.loading import NoiseSchedule, unet_without_weights
-from contradiff.config import Section, parse, read_params
+from contradiff.config import parse, read_params
 from contradiff.features.inversion import inverted_maps
 from contradiff.features.params import FeaturesParams
-from contradiff.method.attention import HeadParams
-from contradiff.method.conditioner import ConditionerParams
-from contradiff.method.lora import LoraParams
 from contradiff.method.losses import LossParams
-from contradiff.method.model import ContraDiff
+from contradiff.method.model import Architecture, ContraDiff
 from contradiff.method.objective import TrainingBatch, TrainingStep
 from contradiff.training.pretraining import set_up
 from contradiff.training.recipe import PretrainParams
@@ -71,14 +68,11 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 
-class Params(Section):
+class Params(Architecture):
     """The sections that decide the FLOPs of a step."""
 
     data: dict[str, Any]
     base: BaseParams
-    lora: LoraParams
-    conditioner: ConditionerParams
-    head: HeadParams
     loss: LossParams
     features: FeaturesParams
     pretrain: PretrainParams
@@ -119,9 +113,7 @@ def build(params: Params, folder: Path, *, precision: Precision = "fp32") -> Con
         model = ContraDiff(
             unet_without_weights(folder),
             schedule,
-            lora=params.lora,
-            conditioner=params.conditioner,
-            head=params.head,
+            params,
             image_size=params.data["image_size"],
             downsampling=downsampling_of(folder),
         )
@@ -230,7 +222,6 @@ def training_step(model: ContraDiff, params: Params) -> TrainingStep:
     return TrainingStep(
         model,
         loss=params.loss,
-        shared_condition=params.conditioner.cond_view == "same",
         decode_batch_size=params.pretrain.decode_batch_size,
     ).train()
 
@@ -240,11 +231,12 @@ def empty_batch(
 ) -> TrainingBatch:
     """Return a batch without content on torch's default device."""
     latent, condition = latent_shape(model, params, folder), model.conditioner.shape
+    cond_views = 1 if params.conditioner.cond_view == "same" else 2
     return TrainingBatch(
         latents=torch.empty(2, num_images, *latent),
-        conditions=torch.empty(2, num_images, *condition),
-        condition_noise=torch.empty(2, num_images, *condition),
-        dropped=torch.empty(2, num_images, dtype=torch.bool),
+        conditions=torch.empty(cond_views, num_images, *condition),
+        condition_noise=torch.empty(cond_views, num_images, *condition),
+        dropped=torch.empty(cond_views, num_images, dtype=torch.bool),
         timesteps=torch.empty(2, 3, num_images, dtype=torch.long),
         noise=torch.empty(2, 3, num_images, *latent),
     )
@@ -264,6 +256,9 @@ def of_features(params: Params, folder: Path) -> float:
                 maps = found[model.block]
             else:
                 noise = torch.empty(3, *latents.shape)
-                maps = model.level_maps(latents, tokens, timesteps=timesteps, noise=noise)
+                blocks = [model.block]
+                maps = model.level_maps(
+                    latents, tokens, timesteps=timesteps, noise=noise, blocks=blocks
+                )[model.block]
             model.attention(maps)
     return counter.get_total_flops() / NUM_IMAGES / 1e9

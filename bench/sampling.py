@@ -65,8 +65,7 @@ def random_model(base: Path) -> ContraDiff:
     shapes = Architecture.model_validate(
         {name: content[name] for name in Architecture.model_fields}
     )
-    sections = {name: getattr(shapes, name) for name in ("lora", "conditioner", "head")}
-    model = build_model(base, image_size=content["data"]["image_size"], seed=0, **sections)
+    model = build_model(base, shapes, image_size=content["data"]["image_size"], seed=0)
     for name, parameter in model.unet.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.02)

@@ -4,9 +4,8 @@ With class_condition.epochs 0 there is no table, and a note that says so.
 """
 
 from stages.runtime.run import Run, execute
-from stages.runtime.tracking import training_run
+from stages.runtime.training import follow_training
 
-from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 
@@ -60,22 +59,16 @@ def main(params: Params, run: Run) -> None:
         cross_attention_dim=model.unet.config["cross_attention_dim"],
     )
     run.log(f"{sum(p.numel() for p in table.parameters()):,} trainable parameters")
-    shown = params.model_dump(mode="json", by_alias=True)
-    decisive = shown | {"train": pairs.digest}
-    with (
-        run.work_dir(decisive, [BASE, CHECKPOINT], state_version=STATE_VERSION) as work,
-        training_run(run, work, shown, files_checkpoint=False) as log_metrics,
-        run.progress("train", num_steps, "step") as advance,
-    ):
-        seen = 0
-
-        def on_step(step: int, row: Mapping[str, float] | None) -> None:
-            nonlocal seen
-            advance(step - seen, **({"loss": f"{row['loss']:.3f}"} if row else {}))
-            seen = step
-            if row is not None:
-                log_metrics(step, {"class_condition/loss": row["loss"]})
-
+    with follow_training(
+        run,
+        params.model_dump(mode="json", by_alias=True),
+        [BASE, CHECKPOINT],
+        data_digest=pairs.digest,
+        state_version=STATE_VERSION,
+        num_steps=num_steps,
+        prefix="class_condition",
+        files_checkpoint=False,
+    ) as (work, on_step):
         train_class_table(
             model,
             table,

@@ -5,10 +5,9 @@ retrains it, on as many processes as `python -m stages.runtime.launch` starts
 (CONTRADIFF_NUM_PROCESSES).
 """
 
-from stages.runtime.progress import Advance
 from stages.runtime.run import Run, execute
+from stages.runtime.training import show_steps
 
-from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +18,6 @@ from contradiff.files import replace_dir
 from contradiff.toy.base_recipe import build_scheduler, train_unet, train_vae
 from contradiff.toy.classes import CLASSES
 from contradiff.toy.render import render_image
-from contradiff.training.loop import OnStep
 from contradiff.training.state import STATE_VERSION
 
 SEED = 1000
@@ -54,7 +52,7 @@ def main(_params: Params, run: Run) -> None:
                 seed=0,
                 accelerator=accelerator,
                 work_dir=work,
-                on_step=reporter(advance),
+                on_step=show_steps(advance),
             )
         with run.progress("denoiser", UNET_STEPS, "step") as advance:
             unet = train_unet(
@@ -67,7 +65,7 @@ def main(_params: Params, run: Run) -> None:
                 seed=0,
                 accelerator=accelerator,
                 work_dir=work,
-                on_step=reporter(advance),
+                on_step=show_steps(advance),
             )
         if run.is_main:
             with replace_dir(Path("models/tiny")) as folder:
@@ -76,17 +74,6 @@ def main(_params: Params, run: Run) -> None:
                 unet.half().save_pretrained(folder / "unet")
                 build_scheduler().save_pretrained(folder / "scheduler")
         accelerator.wait_for_everyone()
-
-
-def reporter(advance: Advance) -> OnStep:
-    seen = 0
-
-    def report(step: int, row: Mapping[str, float] | None) -> None:
-        nonlocal seen
-        advance(step - seen, loss=f"{(row or {})['loss']:.4f}")
-        seen = step
-
-    return report
 
 
 if __name__ == "__main__":

@@ -121,9 +121,7 @@ def build_tiny(tiny_base: Path, tiny_params: dict[str, Any]) -> Callable[..., Co
         with torch.random.fork_rng(devices=[]):
             model = build_model(
                 tiny_base,
-                lora=shapes.lora,
-                conditioner=shapes.conditioner,
-                head=shapes.head,
+                shapes,
                 image_size=32,
                 seed=seed,
             )

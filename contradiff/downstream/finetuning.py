@@ -219,6 +219,10 @@ def _features(
         with torch.no_grad():
             tokens = model.encode_condition(conditions.to(device))
         maps = model.level_maps(
-            batch.latents.to(device), tokens, timesteps=features.timesteps, noise=noise.to(device)
+            batch.latents.to(device),
+            tokens,
+            timesteps=features.timesteps,
+            noise=noise.to(device),
+            blocks=[model.block],
         )
-        return model.attention(maps).float()
+        return model.attention(maps[model.block]).float()

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from contradiff.method.unet import Encoded
+from contradiff.method.unet import UNetState
 from contradiff.types import Latents, Maps, Timesteps, Tokens
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ def encode_with_feedback(
     tokens: Tokens,
     *,
     feedback: list[Tensor] | None,
-) -> Encoded:
+) -> UNetState:
     """The first half of `unet.forward`, each down block's map averaged with what is fed back.
 
     Args:
@@ -74,11 +74,15 @@ def encode_with_feedback(
             hidden = downsampler(hidden)
             skips.append(hidden)
     bottleneck = unet.mid_block(hidden, time_embedding, encoder_hidden_states=tokens)
-    return Encoded(bottleneck, bottleneck, tuple(skips), time_embedding, num_up_blocks=0)
+    return UNetState(bottleneck, bottleneck, tuple(skips), time_embedding, tokens)
 
 
 def decoder_maps(
-    unet: "UNet2DConditionModel", encoded: Encoded, tokens: Tokens, *, num_blocks: int | None = None
+    unet: "UNet2DConditionModel",
+    encoded: UNetState,
+    tokens: Tokens,
+    *,
+    num_blocks: int | None = None,
 ) -> list[Tensor]:
     """Each up block's map before its upsampling, from the coarsest; of the first blocks or all."""
     hidden, skips = encoded.bottleneck, list(encoded.skips)

@@ -7,13 +7,7 @@ import torch
 from contradiff.base.loading import NoiseSchedule
 from contradiff.method.attention import LevelMaps
 from contradiff.method.model import ContraDiff
-from contradiff.method.unet import (
-    NUM_UP_BLOCKS,
-    MapBlock,
-    advance,
-    decode_from_bottleneck,
-    maps_of_blocks,
-)
+from contradiff.method.unet import MapBlock
 from contradiff.types import Latents, Maps, Tokens
 
 CHAIN_STEPS = 20
@@ -61,17 +55,16 @@ def inverted_maps(
     """
     chain = chain_to(timesteps, schedule=model.schedule)
     alphas = model.schedule.alphas_cumprod.to(latents)
-    num_up_blocks = max(NUM_UP_BLOCKS[block] for block in blocks)
+    unet = model.split_unet
     maps: dict[MapBlock, list[Maps]] = {block: [] for block in blocks}
     for timestep, above in zip(chain, [*chain[1:], None], strict=True):
         steps = torch.full((len(latents),), timestep, device=latents.device)
-        encoded = model.encode(latents, steps, tokens)
-        if timestep in timesteps:
-            encoded = advance(model.unet, encoded, tokens, num_up_blocks=num_up_blocks)
-            for block, found in maps_of_blocks(model.unet, encoded, tokens, blocks=blocks).items():
-                maps[block].append(found)
+        read = blocks if timestep in timesteps else ()
+        state = unet.down(latents, steps, tokens, blocks=read)
+        for block in read:
+            maps[block].append(unet.maps(state, block))
         if above is not None:
-            noise_pred = decode_from_bottleneck(model.unet, encoded, tokens)
+            noise_pred = unet.noise_pred(state)
             a, a_above = alphas[timestep], alphas[above]
             clean_pred = (latents - (1 - a).sqrt() * noise_pred) / a.sqrt()
             latents = a_above.sqrt() * clean_pred + (1 - a_above).sqrt() * noise_pred

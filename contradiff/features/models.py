@@ -132,7 +132,7 @@ class DiffusionFeatures:
             return {str(block): maps for block, maps in found.items()}
         noise = level_noise(batch, seed=self.seed).to(self.device)
         if self.params.model != "diffeed":
-            found = self.model.level_block_maps(
+            found = self.model.level_maps(
                 latents, tokens, timesteps=timesteps, noise=noise, blocks=blocks
             )
             return {str(block): maps for block, maps in found.items()}

@@ -9,24 +9,13 @@ from safetensors.torch import load_file, save_file
 
 from contradiff.base.config import downsampling_of
 from contradiff.base.loading import NoiseSchedule, load_unet
-from contradiff.config import Section, parse
+from contradiff.config import parse
 from contradiff.files import replace_dir, sha256_of
-from contradiff.method.attention import HeadParams
-from contradiff.method.conditioner import ConditionerParams
-from contradiff.method.lora import LoraParams
-from contradiff.method.model import ContraDiff
+from contradiff.method.model import Architecture, ContraDiff
 from contradiff.method.parameter_counts import ParameterCounts
 
 WEIGHTS_NAME = "model.safetensors"
 CONFIG_NAME = "config.json"
-
-
-class Architecture(Section):
-    """The sections of a checkpoint's parameters that decide the shapes of its weights."""
-
-    lora: LoraParams
-    conditioner: ConditionerParams
-    head: HeadParams
 
 
 def base_digest(base: Path) -> str:
@@ -60,7 +49,7 @@ def save_checkpoint(
         "base_sha256": base_digest(base),
         "image_size": image_size,
         "num_steps": num_steps,
-        "parameters": counts.to_json(),
+        "parameters": counts,
         "params": dict(params),
     }
     state = {
@@ -94,13 +83,11 @@ def load_checkpoint(folder: Path, *, base: Path) -> ContraDiff:
     config = read_config(folder)
     if config["base_sha256"] != base_digest(base):
         raise ValueError(f"{folder}: trained on another base than {base}; run `dvc repro pretrain`")
-    shapes = parse(Architecture, config["params"], source=str(folder / CONFIG_NAME))
+    architecture = parse(Architecture, config["params"], source=str(folder / CONFIG_NAME))
     model = ContraDiff(
         load_unet(base),
         NoiseSchedule.of_base(base),
-        lora=shapes.lora,
-        conditioner=shapes.conditioner,
-        head=shapes.head,
+        architecture,
         image_size=config["image_size"],
         downsampling=downsampling_of(base),
     )

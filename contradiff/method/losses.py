@@ -1,34 +1,42 @@
-"""The reconstruction loss (Eq. 3), and contrastive losses over two views (Eq. 6, neighbours)."""
+"""The reconstruction loss (Eq. 3), and contrastive losses of two views (Eq. 6 and its neighbours).
+
+Each contrastive loss takes the projected features of two views, row i of both from the same image;
+similarity is the cosine, so they need not be normalised. `anchors` are the images whose loss is
+averaged, all by default: a process passes its own where the views hold those of all processes, and
+the mean over processes is then the loss of the whole batch.
+"""
 
 import math
 from contextlib import nullcontext
-from typing import Literal
+from typing import Literal, Protocol
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from pydantic import Field
 from torch import Tensor
 
 from contradiff.config import Section
 from contradiff.types import Latents
 
-ContrastiveKind = Literal["ntxent", "dcl_paper", "infonce"]
-Views = Float[Tensor, "2 num_images width"]
-"""Projected features of all images: view 1 and view 2, row i of both the same image."""
+View = Float[Tensor, "num_images width"]
 
 
 class LossParams(Section):
     """Section `loss`: reconstruction + lambda * contrastive (Eq. 7)."""
 
     weight: float = Field(alias="lambda", ge=0, description="lambda of Eq. 7")
-    contrastive: ContrastiveKind = Field(description="dcl_paper is Eq. 6 as printed, but the mean")
+    contrastive: Literal["ntxent", "dcl_paper", "infonce"] = Field(
+        description="dcl_paper is Eq. 6 as printed, but the mean"
+    )
     temperature: float = Field(gt=0, description="tau of Eq. 6")
     latent_views: Literal["same", "two"] = Field(
         description="same: both views are noisings of one latent (Eq. 5) | two: the first is of the"
         " centre crop, the second of a random crop"
     )
-    recon_passes: int = Field(ge=1, le=6, description="of six draws, how many are denoised (Eq. 3)")
+    recon_passes: int = Field(
+        ge=1, le=6, description="how many of an image's six draws are denoised (Eq. 3)"
+    )
     min_snr_gamma: float = Field(
         ge=0, description="reconstruction weights min(SNR, gamma) / SNR; 0: none (paper)"
     )
@@ -49,66 +57,107 @@ def min_snr_weights(
 ) -> Float[Tensor, " timesteps"]:
     """min(SNR, gamma) / SNR of each timestep (Hang et al., 2023), for a predicted noise.
 
-    SNR = alpha-bar / (1 - alpha-bar). Less weight on low noise, whose error a glance forgives.
+    SNR = alpha-bar / (1 - alpha-bar). Nearly clean images weigh less.
     """
     ratio = alphas_cumprod / (1.0 - alphas_cumprod)
     return ratio.clamp(max=gamma) / ratio
 
 
-def contrastive_loss(
-    views: Views, *, kind: ContrastiveKind, temperature: float, anchors: slice = slice(None)
+def ntxent(
+    view1: View, view2: View, *, temperature: float, anchors: slice = slice(None)
 ) -> Float[Tensor, ""]:
-    """Mean contrastive loss of some images as anchors, against all images.
+    """Symmetric NT-Xent (SimCLR): both views are anchors, all 2N - 1 others are candidates.
 
-    Args:
-        views: not yet normalised; similarity is the cosine.
-        kind: which loss; see the functions below.
-        temperature: tau.
-        anchors: the images whose loss is averaged: this process's own, when `views` holds those of
-            all processes. Averaged over processes it is the loss of the whole batch.
+    Example:
+        >>> view1 = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
+        >>> ntxent(view1, view1, temperature=0.5)  # log(1 + 2 exp(-2))
+        tensor(0.2395)
 
     Raises:
-        ValueError: fewer than two images, so that there are no negatives.
+        ValueError: fewer than two images.
     """
-    num_images = views.shape[1]
-    if num_images < 2:
-        raise ValueError(
-            "pretrain.batch_size: a contrastive loss needs at least two images in a batch"
-        )
-    loss = {"ntxent": _ntxent, "dcl_paper": _dcl_paper, "infonce": _infonce}[kind]
-    rows = torch.arange(num_images, device=views.device)[anchors]
-    # Autocast would round the similarities to bfloat16, which 1 / tau then magnifies.
-    device = views.device.type
-    known = torch.amp.is_autocast_available(device)  # not to the meta device
-    with torch.autocast(device, enabled=False) if known else nullcontext():
-        return loss(F.normalize(views.float(), dim=-1), temperature, rows)
-
-
-def _ntxent(unit: Views, temperature: float, anchors: Tensor) -> Tensor:
-    """Symmetric NT-Xent (SimCLR): both views are anchors, all 2N - 1 others are candidates."""
-    num_images = unit.shape[1]
-    rows = torch.cat([anchors, anchors + num_images])
-    everything = unit.flatten(0, 1)
-    logits = everything[rows] @ everything.T / temperature
-    logits.scatter_(1, rows[:, None], -math.inf)
+    first, second, rows = _unit(view1, view2, anchors)
+    num_images, everything = len(first), torch.cat([first, second])
+    rows = torch.cat([rows, rows + num_images])
+    logits = _product(everything[rows], everything) / temperature
+    logits = logits.scatter(1, rows[:, None], -math.inf)
     return F.cross_entropy(logits, (rows + num_images) % (2 * num_images))
 
 
-def _dcl_paper(unit: Views, temperature: float, anchors: Tensor) -> Tensor:
+def dcl_paper(
+    view1: View, view2: View, *, temperature: float, anchors: slice = slice(None)
+) -> Float[Tensor, ""]:
     """Eq. 6 to the letter: anchors of view 1, no positive in the denominator, the factor 2.
 
-    Deviation: the mean over i instead of the sum, so that lambda does not depend on the batch.
+    *Deviation*: the mean over images instead of the sum, so that lambda does not depend on the
+    batch.
+
+    Example:
+        >>> view1 = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
+        >>> dcl_paper(view1, view1, temperature=0.5)  # log(2 exp(0)) - 1 / 0.5 - log 2
+        tensor(-2.)
+
+    Raises:
+        ValueError: fewer than two images.
     """
-    first, second = unit
-    within = first[anchors] @ first.T / temperature
-    across = first[anchors] @ second.T / temperature
-    positive = across.gather(1, anchors[:, None])[:, 0]
-    own = torch.zeros_like(within).scatter_(1, anchors[:, None], -math.inf)
-    negatives = torch.cat([within + own, across + own], dim=1)
-    return (negatives.logsumexp(dim=1) - positive - math.log(2)).mean()
+    first, second, rows = _unit(view1, view2, anchors)
+    within = _product(first[rows], first) / temperature
+    across = _product(first[rows], second) / temperature
+    positive = across.gather(1, rows[:, None])[:, 0]
+    negatives = [logits.scatter(1, rows[:, None], -math.inf) for logits in (within, across)]
+    return (torch.cat(negatives, dim=1).logsumexp(dim=1) - positive - math.log(2)).mean()
 
 
-def _infonce(unit: Views, temperature: float, anchors: Tensor) -> Tensor:
-    """InfoNCE (Oord et al., 2018), one direction: view 1 finds its partner among all of view 2."""
-    first, second = unit
-    return F.cross_entropy(first[anchors] @ second.T / temperature, anchors)
+def infonce(
+    view1: View, view2: View, *, temperature: float, anchors: slice = slice(None)
+) -> Float[Tensor, ""]:
+    """InfoNCE (Oord et al., 2018), one direction: view 1 finds its partner among all of view 2.
+
+    Example:
+        >>> view1 = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
+        >>> infonce(view1, view1, temperature=0.5)  # log(1 + exp(-2))
+        tensor(0.1269)
+
+    Raises:
+        ValueError: fewer than two images.
+    """
+    first, second, rows = _unit(view1, view2, anchors)
+    return F.cross_entropy(_product(first[rows], second) / temperature, rows)
+
+
+class ContrastiveLoss(Protocol):
+    """One of the losses above."""
+
+    def __call__(
+        self, view1: View, view2: View, *, temperature: float, anchors: slice = ...
+    ) -> Float[Tensor, ""]:
+        """Two views => the mean loss of the anchors."""
+        ...
+
+
+CONTRASTIVE_LOSSES: dict[str, ContrastiveLoss] = {
+    "ntxent": ntxent,
+    "dcl_paper": dcl_paper,
+    "infonce": infonce,
+}
+"""By their name in loss.contrastive."""
+
+
+def _unit(view1: View, view2: View, anchors: slice) -> tuple[View, View, Int[Tensor, " anchors"]]:
+    """Both views as unit vectors in float32, and the numbers of the anchors."""
+    if len(view1) < 2:
+        raise ValueError(
+            "pretrain.batch_size: a contrastive loss needs at least two images in a batch"
+        )
+    first, second = (F.normalize(view.float(), dim=-1) for view in (view1, view2))
+    return first, second, torch.arange(len(first), device=first.device)[anchors]
+
+
+def _product(
+    first: Float[Tensor, "anchors width"], second: Float[Tensor, "others width"]
+) -> Float[Tensor, "anchors others"]:
+    """Cosines in float32: autocast would round them to bfloat16, which 1 / tau then magnifies."""
+    device = first.device.type
+    known = torch.amp.is_autocast_available(device)  # not to the meta device
+    with torch.autocast(device, enabled=False) if known else nullcontext():
+        return first @ second.T

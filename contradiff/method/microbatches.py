@@ -1,6 +1,6 @@
 """A mean loss whose gradient is taken a few rows at a time, while the forward pass goes on."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -8,49 +8,60 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 LossOfRows = Callable[..., Tensor]
-"""(rows, *their part of each sliced tensor) => the mean loss of these rows."""
+"""(rows, *these rows of each input) => the mean loss of these rows."""
 
 
-def mean_in_parts(
+def mean_in_microbatches(
     loss_of: LossOfRows,
-    sliced: Sequence[Tensor],
+    inputs: Sequence[Tensor],
     parameters: Sequence[Tensor],
     *,
-    rows_at_once: int,
+    microbatch_size: int,
 ) -> Tensor:
-    """The mean of `loss_of` over all rows, keeping the activations of `rows_at_once` at most.
+    """The mean of `loss_of` over all rows, with the activations of few rows in memory.
 
-    Each part's gradient is taken as soon as its loss is known, and its activations are dropped
-    before the next part runs. The backward pass then only hands on what was found: nothing is
-    computed twice, as it is by checkpointing, and the gradient is the same, up to the order of its
-    sum. Only what comes behind `sliced` is taken apart: what made them is kept as always.
+    Each microbatch's gradient is taken as soon as its loss is known, and its activations are freed
+    before the next one runs. The backward pass only hands on what was found. Unlike checkpointing
+    it computes nothing twice; the gradient is the same up to the order of its sum. What computed
+    `inputs` keeps its activations as always.
 
     Args:
-        loss_of: called with a slice of rows and, detached, these rows of `sliced`.
-        sliced: tensors of as many rows each, to which the gradient flows on.
-        parameters: all that `loss_of` trains, or nothing of them would be learnt.
-        rows_at_once: rows of a part; the last part may have fewer.
+        loss_of: called with a slice of rows and, detached, these rows of `inputs`.
+        inputs: tensors with the same number of rows; the gradient flows on to them.
+        parameters: all that `loss_of` trains; others would get no gradient.
+        microbatch_size: rows at once; the last microbatch may have fewer.
 
     Returns:
-        A scalar. It can be differentiated once.
+        A scalar that can be differentiated once.
     """
-    return _MeanInParts.apply(loss_of, rows_at_once, len(sliced), *sliced, *parameters)  # pyright: ignore[reportReturnType]
+    return _Mean.apply(loss_of, microbatch_size, len(inputs), *inputs, *parameters)  # pyright: ignore[reportReturnType]
 
 
-class _MeanInParts(torch.autograd.Function):
+class _Mean(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any,
-        loss_of: LossOfRows,
-        rows_at_once: int,
-        num_sliced: int,
-        *tensors: Tensor,
+        ctx: Any, loss_of: LossOfRows, microbatch_size: int, num_inputs: int, *tensors: Tensor
     ) -> Tensor:
         gradients = {i: torch.zeros_like(t) for i, t in enumerate(tensors) if t.requires_grad}
         num_rows, mean = len(tensors[0]), torch.zeros((), device=tensors[0].device)
-        for start in range(0, num_rows, rows_at_once):
-            rows = slice(start, min(start + rows_at_once, num_rows))
-            mean = mean + _add_part(gradients, loss_of, rows, tensors, num_sliced=num_sliced)
+
+        def add_microbatch(rows: slice) -> Tensor:
+            """Add its gradient; return its share of the mean. All else is freed on return."""
+            leaves = [
+                t[rows].detach().requires_grad_(t.requires_grad) for t in tensors[:num_inputs]
+            ]
+            given = (*leaves, *tensors[num_inputs:])
+            with torch.enable_grad():
+                share = loss_of(rows, *leaves) * ((rows.stop - rows.start) / num_rows)
+            found = torch.autograd.grad(
+                share, [given[i] for i in gradients], materialize_grads=True
+            )
+            for (i, gradient), part in zip(gradients.items(), found, strict=True):
+                (gradient[rows] if i < num_inputs else gradient).add_(part)
+            return share.detach()
+
+        for start in range(0, num_rows, microbatch_size):
+            mean = mean + add_microbatch(slice(start, min(start + microbatch_size, num_rows)))
         ctx.given = tuple(gradients)
         ctx.save_for_backward(*gradients.values())
         return mean
@@ -64,23 +75,3 @@ class _MeanInParts(torch.autograd.Function):
         num_tensors = len(ctx.needs_input_grad) - 3
         found = (gradients.get(i) for i in range(num_tensors))
         return (None, None, None, *(None if g is None else grad_output * g for g in found))
-
-
-def _add_part(
-    gradients: Mapping[int, Tensor],
-    loss_of: LossOfRows,
-    rows: slice,
-    tensors: Sequence[Tensor],
-    *,
-    num_sliced: int,
-) -> Tensor:
-    """Add one part's gradient; returns its share of the mean. All else is freed on return."""
-    leaves = [t[rows].detach().requires_grad_(t.requires_grad) for t in tensors[:num_sliced]]
-    inputs = (*leaves, *tensors[num_sliced:])
-    with torch.enable_grad():
-        share = loss_of(rows, *leaves) * ((rows.stop - rows.start) / len(tensors[0]))
-    wanted = [inputs[i] for i in gradients]
-    found = torch.autograd.grad(share, wanted, materialize_grads=True)
-    for (i, gradient), part in zip(gradients.items(), found, strict=True):
-        (gradient[rows] if i < num_sliced else gradient).add_(part)
-    return share.detach()

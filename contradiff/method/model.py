@@ -10,26 +10,27 @@ from torch import Tensor, nn
 
 from contradiff.base.config import downsampling_of
 from contradiff.base.loading import NoiseSchedule, load_unet
+from contradiff.config import Section
 from contradiff.method.attention import HeadParams, LevelMaps, Projector, TriTimestepAttention
 from contradiff.method.conditioner import Conditioner, ConditionerParams
 from contradiff.method.lora import LoraParams, add_lora
 from contradiff.method.noise import NUM_LEVELS, add_noise
-from contradiff.method.unet import (
-    Encoded,
-    MapBlock,
-    SelfCondition,
-    block_channels,
-    decode_from_bottleneck,
-    encode_to_bottleneck,
-    maps_of_blocks,
-)
+from contradiff.method.unet import MapBlock, SelfCondition, SplitUNet, block_channels
 from contradiff.types import Conditions, Latents, Timesteps, Tokens
 
 if TYPE_CHECKING:
     from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 
-TRAINED_PARTS = ("conditioner", "self_condition", "attention", "projector")
-"""Besides the LoRA in the UNet."""
+TRAINED_MODULES = ("conditioner", "self_condition", "attention", "projector")
+"""Their names in ContraDiff; the LoRA within the UNet is trained too."""
+
+
+class Architecture(Section):
+    """The sections of params.yaml that decide the shapes of the trained weights."""
+
+    lora: LoraParams
+    conditioner: ConditionerParams
+    head: HeadParams
 
 
 class ContraDiff(nn.Module):
@@ -45,10 +46,8 @@ class ContraDiff(nn.Module):
         self,
         unet: "UNet2DConditionModel",
         schedule: NoiseSchedule,
+        architecture: Architecture,
         *,
-        lora: LoraParams,
-        conditioner: ConditionerParams,
-        head: HeadParams,
         image_size: int,
         downsampling: int,
     ) -> None:
@@ -57,9 +56,7 @@ class ContraDiff(nn.Module):
         Args:
             unet: the base's denoiser; gets LoRA layers in place.
             schedule: the base's alpha-bars.
-            lora: rank, alpha and targets.
-            conditioner: shape of the conditioner.
-            head: shapes of attention and projector.
+            architecture: LoRA's rank and targets, shapes of the modules.
             image_size: side of the images.
             downsampling: of the base's VAE, an image's side over its latent's.
 
@@ -68,6 +65,7 @@ class ContraDiff(nn.Module):
                 has no block of head.block.
         """
         super().__init__()
+        lora, conditioner, head = architecture.lora, architecture.conditioner, architecture.head
         add_lora(unet, rank=lora.rank, alpha=lora.alpha, targets=lora.targets)
         self.unet = unet
         self.schedule = schedule
@@ -98,32 +96,17 @@ class ContraDiff(nn.Module):
         """Images, or Gaussian noise for the null condition => encoder_hidden_states."""
         return self.conditioner(conditions)
 
+    @property
+    def split_unet(self) -> SplitUNet:
+        """The UNet in halves, with self-conditioning where the model has it."""
+        return SplitUNet(self.unet, self.self_condition)
+
     def noise_pred(self, noisy_latents: Latents, timesteps: Timesteps, tokens: Tokens) -> Latents:
         """The UNet's whole pass: predicted noise."""
-        encoded = self.encode(noisy_latents, timesteps, tokens)
-        return decode_from_bottleneck(self.unet, encoded, tokens)
-
-    def encode(self, noisy_latents: Latents, timesteps: Timesteps, tokens: Tokens) -> Encoded:
-        """The UNet's first half, with self-conditioning where the model has it."""
-        encoded = encode_to_bottleneck(self.unet, noisy_latents, timesteps, tokens)
-        return encoded if self.self_condition is None else self.self_condition(encoded)
+        unet = self.split_unet
+        return unet.noise_pred(unet.down(noisy_latents, timesteps, tokens))
 
     def level_maps(
-        self,
-        latents: Latents,
-        tokens: Tokens,
-        *,
-        timesteps: list[int],
-        noise: Float[Tensor, "3 batch channels h w"],
-    ) -> LevelMaps:
-        """Maps of clean latents noised to a fixed triple (Eq. 5): noisiest, middle, cleanest."""
-        blocks: list[MapBlock] = [self.block]
-        maps = self.level_block_maps(
-            latents, tokens, timesteps=timesteps, noise=noise, blocks=blocks
-        )
-        return maps[self.block]
-
-    def level_block_maps(
         self,
         latents: Latents,
         tokens: Tokens,
@@ -132,17 +115,24 @@ class ContraDiff(nn.Module):
         noise: Float[Tensor, "3 batch channels h w"],
         blocks: Sequence[MapBlock],
     ) -> dict[MapBlock, LevelMaps]:
-        """As `level_maps`, of several blocks of the same pass."""
+        """Maps of clean latents noised to a fixed triple (Eq. 5): noisiest, middle, cleanest.
+
+        Args:
+            latents: clean, at unit scale.
+            tokens: their conditions.
+            timesteps: the triple, in any order.
+            noise: of each level, noisiest first.
+            blocks: whose maps; one pass serves all of them.
+        """
         levels = torch.tensor(sorted(timesteps, reverse=True), device=latents.device)
         steps = levels.repeat_interleave(len(latents))
         repeated = latents.repeat(NUM_LEVELS, 1, 1, 1)
         noisy = add_noise(repeated, noise.flatten(0, 1), steps, self.schedule.alphas_cumprod)
-        tokens = tokens.repeat(NUM_LEVELS, 1, 1)
-        encoded = self.encode(noisy, steps, tokens)
-        maps = maps_of_blocks(self.unet, encoded, tokens, blocks=blocks)
+        unet = self.split_unet
+        state = unet.down(noisy, steps, tokens.repeat(NUM_LEVELS, 1, 1), blocks=blocks)
         return {
-            block: found.unflatten(0, (NUM_LEVELS, -1)).transpose(0, 1)
-            for block, found in maps.items()
+            block: unet.maps(state, block).unflatten(0, (NUM_LEVELS, -1)).transpose(0, 1)
+            for block in blocks
         }
 
     def trained_state(self) -> dict[str, Tensor]:
@@ -177,13 +167,7 @@ class ContraDiff(nn.Module):
 
 
 def build_model(
-    base: Path,
-    *,
-    lora: LoraParams,
-    conditioner: ConditionerParams,
-    head: HeadParams,
-    image_size: int,
-    seed: int,
+    base: Path, architecture: Architecture, *, image_size: int, seed: int
 ) -> ContraDiff:
     """Load the frozen base from a folder and add the trainable parts, initialised from `seed`."""
     unet = load_unet(base)
@@ -192,9 +176,7 @@ def build_model(
     return ContraDiff(
         unet,
         schedule,
-        lora=lora,
-        conditioner=conditioner,
-        head=head,
+        architecture,
         image_size=image_size,
         downsampling=downsampling_of(base),
     )

@@ -1,8 +1,7 @@
 """The loss of one training step: L = L_recon + lambda * L_contrast (Eq. 7) of two views' draws."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
-import torch
 import torch.distributed as dist
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
@@ -11,60 +10,51 @@ from torch.distributed._functional_collectives import all_gather_single_autograd
 from contradiff.method.attention import order_by_noise
 from contradiff.method.conditioner import drop_conditions
 from contradiff.method.losses import (
+    CONTRASTIVE_LOSSES,
     LossParams,
-    contrastive_loss,
     min_snr_weights,
     reconstruction_loss,
 )
-from contradiff.method.microbatches import mean_in_parts
 from contradiff.method.model import ContraDiff
-from contradiff.method.noise import NUM_LEVELS, add_noise
-from contradiff.method.unet import (
-    NUM_UP_BLOCKS,
-    Encoded,
-    advance,
-    block_maps,
-    decode_from_bottleneck,
-)
-from contradiff.types import Latents, Timesteps, Tokens
+from contradiff.method.noise import NUM_LEVELS, NUM_VIEWS, add_noise
+from contradiff.method.unet import UNetState
+from contradiff.types import Features, Latents, Timesteps, Tokens
 
 
 @dataclass(frozen=True)
 class TrainingBatch:
-    """All that one training step sees, random numbers included: two views, three levels each."""
+    """All that one training step sees, random numbers included: two views, three levels each.
+
+    A condition that both views share is given once: then `cond_views` is 1.
+    """
 
     latents: Float[Tensor, "2 batch channels h w"]
-    conditions: Float[Tensor, "2 batch channels_x size size"]
-    condition_noise: Float[Tensor, "2 batch channels_x size size"]
-    dropped: Bool[Tensor, "2 batch"]
+    conditions: Float[Tensor, "cond_views batch channels_x size size"]
+    condition_noise: Float[Tensor, "cond_views batch channels_x size size"]
+    dropped: Bool[Tensor, "cond_views batch"]
     timesteps: Int[Tensor, "2 3 batch"]
     noise: Float[Tensor, "2 3 batch channels h w"]
 
 
 class TrainingStep(nn.Module):
-    """A model's loss on a batch: a module, since DDP averages the gradients of a module's pass."""
+    """A model's loss on a batch: a module, since DDP averages the gradients of a module's pass.
 
-    def __init__(
-        self,
-        model: ContraDiff,
-        *,
-        loss: LossParams,
-        shared_condition: bool,
-        decode_batch_size: int,
-    ) -> None:
+    Example:
+        step = TrainingStep(model, loss=params.loss, decode_batch_size=0)
+        step(batch)["loss"].backward()
+    """
+
+    def __init__(self, model: ContraDiff, *, loss: LossParams, decode_batch_size: int) -> None:
         """Choose the loss.
 
         Args:
             model: whose parameters are trained; it is not copied.
             loss: kind, weight and temperature.
-            shared_condition: both views have the same condition, encoded once.
             decode_batch_size: reconstructed draws of a batch that go at once through the up blocks
-                that the head does not read; their gradient is taken before the next ones go, which
-                takes less memory. 0: all at once.
+                that the head does not read; see `SplitUNet.mean_loss`.
         """
         super().__init__()
-        self.model, self.loss = model, loss
-        self.shared_condition, self.decode_batch_size = shared_condition, decode_batch_size
+        self.model, self.loss, self.decode_batch_size = model, loss, decode_batch_size
 
     def forward(self, batch: TrainingBatch) -> dict[str, Float[Tensor, ""]]:
         """Eq. 7 of one batch, this process's images.
@@ -76,108 +66,83 @@ class TrainingStep(nn.Module):
         Returns:
             "loss", "reconstruction" and, unless lambda is 0, "contrastive".
         """
-        model, loss = self.model, self.loss
-        num_images = batch.latents.shape[1]
-        num_draws = batch.timesteps.shape[0] * NUM_LEVELS if loss.weight > 0 else loss.recon_passes
-        timesteps = batch.timesteps.flatten(0, 1)[:num_draws].flatten()
-        noise = batch.noise.flatten(0, 1)[:num_draws].flatten(0, 1)
-        latents = batch.latents.repeat_interleave(NUM_LEVELS, dim=0)[:num_draws].flatten(0, 1)
-        tokens = self._view_tokens(batch, num_views=-(-num_draws // NUM_LEVELS))
-        tokens = tokens.repeat_interleave(NUM_LEVELS, dim=0)[:num_draws].flatten(0, 1)
+        model, loss, unet = self.model, self.loss, self.model.split_unet
+        num_images, has_contrast = batch.latents.shape[1], loss.weight > 0
+        draws = slice(NUM_VIEWS * NUM_LEVELS if has_contrast else loss.recon_passes)
+        timesteps = batch.timesteps.flatten(0, 1)[draws].flatten()
+        noise = batch.noise.flatten(0, 1)[draws].flatten(0, 1)
+        latents = batch.latents.repeat_interleave(NUM_LEVELS, dim=0)[draws].flatten(0, 1)
 
-        noisy = add_noise(latents, noise, timesteps, model.schedule.alphas_cumprod)
-        encoded = model.encode(noisy, timesteps, tokens)
-        if loss.weight > 0:
-            # For all draws at once, so that the reconstructed ones need not go there again.
-            num_up_blocks = NUM_UP_BLOCKS[model.block]
-            encoded = advance(model.unet, encoded, tokens, num_up_blocks=num_up_blocks)
-
-        trained = slice(0, loss.recon_passes * num_images)
-        reconstruction = self._reconstruct(
-            encoded[trained], tokens[trained], noise[trained], timesteps[trained]
-        )
-        if loss.weight == 0:
+        # Sec. 4.1: the clean image, or noise alone, conditions the denoiser
+        tokens = self._encode_conditions(batch, draws)
+        # Eq. 5
+        noisy_latents = add_noise(latents, noise, timesteps, model.schedule.alphas_cumprod)
+        # down and mid: f(z_t)
+        blocks = (model.block,) if has_contrast else ()
+        state = unet.down(noisy_latents, timesteps, tokens, blocks=blocks)
+        # Eq. 3
+        denoised = slice(loss.recon_passes * num_images)
+        reconstruction = self._reconstruct(state[denoised], noise[denoised], timesteps[denoised])
+        if not has_contrast:
             return {"loss": reconstruction, "reconstruction": reconstruction}
-
-        features = self._view_features(encoded, tokens, batch.timesteps)
-        contrastive = self._contrast(features)
+        # Eq. 4
+        maps = unet.maps(state, model.block).unflatten(0, batch.timesteps.shape)
+        levels = order_by_noise(
+            maps.transpose(0, 1).flatten(1, 2), batch.timesteps.transpose(0, 1).flatten(1, 2)
+        )
+        h, own = gather_views(model.attention(levels))
+        # Eq. 6
+        view1, view2 = model.projector(h).chunk(NUM_VIEWS)
+        contrast = CONTRASTIVE_LOSSES[loss.contrastive]
+        contrastive = contrast(view1, view2, temperature=loss.temperature, anchors=own)
+        # Eq. 7
         total = reconstruction + loss.weight * contrastive
         return {"loss": total, "reconstruction": reconstruction, "contrastive": contrastive}
 
-    def _view_tokens(
-        self, batch: TrainingBatch, *, num_views: int
-    ) -> Float[Tensor, "views batch num_tokens width_c"]:
-        num_encoded = 1 if self.shared_condition else num_views
+    def _encode_conditions(self, batch: TrainingBatch, draws: slice) -> Tokens:
+        """encoder_hidden_states of the draws; each view's are encoded once, shared ones too."""
+        num_views = -(-draws.stop // NUM_LEVELS)
         conditions = drop_conditions(
-            batch.conditions[:num_encoded].flatten(0, 1),
-            dropped=batch.dropped[:num_encoded].flatten(),
-            noise=batch.condition_noise[:num_encoded].flatten(0, 1),
+            batch.conditions[:num_views].flatten(0, 1),
+            dropped=batch.dropped[:num_views].flatten(),
+            noise=batch.condition_noise[:num_views].flatten(0, 1),
         )
-        tokens = self.model.conditioner(conditions).unflatten(0, (num_encoded, -1))
-        return tokens.expand(num_views, -1, -1, -1)
+        tokens = self.model.conditioner(conditions).unflatten(0, (-1, batch.latents.shape[1]))
+        tokens = tokens.expand(num_views, -1, -1, -1)
+        return tokens.repeat_interleave(NUM_LEVELS, dim=0)[draws].flatten(0, 1)
 
     def _reconstruct(
-        self, encoded: Encoded, tokens: Tokens, noise: Latents, timesteps: Timesteps
+        self, state: UNetState, noise: Latents, timesteps: Timesteps
     ) -> Float[Tensor, ""]:
-        """Eq. 3 of encoded draws, `decode_batch_size` of them at once."""
-        unet, batch_size = self.model.unet, self.decode_batch_size
-        weights = self._weights(timesteps)
+        """Eq. 3, weighted by min-SNR if asked."""
+        weights = None
+        if self.loss.min_snr_gamma > 0:
+            alphas_cumprod = self.model.schedule.alphas_cumprod.to(timesteps.device)
+            weights = min_snr_weights(alphas_cumprod, gamma=self.loss.min_snr_gamma)[timesteps]
 
-        def loss_of(
-            rows: slice, tokens: Tensor, hidden: Tensor, time_embedding: Tensor, *skips: Tensor
-        ) -> Tensor:
-            state = replace(
-                encoded[rows], hidden=hidden, time_embedding=time_embedding, skips=skips
-            )
-            noise_pred = decode_from_bottleneck(unet, state, tokens)
+        def loss_of(noise_pred: Latents, rows: slice) -> Tensor:
             of_rows = None if weights is None else weights[rows]
             return reconstruction_loss(noise_pred, noise[rows], weights=of_rows)
 
-        sliced = (tokens, encoded.hidden, encoded.time_embedding, *encoded.skips)
-        if batch_size == 0 or batch_size >= len(noise) or not torch.is_grad_enabled():
-            return loss_of(slice(None), *sliced)
-        modules = (
-            *list(unet.up_blocks)[encoded.num_up_blocks :],
-            unet.conv_norm_out,
-            unet.conv_out,
+        return self.model.split_unet.mean_loss(
+            state, loss_of, microbatch_size=self.decode_batch_size
         )
-        trained = [p for m in modules if m is not None for p in m.parameters() if p.requires_grad]
-        return mean_in_parts(loss_of, sliced, trained, rows_at_once=batch_size)
 
-    def _weights(self, timesteps: Timesteps) -> Float[Tensor, " batch"] | None:
-        gamma = self.loss.min_snr_gamma
-        if gamma == 0:
-            return None
-        alphas_cumprod = self.model.schedule.alphas_cumprod.to(timesteps.device)
-        return min_snr_weights(alphas_cumprod, gamma=gamma)[timesteps]
 
-    def _view_features(
-        self,
-        encoded: Encoded,
-        tokens: Float[Tensor, "draws num_tokens width_c"],
-        timesteps: Int[Tensor, "2 3 batch"],
-    ) -> Float[Tensor, "2 batch width"]:
-        maps = block_maps(self.model.unet, encoded, tokens, block=self.model.block)
-        maps = maps.unflatten(0, timesteps.shape)
-        ordered = [order_by_noise(view, steps) for view, steps in zip(maps, timesteps, strict=True)]
-        return self.model.attention(torch.cat(ordered)).unflatten(0, (2, -1))
+def gather_views(h: Features) -> tuple[Features, slice]:
+    """Gather h of all processes, with gradient; also return which images are this process's own.
 
-    def _contrast(self, features: Float[Tensor, "2 batch width"]) -> Float[Tensor, ""]:
-        """Gather h of all processes, with gradient and before the projector, then contrast.
+    Every process then has the same projector inputs, so that its BatchNorm sees the global batch,
+    and its own images as anchors: DDP's average is the gradient of one process.
 
-        Every process then has the same projector inputs, so that its BatchNorm sees the global
-        batch, and its own images as anchors: DDP's average is the single-process gradient.
-        """
-        num_images = features.shape[1]
-        rank = 0
-        group = dist.group.WORLD if dist.is_initialized() else None
-        if group is not None and group.size() > 1:
-            rank = group.rank()
-            features = all_gather_single_autograd(features.contiguous(), gather_dim=1, group=group)
-        projected = self.model.projector(features.flatten(0, 1)).unflatten(0, (2, -1))
-        return contrastive_loss(
-            projected,
-            kind=self.loss.contrastive,
-            temperature=self.loss.temperature,
-            anchors=slice(rank * num_images, (rank + 1) * num_images),
-        )
+    Args:
+        h: this process's images of view 1, then those of view 2.
+    """
+    num_images = len(h) // NUM_VIEWS
+    group = dist.group.WORLD if dist.is_initialized() else None
+    if group is None or group.size() == 1:
+        return h, slice(0, num_images)
+    views = h.unflatten(0, (NUM_VIEWS, num_images))
+    views = all_gather_single_autograd(views.contiguous(), gather_dim=1, group=group)
+    start = group.rank() * num_images
+    return views.flatten(0, 1), slice(start, start + num_images)

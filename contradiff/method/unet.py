@@ -1,6 +1,6 @@
-"""The halves of the base's UNet: down to the bottleneck, and up to the predicted noise."""
+"""The base's UNet in halves: down to the bottleneck, and up to the predicted noise."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from contradiff.method.microbatches import mean_in_microbatches
 from contradiff.types import Latents, Maps, Timesteps, Tokens
 
 if TYPE_CHECKING:
@@ -18,20 +19,20 @@ if TYPE_CHECKING:
 MapBlock = Literal["mid", "up.1", "mid+up.1"]
 """Where in the UNet the maps come from: the mid block, the second up block, or both."""
 
-
-NUM_UP_BLOCKS: dict[MapBlock, int] = {"mid": 0, "up.1": 2, "mid+up.1": 2}
+_NUM_UP_BLOCKS: dict[MapBlock, int] = {"mid": 0, "up.1": 2, "mid+up.1": 2}
 """How many up blocks run before the maps are there."""
 
 
 @dataclass(frozen=True)
-class Encoded:
-    """The UNet's state after the mid block or a later one: all that the rest of the pass needs.
+class UNetState:
+    """A pass of the UNet, paused after the mid block or a later one.
 
     Attributes:
         bottleneck: the mid block's output.
-        hidden: the last block's output; the bottleneck, if no up block has run.
-        skips: what the up blocks yet to come will take.
-        time_embedding: what they see of the timestep.
+        hidden: the output of the last block that has run.
+        skips: inputs of the up blocks that have not run yet.
+        time_embedding: what these blocks see of the timestep.
+        encoder_hidden_states: what their cross-attention sees.
         num_up_blocks: how many up blocks have run.
     """
 
@@ -39,114 +40,155 @@ class Encoded:
     hidden: Float[Tensor, "batch width_h h_h w_h"]
     skips: tuple[Tensor, ...]
     time_embedding: Float[Tensor, "batch width_t"]
-    num_up_blocks: int
+    encoder_hidden_states: Tokens
+    num_up_blocks: int = 0
 
-    def __getitem__(self, rows: slice) -> "Encoded":
+    def __getitem__(self, rows: slice) -> "UNetState":
         """The state of some of the batch's rows."""
-        return Encoded(
+        return UNetState(
             self.bottleneck[rows],
             self.hidden[rows],
             tuple(skip[rows] for skip in self.skips),
             self.time_embedding[rows],
+            self.encoder_hidden_states[rows],
             self.num_up_blocks,
         )
 
 
-def encode_to_bottleneck(
-    unet: "UNet2DConditionModel", noisy_latents: Latents, timesteps: Timesteps, tokens: Tokens
-) -> Encoded:
-    """The first half of `unet.forward`: down blocks and mid block.
+class SplitUNet:
+    """A UNet whose pass can be paused, read and continued; it owns no weights of its own.
 
-    The up blocks, 68% of a pass of Stable Diffusion's UNet, are not run.
+    Example:
+        state = split.down(noisy_latents, timesteps, encoder_hidden_states)
+        maps = split.maps(state, "mid")  # f(z_t)
+        noise_pred = split.noise_pred(state)
     """
-    time_embedding = unet.time_embedding(unet.get_time_embed(noisy_latents, timesteps))
-    hidden = unet.conv_in(noisy_latents)
-    skips = (hidden,)
-    for block in unet.down_blocks:
-        if getattr(block, "has_cross_attention", False):
-            hidden, states = block(hidden, temb=time_embedding, encoder_hidden_states=tokens)
-        else:
-            hidden, states = block(hidden, temb=time_embedding)
-        skips += states
-    bottleneck = unet.mid_block(hidden, time_embedding, encoder_hidden_states=tokens)
-    return Encoded(bottleneck, bottleneck, skips, time_embedding, num_up_blocks=0)
 
+    def __init__(
+        self, unet: "UNet2DConditionModel", self_condition: "SelfCondition | None" = None
+    ) -> None:
+        """Split a denoiser, with self-conditioning where there is any."""
+        self.unet, self.self_condition = unet, self_condition
 
-def decode_from_bottleneck(
-    unet: "UNet2DConditionModel", encoded: Encoded, tokens: Tokens
-) -> Latents:
-    """The rest of `unet.forward`: the up blocks yet to come and the output => predicted noise."""
-    hidden = advance(unet, encoded, tokens, num_up_blocks=len(unet.up_blocks)).hidden
-    return unet.conv_out(unet.conv_act(unet.conv_norm_out(hidden)))  # pyright: ignore[reportOptionalCall]
+    def down(
+        self,
+        noisy_latents: Latents,
+        timesteps: Timesteps,
+        encoder_hidden_states: Tokens,
+        *,
+        blocks: Sequence[MapBlock] = (),
+    ) -> UNetState:
+        """Run the down blocks, the mid block, and the up blocks that the maps of `blocks` need.
 
+        The up blocks are 68% of a pass of Stable Diffusion's UNet; "mid" needs none of them.
+        """
+        unet = self.unet
+        time_embedding = unet.time_embedding(unet.get_time_embed(noisy_latents, timesteps))
+        hidden = unet.conv_in(noisy_latents)
+        skips = (hidden,)
+        for block in unet.down_blocks:
+            if getattr(block, "has_cross_attention", False):
+                hidden, states = block(
+                    hidden, temb=time_embedding, encoder_hidden_states=encoder_hidden_states
+                )
+            else:
+                hidden, states = block(hidden, temb=time_embedding)
+            skips += states
+        bottleneck = unet.mid_block(
+            hidden, time_embedding, encoder_hidden_states=encoder_hidden_states
+        )
+        if self.self_condition is not None:
+            time_embedding = time_embedding + self.self_condition(bottleneck)
+        state = UNetState(bottleneck, bottleneck, skips, time_embedding, encoder_hidden_states)
+        return self._up(state, max((_NUM_UP_BLOCKS[block] for block in blocks), default=0))
 
-def advance(
-    unet: "UNet2DConditionModel", encoded: Encoded, tokens: Tokens, *, num_up_blocks: int
-) -> Encoded:
-    """Run up blocks until `num_up_blocks` have run in all; those that have are not run again."""
-    hidden, skips = encoded.hidden, encoded.skips
-    for block in list(unet.up_blocks)[encoded.num_up_blocks : num_up_blocks]:
-        resnets = block.resnets
-        assert isinstance(resnets, nn.ModuleList)
-        states, skips = skips[-len(resnets) :], skips[: -len(resnets)]
-        size = skips[-1].shape[2:] if skips else None
-        if getattr(block, "has_cross_attention", False):
-            hidden = block(
-                hidden,
-                temb=encoded.time_embedding,
-                res_hidden_states_tuple=states,
+    def maps(self, state: UNetState, block: MapBlock) -> Maps:
+        """f(z_t): the maps that the tri-timestep attention reads, on the bottleneck's grid.
+
+        *Deviation*: the paper reads the mid block alone. `up.1` has a finer grid (for Stable
+        Diffusion four times the bottleneck's sides, 1280 channels) and is averaged down to it, so
+        that the attention has as many positions.
+
+        Args:
+            state: of `down` with this block among its `blocks`.
+            block: "mid+up.1" stacks the channels of both, the mid block's first.
+
+        Returns:
+            As many channels as `block_channels` says.
+        """
+        if block == "mid":
+            return state.bottleneck
+        assert state.num_up_blocks == _NUM_UP_BLOCKS[block], "down runs the blocks that it is told"
+        height, width = state.bottleneck.shape[2:]
+        maps = F.adaptive_avg_pool2d(state.hidden, (height, width))
+        return maps if block == "up.1" else torch.cat([state.bottleneck, maps], dim=1)
+
+    def noise_pred(self, state: UNetState) -> Latents:
+        """Run the rest of the pass: the up blocks yet to come and the output."""
+        hidden = self._up(state, len(self.unet.up_blocks)).hidden
+        return self.unet.conv_out(self.unet.conv_act(self.unet.conv_norm_out(hidden)))  # pyright: ignore[reportOptionalCall]
+
+    def mean_loss(
+        self,
+        state: UNetState,
+        loss_of: Callable[[Latents, slice], Tensor],
+        *,
+        microbatch_size: int,
+    ) -> Float[Tensor, ""]:
+        """The mean of a loss of `noise_pred`, computed some rows at a time to save memory.
+
+        Args:
+            state: paused passes.
+            loss_of: predicted noise of some rows, and which rows they are => their mean loss.
+            microbatch_size: rows that go at once through the up blocks, their gradient taken before
+                the next rows go; 0: all.
+        """
+        num_rows = len(state.hidden)
+        if not 0 < microbatch_size < num_rows or not torch.is_grad_enabled():
+            return loss_of(self.noise_pred(state), slice(0, num_rows))
+
+        def loss_of_rows(
+            rows: slice, hidden: Tensor, time_embedding: Tensor, tokens: Tensor, *skips: Tensor
+        ) -> Tensor:
+            part = replace(
+                state[rows],
+                hidden=hidden,
+                skips=skips,
+                time_embedding=time_embedding,
                 encoder_hidden_states=tokens,
-                upsample_size=size,
             )
-        else:
-            hidden = block(
-                hidden,
-                temb=encoded.time_embedding,
-                res_hidden_states_tuple=states,
-                upsample_size=size,
-            )
-    num_up_blocks = max(num_up_blocks, encoded.num_up_blocks)
-    return replace(encoded, hidden=hidden, skips=skips, num_up_blocks=num_up_blocks)
+            return loss_of(self.noise_pred(part), rows)
 
+        to_run = list(self.unet.up_blocks)[state.num_up_blocks :]
+        modules = [*to_run, self.unet.conv_norm_out, self.unet.conv_out]
+        trained = [p for m in modules if m is not None for p in m.parameters() if p.requires_grad]
+        return mean_in_microbatches(
+            loss_of_rows,
+            (state.hidden, state.time_embedding, state.encoder_hidden_states, *state.skips),
+            trained,
+            microbatch_size=microbatch_size,
+        )
 
-def block_maps(
-    unet: "UNet2DConditionModel", encoded: Encoded, tokens: Tokens, *, block: MapBlock
-) -> Maps:
-    """The maps that the tri-timestep attention reads, on the bottleneck's grid.
-
-    Deviation: the paper reads the mid block alone. `up.1` has a finer grid (for Stable
-    Diffusion four times the bottleneck's sides, 1280 channels) and is averaged down to it, so that
-    the attention has as many positions.
-
-    Args:
-        unet: the denoiser.
-        encoded: its state after the mid block, or `advance`d by `NUM_UP_BLOCKS` already.
-        tokens: the conditions that it was encoded with.
-        block: "mid" runs no up block; the others run the first two and no more. "mid+up.1" stacks
-            the channels of both, the mid block's first.
-
-    Returns:
-        As many channels as `block_channels` says.
-    """
-    return maps_of_blocks(unet, encoded, tokens, blocks=[block])[block]
-
-
-def maps_of_blocks(
-    unet: "UNet2DConditionModel", encoded: Encoded, tokens: Tokens, *, blocks: Sequence[MapBlock]
-) -> dict[MapBlock, Maps]:
-    """As `block_maps`, of several blocks of one pass; the up blocks are run once, if at all."""
-    maps: dict[MapBlock, Maps] = {"mid": encoded.bottleneck}
-    if any(block != "mid" for block in blocks):
-        num_up_blocks = max(NUM_UP_BLOCKS[block] for block in blocks)
-        hidden = advance(unet, encoded, tokens, num_up_blocks=num_up_blocks).hidden
-        height, width = encoded.bottleneck.shape[2:]
-        maps["up.1"] = F.adaptive_avg_pool2d(hidden, (height, width))
-        maps["mid+up.1"] = torch.cat([maps["mid"], maps["up.1"]], dim=1)
-    return {block: maps[block] for block in blocks}
+    def _up(self, state: UNetState, num_up_blocks: int) -> UNetState:
+        """Run up blocks until `num_up_blocks` have run in all."""
+        hidden, skips = state.hidden, state.skips
+        for block in list(self.unet.up_blocks)[state.num_up_blocks : num_up_blocks]:
+            resnets = block.resnets
+            assert isinstance(resnets, nn.ModuleList)
+            states, skips = skips[-len(resnets) :], skips[: -len(resnets)]
+            arguments = {
+                "temb": state.time_embedding,
+                "res_hidden_states_tuple": states,
+                "upsample_size": skips[-1].shape[2:] if skips else None,
+            }
+            if getattr(block, "has_cross_attention", False):
+                arguments["encoder_hidden_states"] = state.encoder_hidden_states
+            hidden = block(hidden, **arguments)
+        return replace(state, hidden=hidden, skips=skips, num_up_blocks=num_up_blocks)
 
 
 def block_channels(unet: "UNet2DConditionModel", block: MapBlock) -> int:
-    """Channels of `block_maps`: 1280 of each block of Stable Diffusion.
+    """Channels of `SplitUNet.maps`: 1280 of each block of Stable Diffusion.
 
     Raises:
         ValueError: the UNet has no second up block; names head.block.
@@ -163,12 +205,11 @@ def block_channels(unet: "UNet2DConditionModel", block: MapBlock) -> int:
 
 
 class SelfCondition(nn.Module):
-    """Self-conditioning of the denoiser on its own bottleneck (after DDAE++, Xiang et al., 2025).
+    """The denoiser sees its own bottleneck (after DDAE++, Xiang et al., 2025); the paper has none.
 
-    The pooled bottleneck goes through a linear layer into the time embedding that the up blocks
-    see, so that the reconstruction loss itself asks the bottleneck for what the whole image is.
-    The layer starts at zero. The paper has none. The other such idea, self-distillation from
-    shallow to deep blocks (SRA), needs a second loss, a teacher and a further pass.
+    A linear layer of the pooled bottleneck is added to the time embedding that the up blocks see,
+    so that the reconstruction loss itself asks the bottleneck what the whole image is. The layer
+    starts at zero.
     """
 
     def __init__(self, unet: "UNet2DConditionModel") -> None:
@@ -179,7 +220,6 @@ class SelfCondition(nn.Module):
         nn.init.zeros_(self.to_time.weight)
         nn.init.zeros_(self.to_time.bias)
 
-    def forward(self, encoded: Encoded) -> Encoded:
-        """The state with another time embedding for the up blocks."""
-        pooled = encoded.bottleneck.mean(dim=(2, 3))
-        return replace(encoded, time_embedding=encoded.time_embedding + self.to_time(pooled))
+    def forward(self, bottleneck: Maps) -> Float[Tensor, "batch width_t"]:
+        """Bottleneck => what is added to the time embedding."""
+        return self.to_time(bottleneck.mean(dim=(2, 3)))

@@ -188,6 +188,8 @@ def draw_batch(
     dropped = dropped < recipe.conditioner.drop
     if recipe.conditioner.cond_view == "noise":
         dropped[1] = True
+    # One condition that both views share is encoded once.
+    cond_views = slice(1 if recipe.conditioner.cond_view == "same" else NUM_VIEWS)
     latents = sample(
         moments.flatten(0, 1),
         noise=posterior_noise.flatten(0, 1),
@@ -201,9 +203,9 @@ def draw_batch(
         conditions = conditions.unflatten(0, (NUM_VIEWS, num_images))
     return TrainingBatch(
         latents=latents.unflatten(0, (NUM_VIEWS, num_images)),
-        conditions=conditions,
-        condition_noise=condition_noise,
-        dropped=dropped,
+        conditions=conditions[cond_views],
+        condition_noise=condition_noise[cond_views],
+        dropped=dropped[cond_views],
         timesteps=timesteps,
         noise=noise,
     )

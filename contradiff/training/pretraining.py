@@ -1,6 +1,7 @@
 """Pretraining: reconstruction + lambda * contrast (Sec. 3.4, Table 1), resumable at any step."""
 
-from collections.abc import Mapping
+import csv
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -8,6 +9,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from contradiff.data.streams import PairedShards, TrainingStream, training_batches
+from contradiff.files import replace_file
 from contradiff.method.lora import cast_frozen_weights
 from contradiff.method.losses import LossParams
 from contradiff.method.model import ContraDiff
@@ -24,6 +26,15 @@ from contradiff.types import Precision
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
+CURVE_COLUMNS: Sequence[str] = (
+    "step",
+    "epoch",
+    "lr",
+    "loss",
+    "reconstruction",
+    "contrastive",
+    "grad_norm",
+)
 CURVE_ROWS = 200
 """The stored curve has about this many rows; live logging is as dense as the caller asks."""
 
@@ -101,7 +112,6 @@ def pretrain(
         TrainingStep(
             model,
             loss=recipe.loss,
-            shared_condition=recipe.shared_condition,
             decode_batch_size=params.decode_batch_size,
         ).train(),
         optimizer,
@@ -177,6 +187,16 @@ def pretrain(
     if average is not None:
         average.copy_to_model()
     return saved.curve
+
+
+def write_curve(path: Path, curve: Sequence[Mapping[str, float]]) -> None:
+    """Write a curve as CSV, with six significant digits; it has columns even without rows."""
+    with replace_file(path) as temporary, temporary.open("w", newline="") as file:
+        writer = csv.DictWriter(file, CURVE_COLUMNS, restval="", lineterminator="\n")
+        writer.writeheader()
+        for row in curve:
+            numbers = {name: f"{value:.6g}" for name, value in row.items()}
+            writer.writerow({**numbers, "step": int(row["step"])})
 
 
 def set_up(

@@ -1,11 +1,10 @@
 """Everything that decides a pretraining: the sections of Table 1, together."""
 
-from dataclasses import dataclass
 from typing import Literal
 
 from pydantic import Field, model_validator
 
-from contradiff.config import Section
+from contradiff.config import Section, Seed
 from contradiff.method.conditioner import ConditionerParams
 from contradiff.method.losses import LossParams
 from contradiff.method.noise import NoiseParams
@@ -64,20 +63,14 @@ class PretrainParams(Section):
         return self
 
 
-@dataclass(frozen=True)
-class TrainingRecipe:
+class TrainingRecipe(Section):
     """The sections that decide a training, together."""
 
-    seed: int
+    seed: Seed
     noise: NoiseParams
     conditioner: ConditionerParams
     loss: LossParams
     pretrain: PretrainParams
-
-    @property
-    def shared_condition(self) -> bool:
-        """Whether both views have one condition, which is then encoded once."""
-        return self.conditioner.cond_view == "same"
 
     @property
     def warning(self) -> str | None:

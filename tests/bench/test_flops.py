@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from bench import flops
 from contradiff.config import parse, read_params
 from contradiff.method.model import ContraDiff
-from contradiff.method.unet import encode_to_bottleneck
+from contradiff.method.unet import SplitUNet
 from contradiff.training import pretraining
 from contradiff.training.pretraining import set_up
 
@@ -32,7 +32,7 @@ def test_features_cost_three_half_passes_a_condition_and_the_head(tiny_base: Pat
     with FlopCounterMode(display=False) as counter, torch.device("meta"), torch.no_grad():
         tokens = model.conditioner(torch.empty(1, 3, 32, 32)).expand(3, -1, -1)
         timesteps = torch.empty(3, dtype=torch.long)
-        encode_to_bottleneck(model.unet, torch.empty(3, 4, 8, 8), timesteps, tokens)
+        SplitUNet(model.unet).down(torch.empty(3, 4, 8, 8), timesteps, tokens)
         model.attention(torch.empty(1, 3, 32, 2, 2))
     expected = counter.get_total_flops() / 1e9
     assert flops.of_features(preset({}), tiny_base) == pytest.approx(expected)

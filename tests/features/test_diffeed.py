@@ -7,7 +7,7 @@ from torch import Tensor
 
 from contradiff.base.loading import load_unet
 from contradiff.features.diffeed import blend, decoder_maps, encode_with_feedback, feedback_maps
-from contradiff.method.unet import encode_to_bottleneck
+from contradiff.method.unet import SplitUNet
 
 
 def inputs() -> tuple[Tensor, Tensor, Tensor]:
@@ -27,7 +27,7 @@ def test_without_feedback_it_is_the_unets_own_pass(tiny_base: Path):
         last.register_forward_hook(take)
     unet(latents, steps, encoder_hidden_states=tokens)
     own = list(seen)
-    expected = encode_to_bottleneck(unet, latents, steps, tokens)
+    expected = SplitUNet(unet).down(latents, steps, tokens)
     encoded = encode_with_feedback(unet, latents, steps, tokens, feedback=None)
     assert torch.equal(encoded.bottleneck, expected.bottleneck)
     assert all(map(torch.equal, encoded.skips, expected.skips))
@@ -62,7 +62,7 @@ def test_feedback_changes_the_second_pass(tiny_base: Path):
     maps = feedback_maps(unet, latents, steps, tokens)
     assert maps.shape == (2, 4 * 32, 2, 2)
     first_mid, first_up, second_mid, second_up = maps.split(32, dim=1)
-    encoded = encode_to_bottleneck(unet, latents, steps, tokens)
+    encoded = SplitUNet(unet).down(latents, steps, tokens)
     assert torch.equal(first_mid, encoded.bottleneck)
     assert (second_mid - first_mid).abs().max() > 1e-2
     assert (second_up - first_up).abs().max() > 1e-2

@@ -139,8 +139,7 @@ def test_the_base_alone_is_the_model_before_training(  # noqa: PLR0917
     )
     base.model.block = "mid"
     shapes = Architecture.model_validate(tiny_params)
-    settings = {"lora": shapes.lora, "conditioner": shapes.conditioner, "head": shapes.head}
-    untrained = build_model(tiny_base, **settings, image_size=32, seed=1).eval()
+    untrained = build_model(tiny_base, shapes, image_size=32, seed=1).eval()
     (batch,) = batches_of(tiny_data)
     found, expected = base(batch), DiffusionFeatures(untrained, params, 0, CPU)(batch)
     assert list(found) == list(expected) == ["mean:mid@401-201-101", "mean:up.1@401-201-101"]

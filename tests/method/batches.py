@@ -32,22 +32,13 @@ def draw_batch(num_images: int, *, shared: bool = False, seed: int = 0) -> Train
     def gaussian(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator)
 
-    dropped = torch.zeros(2, num_images, dtype=torch.bool)
-    dropped[0, 0] = dropped[1, 1] = True
-    conditions, condition_noise = (
-        gaussian(2, num_images, 3, 32, 32),
-        gaussian(2, num_images, 3, 32, 32),
-    )
-    if shared:
-        conditions[1], condition_noise[1], dropped[1] = (
-            conditions[0],
-            condition_noise[0],
-            dropped[0],
-        )
+    num_views = 1 if shared else 2
+    dropped = torch.zeros(num_views, num_images, dtype=torch.bool)
+    dropped[0, 0] = dropped[-1, 1] = True
     return TrainingBatch(
         latents=gaussian(2, num_images, 4, 8, 8),
-        conditions=conditions,
-        condition_noise=condition_noise,
+        conditions=gaussian(num_views, num_images, 3, 32, 32),
+        condition_noise=gaussian(num_views, num_images, 3, 32, 32),
         dropped=dropped,
         timesteps=torch.randint(1000, (2, 3, num_images), generator=generator),
         noise=gaussian(2, 3, num_images, 4, 8, 8),

@@ -1,4 +1,4 @@
-"""A mean and its gradient, taken in parts, against the same in one piece."""
+"""A mean and its gradient, taken in microbatches, against the same in one piece."""
 
 import weakref
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from contradiff.method.microbatches import mean_in_parts
+from contradiff.method.microbatches import mean_in_microbatches
 
 
 def draw(*shape: int, seed: int) -> Tensor:
@@ -14,8 +14,8 @@ def draw(*shape: int, seed: int) -> Tensor:
     return torch.randn(shape, generator=generator, dtype=torch.float64)
 
 
-@pytest.mark.parametrize("rows_at_once", [1, 2, 3, 5, 9])
-def test_mean_and_gradients_are_those_of_one_piece(rows_at_once: int):
+@pytest.mark.parametrize("microbatch_size", [1, 2, 3, 5, 9])
+def test_mean_and_gradients_are_those_of_one_piece(microbatch_size: int):
     """Of inputs that are themselves computed, of weights, and scaled by what follows."""
     layer = nn.Linear(4, 3).double()
     inputs, constant, weights = draw(5, 4, seed=0), draw(5, 3, seed=1), draw(5, seed=2)
@@ -32,16 +32,19 @@ def test_mean_and_gradients_are_those_of_one_piece(rows_at_once: int):
 
     expected = loss_of(slice(None), inputs * source, constant)
     lengths.clear()
-    mean = mean_in_parts(
-        loss_of, [inputs * source, constant], list(layer.parameters()), rows_at_once=rows_at_once
+    mean = mean_in_microbatches(
+        loss_of,
+        [inputs * source, constant],
+        list(layer.parameters()),
+        microbatch_size=microbatch_size,
     )
     assert sum(lengths) == 5
-    assert max(lengths) == min(rows_at_once, 5)
+    assert max(lengths) == min(microbatch_size, 5)
     torch.testing.assert_close(mean, expected)
     torch.testing.assert_close(gradients(mean), gradients(expected))
 
 
-def test_a_part_is_freed_before_the_next_one_runs():
+def test_a_microbatch_is_freed_before_the_next_one_runs():
     """Its activations, and the gradients of its rows."""
     seen: list[weakref.ref[Tensor]] = []
 
@@ -53,19 +56,19 @@ def test_a_part_is_freed_before_the_next_one_runs():
         return hidden.mean()
 
     given = draw(4, 2, seed=0).requires_grad_()
-    mean_in_parts(loss_of, [given], [], rows_at_once=1).backward()
+    mean_in_microbatches(loss_of, [given], [], microbatch_size=1).backward()
     assert len(seen) == 4 * 3
     torch.testing.assert_close(given.grad, 2 * (2 * given.detach()).exp() / 8)
 
 
-def test_what_has_no_part_in_the_loss_gets_none():
+def test_what_the_loss_does_not_use_gets_no_gradient():
     used, unused = draw(3, 2, seed=0).requires_grad_(), draw(3, 2, seed=1).requires_grad_()
     frozen, spare = draw(3, 2, seed=2), nn.Parameter(draw(2, seed=3))
-    mean = mean_in_parts(
+    mean = mean_in_microbatches(
         lambda _, used, __, frozen: (used * frozen).mean(),
         [used, unused, frozen],
         [spare],
-        rows_at_once=2,
+        microbatch_size=2,
     )
     mean.backward()
     torch.testing.assert_close(used.grad, frozen / 6)
@@ -77,7 +80,9 @@ def test_what_has_no_part_in_the_loss_gets_none():
 
 def test_it_is_differentiated_once():
     given = draw(3, seed=0).requires_grad_()
-    mean = mean_in_parts(lambda _, rows: rows.square().mean(), [given], [], rows_at_once=1)
+    mean = mean_in_microbatches(
+        lambda _, rows: rows.square().mean(), [given], [], microbatch_size=1
+    )
     [gradient] = torch.autograd.grad(mean * given.sum(), [given], create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         gradient.sum().backward()

@@ -17,7 +17,7 @@ def test_self_conditioning_starts_as_nothing_and_feeds_the_up_blocks_alone(build
     assert model.self_condition is not None
     linear = model.self_condition.to_time
     assert (linear.in_features, linear.out_features) == (32, 64)  # bottleneck, time embedding
-    counts = count_parameters(model, num_vae_parameters=0).modules
+    counts = count_parameters(model, num_vae_parameters=0)["modules"]
     assert counts["self_condition"] == (32 * 64 + 64, 0)
     assert not model.load_state_dict(plain.state_dict(), strict=False).unexpected_keys
 
@@ -28,7 +28,7 @@ def test_self_conditioning_starts_as_nothing_and_feeds_the_up_blocks_alone(build
     with torch.no_grad():
         expected = plain.noise_pred(noisy, timesteps, tokens)
         changed = model.noise_pred(noisy, timesteps, tokens)
-        maps = [m.encode(noisy, timesteps, tokens).bottleneck for m in (model, plain)]
+        maps = [m.split_unet.down(noisy, timesteps, tokens).bottleneck for m in (model, plain)]
         pooled = maps[0].mean(dim=(2, 3))
         # written out: the up blocks, and nothing before them, see another time embedding
         emb = plain.unet.time_embedding(plain.unet.time_proj(timesteps))
@@ -111,7 +111,9 @@ def test_level_maps_are_those_of_single_passes(build_tiny: Build, block: str):
         batch.latents[0],
         batch.noise[0],
     )
-    maps = model.level_maps(latents, tokens, timesteps=[101, 401, 201], noise=noise)
+    maps = model.level_maps(
+        latents, tokens, timesteps=[101, 401, 201], noise=noise, blocks=[block]
+    )[block]
     seen = watch_maps(model, block)
     for level, timestep in enumerate((401, 201, 101)):
         alpha = model.schedule.alphas_cumprod[timestep]

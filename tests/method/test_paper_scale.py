@@ -70,13 +70,11 @@ def draw(*shape: int, seed: int) -> Tensor:
 
 def draw_batch(model: ContraDiff, latent_shape: tuple[int, int, int]) -> TrainingBatch:
     timesteps = torch.tensor([[[101, 650], [401, 30], [201, 333]], [[5, 900], [77, 444], [310, 2]]])
-    shared = draw(NUM_IMAGES, *model.conditioner.shape, seed=1)
-    null = draw(NUM_IMAGES, *model.conditioner.shape, seed=2)
     return TrainingBatch(
         latents=draw(NUM_IMAGES, *latent_shape, seed=3).expand(2, -1, -1, -1, -1),
-        conditions=shared.expand(2, -1, -1, -1, -1),
-        condition_noise=null.expand(2, -1, -1, -1, -1),
-        dropped=torch.tensor([[False, True]] * 2),
+        conditions=draw(1, NUM_IMAGES, *model.conditioner.shape, seed=1),
+        condition_noise=draw(1, NUM_IMAGES, *model.conditioner.shape, seed=2),
+        dropped=torch.tensor([[False, True]]),
         timesteps=timesteps,
         noise=draw(2, 3, NUM_IMAGES, *latent_shape, seed=4),
     )
@@ -90,9 +88,7 @@ def build(scale: Scale, base: Path, params: Architecture) -> tuple[ContraDiff, A
         model = ContraDiff(
             unet,
             NoiseSchedule.of_base(base),
-            lora=params.lora,
-            conditioner=params.conditioner,
-            head=params.head,
+            params,
             image_size=scale.image_size,
             downsampling=downsampling_of(base),
         )
@@ -124,7 +120,7 @@ def check_training_step(
     trainable_before, frozen_before = digests(trainable), digests(frozen)
 
     optimizer = build_adamw(model.named_parameters(), lr=1e-3, betas=(0.9, 0.95), weight_decay=0.05)
-    step = TrainingStep(model, loss=loss, shared_condition=True, decode_batch_size=1).train()
+    step = TrainingStep(model, loss=loss, decode_batch_size=1).train()
     with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
         losses = step(batch)
     losses["loss"].backward()
@@ -151,7 +147,8 @@ def check_features(
         model.encode_condition(draw(NUM_IMAGES, *model.conditioner.shape, seed=5)),
         timesteps=[401, 201, 101],
         noise=draw(3, NUM_IMAGES, *latent_shape, seed=7),
-    )
+        blocks=["mid"],
+    )["mid"]
     assert maps.shape == (NUM_IMAGES, 3, *scale.bottleneck)
     features = model.attention(maps)
     assert features.shape == (NUM_IMAGES, width)

@@ -24,7 +24,7 @@ from contradiff.features.cache import FeatureCache
 from contradiff.features.models import DiffusionFeatures, level_noise
 from contradiff.features.params import FeaturesParams
 from contradiff.method.checkpoint import base_digest, load_checkpoint
-from contradiff.method.unet import encode_to_bottleneck
+from contradiff.method.unet import SplitUNet
 from stages import features, probe
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -154,7 +154,7 @@ def test_base_is_the_untouched_unet_with_zero_tokens(trained_project: Run):
             noisy += (1 - alphas[timestep]) ** 0.5 * noise[level]
             steps = torch.full((8,), timestep)
             tokens = torch.zeros(8, 7, 16)  # of any number: all are zero
-            state = encode_to_bottleneck(unet, noisy, steps, tokens)
+            state = SplitUNet(unet).down(noisy, steps, tokens)
             expected.append(state.bottleneck.mean(dim=(2, 3)))
     stored = cache.column("val", "mean:mid@401-201-101").float()
     torch.testing.assert_close(stored, torch.cat(expected, dim=1), atol=2e-3, rtol=2e-3)

@@ -1,5 +1,6 @@
 """stages.pretrain: --dry-run's parameters, to the integer, without weights; what a run is given."""
 
+from stages.runtime import training
 from stages.runtime.run import Run
 
 import copy
@@ -102,7 +103,7 @@ def start(
         raise Started
 
     monkeypatch.setattr(pretrain, "pretrain", stop)
-    monkeypatch.setattr(pretrain, "training_run", lambda *_, **__: nullcontext())
+    monkeypatch.setattr(training, "training_run", lambda *_, **__: nullcontext())
 
     def run(**changes: dict[str, Any]) -> str:
         content = copy.deepcopy(read_params(ROOT / "presets/tiny.yaml")) | tiny_params

@@ -187,9 +187,7 @@ def test_accumulated_gradient_is_the_mean_of_the_parts(
     assert [batch.latents.shape[1] for batch in seen.batches] == [2] * 12  # 24 images, once each
     losses: list[Tensor] = []
     for batch in seen.batches[:3]:
-        step = TrainingStep(
-            copy, loss=recipe_of().loss, shared_condition=False, decode_batch_size=0
-        )
+        step = TrainingStep(copy, loss=recipe_of().loss, decode_batch_size=0)
         losses.append(step(batch)["loss"])
     torch.stack(losses).mean().backward()
     assert curve[0]["loss"] == pytest.approx(torch.stack(losses).mean().item(), rel=1e-5)

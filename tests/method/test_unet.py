@@ -1,0 +1,123 @@
+"""The halves of the UNet, against diffusers' own pass."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from diffusers import UNet2DConditionModel
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from contradiff.method.unet import MapBlock, SplitUNet, block_channels
+
+SHAPE = {
+    "layers_per_block": 2,
+    "down_block_types": ("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
+    "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
+    "cross_attention_dim": 8,
+    "attention_head_dim": 4,
+    "norm_num_groups": 8,
+}
+
+
+@pytest.fixture(scope="module")
+def unet() -> UNet2DConditionModel:
+    """Like Stable Diffusion's: the last down block and the first up block have no attention.
+
+    Unlike it, the second up block has fewer channels than the mid block: none is taken for another.
+    """
+    torch.manual_seed(0)
+    return UNet2DConditionModel(block_out_channels=(16, 24, 32), **SHAPE).eval()
+
+
+def draw_inputs(height: int, width: int) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    latents = torch.randn(3, 4, height, width, generator=generator)
+    tokens = torch.randn(3, 5, 8, generator=generator)
+    return latents, torch.tensor([0, 401, 999]), tokens
+
+
+@pytest.mark.parametrize("block", ["mid", "up.1", "mid+up.1"])
+@pytest.mark.parametrize(("height", "width"), [(8, 8), (7, 9), (12, 5)])
+@torch.no_grad()
+def test_a_pass_in_halves_is_the_unets_own(
+    unet: UNet2DConditionModel, height: int, width: int, block: MapBlock
+):
+    """Bit for bit, at sizes too that the down blocks do not divide; no block runs twice."""
+    latents, timesteps, tokens = draw_inputs(height, width)
+    seen: list[Tensor] = []
+    hooks = [
+        module.register_forward_hook(lambda *args: seen.append(args[2]))
+        for module in (unet.mid_block, unet.up_blocks[1])
+    ]
+    whole = unet(latents, timesteps, encoder_hidden_states=tokens).sample
+    for hook in hooks:
+        hook.remove()
+    mid, up = seen
+    pooled = F.adaptive_avg_pool2d(up, mid.shape[2:])
+    assert up.shape[1:] == (24, height, width)
+    expected = {"mid": mid, "up.1": pooled, "mid+up.1": torch.cat([mid, pooled], dim=1)}[block]
+
+    ran: list[int] = []
+    hooks = [
+        module.register_forward_hook(lambda *_, index=index: ran.append(index))
+        for index, module in enumerate((*unet.up_blocks, unet.conv_out))
+    ]
+    split = SplitUNet(unet)
+    state = split.down(latents, timesteps, tokens, blocks=[block])
+    maps = split.maps(state, block)
+    assert ran == ([] if block == "mid" else [0, 1])
+    noise_pred = split.noise_pred(state)
+    assert ran == [0, 1, 2, 3]
+    for hook in hooks:
+        hook.remove()
+    assert maps.equal(expected)
+    assert maps.shape[1] == block_channels(unet, block)
+    assert noise_pred.equal(whole)
+    torch.testing.assert_close(split.noise_pred(state[1:]), whole[1:])
+
+
+def test_up_1_is_averaged_over_the_cells_of_the_bottlenecks_grid(unet: UNet2DConditionModel):
+    with torch.no_grad():
+        seen: list[Tensor] = []
+        hook = unet.up_blocks[1].register_forward_hook(lambda *args: seen.append(args[2]))
+        split = SplitUNet(unet)
+        maps = split.maps(split.down(*draw_inputs(8, 8), blocks=["up.1"]), "up.1")
+        hook.remove()
+    assert maps.shape == (3, 24, 2, 2)
+    torch.testing.assert_close(maps[:, :, 1, 0], seen[0][:, :, 4:, :4].mean(dim=(2, 3)))
+
+
+def test_a_unet_of_one_up_block_has_no_up_1():
+    blocks = {
+        "down_block_types": ("CrossAttnDownBlock2D",),
+        "up_block_types": ("CrossAttnUpBlock2D",),
+    }
+    unet = UNet2DConditionModel(block_out_channels=(16,), **(SHAPE | blocks))
+    assert block_channels(unet, "mid") == 16
+    for block in ("up.1", "mid+up.1"):
+        with pytest.raises(ValueError, match=r"^head\.block: .* second up block, .* has 1"):
+            block_channels(unet, block)
+
+
+@torch.no_grad()
+def test_maps_of_stable_diffusion_cost_less_than_half_a_pass():
+    """SD v1.4's UNet at 256 pixels: the up blocks, which features do without, are 68% of a pass."""
+    with torch.device("meta"):
+        unet = UNet2DConditionModel(
+            block_out_channels=(320, 640, 1280, 1280),
+            layers_per_block=2,
+            attention_head_dim=8,
+            cross_attention_dim=768,
+            down_block_types=(*("CrossAttnDownBlock2D",) * 3, "DownBlock2D"),
+            up_block_types=("UpBlock2D", *("CrossAttnUpBlock2D",) * 3),
+        )
+        latents, timesteps = torch.empty(1, 4, 32, 32), torch.zeros(1, dtype=torch.long)
+        tokens = torch.empty(1, 256, 768)
+    with FlopCounterMode(display=False) as whole:
+        unet(latents, timesteps, encoder_hidden_states=tokens)
+    with FlopCounterMode(display=False) as stopped:
+        state = SplitUNet(unet).down(latents, timesteps, tokens, blocks=["mid"])
+    assert state.bottleneck.shape == (1, 1280, 4, 4)
+    channels = [block_channels(unet, block) for block in ("mid", "up.1", "mid+up.1")]
+    assert channels == [1280, 1280, 2560]
+    assert 1 - stopped.get_total_flops() / whole.get_total_flops() == pytest.approx(0.68, abs=0.01)
