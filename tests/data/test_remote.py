@@ -4,7 +4,6 @@ import io
 import shutil
 import threading
 from collections.abc import Iterator
-from dataclasses import replace
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from itertools import islice
@@ -163,16 +162,6 @@ def test_a_connection_that_stays_broken_is_no_damage(server: Server, tiny_data: 
     assert len(server.requests) == 5
 
 
-def test_no_server_is_no_missing_file(server: Server):
-    url = server.url
-    server.stop()
-    with pytest.raises(OSError, match=r"index\.json: 5 attempts failed, .*127\.0\.0\.1"):
-        ShardIndex.read(f"{url}/images", ShardInfo)
-    server.server = ThreadingHTTPServer(("127.0.0.1", 0), SimpleHTTPRequestHandler)
-    server.thread = threading.Thread(target=server.server.serve_forever, daemon=True)
-    server.thread.start()
-
-
 def test_each_fault_of_remote_shards_has_its_message(server: Server):
     folder, url = server.folder / "images", f"{server.url}/images"
     name = "train-00001.tar"
@@ -218,9 +207,3 @@ def test_an_unknown_protocol_is_named():
         ValueError, match=r"^ftq://b/x: Protocol not known: ftq; fsspec knows s3://"
     ):
         size_of("ftq://b/x")
-
-
-def test_index_is_compared_with_what_is_read(memory: str):
-    shard = ShardIndex.read(f"{memory}/images", ShardInfo).shards("train")[0]
-    with pytest.raises(ValueError, match=r"train-00000\.tar: 6 samples where index\.json says 5"):
-        list(read_shard(f"{memory}/images/{shard.name}", replace(shard, num_samples=5)))

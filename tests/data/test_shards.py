@@ -3,7 +3,6 @@
 import gzip
 import io
 import json
-import tarfile
 import tempfile
 from collections.abc import Iterator
 from dataclasses import replace
@@ -116,15 +115,6 @@ def test_webdataset_reads_them(tmp_path: Path, compression: Compression):
     ]
 
 
-def test_names_say_how_they_are_compressed(tmp_path: Path):
-    write_folder(tmp_path / "plain", "none")
-    write_folder(tmp_path / "small", "gzip")
-    with tarfile.open(tmp_path / "plain" / "train-00000.tar", "r:") as file:
-        assert len(file.getnames()) == 8
-    with tarfile.open(tmp_path / "small" / "train-00000.tar.gz", "r:gz") as file:
-        assert len(file.getnames()) == 8
-
-
 def test_missing_index_is_named(tmp_path: Path):
     with pytest.raises(ValueError, match=rf"{INDEX_NAME}: missing; run `dvc repro`"):
         ShardIndex.read(tmp_path, ShardInfo)
@@ -168,15 +158,6 @@ def test_any_wrong_byte_is_noticed(tmp_path: Path, compression: Compression):
         with pytest.raises(ValueError, match=rf"{shard.name}: damaged .*dvc pull") as caught:
             list(read_shard(path, shard))
         assert "\n" not in str(caught.value)
-
-
-def test_shard_cut_and_padded_to_its_size_is_damaged(tmp_path: Path):
-    shard = write_folder(tmp_path, "gzip").shards("train")[0]
-    path = tmp_path / shard.name
-    half = path.read_bytes()[: shard.num_bytes // 2]
-    path.write_bytes(half.ljust(shard.num_bytes, b"\0"))
-    with pytest.raises(ValueError, match=rf"{shard.name}: damaged"):
-        list(read_shard(path, shard))
 
 
 def test_index_with_another_count_is_noticed(tmp_path: Path):
