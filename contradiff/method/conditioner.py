@@ -94,7 +94,7 @@ class Conditioner(nn.Module):
         nn.init.zeros_(self.to_tokens.bias)
 
     def choose(self, *, pixels: Pixels, latents: Latents) -> Conditions:
-        """Return the one that `forward` takes."""
+        """Return the pixels or the latents, whichever `forward` takes."""
         return pixels if self.input == "pixels" else latents
 
     def forward(self, conditions: Conditions) -> Tokens:

@@ -22,23 +22,22 @@ _BRIGHTEST = 16.0  # load_digits counts a block's dark pixels: 0 to 16
 
 
 def write_digits(root: Path, *, num_train_per_class: int, seed: int) -> None:
-    """Write the digits as files `train`, `test` and `meta`, laid out as cifar-100-python's.
+    """Write the digits as the files `train`, `test` and `meta` of cifar-100-python.
 
-    The fine classes are the ten digits, the coarse ones even and odd. `train` is the pool from
-    which few-shot training sets are drawn, `test` has all other digits; both are in random order.
-    A file name ends with the image's index in `sklearn.datasets.load_digits`.
+    The fine classes are the ten digits, the coarse classes are even and odd. Few-shot training sets
+    are drawn from `train`; `test` has all other digits. Both are in random order. A file name ends
+    with the image's index in `sklearn.datasets.load_digits`.
 
-    *Deviation* from the official files: the names of entries are text, not byte strings, which only
-    Python 2 could pickle. torchvision's reader, which wants text, reads both.
+    *Deviation* from the official files: the names of entries are text and not byte strings, because
+    only Python 2 can pickle those. torchvision's reader accepts both.
 
     Args:
-        root: the folder to write; an earlier one of the same kind is replaced.
-        num_train_per_class: training images of every class, at most 173 (of 174 or more).
-        seed: of the split and the order, not negative.
+        root: The folder to write; earlier digits are replaced.
+        num_train_per_class: Training images of every class, at most 173 (there are 174 or more).
+        seed: Seed of the split and the order, not negative.
 
     Raises:
-        ValueError: a class would have no training or no test image, or `root` holds something
-            else.
+        ValueError: A class would have no training or no test image, or `root` holds other files.
     """
     from sklearn.datasets import load_digits
 
@@ -54,8 +53,9 @@ def write_digits(root: Path, *, num_train_per_class: int, seed: int) -> None:
     own = root / "meta"
     if not is_empty and (not own.is_file() or own.read_bytes() != meta):
         raise ValueError(
-            f"{root}: holds something other than the digits, which would replace it; set "
-            "transfer_data.source to cifar100 to read it, or transfer_data.root to another folder"
+            f"{root} holds files that are not the digits, and writing would delete them: to read "
+            "these files, set transfer_data.source to cifar100; to write the digits, set "
+            "transfer_data.root to another folder"
         )
     order = np.random.default_rng(seed).permutation(len(labels))
     in_order = labels[order]
@@ -80,7 +80,7 @@ def write_digits(root: Path, *, num_train_per_class: int, seed: int) -> None:
 
 
 def _enlarged(scan: np.ndarray) -> UInt8[np.ndarray, " _values"]:
-    """Bicubic, as a CIFAR row: a whole red plane, then green, then blue, all equal."""
+    """Enlarge a scan (bicubic) to a CIFAR row: equal red, green and blue planes."""
     grey = Image.fromarray(scan.reshape(8, 8).astype(np.float32) * np.float32(255 / _BRIGHTEST))
     large = np.asarray(grey.resize((SIDE, SIDE), Image.Resampling.BICUBIC))
     # Bicubic interpolation overshoots at edges.
