@@ -5,8 +5,8 @@ Raw data and given weights lie outside DVC: a manifest in build/manifest stands 
 
 from stages.runtime.run import Run, execute
 
-from collections.abc import Generator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,9 +16,15 @@ from contradiff.base.config import BaseParams, base_manifest
 from contradiff.config import Section, Seed
 from contradiff.data.params import DataParams, RawParams
 from contradiff.files import file_manifest
-from contradiff.sources.imagenet import RawImages, check_batch_sizes, scan_images
+from contradiff.sources.imagenet import check_batch_sizes, scan_images
 from contradiff.sources.transfer_set import TransferDataParams, TransferSet
 from contradiff.toy.rendered import ensure_digits, ensure_images
+
+HOW_TO_GET = {
+    "extractor.weights": "fetch it (docs/scores.md says where), or set extractor.download: true "
+    "where there is a network, or extractor.kind: classifier",
+    "features.timm_weights": "fetch it, or set features.timm_pretrained: true",
+}
 
 
 class Params(Section):
@@ -40,60 +46,45 @@ class Params(Section):
 
 
 def main(params: Params, run: Run) -> None:
+    inception = None if params.inception_download else params.inception_weights
+    makers: dict[str, Callable[[], dict[str, Any]]] = {
+        "base": partial(base_manifest, params.base, root=run.root),
+        "extractor": partial(weights_manifest, "extractor.weights", inception, run),
+        "timm": partial(weights_manifest, "features.timm_weights", params.timm_weights, run),
+        "images": partial(images_manifest, params, run),
+        "transfer": partial(transfer_manifest, params, run),
+    }
     manifests: dict[str, dict[str, Any]] = {}
-    faults: list[str] = []
-
-    @contextmanager
-    def noting_faults() -> Generator[None]:
+    faults = list(unknown_timm_model(params.timm_name))
+    for name, make in makers.items():
         try:
-            yield
+            manifests[name] = make()
         except ValueError as error:
             faults.append(str(error))
-
-    with noting_faults():
-        manifests["base"] = base_manifest(params.base, root=run.root)
-    with noting_faults():
-        manifests["extractor"] = weights_manifest(
-            "extractor.weights",
-            None if params.inception_download else params.inception_weights,
-            run,
-            remedy="docs/scores.md says where to fetch it; or set extractor.download: true where "
-            "there is a network, or extractor.kind: classifier",
-        )
-    with noting_faults():
-        remedy = "fetch it, or set features.timm_pretrained: true"
-        key = "features.timm_weights"
-        manifests["timm"] = weights_manifest(key, params.timm_weights, run, remedy=remedy)
-    with noting_faults():
-        check_timm_name(params.timm_name)
-    with noting_faults():
-        manifests["images"] = find_images(params, run).manifest(project=run.root)
-    with noting_faults():
-        manifests["transfer"] = find_transfer_set(params, run).manifest(project=run.root)
     if faults:
         raise ValueError("\n".join(faults))  # all of them at once
     for name, manifest in manifests.items():
         run.write_json(Path(f"build/manifest/{name}.json"), manifest)
 
 
-def weights_manifest(key: str, given: str | None, run: Run, *, remedy: str) -> dict[str, Any]:
-    if given is None:
-        return {}
-    path = run.resolve(given)
-    if not path.is_file():
-        raise ValueError(f"{key}: no file {given}; {remedy}")
-    return {"path": given, "files": file_manifest(path.parent, [path.name])}
-
-
-def check_timm_name(name: str | None) -> None:
+def unknown_timm_model(name: str | None) -> Iterator[str]:
     if name is not None:
         import timm
 
         if not timm.is_model(name):
-            raise ValueError(f"features.timm_name: timm {timm.__version__} knows no {name!r}")
+            yield f"features.timm_name: timm {timm.__version__} knows no {name!r}"
 
 
-def find_images(params: Params, run: Run) -> RawImages:
+def weights_manifest(key: str, given: str | None, run: Run) -> dict[str, Any]:
+    if given is None:
+        return {}
+    path = run.resolve(given)
+    if not path.is_file():
+        raise ValueError(f"{key}: no file {given}; {HOW_TO_GET[key]}")
+    return {"path": given, "files": file_manifest(path.parent, [path.name])}
+
+
+def images_manifest(params: Params, run: Run) -> dict[str, Any]:
     data, root = params.data, run.resolve(params.data.root)
     if data.source == "toy":
         total = (data.num_train or 0) + (data.num_val or 0)
@@ -102,30 +93,28 @@ def find_images(params: Params, run: Run) -> RawImages:
     images = scan_images(
         root,
         layout=data.layout,
-        cache=run.root / ".work/archives",
+        index_folder=run.root / ".work/archives",
         verify=params.raw.verify,
         on_message=run.log,
     )
-    check_batch_sizes(
-        {
-            "pretrain.batch_size": params.batch_size if params.epochs else 0,
-            "class_condition.batch_size": params.class_batch_size if params.class_epochs else 0,
-        },
-        images,
-    )
+    batch_sizes = {
+        "pretrain.batch_size": params.batch_size if params.epochs else 0,
+        "class_condition.batch_size": params.class_batch_size if params.class_epochs else 0,
+    }
+    check_batch_sizes(batch_sizes, images)
     for line in images.describe():
         run.log(line)
-    return images
+    return images.manifest(project=run.root)
 
 
-def find_transfer_set(params: Params, run: Run) -> TransferSet:
+def transfer_manifest(params: Params, run: Run) -> dict[str, Any]:
     data, root = params.transfer_data, run.resolve(params.transfer_data.root)
     if data.source == "digits":
         root = ensure_digits(root, seed=params.seed)
     images = TransferSet(root, data.source)
     for line in images.check(params.shots, verify=data.verify):
         run.log(line)
-    return images
+    return images.manifest(project=run.root)
 
 
 if __name__ == "__main__":

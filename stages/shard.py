@@ -27,8 +27,9 @@ class Params(Section):
 
 
 def main(params: Params, run: Run) -> None:
+    index_folder = run.root / ".work/archives"
     images = reopen_images(
-        MANIFEST, project=run.root, cache=run.root / ".work/archives", on_message=run.log
+        MANIFEST, project=run.root, index_folder=index_folder, on_message=run.log
     )
     listing = images.listing
     plan = plan_shards(listing, seed=params.seed, shard=params.shard, ingest=params.ingest)

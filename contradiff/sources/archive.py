@@ -8,9 +8,9 @@ import os
 import re
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from pathlib import Path
 from tarfile import TarInfo
-from typing import Any
 
 from contradiff.sources.devkit import DEVKIT_ARCHIVE, read_devkit
 from contradiff.sources.folder import NUM_THREADS
@@ -33,41 +33,34 @@ MD5S = {
 """As in torchvision.datasets.ImageNet."""
 
 
-class ArchiveReader:
-    """Reads images out of tars; each process opens an archive when it first reads from it."""
+def read_member(root: Path, file: ImageFile) -> bytes:
+    """Read one image at its offset; several threads and forked processes may do so at once.
 
-    def __init__(self, root: Path) -> None:
-        self.root = root
-        self._descriptors: dict[str, int] = {}
+    Raises:
+        ValueError: the archive cannot be read, or is shorter than it was.
+    """
+    path = root / file.stored
+    with explain_unreadable(path):
+        archive = _opened(path, path.stat().st_mtime_ns)
+        content = os.pread(archive, file.num_bytes, file.offset)
+    if len(content) != file.num_bytes:
+        raise ValueError(f"data.root: {path} is truncated: {file.path} is not whole in it")
+    return content
 
-    def __call__(self, file: ImageFile, /) -> bytes:
-        """Read one image at its offset; several threads and forked processes may do so at once."""
-        path = self.root / file.stored
-        with explain_unreadable(path):
-            if file.stored not in self._descriptors:
-                self._descriptors[file.stored] = os.open(path, os.O_RDONLY)
-            content = os.pread(self._descriptors[file.stored], file.num_bytes, file.offset)
-        if len(content) != file.num_bytes:
-            raise ValueError(f"data.root: {path} is truncated: {file.path} is not whole in it")
-        return content
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        """Leave the open files behind."""
-        return ArchiveReader, (self.root,)
-
-    def __del__(self) -> None:
-        for descriptor in self._descriptors.values():
-            os.close(descriptor)
+@cache
+def _opened(path: Path, _time: int) -> int:
+    return os.open(path, os.O_RDONLY)
 
 
 def scan_archives(
-    root: Path, *, cache: Path | None, on_message: Callable[[str], None] = lambda _: None
+    root: Path, *, index_folder: Path | None, on_message: Callable[[str], None] = lambda _: None
 ) -> Listing:
     """List the images in the archives. Classes are the sorted wnids, as in class folders.
 
     Args:
         root: the folder of the archives and the development kit.
-        cache: a folder that keeps the archives' indices between runs; None reads headers each time.
+        index_folder: keeps the archives' indices between runs; None reads headers each time.
         on_message: told what takes long.
 
     Raises:
@@ -83,7 +76,7 @@ def scan_archives(
             return read_headers(path)
 
         with explain_unreadable(path):
-            return kept_index(path, cache, make)
+            return kept_index(path, index_folder, make)
 
     groups = index(root / TRAIN_ARCHIVE, _walk_classes)
     class_ids = tuple(sorted(groups))
@@ -163,7 +156,7 @@ def _labelled(
             f"data.root: the devkit's ground truth has {len(wnids)} lines for the {len(members)} "
             f"images of {path}"
         )
-    index = {class_id: label for label, class_id in enumerate(class_ids)}
+    index = dict(zip(class_ids, range(len(class_ids)), strict=True))
     files: list[ImageFile] = []
     for name, offset, num_bytes in members:
         match = re.search(r"_(\d{8})\.\w+$", name)
@@ -179,6 +172,6 @@ def _labelled(
                 f"data.root: {path}: the devkit gives {name} the class {wnid}, which "
                 f"{TRAIN_ARCHIVE} lacks"
             )
-        place = f"val/{wnid}/{name}"
-        files.append(ImageFile(place, index[wnid], num_bytes, VAL_ARCHIVE, offset))
+        path_of = f"val/{wnid}/{name}"
+        files.append(ImageFile(path_of, index[wnid], num_bytes, VAL_ARCHIVE, offset))
     return files

@@ -6,10 +6,10 @@ Other 32-pixel data stored in one of their layouts may be read too, such as the 
 import gzip
 import tarfile
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeAlias
 
 import numpy as np
 from jaxtyping import Int64, UInt8
@@ -35,14 +35,12 @@ class CifarForm:
         archive: the archive's name.
         folder: the only folder in the archive.
         names: the file of class names.
-        md5: the archive's digest, as on the home page.
-        sha256: likewise, as Keras and TensorFlow Datasets pin it.
+        sha256: the archive's digest, as Keras and TensorFlow Datasets pin it.
     """
 
     archive: str
     folder: str
     names: str
-    md5: str
     sha256: str
 
     @property
@@ -75,14 +73,12 @@ FORMS: Mapping[CifarName, tuple[CifarForm, CifarForm]] = {
             archive="cifar-10-python.tar.gz",
             folder="cifar-10-batches-py",
             names="batches.meta",
-            md5="c58f30108f718f92721af3b95e74349a",
             sha256="6d958be074577803d12ecdefd02955f39262c83c16fe9348329d7fe0b5c001ce",
         ),
         CifarForm(
             archive="cifar-10-binary.tar.gz",
             folder="cifar-10-batches-bin",
             names="batches.meta.txt",
-            md5="c32a1d4ab5d03f1284b67883e8d87530",
             sha256="c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd",
         ),
     ),
@@ -91,14 +87,12 @@ FORMS: Mapping[CifarName, tuple[CifarForm, CifarForm]] = {
             archive="cifar-100-python.tar.gz",
             folder="cifar-100-python",
             names="meta",
-            md5="eb9058c3a382ffc7106e4002c42a8d85",
             sha256="85cd44d02ba6437773c5bbd22e183051d648de2e7d6b014e1ef29b855ba677a7",
         ),
         CifarForm(
             archive="cifar-100-binary.tar.gz",
             folder="cifar-100-binary",
             names="fine_label_names.txt",
-            md5="03b5dce01913d631647c71ecec9e9cb8",
             sha256="58a81ae192c23a4be8b1804d68e518ed807d710a4eb253b1f2a199162a40d8ec",
         ),
     ),
@@ -121,7 +115,7 @@ class CifarFiles:
         return [self.place / name for name in self.form.files]
 
     def verify(self) -> None:
-        """Compare an archive with the official checksums; unpacked files have none.
+        """Compare an archive with the official checksum; unpacked files have none.
 
         Raises:
             ValueError: it is another file.
@@ -131,9 +125,8 @@ class CifarFiles:
                 f"fetch it again from {HOMEPAGE}, or set transfer_data.verify to false if it is "
                 "meant to hold other data"
             )
-            for algorithm in ("sha256", "md5"):
-                expected = getattr(self.form, algorithm)
-                check_digest(self.place, algorithm=algorithm, expected=expected, remedy=remedy)
+            expected = self.form.sha256
+            check_digest(self.place, algorithm="sha256", expected=expected, remedy=remedy)
 
     def read(self, names: Sequence[str]) -> dict[str, bytes]:
         """Contents of some files, by the names that messages use. Nothing is written to the disk.
@@ -148,21 +141,25 @@ class CifarFiles:
         return {f"{self.place}: {member}": contents[member] for member in members}
 
 
+ReadRows: TypeAlias = Callable[[Sequence[int]], UInt8[np.ndarray, "n 3 side side"]]
+"""From rows of a split to their images, RGB from 0 to 255, all of one size."""
+
+
 @dataclass(frozen=True)
-class CifarSplit:
-    """One split, in the files' order.
+class TransferSplit:
+    """One split of a labelled set.
 
     Attributes:
-        images: RGB from 0 to 255.
-        labels: classes in [0, len(class_names)); of CIFAR-100 the fine ones.
+        labels: classes in [0, len(class_names)).
+        keys: names of the images.
         class_names: the classes' names.
-        keys: the images' names, where the files hold them, else the split and a number.
+        read: returns some images. A folder's are read only now: they need not fit into memory.
     """
 
-    images: UInt8[np.ndarray, "n 3 32 32"]
     labels: Int64[np.ndarray, " n"]
-    class_names: list[str]
-    keys: list[str]
+    keys: tuple[str, ...]
+    class_names: tuple[str, ...]
+    read: ReadRows
 
 
 def find_cifar(root: Path, name: CifarName) -> CifarFiles:
@@ -197,8 +194,11 @@ def find_cifar(root: Path, name: CifarName) -> CifarFiles:
     )
 
 
-def read_cifar(files: CifarFiles, *, split: Split) -> CifarSplit:
-    """Read one split. The files decide how many images and classes there are.
+def read_cifar(files: CifarFiles, *, split: Split) -> TransferSplit:
+    """Read one split, in the files' order; of CIFAR-100 the fine classes.
+
+    The files decide how many images and classes there are. If they do not name an image, its key is
+    the split and a number.
 
     Raises:
         ValueError: a file is damaged, is a pickle that wants more than data, or holds images or
@@ -213,12 +213,12 @@ def read_cifar(files: CifarFiles, *, split: Split) -> CifarSplit:
         class_names = [as_text(name) for name in _list(mapping, entry, shown=shown)]
     if not class_names:
         raise ValueError(f"{shown}: {entry} is empty")
-    images: list[UInt8[np.ndarray, "_ 3 32 32"]] = []
+    pixels: list[UInt8[np.ndarray, "_ 3072"]] = []
     labels: list[int] = []
     keys: list[str] = []
     for shown, content in batches:
         read = _read_pickled if form.is_python else _read_records
-        pixels, classes, names = read(content, form.prefix, shown=shown)
+        rows, classes, names = read(content, form.prefix, shown=shown)
         for index, label in enumerate(classes):
             if type(label) is not int or not 0 <= label < len(class_names):
                 raise ValueError(
@@ -226,12 +226,13 @@ def read_cifar(files: CifarFiles, *, split: Split) -> CifarSplit:
                     f"{len(class_names) - 1}"
                 )
             labels.append(label)
-        # The copy is contiguous and writable: torch.from_numpy wants that.
-        images.append(np.array(pixels.reshape(-1, 3, SIDE, SIDE), order="C"))
-        # Data that others store in the layout may go without names.
-        keys += names if len(names) == len(classes) else [""] * len(classes)
+        pixels.append(rows)
+        keys += names if len(names) == len(rows) else [""] * len(rows)
+    images = np.concatenate(pixels).reshape(-1, 3, SIDE, SIDE)
     keys = [key or f"{split}-{index:05d}" for index, key in enumerate(keys)]
-    return CifarSplit(np.concatenate(images), np.array(labels, np.int64), class_names, keys)
+    return TransferSplit(
+        np.array(labels, np.int64), tuple(keys), tuple(class_names), lambda rows: images[[*rows]]
+    )
 
 
 _Batch = tuple[UInt8[np.ndarray, "n _pixels"], list[object], list[str]]
@@ -240,15 +241,14 @@ _Batch = tuple[UInt8[np.ndarray, "n _pixels"], list[object], list[str]]
 
 def _read_pickled(content: bytes, prefix: str, *, shown: str) -> _Batch:
     mapping = read_mapping(content, shown=shown)
-    data = _entry(mapping, "data", shown=shown)
-    if not isinstance(data, np.ndarray) or data.shape[1:] != (_PIXELS,) or not len(data):
+    data, labels = mapping.get("data"), _list(mapping, f"{prefix}labels", shown=shown)
+    if not isinstance(data, np.ndarray) or data.shape != (len(labels), _PIXELS) or not len(data):
         found = f"of shape {data.shape}" if isinstance(data, np.ndarray) else "no numpy array"
-        raise ValueError(f"{shown}: data is {found}; expected n x {_PIXELS}, images by values")
-    labels = _list(mapping, f"{prefix}labels", shown=shown)
-    if len(labels) != len(data):
-        raise ValueError(f"{shown}: {len(labels)} {prefix}labels for {len(data)} images")
+        raise ValueError(
+            f"{shown}: data is {found}; expected {len(labels)} x {_PIXELS}, as there are labels"
+        )
     names = _list(mapping, "filenames", shown=shown) if "filenames" in mapping else []
-    return data, labels, [as_text(name) for name in names]
+    return np.asarray(data), labels, [as_text(name) for name in names]
 
 
 def _read_records(content: bytes, prefix: str, *, shown: str) -> _Batch:
@@ -263,18 +263,13 @@ def _read_records(content: bytes, prefix: str, *, shown: str) -> _Batch:
     return records[:, num_labels:], records[:, num_labels - 1].tolist(), []
 
 
-def _entry(mapping: Mapping[str, object], key: str, *, shown: str) -> object:
-    if key not in mapping:
-        raise ValueError(
-            f"{shown}: no entry {key!r}, only {sorted(mapping)}; is it of the other CIFAR?"
-        )
-    return mapping[key]
-
-
 def _list(mapping: Mapping[str, object], key: str, *, shown: str) -> list[object]:
-    value = _entry(mapping, key, shown=shown)
+    value = mapping.get(key)
     if not isinstance(value, list):
-        raise ValueError(f"{shown}: {key} is no list but {type(value).__name__}")
+        raise ValueError(
+            f"{shown}: no list {key!r} among its entries {sorted(mapping)}; is it of the other "
+            "CIFAR?"
+        )
     return value
 
 

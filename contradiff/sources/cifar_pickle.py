@@ -10,25 +10,12 @@ from typing import Any
 import numpy as np
 
 # What pickle and numpy raise over bytes that are no pickle; pickle's documentation leaves it open.
-_UNREADABLE = (
-    pickle.UnpicklingError,
-    ArithmeticError,
-    AttributeError,
-    EOFError,
-    ImportError,
-    LookupError,
-    MemoryError,
-    TypeError,
-    ValueError,
-)
+_FAULTS = (pickle.UnpicklingError, ArithmeticError, AttributeError, EOFError, ImportError)
+_FAULTS += (LookupError, MemoryError, TypeError, ValueError)
 
 
 class _Dtype:
-    """Stands for numpy's dtype of single bytes. The real one would take hostile flags from a file.
-
-    Raises:
-        UnpicklingError: the file asks for another dtype.
-    """
+    """Stands for numpy's dtype of bytes. The real one would take hostile flags from a file."""
 
     def __init__(self, name: object, *_flags: object) -> None:
         if name not in ("u1", "|u1", b"u1", b"|u1"):
@@ -54,39 +41,33 @@ def _encode(text: str, encoding: object = "latin1") -> bytes:
 
 _RECONSTRUCT = np.empty(0).__reduce__()[0]
 _KNOWN = {
-    ("numpy.core.multiarray", "_reconstruct"): _RECONSTRUCT,
-    ("numpy._core.multiarray", "_reconstruct"): _RECONSTRUCT,
-    ("numpy", "ndarray"): _ByteArray,
-    ("numpy", "dtype"): _Dtype,
-    ("_codecs", "encode"): _encode,
+    "numpy.core.multiarray._reconstruct": _RECONSTRUCT,
+    "numpy._core.multiarray._reconstruct": _RECONSTRUCT,
+    "numpy.ndarray": _ByteArray,
+    "numpy.dtype": _Dtype,
+    "_codecs.encode": _encode,
 }
 
 
 class _CifarUnpickler(pickle.Unpickler):
     def find_class(self, module_name: str, global_name: str, /) -> Any:
-        if (known := _KNOWN.get((module_name, global_name))) is None:
-            raise pickle.UnpicklingError(
-                f"it asks for {module_name}.{global_name}, which CIFAR does not need"
-            )
-        return known
+        name = f"{module_name}.{global_name}"
+        if name not in _KNOWN:
+            raise pickle.UnpicklingError(f"it asks for {name}, which CIFAR does not need")
+        return _KNOWN[name]
 
 
 def read_mapping(content: bytes, *, shown: str) -> dict[str, object]:
-    """Unpickle a file: strings, numbers, lists and arrays of bytes, by name.
-
-    Args:
-        content: the whole file.
-        shown: how messages name it.
+    """Unpickle a file, named `shown`: strings, numbers, lists and arrays of bytes, by name.
 
     Raises:
         ValueError: it is no pickle, wants more than data, or holds no mapping.
     """
     try:
         value: object = _CifarUnpickler(io.BytesIO(content), encoding="bytes").load()
-    except _UNREADABLE as error:
-        raise ValueError(
-            f"{shown}: not a file of CIFAR's python archive: {error or type(error).__name__}"
-        ) from error
+    except _FAULTS as error:
+        reason = error or type(error).__name__
+        raise ValueError(f"{shown}: not a file of CIFAR's python archive: {reason}") from error
     if not isinstance(value, dict):
         raise ValueError(f"{shown}: expected a mapping, found {type(value).__name__}")
     return {as_text(key): entry for key, entry in value.items()}

@@ -6,10 +6,8 @@
 
 import io
 import tarfile
-from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from contradiff.sources.listing import first_name
 
@@ -19,12 +17,11 @@ META_NAME = "meta.mat"
 GROUND_TRUTH_NAME = "ILSVRC2012_validation_ground_truth.txt"
 
 
-@dataclass(frozen=True)
-class Devkit:
+class Devkit(NamedTuple):
     """The validation images' wnids, in the order of the images' numbers; class names by wnid."""
 
     wnids: tuple[str, ...]
-    names: Mapping[str, str]
+    names: dict[str, str]
 
 
 def read_devkit(root: Path) -> Devkit:
@@ -35,16 +32,14 @@ def read_devkit(root: Path) -> Devkit:
     """
     contents = _read_files(root)
     id_to_wnid, names = _parse_meta(contents[META_NAME], root=root)
-    wnids: list[str] = []
-    text = contents[GROUND_TRUTH_NAME].decode("ascii", "replace")
-    for number, line in enumerate(text.splitlines(), start=1):
-        if not line.strip().isdecimal() or int(line) not in id_to_wnid:
+    lines = contents[GROUND_TRUTH_NAME].decode("ascii", "replace").splitlines()
+    for number, line in enumerate(lines, start=1):
+        if line.strip() not in id_to_wnid:
             raise ValueError(
                 f"data.root: {root}: {GROUND_TRUTH_NAME}: line {number} is no ILSVRC2012_ID of a "
                 f"class of {META_NAME}: {line!r}"
             )
-        wnids.append(id_to_wnid[int(line)])
-    return Devkit(tuple(wnids), names)
+    return Devkit(tuple(id_to_wnid[line.strip()] for line in lines), names)
 
 
 def _read_files(root: Path) -> dict[str, bytes]:
@@ -72,8 +67,8 @@ def _read_files(root: Path) -> dict[str, bytes]:
     return found
 
 
-def _parse_meta(content: bytes, *, root: Path) -> tuple[dict[int, str], dict[str, str]]:
-    """Ids and names of ILSVRC's classes: the synsets without children."""
+def _parse_meta(content: bytes, *, root: Path) -> tuple[dict[str, str], dict[str, str]]:
+    """Wnids by id, and names by wnid, of ILSVRC's classes: the synsets without children."""
     from scipy.io import loadmat
 
     shown = f"data.root: {root}: {META_NAME}"
@@ -82,10 +77,10 @@ def _parse_meta(content: bytes, *, root: Path) -> tuple[dict[int, str], dict[str
         synsets: Any = loadmat(io.BytesIO(content), squeeze_me=True, variable_names=["synsets"])
         rows = synsets["synsets"].reshape(-1)
         leaves = [row for row in rows if int(row["num_children"]) == 0]
-        id_to_wnid = {int(row["ILSVRC2012_ID"]): str(row["WNID"]) for row in leaves}
+        id_to_wnid = {str(int(row["ILSVRC2012_ID"])): str(row["WNID"]) for row in leaves}
         names = {str(row["WNID"]): first_name(str(row["words"])) for row in leaves}
     except Exception as error:  # scipy does not say what it raises for a damaged file
         raise ValueError(f"{shown} has no readable table `synsets`: {error}") from error
-    if len(id_to_wnid) != len(leaves) or len(names) != len(leaves) or not leaves:
+    if not leaves or not len(leaves) == len(id_to_wnid) == len(names):
         raise ValueError(f"{shown}: `synsets` has no classes, or two with one id or wnid")
     return id_to_wnid, names

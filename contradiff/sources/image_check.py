@@ -51,11 +51,9 @@ def check_image(content: bytes, *, path: str, verify: Verify, resize: int | None
         content: the file's bytes.
         path: the file's name, for its suffix and for messages.
         verify: full decodes every scan line (a JPEG at an eighth of the size, which reads all the
-            data and skips most of the arithmetic). header reads the header and looks for the end
-            mark; damage in between shows only when the image is decoded.
+            data for little arithmetic). header reads the header and looks for the end mark.
         resize: the shorter side of larger images after resizing (Pillow's bicubic), in pixels. They
-            become upright RGB and are encoded anew, JPEG as JPEG and all else as PNG. With None,
-            and for images that are small already, the bytes stay.
+            become upright RGB and are encoded anew, JPEG as JPEG and all else as PNG.
 
     Raises:
         ValueError: the image cannot be read; names the file and says why.

@@ -14,21 +14,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 from contradiff.data.params import Layout
-from contradiff.sources.archive import (
-    TRAIN_ARCHIVE,
-    VAL_ARCHIVE,
-    ArchiveReader,
-    scan_archives,
-    verify_archives,
-)
+from contradiff.sources import archive, parquet
 from contradiff.sources.folder import KAGGLE_IMAGES, read_file, scan_folder, scan_kaggle
 from contradiff.sources.listing import Listing, Read
-from contradiff.sources.parquet import parquet_files, read_row, scan_parquet
 
 NUM_SAMPLED_HASHES = 200
 LOOKED_FOR: Mapping[Layout, str] = {
     "imagefolder": "train/<class>/",
-    "archives": f"{TRAIN_ARCHIVE} or {VAL_ARCHIVE}",
+    "archives": f"{archive.TRAIN_ARCHIVE} or {archive.VAL_ARCHIVE}",
     "kaggle": f"{KAGGLE_IMAGES}/train/",
     "parquet": "data/train-*.parquet",
 }
@@ -75,8 +68,8 @@ class RawImages:
 
     def describe(self) -> Iterator[str]:
         """Yield a line for each split."""
-        number = len(self.listing.class_ids)
         for split, files in self.listing.splits.items():
+            number = len(self.listing.class_ids)
             yield f"{len(files)} {split} images of {number} classes in {self.root}"
 
 
@@ -84,7 +77,7 @@ def scan_images(
     root: Path,
     *,
     layout: Layout | Literal["auto"] = "imagefolder",
-    cache: Path | None = None,
+    index_folder: Path | None = None,
     verify: bool = False,
     on_message: Callable[[str], None] = lambda _: None,
 ) -> RawImages:
@@ -93,7 +86,7 @@ def scan_images(
     Args:
         root: the folder that holds them.
         layout: how they are stored; auto finds out.
-        cache: a folder that keeps the index of archives between runs.
+        index_folder: keeps the indices of archives between runs; None reads headers each time.
         verify: compare the archives' md5 with ILSVRC's first.
         on_message: told what was found, and what takes long.
 
@@ -104,46 +97,40 @@ def scan_images(
     if layout == "auto":
         layout = _detect(root)
         on_message(f"data.source auto: found {layout} ({LOOKED_FOR[layout]}) in {root}")
-    if verify and layout != "archives":
-        raise ValueError(
-            f"raw.verify: true compares the md5 of ILSVRC's archives, but {root} is read as "
-            f"{layout}; set it to false"
-        )
     if verify:
-        verify_archives(root, on_message=on_message)
+        if layout != "archives":
+            raise ValueError(
+                f"raw.verify: true compares the md5 of ILSVRC's archives, but {root} is read as "
+                f"{layout}; set it to false"
+            )
+        archive.verify_archives(root, on_message=on_message)
+    read: Read = partial(read_file, root)
     match layout:
         case "imagefolder":
-            listing, read = scan_folder(root), partial(read_file, root)
+            listing = scan_folder(root)
         case "kaggle":
-            listing, read = scan_kaggle(root), partial(read_file, root)
+            listing = scan_kaggle(root)
         case "parquet":
-            listing, read = scan_parquet(root), partial(read_row, root)
+            listing, read = parquet.scan_parquet(root), partial(parquet.read_row, root)
         case "archives":
-            listing = scan_archives(root, cache=cache, on_message=on_message)
-            read = ArchiveReader(root)
+            listing = archive.scan_archives(root, index_folder=index_folder, on_message=on_message)
+            read = partial(archive.read_member, root)
     listing.check(root)
     return RawImages(root, layout, listing, read, _digest(listing, read))
 
 
-def reopen_images(
-    manifest: Path,
-    *,
-    project: Path,
-    cache: Path | None = None,
-    on_message: Callable[[str], None] = lambda _: None,
-) -> RawImages:
-    """List the images that a manifest stands for, with the arguments of `scan_images`.
+def reopen_images(manifest: Path, *, project: Path, **options: Any) -> RawImages:
+    """List the images that a manifest stands for; `project` is the project's root.
 
     Raises:
         ValueError: the manifest is missing, or the images have changed since; else as
-            `scan_images`.
+            `scan_images`, which also takes the other arguments.
     """
     content = read_manifest(manifest)
-    root = project / content["root"]
-    images = scan_images(root, layout=content["layout"], cache=cache, on_message=on_message)
+    images = scan_images(project / content["root"], layout=content["layout"], **options)
     if images.digest != content["digest"]:
         raise ValueError(
-            f"data.root: {root} has changed since {manifest}; run `dvc repro -f prepare`"
+            f"data.root: {images.root} has changed since {manifest}; run `dvc repro -f prepare`"
         )
     return images
 
@@ -170,35 +157,29 @@ def relative_to_project(path: Path, *, project: Path) -> str:
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
-    """Read a manifest that the stage `prepare` has written.
-
-    Raises:
-        ValueError: the file is missing.
-    """
+    """Read a manifest that the stage `prepare` has written; ValueError if it is missing."""
     if not path.is_file():
         raise ValueError(f"{path}: missing; run `dvc repro prepare`")
     return json.loads(path.read_text(encoding="utf-8"))
 
 
 def _detect(root: Path) -> Layout:
-    train = root / "train"
+    train, archives = root / "train", (archive.TRAIN_ARCHIVE, archive.VAL_ARCHIVE)
     marks: dict[Layout, bool] = {
         "imagefolder": train.is_dir() and any(path.is_dir() for path in train.iterdir()),
-        "archives": any((root / name).is_file() for name in (TRAIN_ARCHIVE, VAL_ARCHIVE)),
+        "archives": any((root / name).is_file() for name in archives),
         "kaggle": (root / KAGGLE_IMAGES / "train").is_dir(),
-        "parquet": bool(parquet_files(root, "train")),
+        "parquet": bool(parquet.parquet_files(root, "train")),
     }
-    found: list[Layout] = [layout for layout, is_there in marks.items() if is_there]
+    found = [layout for layout, is_there in marks.items() if is_there]
     if len(found) == 1:
         return found[0]
-    listed: list[Layout] = found or list(marks)
-    text = "; ".join(f"{layout}: {LOOKED_FOR[layout]}" for layout in listed)
-    raise ValueError(
-        f"data.root: {root} holds {len(found)} layouts ({text}); set data.source to one"
-        if found
-        else f"data.root: found no images in {root}; looked for {text} "
-        "(data.source: auto; nothing is downloaded)"
-    )
+    text = "; ".join(f"{layout}: {LOOKED_FOR[layout]}" for layout in found or marks)
+    if found:
+        fault = f"{root} holds {len(found)} layouts ({text}); set data.source to one"
+    else:
+        fault = f"found no images in {root}; looked for {text} (nothing is downloaded)"
+    raise ValueError(f"data.root: {fault}")
 
 
 def _digest(listing: Listing, read: Read) -> str:

@@ -23,12 +23,13 @@ from pydantic import Field
 from contradiff.config import Section
 from contradiff.data.map_shards import Made, Tick
 from contradiff.data.shard_info import ImageInfo
-from contradiff.data.shards import Record, ShardIndex, ShardParams, shard_name, write_shard
+from contradiff.data.shards import Record, Shard, ShardIndex, ShardParams, shard_name, write_shard
 from contradiff.files import check_free_space, explain_full_disk, replace_file
 from contradiff.sources.image_check import Verify, check_image
 from contradiff.sources.listing import SPLITS, ImageFile, Listing, Read
 
 QUARANTINE_NAME = "quarantine.json"
+"""Lists the images of each split that are left out."""
 UNREADABLE = ".unreadable.json"
 """Ends the name of the list of a shard's unreadable images, beside it."""
 NUM_SHOWN = 3
@@ -102,11 +103,7 @@ def check_space(
 ) -> None:
     """Refuse to begin what the disk cannot hold.
 
-    Args:
-        plan: all shards.
-        missing: those that no earlier run has made.
-        work: where they are made.
-        target: where they are published; on another file system that takes a copy.
+    `work` takes the missing shards. `target` takes a copy of all if it is another file system.
 
     Raises:
         ValueError: names the folder and how much to free.
@@ -174,12 +171,10 @@ class ShardMaker:
             shard = write_shard(path, records(), compression=self.shard.compression)
         if shard.num_samples == 0:
             path.unlink()
-        note = path.with_name(f"{path.name}{UNREADABLE}")
+        listed = path.with_name(f"{path.name}{UNREADABLE}")
+        listed.unlink(missing_ok=True)
         if unreadable:
-            with replace_file(note) as temporary:
-                temporary.write_text(json.dumps(unreadable))
-        else:
-            note.unlink(missing_ok=True)
+            _write_json(listed, unreadable)
         notes = {"split": planned.split, "irregularities": dict(irregularities)}
         return Made((shard,) if shard.num_samples else (), notes)
 
@@ -200,7 +195,7 @@ class ShardMaker:
         for split, items in found.items():
             share, total = self.ingest.max_quarantined, self.num_images[split]
             if len(items) > share * total:
-                write_quarantine(found, folder=self.work)
+                _write_json(self.work / QUARANTINE_NAME, found)
                 shown = "\n".join(f"  {i['path']}: {i['reason']}" for i in items[:NUM_SHOWN])
                 raise ValueError(
                     f"ingest.max_quarantined: {len(items)} of {total} {split} images cannot be "
@@ -218,6 +213,7 @@ class PackingReport:
         shards: the shards of each split, in the plan's order.
         unreadable: `key`, `path` and `reason` of the images of each split that are left out.
         irregularities: how many images of each split are cmyk, greyscale, ...
+        class_counts: how many images of class 0, 1, ... each split has.
     """
 
     def __init__(self, listing: Listing, made: Sequence[Made], maker: ShardMaker) -> None:
@@ -228,33 +224,27 @@ class PackingReport:
         """
         self.listing, self.work = listing, maker.work
         self.unreadable = maker.unreadable_images()
-        by_split = {s: [m for m in made if m.notes["split"] == s] for s in listing.splits}
-        self.shards = {
-            split: tuple(shard for one in ours for shard in one.files)
-            for split, ours in by_split.items()
-        }
-        self.irregularities = {
-            split: dict(
-                sorted(sum((Counter(m.notes["irregularities"]) for m in ours), Counter()).items())
-            )
-            for split, ours in by_split.items()
-        }
-        self.class_counts = {split: self._class_counts(split) for split in listing.splits}
-
-    def _class_counts(self, split: str) -> list[int]:
-        class_ids = self.listing.class_ids
-        counts = np.zeros(len(class_ids), dtype=np.int64)
-        for shard in self.shards[split]:
-            counts[: len(shard.class_counts)] += shard.class_counts
-        if not counts.all():
-            class_id = class_ids[int(counts.argmin())]
-            raise ValueError(f"data.root: all {split} images of class {class_id} are unreadable")
-        return counts.tolist()
+        self.shards: dict[str, tuple[Shard, ...]] = {}
+        self.irregularities: dict[str, dict[str, int]] = {}
+        self.class_counts: dict[str, list[int]] = {}
+        for split in listing.splits:
+            ours = [one for one in made if one.notes["split"] == split]
+            self.shards[split] = tuple(shard for one in ours for shard in one.files)
+            irregular, counts = Counter[str](), Counter[int]()
+            for one in ours:
+                irregular.update(one.notes["irregularities"])
+            for shard in self.shards[split]:
+                counts.update(dict(enumerate(shard.class_counts)))
+            self.irregularities[split] = dict(sorted(irregular.items()))
+            self.class_counts[split] = [counts[label] for label in range(len(listing.class_ids))]
+            for class_id, count in zip(listing.class_ids, self.class_counts[split], strict=True):
+                if count == 0:
+                    raise ValueError(
+                        f"data.root: all {split} images of class {class_id} are unreadable"
+                    )
 
     def publish(self, folder: Path, *, seed: int) -> None:
-        """Put the shards, the list of unreadable images and the index into an empty folder.
-
-        The shards are linked, or copied to another file system.
+        """Link or copy the shards into an empty folder; list unreadable images; write the index.
 
         Raises:
             ValueError: the disk is full.
@@ -265,7 +255,7 @@ class PackingReport:
                     os.link(self.work / shard.name, folder / shard.name)
                 except OSError:  # another file system, or one without links
                     shutil.copyfile(self.work / shard.name, folder / shard.name)
-            write_quarantine(self.unreadable, folder=folder)
+            _write_json(folder / QUARANTINE_NAME, self.unreadable)
             described: dict[str, Any] = {
                 "seed": seed,
                 "class_names": self.listing.class_names,
@@ -285,7 +275,6 @@ class PackingReport:
                 yield f"{split}: {number} unreadable images are left out, see {QUARANTINE_NAME}"
 
 
-def write_quarantine(items: Mapping[str, Sequence[Mapping[str, str]]], *, folder: Path) -> None:
-    """Write the list of images that are left out: split => key, path and reason."""
-    with replace_file(folder / QUARANTINE_NAME) as path:
-        path.write_text(json.dumps(items, indent=1) + "\n")
+def _write_json(path: Path, content: object) -> None:
+    with replace_file(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=1) + "\n")

@@ -97,39 +97,35 @@ def scan_parquet(root: Path) -> Listing:
             or do not follow the wnids.
     """
     images: dict[str, list[_Image]] = {}
-    class_names: dict[str, list[str]] = {}
+    names: dict[str, list[str]] = {}
     containers = ""
-    for split, split_names in SPLIT_NAMES.items():
+    for split in SPLIT_NAMES:
         files = parquet_files(root, split)
-        if not files:
-            patterns = [p.format(name) for name in split_names for p in PATTERNS]
-            raise ValueError(
-                f"data.root: {root} has no {split} shards: none of {', '.join(patterns)}"
-            )
-        _check_complete(root, files)
-        shards = [_read_shard(root, path) for path in files]
-        images[split] = [image for rows, _ in shards for image in rows]
-        class_names[split] = shards[0][1]
-        for path, (_, names) in zip(files, shards, strict=True):
-            if names != class_names[split]:
+        _check_complete(root, split, files)
+        images[split] = []
+        for path in files:
+            rows, found = _read_shard(root, path)
+            if found != names.setdefault(split, found):
                 raise ValueError(
                     f"data.root: {path} has other class names than the shards before it"
                 )
+            images[split] += rows
             stored = path.relative_to(root).as_posix()
             containers += f"{stored}\t{path.stat().st_size}\t{_footer_digest(path)}\n"
-    known = class_names["train"]
-    num_classes = len(known) or 1 + max((i.label for i in images["train"]), default=-1)
     synsets = read_synsets(root)
-    class_ids = _class_ids(root, images, known, num_classes, synsets)
-    shown = [first_name(name) for name in known] or [synsets.get(i, i) for i in class_ids]
+    class_ids = _class_ids(root, images, names["train"], synsets)
     splits = {
         split: in_order(_image_file(split, *item, class_ids) for item in enumerate(rows))
         for split, rows in images.items()
     }
+    shown = [first_name(name) for name in names["train"]] or [synsets.get(i, i) for i in class_ids]
     return Listing(class_ids, tuple(shown), splits, containers)
 
 
-def _check_complete(root: Path, files: Sequence[Path]) -> None:
+def _check_complete(root: Path, split: str, files: Sequence[Path]) -> None:
+    if not files:
+        patterns = [p.format(name) for name in SPLIT_NAMES[split] for p in PATTERNS]
+        raise ValueError(f"data.root: {root} has no {split} shards: none of {', '.join(patterns)}")
     numbered = [match for path in files if (match := _SHARD.search(path.name))]
     total = max((int(match[2]) for match in numbered), default=0)
     missing = sorted(set(range(total)) - {int(match[1]) for match in numbered})
@@ -173,10 +169,9 @@ def _check_columns(schema: Any, *, path: Path) -> bool:
     found = {field.name: field.type for field in schema}
     image, label = found.get("image"), found.get("label")
     members = {f.name: f.type for f in image} if image and types.is_struct(image) else {}
-    holds_bytes = members.get("bytes") and (
-        types.is_binary(members["bytes"]) or types.is_large_binary(members["bytes"])
-    )
-    if not holds_bytes or label is None or not types.is_integer(label):
+    is_binary = types.is_binary, types.is_large_binary
+    has_bytes = "bytes" in members and any(check(members["bytes"]) for check in is_binary)
+    if not has_bytes or label is None or not types.is_integer(label):
         columns = ", ".join(f"{name}: {kind}" for name, kind in found.items())
         raise ValueError(
             f"data.root: {path} has the columns ({columns}); expected `image` of bytes and path, "
@@ -230,9 +225,9 @@ def _class_ids(
     root: Path,
     images: Mapping[str, Sequence[_Image]],
     names: Sequence[str],
-    num_classes: int,
     synsets: Mapping[str, str],
 ) -> tuple[str, ...]:
+    num_classes = len(names) or 1 + max((image.label for image in images["train"]), default=-1)
     wnids: dict[int, str] = {}
     for image in (image for rows in images.values() for image in rows):
         label, shown = image.label, f"data.root: {root / image.stored}: row {image.row}"
@@ -253,12 +248,10 @@ def _class_ids(
                 f"data.root: {root}: labels are not the wnids' places in sorted order, as they are "
                 f"in all other sources (see {later})"
             )
-    if len(wnids) == num_classes:
-        return tuple(ordered)
-    if names and list(names) == sorted(names) and all(map(_WNID.fullmatch, names)):
-        return tuple(names)
-    if len(synsets) == num_classes:
-        return tuple(sorted(synsets))
+    named = names if all(map(_WNID.fullmatch, names)) else []
+    for ids in (ordered, named, sorted(synsets)):
+        if len(ids) == num_classes and list(ids) == sorted(ids):
+            return tuple(ids)
     return tuple(f"{label:04d}" for label in range(num_classes))
 
 

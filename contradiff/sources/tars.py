@@ -87,16 +87,16 @@ def check_member(member: tarfile.TarInfo, *, shown: str) -> None:
     )
 
 
-def kept_index(path: Path, cache: Path | None, make: Callable[[], Members]) -> Members:
-    """Return the members of a tar that `make` finds; read them from the folder `cache` next time.
+def kept_index(path: Path, folder: Path | None, make: Callable[[], Members]) -> Members:
+    """Return the members of a tar that `make` finds; read them from `folder` next time.
 
     They are found anew when the tar's size, its time of change or a sampled block has changed, or
-    when the cached file is damaged. None as `cache` keeps nothing.
+    when the cached file is damaged. Without a folder nothing is kept.
     """
-    if cache is None:
+    if folder is None:
         return make()
     place = hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:12]
-    note = cache / f"{path.name}-{place}.json"
+    note = folder / f"{path.name}-{place}.json"
     identity = f"{path.stat().st_mtime_ns} {sampled_digest(path)}"
     try:
         content = json.loads(note.read_text(encoding="utf-8"))

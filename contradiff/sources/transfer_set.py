@@ -1,28 +1,25 @@
 """The set that features are transferred to: images by row, labels, names, whatever its source."""
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal
 
 import numpy as np
-from jaxtyping import Int64, UInt8
+from jaxtyping import UInt8
 from pydantic import Field
 
 from contradiff.config import Section
 from contradiff.data.subsets import k_shot_split
 from contradiff.files import file_manifest
-from contradiff.sources.cifar import SIDE, CifarName, Split, find_cifar, read_cifar
+from contradiff.sources.cifar import SIDE, CifarFiles, Split, TransferSplit, find_cifar, read_cifar
 from contradiff.sources.folder import class_folders, images_by_class
 from contradiff.sources.imagenet import read_manifest, relative_to_project
 from contradiff.sources.listing import ImageFile
 
 Source = Literal["digits", "cifar100", "cifar10", "imagefolder"]
 KEY = "transfer_data.root"
-
-ReadRows: TypeAlias = Callable[[Sequence[int]], UInt8[np.ndarray, "n 3 side side"]]
-"""From rows of the split to their images, RGB from 0 to 255, all of one size."""
 
 
 class TransferDataParams(Section):
@@ -33,16 +30,6 @@ class TransferDataParams(Section):
         min_length=1, description="a folder; for CIFAR, the archive itself or its folder"
     )
     verify: bool = Field(description="CIFAR's archives must have the official checksums")
-
-
-@dataclass(frozen=True)
-class TransferSplit:
-    """One split. Images are read when they are asked for: a folder need not fit into memory."""
-
-    labels: Int64[np.ndarray, " n"]
-    keys: tuple[str, ...]
-    class_names: tuple[str, ...]
-    read: ReadRows
 
 
 @dataclass(frozen=True)
@@ -66,11 +53,7 @@ class TransferSet:
 
     @classmethod
     def reopen(cls, manifest: Path, *, project: Path) -> "TransferSet":
-        """Return the set that a manifest stands for.
-
-        Args:
-            manifest: the file that holds `TransferSet.manifest`.
-            project: the project's root.
+        """Return the set that a manifest stands for; `project` is the project's root.
 
         Raises:
             ValueError: the manifest is missing, or the set has changed since.
@@ -86,16 +69,13 @@ class TransferSet:
     def manifest(self, *, project: Path) -> dict[str, Any]:
         """What stands for the set in DVC, as JSON: hashes of all that is read.
 
-        Args:
-            project: the project's root; the set's place is given relative to it.
-
         Raises:
             ValueError: files are missing.
         """
         place = relative_to_project(self.root, project=project)
         content: dict[str, Any] = {"root": place, "source": self.source}
         if self.source != "imagefolder":
-            paths = find_cifar(self.root, self._cifar_name).paths
+            paths = self._find_cifar().paths
             return content | {"files": file_manifest(paths[0].parent, [p.name for p in paths])}
         class_names, splits = self._list_folders()
         hasher = hashlib.sha256()
@@ -103,11 +83,9 @@ class TransferSet:
             image = (self.root / file.path).read_bytes()
             hasher.update(f"{file.path}\t{len(image)}\n".encode())
             hasher.update(image)
-        return content | {
-            "classes": list(class_names),
-            "num_images": {split: len(files) for split, files in splits.items()},
-            "sha256": hasher.hexdigest(),
-        }
+        counts = {split: len(files) for split, files in splits.items()}
+        described = {"classes": list(class_names), "num_images": counts}
+        return content | described | {"sha256": hasher.hexdigest()}
 
     def check(self, shots: Sequence[int | Literal["full"]], *, verify: bool) -> Iterator[str]:
         """Read the set once; yield a line for each split.
@@ -121,7 +99,7 @@ class TransferSet:
                 has fewer images than `shots`.
         """
         if verify and self.source in {"cifar10", "cifar100"}:
-            find_cifar(self.root, self._cifar_name).verify()
+            self._find_cifar().verify()
         splits = {name: self.split(name, image_size=SIDE) for name in ("train", "test")}
         labels = splits["train"].labels.tolist()
         for number in sorted(number for number in shots if number != "full"):
@@ -142,13 +120,7 @@ class TransferSet:
             ValueError: the data is missing or damaged.
         """
         if self.source != "imagefolder":
-            content = read_cifar(find_cifar(self.root, self._cifar_name), split=split)
-            return TransferSplit(
-                labels=content.labels,
-                keys=tuple(content.keys),
-                class_names=tuple(content.class_names),
-                read=lambda rows: content.images[list(rows)],
-            )
+            return read_cifar(self._find_cifar(), split=split)
         class_names, splits = self._list_folders()
         files = splits[split]
         return TransferSplit(
@@ -158,9 +130,8 @@ class TransferSet:
             read=lambda rows: self._read_square([files[row] for row in rows], size=image_size),
         )
 
-    @property
-    def _cifar_name(self) -> CifarName:
-        return "cifar10" if self.source == "cifar10" else "cifar100"
+    def _find_cifar(self) -> CifarFiles:
+        return find_cifar(self.root, "cifar10" if self.source == "cifar10" else "cifar100")
 
     def _list_folders(self) -> tuple[tuple[str, ...], dict[Split, tuple[ImageFile, ...]]]:
         """Classes are the sorted folder names in train/, as in torchvision; test may lack some."""

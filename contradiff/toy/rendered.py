@@ -8,7 +8,6 @@ import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from contradiff.data.params import DataParams
 from contradiff.files import hold_lock, replace_file, sha256_of
@@ -20,13 +19,9 @@ DIGITS_PER_CLASS = 60
 
 
 def ensure_images(
-    root: Path,
-    params: DataParams,
-    *,
-    seed: int,
-    on_progress: Callable[[int], None] = lambda _: None,
+    root: Path, params: DataParams, *, seed: int, on_progress: Callable[[int], None]
 ) -> Path:
-    """Return the folder of rendered images below `root`; render them if they are not there.
+    """Return the folder of toy images below `root`; render it if it is not there.
 
     Args:
         root: `data.root`.
@@ -39,38 +34,36 @@ def ensure_images(
     """
     from contradiff.toy.tree import render_tree
 
-    sizes = {
+    settings = {
         "num_train": params.num_train or 0,
         "num_val": params.num_val or 0,
         "image_size": params.image_size,
+        "seed": seed,
     }
-    recipe = {"renderer": code_digest("*.py"), **sizes, "seed": seed}
     return _ensure(
-        root, recipe, lambda tree: render_tree(tree, **sizes, seed=seed, on_progress=on_progress)
+        root, "*.py", settings, lambda tree: render_tree(tree, **settings, on_progress=on_progress)
     )
 
 
 def ensure_digits(root: Path, *, seed: int) -> Path:
-    """Return the folder of scikit-learn's digits below `root`; write them if they are not there."""
+    """Return the folder of scikit-learn's digits below `root`; write it if it is not there."""
     from contradiff.toy.digits import write_digits
 
-    recipe = {"renderer": code_digest("digits.py"), "seed": seed}
-    return _ensure(
-        root,
-        recipe,
-        lambda folder: write_digits(folder, num_train_per_class=DIGITS_PER_CLASS, seed=seed),
-    )
+    settings = {"num_train_per_class": DIGITS_PER_CLASS, "seed": seed}
+    return _ensure(root, "digits.py", settings, lambda folder: write_digits(folder, **settings))
 
 
-def _ensure(root: Path, recipe: dict[str, Any], render: Callable[[Path], None]) -> Path:
+def _ensure(
+    root: Path, pattern: str, settings: dict[str, int], render: Callable[[Path], None]
+) -> Path:
+    recipe = {"renderer": code_digest(pattern), **settings}
     text = json.dumps(recipe, sort_keys=True)
     folder = root / hashlib.sha256(text.encode()).hexdigest()[:12]
     with hold_lock(root / ".lock"):
-        note = folder / RECIPE_NAME
-        if not note.is_file() or json.loads(note.read_text()) != recipe:
+        if not (folder / RECIPE_NAME).is_file():
             render(folder)
-            with replace_file(note) as path:
-                path.write_text(json.dumps(recipe))
+            with replace_file(folder / RECIPE_NAME) as path:
+                path.write_text(text)
     return folder
 
 

@@ -8,7 +8,7 @@ import pytest
 from torchvision.datasets import imagenet as torchvision_imagenet
 
 from contradiff.sources import archive as archive_source
-from contradiff.sources.archive import MD5S, ArchiveReader, scan_archives
+from contradiff.sources.archive import MD5S, read_member, scan_archives
 from contradiff.sources.imagenet import RawImages, scan_images
 from contradiff.sources.listing import Listing
 from tests.sources.imagenet_layouts import (
@@ -34,19 +34,19 @@ def root(tmp_path: Path, photos: list[Photo]) -> Path:
 
 
 def scan(root: Path, **options: Any) -> Listing:
-    return scan_archives(root, **({"cache": None} | options))
+    return scan_archives(root, **({"index_folder": None} | options))
 
 
 def test_archives_hold_what_torchvision_unpacks(root: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(torchvision_imagenet, "_verify_archive", lambda *_: None)
-    listing, read = scan(root), ArchiveReader(root)
+    listing = scan(root)
     for split in ("train", "val"):
         peer = torchvision_imagenet.ImageNet(root, split, loader=lambda path: path)
         expected = [
             (Path(path).relative_to(root).as_posix(), Path(path).read_bytes(), label)
             for path, label in peer.samples
         ]
-        found = [(file.path, read(file), file.label) for file in listing.splits[split]]
+        found = [(file.path, read_member(root, file), file.label) for file in listing.splits[split]]
         assert found == expected
         assert peer.wnids == list(listing.class_ids)
 
@@ -141,22 +141,22 @@ def test_class_that_training_lacks_is_named(root: Path, photos: list[Photo]):
 
 
 def test_headers_are_read_once(root: Path):
-    cache, told = root / "cache", []
-    first = scan(root, cache=cache, on_message=told.append)
+    cache, told = root / "index_folder", []
+    first = scan(root, index_folder=cache, on_message=told.append)
     assert [message.split(" (once")[0] for message in told] == [
         f"reading the headers of {root}/{name}" for name in (TRAIN, VAL)
     ]
     told.clear()
-    assert scan(root, cache=cache, on_message=told.append) == first
+    assert scan(root, index_folder=cache, on_message=told.append) == first
     assert told == []
-    assert scan(root, cache=None, on_message=told.append) == first
+    assert scan(root, index_folder=None, on_message=told.append) == first
     assert len(told) == 2
 
 
 def test_two_sets_do_not_share_an_index(root: Path, tmp_path: Path):
     other, told = tmp_path / "other", list[str]()
     write_archives(other, make_photos(seed=1))
-    options = {"cache": tmp_path / "cache", "on_message": told.append}
+    options = {"index_folder": tmp_path / "index_folder", "on_message": told.append}
     listings = [scan(folder, **options) for folder in (root, other, root, other)]
     assert listings[:2] == listings[2:]
     assert listings[0] != listings[1]
@@ -202,4 +202,4 @@ def test_archive_that_shrank_since_the_scan_is_named(root: Path):
         file.truncate(last.offset + 1)
     expected = rf"{TRAIN} is truncated: {last.path} is not whole in it"
     with pytest.raises(ValueError, match=expected):
-        ArchiveReader(root)(last)
+        read_member(root, last)

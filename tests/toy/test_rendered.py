@@ -22,7 +22,7 @@ TOY: dict[str, Any] = {
 }
 
 
-def render(root: Path, *, seed: int = 0, told: list[int] | None = None, **changes: int) -> Path:
+def render(root: Path, *, seed: int = 0, told: Any = None, **changes: int) -> Path:
     params = DataParams.model_validate(TOY | changes)
     return ensure_images(root, params, seed=seed, on_progress=(told or []).append)
 
