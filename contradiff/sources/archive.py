@@ -153,8 +153,8 @@ def _labelled(
     """Give each validation image the class on the ground truth's line of the image's number."""
     if len(members) != len(wnids):
         raise ValueError(
-            f"data.root: the devkit's ground truth has {len(wnids)} lines for the {len(members)} "
-            f"images of {path}"
+            f"data.root: {path} has {len(members)} images, but the devkit's ground truth has "
+            f"{len(wnids)} lines"
         )
     index = dict(zip(class_ids, range(len(class_ids)), strict=True))
     files: list[ImageFile] = []

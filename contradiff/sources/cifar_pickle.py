@@ -9,10 +9,6 @@ from typing import Any
 
 import numpy as np
 
-# What pickle and numpy raise over bytes that are no pickle; pickle's documentation leaves it open.
-_FAULTS = (pickle.UnpicklingError, ArithmeticError, AttributeError, EOFError, ImportError)
-_FAULTS += (LookupError, MemoryError, TypeError, ValueError)
-
 
 class _Dtype:
     """Stands for numpy's dtype of bytes. The real one would take hostile flags from a file."""
@@ -65,7 +61,7 @@ def read_mapping(content: bytes, *, shown: str) -> dict[str, object]:
     """
     try:
         value: object = _CifarUnpickler(io.BytesIO(content), encoding="bytes").load()
-    except _FAULTS as error:
+    except Exception as error:  # pickle leaves open what it raises for a damaged file
         reason = error or type(error).__name__
         raise ValueError(f"{shown}: not a file of CIFAR's python archive: {reason}") from error
     if not isinstance(value, dict):

@@ -171,10 +171,10 @@ def _detect(root: Path) -> Layout:
         "kaggle": (root / KAGGLE_IMAGES / "train").is_dir(),
         "parquet": bool(parquet.parquet_files(root, "train")),
     }
-    found = [layout for layout, is_there in marks.items() if is_there]
+    found: list[Layout] = [layout for layout, is_there in marks.items() if is_there]
     if len(found) == 1:
         return found[0]
-    text = "; ".join(f"{layout}: {LOOKED_FOR[layout]}" for layout in found or marks)
+    text = "; ".join(f"{layout}: {LOOKED_FOR[layout]}" for layout in (found or marks))
     if found:
         fault = f"{root} holds {len(found)} layouts ({text}); set data.source to one"
     else:

@@ -1,5 +1,6 @@
-"""ILSVRC's archives, whole and broken, and their index."""
+"""ILSVRC's archives and development kit: as torchvision unpacks them, and whatever may be wrong."""
 
+import gzip
 import hashlib
 from pathlib import Path
 from typing import Any
@@ -7,11 +8,14 @@ from typing import Any
 import pytest
 from torchvision.datasets import imagenet as torchvision_imagenet
 
-from contradiff.sources import archive as archive_source
+from contradiff.sources import archive
 from contradiff.sources.archive import MD5S, read_member, scan_archives
+from contradiff.sources.devkit import read_devkit
 from contradiff.sources.imagenet import RawImages, scan_images
 from contradiff.sources.listing import Listing
 from tests.sources.imagenet_layouts import (
+    ILSVRC_IDS,
+    WNIDS,
     Photo,
     make_photos,
     tar_of,
@@ -19,7 +23,8 @@ from tests.sources.imagenet_layouts import (
     write_devkit,
 )
 
-TRAIN, VAL = "ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar"
+TRAIN, VAL, KIT = MD5S
+TRUTH = [450, 1, 898, 450, 1, 898]
 
 
 @pytest.fixture
@@ -37,24 +42,38 @@ def scan(root: Path, **options: Any) -> Listing:
     return scan_archives(root, **({"index_folder": None} | options))
 
 
+def complaint(root: Path) -> str:
+    with pytest.raises(ValueError, match=rf"^data\.root: (no )?{root}") as caught:
+        scan(root)
+    return str(caught.value)
+
+
 def test_archives_hold_what_torchvision_unpacks(root: Path, monkeypatch: pytest.MonkeyPatch):
+    assert dict(torchvision_imagenet.ARCHIVE_META.values()) == MD5S
     monkeypatch.setattr(torchvision_imagenet, "_verify_archive", lambda *_: None)
-    listing = scan(root)
+    listing, kit = scan(root), read_devkit(root)
     for split in ("train", "val"):
         peer = torchvision_imagenet.ImageNet(root, split, loader=lambda path: path)
         expected = [
             (Path(path).relative_to(root).as_posix(), Path(path).read_bytes(), label)
             for path, label in peer.samples
         ]
-        found = [(file.path, read_member(root, file), file.label) for file in listing.splits[split]]
+        found = [(f.path, read_member(root, f), f.label) for f in listing.splits[split]]
         assert found == expected
         assert peer.wnids == list(listing.class_ids)
+    names, wnids = torchvision_imagenet.load_meta_file(root)
+    assert list(kit.wnids) == wnids
+    # synsets with children are no classes
+    assert kit.names == {wnid: names[wnid][0] for wnid in WNIDS}
 
 
-@pytest.mark.parametrize("packed", [True, False])
-def test_the_devkit_may_be_unpacked(tmp_path: Path, photos: list[Photo], packed: bool):
-    write_archives(tmp_path, photos, packed=packed)
-    assert len(scan(tmp_path).splits["val"]) == 6
+def test_the_devkit_may_be_unpacked(root: Path):
+    packed = read_devkit(root)
+    (root / KIT).unlink()
+    write_devkit(root, [ILSVRC_IDS[wnid] for wnid in packed.wnids], packed=False)
+    assert read_devkit(root) == packed
+    (root / "ILSVRC2012_devkit_t12/data").rename(root / "data")
+    assert read_devkit(root) == packed
 
 
 def test_only_images_count(root: Path, photos: list[Photo]):
@@ -67,59 +86,28 @@ def test_only_images_count(root: Path, photos: list[Photo]):
 
 
 @pytest.mark.parametrize("name", [TRAIN, VAL])
-def test_missing_archive_is_named(root: Path, name: str):
+def test_missing_and_truncated_archives_are_named(root: Path, name: str):
+    content = (root / name).read_bytes()
+    (root / name).write_bytes(content[: len(content) // 2])
+    assert f"{root}/{name}" in (fault := complaint(root))
+    assert "truncated" in fault
     (root / name).unlink()
-    expected = rf"^data\.root: no {root}/{name}; expected ILSVRC"
-    with pytest.raises(ValueError, match=expected):
-        scan(root)
-    with pytest.raises(ValueError, match=expected):
+    assert complaint(root).startswith(f"data.root: no {root}/{name}; expected ILSVRC")
+    with pytest.raises(ValueError, match=rf"no {root}/{name}; expected ILSVRC"):
         verify(root, [])
 
 
-@pytest.mark.parametrize("name", [TRAIN, VAL])
-def test_truncated_archive_is_named(root: Path, name: str):
-    content = (root / name).read_bytes()
-    (root / name).write_bytes(content[: len(content) // 2])
-    with pytest.raises(ValueError, match=rf"^data\.root: .*/{name}.* truncated"):
-        scan(root)
-
-
-def test_truncated_class_is_named(root: Path, photos: list[Photo]):
-    """Whole outside, cut inside: an unpacking that was interrupted, and packed again."""
-    inner = tar_of([(photo.name, bytes(1000)) for photo in photos[:4]])
-    (root / TRAIN).write_bytes(tar_of([("n01440764.tar", inner[:1500])]))
-    expected = rf"{TRAIN}: n01440764\.tar is no tar archive, or is truncated"
-    with pytest.raises(ValueError, match=expected):
-        scan(root)
-
-
-def test_train_archive_without_classes_is_named(root: Path, photos: list[Photo]):
-    (root / TRAIN).write_bytes(tar_of([(photo.name, photo.content) for photo in photos]))
-    with pytest.raises(ValueError, match=rf"{TRAIN} holds no class archives \(<wnid>\.tar\)"):
-        scan(root)
-
-
-def test_class_that_is_there_twice_is_named(root: Path):
-    (root / TRAIN).write_bytes(tar_of([("a/n01440764.tar", b""), ("b/n01440764.tar", b"")]))
-    with pytest.raises(ValueError, match=rf"{TRAIN} holds n01440764\.tar twice"):
-        scan(root)
-
-
-def test_missing_devkit_is_named_before_the_archives_are_read(
-    root: Path, monkeypatch: pytest.MonkeyPatch
-):
-    (root / "ILSVRC2012_devkit_t12.tar.gz").unlink()
-    monkeypatch.setattr(archive_source, "walk_tar", None)
-    with pytest.raises(ValueError, match=r"^data\.root: .* lacks ILSVRC2012_devkit_t12"):
-        scan(root)
-
-
-@pytest.mark.parametrize("num_lines", [5, 7])
-def test_ground_truth_of_another_length_is_named(root: Path, num_lines: int):
-    write_devkit(root, [450, 1, 898, 450, 1, 898, 1][:num_lines])
-    expected = rf"ground truth has {num_lines} lines for the 6 images of .*/{VAL}"
-    with pytest.raises(ValueError, match=expected):
-        scan(root)
+def test_wrong_training_archives_are_named(root: Path, photos: list[Photo]):
+    files = [(photo.name, bytes(1000)) for photo in photos[:4]]
+    cut = tar_of(files)[:1500]  # an unpacking that was interrupted, and packed again
+    for members, fault in (
+        ([("n01440764.tar", cut)], "n01440764.tar is no tar archive, or is truncated"),
+        (files, "holds no class archives (<wnid>.tar)"),
+        ([("a/n01440764.tar", b""), ("b/n01440764.tar", b"")], "holds n01440764.tar twice"),
+        ([("n01440764.tar", tar_of(files))], f"the class n02119789, which {TRAIN} lacks"),
+    ):
+        (root / TRAIN).write_bytes(tar_of(members))
+        assert fault in complaint(root)
 
 
 @pytest.mark.parametrize("name", ["ILSVRC2012_val_00000007.JPEG", "photo.JPEG"])
@@ -128,54 +116,61 @@ def test_validation_image_that_the_ground_truth_does_not_know_is_named(
 ):
     files = [(photo.name, photo.content) for photo in photos if photo.split == "val"]
     (root / VAL).write_bytes(tar_of([(name, b"x"), *files[1:]]))
-    with pytest.raises(ValueError, match=rf"{VAL}: {name} has no number from 1 to 6"):
-        scan(root)
+    assert f"{VAL}: {name} has no number from 1 to 6" in complaint(root)
+    (root / VAL).write_bytes(tar_of(files[1:]))
+    assert f"{VAL} has 5 images, but the devkit's ground truth has 6 lines" in complaint(root)
 
 
-def test_class_that_training_lacks_is_named(root: Path, photos: list[Photo]):
-    inner = tar_of([(photo.name, photo.content) for photo in photos[:4]])
-    (root / TRAIN).write_bytes(tar_of([("n01440764.tar", inner)]))
-    expected = rf"devkit gives ILSVRC2012_val_\d+\.JPEG the class n0\d+, which {TRAIN} lacks"
-    with pytest.raises(ValueError, match=expected):
-        scan(root)
+def test_missing_devkit_is_named_before_the_archives_are_read(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(archive, "walk_tar", None)
+    content = (root / KIT).read_bytes()
+    (root / KIT).write_bytes(content[: len(content) // 2])
+    assert f"{KIT} is damaged or truncated" in complaint(root)
+    (root / KIT).write_bytes(gzip.compress(tar_of([("kit/data/meta.mat", b"x")])))
+    assert f"{KIT} lacks data/ILSVRC2012_validation_ground_truth.txt" in complaint(root)
+    (root / KIT).unlink()
+    assert f"{root} lacks {KIT} (or unpacked, ILSVRC2012_devkit_t12/data" in complaint(root)
 
 
-def test_headers_are_read_once(root: Path):
-    cache, told = root / "index_folder", []
-    first = scan(root, index_folder=cache, on_message=told.append)
-    assert [message.split(" (once")[0] for message in told] == [
-        f"reading the headers of {root}/{name}" for name in (TRAIN, VAL)
-    ]
-    told.clear()
-    assert scan(root, index_folder=cache, on_message=told.append) == first
-    assert told == []
-    assert scan(root, index_folder=None, on_message=told.append) == first
-    assert len(told) == 2
+@pytest.mark.parametrize("wrong", ["1001", "2", "n01440764", "", "-1"])
+def test_unknown_class_in_the_ground_truth_is_named(root: Path, wrong: str):
+    """1001 is a synset with children, no class."""
+    write_devkit(root, [450, wrong, 1])
+    fault = f"ground_truth.txt: line 2 is no ILSVRC2012_ID of a class of meta.mat: '{wrong}'"
+    assert fault in complaint(root)
 
 
-def test_two_sets_do_not_share_an_index(root: Path, tmp_path: Path):
+def test_unreadable_table_is_named(root: Path):
+    write_devkit(root, TRUTH, packed=False)
+    meta = root / "ILSVRC2012_devkit_t12/data/meta.mat"
+    content = meta.read_bytes()
+    for broken in (b"", b"no matlab", content[:300], content.replace(b"synsets", b"synsetz")):
+        meta.write_bytes(broken)
+        assert "meta.mat has no readable table `synsets`" in complaint(root)
+
+
+def test_headers_are_read_once_for_each_set(root: Path, tmp_path: Path):
     other, told = tmp_path / "other", list[str]()
     write_archives(other, make_photos(seed=1))
-    options = {"index_folder": tmp_path / "index_folder", "on_message": told.append}
+    options = {"index_folder": tmp_path / "index", "on_message": told.append}
     listings = [scan(folder, **options) for folder in (root, other, root, other)]
     assert listings[:2] == listings[2:]
     assert listings[0] != listings[1]
-    assert len(told) == 4
+    assert [message.split(" (once")[0] for message in told] == [
+        f"reading the headers of {place}/{name}" for place in (root, other) for name in (TRAIN, VAL)
+    ]
 
 
 def verify(root: Path, told: list[str]) -> RawImages:
     return scan_images(root, layout="archives", verify=True, on_message=told.append)
 
 
-def test_checksums_are_torchvisions():
-    expected = dict(torchvision_imagenet.ARCHIVE_META.values())
-    assert expected == MD5S
-
-
-@pytest.mark.parametrize("wrong", list(MD5S))
+@pytest.mark.parametrize("wrong", [TRAIN, VAL, KIT])
 def test_wrong_checksum_is_named(root: Path, monkeypatch: pytest.MonkeyPatch, wrong: str):
     md5s = {name: hashlib.md5((root / name).read_bytes()).hexdigest() for name in MD5S}
-    monkeypatch.setattr(archive_source, "MD5S", md5s)
+    monkeypatch.setattr(archive, "MD5S", md5s)
     told: list[str] = []
     verify(root, told)
     assert sum("for its md5" in message for message in told) == 3
@@ -183,17 +178,11 @@ def test_wrong_checksum_is_named(root: Path, monkeypatch: pytest.MonkeyPatch, wr
     expected = rf"/{wrong}: not the official {wrong}: its md5 is {found}, expected 000.* fetch it"
     with pytest.raises(ValueError, match=expected):
         verify(root, told)
-
-
-def test_unpacked_devkit_has_no_checksum(root: Path, monkeypatch: pytest.MonkeyPatch):
-    (root / "ILSVRC2012_devkit_t12.tar.gz").unlink()
-    write_devkit(root, [450, 1, 898, 450, 1, 898], packed=False)
-    md5s = {name: hashlib.md5((root / name).read_bytes()).hexdigest() for name in (TRAIN, VAL)}
-    md5s["ILSVRC2012_devkit_t12.tar.gz"] = "0" * 32
-    monkeypatch.setattr(archive_source, "MD5S", md5s)
-    told: list[str] = []
-    verify(root, told)
-    assert "ILSVRC2012_devkit_t12.tar.gz is not there (unpacked?)" in told[-3] + told[-1] + told[2]
+    if wrong == KIT:  # an unpacked one has no checksum
+        (root / KIT).unlink()
+        write_devkit(root, TRUTH, packed=False)
+        verify(root, told)
+        assert f"{KIT} is not there (unpacked?): its md5 is not checked" in told
 
 
 def test_archive_that_shrank_since_the_scan_is_named(root: Path):

@@ -118,7 +118,6 @@ def test_thumbnails_end_is_not_the_images():
     exif = Image.Exif()
     exif[ExifTags.Base.ImageDescription] = encoded(picture(8, 8), "JPEG")
     whole = encoded(IMAGE, "JPEG", exif=exif)
-    assert whole.index(b"\xff\xd9") < len(whole) // 2
     assert check(whole, verify="header").content == whole
     with pytest.raises(ValueError, match="no end mark"):
         check(whole[:-300], verify="header")
