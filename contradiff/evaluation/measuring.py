@@ -180,8 +180,9 @@ def measure_shards(
         return work_dir / f"{number:05d}-{resizer}.safetensors"
 
     numbers, name_of = range(len(shards)), "{:05d}".format
-    missing = missing_items(numbers, work_dir, name_of=name_of)
-    on_progress(num_images - sum(shards[number].num_samples for number in missing))
+    if processes.rank == 0:  # it holds the folder's lock
+        missing = missing_items(numbers, work_dir, name_of=name_of)
+        on_progress(num_images - sum(shards[number].num_samples for number in missing))
     map_shards(
         numbers, make, work_dir, name_of=name_of, processes=processes, on_progress=on_progress
     )

@@ -72,10 +72,6 @@ def test_the_classifier_survives_saving(
     torch.testing.assert_close(found, expected, rtol=0, atol=0)
 
 
-def test_the_classifier_is_never_called_inception(extractor: Extractor):
-    assert "inception" not in extractor.card.model_dump_json().lower()
-
-
 def test_the_classifier_refuses_other_sizes(extractor: Extractor):
     with pytest.raises(ValueError, match="16x16 pixels, not 16x20"):
         extractor.prepare(torch.zeros(3, 16, 20, dtype=torch.uint8), resizer="none")

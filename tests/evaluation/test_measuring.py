@@ -16,6 +16,7 @@ from torch import Tensor
 from contradiff.data.png import encode_png
 from contradiff.data.shards import Shard, write_shard
 from contradiff.evaluation.extractors import Extractor
+from contradiff.evaluation.fid import FeatureSource
 from contradiff.evaluation.images import generated_image
 from contradiff.evaluation.measuring import Measurement, choose_kept, measure_shards
 from contradiff.processes import Processes
@@ -70,12 +71,9 @@ def test_shards_equal_one_batch(images: Tensor, extractor: Extractor, measure: M
     found = measure()
     features, logits = extractor(images, resizer="none")
     assert found.statistics.num_samples == len(images)
-    source = found.statistics.source
-    assert (source.images, source.resizer) == ("samples", "none")
-    assert (source.extractor, source.fingerprint) == (
-        "domain-classifier",
-        extractor.card.weights_sha256,
-    )
+    fingerprint = extractor.card.weights_sha256
+    source = FeatureSource("samples", "none", "domain-classifier", fingerprint)
+    assert found.statistics.source == source
     np.testing.assert_allclose(found.statistics.mean, features.double().mean(0), rtol=1e-5)
     np.testing.assert_allclose(
         found.statistics.covariance, np.cov(features.T.double().numpy()), rtol=1e-4, atol=1e-9

@@ -159,13 +159,6 @@ def test_too_few_images_are_refused_before_any_is_seen(run: Run, monkeypatch: py
         make_reference(run)
 
 
-def test_a_reference_by_another_extractor_is_refused(run: Run, monkeypatch: pytest.MonkeyPatch):
-    make_reference(run)
-    use_inception(monkeypatch)
-    with pytest.raises(ValueError, match="reference was made with extractor domain-classifier"):
-        make_score(run)
-
-
 def test_images_of_other_sizes_are_refused_by_name(run: Run):
     make_reference(run)
     sides = [32] * 30 + [24] * 10
