@@ -139,8 +139,10 @@ class LatentEncoder:
         """Return the size of an uncompressed shard of latents; gzip saves only a few percent."""
         views, flips = self.params.views_of(split)
         side = self.image_size // downsampling_factor(self.vae)
-        shape = (2 * self.vae.config["latent_channels"], side, side)
-        return shard_bytes(num_samples, stored_views=views * (1 + flips), moments_shape=shape)
+        moments = 2 * self.vae.config["latent_channels"] * side**2
+        stored_views = views * (1 + flips)
+        sample = _member_bytes(2 * stored_views * moments) + _member_bytes(stored_views * 5 * 4)
+        return _round_up(num_samples * sample + 2 * _TAR_BLOCK, _TAR_RECORD)
 
     def check_room(self, folder: Path, planned: Sequence[PlannedLatents]) -> None:
         """Check that the shards fit on the disk of `folder`.
@@ -188,23 +190,6 @@ def encode_shard(
             tick(1)
 
     return Made((write_shard(work_dir / planned.name, counted(), compression=compression),))
-
-
-def shard_bytes(num_samples: int, *, stored_views: int, moments_shape: Sequence[int]) -> int:
-    """Compute the size of an uncompressed shard of latents in bytes.
-
-    Args:
-        num_samples: Number of images.
-        stored_views: Stored views of each image, including mirror images.
-        moments_shape: 2c, s/f, s/f.
-    """
-
-    def member(num_bytes: int) -> int:
-        return _TAR_BLOCK + _round_up(_NPY_HEADER + num_bytes, _TAR_BLOCK)
-
-    num_values = stored_views * torch.Size(moments_shape).numel()
-    sample = member(2 * num_values) + member(stored_views * 5 * 4)
-    return _round_up(num_samples * sample + 2 * _TAR_BLOCK, _TAR_RECORD)
 
 
 def choose_crops(
@@ -261,6 +246,11 @@ def _chunks(samples: Iterable[Sample], *, size: int) -> Iterator[list[Sample]]:
     samples = iter(samples)
     while chunk := list(islice(samples, size)):
         yield chunk
+
+
+def _member_bytes(num_bytes: int) -> int:
+    """The size of an array in a tar, including both headers."""
+    return _TAR_BLOCK + _round_up(_NPY_HEADER + num_bytes, _TAR_BLOCK)
 
 
 def _round_up(number: int, multiple: int) -> int:
