@@ -70,16 +70,9 @@ class Conditioner(nn.Module):
             depth: Number of blocks.
             num_heads: Heads of each block.
             cross_attention_dim: Width of the tokens that the UNet takes.
-
-        Raises:
-            ValueError: `patch_size` does not divide `size`.
         """
         super().__init__()
-        if size % patch_size:
-            raise ValueError(
-                f"conditioner.patch_size: {patch_size} does not divide {size}, the side of the "
-                f"{input} (data.image_size)"
-            )
+        assert size % patch_size == 0, "rules.py refuses other sizes"
         self.input: Literal["pixels", "latents"] = input
         self.shape = (in_channels, size, size)
         num_tokens = (size // patch_size) ** 2

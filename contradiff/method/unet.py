@@ -188,19 +188,11 @@ class SplitUNet:
 
 
 def block_channels(unet: "UNet2DConditionModel", block: MapBlock) -> int:
-    """Channels of `SplitUNet.maps`: 1280 of each block of Stable Diffusion.
-
-    Raises:
-        ValueError: the UNet has no second up block; names head.block.
-    """
+    """Channels of `SplitUNet.maps`: 1280 of each block of Stable Diffusion."""
     widths: Sequence[int] = unet.config["block_out_channels"][::-1]
     if block == "mid":
         return widths[0]
-    if len(unet.up_blocks) < 2:
-        raise ValueError(
-            f"head.block: {block} reads the UNet's second up block, but the base has "
-            f"{len(unet.up_blocks)}; set it to mid"
-        )
+    assert len(unet.up_blocks) > 1, "rules.py refuses other bases"
     return widths[1] if block == "up.1" else widths[0] + widths[1]
 
 

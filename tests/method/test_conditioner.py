@@ -94,13 +94,6 @@ def test_conditions_are_dropped_image_by_image():
     assert torch.equal(result[~dropped], pixels[~dropped])
 
 
-def test_patches_must_tile_the_image():
-    with pytest.raises(
-        ValueError, match=r"conditioner\.patch_size: 5 does not divide 16, .*data\.image_size"
-    ):
-        Conditioner(**SIZES | {"patch_size": 5})
-
-
 def test_heads_must_divide_the_width():
     ConditionerParams.model_validate(PARAMS)
     with pytest.raises(ValueError, match=r"conditioner\.width must be a multiple"):

@@ -87,18 +87,6 @@ def test_up_1_is_averaged_over_the_cells_of_the_bottlenecks_grid(unet: UNet2DCon
     torch.testing.assert_close(maps[:, :, 1, 0], seen[0][:, :, 4:, :4].mean(dim=(2, 3)))
 
 
-def test_a_unet_of_one_up_block_has_no_up_1():
-    blocks = {
-        "down_block_types": ("CrossAttnDownBlock2D",),
-        "up_block_types": ("CrossAttnUpBlock2D",),
-    }
-    unet = UNet2DConditionModel(block_out_channels=(16,), **(SHAPE | blocks))
-    assert block_channels(unet, "mid") == 16
-    for block in ("up.1", "mid+up.1"):
-        with pytest.raises(ValueError, match=r"^head\.block: .* second up block, .* has 1"):
-            block_channels(unet, block)
-
-
 @torch.no_grad()
 def test_maps_of_stable_diffusion_cost_less_than_half_a_pass():
     """SD v1.4's UNet at 256 pixels: the up blocks, which features do without, are 68% of a pass."""
