@@ -6,6 +6,8 @@ from stages.runtime.run import Run
 import copy
 import csv
 import os
+import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -138,6 +140,71 @@ def test_negatives_of_a_part_alone_are_warned_of(
     start(pretrain={"grad_accumulation": parts}, loss={"lambda": weight})
     warning = "pretrain.grad_accumulation: an image is contrasted with the 4 of its part alone"
     assert capsys.readouterr().err.count(warning) == warned
+
+
+STOP_EDIT_RESUME = """
+import importlib, sys
+from contextlib import nullcontext
+from pathlib import Path
+
+def run_two_steps():
+    for name in [n for n in sys.modules if n.partition(".")[0] in ("contradiff", "stages")]:
+        del sys.modules[name]
+    importlib.invalidate_caches()
+    from stages import pretrain
+    from stages.runtime import training
+    from stages.runtime.run import Run, RuntimeParams
+    from contradiff.config import parse, read_params
+    from contradiff.training import pretraining
+    training.training_run = lambda *_, **__: nullcontext(lambda *_: None)
+    train = pretraining.train
+
+    def stop_early(step_function, *, steps, on_step, **settings):
+        print(steps.start)
+        def stop(done, row):
+            if done == steps.start + 2:
+                raise KeyboardInterrupt
+        train(step_function, steps=steps, on_step=stop, **settings)
+
+    pretraining.train = stop_early
+    runtime = RuntimeParams(device="cpu", num_workers=0, log_every=1, checkpoint_every=1)
+    params = parse(pretrain.Params, read_params(Path("params.yaml")), source="params.yaml")
+    try:
+        pretrain.main(params, Run(stage="pretrain", root=Path.cwd(), runtime=runtime))
+    except KeyboardInterrupt:
+        pass
+
+run_two_steps()
+loop = Path("code/contradiff/training/loop.py")
+loop.write_text(loop.read_text() + "# a comment\\n")
+run_two_steps()
+state = Path("code/contradiff/training/state.py")
+state.write_text(state.read_text().replace("STATE_VERSION = ", "STATE_VERSION = 100 + "))
+run_two_steps()
+"""
+
+
+@pytest.mark.usefixtures("trained_project")
+def test_a_stopped_training_survives_an_edit_and_begins_anew_with_another_state_version(
+    tiny_params: dict[str, Any],
+):
+    """The package is copied, so that its source can be edited; each run stops in its 2nd step."""
+    for name in ("contradiff", "stages"):
+        shutil.copytree(ROOT / name, Path("code", name))
+    content = copy.deepcopy(read_params(ROOT / "presets/tiny.yaml")) | tiny_params
+    content["data"]["image_size"] = 32
+    content["pretrain"]["batch_size"] = 8
+    YAML().dump(content, Path("params.yaml"))
+    done = subprocess.run(
+        [sys.executable, "-c", STOP_EDIT_RESUME],
+        check=True,
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": str(Path("code").absolute())},
+    )
+    assert done.stdout.split() == ["0", "1", "0"]
+    expected = r"beginning anew: the unfinished work has STATE_VERSION (\d+), .* saves version 10\1"
+    assert len(re.findall(expected, done.stderr)) == 1
 
 
 @pytest.mark.slow
