@@ -14,9 +14,6 @@ from contradiff.config import Section
 REFERENCE_BATCH_SIZE = 256
 """The batch size that a base learning rate refers to, as in MAE."""
 
-_CLASS_TOKENS = ("cls", "cls_token", "class_token")
-_POSITION_PREFIXES = ("pos_embed", "position")
-
 
 @dataclass(frozen=True)
 class SgdSetting:
@@ -82,36 +79,25 @@ class SgdParams(Section):
         return SgdSchedule(self.batch_size, self.epochs, self.warmup_epochs)
 
 
-def cosine_with_warmup(
-    step: int, *, total_steps: int, warmup_steps: int, final: float = 0.0
-) -> float:
-    """Compute the multiplier of the learning rate: linear from 0 to 1, then a cosine to `final`.
+def cosine_with_warmup(step: int, *, total_steps: int, warmup_steps: int) -> float:
+    """Multiplier of the learning rate: linear from 0 to 1, then half a cosine to 0.
 
-    As in MAE, the first step of a warm-up has the rate 0, and the last step of a run has almost the
-    rate `final`: exactly `final` would come one step later, at step `total_steps`.
+    As in MAE, the first step of a run with warm-up has the rate 0, and step `total_steps`, which
+    a run of that many steps does not take, would have it again.
 
     Args:
-        step: Optimiser steps taken before this one, in [0, total_steps].
-        total_steps: Steps of the whole run.
-        warmup_steps: Steps of the linear part.
-        final: Multiplier at the end.
-
-    Raises:
-        ValueError: The step is outside the run, or the warm-up is longer than the run.
+        step: optimiser steps taken before this one, in [0, total_steps].
+        total_steps: steps of the whole run.
+        warmup_steps: steps of the linear part.
     """
-    if not 0 <= warmup_steps <= total_steps:
-        raise ValueError(
-            f"warm-up of {warmup_steps} steps in a run of {total_steps}: lower warmup_epochs"
-        )
-    if not 0 <= step <= total_steps:
-        # The cosine would rise again beyond its end.
-        raise ValueError(f"step {step} is outside a run of {total_steps} steps")
+    assert 0 <= step <= total_steps, "the cosine would rise again beyond its end"
+    assert 0 <= warmup_steps <= total_steps, "parameters refuse longer warm-ups"
     if step < warmup_steps:
         return step / warmup_steps
     if warmup_steps == total_steps:
         return 1.0
     progress = (step - warmup_steps) / (total_steps - warmup_steps)
-    return final + (1.0 - final) * 0.5 * (1.0 + math.cos(math.pi * progress))
+    return 0.5 * (1.0 + math.cos(math.pi * progress))
 
 
 def scaled_lr(lr: float, *, batch_size: int, enabled: bool) -> float:
@@ -120,11 +106,8 @@ def scaled_lr(lr: float, *, batch_size: int, enabled: bool) -> float:
 
 
 def is_decayed(name: str, parameter: nn.Parameter) -> bool:
-    """Return whether weight decay applies: not to biases, norms, tokens and positions."""
-    components = name.split(".")
-    is_token = components[-1] in _CLASS_TOKENS
-    is_position = any(component.startswith(_POSITION_PREFIXES) for component in components)
-    return parameter.ndim > 1 and not name.endswith("bias") and not (is_token or is_position)
+    """Whether weight decay applies: to matrices and kernels, not to biases, norms and tokens."""
+    return parameter.ndim > 1 and not name.endswith(("bias", "class_token", "positions"))
 
 
 def build_adamw(

@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from contradiff.downstream import finetuning
 from contradiff.downstream.finetuning import EncodedImages, finetune, finetuned_top1, weights_kept
 from contradiff.features.batches import stored_batches
 from contradiff.features.models import DiffusionFeatures, compute_features
@@ -106,21 +105,6 @@ def test_training_and_testing_share_the_precision(
     assert set(seen) == in_training == {dtype}
     trained = [p for n, p in model.named_parameters() if n in model.trained_state()]
     assert {p.dtype for p in (*trained, *classifier.parameters())} == {torch.float32}
-
-
-def test_frozen_weights_in_half_precision_are_autocast_s_own(
-    build_tiny: Callable[..., ContraDiff], data: EncodedImages, monkeypatch: pytest.MonkeyPatch
-):
-    """Cast once, or by autocast at every pass: the same training, bit for bit."""
-    model, uncast = build_tiny(), build_tiny()
-    classifier, losses = tune(model, data, epochs=2, precision="bf16")
-    monkeypatch.setattr(finetuning, "cast_frozen_weights", lambda _: None)
-    expected, expected_losses = tune(uncast, data, epochs=2, precision="bf16")
-    assert model.unet.conv_in.weight.dtype == torch.bfloat16
-    assert uncast.unet.conv_in.weight.dtype == torch.float32
-    assert losses == expected_losses
-    assert classifier.weight.equal(expected.weight)
-    torch.testing.assert_close(model.trained_state(), uncast.trained_state(), rtol=0, atol=0)
 
 
 def test_trainable_parts_come_back_after_an_error(

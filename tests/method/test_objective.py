@@ -265,17 +265,6 @@ def test_other_contrastive_losses_are_reached(build_tiny: Build, kind: str):
     assert not torch.isclose(losses["contrastive"], ntxent["contrastive"])
 
 
-def test_an_optimiser_step_changes_the_trained_parts_alone(build_tiny: Build):
-    model = build_tiny().train()
-    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    trained = set(model.trained_state())
-    optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=1e-2)
-    losses_of(model, draw_batch(3))["loss"].backward()
-    optimizer.step()
-    for name, tensor in model.state_dict().items():
-        assert torch.equal(tensor, before[name]) == (name not in trained), name
-
-
 def _train_one_process(
     rank: int, folder: Path, base: Path, weight: float, decode_batch_size: int
 ) -> None:

@@ -1,7 +1,5 @@
 """Against closed forms and torch's own schedulers."""
 
-import math
-
 import pytest
 import torch
 from pydantic import ValidationError
@@ -18,51 +16,29 @@ from contradiff.training.optim import (
 
 def test_schedule_at_its_corners():
     def at(step: int) -> float:
-        return cosine_with_warmup(step, total_steps=110, warmup_steps=10, final=0.2)
+        return cosine_with_warmup(step, total_steps=110, warmup_steps=10)
 
     assert at(0) == 0.0
     assert at(5) == 0.5
     assert at(10) == 1.0
-    assert at(60) == pytest.approx(0.6)
-    assert at(110) == pytest.approx(0.2)
-
-
-def test_schedule_without_warmup_begins_at_one():
-    assert cosine_with_warmup(0, total_steps=10, warmup_steps=0) == 1.0
-    assert cosine_with_warmup(10, total_steps=10, warmup_steps=0) == pytest.approx(0.0)
-
-
-def test_schedule_transcribes_mae():
-    lr, min_lr, warmup_epochs, epochs, steps = 0.01, 0.0, 5, 50, 7
-    for step in range(epochs * steps):
-        epoch = step / steps
-        if epoch < warmup_epochs:
-            expected = lr * epoch / warmup_epochs
-        else:
-            progress = (epoch - warmup_epochs) / (epochs - warmup_epochs)
-            expected = min_lr + (lr - min_lr) * 0.5 * (1.0 + math.cos(math.pi * progress))
-        rate = lr * cosine_with_warmup(
-            step, total_steps=epochs * steps, warmup_steps=warmup_epochs * steps
-        )
-        assert rate == pytest.approx(expected, abs=1e-15)
+    assert at(60) == pytest.approx(0.5)
+    assert at(110) == pytest.approx(0)
 
 
 def test_schedule_equals_torch_linear_then_cosine():
-    total, warmup, lr, final = 60, 12, 0.3, 0.1
+    total, warmup, lr = 60, 12, 0.3
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=lr)
     tiny = 1e-9  # LinearLR refuses a start at zero
     reference = torch.optim.lr_scheduler.SequentialLR(
         optimizer,
         [
             torch.optim.lr_scheduler.LinearLR(optimizer, tiny, total_iters=warmup),
-            torch.optim.lr_scheduler.CosineAnnealingLR(
-                optimizer, total - warmup, eta_min=final * lr
-            ),
+            torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, total - warmup),
         ],
         milestones=[warmup],
     )
     for step in range(total):
-        ours = lr * cosine_with_warmup(step, total_steps=total, warmup_steps=warmup, final=final)
+        ours = lr * cosine_with_warmup(step, total_steps=total, warmup_steps=warmup)
         assert ours == pytest.approx(reference.get_last_lr()[0], abs=1e-8)
         optimizer.step()
         reference.step()
@@ -70,7 +46,7 @@ def test_schedule_equals_torch_linear_then_cosine():
 
 @pytest.mark.parametrize(("step", "warmup"), [(-1, 2), (11, 2), (0, 11), (0, -1)])
 def test_schedule_refuses_steps_outside_the_run(step: int, warmup: int):
-    with pytest.raises(ValueError, match="run of 10"):
+    with pytest.raises(AssertionError):
         cosine_with_warmup(step, total_steps=10, warmup_steps=warmup)
 
 
@@ -82,17 +58,13 @@ def test_scaled_lr():
 @pytest.mark.parametrize(
     ("name", "shape", "expected"),
     [
-        ("head.q_proj.weight", (4, 4), True),
         ("unet.attn2.to_q.lora_A.default.weight", (4, 4), True),
-        ("class_embedding.weight", (4, 4), True),
-        ("patchify.weight", (4, 3, 2, 2), True),
-        ("cls_block.mlp.weight", (4, 4), True),
-        ("head.q_proj.bias", (4,), False),
-        ("attention.in_proj_bias", (2, 4), False),
-        ("norm.weight", (4,), False),
-        ("cls_token", (1, 1, 4), False),
-        ("conditioner.pos_embed", (1, 5, 4), False),
-        ("conditioner.position_embedding.weight", (5, 4), False),
+        ("embedding.weight", (4, 4), True),
+        ("conditioner.to_patches.weight", (4, 3, 2, 2), True),
+        ("attention.to_out.bias", (4,), False),
+        ("attention.norm_in.weight", (4,), False),
+        ("attention.class_token", (1, 1, 4), False),
+        ("conditioner.positions", (1, 5, 4), False),
     ],
 )
 def test_decay_spares_biases_norms_and_tokens(name: str, shape: tuple[int, ...], expected: bool):
