@@ -6,23 +6,18 @@ number. An interrupted run goes on with the shards that are left.
 
 from stages.runtime.run import Run, execute
 
-from functools import partial
 from pathlib import Path
 from typing import Literal
 
 from pydantic import Field
 
 from contradiff.config import Section, Seed
-from contradiff.data.map_shards import STATE_VERSION, map_shards, missing_items
+from contradiff.data.map_shards import STATE_VERSION
 from contradiff.features.batches import StoredImages
+from contradiff.features.cache import ModelFolders
 from contradiff.features.models import load_feature_model
 from contradiff.features.params import FeaturesParams
-from contradiff.features.write_cache import (
-    assemble_cache,
-    bytes_of_features,
-    shard_name,
-    write_features,
-)
+from contradiff.features.write_cache import bytes_of_features, write_cache
 from contradiff.files import check_free_space, describe_bytes
 
 BASE, PRETRAIN = Path("build/base"), Path("build/pretrain")
@@ -38,21 +33,16 @@ class Params(Section):
 
 
 def main(params: Params, run: Run) -> None:
-    settings, processes = params.features, run.processes(run.accelerator())
-    weights = {"checkpoint": PRETRAIN, "base": BASE, "root": run.root}
-    model = load_feature_model(
-        settings,
-        seed=params.seed,
-        device=run.device,
-        keep_maps=params.head == "attentive",
-        **weights,
-    )
+    settings, seed, processes = params.features, params.seed, run.processes(run.accelerator())
+    models = ModelFolders(PRETRAIN, BASE, run.root)
+    keep_maps = params.head == "attentive"
+    model = load_feature_model(settings, models, seed=seed, device=run.device, keep_maps=keep_maps)
     images = StoredImages(IMAGES, LATENTS, settings.batch_size, run.runtime.num_workers)
     inputs = [BASE, PRETRAIN, IMAGES / "index.json", LATENTS / "index.json"]
     if settings.model == "timm" and settings.timm_weights is not None:
         inputs.append(run.resolve(settings.timm_weights))
     with run.work_dir(params, inputs, state_version=STATE_VERSION) as folder:
-        if run.is_main:  # which holds the folder's lock; the others wait in map_shards
+        if run.is_main:  # It holds the folder's lock; the others wait before they write.
             num_bytes = bytes_of_features(model, images)
             run.log(f"{describe_bytes(num_bytes)} of features")
             check_free_space(
@@ -61,32 +51,20 @@ def main(params: Params, run: Run) -> None:
                 ways_out="store less: probe.head: linear (no maps), fewer features.more_triples or "
                 "features.more_blocks",
             )
-        make = partial(
-            write_features, model=model, images=images, folder=folder, dtype=settings.dtype
-        )
-        left = missing_items(images.shards, folder, name_of=shard_name)
-        num_left = sum(images.index.splits[split][number].num_samples for split, number in left)
-        with run.progress("features", num_left) as advance:
-            made = map_shards(
-                images.shards,
-                make,
+        num_images = sum(images.num_samples(*shard) for shard in images.shards)
+        with run.progress("features", num_images) as advance:
+            write_cache(
+                FEATURES,
                 folder,
-                name_of=shard_name,
+                model,
+                images,
+                params=settings,
+                seed=seed,
+                models=models,
                 processes=processes,
                 on_progress=advance,
             )
-        if run.is_main:
-            assemble_cache(
-                FEATURES,
-                folder,
-                made,
-                images=images,
-                model=model,
-                params=settings,
-                seed=params.seed,
-                **weights,
-            )
-            run.log(f"features: {', '.join(column.name for column in model.columns)}")
+    run.log(f"features: {', '.join(column.name for column in model.columns)}")
 
 
 if __name__ == "__main__":

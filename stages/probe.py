@@ -13,8 +13,8 @@ from safetensors.torch import save_file
 
 from contradiff.config import Section, Seed
 from contradiff.downstream.probe import ProbeParams
-from contradiff.downstream.probe_grid import ProbeData, probe_metrics, train_grid, write_grid
-from contradiff.features.cache import FeatureCache
+from contradiff.downstream.probe_grid import probe_metrics, train_grid, write_grid
+from contradiff.features.cache import FeatureCache, ModelFolders
 from contradiff.files import replace_dir
 
 BASE, PRETRAIN = Path("build/base"), Path("build/pretrain")
@@ -28,8 +28,8 @@ class Params(Section):
 
 def main(params: Params, run: Run) -> None:
     settings = params.probe
-    cache = FeatureCache.open(FEATURES, checkpoint=PRETRAIN, base=BASE, root=run.root)
-    data, index = ProbeData(cache, dev=settings.split == "dev"), cache.index
+    cache = FeatureCache.open(FEATURES, ModelFolders(PRETRAIN, BASE, run.root))
+    index = cache.index
     num_passes = 1 if settings.head == "attentive" else len(index.columns)
     with run.progress("train", settings.epochs * num_passes, "epoch") as advance:
 
@@ -37,7 +37,7 @@ def main(params: Params, run: Run) -> None:
             advance(1, loss=f"{row['loss']:.3f}")
 
         grid = train_grid(
-            data, params=settings, seed=params.seed, device=run.device, on_epoch=on_epoch
+            cache, params=settings, seed=params.seed, device=run.device, on_epoch=on_epoch
         )
     metrics = probe_metrics(grid, params=settings, index=index)
     run.log(f"top-1 {metrics['top1']:.1%} on {metrics['total']} {settings.split} images")

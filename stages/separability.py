@@ -17,7 +17,8 @@ from contradiff.downstream.separability import (
     separability,
 )
 from contradiff.features.batches import stored_batches
-from contradiff.features.models import compute_features, load_diffusion_features
+from contradiff.features.cache import ModelFolders
+from contradiff.features.models import DiffusionFeatures, compute_features, load_feature_model
 from contradiff.features.params import FeaturesParams
 from contradiff.files import replace_file
 from contradiff.report.figures import plot_embeddings
@@ -34,41 +35,34 @@ class Params(Section):
 
 
 def main(params: Params, run: Run) -> None:
-    settings, pool = params.separability, params.features.pool
+    settings, seed = params.separability, params.seed
     all_labels = [sample.label for sample in read_images(IMAGES, "val")]
-    chosen = choose_images(
-        all_labels,
-        num_images=settings.num_images,
-        num_classes=settings.num_classes,
-        seed=params.seed,
-    )
+    limits = {"num_images": settings.num_images, "num_classes": settings.num_classes}
+    chosen = choose_images(all_labels, **limits, seed=seed)
     labels = np.array([all_labels[index] for index in chosen])
+    trained = "ContraDiff: h" if params.features.pool == "attention" else "ContraDiff: maps"
     found: dict[str, Separability] = {}
     panels: dict[str, np.ndarray] = {}
-    titles = {
-        "contradiff": "ContraDiff: h" if pool == "attention" else "ContraDiff: maps",
-        "base": "base alone: pooled bottleneck",
-    }
     # Whatever features.model names for the probe: the trained model is set beside its base.
-    for kind, title in titles.items():
-        changes = {"model": kind, "more_triples": [], "more_blocks": []}
-        changes |= {"pool": "mean"} if kind == "base" else {}
-        model = load_diffusion_features(
+    for kind, title, changes in (
+        ("contradiff", trained, {}),
+        ("base", "base alone: pooled bottleneck", {"pool": "mean"}),
+    ):
+        changes |= {"model": kind, "more_triples": [], "more_blocks": []}
+        model = load_feature_model(
             params.features.model_copy(update=changes),
-            checkpoint=CHECKPOINT,
-            base=BASE,
-            seed=params.seed,
+            ModelFolders(CHECKPOINT, BASE, run.root),
+            seed=seed,
             device=run.device,
         )
-        if kind == "base":
+        if kind == "base" and isinstance(model, DiffusionFeatures):
             model.model.block = "mid"
-        batches = stored_batches(
-            IMAGES, LATENTS, split="val", batch_size=params.features.batch_size, chosen=chosen
-        )
+        batch_size = params.features.batch_size
+        batches = stored_batches(IMAGES, LATENTS, split="val", batch_size=batch_size, chosen=chosen)
         with run.progress(f"features of {kind}", len(chosen)) as advance:
             features = compute_features(model, batches, on_progress=advance).features.numpy()
         found[kind] = separability(features, labels, num_neighbours=settings.num_neighbours)
-        panels[f"{title}\n{found[kind]}"] = embed(features, seed=params.seed)
+        panels[f"{title}\n{found[kind]}"] = embed(features, seed=seed)
         run.log(f"{title}: {settings.num_neighbours}-NN accuracy {found[kind].knn:.1%}")
     for path, dark in ((FIGURE, False), (DARK_FIGURE, True)):
         with replace_file(path) as temporary:

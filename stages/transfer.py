@@ -10,9 +10,7 @@ from pathlib import Path
 from contradiff.config import Section, Seed
 from contradiff.data.params import DataParams
 from contradiff.downstream.transfer import (
-    Shots,
     TransferParams,
-    TransferScores,
     TransferTask,
     describe_splits,
     encoder_of,
@@ -21,6 +19,7 @@ from contradiff.downstream.transfer import (
     score_splits,
     transfer_metrics,
 )
+from contradiff.features.cache import ModelFolders
 from contradiff.features.models import load_feature_model
 from contradiff.features.params import FeaturesParams
 from contradiff.features.timm_backbone import TimmFeatures
@@ -41,14 +40,8 @@ class Params(Section):
 def main(params: Params, run: Run) -> None:
     processes, settings = run.processes(run.accelerator()), params.transfer
     features = params.features.model_copy(update={"more_triples": [], "more_blocks": []})
-    model = load_feature_model(
-        features,
-        checkpoint=CHECKPOINT,
-        base=BASE,
-        seed=params.seed,
-        device=run.device,
-        root=run.root,
-    )
+    models = ModelFolders(CHECKPOINT, BASE, run.root)
+    model = load_feature_model(features, models, seed=params.seed, device=run.device)
     size = params.data.image_size
     encode = encoder_of(model, base=BASE, image_size=size, device=run.device)
     images = TransferSet.reopen(MANIFEST, project=run.root)
@@ -65,17 +58,17 @@ def main(params: Params, run: Run) -> None:
             features_of_rows(
                 model,
                 encode,
-                images,
+                split,
                 rows,
                 batch_size=features.batch_size,
                 processes=processes,
                 on_progress=advance,
             )
-            for images, rows in ((task.pool, task.used), (task.test, test_rows))
+            for split, rows in ((task.pool, task.used), (task.test, test_rows))
         )
-    finetuned: dict[Shots, TransferScores] = {}
+    finetuned: list[float] = []
     if settings.finetune_epochs:
-        num_own = settings.finetune_epochs * sum(map(len, task.splits.values())) // processes.size
+        num_own = settings.finetune_epochs * len(task.splits) // processes.size
         with run.progress("fine-tune", num_own, "epoch") as advance:
             finetuned = finetune_splits(
                 task,
@@ -83,6 +76,7 @@ def main(params: Params, run: Run) -> None:
                 encode,
                 features=features,
                 params=settings,
+                seed=params.seed,
                 device=run.device,
                 processes=processes,
                 on_epoch=lambda _, row: advance(1, loss=f"{row['loss']:.3f}"),
@@ -90,13 +84,14 @@ def main(params: Params, run: Run) -> None:
     if not run.is_main:
         return
     scores = score_splits(task, train, test, params=settings)
-    for shots, kinds in scores.items():
-        if shots in finetuned:
-            kinds["finetuned"] = finetuned[shots]
-        shown = ", ".join(f"{name} {kind.mean:.1%}" for name, kind in kinds.items())
-        run.log(f"{shots} shots: top-1 {shown} on {len(test_rows)} test images")
+    for top1, tuned in zip(scores, finetuned, strict=False):
+        top1["finetuned"] = tuned
     run.write_json(Path("build/transfer/splits.json"), {"splits": describe_splits(task, scores)})
-    metrics = transfer_metrics(scores, total=len(test_rows), source=images.source)
+    total = len(test_rows)
+    metrics = transfer_metrics(task.splits, scores, total=total, source=images.source)
+    for shots, kinds in metrics["by_shots"].items():
+        shown = ", ".join(f"{name} {kinds[name]['mean']:.1%}" for name in scores[0])
+        run.log(f"{shots} shots: top-1 {shown} on {total} test images")
     run.write_json(Path("metrics/transfer.json"), {"transfer": metrics})
 
 

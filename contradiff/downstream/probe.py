@@ -11,7 +11,7 @@ cosine, which is followed.
 
 import copy
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from typing import ClassVar, Literal, TypeAlias
 
@@ -19,18 +19,19 @@ import torch
 from jaxtyping import Float, Int64
 from pydantic import Field, model_validator
 from torch import Tensor, nn
+from torch.utils.data import Dataset
 
 from contradiff.downstream.accuracy import Accuracy, topk_correct, wilson_interval
-from contradiff.features.cache import MappedRows
 from contradiff.training.optim import SgdParams, SgdSchedule, SgdSetting, cosine_with_warmup
 
 OnEpoch: TypeAlias = Callable[[int, Mapping[str, float]], None]
 """Told the epochs done; of the first head the mean "loss" of the epoch, and its last "lr"."""
 
+Inputs: TypeAlias = Float[Tensor, "n ..."] | Dataset[Tensor]
+"""Features (n, d), or n maps (3, channels, h, w), noisiest first, which may lie in files."""
+
 TABLE_2 = SgdSetting(lr=0.01, momentum=0.9, weight_decay=0.05)
 """Table 2 to the letter; its weight decay destroys the layer, but it is in every grid."""
-
-_EVALUATION_BATCH = 1024
 
 
 class ProbeParams(SgdParams):
@@ -71,22 +72,13 @@ class ProbeParams(SgdParams):
         ]
         return tuple(dict.fromkeys((self.setting, TABLE_2, *others)))
 
-    @property
-    def is_table_2(self) -> bool:
-        """Whether batch, epochs and warm-up, which the whole grid shares, are Table 2's."""
-        return self.schedule == SgdSchedule(batch_size=256, epochs=50, warmup_epochs=5.0)
-
 
 class LinearProbe(nn.Module):
     """BatchNorm without affine parameters, then a linear layer: features (n, d) to logits (n, c).
 
     The normalisation takes the scale of the features out of the learning rate's choice (as MAE's
-    linear probe). Weights start at a normal of deviation 0.01, cut at ±2, biases at 0.
-
-    Args:
-        dim: width d of the features.
-        num_classes: number c of classes.
-        generator: source of the initial weights, on the CPU; torch's global one if None.
+    linear probe). Weights start at a normal of deviation 0.01, cut at ±2, biases at 0. `generator`
+    is the source of the initial weights; torch's global one if None.
     """
 
     def __init__(
@@ -118,28 +110,37 @@ class AttentiveProbe(nn.Module):
         return self.probe(self.attention_head(maps))
 
 
-def train_linear_probes(
-    features: Float[Tensor, "n d"],
+def train_probes(
+    inputs: Inputs,
     labels: Int64[Tensor, " n"],
     *,
     num_classes: int,
     settings: Sequence[SgdSetting],
     schedule: SgdSchedule,
     seed: int,
+    device: torch.device,
+    attention_head: nn.Module | None = None,
     on_epoch: OnEpoch = lambda *_: None,
-) -> list[LinearProbe]:
-    """Train one linear probe for each setting, on the device where the features lie.
+) -> list[LinearProbe | AttentiveProbe]:
+    """Train one probe for each setting; one that diverges leaves the others alone.
 
-    The heads share one BatchNorm, which has no parameters. A head that diverges leaves the others
-    alone.
+    Without an attention head, probes are linear, and share one BatchNorm, which has no parameters.
+    With one, each probe trains a copy of it: for rows 2 and 3 of Table 7, where without the
+    contrastive loss nothing else has trained the head; results are to be labelled `attentive`.
+
+    Batches of an epoch differ in size by one at most: over a small last one BatchNorm's statistics
+    would be poor.
 
     Args:
-        features: frozen, of any scale; half precision becomes float32 batch by batch.
+        inputs: frozen features, of any scale; or, with an attention head, maps.
         labels: classes in [0, num_classes).
         num_classes: number of classes.
-        settings: what tells the heads apart.
+        settings: what tells the probes apart; rate and L2 penalty are of the attention head too.
         schedule: what they share.
-        seed: of the initial weights and of the order, the same for all heads.
+        seed: of the initial weights and of the order, the same for all.
+        device: where to train.
+        attention_head: maps (b, 3, channels, h, w) => features (b, d), on `device`; it is left as
+            it is.
         on_epoch: called after each epoch.
 
     Returns:
@@ -149,131 +150,49 @@ def train_linear_probes(
         ValueError: a batch would hold a single sample.
 
     Example:
-        [probe] = train_linear_probes(
-            features, labels, num_classes=10, settings=[TABLE_2], schedule=schedule, seed=0
+        [probe] = train_probes(
+            features, labels, num_classes=10, settings=[TABLE_2], schedule=schedule, seed=0,
+            device=torch.device("cpu"),
         )
         evaluate(probe, test_features, test_labels).top1
     """
-    generator = torch.Generator().manual_seed(seed)
-    first = LinearProbe(features.shape[1], num_classes, generator=generator).to(features.device)
-    probes = [first, *(copy.deepcopy(first) for _ in settings[1:])]
-    for probe in probes:
-        probe.norm = first.norm
-
-    def logits_of(batch: Tensor) -> list[Tensor]:
-        normalised = first.norm(batch)
-        return [probe.linear(normalised) for probe in probes]
-
-    _train(
-        probes,
-        logits_of,
-        features,
-        labels,
-        settings=settings,
-        schedule=schedule,
-        generator=generator,
-        on_epoch=on_epoch,
-    )
-    return probes
-
-
-def train_attentive_probes(
-    maps: Float[Tensor, "n 3 channels h w"] | MappedRows,
-    labels: Int64[Tensor, " n"],
-    *,
-    attention_head: nn.Module,
-    num_classes: int,
-    settings: Sequence[SgdSetting],
-    schedule: SgdSchedule,
-    seed: int,
-    on_epoch: OnEpoch = lambda *_: None,
-) -> list[AttentiveProbe]:
-    """Train copies of the attention head, each together with a linear probe of its feature.
-
-    For rows 2 and 3 of Table 7, where without the contrastive loss nothing else has trained the
-    head; results are to be labelled `attentive`. Each batch is read once and then trains each copy.
-
-    Args:
-        maps: from the noisiest to the cleanest. They may be memory-mapped: batches go to the head's
-            device.
-        labels: classes in [0, num_classes).
-        attention_head: maps (b, 3, channels, h, w) => features (b, d); it is left as it is.
-        num_classes: number of classes.
-        settings: one for each copy; rate and L2 penalty are of the attention head too.
-        schedule: what they share.
-        seed: of the initial weights and of the order.
-        on_epoch: called after each epoch.
-
-    Returns:
-        The probes in the settings' order, in evaluation mode.
-
-    Raises:
-        ValueError: a batch would hold a single sample.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    head = copy.deepcopy(attention_head).requires_grad_(True).eval()
-    device = next(head.parameters()).device
-    with torch.no_grad():
-        one = maps.index_select(0, torch.zeros(1, dtype=torch.int64, device=maps.device))
-        dim = head(one.to(device, torch.float32)).shape[1]
-    first = AttentiveProbe(head, LinearProbe(dim, num_classes, generator=generator).to(device))
-    probes = [first, *(copy.deepcopy(first) for _ in settings[1:])]
-    _train(
-        probes,
-        lambda batch: [probe(batch) for probe in probes],
-        maps,
-        labels,
-        settings=settings,
-        schedule=schedule,
-        generator=generator,
-        on_epoch=on_epoch,
-    )
-    return probes
-
-
-def _train(
-    probes: Sequence[nn.Module],
-    logits_of: Callable[[Tensor], list[Tensor]],
-    inputs: Tensor | MappedRows,
-    labels: Int64[Tensor, " n"],
-    *,
-    settings: Sequence[SgdSetting],
-    schedule: SgdSchedule,
-    generator: torch.Generator,
-    on_epoch: OnEpoch,
-) -> None:
-    """Minimise each probe's cross-entropy, in place, and leave evaluation mode behind.
-
-    Batches of an epoch differ in size by one at most: over a small last one BatchNorm's statistics
-    would be poor.
-    """
-    num_samples, device = len(inputs), next(probes[0].parameters()).device
+    num_samples = len(labels)
     steps_per_epoch = math.ceil(num_samples / schedule.batch_size)
     if num_samples // max(1, steps_per_epoch) < 2:
         raise ValueError(
             f"{num_samples} samples in batches of {schedule.batch_size} leave one sample alone, "
             "which BatchNorm cannot normalise: raise batch_size"
         )
-    total_steps = schedule.epochs * steps_per_epoch
-    warmup_steps = round(schedule.warmup_epochs * steps_per_epoch)
-    groups = [
+
+    generator = torch.Generator().manual_seed(seed)
+    example = _batch(inputs, torch.tensor([0]), device)
+    if attention_head is None:
+        first = LinearProbe(example.shape[1], num_classes, generator=generator)
+    else:
+        head = copy.deepcopy(attention_head).requires_grad_(True)
+        dim = head(example).shape[1]
+        first = AttentiveProbe(head, LinearProbe(dim, num_classes, generator=generator))
+    probes = [first.to(device), *(copy.deepcopy(first) for _ in settings[1:])]
+    for probe in probes:
+        if isinstance(probe, LinearProbe) and isinstance(first, LinearProbe):
+            probe.norm = first.norm
+    optimizer = torch.optim.SGD(
         {"params": list(probe.train().parameters()), **asdict(setting)}
         for probe, setting in zip(probes, settings, strict=True)
-    ]
-    optimizer = torch.optim.SGD(groups)
+    )
+    total_steps = schedule.epochs * steps_per_epoch
+    warmup_steps = round(schedule.warmup_epochs * steps_per_epoch)
     step = 0
     for epoch in range(1, schedule.epochs + 1):
         # Summed where it is, so that a GPU need not wait for the CPU at each step.
         loss_sum = torch.zeros((), device=device)
-        order = torch.randperm(num_samples, generator=generator)
-        for rows in order.tensor_split(steps_per_epoch):
+        for rows in torch.randperm(num_samples, generator=generator).tensor_split(steps_per_epoch):
             factor = cosine_with_warmup(step, total_steps=total_steps, warmup_steps=warmup_steps)
             for group, setting in zip(optimizer.param_groups, settings, strict=True):
                 group["lr"] = setting.lr * factor
-            # Inputs may be half precision, and lie in host memory if they are large.
-            batch = inputs.index_select(0, rows.to(inputs.device)).to(device, torch.float32)
-            targets = labels.index_select(0, rows.to(labels.device)).to(device)
-            losses = [nn.functional.cross_entropy(x, targets) for x in logits_of(batch)]
+            logits = _logits(probes, _batch(inputs, rows, device))
+            targets = labels[rows.to(labels.device)].to(device)
+            losses = [nn.functional.cross_entropy(x, targets) for x in logits]
             optimizer.zero_grad()
             torch.stack(losses).sum().backward()
             optimizer.step()
@@ -281,21 +200,35 @@ def _train(
             step += 1
         lr = optimizer.param_groups[0]["lr"]
         on_epoch(epoch, {"loss": loss_sum.item() / num_samples, "lr": lr})
+    return [probe.eval() for probe in probes]
+
+
+def _batch(inputs: Inputs, rows: Int64[Tensor, " b"], device: torch.device) -> Tensor:
+    """Some rows as float32: inputs may be half precision, and lie in files if they are large."""
+    if not isinstance(inputs, Tensor):
+        return torch.stack([inputs[row] for row in rows.tolist()]).to(device, torch.float32)
+    return inputs.index_select(0, rows.to(inputs.device)).to(device, torch.float32)
+
+
+def _logits(probes: Sequence[LinearProbe | AttentiveProbe], batch: Tensor) -> Iterator[Tensor]:
+    """Yield each probe's logits; the norm that linear probes share sees the batch once."""
+    if isinstance(probes[0], LinearProbe):
+        batch = probes[0].norm(batch)
     for probe in probes:
-        probe.eval()
+        yield probe.linear(batch) if isinstance(probe, LinearProbe) else probe(batch)
 
 
 @torch.no_grad()
 def evaluate(
     probe: LinearProbe | AttentiveProbe,
-    features: Float[Tensor, "n ..."] | MappedRows,
+    inputs: Inputs,
     labels: Int64[Tensor, " n"],
 ) -> Accuracy:
     """Top-1 and top-5 accuracy over every sample given, none dropped.
 
     Args:
         probe: in evaluation mode.
-        features: features (n, d) of a linear probe, maps (n, 3, channels, h, w) of an attentive.
+        inputs: features of a linear probe, maps of an attentive one.
         labels: true classes.
 
     Raises:
@@ -307,10 +240,9 @@ def evaluate(
         )
     device = next(probe.parameters()).device
     top1 = top5 = 0
-    for batch, batch_labels in zip(
-        features.split(_EVALUATION_BATCH), labels.split(_EVALUATION_BATCH), strict=True
-    ):
-        logits, targets = probe(batch.to(device, torch.float32)), batch_labels.to(device)
+    for rows in torch.arange(len(labels)).split(1024):
+        logits = probe(_batch(inputs, rows, device))
+        targets = labels[rows.to(labels.device)].to(device)
         top1 += topk_correct(logits, targets, 1)
         top5 += topk_correct(logits, targets, min(5, logits.shape[1]))
     total = len(labels)

@@ -6,14 +6,15 @@ validation images would not be an honest figure of them.
 """
 
 import csv
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int64
+from jaxtyping import Int64
 from torch import Tensor
+from torch.utils.data import Subset
 
 from contradiff.data.subsets import is_dev
 from contradiff.downstream.accuracy import Accuracy
@@ -24,60 +25,17 @@ from contradiff.downstream.probe import (
     OnEpoch,
     ProbeParams,
     evaluate,
-    train_attentive_probes,
-    train_linear_probes,
+    train_probes,
 )
-from contradiff.features.cache import CacheIndex, FeatureCache, MappedRows
+from contradiff.features.cache import CacheIndex, FeatureCache
 from contradiff.features.params import FeatureSpec
-from contradiff.training.optim import SgdSetting
+from contradiff.training.optim import SgdSchedule, SgdSetting
 
 GRID_COLUMNS = (
     *("name", "model", "head", "triple", "block", "pool", "lr", "momentum", "weight_decay"),
     *("split", "total", "top1", "top5", "low", "high"),
 )
 """Of build/probe/grid.csv."""
-
-
-class ProbeData:
-    """Train and val of a cache; or, to choose settings, nine tenths of train and the tenth."""
-
-    def __init__(self, cache: FeatureCache, *, dev: bool) -> None:
-        """Draw the line; no features are read yet.
-
-        Raises:
-            ValueError: a side is empty; names probe.split.
-        """
-        self.cache, self._dev = cache, dev
-        held_out = torch.tensor([dev and is_dev(key) for key in cache.keys("train")])
-        self._train_rows = (~held_out).nonzero().squeeze(1)
-        self._dev_rows = held_out.nonzero().squeeze(1)
-        if dev and not (len(self._dev_rows) and len(self._train_rows)):
-            raise ValueError(
-                f"probe.split: dev holds out {len(self._dev_rows)} of {len(held_out)} training "
-                "images (a tenth, by their keys); use more images, or probe.split: val"
-            )
-
-    def labels(self) -> tuple[Int64[Tensor, " train"], Int64[Tensor, " judged"]]:
-        """Classes of the training and of the judged images."""
-        train = self.cache.labels("train")
-        judged = train[self._dev_rows] if self._dev else self.cache.labels("val")
-        return train[self._train_rows], judged
-
-    def column(self, name: str) -> tuple[Float[Tensor, "train d"], Float[Tensor, "judged d"]]:
-        """One feature, in memory."""
-        train = self.cache.column("train", name)
-        judged = train[self._dev_rows] if self._dev else self.cache.column("val", name)
-        return train[self._train_rows], judged
-
-    def maps(self) -> tuple[MappedRows, MappedRows]:
-        """The main triple's maps, memory-mapped.
-
-        Raises:
-            ValueError: the cache has none.
-        """
-        train = self.cache.maps("train")
-        judged = train.only(self._dev_rows) if self._dev else self.cache.maps("val")
-        return train.only(self._train_rows), judged
 
 
 @dataclass(frozen=True)
@@ -91,7 +49,7 @@ class GridHead:
 
 
 def train_grid(
-    data: ProbeData,
+    cache: FeatureCache,
     *,
     params: ProbeParams,
     seed: int,
@@ -100,65 +58,62 @@ def train_grid(
 ) -> list[GridHead]:
     """Train and judge every head; the first is the headline: configured setting, main feature.
 
-    Linear heads are of every column, one after the other, so that one column at a time is in
-    memory. Attentive heads are of the main triple's maps alone.
+    Linear heads are of every stored feature, one after the other, so that one feature at a time is
+    in memory. Attentive heads are of the main triple's maps alone. With probe.split: dev, the
+    training images are nine tenths of train, and the judged ones the last tenth; val is not read.
 
     Raises:
-        ValueError: the headline diverges, or probe.head: attentive finds no maps.
+        ValueError: the headline diverges, probe.split: dev leaves a side empty, or probe.head:
+            attentive finds no maps.
     """
-    index = data.cache.index
-    train_labels, labels = data.labels()
+    index, is_attentive, is_dev_split = (
+        cache.index,
+        params.head == "attentive",
+        params.split == "dev",
+    )
+    held_out = torch.tensor([is_dev_split and is_dev(key) for key in cache.keys("train")])
+    train_rows, dev_rows = (rows.nonzero().squeeze(1) for rows in (~held_out, held_out))
+    if is_dev_split and not (len(dev_rows) and len(train_rows)):
+        raise ValueError(
+            f"probe.split: dev holds out {len(dev_rows)} of {len(held_out)} training images (a "
+            "tenth, by their keys); use more images, or probe.split: val"
+        )
+
+    def sides(read: Callable[[str], Any]) -> tuple[Any, Any]:
+        """What `read` gives of the training and of the judged images: tensors, or maps in files."""
+        train = read("train")
+        judged = _rows(train, dev_rows) if is_dev_split else read("val")
+        return _rows(train, train_rows), judged
+
+    train_labels, labels = sides(cache.labels)
     grid: list[GridHead] = []
-    if params.head == "attentive":
-        train, judged = data.maps()
-        head = data.cache.attention().to(device)
-        probes = train_attentive_probes(
+    for column in index.columns[:1] if is_attentive else index.columns:
+        if is_attentive:
+            train, judged = sides(cache.maps)
+        else:
+            train, judged = sides(lambda s, name=column.name: cache.column(s, name).to(device))
+        probes = train_probes(
             train,
-            train_labels,
-            attention_head=head,
+            train_labels.to(device),
             num_classes=index.num_classes,
             settings=params.grid,
             schedule=params.schedule,
             seed=seed,
+            device=device,
+            attention_head=cache.attention().to(device) if is_attentive else None,
             on_epoch=on_epoch,
         )
-        grid += _judged(index.columns[0], params.grid, probes, judged, labels)
-    else:
-        for column in index.columns:
-            train, judged = (features.to(device) for features in data.column(column.name))
-            probes = train_linear_probes(
-                train,
-                train_labels.to(device),
-                num_classes=index.num_classes,
-                settings=params.grid,
-                schedule=params.schedule,
-                seed=seed,
-                on_epoch=on_epoch,
-            )
-            grid += _judged(column, params.grid, probes, judged, labels)
+        for setting, probe in zip(params.grid, probes, strict=True):
+            is_finite = all(bool(parameter.isfinite().all()) for parameter in probe.parameters())
+            accuracy = evaluate(probe, judged, labels) if is_finite else None
+            grid.append(GridHead(column, setting, probe, accuracy))
     if grid[0].accuracy is None:
         raise ValueError(f"probe.lr: the probe diverges (got {params.lr}); lower it")
     return grid
 
 
-def _judged(
-    feature: FeatureSpec,
-    settings: Sequence[SgdSetting],
-    probes: Sequence[LinearProbe | AttentiveProbe],
-    inputs: Tensor | MappedRows,
-    labels: Tensor,
-) -> list[GridHead]:
-    return [
-        GridHead(
-            feature,
-            setting,
-            probe,
-            evaluate(probe, inputs, labels)
-            if all(bool(parameter.isfinite().all()) for parameter in probe.parameters())
-            else None,
-        )
-        for setting, probe in zip(settings, probes, strict=True)
-    ]
+def _rows(inputs: Any, rows: Int64[Tensor, " n"]) -> Any:
+    return inputs[rows] if isinstance(inputs, Tensor) else Subset(inputs, rows.tolist())
 
 
 def write_grid(
@@ -209,5 +164,5 @@ def probe_metrics(
         "pool": index.columns[0].pool,
         "model": index.model,
         # Literal: the epochs, warm-up and batch, which the grid shares, are Table 2's too.
-        "table2": {**scores, "literal": params.is_table_2},
+        "table2": {**scores, "literal": params.schedule == SgdSchedule(256, 50, 5.0)},
     }

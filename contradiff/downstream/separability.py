@@ -52,18 +52,9 @@ class Separability:
 def choose_images(
     labels: Sequence[int], *, num_images: int, num_classes: int, seed: int
 ) -> list[int]:
-    """Draw classes, then images of them; all, if there are not more.
+    """Draw classes, then images of them; all, if there are not more: ascending indices.
 
     A thousand images of a thousand classes would have no neighbours of their own.
-
-    Args:
-        labels: classes of all images.
-        num_images: at most.
-        num_classes: at most.
-        seed: of both draws.
-
-    Returns:
-        Indices into `labels`, ascending.
 
     Raises:
         ValueError: fewer than four images.
@@ -87,10 +78,7 @@ def separability(
 ) -> Separability:
     """Both numbers of features, under cosine distance 1 - cos.
 
-    Args:
-        features: two images at least.
-        labels: their classes.
-        num_neighbours: k; at most n - 1 are there. Of classes with as many votes the first wins.
+    At most n - 1 neighbours are there. Of classes with as many votes the first one wins.
 
     Raises:
         ValueError: features are not finite, or zero; training diverged.

@@ -4,12 +4,13 @@ splits of the training pool => features of their images => two classifiers for e
 """
 
 import statistics
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeAlias
 
+import numpy as np
 import torch
 from jaxtyping import Int64
 from pydantic import Field, model_validator
@@ -19,7 +20,7 @@ from contradiff.base.loading import load_vae
 from contradiff.data.map_shards import Processes
 from contradiff.data.subsets import k_shot_split
 from contradiff.downstream.finetuning import EncodedImages, finetune, finetuned_top1, weights_kept
-from contradiff.downstream.probe import OnEpoch, evaluate, train_linear_probes
+from contradiff.downstream.probe import OnEpoch, evaluate, train_probes
 from contradiff.features.batches import CleanBatch, encode_images
 from contradiff.features.models import FeatureModel, LabelledFeatures, compute_features
 from contradiff.features.params import FeaturesParams
@@ -68,12 +69,8 @@ def ridge_top1(train: LabelledFeatures, test: LabelledFeatures, *, ridge: float)
     """Test accuracy of one-against-rest ridge regression on ±1 targets, in closed form.
 
     Each feature is brought to mean 0 and variance 1 over the training samples. Decorrelating them
-    too would make the penalty a mere scale of the logits. The bias is not penalised.
-
-    Args:
-        train: the only samples that statistics are taken of.
-        test: samples to classify.
-        ridge: penalty λ > 0 in ‖XW − Y‖² + λ‖W‖², not divided by n.
+    too would make the penalty a mere scale of the logits. `ridge` is λ > 0 in ‖XW − Y‖² + λ‖W‖²,
+    not divided by n; the bias is not penalised.
     """
     from sklearn.linear_model import RidgeClassifier
     from sklearn.pipeline import make_pipeline
@@ -85,30 +82,46 @@ def ridge_top1(train: LabelledFeatures, test: LabelledFeatures, *, ridge: float)
 
 
 @dataclass(frozen=True)
-class TransferTask:
-    """A data set and the few-shot splits of its training pool.
+class FewShots:
+    """One seeded draw of training images: ascending rows of the pool."""
 
-    Attributes:
-        pool: the training images.
-        test: the test images, all of which judge each split.
-        splits: for each number of shots its splits, each of ascending rows of the pool.
-        seed: of the first split; split i has seed + i.
+    shots: Shots
+    seed: int
+    rows: list[int]
+
+
+def draw_splits(
+    labels: Sequence[int], *, shots: Sequence[Shots], num_splits: int, seed: int
+) -> list[FewShots]:
+    """Draw splits for each number of shots: the i-th is `k_shot_split` with seed + i.
+
+    Splits are nested: of one seed, fewer shots are a part of more. "full" is one split, the pool.
     """
+    return [
+        FewShots(number, seed + index, list(range(len(labels))))
+        if number == "full"
+        else FewShots(number, seed + index, k_shot_split(labels, shots=number, seed=seed + index))
+        for number in shots
+        for index in range(1 if number == "full" else num_splits)
+    ]
+
+
+@dataclass(frozen=True)
+class TransferTask:
+    """A data set: its training pool and the splits of it, and the test images that judge each."""
 
     pool: TransferSplit
     test: TransferSplit
-    splits: Mapping[Shots, Sequence[Sequence[int]]]
-    seed: int
+    splits: list[FewShots]
 
     @cached_property
     def used(self) -> list[int]:
         """The rows of the pool that some split uses, ascending: no other needs features."""
-        return sorted({row for group in self.splits.values() for split in group for row in split})
+        return sorted({row for split in self.splits for row in split.rows})
 
-    def places(self, shots: Shots, index: int) -> list[int]:
+    def places(self, split: FewShots) -> Int64[Tensor, " rows"]:
         """Where a split's rows stand among the used ones."""
-        place = {row: number for number, row in enumerate(self.used)}
-        return [place[row] for row in self.splits[shots][index]]
+        return torch.from_numpy(np.searchsorted(self.used, split.rows))
 
     @classmethod
     def open(
@@ -126,25 +139,9 @@ class TransferTask:
             ValueError: the data is missing or damaged, or a class has too few images.
         """
         pool, test = (images.split(name, image_size=image_size) for name in ("train", "test"))
-        return cls(pool, test, draw_splits(pool.labels.tolist(), params, seed), seed)
-
-
-def draw_splits(
-    labels: Sequence[int], params: TransferParams, seed: int
-) -> dict[Shots, list[list[int]]]:
-    """Draw the training samples of each split: split i is `k_shot_split` with seed + i.
-
-    Splits are nested: of one seed, fewer shots are a part of more. "full" is one split, the pool.
-    """
-    return {
-        shots: [list(range(len(labels)))]
-        if shots == "full"
-        else [
-            k_shot_split(labels, shots=shots, seed=seed + index)
-            for index in range(params.num_splits)
-        ]
-        for shots in params.shots
-    }
+        labels = pool.labels.tolist()
+        splits = draw_splits(labels, shots=params.shots, num_splits=params.num_splits, seed=seed)
+        return cls(pool, test, splits)
 
 
 def encoder_of(model: FeatureModel, *, base: Path, image_size: int, device: torch.device) -> Encode:
@@ -155,41 +152,11 @@ def encoder_of(model: FeatureModel, *, base: Path, image_size: int, device: torc
     return partial(encode_images, vae, image_size=image_size, device=device)
 
 
-def batch_share_of(num_rows: int, *, batch_size: int, processes: Processes) -> range:
-    """The rows that this process computes: whole batches, as a single process would form them.
-
-    So a row's feature does not depend on the number of processes, not even in its last bit.
-
-    Args:
-        num_rows: of all processes.
-        batch_size: rows of a batch; the last one may be smaller.
-        processes: which of how many this is; with fewer batches some have nothing to do.
-    """
-    num_batches = -(-num_rows // batch_size)
-    first, last = (
-        number * num_batches // processes.size for number in (processes.rank, processes.rank + 1)
-    )
-    return range(min(first * batch_size, num_rows), min(last * batch_size, num_rows))
-
-
-def transfer_batches(
-    encode: Encode, images: TransferSplit, rows: Sequence[int], *, batch_size: int
-) -> Iterator[CleanBatch]:
-    """Yield some rows of a split, encoded; images are read a batch at a time.
-
-    Args:
-        encode: makes a batch of images.
-        images: the split.
-        rows: of the split. An image's noise is seeded by its row in the split, so that it does not
-            depend on the others.
-        batch_size: images at once.
-    """
-    for start in range(0, len(rows), batch_size):
-        chosen = list(rows[start : start + batch_size])
-        pixels, labels = images.read(chosen), images.labels[chosen]
-        batch = encode(torch.from_numpy(pixels), torch.from_numpy(labels))
-        keys = tuple(images.keys[row] for row in chosen)
-        yield replace(batch, indices=tuple(chosen), keys=keys)
+def encode_rows(encode: Encode, images: TransferSplit, rows: Sequence[int]) -> CleanBatch:
+    """One batch of a split's images. An image's noise is seeded by its row in the split."""
+    pixels, labels = images.read(rows), images.labels[list(rows)]
+    batch = encode(torch.from_numpy(pixels), torch.from_numpy(labels))
+    return replace(batch, indices=tuple(rows), keys=tuple(images.keys[row] for row in rows))
 
 
 def features_of_rows(
@@ -200,77 +167,50 @@ def features_of_rows(
     *,
     batch_size: int,
     processes: Processes,
-    on_progress: Callable[[int], None],
+    on_progress: Callable[[int], None] = lambda _: None,
 ) -> LabelledFeatures:
-    """Features of some rows of a split, in order; each process computes a share and gets all.
+    """Features of some rows of a split, in order; each process computes some and gets all.
 
-    Args:
-        model: images => features.
-        encode: makes a batch of images.
-        images: the split.
-        rows: of the split.
-        batch_size: images at once.
-        processes: which of how many this is.
-        on_progress: told the number of images of each of this process's batches.
+    Processes share whole batches, as one process alone would form them: features do not depend on
+    the number of processes, not even in their last bit. `on_progress` is told the number of images
+    of each of this process's batches.
     """
     from accelerate.utils import gather_object
 
-    share = batch_share_of(len(rows), batch_size=batch_size, processes=processes)
-    own = [rows[place] for place in share]
-    batches = transfer_batches(encode, images, own, batch_size=batch_size)
-    found = [compute_features(model, batches, on_progress=on_progress)] if own else []
-    return LabelledFeatures.joined(gather_object(found))
-
-
-@dataclass(frozen=True)
-class TransferScores:
-    """Top-1 accuracy, in [0, 1], of one classifier on each split."""
-
-    top1: list[float]
-
-    @property
-    def mean(self) -> float:
-        """Over the splits."""
-        return statistics.fmean(self.top1)
-
-    @property
-    def std(self) -> float | None:
-        """Deviation with n - 1 in the denominator; None with a single split."""
-        return statistics.stdev(self.top1) if len(self.top1) > 1 else None
-
-
-ScoresOfShots: TypeAlias = dict[Shots, dict[str, TransferScores]]
-"""For each number of shots the scores of each classifier, by its name."""
+    starts = np.array_split(range(0, len(rows), batch_size), processes.size)[processes.rank]
+    batches = (encode_rows(encode, images, rows[i : i + batch_size]) for i in starts.tolist())
+    own = [compute_features(model, batches, on_progress=on_progress)] if len(starts) else []
+    return LabelledFeatures.joined(gather_object(own))
 
 
 def score_splits(
     task: TransferTask, train: LabelledFeatures, test: LabelledFeatures, *, params: TransferParams
-) -> ScoresOfShots:
-    """Train two classifiers, "ridge" and "sgd", on each split; test each on the whole test set.
+) -> list[dict[str, float]]:
+    """Train two classifiers on each split, test each on the whole test set.
 
     Args:
-        task: the splits; the SGD probe of split i has the split's seed.
+        task: the splits.
         train: frozen features of the task's used rows.
         test: frozen features of the test set, all of them.
         params: penalty of `ridge_top1`, and the SGD probe's settings.
+
+    Returns:
+        For each split the top-1 accuracy of "ridge" and "sgd", in [0, 1].
     """
-    scores: ScoresOfShots = {}
-    for shots, group in task.splits.items():
-        ridge: list[float] = []
-        sgd: list[float] = []
-        for index in range(len(group)):
-            own = train.only(task.places(shots, index))
-            ridge.append(ridge_top1(own, test, ridge=params.ridge))
-            [probe] = train_linear_probes(
-                own.features,
-                own.labels,
-                num_classes=len(task.pool.class_names),
-                settings=[params.setting],
-                schedule=params.schedule,
-                seed=task.seed + index,
-            )
-            sgd.append(evaluate(probe, test.features, test.labels).top1)
-        scores[shots] = {"ridge": TransferScores(ridge), "sgd": TransferScores(sgd)}
+    scores: list[dict[str, float]] = []
+    for split in task.splits:
+        own = train[task.places(split)]
+        [probe] = train_probes(
+            own.features,
+            own.labels,
+            num_classes=len(task.pool.class_names),
+            settings=[params.setting],
+            schedule=params.schedule,
+            seed=split.seed,
+            device=torch.device("cpu"),
+        )
+        sgd = evaluate(probe, test.features, test.labels).top1
+        scores.append({"ridge": ridge_top1(own, test, ridge=params.ridge), "sgd": sgd})
     return scores
 
 
@@ -281,11 +221,12 @@ def finetune_splits(
     *,
     features: FeaturesParams,
     params: TransferParams,
+    seed: int,
     device: torch.device,
     processes: Processes,
     on_epoch: OnEpoch,
-) -> dict[Shots, TransferScores]:
-    """Test accuracy of each split's own copy of the model; each process tunes every n-th split.
+) -> list[float]:
+    """Fine-tune a copy of the model on each split; each process tunes every n-th.
 
     Args:
         task: the splits.
@@ -293,86 +234,85 @@ def finetune_splits(
         encode: makes a batch of images.
         features: how features are taken.
         params: of the fine-tuning.
+        seed: of the test images' noise.
         device: where to compute.
         processes: which of how many this is.
         on_epoch: called after each epoch of each of this process's splits.
+
+    Returns:
+        Each split's top-1 accuracy on the test images.
 
     Raises:
         ValueError: a loss is not finite; names transfer.finetune_lr.
     """
     from accelerate.utils import gather_object
 
+    size = features.batch_size
     train, test = (
-        EncodedImages.of(transfer_batches(encode, images, rows, batch_size=features.batch_size))
+        EncodedImages.of(
+            encode_rows(encode, images, rows[i : i + size]) for i in range(0, len(rows), size)
+        )
         for images, rows in ((task.pool, task.used), (task.test, range(len(task.test.labels))))
     )
-    jobs: list[tuple[Shots, int]] = [
-        (shots, index) for shots, group in task.splits.items() for index in range(len(group))
-    ]
-    done: list[tuple[Shots, int, float]] = []
-    for shots, index in jobs[processes.rank :: processes.size]:
+    done: list[tuple[int, float]] = []
+    for number in range(processes.rank, len(task.splits), processes.size):
+        split = task.splits[number]
         with weights_kept(model):
             classifier = finetune(
                 model,
-                train[torch.tensor(task.places(shots, index))],
+                train[task.places(split)],
                 num_classes=len(task.pool.class_names),
                 features=features,
                 epochs=params.finetune_epochs,
                 lr=params.finetune_lr,
                 weight_decay=params.finetune_weight_decay,
                 batch_size=params.finetune_batch_size,
-                seed=task.seed + index,
+                seed=split.seed,
                 device=device,
                 on_epoch=on_epoch,
             )
             top1 = finetuned_top1(
-                model, classifier, test, features=features, seed=task.seed, device=device
+                model, classifier, test, features=features, seed=seed, device=device
             )
-        done.append((shots, index, top1))
-    found = {(shots, index): top1 for shots, index, top1 in gather_object(done)}
-    return {
-        shots: TransferScores([found[shots, index] for index in range(len(group))])
-        for shots, group in task.splits.items()
-    }
+        done.append((number, top1))
+    return [top1 for _, top1 in sorted(gather_object(done))]
 
 
-def transfer_metrics(scores: ScoresOfShots, *, total: int, source: str) -> dict[str, Any]:
+def transfer_metrics(
+    splits: Sequence[FewShots], scores: Sequence[Mapping[str, float]], *, total: int, source: str
+) -> dict[str, Any]:
     """What metrics/transfer.json holds under `transfer`.
 
     Args:
-        scores: of the headline's number of shots first.
+        splits: those of the headline's number of shots first.
+        scores: each split's top-1 accuracies, by classifier.
         total: test samples that each split is judged on.
         source: name of the data set.
 
     Returns:
-        The headline's classifiers at the top, and every number of shots below `by_shots`.
+        The headline's mean and deviation over splits (n - 1 in the denominator; None with a single
+        split) of each classifier, and the same for every number of shots below `by_shots`.
     """
-    by_shots: dict[Shots, dict[str, Any]] = {
-        shots: {name: {"mean": kind.mean, "std": kind.std} for name, kind in kinds.items()}
-        | {"num_splits": len(next(iter(kinds.values())).top1)}
-        for shots, kinds in scores.items()
-    }
-    headline = next(iter(by_shots))
-    named = {str(shots): content for shots, content in by_shots.items()}
-    return by_shots[headline] | {
-        "shots": headline,
-        "total": total,
-        "source": source,
-        "by_shots": named,
-    }
+    by_shots: dict[str, dict[str, Any]] = {}
+    for shots in dict.fromkeys(split.shots for split in splits):
+        own = [top1 for split, top1 in zip(splits, scores, strict=True) if split.shots == shots]
+        by_shots[str(shots)] = {"num_splits": len(own)}
+        for name in own[0]:
+            top1 = [each[name] for each in own]
+            std = statistics.stdev(top1) if len(top1) > 1 else None
+            by_shots[str(shots)][name] = {"mean": statistics.fmean(top1), "std": std}
+    shots = splits[0].shots
+    facts = {"shots": shots, "total": total, "source": source, "by_shots": by_shots}
+    return by_shots[str(shots)] | facts
 
 
-def describe_splits(task: TransferTask, scores: ScoresOfShots) -> dict[str, list[dict[str, Any]]]:
+def describe_splits(
+    task: TransferTask, scores: Sequence[Mapping[str, float]]
+) -> dict[str, list[dict[str, Any]]]:
     """What build/transfer/splits.json holds under `splits`: each split's images and its scores."""
-    return {
-        str(shots): [
-            {
-                "seed": task.seed + index,
-                "indices": split,
-                "keys": [task.pool.keys[row] for row in split],
-                "top1": {name: kind.top1[index] for name, kind in scores[shots].items()},
-            }
-            for index, split in enumerate(group)
-        ]
-        for shots, group in task.splits.items()
-    }
+    shown: dict[str, list[dict[str, Any]]] = {}
+    for split, top1 in zip(task.splits, scores, strict=True):
+        keys = [task.pool.keys[row] for row in split.rows]
+        row = {"seed": split.seed, "indices": split.rows, "keys": keys, "top1": dict(top1)}
+        shown.setdefault(str(split.shots), []).append(row)
+    return shown

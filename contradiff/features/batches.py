@@ -83,6 +83,10 @@ class StoredImages:
         splits = self.index.splits
         return [(split, number) for split in splits for number in range(len(splits[split]))]
 
+    def num_samples(self, split: str, number: int) -> int:
+        """Of one shard."""
+        return self.index.shards(split)[number].num_samples
+
     def latent_batches(self, split: str, number: int, *, with_pixels: bool) -> Iterator[CleanBatch]:
         """Yield one shard's clean latents, and, if asked for, the pixels of the same crops."""
         pairs = PairedShards.open(self.images, self.latents, split=split)
@@ -92,14 +96,7 @@ class StoredImages:
     def pixel_batches(
         self, split: str, number: int, *, size: int, crop_fraction: float
     ) -> Iterator[CleanBatch]:
-        """Yield the centres of one shard's images at a backbone's size; no latents are read.
-
-        Args:
-            split: its name.
-            number: of the shard.
-            size: side of the pixels.
-            crop_fraction: share of an image's shorter side that is seen.
-        """
+        """Yield the centres of one shard's images at a backbone's size; no latents are read."""
         shard = self.index.shards(split)[number]
         samples = map(image_of, read_shard(self.images / shard.name, shard))
         make = partial(centre_row, size=size, crop_fraction=crop_fraction)
@@ -108,8 +105,7 @@ class StoredImages:
     def _batches(
         self, split: str, number: int, make: Callable[[Item], _Row], items: Iterable[Item]
     ) -> Iterator[CleanBatch]:
-        shards = self.index.shards(split)
-        first_index = sum(shard.num_samples for shard in shards[:number])
+        first_index = sum(self.num_samples(split, earlier) for earlier in range(number))
         num_ahead = BATCHES_AHEAD * self.batch_size
         rows = map_ahead(make, items, num_threads=self.num_threads, num_ahead=num_ahead)
         yield from _batched(rows, first_index=first_index, batch_size=self.batch_size)
@@ -130,8 +126,8 @@ def stored_batches(
         latents: folder of latent shards.
         split: its name.
         batch_size: images at once.
-        chosen: indices of the images to yield, ascending; None: all. An image's index in the batch
-            is its place among the chosen.
+        chosen: indices of the images to yield, ascending; None: all. The batches number images by
+            their place among the chosen.
     """
     pairs = PairedShards.open(images, latents, split=split)
     records = (pair for shard in range(pairs.num_shards) for pair in pairs.read(shard))
@@ -152,15 +148,7 @@ def encode_images(
     image_size: int,
     device: torch.device,
 ) -> CleanBatch:
-    """Make one batch of square images in memory: resize (bicubic, Table 6's 32 to 256), encode.
-
-    Args:
-        vae: on `device`.
-        images: all of one size.
-        labels: their classes.
-        image_size: side of the model's pixels.
-        device: where the VAE runs.
-    """
+    """Make one batch of square images in memory: resize (bicubic, Table 6's 32 to 256), encode."""
     batch = resized_batch(images, labels, centre_crop(*images.shape[2:]), size=image_size)
     moments = encode(vae, batch.pixels.to(device))
     latents = mode(moments, scaling_factor=scaling_factor(vae)).cpu()

@@ -8,7 +8,6 @@ the files into memory, so that only what they use is ever read.
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -20,6 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
+from torch.utils.data import ConcatDataset
 
 from contradiff.data.shards import Shard
 from contradiff.features.params import FeatureSpec
@@ -40,7 +40,7 @@ class CacheIndex(BaseModel):
     Attributes:
         version: of the files' form.
         model: features.model.
-        checkpoint: fingerprint of the weights; see `weights_fingerprint`.
+        checkpoint: fingerprint of the weights; see `ModelFolders` and `TimmFeatures`.
         dtype: fp16 or bf16.
         num_classes: of the data.
         columns: the stored features, the main one first.
@@ -94,67 +94,36 @@ class CacheIndex(BaseModel):
         return index
 
 
-def weights_fingerprint(model: str, *, checkpoint: Path, base: Path) -> str:
-    """SHA-256 of the weights that features come from: a baseline's do not change with training.
+@dataclass(frozen=True)
+class ModelFolders:
+    """Where the weights are that features come from.
 
-    Args:
-        model: features.model; of timm's backbone see `TimmFeatures.fingerprint`.
-        checkpoint: the trained model's folder.
-        base: the folder of its base.
-
-    Raises:
-        ValueError: there is no checkpoint.
-    """
-    if model != "contradiff":
-        return base_digest(base)
-    files = sorted(file for file in checkpoint.rglob("*") if file.is_file())
-    if not files:
-        raise ValueError(
-            f"{checkpoint}: no checkpoint; run `dvc repro pretrain`, or `dvc pull {checkpoint}`"
-        )
-    text = "".join(f"{file.relative_to(checkpoint)} {sha256_of(file)}\n" for file in files)
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
-class MappedRows:
-    """Rows of several memory-mapped tensors as one tensor: read when asked for, never as a whole.
-
-    Has as much of a tensor's interface as training and evaluation need.
+    Attributes:
+        checkpoint: folder of the trained model.
+        base: folder of its base.
+        root: the folder that features.timm_weights is relative to.
     """
 
-    device = torch.device("cpu")
+    checkpoint: Path
+    base: Path
+    root: Path
 
-    def __init__(
-        self, tensors: Sequence[Tensor], chosen: Int64[Tensor, " n"] | None = None
-    ) -> None:
-        """Join `tensors` along their rows; `chosen` are the rows to keep, in order; None: all."""
-        self.tensors = tuple(tensors)
-        self.starts = torch.tensor([0, *map(len, tensors)]).cumsum(0)
-        self.chosen = torch.arange(int(self.starts[-1])) if chosen is None else chosen
-        self.shape = (len(self.chosen), *self.tensors[0].shape[1:])
+    def fingerprint(self, model: str) -> str:
+        """SHA-256 of the weights of contradiff, base or diffeed; baselines know no training.
 
-    def __len__(self) -> int:
-        return len(self.chosen)
-
-    def only(self, rows: Int64[Tensor, " m"]) -> "MappedRows":
-        """Some of the rows; none is read."""
-        return MappedRows(self.tensors, self.chosen[rows])
-
-    def index_select(self, dim: int, index: Int64[Tensor, " m"]) -> Tensor:
-        """The rows of `index`, in its order, read into memory."""
-        assert dim == 0
-        rows = self.chosen[index.cpu()]
-        numbers = torch.searchsorted(self.starts, rows, right=True) - 1
-        found = torch.empty((len(rows), *self.shape[1:]), dtype=self.tensors[0].dtype)
-        for number in numbers.unique().tolist():
-            here = (numbers == number).nonzero().squeeze(1)
-            found[here] = self.tensors[number].index_select(0, rows[here] - self.starts[number])
-        return found
-
-    def split(self, size: int) -> Iterator[Tensor]:
-        """All rows in order, `size` at once."""
-        for rows in torch.arange(len(self)).split(size):
-            yield self.index_select(0, rows)
+        Raises:
+            ValueError: there is no checkpoint.
+        """
+        if model != "contradiff":
+            return base_digest(self.base)
+        files = sorted(file for file in self.checkpoint.rglob("*") if file.is_file())
+        if not files:
+            raise ValueError(
+                f"{self.checkpoint}: no checkpoint; run `dvc repro pretrain`, or "
+                f"`dvc pull {self.checkpoint}`"
+            )
+        lines = (f"{file.relative_to(self.checkpoint)} {sha256_of(file)}\n" for file in files)
+        return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -162,7 +131,7 @@ class FeatureCache:
     """A folder of features, open for reading.
 
     Example:
-        cache = FeatureCache.open(folder, checkpoint=..., base=..., root=...)
+        cache = FeatureCache.open(folder, ModelFolders(checkpoint, base, root))
         h, labels = cache.column("val", cache.index.columns[0].name), cache.labels("val")
     """
 
@@ -170,16 +139,10 @@ class FeatureCache:
     index: CacheIndex
 
     @classmethod
-    def open(cls, folder: Path, *, checkpoint: Path, base: Path, root: Path) -> "FeatureCache":
+    def open(cls, folder: Path, models: ModelFolders) -> "FeatureCache":
         """Open a cache; all but the maps are checked to the last bit.
 
         timm's weights may be missing, since the cache may have come by `dvc pull`.
-
-        Args:
-            folder: of features.
-            checkpoint: the trained model's folder.
-            base: the folder of its base.
-            root: the folder that features.timm_weights is relative to.
 
         Raises:
             ValueError: the cache is missing or damaged, or made from other weights than there are
@@ -189,13 +152,13 @@ class FeatureCache:
         if index.model == "timm":
             shown = index.made_with.get("timm_weights")
             digest = index.made_with.get("timm_weights_sha256")
-            path = root / str(shown)
+            path = models.root / str(shown)
             if digest is not None and path.is_file() and sha256_of(path) != digest:
                 raise ValueError(
                     f"features.timm_weights: {shown} has changed since {folder} was made; run "
                     "`dvc repro -f features`"
                 )
-        elif index.checkpoint != weights_fingerprint(index.model, checkpoint=checkpoint, base=base):
+        elif index.checkpoint != models.fingerprint(index.model):
             raise ValueError(
                 f"{folder / INDEX_NAME}: features of another checkpoint or base than is here now; "
                 "run `dvc repro features`"
@@ -223,8 +186,8 @@ class FeatureCache:
                 found += json.loads(file.metadata()["keys"])
         return found
 
-    def maps(self, split: str) -> MappedRows:
-        """The maps (n, 3, channels, h, w) of the main triple, memory-mapped.
+    def maps(self, split: str) -> ConcatDataset[Tensor]:
+        """The maps (3, channels, h, w) of the main triple, image by image, memory-mapped.
 
         Raises:
             ValueError: the cache has none.
@@ -234,7 +197,7 @@ class FeatureCache:
                 f"{self.folder / INDEX_NAME}: no maps, which probe.head: attentive trains on; run "
                 "`dvc repro features` with this setting"
             )
-        return MappedRows([self._tensor(shard, MAPS) for shard in self.index.maps[split]])
+        return ConcatDataset([self._tensor(shard, MAPS) for shard in self.index.maps[split]])  # pyright: ignore[reportArgumentType]
 
     def attention(self) -> TriTimestepAttention:
         """The head that lies beside the maps: trained, or, for a baseline, fresh."""
@@ -245,12 +208,7 @@ class FeatureCache:
 
     def _tensor(self, shard: Shard, name: str) -> Tensor:
         with self._file(shard) as file:
-            tensor: Tensor = file.get_tensor(name)
-        if len(tensor) != shard.num_samples:
-            raise ValueError(
-                f"{self.folder / shard.name}: {len(tensor)} rows, not {shard.num_samples}"
-            )
-        return tensor
+            return file.get_tensor(name)
 
     def _file(self, shard: Shard) -> Any:
         path = self.folder / shard.name

@@ -13,13 +13,14 @@ fused by a linear classifier of their pooled maps, or by an attention head that 
 maps with labels (probe.head: attentive). The base is Stable Diffusion, its noise levels ours.
 """
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
-from contradiff.method.unet import UNetState
+from contradiff.method.unet import SplitUNet
 from contradiff.types import Latents, Maps, Timesteps, Tokens
 
 if TYPE_CHECKING:
@@ -33,68 +34,56 @@ def feedback_maps(
     unet: "UNet2DConditionModel", noisy_latents: Latents, timesteps: Timesteps, tokens: Tokens
 ) -> Maps:
     """Mid block and second up block of both passes, stacked along the channels, on mid's grid."""
-    first = encode_with_feedback(unet, noisy_latents, timesteps, tokens, feedback=None)
-    decoded = decoder_maps(unet, first, tokens)
-    second = encode_with_feedback(unet, noisy_latents, timesteps, tokens, feedback=decoded[::-1])
-    decoded_again = decoder_maps(unet, second, tokens, num_blocks=2)
-    height, width = first.bottleneck.shape[2:]
-    fused = [first.bottleneck, decoded[1], second.bottleneck, decoded_again[1]]
-    return torch.cat([F.adaptive_avg_pool2d(maps, (height, width)) for maps in fused], dim=1)
+    middle, decoded = one_pass(unet, noisy_latents, timesteps, tokens)
+    middle_again, decoded_again = one_pass(
+        unet, noisy_latents, timesteps, tokens, feedback=decoded[::-1]
+    )
+    size = middle.shape[2], middle.shape[3]
+    fused = [middle, decoded[1], middle_again, decoded_again[1]]
+    return torch.cat([F.adaptive_avg_pool2d(maps, size) for maps in fused], dim=1)
 
 
-def encode_with_feedback(
+def one_pass(
     unet: "UNet2DConditionModel",
     noisy_latents: Latents,
     timesteps: Timesteps,
     tokens: Tokens,
     *,
-    feedback: list[Tensor] | None,
-) -> UNetState:
-    """The first half of `unet.forward`, each down block's map averaged with what is fed back.
+    feedback: Sequence[Tensor] = (),
+) -> tuple[Maps, list[Tensor]]:
+    """The UNet's pass, each down block's map averaged with what is fed back.
 
     Args:
         unet: the denoiser.
         noisy_latents: at `timesteps`.
-        timesteps: of each.
+        timesteps: of each latent.
         tokens: conditions.
-        feedback: for each down block a map of the shape that it has before its downsampling; None:
-            nothing is fed back.
+        feedback: for each down block a map of the shape that it has before its downsampling; such a
+            pass ends after the second up block. None: nothing is fed back.
+
+    Returns:
+        The bottleneck, and each up block's map before its upsampling, from the coarsest.
     """
-    time_embedding = unet.time_embedding(unet.get_time_embed(noisy_latents, timesteps))
-    hidden = unet.conv_in(noisy_latents)
-    skips = [hidden]
-    for number, block in enumerate(unet.down_blocks):
-        last = len(block.resnets) - 1  # pyright: ignore[reportArgumentType]
-        for layer in range(last + 1):
-            hidden = _layer(block, layer, hidden, time_embedding, tokens)
-            if layer == last and feedback is not None:
-                hidden = blend(hidden, feedback[number])
-            skips.append(hidden)
-        for downsampler in _samplers(block, "downsamplers"):
-            hidden = downsampler(hidden)
-            skips.append(hidden)
-    bottleneck = unet.mid_block(hidden, time_embedding, encoder_hidden_states=tokens)
-    return UNetState(bottleneck, bottleneck, tuple(skips), time_embedding, tokens)
-
-
-def decoder_maps(
-    unet: "UNet2DConditionModel",
-    encoded: UNetState,
-    tokens: Tokens,
-    *,
-    num_blocks: int | None = None,
-) -> list[Tensor]:
-    """Each up block's map before its upsampling, from the coarsest; of the first blocks or all."""
-    hidden, skips = encoded.bottleneck, list(encoded.skips)
-    maps: list[Tensor] = []
-    for block in list(unet.up_blocks)[:num_blocks]:
-        for layer in range(len(block.resnets)):  # pyright: ignore[reportArgumentType]
-            joined = torch.cat([hidden, skips.pop()], dim=1)
-            hidden = _layer(block, layer, joined, encoded.time_embedding, tokens)
-        maps.append(hidden)
-        for upsampler in _samplers(block, "upsamplers"):
-            hidden = upsampler(hidden, skips[-1].shape[2:])
-    return maps
+    decoded: list[Tensor] = []
+    handles = [
+        _last_layer(block).register_forward_hook(
+            lambda *call, fed_back=maps: _blended(call[2], fed_back)
+        )
+        for block, maps in zip(unet.down_blocks, feedback, strict=False)
+    ]
+    handles += [
+        _last_layer(block).register_forward_hook(lambda *call: decoded.append(_map_of(call[2])))
+        for block in unet.up_blocks
+    ]
+    try:
+        split = SplitUNet(unet)
+        state = split.down(noisy_latents, timesteps, tokens, blocks=["up.1"])
+        if not feedback:
+            split.noise_pred(state)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return state.bottleneck, decoded
 
 
 def blend(maps: Maps, fed_back: Maps) -> Maps:
@@ -105,14 +94,17 @@ def blend(maps: Maps, fed_back: Maps) -> Maps:
     return (maps + centred + maps.mean(dim=dims, keepdim=True)) / 2
 
 
-def _layer(block: Any, number: int, hidden: Tensor, time_embedding: Tensor, tokens: Tokens) -> Any:
-    """One resnet of a block, and its attention where the block has any."""
-    hidden = block.resnets[number](hidden, time_embedding)
-    if getattr(block, "has_cross_attention", False):
-        attention = block.attentions[number]
-        hidden = attention(hidden, encoder_hidden_states=tokens, return_dict=False)[0]
-    return hidden
+def _last_layer(block: Any) -> nn.Module:
+    """The module whose output is the block's map before it is sampled up or down."""
+    has_attention = getattr(block, "has_cross_attention", False)
+    return (block.attentions if has_attention else block.resnets)[-1]
 
 
-def _samplers(block: Any, name: str) -> Any:
-    return getattr(block, name, None) or ()
+def _map_of(output: Any) -> Tensor:
+    """An attention gives a tuple, a resnet the map itself."""
+    return output[0] if isinstance(output, tuple) else output
+
+
+def _blended(output: Any, fed_back: Tensor) -> Any:
+    blended = blend(_map_of(output), fed_back)
+    return (blended,) if isinstance(output, tuple) else blended

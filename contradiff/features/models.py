@@ -3,17 +3,16 @@
 images => clean latents => three noise levels => the UNet's maps => h (Eq. 4), or their means
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Protocol, runtime_checkable
+from typing import TypeAlias
 
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
 from contradiff.features.batches import CleanBatch, StoredImages
-from contradiff.features.cache import MAPS
+from contradiff.features.cache import MAPS, ModelFolders
 from contradiff.features.diffeed import feedback_maps
 from contradiff.features.inversion import inverted_maps
 from contradiff.features.params import FeaturesParams, FeatureSpec
@@ -27,30 +26,6 @@ from contradiff.method.unet import MapBlock
 from contradiff.types import Tokens
 
 
-@runtime_checkable
-class FeatureModel(Protocol):
-    """A frozen model: images => features.
-
-    Example:
-        model = load_feature_model(params, checkpoint=..., base=..., seed=0, device=cpu, root=...)
-        batches = stored_batches(images, latents, split="val", batch_size=64)
-        h = compute_features(model, batches).features  # (num_images, width)
-    """
-
-    @property
-    def columns(self) -> tuple[FeatureSpec, ...]:
-        """The features that a call returns, the main one first."""
-        ...
-
-    def read(self, images: StoredImages, split: str, number: int) -> Iterator[CleanBatch]:
-        """The batches of one shard, with what the model needs to see of its images."""
-        ...
-
-    def __call__(self, batch: CleanBatch) -> Mapping[str, Tensor]:
-        """Features (batch, width) by name, and the maps, if kept, under "maps"."""
-        ...
-
-
 @dataclass(frozen=True)
 class DiffusionFeatures:
     """Features of ContraDiff, of its base alone, or of its base in DifFeed's way.
@@ -59,7 +34,7 @@ class DiffusionFeatures:
     index: its features depend neither on the batch size nor on the number of processes.
 
     Attributes:
-        model: evaluation mode, on `device`; for a baseline as `load_diffusion_features` leaves it.
+        model: evaluation mode, on `device`; for a baseline as `load_feature_model` leaves it.
         params: which features are taken.
         seed: of the noise.
         device: where to compute.
@@ -163,24 +138,40 @@ def autocast(device: torch.device, precision: str) -> torch.autocast:
     return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
 
 
-def load_diffusion_features(
+FeatureModel: TypeAlias = DiffusionFeatures | TimmFeatures
+"""Has `columns`, what it computes, main one first; `read`, the batches of one shard, with what it
+needs to see of them; and `__call__`: a batch => features (batch, width) by name."""
+
+
+def load_feature_model(
     params: FeaturesParams,
+    models: ModelFolders,
     *,
-    checkpoint: Path,
-    base: Path,
     seed: int,
     device: torch.device,
     keep_maps: bool = False,
-) -> DiffusionFeatures:
-    """Load the trained model; for a baseline, leave the base's own function alone.
+) -> FeatureModel:
+    """Load the model that features.model names.
 
     `base` is Table 3's "SD Features": LoRA off, all-zero tokens, pooled maps. The zero tokens stand
     in the place of CLIP's empty prompt, which the method does not use.
 
     Raises:
-        ValueError: the checkpoint is missing or of another base.
+        ValueError: the weights cannot be had, or a checkpoint is of another base; names the
+            parameter or the file.
+
+    Example:
+        model = load_feature_model(params, ModelFolders(...), seed=0, device=torch.device("cuda"))
+        batches = stored_batches(images, latents, split="val", batch_size=64)
+        h = compute_features(model, batches).features  # (num_images, width)
     """
-    model = load_checkpoint(checkpoint, base=base)
+    if params.model == "timm":
+        assert params.timm_name is not None
+        weights = None if params.timm_weights is None else models.root / params.timm_weights
+        return TimmFeatures(
+            params.timm_name, weights=weights, precision=params.precision, device=device
+        )
+    model = load_checkpoint(models.checkpoint, base=models.base)
     assert max(map(max, params.triples)) < model.schedule.num_train_timesteps, "rules.py says so"
     blocks = [*params.more_blocks, *(["up.1"] if params.model == "diffeed" else [])]
     assert set(blocks) <= {"mid"} or len(model.unet.up_blocks) > 1, "rules.py says so"
@@ -192,41 +183,6 @@ def load_diffusion_features(
     return DiffusionFeatures(model.to(device), params, seed, device, keep_maps)
 
 
-def load_feature_model(
-    params: FeaturesParams,
-    *,
-    checkpoint: Path,
-    base: Path,
-    seed: int,
-    device: torch.device,
-    root: Path,
-    keep_maps: bool = False,
-) -> FeatureModel:
-    """Load the model that features.model names.
-
-    Args:
-        params: which model, and which features of it.
-        checkpoint: the trained model's folder.
-        base: the folder of its base.
-        seed: of the noise.
-        device: where to compute.
-        root: the folder that features.timm_weights is relative to.
-        keep_maps: whether the model returns maps beside features.
-
-    Raises:
-        ValueError: a model cannot be had, or cannot give what is asked for; names the parameter.
-    """
-    if params.model != "timm":
-        return load_diffusion_features(
-            params, checkpoint=checkpoint, base=base, seed=seed, device=device, keep_maps=keep_maps
-        )
-    assert params.timm_name is not None
-    weights = None if params.timm_weights is None else root / params.timm_weights
-    return TimmFeatures(
-        params.timm_name, weights=weights, precision=params.precision, device=device
-    )
-
-
 @dataclass(frozen=True)
 class LabelledFeatures:
     """Features of a whole set of images, on the CPU, with their labels and keys."""
@@ -235,11 +191,10 @@ class LabelledFeatures:
     labels: Int64[Tensor, " num_images"]
     keys: tuple[str, ...]
 
-    def only(self, rows: Sequence[int]) -> "LabelledFeatures":
+    def __getitem__(self, rows: Int64[Tensor, " rows"]) -> "LabelledFeatures":
         """Some of the images, in the order of `rows`."""
-        chosen = torch.tensor(rows)
-        keys = tuple(self.keys[row] for row in rows)
-        return LabelledFeatures(self.features[chosen], self.labels[chosen], keys)
+        keys = tuple(self.keys[row] for row in rows.tolist())
+        return LabelledFeatures(self.features[rows], self.labels[rows], keys)
 
     @classmethod
     def joined(cls, sets: Sequence["LabelledFeatures"]) -> "LabelledFeatures":
@@ -257,13 +212,7 @@ def compute_features(
     *,
     on_progress: Callable[[int], None] = lambda _: None,
 ) -> LabelledFeatures:
-    """Compute the main feature of every batch, float32, in memory: for some ten thousand images.
-
-    Args:
-        model: frozen.
-        batches: one at least.
-        on_progress: told the number of images of each batch.
-    """
+    """Compute the main feature of every batch, float32, in memory: for some ten thousand images."""
     found: list[LabelledFeatures] = []
     for batch in batches:
         features = model(batch)[model.columns[0].name].float().cpu()

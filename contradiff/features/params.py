@@ -34,9 +34,7 @@ class FeaturesParams(Section):
     timm_name: str | None = Field(description="timm: the architecture, as timm.create_model's")
     timm_weights: str | None = Field(description="timm: a local .safetensors file of its weights")
     timm_pretrained: bool = Field(description="timm: fetch its weights from the hub (network)")
-    timesteps: list[int] = Field(
-        min_length=NUM_LEVELS, max_length=NUM_LEVELS, description="the fixed evaluation triple"
-    )
+    timesteps: list[int] = Field(description="the fixed evaluation triple")
     more_triples: list[list[int]] = Field(description="further triples, for the probe's grid")
     more_blocks: list[MapBlock] = Field(
         description="further features for the probe's grid: means of these blocks, each triple"
@@ -62,15 +60,10 @@ class FeaturesParams(Section):
 
     @model_validator(mode="after")
     def _distinct(self) -> "FeaturesParams":
-        if len(set(self.timesteps)) < NUM_LEVELS or min(self.timesteps) < 0:
-            raise ValueError(
-                f"features.timesteps must be three distinct timesteps >= 0, not {self.timesteps}"
-            )
-        for triple in self.more_triples:
+        for number, triple in enumerate(self.triples):
             if len(triple) != NUM_LEVELS or len(set(triple)) < NUM_LEVELS or min(triple) < 0:
-                raise ValueError(
-                    f"features.more_triples: {triple} are not three distinct timesteps >= 0"
-                )
+                key = "features.more_triples" if number else "features.timesteps"
+                raise ValueError(f"{key}: {triple} are not three distinct timesteps >= 0")
         if len({frozenset(triple) for triple in self.triples}) < len(self.triples):
             raise ValueError(
                 "features.more_triples: a triple is repeated (features.timesteps counts too)"

@@ -20,13 +20,7 @@ class TimmFeatures:
     def __init__(
         self, name: str, *, weights: Path | None, precision: str, device: torch.device
     ) -> None:
-        """Build the backbone.
-
-        Args:
-            name: timm's name of the architecture, with its tag where weights are fetched.
-            weights: a .safetensors file; None: fetch them from the hub.
-            precision: fp32, or bf16 by autocast.
-            device: where to compute.
+        """Build the backbone; `weights` is a .safetensors file, or None: fetch them from the hub.
 
         Raises:
             ValueError: timm knows no such model, or the weights cannot be had or do not fit.

@@ -1,11 +1,8 @@
-"""A feature model is run on every image shard, and its features become a cache.
-
-`write_features` makes the files of one shard, `assemble_cache` puts all of them beside an index.
-"""
+"""A feature model runs on every image shard, and its features become a cache."""
 
 import json
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +12,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from contradiff.config import parse
-from contradiff.data.map_shards import Made, Tick
+from contradiff.data.map_shards import Made, Processes, Tick, map_shards, missing_items
 from contradiff.data.shards import Shard
-from contradiff.features.batches import StoredImages
-from contradiff.features.cache import HEAD_NAME, MAPS, CacheIndex, weights_fingerprint
+from contradiff.features.batches import CleanBatch, StoredImages
+from contradiff.features.cache import HEAD_NAME, MAPS, CacheIndex, ModelFolders
 from contradiff.features.diffeed import NUM_PASSES
 from contradiff.features.models import DiffusionFeatures, FeatureModel
 from contradiff.features.params import FeaturesParams
@@ -29,6 +26,106 @@ from contradiff.method.checkpoint import Architecture, read_config
 from contradiff.method.unet import block_channels
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+def write_cache(
+    folder: Path,
+    work_dir: Path,
+    model: FeatureModel,
+    images: StoredImages,
+    *,
+    params: FeaturesParams,
+    seed: int,
+    models: ModelFolders,
+    processes: Processes,
+    on_progress: Tick,
+) -> None:
+    """Compute the features of every shard that is not finished, then move all beside an index.
+
+    Args:
+        folder: the cache; an earlier one is replaced.
+        work_dir: a folder that all processes share and that survives a kill.
+        model: images => features, and maps, if it keeps them.
+        images: all shards.
+        params: how the model computes features.
+        seed: of the noise.
+        models: where the model comes from.
+        processes: which of several this is; process 0 writes the index.
+        on_progress: told how many more images are done, those of finished shards first.
+
+    Raises:
+        ValueError: a feature is not finite, which names the image; or the disk is full.
+    """
+
+    def name_of(shard: tuple[str, int]) -> str:
+        return f"{shard[0]}-{shard[1]:05d}"
+
+    def make(shard: tuple[str, int], tick: Tick) -> Made:
+        path = work_dir / f"{name_of(shard)}.safetensors"
+        return write_shard_features(path, model, model.read(images, *shard), params.dtype, tick)
+
+    left = missing_items(images.shards, work_dir, name_of=name_of)
+    on_progress(sum(images.num_samples(*shard) for shard in images.shards if shard not in left))
+    made = map_shards(
+        images.shards, make, work_dir, name_of=name_of, processes=processes, on_progress=on_progress
+    )
+    if processes.rank > 0:
+        return
+    made_with: dict[str, Any] = {"seed": seed, **params.model_dump()}
+    if isinstance(model, TimmFeatures):
+        fingerprint = model.fingerprint()
+        if params.timm_weights is not None:
+            made_with["timm_weights_sha256"] = sha256_of(models.root / params.timm_weights)
+    else:
+        fingerprint = models.fingerprint(params.model)
+    files: dict[str, list[tuple[Shard, ...]]] = {}
+    for (split, _), each in zip(images.shards, made, strict=True):
+        files.setdefault(split, []).append(each.files)
+    with replace_dir(folder) as temporary, explain_full_disk(folder.parent):
+        head: dict[str, int] | None = None
+        if isinstance(model, DiffusionFeatures) and model.keep_maps:
+            config = read_config(models.checkpoint)["params"]
+            shapes = parse(Architecture, config, source=str(models.checkpoint))
+            head, attention = initial_attention(model, shapes.head)
+            state = {name: value.cpu() for name, value in attention.state_dict().items()}
+            save_file(state, temporary / HEAD_NAME)
+        has_maps = head is not None
+        CacheIndex(
+            model=params.model,
+            checkpoint=fingerprint,
+            dtype=params.dtype,
+            num_classes=len(images.index.info.class_ids),
+            columns=model.columns,
+            head=head,
+            shards={split: tuple(own[0] for own in files[split]) for split in files},
+            maps={split: tuple(own[1] for own in files[split]) for split in files if has_maps},
+            made_with=made_with,
+        ).write(temporary)
+        # Last: if the disk is full by now, they are still in their place.
+        for file in (file for each in made for file in each.files):
+            shutil.move(work_dir / file.name, temporary / file.name)
+
+
+def write_shard_features(
+    path: Path, model: FeatureModel, batches: Iterable[CleanBatch], dtype: str, tick: Tick
+) -> Made:
+    """Write one image shard's features, and its maps, if the model gives them, to a second file."""
+    keys: list[str] = []
+    labels: list[Tensor] = []
+    columns: dict[str, list[Tensor]] = {}
+    for batch in batches:
+        keys += batch.keys
+        labels.append(batch.labels)
+        for name, features in model(batch).items():
+            stored = to_stored(features, dtype=dtype, keys=batch.keys, name=name)
+            columns.setdefault(name, []).append(stored)
+        tick(len(batch.labels))
+    table = {name: torch.cat(parts) for name, parts in columns.items()}
+    maps = table.pop(MAPS, None)
+    files = [write_table(path, table | {"labels": torch.cat(labels)}, keys=keys)]
+    if maps is not None:
+        files.append(write_table(path.with_suffix(f".{MAPS}.safetensors"), {MAPS: maps}, keys=[]))
+    return Made(tuple(files))
 
 
 def to_stored(
@@ -63,123 +160,11 @@ def write_table(path: Path, tensors: Mapping[str, Tensor], *, keys: Sequence[str
         return Shard(path.name, num_rows, temporary.stat().st_size, sha256_of(temporary))
 
 
-def shard_name(item: tuple[str, int]) -> str:
-    """`train-00003`, of a split and a shard's number."""
-    return f"{item[0]}-{item[1]:05d}"
-
-
-def write_features(
-    item: tuple[str, int],
-    tick: Tick,
-    *,
-    model: FeatureModel,
-    images: StoredImages,
-    folder: Path,
-    dtype: str,
-) -> Made:
-    """Write one image shard's features, and its maps, if the model gives them, to a second file.
-
-    Args:
-        item: split and number of the image shard.
-        tick: told how many more images are done.
-        model: images => features.
-        images: the shards.
-        folder: to write to.
-        dtype: fp16 or bf16.
-
-    Raises:
-        ValueError: a feature is not finite; names the image.
-    """
-    keys: list[str] = []
-    labels: list[Tensor] = []
-    columns: dict[str, list[Tensor]] = {}
-    for batch in model.read(images, *item):
-        keys += batch.keys
-        labels.append(batch.labels)
-        for name, features in model(batch).items():
-            stored = to_stored(features, dtype=dtype, keys=batch.keys, name=name)
-            columns.setdefault(name, []).append(stored)
-        tick(len(batch.labels))
-    table = {name: torch.cat(batches) for name, batches in columns.items()}
-    maps = table.pop(MAPS, None)
-    path = folder / f"{shard_name(item)}.safetensors"
-    files = [write_table(path, table | {"labels": torch.cat(labels)}, keys=keys)]
-    if maps is not None:
-        files.append(write_table(path.with_suffix(f".{MAPS}.safetensors"), {MAPS: maps}, keys=[]))
-    return Made(tuple(files))
-
-
 def bytes_of_features(model: FeatureModel, images: StoredImages) -> int:
     """What the features of all images will take on disk: those of the first one, times all."""
     batch = next(iter(model.read(images, *images.shards[0])))
     width = sum(features[:1].numel() for features in model(batch).values())
-    return (8 + 2 * width) * sum(images.index.num_samples(split) for split in images.index.splits)
-
-
-def assemble_cache(
-    folder: Path,
-    work_dir: Path,
-    made: Sequence[Made],
-    *,
-    images: StoredImages,
-    model: FeatureModel,
-    params: FeaturesParams,
-    seed: int,
-    checkpoint: Path,
-    base: Path,
-    root: Path,
-) -> None:
-    """Move the files of all shards to their place, beside an index.
-
-    Args:
-        folder: the cache; an earlier one is replaced.
-        work_dir: where the files are.
-        made: what `write_features` made of each of `images.shards`.
-        images: the shards.
-        model: that computed the features.
-        params: how it did.
-        seed: of the noise.
-        checkpoint: the trained model's folder.
-        base: the folder of its base.
-        root: the folder that features.timm_weights is relative to.
-    """
-    made_with: dict[str, Any] = {"seed": seed, **params.model_dump()}
-    if isinstance(model, TimmFeatures):
-        fingerprint = model.fingerprint()
-        if params.timm_weights is not None:
-            made_with["timm_weights_sha256"] = sha256_of(root / params.timm_weights)
-    else:
-        fingerprint = weights_fingerprint(params.model, checkpoint=checkpoint, base=base)
-    with replace_dir(folder) as temporary, explain_full_disk(folder.parent):
-        head: dict[str, int] | None = None
-        if isinstance(model, DiffusionFeatures) and model.keep_maps:
-            config = parse(Architecture, read_config(checkpoint)["params"], source=str(checkpoint))
-            head, attention = initial_attention(model, config.head)
-            state = {name: value.cpu() for name, value in attention.state_dict().items()}
-            save_file(state, temporary / HEAD_NAME)
-
-        def files(place: int) -> dict[str, tuple[Shard, ...]]:
-            """The first or second file of each shard, by split."""
-            by_shard = list(zip(images.shards, made, strict=True))
-            return {
-                split: tuple(each.files[place] for (own, _), each in by_shard if own == split)
-                for split in images.index.splits
-            }
-
-        CacheIndex(
-            model=params.model,
-            checkpoint=fingerprint,
-            dtype=params.dtype,
-            num_classes=len(images.index.info.class_ids),
-            columns=model.columns,
-            head=head,
-            shards=files(0),
-            maps={} if head is None else files(1),
-            made_with=made_with,
-        ).write(temporary)
-        # Last: if the disk is full by now, they are still in their place.
-        for file in (file for each in made for file in each.files):
-            shutil.move(work_dir / file.name, temporary / file.name)
+    return (8 + 2 * width) * sum(images.num_samples(*shard) for shard in images.shards)
 
 
 def initial_attention(
@@ -187,16 +172,12 @@ def initial_attention(
 ) -> tuple[dict[str, int], TriTimestepAttention]:
     """What an attentive probe starts from: the trained head, or for a baseline a fresh one.
 
-    Args:
-        features: of the model whose maps are stored.
-        head: shape of the trained head.
-
     Returns:
         The attention's arguments, and the attention.
     """
-    unet, block = features.model.unet, features.model.block
+    unet = features.model.unet
     shape = {
-        "in_channels": block_channels(unet, block),
+        "in_channels": block_channels(unet, features.model.block),
         "width": head.width,
         "num_heads": head.num_heads,
         "mlp_ratio": head.mlp_ratio,

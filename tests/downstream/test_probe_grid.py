@@ -3,13 +3,15 @@
 import csv
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from contradiff.downstream.probe import ProbeParams, evaluate, train_linear_probes
-from contradiff.downstream.probe_grid import GridHead, ProbeData, train_grid, write_grid
+from contradiff.data.subsets import is_dev
+from contradiff.downstream.probe import ProbeParams, evaluate, train_probes
+from contradiff.downstream.probe_grid import GridHead, train_grid, write_grid
 from contradiff.features.cache import CacheIndex, FeatureCache
 from contradiff.features.params import FeatureSpec
 from contradiff.features.write_cache import write_table
@@ -74,14 +76,29 @@ def cache(tmp_path: Path) -> FeatureCache:
     return cache_of(tmp_path, splits, columns)
 
 
-def grid_of(cache: FeatureCache, *, dev: bool, **changes: object) -> list[GridHead]:
+def grid_of(cache: FeatureCache, **changes: object) -> list[GridHead]:
     params = ProbeParams.model_validate(PARAMS | changes)
-    return train_grid(ProbeData(cache, dev=dev), params=params, seed=0, device=torch.device("cpu"))
+    return train_grid(cache, params=params, seed=0, device=torch.device("cpu"))
+
+
+def train_alone(features: Tensor, labels: Tensor) -> Any:
+    """The configured probe, without a grid."""
+    params = ProbeParams.model_validate(PARAMS)
+    [probe] = train_probes(
+        features,
+        labels,
+        num_classes=4,
+        settings=[params.setting],
+        schedule=params.schedule,
+        seed=0,
+        device=torch.device("cpu"),
+    )
+    return probe
 
 
 def test_the_grid_names_the_headline_and_table_2(cache: FeatureCache, tmp_path: Path):
     params = ProbeParams.model_validate(PARAMS)
-    grid = grid_of(cache, dev=False)
+    grid = grid_of(cache)
     grid[-1] = replace(grid[-1], accuracy=None)  # as if it had diverged
     write_grid(tmp_path / "grid.csv", grid, params=params, index=cache.index)
     rows = list(csv.DictReader((tmp_path / "grid.csv").read_text().splitlines()))
@@ -89,32 +106,27 @@ def test_the_grid_names_the_headline_and_table_2(cache: FeatureCache, tmp_path: 
     assert [row["block"] for row in rows] == ["mid"] * 5 + ["up.1"] * 5
     assert (rows[1]["lr"], rows[1]["momentum"], rows[1]["weight_decay"]) == ("0.01", "0.9", "0.05")
     assert [row["total"] for row in rows] == ["40"] * 9 + [""]
-    train, val = ProbeData(cache, dev=False).column("attention:mid@4-2-1")
-    [alone] = train_linear_probes(
-        train,
-        cache.labels("train"),
-        num_classes=4,
-        settings=[params.setting],
-        schedule=params.schedule,
-        seed=0,
-    )
+    train, val = (cache.column(split, "attention:mid@4-2-1") for split in ("train", "val"))
+    alone = train_alone(train, cache.labels("train"))
     assert grid[0].accuracy == evaluate(alone, val, cache.labels("val"))
 
 
 def test_dev_holds_out_training_images_and_never_reads_val(cache: FeatureCache, tmp_path: Path):
     (tmp_path / "val-00000.safetensors").unlink()
-    data = ProbeData(cache, dev=True)
-    train, dev = data.labels()
-    assert len(train) + len(dev) == 120
-    assert 0 < len(dev) < 40
-    assert {head.accuracy.total for head in grid_of(cache, dev=True) if head.accuracy} == {len(dev)}
+    held_out = [is_dev(key) for key in cache.keys("train")]
+    assert 0 < sum(held_out) < 40
+    grid = grid_of(cache, split="dev")
+    assert {head.accuracy.total for head in grid if head.accuracy} == {sum(held_out)}
+    rest, name = ~torch.tensor(held_out), cache.index.columns[0].name
+    alone = train_alone(cache.column("train", name)[rest], cache.labels("train")[rest])
+    assert grid[0].probe.linear.weight.allclose(alone.linear.weight)
 
 
 def test_a_headline_that_diverges_is_refused(cache: FeatureCache):
     with pytest.raises(
         ValueError, match=r"^probe\.lr: the probe diverges \(got 1e\+30\); lower it"
     ):
-        grid_of(cache, dev=False, lr=1e30, weight_decay=0.9)
+        grid_of(cache, lr=1e30, weight_decay=0.9)
 
 
 def test_dev_that_holds_out_nothing_is_refused(tmp_path: Path):
@@ -122,4 +134,4 @@ def test_dev_that_holds_out_nothing_is_refused(tmp_path: Path):
     splits = {"train": {"c": features, "labels": labels}}
     cache = cache_of(tmp_path, splits, (FeatureSpec("c", None, None, "mean"),))
     with pytest.raises(ValueError, match=r"^probe\.split: dev holds out 0 of 3"):
-        ProbeData(cache, dev=True)
+        grid_of(cache, split="dev")

@@ -2,33 +2,33 @@
 
 import statistics
 from collections.abc import Sequence
-from pathlib import Path
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from pydantic import ValidationError
 from torch import Tensor
 
-from contradiff.base.loading import load_vae
 from contradiff.data.map_shards import Processes
-from contradiff.downstream.probe import train_linear_probes
+from contradiff.data.transforms import Crop
+from contradiff.downstream.probe import train_probes
 from contradiff.downstream.transfer import (
+    FewShots,
     TransferParams,
-    TransferScores,
     TransferTask,
-    batch_share_of,
     draw_splits,
+    features_of_rows,
     ridge_top1,
     score_splits,
-    transfer_batches,
     transfer_metrics,
 )
-from contradiff.features.batches import encode_images
+from contradiff.features.batches import CleanBatch, resized_batch
 from contradiff.features.models import LabelledFeatures
+from contradiff.features.params import FeatureSpec
+from contradiff.features.timm_backbone import TimmFeatures
 from contradiff.sources.transfer_set import TransferSplit
+from contradiff.types import to_pixels
 
 PARAMS = {
     "shots": [25],
@@ -87,79 +87,89 @@ def test_ridge_equals_the_normal_equations(num_samples: int, dim: int, penalty: 
 
 def test_splits_of_several_shots_are_nested():
     labels = [index % 5 for index in range(200)]
-    splits = draw_splits(labels, params_of(shots=[25, 1, 5, 10, "full"]), 7)
-    assert splits["full"] == [list(range(200))]
-    assert draw_splits(labels, params_of(num_splits=2), 8)[25] == splits[25][1:]
-    for fewer, more in ((1, 5), (5, 10), (10, 25)):
-        for small, large in zip(splits[fewer], splits[more], strict=True):
-            assert len(small) == 5 * fewer
-            assert set(small) < set(large)
-    few = TransferTask(split_of(labels), split_of([0]), {k: splits[k] for k in (25, 1, 5)}, 7)
-    # fewer shots ask for no further features: the headline's noise and score stay as they are
-    assert few.used == TransferTask(few.pool, few.test, {25: splits[25]}, 7).used
-    for shots, group in few.splits.items():
-        for index, split in enumerate(group):
-            assert [few.used[place] for place in few.places(shots, index)] == split
-
-
-@given(
-    num_rows=st.integers(0, 200),
-    batch_size=st.integers(1, 50),
-    num_processes=st.integers(1, 9),
-)
-def test_shares_are_the_whole_in_whole_batches(num_rows: int, batch_size: int, num_processes: int):
-    shares = [
-        batch_share_of(num_rows, batch_size=batch_size, processes=Processes(rank, num_processes))
-        for rank in range(num_processes)
+    shots = [25, 1, 5, 10, "full"]
+    splits = draw_splits(labels, shots=shots, num_splits=3, seed=7)
+    assert [(split.shots, split.seed) for split in splits] == [
+        *((number, seed) for number in shots[:-1] for seed in (7, 8, 9)),
+        ("full", 7),
     ]
-    assert [row for share in shares for row in share] == list(range(num_rows))
-    assert all(share.start % batch_size == 0 for share in shares if share)
-    counts = [-(-len(share) // batch_size) for share in shares]
-    assert max(counts) - min(counts) <= 1
+    rows = {(split.shots, split.seed): split.rows for split in splits}
+    assert rows["full", 7] == list(range(200))
+    assert draw_splits(labels, shots=[25], num_splits=1, seed=8)[0].rows == rows[25, 8]
+    for fewer, more in ((1, 5), (5, 10), (10, 25)):
+        for seed in (7, 8, 9):
+            assert len(rows[fewer, seed]) == 5 * fewer
+            assert set(rows[fewer, seed]) < set(rows[more, seed])
+    few = TransferTask(split_of(labels), split_of([0]), splits[:9])
+    # fewer shots ask for no further features: the headline's noise and score stay as they are
+    assert few.used == TransferTask(few.pool, few.test, splits[:3]).used
+    for split in few.splits:
+        assert [few.used[place] for place in few.places(split)] == split.rows
 
 
-def test_batches_are_rows_of_the_split(tiny_base: Path):
+class MeanColour(TimmFeatures):
+    """A stand-in for a feature model, which notes what it is shown."""
+
+    def __init__(self) -> None:
+        self.columns = (FeatureSpec("mean", None, None, "mean"),)
+        self.shown: list[tuple[int, ...]] = []
+
+    def __call__(self, batch: CleanBatch) -> dict[str, Tensor]:
+        self.shown.append(batch.indices)
+        return {"mean": batch.pixels.mean(dim=(2, 3))}
+
+
+@pytest.mark.parametrize("num_processes", [1, 2, 3, 5])
+def test_processes_share_whole_batches(num_processes: int):
     split, rows = split_of([number % 3 for number in range(11)]), [10, 0, 3, 4, 5, 6, 9, 1]
-    vae, size = load_vae(tiny_base), {"image_size": 32, "device": torch.device("cpu")}
-    encode = lambda images, labels: encode_images(vae, images, labels, **size)  # noqa: E731
-    batches = list(transfer_batches(encode, split, rows, batch_size=3))
-    assert [len(batch.keys) for batch in batches] == [3, 3, 2]
-    assert [key for batch in batches for key in batch.keys] == [f"image-{row}" for row in rows]
-    # the noise is of the row in the split, whatever other rows are used
-    assert [index for batch in batches for index in batch.indices] == rows
-    expected = encode(
-        torch.from_numpy(split.read(rows[3:6])), torch.from_numpy(split.labels[rows[3:6]])
-    )
-    assert batches[1].latents.equal(expected.latents)
-    assert batches[1].labels.equal(expected.labels)
+    pixels = to_pixels(torch.from_numpy(split.read(rows)))
+    crop = Crop(0, 0, 32, 32, mirrored=False)
+    encode = partial(resized_batch, crop=crop, size=32)
+    found, shown = [], []
+    for rank in range(num_processes):
+        if rank >= 3:
+            continue  # alone, a process without a batch has nothing to join
+        model, processes = MeanColour(), Processes(rank, num_processes)
+        found.append(
+            features_of_rows(model, encode, split, rows, batch_size=3, processes=processes)
+        )
+        shown += model.shown
+    assert shown == [(10, 0, 3), (4, 5, 6), (9, 1)]  # rows of the split, which seed the noise
+    whole = LabelledFeatures.joined(found)
+    assert whole.keys == tuple(f"image-{row}" for row in rows)
+    assert whole.labels.tolist() == [row % 3 for row in rows]
+    torch.testing.assert_close(whole.features, pixels.mean(dim=(2, 3)))
 
 
 def test_each_split_is_scored_on_the_whole_test_set():
     pool = samples(400, dim=12, num_classes=4, seed=0)
     test = samples(301, dim=12, num_classes=4, seed=1)
     params = params_of(shots=[10], batch_size=16, epochs=20, warmup_epochs=1.0)
-    splits = draw_splits(pool.labels.tolist(), params, 0)
-    task = TransferTask(split_of(pool.labels.tolist()), split_of(test.labels.tolist()), splits, 0)
-    scores = score_splits(task, pool.only(task.used), test, params=params)[10]
-    for index, split in enumerate(splits[10]):
-        own = pool.only(split)
-        assert scores["ridge"].top1[index] == ridge_top1(own, test, ridge=1.0) > 0.5
-        [probe] = train_linear_probes(
+    labels = pool.labels.tolist()
+    splits = draw_splits(labels, shots=[10], num_splits=3, seed=5)
+    task = TransferTask(split_of(labels), split_of(test.labels.tolist()), splits)
+    scores = score_splits(task, pool[torch.tensor(task.used)], test, params=params)
+    for split, score in zip(splits, scores, strict=True):
+        own = pool[torch.tensor(split.rows)]
+        assert score["ridge"] == ridge_top1(own, test, ridge=1.0) > 0.5
+        [probe] = train_probes(
             own.features,
             own.labels,
             num_classes=4,
             settings=[params.setting],
             schedule=params.schedule,
-            seed=index,
+            seed=split.seed,
+            device=torch.device("cpu"),
         )
         correct = (probe(test.features).argmax(1) == test.labels).sum().item()
-        assert scores["sgd"].top1[index] == correct / 301 > 0.5
+        assert score["sgd"] == correct / 301 > 0.5
 
 
 def test_metrics_have_the_headline_first():
-    several = {"ridge": TransferScores([0.25, 0.5, 0.75]), "sgd": TransferScores([0.5] * 3)}
-    one = {"ridge": TransferScores([0.9]), "finetuned": TransferScores([0.7])}
-    metrics = transfer_metrics({25: several, "full": one}, total=99, source="digits")
+    splits = [*(FewShots(25, seed, []) for seed in range(3)), FewShots("full", 0, [])]
+    scores = [{"ridge": top1, "sgd": 0.5} for top1 in (0.25, 0.5, 0.75)]
+    scores.append({"ridge": 0.9, "finetuned": 0.7})
+    metrics = transfer_metrics(splits, scores, total=99, source="digits")
     shown = {
         "ridge": {"mean": 0.5, "std": pytest.approx(statistics.stdev([0.25, 0.5, 0.75]))},
         "sgd": {"mean": 0.5, "std": 0.0},

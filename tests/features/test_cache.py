@@ -6,11 +6,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from contradiff.features.cache import CacheIndex, FeatureCache, MappedRows, weights_fingerprint
+from contradiff.features.cache import CacheIndex, FeatureCache, ModelFolders
 from contradiff.features.params import FeatureSpec
 from contradiff.features.write_cache import to_stored, write_table
 
 COLUMN = FeatureSpec("mean:mid@4-2-1", (4, 2, 1), "mid", "mean")
+
+
+def folders_in(folder: Path) -> ModelFolders:
+    return ModelFolders(folder / "pretrain", folder / "base", folder)
 
 
 @pytest.fixture
@@ -33,7 +37,7 @@ def folder(tmp_path: Path) -> Path:
         map_shards.append(write_table(file, {"maps": maps[part]}, keys=[]))
     CacheIndex(
         model="contradiff",
-        checkpoint=weights_fingerprint("contradiff", checkpoint=checkpoint, base=tmp_path),
+        checkpoint=folders_in(tmp_path).fingerprint("contradiff"),
         dtype="fp16",
         num_classes=5,
         columns=(COLUMN,),
@@ -46,8 +50,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def open_in(folder: Path) -> FeatureCache:
-    weights = {"checkpoint": folder / "pretrain", "base": folder / "base", "root": folder}
-    return FeatureCache.open(folder / "features", **weights)
+    return FeatureCache.open(folder / "features", folders_in(folder))
 
 
 def test_rows_come_back_in_order(folder: Path):
@@ -57,18 +60,10 @@ def test_rows_come_back_in_order(folder: Path):
     assert cache.keys("train") == ["k0", "k1", "k2", "k3", "k4"]
     assert cache.index.columns == (COLUMN,)
     assert cache.index.maps["train"][1].num_samples == 2
-
-
-def test_mapped_rows_behave_as_one_tensor(folder: Path):
-    rows = open_in(folder).maps("train")
+    maps = cache.maps("train")
+    assert len(maps) == 5
     whole = torch.arange(30.0).view(5, 3, 2, 1, 1).half()
-    index = torch.tensor([4, 0, 3, 0])
-    assert torch.equal(rows.index_select(0, index), whole[index])
-    assert torch.equal(torch.cat(list(rows.split(2))), whole)
-    some = rows.only(torch.tensor([4, 1, 2]))
-    assert (len(some), some.shape) == (3, (3, 3, 2, 1, 1))
-    assert torch.equal(some.index_select(0, torch.tensor([0, 2])), whole[[4, 2]])
-    assert torch.equal(MappedRows([whole]).index_select(0, index), whole[index])
+    assert all(torch.equal(maps[row], whole[row]) for row in (4, 0, 3))
 
 
 def test_damage_is_named(folder: Path):
@@ -86,7 +81,7 @@ def test_damage_is_named(folder: Path):
         open_in(folder)
 
 
-def test_missing_and_old_indices_are_refused(folder: Path, tmp_path: Path):
+def test_missing_and_old_indices_are_refused(folder: Path):
     path = folder / "features/index.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"version": 0}))
     with pytest.raises(ValueError, match="no index of version 1; run `dvc repro features`"):
@@ -95,7 +90,7 @@ def test_missing_and_old_indices_are_refused(folder: Path, tmp_path: Path):
     with pytest.raises(ValueError, match="no features; run `dvc repro features`"):
         open_in(folder)
     with pytest.raises(ValueError, match="no checkpoint; run `dvc repro pretrain`"):
-        weights_fingerprint("contradiff", checkpoint=tmp_path / "nowhere", base=tmp_path)
+        ModelFolders(folder / "nowhere", folder, folder).fingerprint("contradiff")
 
 
 def test_features_that_are_not_finite_are_refused_by_the_image():

@@ -1,12 +1,13 @@
-"""Against the UNet's own pass, and its feedback written out."""
+"""Against the UNet's pass and its feedback, written out layer by layer."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from contradiff.base.loading import load_unet
-from contradiff.features.diffeed import blend, decoder_maps, encode_with_feedback, feedback_maps
+from contradiff.features.diffeed import blend, feedback_maps
 from contradiff.method.unet import SplitUNet
 
 
@@ -16,35 +17,58 @@ def inputs() -> tuple[Tensor, Tensor, Tensor]:
     return latents, torch.tensor([5, 401]), torch.randn(2, 3, 16, generator=generator)
 
 
-@torch.no_grad()
-def test_without_feedback_it_is_the_unets_own_pass(tiny_base: Path):
-    unet = load_unet(tiny_base)
-    latents, steps, tokens = inputs()
-    seen: list[Tensor] = []
+def transcription(
+    unet: Any, latents: Tensor, steps: Tensor, tokens: Tensor, feedback: list[Tensor] | None
+) -> tuple[Tensor, list[Tensor]]:
+    """`unet.forward` layer by layer: the bottleneck, and the up blocks' maps before upsampling."""
+
+    def layer(block: Any, number: int, hidden: Tensor) -> Tensor:
+        hidden = block.resnets[number](hidden, time)
+        if hasattr(block, "attentions"):
+            attend = block.attentions[number]
+            hidden = attend(hidden, encoder_hidden_states=tokens, return_dict=False)[0]
+        return hidden
+
+    time = unet.time_embedding(unet.get_time_embed(latents, steps))
+    hidden = unet.conv_in(latents)
+    skips = [hidden]
+    for number, block in enumerate(unet.down_blocks):
+        hidden = layer(block, 0, hidden)
+        if feedback is not None:
+            hidden = blend(hidden, feedback[number])
+        skips.append(hidden)
+        if block.downsamplers:
+            hidden = block.downsamplers[0](hidden)
+            skips.append(hidden)
+    bottleneck = hidden = unet.mid_block(hidden, time, encoder_hidden_states=tokens)
+    maps = []
     for block in unet.up_blocks:
-        last = block.attentions[-1] if hasattr(block, "attentions") else block.resnets[-1]
-        take = lambda *args: seen.append(args[2][0] if isinstance(args[2], tuple) else args[2])  # noqa: E731
-        last.register_forward_hook(take)
-    unet(latents, steps, encoder_hidden_states=tokens)
-    own = list(seen)
-    expected = SplitUNet(unet).down(latents, steps, tokens)
-    encoded = encode_with_feedback(unet, latents, steps, tokens, feedback=None)
-    assert torch.equal(encoded.bottleneck, expected.bottleneck)
-    assert all(map(torch.equal, encoded.skips, expected.skips))
-    maps = decoder_maps(unet, encoded, tokens)
-    assert len(maps) == len(own) == 3
-    assert all(map(torch.equal, maps, own))
+        for number in range(len(block.resnets)):
+            hidden = layer(block, number, torch.cat([hidden, skips.pop()], dim=1))
+        maps.append(hidden)
+        if block.upsamplers:
+            hidden = block.upsamplers[0](hidden, skips[-1].shape[2:])
+    return bottleneck, maps
 
 
 @torch.no_grad()
-def test_decoder_maps_have_the_mirrored_encoder_maps_shapes(tiny_base: Path):
+def test_both_passes_equal_a_transcription(tiny_base: Path):
     unet = load_unet(tiny_base)
-    latents, steps, tokens = inputs()
-    encoded = encode_with_feedback(unet, latents, steps, tokens, feedback=None)
-    decoded = decoder_maps(unet, encoded, tokens)[::-1]
-    # conv_in, then of each down block one layer and, but for the last, its downsampling
-    before_downsampling = [encoded.skips[i] for i in (1, 3, 5)]
-    assert [m.shape for m in decoded] == [m.shape for m in before_downsampling]
+    bottleneck, maps = transcription(unet, *inputs(), None)
+    again = transcription(unet, *inputs(), maps[::-1])
+    expected = torch.cat(
+        [
+            torch.nn.functional.adaptive_avg_pool2d(found, bottleneck.shape[2:])
+            for found in (bottleneck, maps[1], again[0], again[1][1])
+        ],
+        dim=1,
+    )
+    assert feedback_maps(unet, *inputs()).equal(expected)
+    assert (again[0] - bottleneck).abs().max() > 1e-2
+    # the UNet is as it was, and each image is for itself
+    assert bottleneck.equal(SplitUNet(unet).down(*inputs()).bottleneck)
+    alone = feedback_maps(unet, *(each[1:] for each in inputs()))
+    torch.testing.assert_close(alone, expected[1:], atol=1e-5, rtol=1e-5)
 
 
 def test_blend_is_the_mean_with_a_map_of_equal_mean_and_deviation():
@@ -53,19 +77,3 @@ def test_blend_is_the_mean_with_a_map_of_equal_mean_and_deviation():
     for ours, own, other in zip(blend(maps, 7 * fed_back - 2), maps, fed_back, strict=True):
         scaled = (other - other.mean()) / other.std() * own.std() + own.mean()
         torch.testing.assert_close(ours, (own + scaled) / 2)
-
-
-@torch.no_grad()
-def test_feedback_changes_the_second_pass(tiny_base: Path):
-    unet = load_unet(tiny_base)
-    latents, steps, tokens = inputs()
-    maps = feedback_maps(unet, latents, steps, tokens)
-    assert maps.shape == (2, 4 * 32, 2, 2)
-    first_mid, first_up, second_mid, second_up = maps.split(32, dim=1)
-    encoded = SplitUNet(unet).down(latents, steps, tokens)
-    assert torch.equal(first_mid, encoded.bottleneck)
-    assert (second_mid - first_mid).abs().max() > 1e-2
-    assert (second_up - first_up).abs().max() > 1e-2
-    # each image for itself
-    alone = feedback_maps(unet, latents[1:], steps[1:], tokens[1:])
-    torch.testing.assert_close(alone, maps[1:], atol=1e-5, rtol=1e-5)

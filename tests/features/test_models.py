@@ -10,11 +10,12 @@ from torch import Tensor
 
 from contradiff.features import models as feature_models
 from contradiff.features.batches import CleanBatch, stored_batches
+from contradiff.features.cache import ModelFolders
 from contradiff.features.models import (
     DiffusionFeatures,
     LabelledFeatures,
     compute_features,
-    load_diffusion_features,
+    load_feature_model,
 )
 from contradiff.method.checkpoint import Architecture
 from contradiff.method.model import ContraDiff, build_model
@@ -130,10 +131,9 @@ def test_the_base_alone_is_the_model_before_training(  # noqa: PLR0917
     """And under tokens that a conditioner makes, which are zero before training."""
     save_tiny(tmp_path / "c", build_tiny(head=head), head=tiny_params["head"] | head)
     params = features_params(noising=noising, pool="mean", more_blocks=["up.1"])
-    base = load_diffusion_features(
+    base = load_feature_model(
         params.model_copy(update={"model": "base"}),
-        checkpoint=tmp_path / "c",
-        base=tiny_base,
+        ModelFolders(tmp_path / "c", tiny_base, tmp_path),
         seed=0,
         device=CPU,
     )
@@ -162,10 +162,9 @@ def test_frozen_weights_in_half_precision_are_autocast_s_own(  # noqa: PLR0917
     pool = "attention" if kind == "contradiff" else "mean"
 
     def features(precision: str) -> tuple[torch.dtype, Tensor]:
-        model = load_diffusion_features(
+        model = load_feature_model(
             features_params(model=kind, pool=pool, precision=precision),
-            checkpoint=tmp_path / "checkpoint",
-            base=tiny_base,
+            ModelFolders(tmp_path / "checkpoint", tiny_base, tmp_path),
             seed=0,
             device=CPU,
         )

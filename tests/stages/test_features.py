@@ -20,7 +20,7 @@ from contradiff.config import parse, read_params
 from contradiff.downstream.probe import LinearProbe
 from contradiff.features import write_cache
 from contradiff.features.batches import stored_batches
-from contradiff.features.cache import FeatureCache
+from contradiff.features.cache import FeatureCache, ModelFolders
 from contradiff.features.models import DiffusionFeatures, level_noise
 from contradiff.features.params import FeaturesParams
 from contradiff.method.checkpoint import base_digest, load_checkpoint
@@ -41,7 +41,7 @@ def content_of(*, probing: dict[str, Any] | None = None, **changes: Any) -> dict
 
 def make(run: Run, **changes: Any) -> FeatureCache:
     features.main(parse(features.Params, content_of(**changes), source="params.yaml"), run)
-    return FeatureCache.open(CACHE, checkpoint=PRETRAIN, base=BASE, root=run.root)
+    return FeatureCache.open(CACHE, ModelFolders(PRETRAIN, BASE, run.root))
 
 
 def judge(run: Run, **probing: Any) -> dict[str, Any]:
@@ -116,22 +116,21 @@ def test_the_number_of_processes_and_threads_changes_no_bit(
 def test_an_interrupted_run_goes_on_with_the_shards_that_are_left(
     trained_project: Run, monkeypatch: pytest.MonkeyPatch
 ):
-    write, written = features.write_features, []
+    write, written = write_cache.write_table, []
 
-    def fail_at_third(item: tuple[str, int], *args: Any, **kwargs: Any) -> Any:
+    def fail_at_third(path: Path, *args: Any, **kwargs: Any) -> Any:
         if len(written) == 2:
             raise KeyboardInterrupt
-        written.append(item)
-        return write(item, *args, **kwargs)
+        return note(path, *args, **kwargs)
 
-    def note(item: tuple[str, int], *args: Any, **kwargs: Any) -> Any:
-        written.append(item)
-        return write(item, *args, **kwargs)
+    def note(path: Path, *args: Any, **kwargs: Any) -> Any:
+        written.append(path.name)
+        return write(path, *args, **kwargs)
 
-    monkeypatch.setattr(features, "write_features", fail_at_third)
+    monkeypatch.setattr(write_cache, "write_table", fail_at_third)
     with pytest.raises(KeyboardInterrupt):
         make(trained_project)
-    monkeypatch.setattr(features, "write_features", note)
+    monkeypatch.setattr(write_cache, "write_table", note)
     make(trained_project)
     assert len(written) == len(set(written)) == 6
     kept = digests()
@@ -197,7 +196,7 @@ def test_attentive_probe_reads_maps_and_says_where_they_come_from(trained_projec
 def test_diffeed_s_maps_get_a_head_of_their_own(trained_project: Run):
     cache = make(trained_project, model="diffeed", pool="mean", probing={"head": "attentive"})
     assert cache.column("val", "mean:diffeed@401-201-101").shape == (8, 3 * 4 * 32)
-    assert cache.maps("val").shape == (8, 3, 4 * 32, 2, 2)
+    assert cache.maps("val")[7].shape == (3, 4 * 32, 2, 2)
     assert judge(trained_project, head="attentive", lrs=[])["model"] == "diffeed"
 
 
