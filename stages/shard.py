@@ -2,6 +2,7 @@
 
 from stages.runtime.run import Run, execute
 
+from operator import attrgetter
 from pathlib import Path
 
 from contradiff.config import Section, Seed
@@ -18,6 +19,7 @@ from contradiff.sources.packing import (
 )
 
 MANIFEST, SHARDS = Path("build/manifest/images.json"), Path("build/shards")
+NAME_OF = attrgetter("name")
 
 
 class Params(Section):
@@ -27,16 +29,14 @@ class Params(Section):
 
 
 def main(params: Params, run: Run) -> None:
-    index_folder = run.root / ".work/archives"
-    images = reopen_images(
-        MANIFEST, project=run.root, index_folder=index_folder, on_message=run.log
-    )
+    index = run.root / ".work/archives"
+    images = reopen_images(MANIFEST, project=run.root, index_folder=index, on_message=run.log)
     listing = images.listing
     plan = plan_shards(listing, seed=params.seed, shard=params.shard, ingest=params.ingest)
     # An interrupted run's shards are found again, also under another threshold.
     decisive = params.model_dump(by_alias=True, exclude={"ingest": {"max_quarantined"}})
     with run.work_dir(decisive, [MANIFEST], state_version=STATE_VERSION) as work:
-        missing = missing_items(plan, work, name_of=lambda planned: planned.name)
+        missing = missing_items(plan, work, name_of=NAME_OF)
         if len(missing) < len(plan):
             run.log(f"{len(plan) - len(missing)} of {len(plan)} shards were there already")
         check_space(plan, missing, work=work, target=SHARDS.parent)
@@ -47,7 +47,7 @@ def main(params: Params, run: Run) -> None:
                 plan,
                 maker,
                 work,
-                name_of=lambda planned: planned.name,
+                name_of=NAME_OF,
                 num_workers=run.runtime.num_workers,
                 size_of=lambda planned: len(planned.files),
                 on_progress=advance,

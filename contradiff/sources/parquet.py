@@ -169,8 +169,8 @@ def _check_columns(schema: Any, *, path: Path) -> bool:
     found = {field.name: field.type for field in schema}
     image, label = found.get("image"), found.get("label")
     members = {f.name: f.type for f in image} if image and types.is_struct(image) else {}
-    is_binary = types.is_binary, types.is_large_binary
-    has_bytes = "bytes" in members and any(check(members["bytes"]) for check in is_binary)
+    kind = members.get("bytes")
+    has_bytes = kind is not None and (types.is_binary(kind) or types.is_large_binary(kind))
     if not has_bytes or label is None or not types.is_integer(label):
         columns = ", ".join(f"{name}: {kind}" for name, kind in found.items())
         raise ValueError(
@@ -192,12 +192,12 @@ def _mean_sizes(metadata: Any) -> list[int]:
 
 
 def _class_names(metadata: dict[bytes, bytes] | None) -> list[str]:
-    """The classes' names, where `datasets` has written the file."""
+    """The classes' names, if `datasets` has written the file; others need not name them."""
     try:
         features = json.loads((metadata or {})[b"huggingface"])["info"]["features"]
         return [str(name) for name in features["label"]["names"]]
     except (KeyError, TypeError, ValueError):
-        return []  # another program has written it: names are optional
+        return []
 
 
 def _footer_digest(path: Path) -> str:
