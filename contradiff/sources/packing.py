@@ -135,8 +135,8 @@ class ShardMaker:
         """Write one shard, whole or not at all; no file if none of its images is readable.
 
         Raises:
-            ValueError: an image's size has changed since the plan was made, the disk is full, or
-                earlier shards had too many unreadable images.
+            ValueError: an image's size has changed since the plan was made, or earlier shards had
+                too many unreadable images.
         """
         self.unreadable_images()
         irregularities: Counter[str] = Counter()
@@ -167,8 +167,7 @@ class ShardMaker:
                 tick(1)
 
         path = self.work / planned.name
-        with explain_full_disk(self.work):
-            shard = write_shard(path, records(), compression=self.shard.compression)
+        shard = write_shard(path, records(), compression=self.shard.compression)
         if shard.num_samples == 0:
             path.unlink()
         listed = path.with_name(f"{path.name}{UNREADABLE}")

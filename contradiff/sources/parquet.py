@@ -47,17 +47,16 @@ def read_row(root: Path, file: ImageFile) -> bytes:
     """
     import pyarrow as pa
 
-    shown = f"data.root: {root / file.stored}: row {file.offset}"
+    path = root / file.stored
     try:
-        path = root / file.stored
         shard, starts = _opened(path, os.getpid(), path.stat().st_mtime_ns)
         number = bisect_right(starts, file.offset) - 1
         image = _row_group(shard, number)[file.offset - starts[number]]
     except (pa.ArrowException, OSError, IndexError) as error:
-        raise ValueError(f"{shown} cannot be read: {error}") from error
+        raise ValueError(f"data.root: {path}: row {file.offset} cannot be read: {error}") from error
     content = image["bytes"].as_py() if image.is_valid else None
     if not content:
-        raise ValueError(f"{shown} has no image bytes, only a path")
+        raise ValueError(f"data.root: {path}: row {file.offset} has no image bytes, only a path")
     return content
 
 
@@ -230,16 +229,16 @@ def _class_ids(
     num_classes = len(names) or 1 + max((image.label for image in images["train"]), default=-1)
     wnids: dict[int, str] = {}
     for image in (image for rows in images.values() for image in rows):
-        label, shown = image.label, f"data.root: {root / image.stored}: row {image.row}"
+        label, wnid = image.label, _stem_and_wnid(image.name)[1]
+        fault = ""
         if not 0 <= label < num_classes:
+            fault = f"; expected 0 to {num_classes - 1} (a test split has no labels)"
+        elif wnid is not None and wnids.setdefault(label, wnid) != wnid:
+            fault = f", which is {wnids[label]} elsewhere"
+        if fault:
             raise ValueError(
-                f"{shown} has the label {label}; expected 0 to {num_classes - 1} (a test split has "
-                "no labels)"
-            )
-        wnid = _stem_and_wnid(image.name)[1]
-        if wnid is not None and wnids.setdefault(label, wnid) != wnid:
-            raise ValueError(
-                f"{shown} ({image.name}) has label {label}, which is {wnids[label]} elsewhere"
+                f"data.root: {root / image.stored}: row {image.row} ({image.name}) has the label "
+                f"{label}{fault}"
             )
     ordered = [wnids[label] for label in sorted(wnids)]
     for earlier, later in pairwise(ordered):

@@ -99,9 +99,9 @@ def root(tmp_path: Path) -> Path:
         ({"label": ["cat"] * 6}, r"has the columns \(image: .*, label: string\); expected `image`"),
         ({"image": [b"x"] * 6}, r"has the columns \(image: binary, label: int64\); expected"),
         ({"image": [{"path": "a.jpg"}] * 6}, r"has the columns \(image: struct<path: string>"),
-        ({"label": [0, 1, 2, 3, 0, 1]}, r"train-0.*: row 3 has the label 3; expected 0 to 2"),
-        ({"label": [0, -1, 2, 2, 0, 1]}, r"row 1 has the label -1; .* test split has no label"),
-        ({"label": [0, None, 2, 2, 0, 1]}, r"row 1 has the label -1"),
+        ({"label": [0, 1, 2, 3, 0, 1]}, r"train-0.*: row 3 .* has the label 3; expected 0 to 2"),
+        ({"label": [0, -1, 2, 2, 0, 1]}, r"row 1 .* has the label -1; .* test split has no label"),
+        ({"label": [0, None, 2, 2, 0, 1]}, r"row 1 .* has the label -1"),
     ],
 )
 def test_wrong_columns_are_named(root: Path, columns: dict[str, Any], fault: str):
@@ -125,7 +125,7 @@ def test_label_that_does_not_follow_the_wnid_is_named(tmp_path: Path):
     labels = [(label + 1) % 3 for label in table["label"].to_pylist()]
     parquet.write_table(table.set_column(1, "label", pa.array(labels)), shard)
     with pytest.raises(
-        ValueError, match=r"validation-00001.*: row 0 \(.*\) has label \d, which is n0"
+        ValueError, match=r"validation-00001.*: row 0 \(.*\) has the label \d, which is n0"
     ):
         scan_parquet(tmp_path)
 
