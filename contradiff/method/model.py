@@ -51,7 +51,7 @@ class ContraDiff(nn.Module):
         image_size: int,
         downsampling: int,
     ) -> None:
-        """Add the trainable parts to a frozen UNet; their weights are random, LoRA's update zero.
+        """Add trainable modules to a frozen UNet; their weights are random, LoRA's update is zero.
 
         Args:
             unet: the base's denoiser; gets LoRA layers in place.
@@ -147,7 +147,7 @@ class ContraDiff(nn.Module):
         """Inverse of `trained_state`.
 
         Raises:
-            ValueError: the weights are not exactly those of this model's trainable parts.
+            ValueError: the weights are not exactly those of this model's trainable modules.
         """
         expected = {(name, tensor.shape) for name, tensor in self.trained_state().items()}
         given = {(name, tensor.shape) for name, tensor in state.items()}
@@ -169,7 +169,7 @@ class ContraDiff(nn.Module):
 def build_model(
     base: Path, architecture: Architecture, *, image_size: int, seed: int
 ) -> ContraDiff:
-    """Load the frozen base from a folder and add the trainable parts, initialised from `seed`."""
+    """Load the frozen base from a folder and add trainable modules, initialised from `seed`."""
     unet = load_unet(base)
     schedule = NoiseSchedule.of_base(base)
     torch.manual_seed(seed)

@@ -133,12 +133,14 @@ def test_the_precision_reaches_accelerate(start: Start, precision: str, mixed: s
     assert start(pretrain={"precision": precision}) == mixed
 
 
-@pytest.mark.parametrize(("parts", "weight", "warned"), [(2, 0.1, 1), (1, 0.1, 0), (2, 0.0, 0)])
-def test_negatives_of_a_part_alone_are_warned_of(
-    start: Start, capsys: pytest.CaptureFixture[str], parts: int, weight: float, warned: int
+@pytest.mark.parametrize(("number", "weight", "warned"), [(2, 0.1, 1), (1, 0.1, 0), (2, 0.0, 0)])
+def test_negatives_of_one_microbatch_are_warned_of(
+    start: Start, capsys: pytest.CaptureFixture[str], number: int, weight: float, warned: int
 ):
-    start(pretrain={"grad_accumulation": parts}, loss={"lambda": weight})
-    warning = "pretrain.grad_accumulation: an image is contrasted with the 4 of its part alone"
+    start(pretrain={"grad_accumulation": number}, loss={"lambda": weight})
+    warning = (
+        "pretrain.grad_accumulation: the contrastive loss and the projector's BatchNorm see the 4 "
+    )
     assert capsys.readouterr().err.count(warning) == warned
 
 

@@ -171,7 +171,7 @@ def test_optimizer_has_the_settings_and_a_clipped_gradient(
         assert row["grad_norm"] > 0.02  # that of before
 
 
-def test_accumulated_gradient_is_the_mean_of_the_parts(
+def test_accumulated_gradient_is_the_mean_of_the_microbatches(
     build_tiny: Build,
     train: Train,
     recipe_of: Callable[..., TrainingRecipe],
@@ -356,8 +356,11 @@ def test_batch_that_does_not_divide_is_named(
     [
         ({"warmup_epochs": 2.0}, r"pretrain\.warmup_epochs is 2, .* pretrain\.epochs"),
         ({"batch_size": 1}, "greater than or equal to 2"),
-        ({"grad_accumulation": 4}, r"^[^$]*pretrain\.grad_accumulation: 4 parts .* must be equal"),
-        ({"grad_accumulation": 6}, r"pretrain\.grad_accumulation: 6 parts .* two images or more"),
+        ({"grad_accumulation": 4}, r"pretrain\.grad_accumulation: 4 microbatches .* equally"),
+        (
+            {"grad_accumulation": 6},
+            r"grad_accumulation: 6 microbatches .* two or more each",
+        ),
         ({"precision": "fp16"}, "'fp32' or 'bf16'"),
         ({"lr": 0.0}, "greater than 0"),
     ],
