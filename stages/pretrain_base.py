@@ -1,8 +1,7 @@
 """pretrain_base: the tiny base's recipe => models/tiny, in diffusers' format. No labels are used.
 
 Frozen in dvc.yaml: `dvc repro` takes its out as it is, as one takes Stable Diffusion. `make base`
-retrains it, on as many processes as `python -m stages.runtime.launch` starts
-(CONTRADIFF_NUM_PROCESSES).
+retrains it, in CONTRADIFF_NUM_PROCESSES processes.
 """
 
 from stages.runtime.run import Run, execute
