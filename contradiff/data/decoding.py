@@ -10,19 +10,10 @@ import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError
 
 _FAULTS = (
-    OSError,
-    ValueError,
-    SyntaxError,  # what Pillow raises for a broken PNG
-    EOFError,
-    IndexError,
-    KeyError,
-    TypeError,
-    OverflowError,
-    struct.error,
-    zlib.error,
-    Image.DecompressionBombError,
+    *(OSError, ValueError, EOFError, LookupError, TypeError, OverflowError),
+    *(SyntaxError, struct.error, zlib.error, Image.DecompressionBombError),
 )
-"""What Pillow raises for files that are not as they should be."""
+"""What Pillow raises for files that are not as they should be; SyntaxError for a broken PNG."""
 
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -38,20 +29,14 @@ _UPRIGHT = {
 
 @contextmanager
 def opened(encoded: bytes, *, name: str) -> Generator[Image.Image]:
-    """Open an encoded image, and turn every error of Pillow inside the block into a ValueError.
-
-    Raises:
-        ValueError: The image cannot be read; the message names the sample.
-    """
-    if not encoded:
-        raise ValueError(_unreadable(name, "empty file"))
+    """Open an encoded image; turn every error inside the block into a ValueError with `name`."""
     try:
         with Image.open(io.BytesIO(encoded)) as image:
             yield image
-    except UnidentifiedImageError as error:
-        raise ValueError(_unreadable(name, "unknown format")) from error
     except _FAULTS as error:
-        raise ValueError(_unreadable(name, str(error))) from error
+        is_unknown = isinstance(error, UnidentifiedImageError)
+        reason = ("unknown format" if encoded else "empty file") if is_unknown else str(error)
+        raise ValueError(f"{name}: not a readable image ({reason})") from error
 
 
 def decode_rgb(encoded: bytes, *, name: str) -> Image.Image:
@@ -59,10 +44,7 @@ def decode_rgb(encoded: bytes, *, name: str) -> Image.Image:
 
     CMYK (also Adobe's inverted form), grey with 8 or 16 bits and palettes become RGB. An alpha
     channel is dropped, as torchvision's loader does; *unlike* that loader, this applies EXIF's
-    orientation.
-
-    Raises:
-        ValueError: The image cannot be read; the message names the sample.
+    orientation. A ValueError with `name` says why an image cannot be read.
     """
     with opened(encoded, name=name) as image:
         return upright(_to_rgb(image), orientation=orientation_of(image))
@@ -89,7 +71,3 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode == "P" and "transparency" in image.info:  # Pillow warns of the direct way
         return image.convert("RGBA").convert("RGB")
     return image.convert("RGB")
-
-
-def _unreadable(name: str, reason: str) -> str:
-    return f"{name}: not a readable image ({reason})"

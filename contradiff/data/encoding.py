@@ -16,28 +16,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from contradiff.base.vae import downsampling_factor, encode, scaling_factor
+from contradiff.data import transforms
 from contradiff.data.latents import LatentsParams, StoredLatents
-from contradiff.data.map_shards import Made, Tick
 from contradiff.data.shard_info import ImageInfo, LatentInfo
-from contradiff.data.shards import (
-    Compression,
-    Record,
-    Sample,
-    Shard,
-    ShardIndex,
-    image_of,
-    read_shard,
-    shard_name,
-    write_shard,
-)
-from contradiff.data.transforms import (
-    Crop,
-    apply_crop,
-    centre_crop,
-    decode,
-    jitter_colours,
-    random_crop,
-)
+from contradiff.data.shards import Compression, Sample, Shard, ShardIndex, shard_name
+from contradiff.data.transforms import Crop
 from contradiff.files import check_free_space, describe_bytes
 from contradiff.types import ByteImages, to_pixels
 
@@ -78,12 +61,7 @@ class CutImages:
 class LatentEncoder:
     """Encodes the crops of images; a result depends only on the image, its key and the seed.
 
-    Attributes:
-        vae: Frozen, in float32, on `device`.
-        params: Which crops to encode, and how to store them.
-        image_size: Side of the crops in pixels.
-        seed: Seed of the random crops and colours.
-        device: Device of the VAE.
+    The VAE is frozen, in float32, on `device`; `image_size` is the side of the crops in pixels.
     """
 
     vae: "AutoencoderKL"
@@ -104,21 +82,17 @@ class LatentEncoder:
     def encode(
         self, samples: Iterable[Sample], *, split: str, num_workers: int = 0
     ) -> Iterator[StoredLatents]:
-        """Encode images in order.
+        """Encode images in order; the split decides how many crops an image has.
 
-        Args:
-            samples: Encoded images; this process reads some of them ahead.
-            split: The split; it decides how many crops an image has.
-            num_workers: Number of processes that decode and crop; 0: this process does it.
-
-        Raises:
-            ValueError: An image cannot be decoded.
+        This process reads some images ahead. `num_workers` others decode and crop them; if it is
+        0, this process does it. A ValueError names an image that cannot be decoded.
         """
         views, flips = self.params.views_of(split)
+        samples, size = iter(samples), max(1, self.params.batch_size // (views * (1 + flips)))
         # The loader sends what its sampler yields, here images instead of indices, to its workers.
         loader = DataLoader(
             _Cutter(self.params, views, flips, self.image_size, self.seed),
-            sampler=_chunks(samples, size=max(1, self.params.batch_size // (views * (1 + flips)))),
+            sampler=iter(lambda: list(islice(samples, size)), []),
             batch_size=None,
             num_workers=num_workers,
         )
@@ -140,56 +114,26 @@ class LatentEncoder:
         views, flips = self.params.views_of(split)
         side = self.image_size // downsampling_factor(self.vae)
         moments = 2 * self.vae.config["latent_channels"] * side**2
-        stored_views = views * (1 + flips)
-        sample = _member_bytes(2 * stored_views * moments) + _member_bytes(stored_views * 5 * 4)
+        members = [views * (1 + flips) * num_bytes for num_bytes in (2 * moments, 5 * 4)]
+        sample = sum(_TAR_BLOCK + _round_up(_NPY_HEADER + m, _TAR_BLOCK) for m in members)
         return _round_up(num_samples * sample + 2 * _TAR_BLOCK, _TAR_RECORD)
 
     def check_room(self, folder: Path, planned: Sequence[PlannedLatents]) -> None:
-        """Check that the shards fit on the disk of `folder`.
-
-        Raises:
-            ValueError: They do not; the message says how much space is missing.
-        """
+        """Check that the shards fit on the disk of `folder`; a ValueError says what is missing."""
         num_bytes = sum(self.shard_bytes(item.split, item.images.num_samples) for item in planned)
         ways_out = "lower latents.views or switch latents.flips off"
         check_free_space(folder, num_bytes, ways_out=ways_out)
 
     def describe_size(self, index: ShardIndex[ImageInfo]) -> str:
         """Say in one line how much disk space the latents of each split need, and why."""
-        total, parts = 0, list[str]()
+        total, lines = 0, list[str]()
         for split, shards in index.splits.items():
             views, flips = self.params.views_of(split)
             shown = f"{views} view{'s' if views > 1 else ''}{' and their mirror images' * flips}"
             size = sum(self.shard_bytes(split, shard.num_samples) for shard in shards)
             total += size
-            parts.append(f"{split} {describe_bytes(size)} ({index.num_samples(split):,} x {shown})")
-        return f"{describe_bytes(total)} of latents: {', '.join(parts)}"
-
-
-def encode_shard(
-    planned: PlannedLatents,
-    tick: Tick,
-    *,
-    encoder: LatentEncoder,
-    images: Path,
-    work_dir: Path,
-    compression: Compression,
-    num_workers: int,
-) -> Made:
-    """Write one shard of latents to `work_dir`, for `map_shards`.
-
-    Raises:
-        ValueError: The shard of images is damaged, or an image cannot be decoded.
-    """
-    records = read_shard(images / planned.images.name, planned.images)
-    stored = encoder.encode(map(image_of, records), split=planned.split, num_workers=num_workers)
-
-    def counted() -> Iterator[Record]:
-        for item in stored:
-            yield item.to_record()
-            tick(1)
-
-    return Made((write_shard(work_dir / planned.name, counted(), compression=compression),))
+            lines.append(f"{split} {describe_bytes(size)} ({index.num_samples(split):,} x {shown})")
+        return f"{describe_bytes(total)} of latents: {', '.join(lines)}"
 
 
 def choose_crops(
@@ -198,8 +142,11 @@ def choose_crops(
     """Choose the centre crop and `views - 1` random crops; only seed and key decide."""
     height, width = image.shape[1:]
     rng = np.random.default_rng([seed, crc32(key.encode())])
-    crops = [random_crop(rng, height, width, scale_min=crop_scale_min) for _ in range(views - 1)]
-    return [centre_crop(height, width), *crops]
+    random = [
+        transforms.random_crop(rng, height, width, scale_min=crop_scale_min)
+        for _ in range(views - 1)
+    ]
+    return [transforms.centre_crop(height, width), *random]
 
 
 @dataclass(frozen=True)
@@ -217,40 +164,22 @@ class _Cutter(Dataset["CutImages | ValueError"]):
             crops, pixels = zip(*map(self._cut, samples), strict=True)
         except ValueError as error:  # raised by a worker, it would come as a traceback
             return error
-        keys = tuple(sample.key for sample in samples)
-        return CutImages(keys, crops, torch.cat(pixels))
+        return CutImages(tuple(sample.key for sample in samples), crops, torch.cat(pixels))
 
     def _cut(self, sample: Sample) -> tuple[tuple[Crop, ...], ByteImages]:
-        image = decode(sample.image, name=sample.key)
-        crops = choose_crops(
-            image,
-            key=sample.key,
-            views=self.views,
-            crop_scale_min=self.params.crop_scale_min,
-            seed=self.seed,
-        )
+        image, key = transforms.decode(sample.image, name=sample.key), sample.key
+        scale_min, seed = self.params.crop_scale_min, self.seed
+        crops = choose_crops(image, key=key, views=self.views, crop_scale_min=scale_min, seed=seed)
         cuts: list[Tensor] = []
         for view, crop in enumerate(crops):
-            rng = np.random.default_rng([self.seed, crc32(sample.key.encode()), view])
+            rng = np.random.default_rng([seed, crc32(key.encode()), view])
             strength = self.params.colour_jitter if view > 0 else 0.0
-            cut = apply_crop(image, crop, size=self.image_size)
-            cuts.append(jitter_colours(cut, rng, strength=strength))
+            cut = transforms.apply_crop(image, crop, size=self.image_size)
+            cuts.append(transforms.jitter_colours(cut, rng, strength=strength))
         if self.flips:
             crops += [replace(crop, mirrored=not crop.mirrored) for crop in crops]
             cuts += [cut.flip(-1) for cut in cuts]
         return tuple(crops), torch.stack(cuts)
-
-
-def _chunks(samples: Iterable[Sample], *, size: int) -> Iterator[list[Sample]]:
-    """Yield groups of images to encode together."""
-    samples = iter(samples)
-    while chunk := list(islice(samples, size)):
-        yield chunk
-
-
-def _member_bytes(num_bytes: int) -> int:
-    """The size of an array in a tar, including both headers."""
-    return _TAR_BLOCK + _round_up(_NPY_HEADER + num_bytes, _TAR_BLOCK)
 
 
 def _round_up(number: int, multiple: int) -> int:

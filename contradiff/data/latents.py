@@ -15,9 +15,6 @@ from contradiff.config import Section
 from contradiff.data.shards import Record, array_from_bytes, array_to_bytes
 from contradiff.data.transforms import Crop
 
-EVALUATED = frozenset({"val"})
-"""Splits that are only evaluated: they have the centre crop alone."""
-
 
 class LatentsParams(Section):
     """Section `latents`: which crops of an image to encode before training."""
@@ -43,16 +40,19 @@ class LatentsParams(Section):
     batch_size: int = Field(ge=1, description="crops encoded at once")
 
     def views_of(self, split: str) -> tuple[int, bool]:
-        """Return the number of crops of an image in a split, and whether they are also mirrored."""
-        return (1, False) if split in EVALUATED else (self.views, self.flips)
+        """Return the number of crops of an image in a split, and whether they are also mirrored.
+
+        The val split is only evaluated: it has the centre crop alone.
+        """
+        return (1, False) if split == "val" else (self.views, self.flips)
 
 
 @dataclass(frozen=True)
 class StoredLatents:
     """One image's views: moments and the crops they show. View 0 is the centre crop.
 
-    If there are flips, the mirror images of all views follow them, in the same order. The moments
-    are float16, or bfloat16's values as float32, since NumPy has no bfloat16.
+    If there are flips, the mirror images of all views follow them, in the same order. Moments are
+    float16, or bfloat16's values as float32, since NumPy has no bfloat16.
     """
 
     key: str
@@ -60,13 +60,10 @@ class StoredLatents:
     crops: tuple[Crop, ...]
 
     def to_record(self) -> Record:
-        """One WebDataset sample: `moments.npy` and `crops.npy` (int32).
-
-        The moments are float16, or uint16: bfloat16's bits, which are the upper half of float32's.
-        """
+        """Return `moments.npy` (float16; or uint16, bfloat16's bits) and `crops.npy` (int32)."""
         moments = self.moments
         if moments.dtype == np.float32:
-            moments = (moments.view(np.uint32) >> 16).astype(np.uint16)
+            moments = (moments.view(np.uint32) >> 16).astype(np.uint16)  # the upper half
         return {
             "__key__": self.key.encode(),
             "moments.npy": array_to_bytes(moments),

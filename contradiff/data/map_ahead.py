@@ -16,13 +16,10 @@ def map_ahead(
     num_threads: int,
     num_ahead: int,
 ) -> Iterator[Result]:
-    """Yield what `map` yields, in the same order, but let threads work ahead.
+    """Yield what `map` yields, in the same order, while threads compute up to `num_ahead` results.
 
-    Args:
-        function: It should release Python's lock for most of its time, as Pillow and torch do.
-        items: Read in the calling thread.
-        num_threads: Number of threads; 0: nothing is computed ahead.
-        num_ahead: Largest number of results that may wait to be fetched.
+    With 0 threads nothing is computed ahead. The calling thread reads the items. `function` should
+    release Python's lock for most of its time, as Pillow and torch do.
     """
     if num_threads == 0:
         yield from map(function, items)

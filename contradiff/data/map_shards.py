@@ -17,6 +17,7 @@ from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -42,6 +43,9 @@ class Made:
     notes: dict[str, Any] = field(default_factory=dict[str, Any])
 
 
+def _ignore(_: int) -> None: ...
+
+
 def map_shards(
     items: Sequence[Item],
     make: Callable[[Item, Tick], Made],
@@ -51,7 +55,7 @@ def map_shards(
     processes: Processes | None = None,
     num_workers: int = 0,
     size_of: Callable[[Item], int] = lambda _: 1,
-    on_progress: Tick = lambda _: None,
+    on_progress: Tick = _ignore,
 ) -> list[Made]:
     """Call `make` for every item that an interrupted run has not finished yet.
 
@@ -83,21 +87,25 @@ def map_shards(
     processes.barrier()  # process 0 holds the folder's lock now: no other run writes to it
     missing = missing_items(items, work_dir, name_of=name_of)
     crew = _Crew(work_dir, processes, on_progress)
-    crew.begin()
     processes.barrier()  # everyone has looked for what is missing before anyone writes
     own = missing[processes.rank :: processes.size]
-    with crew, explain_full_disk(work_dir):
-        for item, made in (
-            _in_workers(make, own, num_workers, size_of, crew.advance)
-            if num_workers and own
-            else ((item, make(item, crew.advance)) for item in own)
-        ):
-            crew.tell()  # before the note: whoever has seen all notes has seen all progress
-            with replace_file(_note_of(item, work_dir, name_of)) as path:
-                path.write_text(json.dumps(asdict(made)), encoding="utf-8")
-        crew.wait(lambda: not missing_items(items, work_dir, name_of=name_of))
-    notes = (_note_of(item, work_dir, name_of) for item in items)
-    found = [made for note in notes if (made := read_note(note)) is not None]
+    try:
+        with explain_full_disk(work_dir):
+            for item, made in (
+                _in_workers(make, own, num_workers, size_of, crew.advance)
+                if num_workers and own
+                else ((item, make(item, crew.advance)) for item in own)
+            ):
+                crew.tell()  # before the note: whoever has seen all notes has seen all progress
+                with replace_file(work_dir / f"{name_of(item)}.json") as path:
+                    path.write_text(json.dumps(asdict(made)), encoding="utf-8")
+            crew.wait(lambda: not missing_items(items, work_dir, name_of=name_of))
+    except BaseException:  # torchrun tells the others of a process that was killed
+        with suppress(OSError):  # the disk may be full: the first error says so
+            crew.file("failed", processes.rank).touch()
+        raise
+    notes = (_read_note(work_dir / f"{name_of(item)}.json") for item in items)
+    found = [made for made in notes if made is not None]
     assert len(found) == len(items), "a note says what is there"
     processes.barrier()  # everyone has read the notes before anyone moves the files
     return found
@@ -107,22 +115,15 @@ def missing_items(
     items: Sequence[Item], work_dir: Path, *, name_of: Callable[[Item], str]
 ) -> list[Item]:
     """Return the items that `map_shards` has not finished: those without a valid note."""
-    return [item for item in items if read_note(_note_of(item, work_dir, name_of)) is None]
+    return [item for item in items if _read_note(work_dir / f"{name_of(item)}.json") is None]
 
 
 def publish_shards(
     folder: Path, work_dir: Path, made: Iterable[tuple[str, Made]], info: ShardInfo
 ) -> None:
-    """Move finished shards to an empty folder and write its index.
+    """Move finished shards to an empty folder and write its index, which says `info` of them.
 
-    Args:
-        folder: The folder that readers use.
-        work_dir: The folder that `map_shards` wrote to.
-        made: The split and the result of each item.
-        info: What the index says of all shards.
-
-    Raises:
-        ValueError: The disk is full.
+    `made` holds the split and the result of each item. A ValueError says that the disk is full.
     """
     splits: dict[str, tuple[Shard, ...]] = {}
     for split, item in made:
@@ -130,25 +131,21 @@ def publish_shards(
     with explain_full_disk(folder.parent):
         # The index first: on a full disk it is what fails, and the shards are still in their place.
         ShardIndex(splits, info).write(folder)
-        for shard in (shard for shards in splits.values() for shard in shards):
+        for shard in chain(*splits.values()):
             shutil.move(work_dir / shard.name, folder / shard.name)
 
 
-def read_note(note: Path) -> Made | None:
+def _read_note(note: Path) -> Made | None:
     """Read an item's note; None if there is no note, or if a file differs from what it says."""
     if not note.is_file():
         return None
     content = json.loads(note.read_text(encoding="utf-8"))
     files = tuple(Shard(**shard) for shard in content["files"])
-    paths = [note.parent / file.name for file in files]
-    whole = (
-        p.is_file() and p.stat().st_size == f.num_bytes for p, f in zip(paths, files, strict=True)
-    )
-    return Made(files, content["notes"]) if all(whole) else None
-
-
-def _note_of(item: Item, work_dir: Path, name_of: Callable[[Item], str]) -> Path:
-    return work_dir / f"{name_of(item)}.json"
+    for file in files:
+        path = note.parent / file.name
+        if not path.is_file() or path.stat().st_size != file.num_bytes:
+            return None
+    return Made(files, content["notes"])
 
 
 class _Crew:
@@ -158,19 +155,11 @@ class _Crew:
         self.folder, self.processes, self.on_progress = folder, processes, on_progress
         self.done = self.shown = 0
         self.told_at = -math.inf
+        for what in ("failed", "done"):  # by an earlier run
+            self.file(what, processes.rank).unlink(missing_ok=True)
 
-    def begin(self) -> None:
-        """Delete the files of an earlier run."""
-        for what in ("failed", "done"):
-            self._file(what).unlink(missing_ok=True)
-
-    def __enter__(self) -> None: ...
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        """Tell the others of a failure. torchrun tells them of a process that was killed."""
-        if kind is not None:
-            with suppress(OSError):  # the disk may be full: the first error says so
-                self._file("failed").touch()
+    def file(self, what: str, rank: int) -> Path:
+        return self.folder / f"{what}-{rank}"
 
     def advance(self, count: int) -> None:
         self.done += count
@@ -180,7 +169,7 @@ class _Crew:
     def wait(self, is_done: Callable[[], bool]) -> None:
         while not is_done():
             for rank in range(self.processes.size):
-                if self._file("failed", rank).exists():
+                if self.file("failed", rank).exists():
                     raise ChildProcessError(f"process {rank} has failed; its own message says why")
             time.sleep(SECONDS_BETWEEN_LOOKS)
             self.tell()
@@ -189,16 +178,13 @@ class _Crew:
     def tell(self) -> None:
         self.told_at = time.monotonic()
         if self.processes.rank > 0:
-            with replace_file(self._file("done")) as path:
+            with replace_file(self.file("done", self.processes.rank)) as path:
                 path.write_text(str(self.done))
             return
-        files = [self._file("done", rank) for rank in range(1, self.processes.size)]
+        files = [self.file("done", rank) for rank in range(1, self.processes.size)]
         total = self.done + sum(int(file.read_text()) for file in files if file.is_file())
         self.on_progress(total - self.shown)
         self.shown = total
-
-    def _file(self, what: str, rank: int | None = None) -> Path:
-        return self.folder / f"{what}-{self.processes.rank if rank is None else rank}"
 
 
 def _in_workers(
@@ -232,10 +218,6 @@ def _in_workers(
         raise
     finally:
         pool.shutdown(cancel_futures=True)
-
-
-def _ignore(_: int) -> None:
-    """Ignore progress, which workers cannot report."""
 
 
 def _start_worker() -> None:

@@ -13,9 +13,8 @@ So a process reads only the streams of its rows, and each of its workers only th
 """
 
 import random
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from itertools import accumulate
 from typing import TypeVar
 
 import numpy as np
@@ -41,13 +40,9 @@ class ShardRange:
 class TrainingOrder:
     """The order of a training's samples.
 
-    An epoch has num_samples // batch_size steps and takes no sample twice. It leaves out the
-    samples that would not fill a batch, different ones in every epoch.
-
-    Attributes:
-        sizes: Number of samples of each shard.
-        batch_size: Images a step, over all processes.
-        seed: Seed of the order.
+    `sizes` are the shards' numbers of samples, `batch_size` is that of all processes together. An
+    epoch has num_samples // batch_size steps and takes no sample twice. It leaves out the samples
+    that would not fill a batch, different ones in every epoch.
     """
 
     sizes: tuple[int, ...]
@@ -75,12 +70,7 @@ class TrainingOrder:
         return self.batch_size // self.num_row_groups
 
     def rows_of(self, *, rank: int, world_size: int) -> Iterator[tuple[int, range]]:
-        """Yield a process's row groups, in order, and which rows of each group are its own.
-
-        Args:
-            rank: Number of this process.
-            world_size: Number of processes, a divisor of `batch_size`.
-        """
+        """Yield a process's row groups, in order, and which rows of each group are its own."""
         assert self.batch_size % world_size == 0, "a process has as many rows as every other"
         own, height = self.batch_size // world_size, self.rows_per_group
         first, last = rank * own, (rank + 1) * own
@@ -99,7 +89,13 @@ class TrainingOrder:
         # The cuts are in proportion to the steps, so that equal shards are not cut at all.
         num_samples, all_steps = sum(self.sizes), steps * self.num_row_groups
         samples = range(before * num_samples // all_steps, after * num_samples // all_steps)
-        return ranges_of(self.sizes, samples, order=[int(shard) for shard in order])
+        place, found = 0, list[ShardRange]()
+        for shard, size in ((shard, self.sizes[shard]) for shard in order.tolist()):
+            first, last = max(samples.start - place, 0), min(samples.stop - place, size)
+            if first < last:
+                found.append(ShardRange(shard, first, last))
+            place += size
+        return found
 
     def shuffled(
         self, items: Iterable[Item], *, epoch: int, row_group: int, step_group: int
@@ -114,23 +110,6 @@ class TrainingOrder:
                 yield _pop_random(buffer, rng)
         while buffer:
             yield _pop_random(buffer, rng)
-
-
-def ranges_of(sizes: Sequence[int], samples: range, *, order: Sequence[int]) -> list[ShardRange]:
-    """Find the shards of consecutive samples, where the shards are laid end to end.
-
-    Args:
-        sizes: Number of samples of each shard.
-        samples: Positions of the samples, a range with step 1.
-        order: Indices of the shards in the order in which they are laid.
-    """
-    ends = accumulate(sizes[shard] for shard in order)
-    starts = ((shard, end - sizes[shard]) for shard, end in zip(order, ends, strict=True))
-    ranges = [
-        ShardRange(shard, max(samples.start - start, 0), min(samples.stop - start, sizes[shard]))
-        for shard, start in starts
-    ]
-    return [item for item in ranges if item.first < item.last]
 
 
 def _pop_random(buffer: list[Item], rng: random.Random) -> Item:

@@ -28,10 +28,10 @@ class DataParams(Section):
     @model_validator(mode="after")
     def _counts_belong_to_toy(self) -> "DataParams":
         for name in ("num_train", "num_val"):
-            given = getattr(self, name) is not None
-            if self.source == "toy" and not given:
+            is_given = getattr(self, name) is not None
+            if self.source == "toy" and not is_given:
                 raise ValueError(f"data.{name} is needed when data.source is toy")
-            if self.source != "toy" and given:
+            if self.source != "toy" and is_given:
                 raise ValueError(
                     f"data.{name} has no meaning when data.source is {self.source}; set it to null"
                 )

@@ -1,6 +1,7 @@
 """PNGs: generated images without loss, and grids of images."""
 
 import io
+import math
 import time
 from collections import deque
 from pathlib import Path
@@ -24,11 +25,7 @@ def encode_png(image: UInt8[Tensor, "3 height width"]) -> bytes:
 def image_grid(images: ByteImages, *, columns: int, min_side: int = 64) -> bytes:
     """Arrange square images in rows, as one PNG; white fills the last row.
 
-    Args:
-        images: The images in reading order.
-        columns: Images a row.
-        min_side: Smaller images are enlarged to this many pixels, or a little more, without
-            smoothing.
+    Images smaller than `min_side` are enlarged to it, or a little more, without smoothing.
     """
     factor = -(-min_side // images.shape[-1])
     enlarged = images.repeat_interleave(factor, dim=2).repeat_interleave(factor, dim=3)
@@ -53,24 +50,17 @@ class LiveGrid:
     def __init__(
         self, path: Path, *, columns: int = 16, max_images: int = 96, seconds: float = 10.0
     ) -> None:
-        """Write nothing yet.
-
-        Args:
-            path: Path of the PNG.
-            columns: Images a row.
-            max_images: Number of the newest images to show.
-            seconds: Shortest time between two writes; the first images are written at once.
-        """
+        """Write nothing yet; later at once, and then after `seconds` at the earliest."""
         self.path, self.columns, self.seconds = path, columns, seconds
         self.images: deque[Tensor] = deque(maxlen=max_images)
-        self.renewed_at: float | None = None
+        self.written_at = -math.inf
 
     def add(self, images: ByteImages) -> None:
         """Add images, and write the PNG if enough time has passed."""
         self.images.extend(images)
         now = time.monotonic()
-        if self.renewed_at is None or now - self.renewed_at >= self.seconds:
-            self.renewed_at = now
+        if now - self.written_at >= self.seconds:
+            self.written_at = now
+            shown = torch.stack(list(self.images))
             with replace_file(self.path) as temporary:
-                shown = torch.stack(list(self.images))
                 temporary.write_bytes(image_grid(shown, columns=self.columns))

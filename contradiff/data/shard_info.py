@@ -1,7 +1,6 @@
 """What an index says of all the shards in its folder: one class for each kind of shards.
 
-A class has the keys that readers need. Writers may add keys for people to read, such as the solver
-of samples or the class names of images.
+Writers may add keys for people to read, such as the solver of samples or the names of classes.
 """
 
 from typing import Literal

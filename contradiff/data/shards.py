@@ -12,18 +12,18 @@ import tarfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, closing, nullcontext
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any, BinaryIO, Generic, Literal, TypeVar
+from typing import Generic, Literal, TypeVar
 
 import numpy as np
 from jaxtyping import Shaped
 from pydantic import Field
 
 from contradiff.config import Section
-from contradiff.data.remote import Location, RemoteFile, join, read_bytes, size_of
+from contradiff.data.remote import Location, join, open_remote, read_bytes, size_of
 from contradiff.data.shard_info import ShardInfo
 from contradiff.files import replace_file, sha256_of
 
@@ -85,13 +85,9 @@ class ShardIndex(Generic[InfoT]):
     def read(cls, folder: Location, kind: type[InfoT]) -> "ShardIndex[InfoT]":
         """Read a folder's index and check that its shards are there and whole.
 
-        Args:
-            folder: a local path, or a URL (s3://, gs://, http://, ...).
-            kind: of shards that should be there; `ShardInfo` takes any.
-
         Raises:
-            ValueError: the index or a shard is missing, or its size or form is wrong; names it.
-            OSError: a server could not be reached.
+            ValueError: The index or a shard is missing, of another kind, or has a wrong size.
+            OSError: A server could not be reached.
         """
         path = join(folder, INDEX_NAME)
         try:
@@ -102,40 +98,30 @@ class ShardIndex(Generic[InfoT]):
             }
             info = kind.model_validate(content["facts"])
         except FileNotFoundError as error:
-            raise ValueError(f"{path}: missing; {_remedy(path)}") from error
+            raise _fault(path, "missing") from error
         except (ValueError, KeyError, TypeError) as error:
             reason = " ".join(f"{type(error).__name__}: {error}".split())
-            raise ValueError(_damage(path, f"not an index of such shards: {reason}")) from error
+            raise _fault(path, f"damaged (not an index of such shards: {reason})") from error
         shards = [shard for shards in splits.values() for shard in shards]
         places = [join(folder, shard.name) for shard in shards]
-        # a server answers many questions in the time of one
+        # A server answers many questions in the time of one.
         with ThreadPoolExecutor(16 if isinstance(folder, str) else 1) as pool:
             list(pool.map(_check_size, places, shards))
         return ShardIndex(splits, info)
 
     def write(self, folder: Path) -> None:
-        """Write `index.json`; every shard must be whole."""
-        splits = {
-            split: [asdict(shard) for shard in shards] for split, shards in self.splits.items()
-        }
+        """Write `index.json`, when every shard is whole."""
+        splits = {split: list(map(asdict, shards)) for split, shards in self.splits.items()}
         content = {"splits": splits, "facts": self.info.model_dump(mode="json")}
         with replace_file(folder / INDEX_NAME) as path:
             path.write_text(json.dumps(content) + "\n", encoding="utf-8")
 
     def num_samples(self, split: str) -> int:
-        """Return the number of samples of a split.
-
-        Raises:
-            ValueError: There is no such split.
-        """
+        """Return the number of samples of a split."""
         return sum(shard.num_samples for shard in self.shards(split))
 
     def shards(self, split: str) -> tuple[Shard, ...]:
-        """Return the shards of a split, in order.
-
-        Raises:
-            ValueError: There is no such split.
-        """
+        """Return the shards of a split, in order; a ValueError if there is no such split."""
         if split not in self.splits:
             raise ValueError(f"no split {split!r} among {sorted(self.splits)}")
         return self.splits[split]
@@ -146,13 +132,16 @@ def shard_name(split: str, number: int, compression: Compression) -> str:
     return f"{split}-{number:05d}.tar" + (".gz" if compression == "gzip" else "")
 
 
-def write_shard(path: Path, records: Iterable[Record], *, compression: Compression) -> Shard:
+def write_shard(
+    path: Path,
+    records: Iterable[Record],
+    *,
+    compression: Compression,
+    on_progress: Callable[[int], None] = lambda _: None,
+) -> Shard:
     """Write one shard, whole or not at all; its bytes depend only on the records.
 
-    Args:
-        path: Path of the tar file.
-        records: The samples; if they have a "cls", their classes are counted.
-        compression: Compression of the tar file.
+    `on_progress` is called with 1 after each sample. Classes are counted if records have a "cls".
     """
     from webdataset.writer import TarWriter
 
@@ -161,7 +150,10 @@ def write_shard(path: Path, records: Iterable[Record], *, compression: Compressi
     with replace_file(path) as temporary:
         with (
             temporary.open("wb") as file,
-            _compressed(file, compression) as stream,
+            # No name and no time in gzip's header, so that equal records give equal bytes.
+            gzip.GzipFile("", "wb", 6, file, mtime=0)
+            if compression == "gzip"
+            else nullcontext(file) as stream,
             TarWriter(stream, encoder=False, mtime=0) as writer,
         ):
             for record in records:
@@ -169,6 +161,7 @@ def write_shard(path: Path, records: Iterable[Record], *, compression: Compressi
                 if "cls" in record:
                     labels[int(record["cls"])] += 1
                 num_samples += 1
+                on_progress(1)
         class_counts = tuple(labels[label] for label in range(max(labels, default=-1) + 1))
         num_bytes = temporary.stat().st_size
         return Shard(path.name, num_samples, num_bytes, sha256_of(temporary), class_counts)
@@ -195,18 +188,22 @@ def write_split(
 def read_shard(path: Location, shard: Shard) -> Iterator[dict[str, bytes]]:
     """Yield a shard's samples in order, as extension => content and "__key__" => key.
 
-    Every byte is hashed, so that damage that tar does not notice is found after the last sample.
+    Every byte is hashed: damage that tar does not notice is found after the last sample.
 
     Raises:
-        ValueError: the shard is truncated or damaged, or holds another number of samples.
-        OSError: a server could not be reached.
+        ValueError: The shard is truncated or damaged, or holds another number of samples.
+        OSError: A server could not be reached.
     """
     from webdataset.tariterators import group_by_keys, tar_file_expander
 
     _check_size(path, shard)
     num_samples = 0
     try:
-        with _opened(path, shard) as file:
+        with (
+            open_remote(path, num_bytes=shard.num_bytes)
+            if isinstance(path, str)
+            else path.open("rb") as file
+        ):
             stream = _HashedStream(file)
             files = tar_file_expander([{"url": str(path), "stream": stream}])
             for sample in group_by_keys(files):
@@ -216,14 +213,15 @@ def read_shard(path: Location, shard: Shard) -> Iterator[dict[str, bytes]]:
                     for name, value in sample.items()
                     if name == "__key__" or not name.startswith("__")
                 }
-            digest = stream.digest_of_all()
+            stream.read()  # tar's padding at the end
     except (tarfile.TarError, EOFError, OSError) as error:
-        if isinstance(path, str) and isinstance(error, OSError):  # the connection, not the content
+        if isinstance(path, str) and isinstance(error, OSError):  # not the content's fault
             raise OSError(str(error.args[0]).split(" @ ", maxsplit=1)[0]) from error
-        # webdataset appends more to the arguments, which would make a tuple of the message
-        raise ValueError(_damage(path, error.args[0] if error.args else "unreadable")) from error
-    if digest != shard.sha256:
-        raise ValueError(_damage(path, f"its sha256 is not that of {INDEX_NAME}"))
+        # webdataset appends to the arguments, which would make a tuple of the message
+        reason = error.args[0] if error.args else "unreadable"
+        raise _fault(path, f"damaged ({reason})") from error
+    if stream.hasher.hexdigest() != shard.sha256:
+        raise _fault(path, f"damaged (its sha256 is not that of {INDEX_NAME})")
     if num_samples != shard.num_samples:
         raise ValueError(
             f"{path}: {num_samples} samples where {INDEX_NAME} says {shard.num_samples}"
@@ -231,11 +229,7 @@ def read_shard(path: Location, shard: Shard) -> Iterator[dict[str, bytes]]:
 
 
 def read_split(folder: Location, split: str) -> Iterator[dict[str, bytes]]:
-    """Yield every sample of a split, in order.
-
-    Raises:
-        ValueError: as `ShardIndex.read` and `read_shard`.
-    """
+    """Yield every sample of a split, in order. Raises as `ShardIndex.read` and `read_shard`."""
     for shard in ShardIndex.read(folder, ShardInfo).shards(split):
         yield from read_shard(join(folder, shard.name), shard)
 
@@ -273,23 +267,10 @@ def array_from_bytes(content: bytes) -> Shaped[np.ndarray, "..."]:
     return np.load(io.BytesIO(content), allow_pickle=False)
 
 
-def _compressed(file: BinaryIO, compression: Compression) -> AbstractContextManager[Any]:
-    if compression == "none":
-        return nullcontext(file)
-    # No name and no time in the gzip header, so that equal records give equal bytes.
-    return gzip.GzipFile("", "wb", 6, file, mtime=0)
-
-
-def _opened(path: Location, shard: Shard) -> "AbstractContextManager[BinaryIO | RemoteFile]":
-    if isinstance(path, str):
-        return closing(RemoteFile(path, num_bytes=shard.num_bytes))
-    return path.open("rb")
-
-
 class _HashedStream:
     """A file that is hashed as it is read."""
 
-    def __init__(self, file: BinaryIO | RemoteFile) -> None:
+    def __init__(self, file: io.BufferedReader) -> None:
         self.file, self.hasher = file, hashlib.sha256()
 
     def read(self, size: int = -1) -> bytes:
@@ -297,30 +278,19 @@ class _HashedStream:
         self.hasher.update(content)
         return content
 
-    def digest_of_all(self) -> str:
-        """Return the SHA-256 of the whole file, after reading tar's padding at its end."""
-        self.read()
-        return self.hasher.hexdigest()
 
-
-def _damage(path: Location, reason: object) -> str:
-    return f"{path}: damaged ({reason}); {_remedy(path)}"
-
-
-def _remedy(path: Location) -> str:
+def _fault(path: Location, what: str) -> ValueError:
+    """Say what is wrong with a file, and what to do."""
     if isinstance(path, str):
-        return "copy the whole folder of shards there again"
-    return f"run `dvc repro`, or fetch it by `dvc pull {path.parent}`"
+        return ValueError(f"{path}: {what}; copy the whole folder of shards there again")
+    return ValueError(f"{path}: {what}; run `dvc repro`, or fetch it by `dvc pull {path.parent}`")
 
 
 def _check_size(path: Location, shard: Shard) -> None:
     try:
         num_bytes = size_of(path) if isinstance(path, str) else path.stat().st_size
     except FileNotFoundError as error:
-        reason = f"missing, though {INDEX_NAME} lists it"
-        raise ValueError(f"{path}: {reason}; {_remedy(path)}") from error
+        raise _fault(path, f"missing, though {INDEX_NAME} lists it") from error
     if num_bytes not in (shard.num_bytes, None):
-        raise ValueError(
-            f"{path}: truncated or overwritten: {num_bytes} bytes where {INDEX_NAME} "
-            f"says {shard.num_bytes}; {_remedy(path)}"
-        )
+        what = f"{num_bytes} bytes where {INDEX_NAME} says {shard.num_bytes}"
+        raise _fault(path, f"truncated or overwritten: {what}")

@@ -7,7 +7,7 @@ caller's `make_batch` in the loader's workers
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import KW_ONLY, asdict, dataclass
 from itertools import count, islice
 from typing import Any
 
@@ -22,7 +22,6 @@ from contradiff.data.shards import ShardIndex, read_shard
 
 Pair = tuple[dict[str, bytes], dict[str, bytes]]
 """Records of one image: of its file and label, and of its latents."""
-
 MakeBatch = Callable[[int, Sequence[Pair]], dict[str, Tensor]]
 """Stack one epoch's pairs to a batch."""
 
@@ -39,27 +38,19 @@ class PairedShards:
 
     @classmethod
     def open(cls, images: Location, latents: Location, *, split: str) -> "PairedShards":
-        """Read both indices.
-
-        Args:
-            images: A local folder or a URL (s3://, gs://, http://, ...).
-            latents: The same for the latents.
-            split: Name of the split.
+        """Read both indices; each place is a local folder or a URL (s3://, gs://, http://, ...).
 
         Raises:
             ValueError: Shards are missing or damaged, or the latents belong to other images.
         """
         image_index = ShardIndex.read(images, ImageInfo)
         latent_index = ShardIndex.read(latents, LatentInfo)
-        counts = [
-            [shard.num_samples for shard in index.shards(split)]
-            for index in (image_index, latent_index)
-        ]
-        if counts[0] != counts[1]:
+        pairs = cls(images, latents, split, image_index, latent_index)
+        if pairs.sizes != tuple(shard.num_samples for shard in latent_index.shards(split)):
             raise ValueError(
                 f"{latents}: made from other shards than {images}; run `dvc repro latents`"
             )
-        return cls(images, latents, split, image_index, latent_index)
+        return pairs
 
     @property
     def num_shards(self) -> int:
@@ -86,11 +77,7 @@ class PairedShards:
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
     def read_range(self, wanted: ShardRange, *, with_images: bool) -> Iterator[Pair]:
-        """Yield the pairs of a range of a shard; pairs before the range are read, but not decoded.
-
-        Raises:
-            ValueError: The two shards' keys differ.
-        """
+        """Yield the pairs of a range of a shard; earlier pairs are read, but not decoded."""
         # A shard is checked when it is read to its end: by whoever has its last sample.
         stop = None if wanted.last == self.sizes[wanted.shard] else wanted.last
         yield from islice(self.read(wanted.shard, with_images=with_images), wanted.first, stop)
@@ -98,8 +85,7 @@ class PairedShards:
     def read(self, number: int, *, with_images: bool = True) -> Iterator[Pair]:
         """Yield the pairs of one shard; without images, the image shard is not read.
 
-        Raises:
-            ValueError: The two shards' keys differ.
+        A ValueError says that the two shards' keys differ.
         """
         image_shard = self.image_index.shards(self.split)[number]
         latent_shard = self.latent_index.shards(self.split)[number]
@@ -116,50 +102,39 @@ class PairedShards:
             yield image, latent
 
 
+@dataclass(eq=False)
 class TrainingStream(IterableDataset["dict[str, Tensor] | Exception"]):
     """An endless stream of one process's batches; it can start at any step.
 
     The samples of every global batch, and their order, depend only on the seed, the batch size and
-    the shards, and not on the number of processes and workers: see `TrainingOrder`.
+    the shards, and not on the number of processes and workers: see `TrainingOrder`. Nothing is read
+    until the stream is iterated, and a later start does not read earlier epochs.
+
+    `make_batch` runs in the workers and must be picklable; `with_images` says whether it needs the
+    images, which are not read otherwise. `batch_size` is that of this process.
+
+    Raises:
+        ValueError: A batch of all processes needs more images than there are.
     """
 
-    def __init__(
-        self,
-        pairs: PairedShards,
-        *,
-        make_batch: MakeBatch,
-        with_images: bool,
-        batch_size: int,
-        start_step: int,
-        seed: int,
-        rank: int,
-        world_size: int,
-    ) -> None:
-        """Describe the stream; nothing is read yet. A later start does not read earlier epochs.
+    pairs: PairedShards
+    _: KW_ONLY
+    make_batch: MakeBatch
+    with_images: bool
+    batch_size: int
+    start_step: int
+    seed: int
+    rank: int
+    world_size: int
 
-        Args:
-            pairs: Images and latents.
-            make_batch: Stacks the pairs of a batch; it runs in the workers and must be picklable.
-            with_images: Whether `make_batch` needs the images; otherwise they are not read.
-            batch_size: Images a step in this process.
-            start_step: Number of steps that an earlier run has taken.
-            seed: Seed of the order.
-            rank: Number of this process; its rows begin at rank * batch_size.
-            world_size: Number of processes.
-
-        Raises:
-            ValueError: A batch needs more images than there are.
-        """
-        super().__init__()
-        self.order = TrainingOrder(pairs.sizes, batch_size * world_size, seed)
+    def __post_init__(self) -> None:
+        pairs, batch_size = self.pairs, self.batch_size * self.world_size
+        self.order = TrainingOrder(pairs.sizes, batch_size, self.seed)
         if self.order.steps_per_epoch == 0:
             raise ValueError(
                 f"{pairs.images}: split {pairs.split!r} has {pairs.num_samples} images, fewer than "
-                f"a batch of {self.order.batch_size}"
+                f"a batch of {batch_size}"
             )
-        self.pairs, self.batch_size = pairs, batch_size
-        self.make_batch, self.with_images = make_batch, with_images
-        self.start_step, self.seed, self.rank, self.world_size = start_step, seed, rank, world_size
 
     def __iter__(self) -> Iterator[dict[str, Tensor] | Exception]:
         """Yield batches, and an error as the last item: raised, it would print a traceback."""
@@ -176,7 +151,7 @@ class TrainingStream(IterableDataset["dict[str, Tensor] | Exception"]):
         """Yield the epoch and the pairs of every `stride`-th step."""
         order, height = self.order, self.order.rows_per_group
         rows = list(order.rows_of(rank=self.rank, world_size=self.world_size))
-        streams: dict[tuple[int, int, int], _Stream] = {}
+        streams: dict[tuple[int, int, int], tuple[Iterator[Pair], int]] = {}
         for step in count(first_step, stride):
             epoch, within = divmod(step, order.steps_per_epoch)
             earlier_steps, step_group = divmod(within, order.num_step_groups)
@@ -184,10 +159,13 @@ class TrainingStream(IterableDataset["dict[str, Tensor] | Exception"]):
             batch: list[Pair] = []
             for row_group, own in rows:
                 key = epoch, row_group, step_group
-                if key not in streams:
-                    streams[key] = _Stream(self._read(*key))
-                start = earlier_steps * height
-                batch += streams[key].take(range(start + own.start, start + own.stop))
+                stream, position = streams.get(key) or (self._read(*key), 0)
+                start = earlier_steps * height + own.start
+                assert start >= position, "what was skipped is gone"
+                taken = list(islice(stream, start - position, start - position + len(own)))
+                assert len(taken) == len(own), "a stream holds all that its steps take"
+                streams[key] = stream, start + len(own)
+                batch += taken
             yield epoch, batch
 
     def _read(self, epoch: int, row_group: int, step_group: int) -> Iterator[Pair]:
@@ -200,30 +178,11 @@ class TrainingStream(IterableDataset["dict[str, Tensor] | Exception"]):
         return self.order.shuffled(pairs, **place)
 
 
-class _Stream:
-    """Pairs, looked up by ascending positions."""
-
-    def __init__(self, pairs: Iterator[Pair]) -> None:
-        self.pairs, self.position = pairs, 0
-
-    def take(self, places: range) -> list[Pair]:
-        skipped = places.start - self.position
-        assert skipped >= 0, "what was skipped is gone"
-        self.position = places.stop
-        taken = list(islice(self.pairs, skipped, skipped + len(places)))
-        assert len(taken) == len(places), "a stream holds all that its steps take"
-        return taken
-
-
 def training_batches(stream: TrainingStream, *, num_workers: int) -> Iterator[Mapping[str, Any]]:
     """Run the stream in worker processes; their number does not change the batches.
 
     If the split has 64 shards for each process, 1, 2, 4 or 8 workers together read the data once.
     With other numbers of workers, or fewer shards, some shards are read twice.
-
-    Args:
-        stream: The stream of this process.
-        num_workers: Number of worker processes; 0: this process reads.
 
     Raises:
         ValueError: The data are damaged.

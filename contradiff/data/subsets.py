@@ -7,21 +7,10 @@ import numpy as np
 
 
 def k_shot_split(labels: Sequence[int], *, shots: int, seed: int) -> list[int]:
-    """Draw the same number of samples from every class that occurs.
+    """Draw `shots` samples of every class that occurs; return their indices, ascending.
 
     The draw of a class depends only on the seed and on that class. The 25-shot set of a seed
-    contains its 5-shot set, and so on.
-
-    Args:
-        labels: Class of each sample, in [0, classes).
-        shots: Samples a class.
-        seed: Seed of the draw, not negative.
-
-    Returns:
-        Indices into `labels`, ascending.
-
-    Raises:
-        ValueError: a class has fewer samples than `shots`.
+    contains its 5-shot set, and so on. A ValueError names a class with fewer samples.
     """
     members: dict[int, list[int]] = {}
     for index, label in enumerate(labels):
@@ -41,12 +30,8 @@ def k_shot_split(labels: Sequence[int], *, shots: int, seed: int) -> list[int]:
 def is_dev(key: str, *, fraction: float = 0.1) -> bool:
     """Whether a training sample belongs to the held-out development split.
 
-    The hash of the key decides, so that other samples, their order and the seed do not matter.
-    The split of a larger fraction contains the split of a smaller one.
-
-    Args:
-        key: The sample's key in its shard.
-        fraction: Expected share of the samples, in [0, 1].
+    The hash of its key in the shard decides; other samples and the seed do not matter. `fraction`
+    is the expected share in [0, 1]; a larger fraction's split contains a smaller one's.
     """
     digest = hashlib.blake2b(key.encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") < fraction * 2**64

@@ -1,7 +1,7 @@
 """Encoded images => cropped pixels; every crop is recorded as a box."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass, replace
 
 import numpy as np
 import torch
@@ -27,8 +27,7 @@ class Crop:
 
     def to_array(self) -> Int[np.ndarray, "5"]:
         """Return the crop as five integers, for storage."""
-        values = [self.top, self.left, self.height, self.width, self.mirrored]
-        return np.asarray(values, dtype=np.int32)
+        return np.asarray(astuple(self), dtype=np.int32)
 
     @classmethod
     def from_array(cls, values: Int[np.ndarray, "5"]) -> "Crop":
@@ -38,13 +37,9 @@ class Crop:
 
 
 def decode(encoded: bytes, *, name: str) -> UInt8[Tensor, "3 height width"]:
-    """Decode a JPEG, PNG or WebP to upright RGB, as `contradiff.data.decoding` says.
-
-    Raises:
-        ValueError: the bytes are no image that can be read; names the sample.
-    """
+    """Decode a JPEG, PNG or WebP to upright RGB, as `decode_rgb` does."""
     pixels = np.array(decode_rgb(encoded, name=name))
-    # not contiguous: resizing is faster with a pixel's channels side by side, and gives the same
+    # Not contiguous: resizing is faster with a pixel's channels side by side, and gives the same.
     return torch.from_numpy(pixels).permute(2, 0, 1)
 
 
@@ -57,12 +52,7 @@ def centre_crop(height: int, width: int) -> Crop:
 def random_crop(rng: np.random.Generator, height: int, width: int, *, scale_min: float) -> Crop:
     """Draw a random resized crop (Inception-style); half of the crops are mirrored.
 
-    Args:
-        rng: Source of five random numbers, or more where boxes are rejected.
-        height: Height of the image in pixels.
-        width: Width of the image in pixels.
-        scale_min: Smallest share of the image's area; the largest is 1. Aspect ratios are 3/4 to
-            4/3, log-uniform.
+    It covers `scale_min` to 1 of the area, at aspect ratios of 3/4 to 4/3, log-uniform.
     """
     mirrored = bool(rng.random() < 0.5)
     for _ in range(10):
@@ -73,8 +63,7 @@ def random_crop(rng: np.random.Generator, height: int, width: int, *, scale_min:
             top = int(rng.integers(height - crop_height + 1))
             left = int(rng.integers(width - crop_width + 1))
             return Crop(top, left, crop_height, crop_width, mirrored)
-    centre = centre_crop(height, width)
-    return Crop(centre.top, centre.left, centre.height, centre.width, mirrored)
+    return replace(centre_crop(height, width), mirrored=mirrored)
 
 
 def apply_crop(
@@ -94,10 +83,7 @@ def jitter_colours(
 ) -> UInt8[Tensor, "3 height width"]:
     """Apply SimCLR's colour distortion: brightness, contrast, saturation, hue; a fifth become grey.
 
-    Args:
-        image: The pixels.
-        rng: Source of random numbers; every strength but 0 draws the same number of them.
-        strength: SimCLR's s: factors within 1 ± 0.8 s, hue within ± 0.2 s turns; 0 changes nothing.
+    `strength` is SimCLR's s: factors within 1 ± 0.8 s, hue within ± 0.2 s turns. 0 changes nothing.
     """
     if strength == 0:
         return image

@@ -1,7 +1,7 @@
 """And shards behind it: a server on this machine, and fsspec's memory."""
 
-import io
 import shutil
+import sys
 import threading
 from collections.abc import Iterator
 from functools import partial
@@ -14,7 +14,7 @@ import fsspec
 import pytest
 
 from contradiff.data import remote
-from contradiff.data.remote import RemoteFile, join, read_bytes, size_of
+from contradiff.data.remote import join, size_of
 from contradiff.data.shard_info import ShardInfo
 from contradiff.data.shards import ShardIndex, read_shard, read_split
 from contradiff.data.streams import PairedShards, TrainingStream, training_batches
@@ -25,7 +25,7 @@ class Server:
     """Serves a folder; `faults` are met by its next GET requests of .tar files, one each."""
 
     def __init__(self, folder: Path) -> None:
-        self.folder = folder
+        self.folder, self.has_ranges = folder, True
         self.faults: list[str] = []
         self.requests: list[str] = []
         server = self
@@ -36,15 +36,17 @@ class Server:
 
             def do_GET(self) -> None:
                 server.requests.append(self.path)
+                path, wanted = folder / self.path.lstrip("/"), self.headers.get("Range")
                 fault = server.faults.pop(0) if self.path.endswith(".tar") and server.faults else ""
                 if fault == "503":
                     self.send_error(503)
-                elif fault == "cut":
-                    content = (server.folder / self.path.lstrip("/")).read_bytes()
-                    self.send_response(200)
+                elif wanted and server.has_ranges:
+                    start, last = map(int, wanted.removeprefix("bytes=").split("-"))
+                    content = path.read_bytes()[start : last + 1]
+                    self.send_response(206)
                     self.send_header("Content-Length", str(len(content)))
                     self.end_headers()
-                    self.wfile.write(content[: len(content) // 2])
+                    self.wfile.write(content[: len(content) // 2] if fault == "cut" else content)
                     self.close_connection = True
                 else:
                     super().do_GET()
@@ -89,69 +91,51 @@ def test_names_are_joined():
     assert join("s3://a/b/", "c") == join("s3://a/b", "c") == "s3://a/b/c"
 
 
-@pytest.mark.parametrize("place", ["http", "memory"])
-def test_remote_shards_are_those_of_the_folder(request: Any, tiny_data: Path, place: str):
-    url = (
-        request.getfixturevalue("server").url if place == "http" else request.getfixturevalue(place)
-    )
-    assert ShardIndex.read(f"{url}/images", ShardInfo) == ShardIndex.read(
-        tiny_data / "images", ShardInfo
-    )
-    remote_records = list(read_split(f"{url}/images", "train"))
-    assert remote_records == list(read_split(tiny_data / "images", "train"))
-    path = tiny_data / "images" / "train-00000.tar"
-    assert size_of(f"{url}/images/train-00000.tar") == path.stat().st_size
-    assert read_bytes(f"{url}/images/train-00000.tar") == path.read_bytes()
+@pytest.fixture(params=["server", "memory"])
+def url(request: pytest.FixtureRequest) -> str:
+    place = request.getfixturevalue(request.param)
+    return place if isinstance(place, str) else place.url
+
+
+def test_remote_shards_are_those_of_the_folder(url: str, tiny_data: Path):
+    folder, remote_folder = tiny_data / "images", f"{url}/images"
+    assert ShardIndex.read(remote_folder, ShardInfo) == ShardIndex.read(folder, ShardInfo)
+    assert list(read_split(remote_folder, "train")) == list(read_split(folder, "train"))
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
-@pytest.mark.parametrize("place", ["server", "memory"])
-def test_training_from_a_url_has_the_same_batches(
-    request: Any, tiny_data: Path, place: str, num_workers: int
-):
+def test_training_from_a_url_has_the_same_batches(url: str, tiny_data: Path, num_workers: int):
     """Also in workers, which are forked off a process that has spoken to the server."""
 
     def batches(images: Path | str, latents: Path | str, num_workers: int) -> list[Any]:
         pairs = PairedShards.open(images, latents, split="train")
-        stream = TrainingStream(
-            pairs,
-            make_batch=ViewChooser(
-                pairs, latent_views="two", cond_view="same", condition="pixels", seed=0
-            ),
-            with_images=True,
-            batch_size=8,
-            start_step=1,
-            seed=0,
-            rank=0,
-            world_size=1,
-        )
+        settings = {"latent_views": "two", "cond_view": "same", "condition": "pixels", "seed": 0}
+        counts = {"batch_size": 8, "start_step": 1, "seed": 0, "rank": 0, "world_size": 1}
+        make_batch = ViewChooser(pairs, **settings)
+        stream = TrainingStream(pairs, make_batch=make_batch, with_images=True, **counts)
         return list(islice(training_batches(stream, num_workers=num_workers), 3))
 
-    found = request.getfixturevalue(place)
-    url = found.url if place == "server" else found
     expected = batches(tiny_data / "images", tiny_data / "latents", 0)
     got = batches(f"{url}/images", f"{url}/latents", num_workers)
     for batch, other in zip(got, expected, strict=True):
         assert all(batch[name].equal(other[name]) for name in other)
 
 
-@pytest.mark.parametrize("faults", [["503"], ["cut"], ["cut", "503", "cut", "503"]])
-def test_a_broken_connection_is_taken_up_again(server: Server, tiny_data: Path, faults: list[str]):
-    server.faults = list(faults)
+@pytest.mark.parametrize("has_ranges", [True, False])
+@pytest.mark.parametrize("faults", [[], ["503"], ["cut"], ["cut", "503", "cut", "503"]])
+def test_a_shard_is_read_in_blocks_each_again_after_a_fault(
+    server: Server, tiny_data: Path, monkeypatch: Any, faults: list[str], has_ranges: bool
+):
+    """A server without ranges sends the whole file to the first request."""
+    monkeypatch.setattr(remote, "BLOCK_BYTES", 20480)
+    server.faults = ["503" if not has_ranges else fault for fault in faults]
+    server.has_ranges = has_ranges
     shard = ShardIndex.read(tiny_data / "images", ShardInfo).shards("train")[2]
+    assert 20480 < shard.num_bytes < 40960
     records = list(read_shard(f"{server.url}/images/{shard.name}", shard))
     assert records == list(read_shard(tiny_data / "images" / shard.name, shard))
     assert server.faults == []
-    assert len(server.requests) == len(faults) + 1
-
-
-def test_a_file_that_can_be_sought_goes_on_where_it_broke_off(memory: str, tiny_data: Path):
-    path = tiny_data / "images" / "train-00000.tar"
-    file = RemoteFile(f"{memory}/images/train-00000.tar", num_bytes=path.stat().st_size)
-    first = file.read(1000)
-    file._file = io.BytesIO()  # as if the server had closed it
-    assert first + file.read() == path.read_bytes()
-    assert file.read(10) == b""
+    assert len(server.requests) == len(faults) + (2 if has_ranges else 1)
 
 
 def test_a_connection_that_stays_broken_is_no_damage(server: Server, tiny_data: Path):
@@ -193,8 +177,6 @@ def test_local_index_that_is_none_is_named(tmp_path: Path):
 
 @pytest.mark.parametrize(("protocol", "package"), [("s3", "s3fs"), ("gs", "gcsfs")])
 def test_a_missing_package_is_named(protocol: str, package: str, monkeypatch: pytest.MonkeyPatch):
-    import sys
-
     monkeypatch.setitem(sys.modules, package, None)  # as if it were not installed
     with pytest.raises(
         ValueError, match=rf"^{protocol}://b/x/index\.json: .*`pip install {package}`"

@@ -14,7 +14,6 @@ from typing import Any
 import pytest
 from ruamel.yaml import YAML
 
-from contradiff.data import encoding
 from contradiff.data.encoding import CutImages, LatentEncoder
 from contradiff.data.latents import StoredLatents
 from contradiff.data.reconstruction import Reconstruction
@@ -117,7 +116,7 @@ def test_a_stopped_stage_goes_on_shard_by_shard(
     latents.main(params_of(), run)
     expected = outs()
     shutil.rmtree("build/latents")
-    real, written = encoding.write_shard, 0
+    real, written = latents.shards.write_shard, 0
 
     def stopped_at_third(*arguments: Any, **keywords: Any) -> Any:
         nonlocal written
@@ -127,7 +126,7 @@ def test_a_stopped_stage_goes_on_shard_by_shard(
         return real(*arguments, **keywords)
 
     with monkeypatch.context() as patch:
-        patch.setattr(encoding, "write_shard", stopped_at_third)
+        patch.setattr(latents.shards, "write_shard", stopped_at_third)
         with pytest.raises((KeyboardInterrupt, ValueError), match=message):
             latents.main(params_of(), run)
     assert not Path("build/latents").exists()
@@ -159,7 +158,7 @@ def test_written_shards_are_checked_before_they_are_published(
     run: Run, monkeypatch: pytest.MonkeyPatch
 ):
     """An untrained VAE shows all images badly: a stand-in for the PSNR sees the latents' scale."""
-    real: Callable[..., Any] = encoding.write_shard
+    real: Callable[..., Any] = latents.shards.write_shard
 
     def spoiling(path: Path, records: Any, **keywords: Any) -> Any:
         stored = [StoredLatents.of_record(record) for record in records]
@@ -168,7 +167,7 @@ def test_written_shards_are_checked_before_they_are_published(
         ]
         return real(path, spoilt, **keywords)
 
-    monkeypatch.setattr(encoding, "write_shard", spoiling)
+    monkeypatch.setattr(latents.shards, "write_shard", spoiling)
     monkeypatch.setattr(
         Reconstruction, "psnr", property(lambda self: 30.0 if self.std < 1 else 3.0)
     )
