@@ -40,22 +40,12 @@ def copy_project(folder: Path, *, revision: str | None = None) -> None:
 def run_in(folder: Path, *command: str, environment: Mapping[str, str] | None = None) -> str:
     """Run a command in a copy, with the copy's own code, and return what it prints on stdout.
 
-    Raises:
-        SystemExit: The command failed; the message holds its output.
+    If it fails, SystemExit holds its output.
     """
     kept = {name: value for name, value in os.environ.items() if name not in _USERS_RECORDS}
-    own = {
-        "PYTHONPATH": str(folder),
-        "DVC_SITE_CACHE_DIR": str(folder.with_name(f"{folder.name}.site-cache")),
-    }
-    done = subprocess.run(
-        command,
-        cwd=folder,
-        env={**kept, **own, **(environment or {})},
-        text=True,
-        capture_output=True,
-        check=False,
-    )
+    cache = str(folder.with_name(f"{folder.name}.site-cache"))
+    env = {**kept, "PYTHONPATH": str(folder), "DVC_SITE_CACHE_DIR": cache, **(environment or {})}
+    done = subprocess.run(command, cwd=folder, env=env, text=True, capture_output=True, check=False)
     if done.returncode:
         raise SystemExit(f"{done.stdout}\n{done.stderr}\n{' '.join(command)} failed in {folder}")
     return done.stdout

@@ -38,23 +38,17 @@ def table(commits: Sequence[Mapping[str, Any]]) -> Iterator[str]:
         if commit["rev"] == "workspace" or not commit.get("data"):
             continue
         runs = [run for experiment in commit.get("experiments") or [] for run in experiment["revs"]]
-        own = _settings(commit["data"])
-        yield _line(commit, "as committed", commit["data"])
-        for data in (run["data"] for run in runs if run.get("data")):
-            changes = [f"{k}={v}" for k, v in _settings(data).items() if v != own.get(k)]
-            yield _line(commit, " ".join(changes) or "no change", data)
-
-
-def _line(commit: Mapping[str, Any], name: str, data: Mapping[str, Any]) -> str:
-    cells, metrics = [commit["rev"][:7], name], data.get("metrics") or {}
-    for file, key, form in COLUMNS.values():
-        score = _flatten((metrics.get(file) or {}).get("data") or {}).get(key)
-        cells.append("" if score is None else f"{score:{form}}")
-    return f"| {' | '.join(cells)} |"
-
-
-def _settings(data: Mapping[str, Any]) -> dict[str, Any]:
-    return _flatten(data["params"]["params.yaml"]["data"])
+        own: dict[str, Any] | None = None
+        for data in (run["data"] for run in [commit, *runs] if run.get("data")):
+            settings = _flatten(data["params"]["params.yaml"]["data"])
+            name = "as committed" if own is None else "no change"
+            own = own or settings
+            changes = [f"{k}={v}" for k, v in settings.items() if v != own.get(k)]
+            cells, metrics = [commit["rev"][:7], " ".join(changes) or name], data.get("metrics")
+            for file, key, form in COLUMNS.values():
+                score = _flatten(((metrics or {}).get(file) or {}).get("data") or {}).get(key)
+                cells.append("" if score is None else f"{score:{form}}")
+            yield f"| {' | '.join(cells)} |"
 
 
 def _flatten(content: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -13,14 +13,18 @@ from unittest import mock
 
 import torch
 import torch.nn.functional as F
+from pytorch_fid.fid_score import calculate_frechet_distance
 from torch import Tensor
+from torch_fidelity import calculate_metrics
+from torch_fidelity import feature_extractor_inceptionv3 as module
+from torch_fidelity.metric_fid import fid_statistics_to_metric
+from torch_fidelity.metric_isc import isc_features_to_metric
 
 from contradiff.data.png import encode_png
 from contradiff.evaluation import inception
 from contradiff.evaluation.extractors import Extractor, Resizer, load_extractor, save_inception
 from contradiff.evaluation.fid import frechet_distance
-from contradiff.evaluation.kid import kid
-from contradiff.evaluation.prdc import prdc
+from contradiff.evaluation.scores import kid, prdc
 from contradiff.files import sha256_of
 
 
@@ -31,11 +35,9 @@ def main(arguments: Sequence[str]) -> None:
         agreement_table(Path(folder), int(arguments[0]) if arguments else 8)
 
 
-def frechet_table(dimension: int = 2048) -> None:
+def frechet_table() -> None:
     """The distance alone, for covariances of full rank."""
-    from pytorch_fid.fid_score import calculate_frechet_distance
-    from torch_fidelity.metric_fid import fid_statistics_to_metric
-
+    dimension = 2048
     generator = torch.Generator().manual_seed(0)
     means = torch.randn(2, dimension, generator=generator, dtype=torch.float64) / 10
     mixing = torch.randn(2, dimension, 2 * dimension, generator=generator, dtype=torch.float64)
@@ -51,17 +53,13 @@ def frechet_table(dimension: int = 2048) -> None:
     ours = seconds = 0.0
     for name, way in ways.items():
         started = time.process_time()
-        value = float(way())
-        taken = time.process_time() - started
+        value, taken = float(way()), time.process_time() - started
         ours, seconds = ours or value, seconds or taken
         print(f"  {name:34} {taken / seconds:10.1f} {abs(value / ours - 1):12.1e}", flush=True)
 
 
 def agreement_table(folder: Path, num_images: int) -> None:
     """Scores of two sets of images; torch-fidelity goes its own way from the files on."""
-    from torch_fidelity import calculate_metrics
-    from torch_fidelity.metric_isc import isc_features_to_metric
-
     torch.save(random_inception(0), weights := folder / "inception.pth")
     with mock.patch.dict(inception.PINNED, {sha256_of(weights): inception.STATE_DICT_NAME}):
         save_inception(folder / "extractor", weights, resizers=["legacy_tensorflow"])
@@ -76,25 +74,22 @@ def agreement_table(folder: Path, num_images: int) -> None:
     (x, logits), (y, _) = found
     size = num_images // 2
     kid_mean, kid_std = kid(x, y, num_subsets=100, subset_size=size, seed=0)
+    # The distance that `fid` refuses to compute for fewer images than dimensions.
+    moments = [moment for z in (x, y) for moment in (z.double().mean(0), z.double().T.cov())]
     ours = {
-        "frechet_inception_distance": fid_of(x, y),
+        "frechet_inception_distance": frechet_distance(*moments),
         "kernel_inception_distance_mean": kid_mean,
         "kernel_inception_distance_std": kid_std,
         **isc_features_to_metric(logits, splits=2, shuffle=False),
         **prdc(x, y),
     }
-    theirs = calculate_metrics(
-        input1=str(folder / "samples"),
-        input2=str(folder / "reference"),
-        feature_extractor="inception-v3-compat",
-        feature_extractor_weights_path=str(weights),
-        **dict.fromkeys(("fid", "kid", "isc", "prc", "save_cpu_ram"), True),
-        **dict.fromkeys(("cuda", "cache", "verbose", "samples_shuffle"), False),
-        isc_splits=2,
-        kid_subsets=100,
-        kid_subset_size=size,
-        rng_seed=0,
-    )
+    options = {"isc_splits": 2, "kid_subsets": 100, "kid_subset_size": size, "rng_seed": 0}
+    options |= dict.fromkeys(("fid", "kid", "isc", "prc", "save_cpu_ram"), True)
+    options |= dict.fromkeys(("cuda", "cache", "verbose", "samples_shuffle"), False)
+    options |= {"feature_extractor": "inception-v3-compat"}
+    options |= {"feature_extractor_weights_path": str(weights)}
+    sets = {"input1": str(folder / "samples"), "input2": str(folder / "reference")}
+    theirs = calculate_metrics(**sets, **options)
     print("score: contradiff, torch-fidelity, relative difference")
     for key in [key for key in ours if key in theirs]:
         error = abs(ours[key] / theirs[key] - 1)
@@ -105,11 +100,6 @@ def features_of(extractor: Extractor, images: Tensor, resizer: Resizer) -> tuple
     """Features and logits."""
     prepared = torch.stack([extractor.prepare(image, resizer=resizer) for image in images])
     return extractor(prepared, resizer=resizer)
-
-
-def fid_of(*sets: Tensor) -> float:
-    """The distance that `fid` refuses to compute for fewer images than dimensions."""
-    return frechet_distance(*(t for x in sets for t in (x.double().mean(0), x.double().T.cov())))
 
 
 def pictures(num_images: int, *, side: int = 64, seed: int, contrast: float) -> Tensor:
@@ -123,8 +113,6 @@ def pictures(num_images: int, *, side: int = 64, seed: int, contrast: float) -> 
 
 def random_inception(seed: int) -> dict[str, Tensor]:
     """A state dict that keeps activations of order one through all of Inception's layers."""
-    from torch_fidelity import feature_extractor_inceptionv3 as module
-
     network = module.FeatureExtractorInceptionV3
     with (
         mock.patch.object(module, "load_state_dict_from_url"),

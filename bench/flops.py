@@ -3,16 +3,15 @@
     python -m bench flops                     the paper preset: Stable Diffusion v1.4, 256 pixels
     python -m bench flops presets/tiny.yaml
 
-torch's FlopCounterMode counts the FLOPs of a step, forward and backward, on the meta device. It
-counts matrix products, convolutions and attention; the numbers are exact and the same on every
-machine.
+torch's FlopCounterMode counts matrix products, convolutions and attention of a step, forward and
+backward, on the meta device: the numbers are exact and the same on every machine.
 
-Peak memory is the largest sum of the weights and of all tensors that are alive during a step,
-forward and backward. It is taken at every operation on fake tensors. Under bf16 it follows CUDA:
-autocast runs norms in float32, and attention keeps what flash attention keeps. "peak MB" grows with
-the batch and is printed an image. "other MB" does not: these are the weights and the latents that
-go through the up blocks at once. A GPU also needs twelve bytes a trained weight for the optimiser's
-moments and DDP's buckets, working memory for its kernels, and what its allocator wastes.
+Peak memory is the largest sum of the weights and of all tensors that are alive during a step, taken
+at every operation on fake tensors. Under bf16 it follows CUDA: autocast runs norms in float32, and
+attention keeps what flash attention keeps. "peak MB" is for each image. "other MB" does not grow
+with the batch: these are the weights, and the latents that go through the up blocks at once. A GPU
+also needs twelve bytes a trained weight for the optimiser's moments and DDP's buckets, working
+memory for its kernels, and what its allocator wastes.
 """
 
 import weakref
@@ -49,23 +48,20 @@ NUM_IMAGES = 4
 BATCH_SIZES = (64, 128)
 """Images of two steps, whose difference gives one image: the paper's 512 on 8 and on 4 GPUs."""
 
-VARIANTS: dict[str, dict[str, Any]] = {
-    "the preset": {},
-    "loss.lambda=0": {"loss.lambda": 0.0},
-    "loss.recon_passes=6": {"loss.recon_passes": 6},
-    "loss.min_snr_gamma=5": {"loss.min_snr_gamma": 5.0},
-    "conditioner.cond_view=crop": {"conditioner.cond_view": "crop"},
-    "conditioner.input=latents (patch 2)": {
-        "conditioner.input": "latents",
-        "conditioner.patch_size": 2,
-    },
-    "head.block=mid+up.1": {"head.block": "mid+up.1"},
-    "head.self_conditioning=true": {"head.self_conditioning": True},
-    "pretrain.decode_batch_size=0": {"pretrain.decode_batch_size": 0},
-    "pretrain.gradient_checkpointing=down.0": {"pretrain.gradient_checkpointing": "down.0"},
-    "pretrain.gradient_checkpointing=all": {"pretrain.gradient_checkpointing": "all"},
-    "features.noising=ddim_chain": {"features.noising": "ddim_chain"},
-}
+VARIANTS: list[dict[str, Any]] = [
+    {},
+    {"loss.lambda": 0.0},
+    {"loss.recon_passes": 6},
+    {"loss.min_snr_gamma": 5.0},
+    {"conditioner.cond_view": "crop"},
+    {"conditioner.input": "latents", "conditioner.patch_size": 2},
+    {"head.block": "mid+up.1"},
+    {"head.self_conditioning": True},
+    {"pretrain.decode_batch_size": 0},
+    {"pretrain.gradient_checkpointing": "down.0"},
+    {"pretrain.gradient_checkpointing": "all"},
+    {"features.noising": "ddim_chain"},
+]
 
 
 class Params(Architecture):
@@ -84,9 +80,10 @@ def main(arguments: Sequence[str]) -> None:
     content = read_params(path)
     print(f"{path}: GFLOPs and peak megabytes (10^6 bytes) an image, other megabytes\n")
     units = f"{'peak MB':>10}{'other MB':>12}"
-    print(f"{'':38}{'training step':>16}{'':>8}{'features':>12}{'':>8}{units}")
+    print(f"{'':52}{'training step':>16}{'':>8}{'features':>12}{'':>8}{units}")
     first: tuple[float, float] | None = None
-    for name, changes in VARIANTS.items():
+    for changes in VARIANTS:
+        name = ", ".join(f"{key}={value}" for key, value in changes.items()) or "the preset"
         params = parse(Params, changed(content, changes), source=str(path))
         folder = config_folder(params.base, root=Path())
         step, features = of_training_step(params, folder), of_features(params, folder)
@@ -94,7 +91,7 @@ def main(arguments: Sequence[str]) -> None:
         first = first or (step, features)
         ratios = f"{step / first[0]:>6.2f}x", f"{features / first[1]:>6.2f}x"
         numbers = f"{step:>16.3f}{ratios[0]:>8}{features:>12.3f}{ratios[1]:>8}{peak:>10.1f}"
-        print(f"{name:38}{numbers}{other:>12.1f}", flush=True)
+        print(f"{name:52}{numbers}{other:>12.1f}", flush=True)
 
 
 def changed(content: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
@@ -109,20 +106,11 @@ def changed(content: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
 def build(params: Params, folder: Path, *, precision: Precision = "fp32") -> ContraDiff:
     """Build the model for training on the meta device; only its noise schedule holds numbers."""
     schedule = NoiseSchedule.of_base(folder)
+    sizes = {"image_size": params.data["image_size"], "downsampling": downsampling_of(folder)}
     with torch.device("meta"):
-        model = ContraDiff(
-            unet_without_weights(folder),
-            schedule,
-            params,
-            image_size=params.data["image_size"],
-            downsampling=downsampling_of(folder),
-        )
-    set_up(
-        model,
-        loss=params.loss,
-        gradient_checkpointing=params.pretrain.gradient_checkpointing,
-        precision=precision,
-    )
+        model = ContraDiff(unet_without_weights(folder), schedule, params, **sizes)
+    blocks = params.pretrain.gradient_checkpointing
+    set_up(model, loss=params.loss, gradient_checkpointing=blocks, precision=precision)
     return model
 
 
@@ -143,12 +131,7 @@ def of_training_step(params: Params, folder: Path) -> float:
 
 
 def peak_bytes(params: Params, folder: Path) -> tuple[float, float]:
-    """Count the memory of a training step, forward and backward, at its peak.
-
-    Returns:
-        Bytes an image, and bytes that do not grow with the batch: weights, gradients, and the
-        `pretrain.decode_batch_size` latents that go through the up blocks at once.
-    """
+    """Count a training step's peak: bytes an image, and bytes that do not grow with the batch."""
     few, more = BATCH_SIZES
     peaks = {n: _peak(params, folder, num_images=n) for n in BATCH_SIZES}
     an_image = (peaks[more] - peaks[few]) / (more - few)
@@ -158,8 +141,7 @@ def peak_bytes(params: Params, folder: Path) -> tuple[float, float]:
 def _peak(params: Params, folder: Path, *, num_images: int) -> int:
     precision = params.pretrain.precision
     model = build(params, folder, precision=precision)
-    half = precision == "bf16"
-    norms = cuda_norms() if half else nullcontext()
+    norms = cuda_norms() if (half := precision == "bf16") else nullcontext()
     with FakeTensorMode(allow_non_fake_inputs=True), LiveBytes() as live, norms:
         # Autocast does not support the meta device; fake tensors claim to be on the CPU.
         for module in model.modules():
@@ -199,18 +181,15 @@ class LiveBytes(TorchDispatchMode):
     ) -> Any:
         """Run the operation and note the storages that it creates."""
         result = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(result):
-            if isinstance(tensor, Tensor):
-                self._note(tensor.untyped_storage())
+        for tensor in (leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)):
+            storage = tensor.untyped_storage()
+            key, size = id(storage), storage.nbytes()
+            if key not in self.known:
+                self.known.add(key)
+                self.size += size
+                self.peak = max(self.peak, self.size)
+                weakref.finalize(storage, self._drop, key, size)
         return result
-
-    def _note(self, storage: torch.UntypedStorage) -> None:
-        key, size = id(storage), storage.nbytes()
-        if key not in self.known:
-            self.known.add(key)
-            self.size += size
-            self.peak = max(self.peak, self.size)
-            weakref.finalize(storage, self._drop, key, size)
 
     def _drop(self, key: int, size: int) -> None:
         self.known.remove(key)
@@ -219,24 +198,21 @@ class LiveBytes(TorchDispatchMode):
 
 def training_step(model: ContraDiff, params: Params) -> TrainingStep:
     """Return the training step with the preset's loss."""
-    return TrainingStep(
-        model,
-        loss=params.loss,
-        decode_batch_size=params.pretrain.decode_batch_size,
-    ).train()
+    decode_batch_size = params.pretrain.decode_batch_size
+    return TrainingStep(model, loss=params.loss, decode_batch_size=decode_batch_size).train()
 
 
 def empty_batch(
     model: ContraDiff, params: Params, folder: Path, *, num_images: int
 ) -> TrainingBatch:
     """Return a batch without content on torch's default device."""
-    latent, condition = latent_shape(model, params, folder), model.conditioner.shape
-    cond_views = 1 if params.conditioner.cond_view == "same" else 2
+    latent = latent_shape(model, params, folder)
+    views = (1 if params.conditioner.cond_view == "same" else 2), num_images
     return TrainingBatch(
         latents=torch.empty(2, num_images, *latent),
-        conditions=torch.empty(cond_views, num_images, *condition),
-        condition_noise=torch.empty(cond_views, num_images, *condition),
-        dropped=torch.empty(cond_views, num_images, dtype=torch.bool),
+        conditions=torch.empty(*views, *model.conditioner.shape),
+        condition_noise=torch.empty(*views, *model.conditioner.shape),
+        dropped=torch.empty(*views, dtype=torch.bool),
         timesteps=torch.empty(2, 3, num_images, dtype=torch.long),
         noise=torch.empty(2, 3, num_images, *latent),
     )
@@ -244,21 +220,16 @@ def empty_batch(
 
 def of_features(params: Params, folder: Path) -> float:
     """Count GFLOPs an image of the feature h, with its condition."""
-    timesteps = params.features.timesteps
     model = build(params, folder).eval()
+    options = {"timesteps": params.features.timesteps, "blocks": [model.block]}
     with torch.device("meta"), torch.no_grad():
         latents = torch.empty(NUM_IMAGES, *latent_shape(model, params, folder))
         with FlopCounterMode(display=False) as counter:
             tokens = model.encode_condition(torch.empty(NUM_IMAGES, *model.conditioner.shape))
             if params.features.noising == "ddim_chain":
-                blocks = [model.block]
-                found = inverted_maps(model, latents, tokens, timesteps=timesteps, blocks=blocks)
-                maps = found[model.block]
+                maps = inverted_maps(model, latents, tokens, **options)
             else:
                 noise = torch.empty(3, *latents.shape)
-                blocks = [model.block]
-                maps = model.level_maps(
-                    latents, tokens, timesteps=timesteps, noise=noise, blocks=blocks
-                )[model.block]
-            model.attention(maps)
+                maps = model.level_maps(latents, tokens, noise=noise, **options)
+            model.attention(maps[model.block])
     return counter.get_total_flops() / NUM_IMAGES / 1e9

@@ -19,8 +19,11 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+import webdataset
 from PIL import Image
 from torch.utils.data import DataLoader
+from torchvision.datasets import ImageFolder
+from torchvision.transforms import v2
 
 from contradiff.data.latents import StoredLatents
 from contradiff.data.shard_info import ImageInfo, LatentInfo
@@ -49,9 +52,9 @@ def main(arguments: Sequence[str]) -> None:
         for _ in range(ROUNDS):
             for loader, build in loaders.items():
                 start = time.perf_counter()
-                taken = sum(1 for _ in build())
-                assert taken == num_images // BATCH_SIZE, "every loader has the same work"
+                num_batches = sum(1 for _ in build())
                 best[loader] = min(best[loader], time.perf_counter() - start)
+                assert num_batches == num_images // BATCH_SIZE, "every loader has the same work"
     print(f"{num_images} JPEGs of {size} pixels, {num_bytes / num_images / 1e3:.0f} kB each")
     print(f"{num_workers} workers, {torch.get_num_threads()} threads, best of {ROUNDS} rounds\n")
     print(f"{'':28}{'images/s':>10}{'MB/s':>8}{'/ ImageFolder':>16}{'/ webdataset':>15}")
@@ -74,20 +77,11 @@ def write_files(folder: Path, num_images: int, *, size: int) -> int:
         crops = tuple(random_crop(rng, size, size, scale_min=CROP_SCALE) for _ in range(2))
         images.append(image_record(sample, extension="jpg"))
         latents.append(StoredLatents(sample.key, moments, crops).to_record())
-    latent_info = LatentInfo(
-        dtype="float16",
-        scaling_factor=1.0,
-        image_size=size,
-        views=2,
-        flips=False,
-        crop_scale_min=CROP_SCALE,
-        colour_jitter=0.0,
-    )
-    for name, records, info in (
-        ("shards", images, ImageInfo(class_ids=())),
-        ("latents", latents, latent_info),
-    ):
-        settings = {"samples_per_shard": 125, "compression": "none"}
+    stored = {"dtype": "float16", "scaling_factor": 1.0, "image_size": size, "views": 2}
+    cut = {"flips": False, "crop_scale_min": CROP_SCALE, "colour_jitter": 0.0}
+    infos = ImageInfo(class_ids=()), LatentInfo(**stored, **cut)
+    settings = {"samples_per_shard": 125, "compression": "none"}
+    for name, records, info in zip(("shards", "latents"), (images, latents), infos, strict=True):
         shards = write_split(folder / name, "train", records, **settings)
         ShardIndex({"train": shards}, info).write(folder / name)
     return num_bytes
@@ -108,62 +102,33 @@ def draw_jpeg(rng: np.random.Generator, size: int) -> bytes:
 
 
 def _crop(size: int) -> Any:
-    from torchvision.transforms import v2
-
     bicubic = v2.InterpolationMode.BICUBIC
-    return v2.Compose(
-        [
-            v2.RandomResizedCrop(size, scale=(CROP_SCALE, 1.0), interpolation=bicubic),
-            v2.RandomHorizontalFlip(),
-            v2.ToImage(),
-            v2.ToDtype(torch.float32, scale=True),
-            v2.Normalize([0.5], [0.5]),
-        ]
-    )
+    crop = v2.RandomResizedCrop(size, scale=(CROP_SCALE, 1.0), interpolation=bicubic)
+    tensor = v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize([0.5], [0.5])
+    return v2.Compose([crop, v2.RandomHorizontalFlip(), *tensor])
 
 
 def image_folder(folder: Path, size: int, num_workers: int) -> Iterable[Any]:
     """What most training scripts use."""
-    from torchvision.datasets import ImageFolder
-
     images = ImageFolder(folder / "tree", _crop(size))
     return DataLoader(images, batch_size=BATCH_SIZE, shuffle=True, num_workers=num_workers)
 
 
 def minimal_webdataset(folder: Path, size: int, num_workers: int) -> Iterable[Any]:
     """The pipeline of webdataset's own introduction."""
-    import webdataset
-
     urls = sorted(str(path) for path in (folder / "shards").glob("*.tar"))
-    dataset = (
-        webdataset.WebDataset(urls, shardshuffle=len(urls), empty_check=False)
-        .shuffle(1000)
-        .decode("pil")
-        .to_tuple("jpg", "cls")
-        .map_tuple(_crop(size), int)
-    )
+    dataset = webdataset.WebDataset(urls, shardshuffle=len(urls), empty_check=False).shuffle(1000)
+    dataset = dataset.decode("pil").to_tuple("jpg", "cls").map_tuple(_crop(size), int)
     return webdataset.WebLoader(dataset, batch_size=BATCH_SIZE, num_workers=num_workers)
 
 
 def ours(folder: Path, condition: Literal["pixels", "latents"], num_workers: int) -> Iterable[Any]:
     """As pretraining reads: one crop an image and two stored latents, or the latents alone."""
     pairs = PairedShards.open(folder / "shards", folder / "latents", split="train")
-    chooser = ViewChooser(
-        pairs,
-        latent_views="two",
-        cond_view="crop" if condition == "latents" else "same",
-        condition=condition,
-        seed=0,
-    )
-    stream = TrainingStream(
-        pairs,
-        make_batch=chooser,
-        with_images=condition == "pixels",
-        batch_size=BATCH_SIZE,
-        start_step=0,
-        seed=0,
-        rank=0,
-        world_size=1,
-    )
+    cond_view = "crop" if condition == "latents" else "same"
+    views = {"latent_views": "two", "cond_view": cond_view, "condition": condition}
+    steps = {"batch_size": BATCH_SIZE, "start_step": 0, "seed": 0, "rank": 0, "world_size": 1}
+    chooser, with_images = ViewChooser(pairs, **views, seed=0), condition == "pixels"
+    stream = TrainingStream(pairs, make_batch=chooser, with_images=with_images, **steps)
     batches = training_batches(stream, num_workers=num_workers)
     return islice(batches, stream.order.steps_per_epoch)

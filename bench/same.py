@@ -52,7 +52,7 @@ def main(arguments: Sequence[str]) -> None:
     first = numbers_of(arguments[0])
     second = numbers_of(arguments[1]) if len(arguments) == 2 else measure(None)
     lines = list(comparison(first, second))
-    print("\n".join(line for line, _ in lines))
+    print(*(line for line, _ in lines), sep="\n")
     num_different = sum(is_different for _, is_different in lines)
     print(f"\n{len(lines)} numbers, {num_different} differ")
     sys.exit(bool(num_different))
@@ -75,8 +75,7 @@ def measure(revision: str | None) -> Numbers:
     with tempfile.TemporaryDirectory() as top:
         project = Path(top) / "project"
         copy_project(project, revision=revision)
-        yaml = YAML(typ="safe")
-        params = yaml.load(project / "presets/smoke.yaml")
+        params = (yaml := YAML(typ="safe")).load(project / "presets/smoke.yaml")
         for (section, name), value in OVERRIDES.items():
             params[section][name] = value
         yaml.dump(params, project / "params.yaml")

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers import StableDiffusionPipeline
 from torch import Tensor
 
 from contradiff.base.loading import load_vae
@@ -39,9 +40,8 @@ FEWER = 5
 def main(arguments: Sequence[str]) -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(prog="python -m bench sampling", description=__doc__)
-    parser.add_argument("--images", type=int, default=16)
-    parser.add_argument("--steps", type=int, default=25)
-    parser.add_argument("--rounds", type=int, default=3)
+    for name, default in (("images", 16), ("steps", 25), ("rounds", 3)):
+        parser.add_argument(f"--{name}", type=int, default=default)
     options = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory() as name:
         rows = measure(write_base(Path(name)), **vars(options))
@@ -62,9 +62,8 @@ def write_base(folder: Path) -> Path:
 def random_model(base: Path) -> ContraDiff:
     """The tiny preset's model; its LoRA, which starts as the identity, is random too."""
     content = read_params(Path("presets/tiny.yaml"))
-    shapes = Architecture.model_validate(
-        {name: content[name] for name in Architecture.model_fields}
-    )
+    sections = {name: content[name] for name in Architecture.model_fields}
+    shapes = Architecture.model_validate(sections)
     model = build_model(base, shapes, image_size=content["data"]["image_size"], seed=0)
     for name, parameter in model.unet.named_parameters():
         if "lora_B" in name:
@@ -84,24 +83,19 @@ def measure(base: Path, *, images: int, steps: int, rounds: int) -> list[tuple[s
 
     def ours(solver: Solver, num_steps: int) -> Tensor:
         scheduler = load_solver(base, solver=solver, num_inference_steps=num_steps)
-        latents = denoise(
-            merged, scheduler, noise, tokens, null_tokens=null_tokens, guidance=GUIDANCE
-        )
-        return decode_latents(vae, latents)
+        options = {"null_tokens": null_tokens, "guidance": GUIDANCE}
+        return decode_latents(vae, denoise(merged, scheduler, noise, tokens, **options))
 
     def peer(unet: Any) -> Tensor:
         scheduler = load_solver(base, solver="ddim", num_inference_steps=steps)
-        result = pipeline_of(vae, unet, scheduler)(
-            prompt_embeds=tokens,
-            negative_prompt_embeds=null_tokens,
-            guidance_scale=GUIDANCE,
-            num_inference_steps=steps,
-            latents=noise,
-            height=side * 4,
-            width=side * 4,
-            output_type="np",
-        )
-        images = (result.images * 255).round().astype("uint8")
+        absent = ("text_encoder", "tokenizer", "safety_checker", "feature_extractor")
+        parts = {"vae": vae, "unet": unet, "scheduler": scheduler, **dict.fromkeys(absent)}
+        pipeline = StableDiffusionPipeline(**parts, requires_safety_checker=False)
+        pipeline.set_progress_bar_config(disable=True)
+        options = {"guidance_scale": GUIDANCE, "num_inference_steps": steps, "output_type": "np"}
+        options |= {"height": side * 4, "width": side * 4, "latents": noise}
+        options |= {"prompt_embeds": tokens, "negative_prompt_embeds": null_tokens}
+        images = (pipeline(**options).images * 255).round().astype("uint8")
         return torch.from_numpy(images).permute(0, 3, 1, 2)
 
     fast = max(1, steps // FEWER)
@@ -117,8 +111,7 @@ def measure(base: Path, *, images: int, steps: int, rounds: int) -> list[tuple[s
         for label, sample in contenders.items():
             started = time.process_time()
             made[label] = sample()
-            # the first round warms up
-            if number:
+            if number:  # the first round warms up
                 seconds[label].append(time.process_time() - started)
     first = next(iter(contenders))
     rows: list[tuple[str, float, str]] = []
@@ -127,21 +120,3 @@ def measure(base: Path, *, images: int, steps: int, rounds: int) -> list[tuple[s
         levels = (made[label].int() - made[first].int()).abs().max().item()
         rows.append((label, ratio, f"{levels} of 255 away" if label != first else ""))
     return rows
-
-
-def pipeline_of(vae: Any, unet: Any, scheduler: Any) -> Any:
-    """StableDiffusionPipeline without a text encoder: it is given embeddings."""
-    from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import (
-        StableDiffusionPipeline,
-    )
-
-    absent = ("text_encoder", "tokenizer", "safety_checker", "feature_extractor")
-    pipeline = StableDiffusionPipeline(
-        vae=vae,
-        unet=unet,
-        scheduler=scheduler,
-        requires_safety_checker=False,
-        **dict.fromkeys(absent),
-    )
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline

@@ -27,11 +27,7 @@ def main(_arguments: Sequence[str]) -> None:
 
 
 def check_second_run(output: str) -> None:
-    """Check which stages DVC ran or restored from its cache, by what `dvc repro` printed.
-
-    Raises:
-        SystemExit: They are not those that always run.
-    """
+    """Raise SystemExit if `dvc repro` ran, or took from its cache, other stages than `ALWAYS`."""
     ran = set(re.findall(r"(?m)^(?:Running stage|Stage) '(\w+)'(?::?$| is cached)", output))
     if ran != ALWAYS:
         raise SystemExit(

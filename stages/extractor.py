@@ -10,8 +10,8 @@ from contradiff.data.shard_info import ImageInfo
 from contradiff.data.shards import ShardIndex
 from contradiff.evaluation.classifier import train_classifier
 from contradiff.evaluation.extractors import ExtractorParams, save_classifier, save_inception
-from contradiff.evaluation.images import real_images
 from contradiff.evaluation.inception import download_inception
+from contradiff.evaluation.measuring import real_images
 
 IMAGES, EXTRACTOR = Path("build/shards"), Path("build/extractor")
 
@@ -37,6 +37,7 @@ def main(params: Params, run: Run) -> None:
         for split in ("train", "val")
         for tensor in real_images(IMAGES, split, image_size=size, num_workers=num_workers)
     ]
+    val_count = index.num_samples("val")
     epoch_steps = index.num_samples("train") // settings.batch_size
     with run.progress("train the classifier", settings.epochs * epoch_steps, "step") as advance:
         classifier, accuracy = train_classifier(
@@ -49,7 +50,6 @@ def main(params: Params, run: Run) -> None:
             seed=params.seed,
             on_progress=lambda _, row: advance(epoch_steps, loss=f"{row['loss']:.3f}"),
         )
-    val_count = index.num_samples("val")
     run.log(f"accuracy {accuracy:.1%} on {val_count} val images")
     save_classifier(
         EXTRACTOR, classifier, image_size=size, val_accuracy=accuracy, val_count=val_count

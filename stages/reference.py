@@ -2,6 +2,7 @@
 
 from stages.runtime.run import Run, execute
 
+import hashlib
 from functools import partial
 from pathlib import Path
 
@@ -11,18 +12,10 @@ from contradiff.data.params import DataParams
 from contradiff.data.shard_info import ImageInfo
 from contradiff.data.shards import ShardIndex
 from contradiff.evaluation.extractors import load_extractor, read_extractor_card
-from contradiff.evaluation.fid import check_count
-from contradiff.evaluation.images import real_image
-from contradiff.evaluation.measuring import measure_shards
-from contradiff.evaluation.reference import (
-    ReferenceCard,
-    ReferenceParams,
-    fingerprint_of,
-    write_reference,
-)
+from contradiff.evaluation.measuring import measure_shards, real_image
+from contradiff.evaluation.reference import ReferenceCard, ReferenceParams, write_reference
 
-IMAGES, EXTRACTOR = Path("build/shards"), Path("build/extractor")
-REFERENCE = Path("build/reference")
+IMAGES, EXTRACTOR, REFERENCE = map(Path, ("build/shards", "build/extractor", "build/reference"))
 
 
 class Params(Section):
@@ -35,20 +28,26 @@ def main(params: Params, run: Run) -> None:
     section, size = params.reference, params.data.image_size
     shards = ShardIndex.read(IMAGES, ImageInfo).shards(section.split)
     extractor = read_extractor_card(EXTRACTOR)
+    digests = "\n".join(shard.sha256 for shard in shards)
     card = ReferenceCard(
         split=section.split,
         num_images=sum(shard.num_samples for shard in shards),
         image_size=size,
-        images_sha256=fingerprint_of(shards),
+        images_sha256=hashlib.sha256(digests.encode()).hexdigest(),
         extractor=extractor.name,
         extractor_sha256=extractor.weights_sha256,
         resizers=list(extractor.resizers),
         num_kept=section.num_kept,
         seed=params.seed,
     )
-    check_count(card.num_images, num_features=extractor.num_features, images=card.description)
-    inputs = [IMAGES / "index.json", EXTRACTOR]
+    if card.num_images < extractor.num_features:
+        raise ValueError(
+            f"no FID of {card.num_images} samples ({card.description}) with "
+            f"{extractor.num_features} feature dimensions: it needs at least as many samples as "
+            "dimensions (set data.num_val, data.num_train or reference.split)"
+        )
     processes = run.processes(run.accelerator())
+    inputs = [IMAGES / "index.json", EXTRACTOR]
     with (
         run.work_dir(params, inputs, state_version=STATE_VERSION) as work_dir,
         run.progress("images", card.num_images) as advance,

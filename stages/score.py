@@ -11,14 +11,11 @@ from contradiff.data.params import DataParams
 from contradiff.data.shard_info import SampleInfo
 from contradiff.data.shards import ShardIndex
 from contradiff.evaluation.extractors import load_extractor, read_extractor_card
-from contradiff.evaluation.images import generated_image
-from contradiff.evaluation.kid import check_subset_size
-from contradiff.evaluation.measuring import measure_shards
+from contradiff.evaluation.measuring import generated_image, measure_shards
 from contradiff.evaluation.reference import read_reference
 from contradiff.evaluation.scores import MIN_UNBIASED_IMAGES, ScoreParams, scores_of
 
-SAMPLES, EXTRACTOR = Path("build/samples"), Path("build/extractor")
-REFERENCE = Path("build/reference")
+SAMPLES, EXTRACTOR, REFERENCE = map(Path, ("build/samples", "build/extractor", "build/reference"))
 
 
 class Params(Section):
@@ -35,7 +32,12 @@ def main(params: Params, run: Run) -> None:
     reference, real = read_reference(REFERENCE, extractor=extractor, image_size=size)
     num_smallest = min(num_samples, reference.num_images)
     num_kept = min(reference.num_kept, num_smallest)
-    check_subset_size(section.kid_subset_size, num_kept=num_kept)
+    if section.kid_subset_size > num_kept:
+        raise ValueError(
+            f"score.kid_subset_size is {section.kid_subset_size}; it may be {num_kept} at most, "
+            "the number of images whose features are kept: lower it, or raise "
+            "reference.num_kept, generate.num_samples or data.num_val"
+        )
     inputs = [SAMPLES / "index.json", EXTRACTOR, REFERENCE]
     processes = run.processes(run.accelerator())
     with (
@@ -59,13 +61,10 @@ def main(params: Params, run: Run) -> None:
         )
         if not run.is_main:
             return
-        scores = {
-            resizer: scores_of(
-                measurement, real[resizer], params=section, seed=params.seed, device=run.device
-            )
-            for resizer, measurement in found.items()
-        }
-        for resizer, values in scores.items():
+        scores: dict[str, dict[str, float]] = {}
+        score = partial(scores_of, params=section, seed=params.seed, device=run.device)
+        for resizer, measurement in found.items():
+            scores[resizer] = values = score(measurement, real[resizer])
             run.log(
                 f"FID ({extractor.name}, resizer {resizer}) {values['fid']:.2f}, "
                 f"KID {values['kid']:.4f} ± {values['kid_std']:.4f}, "
@@ -92,9 +91,8 @@ def main(params: Params, run: Run) -> None:
             "resizer": main_one,
             "seed": params.seed,
         }
-        rest = {resizer: scores[resizer] for resizer in others}
-        content = {"score": scores[main_one] | facts | rest}
-        run.write_json(Path("metrics/score.json"), content)
+        content = scores[main_one] | facts | {resizer: scores[resizer] for resizer in others}
+        run.write_json(Path("metrics/score.json"), {"score": content})
 
 
 if __name__ == "__main__":

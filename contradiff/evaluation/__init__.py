@@ -1,7 +1,7 @@
 """Scores of generated images.
 
 `extractors` loads the network that sees the images: a `classifier` trained here, or `inception`.
-`images` decodes them, `measuring` collects features and logits from shards, and `reference` keeps
-those of the real images. `fid`, `kid` and `prdc` are the scores; `scores` computes all of them.
-This room may import `data` and what stands below it.
+`measuring` collects its features and logits from shards, and `reference` keeps those of the real
+images. `fid` is the main score; `scores` has the others, and computes all of them. This room may
+import `training`, `data` and what stands below them.
 """

@@ -17,10 +17,6 @@ from torch import Tensor, nn
 
 from contradiff.training.loop import train
 
-OnProgress = Callable[[int, Mapping[str, float]], None]
-
-MAX_SHIFT_FRACTION = 1 / 10
-"""Largest shift of the augmentation, as a part of the image's side."""
 WEIGHT_DECAY = 0.05
 
 
@@ -57,12 +53,7 @@ class ResidualClassifier(nn.Module):
     """
 
     def __init__(self, *, width: int, num_classes: int) -> None:
-        """Random weights from torch's global generator.
-
-        Args:
-            width: channels of the middle stage, even; the features have twice as many dimensions.
-            num_classes: number of logits.
-        """
+        """Draw the weights from torch's global generator; `width` is even."""
         super().__init__()
         self.width = width
         self.num_features = 2 * width
@@ -80,11 +71,7 @@ class ResidualClassifier(nn.Module):
     def forward(
         self, images: UInt8[Tensor, "b 3 h w"]
     ) -> tuple[Float[Tensor, "b features"], Float[Tensor, "b classes"]]:
-        """Features before the linear layer, and logits.
-
-        Args:
-            images: RGB from 0 to 255; height and width divisible by 2.
-        """
+        """Features before the linear layer, and logits, of images with even sides."""
         x = images.to(memory_format=torch.channels_last, dtype=self.output.weight.dtype)
         x = self.stem(F.pixel_unshuffle(x / 127.5 - 1, 2))
         features = F.relu(self.norm(self.stages(x))).mean((2, 3))
@@ -104,12 +91,9 @@ def augment(
     rows = _reflected(torch.arange(height) + shifts[0], height)
     columns = _reflected(torch.arange(width) + shifts[1], width)
     columns = torch.where(flipped, columns.flip(1), columns)
-    index = torch.arange(num_images)
-    device = images.device
-    moved = images.permute(0, 2, 3, 1)[
-        index[:, None, None].to(device), rows[:, :, None].to(device), columns[:, None, :].to(device)
-    ]
-    return moved.permute(0, 3, 1, 2)
+    number = torch.arange(num_images)[:, None, None]
+    index = [i.to(images.device) for i in (number, rows[:, :, None], columns[:, None, :])]
+    return images.permute(0, 2, 3, 1)[tuple(index)].permute(0, 3, 1, 2)
 
 
 def _reflected(index: Int64[Tensor, "b side"], side: int) -> Int64[Tensor, "b side"]:
@@ -130,26 +114,13 @@ def train_classifier(
     batch_size: int,
     lr: float,
     seed: int,
-    on_progress: OnProgress,
+    on_progress: Callable[[int, Mapping[str, float]], None],
 ) -> tuple[ResidualClassifier, float]:
-    """Train the extractor's classifier with AdamW and a one-cycle schedule, without smoothing.
+    """Train the extractor's classifier with AdamW and one cycle of learning rates, at most `lr`.
 
-    Runs on the device of `images`. Two runs with equal arguments on one machine give equal
-    weights; the global random state is left as it was.
-
-    Args:
-        images: the training images, RGB from 0 to 255, whole in memory.
-        labels: classes in [0, num_classes).
-        val_images: images that the accuracy is measured on; they train nothing.
-        val_labels: their classes.
-        num_classes: number of classes.
-        width: channels of the middle stage, even.
-        epochs: passes over the training images.
-        batch_size: images a step; an incomplete last batch is left out (BatchNorm).
-        lr: the highest learning rate of the cycle.
-        seed: of weights, order and augmentation.
-        on_progress: called after every epoch with the number of steps done and `epoch`, `loss`
-            and `train_accuracy` (means over the epoch, of augmented images) and `lr`.
+    Runs on the device of `images`. Equal arguments on one machine give equal weights, and torch's
+    global generator stays as it was. BatchNorm needs full batches: an incomplete last one is left
+    out. `on_progress` hears the number of steps after every epoch, and the epoch's means.
 
     Returns:
         The classifier in evaluation mode, and its accuracy on `val_images` in [0, 1].
@@ -177,19 +148,12 @@ def train_classifier(
     generator = torch.Generator().manual_seed(seed)
     decayed = [p for p in classifier.parameters() if p.ndim > 1]
     others = [p for p in classifier.parameters() if p.ndim <= 1]
-    optimizer = torch.optim.AdamW(
-        [
-            {"params": decayed, "weight_decay": WEIGHT_DECAY},
-            {"params": others, "weight_decay": 0.0},
-        ],
-        lr=lr,
-    )
+    groups = [{"params": decayed}, {"params": others, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=lr, weight_decay=WEIGHT_DECAY)
     steps_per_epoch = len(images) // batch_size
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, max_lr=lr, total_steps=epochs * steps_per_epoch, cycle_momentum=False
     )
-    max_shift = max(1, round(side * MAX_SHIFT_FRACTION))
-
     classifier.train()
     num_shown = steps_per_epoch * batch_size
     batches = (
@@ -206,6 +170,7 @@ def train_classifier(
         if step % steps_per_epoch == 0:
             sums.zero_()
         chosen = next(batches)
+        max_shift = max(1, round(side / 10))
         batch = augment(images[chosen], max_shift=max_shift, generator=generator)
         _, logits = classifier(batch)
         loss = F.cross_entropy(logits, labels[chosen])
@@ -230,17 +195,7 @@ def train_classifier(
         on_step=lambda done, row: None if row is None else on_progress(done, row),
     )
     classifier.eval()
-    return classifier, _accuracy(classifier, val_images, val_labels, batch_size=batch_size)
-
-
-@torch.inference_mode()
-def _accuracy(
-    classifier: ResidualClassifier,
-    images: UInt8[Tensor, "n 3 side side"],
-    labels: Int64[Tensor, " n"],
-    *,
-    batch_size: int,
-) -> float:
-    pairs = zip(images.split(batch_size), labels.split(batch_size), strict=True)
-    num_correct = sum(int((classifier(x)[1].argmax(1) == y).sum()) for x, y in pairs)
-    return num_correct / len(images)
+    pairs = zip(val_images.split(batch_size), val_labels.split(batch_size), strict=True)
+    with torch.inference_mode():
+        num_correct = sum(int((classifier(x)[1].argmax(1) == y).sum()) for x, y in pairs)
+    return classifier, num_correct / len(val_images)

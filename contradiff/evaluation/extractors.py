@@ -6,27 +6,23 @@ are named "FID (domain classifier)". `inception` is the network of published FID
 images => prepared images (b 3 h w) => features (b d), logits (b classes)
 """
 
+import shutil
+import warnings
 from pathlib import Path
 from typing import Literal
 
 import torch
-from jaxtyping import Float, Num
+from jaxtyping import Float, Num, UInt8
 from pydantic import Field, model_validator
 from torch import Tensor
 
 from contradiff.config import Section, read_card
+from contradiff.evaluation import inception
 from contradiff.evaluation.classifier import ResidualClassifier
-from contradiff.evaluation.images import Image
-from contradiff.evaluation.inception import (
-    SCRIPT_NAME,
-    STATE_DICT_NAME,
-    Inception,
-    copy_inception,
-    no_weights,
-    resizer_of,
-)
+from contradiff.evaluation.inception import Inception
 from contradiff.files import replace_dir, sha256_of
 
+Image = UInt8[Tensor, "3 height width"]
 Kind = Literal["classifier", "inception"]
 Resizer = Literal["none", "clean", "legacy_tensorflow", "legacy_pytorch"]
 """How images come to Inception's 299 pixels. FIDs differ by whole points between resizers."""
@@ -38,13 +34,9 @@ class ExtractorParams(Section):
     """Section `extractor`: the network that generated images are scored with."""
 
     kind: Kind
-    weights: str | None = Field(
-        description="inception: path of inception-2015-12-05.pt, or of pytorch-fid's .pth"
-    )
+    weights: str | None = Field(description="inception: its .pt file, or pytorch-fid's .pth")
     download: bool = Field(description="inception: fetch the weights if they are not there")
-    resizers: list[Resizer] = Field(
-        min_length=1, description="each gives scores; the first gives the main ones"
-    )
+    resizers: list[Resizer] = Field(min_length=1, description="the first gives the main scores")
     width: int = Field(ge=2, multiple_of=2, description="classifier: it has 2·width features")
     epochs: int = Field(gt=0)
     batch_size: int = Field(gt=1)
@@ -52,30 +44,29 @@ class ExtractorParams(Section):
 
     @model_validator(mode="after")
     def _settings_fit_the_kind(self) -> "ExtractorParams":
-        if len(set(self.resizers)) < len(self.resizers):
-            raise ValueError(f"extractor.resizers: {self.resizers} names one twice")
-        if self.kind == "inception":
-            if self.weights is None:
-                raise ValueError(no_weights("extractor.weights is null"))
-            if "none" in self.resizers:
-                raise ValueError(
-                    "extractor.resizers: extractor.kind inception needs a resizer: "
-                    "[clean, legacy_tensorflow]"
-                )
-            return self
-        if self.weights is not None:
+        resizers, trained = self.resizers, self.kind == "classifier"
+        if len(set(resizers)) < len(resizers):
+            raise ValueError(f"extractor.resizers: {resizers} names one twice")
+        if not trained and self.weights is None:
+            raise ValueError(inception.no_weights("extractor.weights is null"))
+        if not trained and "none" in resizers:
+            raise ValueError(
+                "extractor.resizers: extractor.kind inception needs a resizer: "
+                "[clean, legacy_tensorflow]"
+            )
+        if trained and self.weights is not None:
             raise ValueError(
                 "extractor.weights is set, but extractor.kind classifier is trained here: "
                 "set extractor.weights to null, or extractor.kind to inception"
             )
-        if self.download:
+        if trained and self.download:
             raise ValueError(
                 "extractor.download is for Inception, but extractor.kind classifier is trained "
                 "here: set extractor.download to false"
             )
-        if self.resizers != ["none"]:
+        if trained and resizers != ["none"]:
             raise ValueError(
-                f"extractor.resizers is {self.resizers}, but extractor.kind classifier sees images "
+                f"extractor.resizers is {resizers}, but extractor.kind classifier sees images "
                 "as they are: set it to [none]"
             )
         return self
@@ -108,23 +99,26 @@ class Extractor:
         prepared = [extractor.prepare(image, resizer="none") for image in images]
         features, logits = extractor(torch.stack(prepared), resizer="none")
 
-    Attributes:
-        card: what it is, with the sha256 of its weights.
+    `load_extractor` makes one.
     """
 
     def __init__(
         self, network: ResidualClassifier | Inception, card: ExtractorCard, *, device: torch.device
     ) -> None:
-        self.card = card
+        from cleanfid.resize import build_resizer
+
+        self.card, self._device = card, device
         self._network = network.to(device).eval()
-        self._device = device
-        self._resize = {name: resizer_of(name) for name in card.resizers if name != "none"}
+        names = [name for name in card.resizers if name != "none"]
+        with warnings.catch_warnings():  # clean-fid would silence all warnings from here on
+            # clean-fid's functions from (h w 3) uint8 to (299 299 3) float32. That of
+            # legacy_tensorflow changes nothing: the network itself resizes.
+            self._resize = {name: build_resizer(name) for name in names}
 
     def prepare(self, image: Image, *, resizer: Resizer) -> Num[Tensor, "3 height2 width2"]:
         """Bring an image (RGB, 0 to 255) to the size that the network takes; on the CPU.
 
-        Raises:
-            ValueError: the image has another size than the classifier's training images.
+        A ValueError says if it has another size than the classifier's training images.
         """
         if resizer != "none":
             resized = self._resize[resizer](image.permute(1, 2, 0).numpy())
@@ -155,7 +149,7 @@ def save_classifier(
     image_size: int,
     val_accuracy: float,
     val_count: int,
-) -> ExtractorCard:
+) -> None:
     """Write a trained classifier and its extractor.json; the folder is replaced as a whole."""
     from safetensors.torch import save_file
 
@@ -174,40 +168,40 @@ def save_classifier(
             val_count=val_count,
             weights_sha256=sha256_of(weights),
         )
-        return _write_card(temporary, card)
+        (temporary / CARD_NAME).write_text(card.model_dump_json(indent=2) + "\n", encoding="utf-8")
 
 
-def save_inception(folder: Path, weights: Path, *, resizers: list[Resizer]) -> ExtractorCard:
+def save_inception(folder: Path, weights: Path, *, resizers: list[Resizer]) -> None:
     """Check the file `extractor.weights` and copy it to `folder`, which is replaced as a whole.
 
     Raises:
-        ValueError: the file is missing, or is another one.
+        ValueError: the file is missing, or is none of `inception.PINNED`.
     """
+    if not weights.is_file():
+        fault = f"extractor.weights: {weights} does not exist"
+        raise ValueError(inception.no_weights(fault))
+    found = sha256_of(weights)
+    if found not in inception.PINNED:
+        raise ValueError(
+            f"extractor.weights: {weights} is not the expected file: its sha256 is {found}, "
+            f"expected {' or '.join(inception.PINNED)}; the files usually come from "
+            f"{inception.INCEPTION_URL} or {inception.STATE_DICT_URL}"
+        )
     with replace_dir(folder) as temporary:
-        copy = copy_inception(weights, temporary)
-        network = Inception(copy)
+        network = Inception(Path(shutil.copyfile(weights, temporary / inception.PINNED[found])))
         card = ExtractorCard(
             kind="inception",
             name="inception-2015-12-05",
             resizers=resizers,
             num_features=network.num_features,
             num_classes=network.num_classes,
-            weights_sha256=sha256_of(copy),
+            weights_sha256=found,
         )
-        return _write_card(temporary, card)
-
-
-def _write_card(folder: Path, card: ExtractorCard) -> ExtractorCard:
-    (folder / CARD_NAME).write_text(card.model_dump_json(indent=2) + "\n", encoding="utf-8")
-    return card
+        (temporary / CARD_NAME).write_text(card.model_dump_json(indent=2) + "\n", encoding="utf-8")
 
 
 def read_extractor_card(folder: Path) -> ExtractorCard:
-    """Read extractor.json alone, without the weights.
-
-    Raises:
-        ValueError: the file is missing or wrong.
-    """
+    """Read extractor.json without the weights; ValueError if it is missing or wrong."""
     return read_card(ExtractorCard, folder / CARD_NAME, stage="extractor")
 
 
@@ -217,8 +211,10 @@ def load_extractor(folder: Path, *, device: torch.device) -> Extractor:
     Raises:
         ValueError: extractor.json is missing or wrong, or describes other weights.
     """
+    from safetensors.torch import load_file
+
     card = read_extractor_card(folder)
-    names = [CLASSIFIER_NAME] if card.kind == "classifier" else [SCRIPT_NAME, STATE_DICT_NAME]
+    names = [CLASSIFIER_NAME] if card.kind == "classifier" else list(inception.PINNED.values())
     found = [path for name in names if (path := folder / name).is_file()]
     if not found or sha256_of(found[0]) != card.weights_sha256:
         raise ValueError(
@@ -227,9 +223,6 @@ def load_extractor(folder: Path, *, device: torch.device) -> Extractor:
         )
     if card.kind == "inception":
         return Extractor(Inception(found[0]), card, device=device)
-
-    from safetensors.torch import load_file
-
     assert card.width is not None, "a classifier's card states its width"
     classifier = ResidualClassifier(width=card.width, num_classes=card.num_classes)
     classifier.load_state_dict(load_file(found[0]))

@@ -7,9 +7,7 @@ images (b 3 299 299) from 0 to 255 => features (b 2048), logits without bias (b 
 """
 
 import io
-import shutil
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +15,6 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Num
 from torch import Tensor, nn
-
-from contradiff.files import sha256_of
 
 INCEPTION_URL = (
     "https://nvlabs-fi-cdn.nvidia.com/stylegan2-ada-pytorch/pretrained/metrics/"
@@ -40,52 +36,31 @@ PINNED = {
 the state dict's file begins with the first digits. They were not computed here, without network."""
 
 
-class _StateDictInception(nn.Module):
-    """torch-fidelity's layers, with the interface of clean-fid's `InceptionV3W`."""
-
-    def __init__(self, weights: Path) -> None:
-        from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
-
-        super().__init__()
-        # torch-fidelity unpickles its file: give it bytes of our own, of tensors alone.
-        content = io.BytesIO()
-        torch.save(torch.load(weights, map_location="cpu", weights_only=True), content)
-        content.seek(0)
-        module = FeatureExtractorInceptionV3("", ["2048"], feature_extractor_weights_path=content)
-        self.resize_inside = False
-        self.base = nn.ModuleDict({"output": module.fc})
-        # The children stand in the order in which torch-fidelity's own forward calls them.
-        self.layers = nn.Sequential(*(m for name, m in module.named_children() if name != "fc"))
-        self.layers.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
-
-    def forward(self, x: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b features"]:
-        from torch_fidelity import interpolate_compat_tensorflow as tensorflow
-
-        if self.resize_inside:
-            x = tensorflow.interpolate_bilinear_2d_like_tensorflow1x(
-                x, size=(299, 299), align_corners=False
-            )
-        return self.layers((x - 128) / 128).flatten(1)
-
-
 class Inception(nn.Module):
     """Features of the last pooling, and logits without the output layer's bias.
 
-    The first implementation of the inception score leaves the bias out, and so do StyleGAN2-ADA
-    and torch-fidelity.
+    The inception score's first code, StyleGAN2-ADA and torch-fidelity leave the bias out too.
     """
 
     def __init__(self, weights: Path) -> None:
-        """Load a file that `copy_inception` made, on the CPU.
-
-        Nothing in a state dict is executed; a TorchScript file is a program.
-        """
-        super().__init__()
+        """Load on the CPU. A TorchScript file is a program; a state dict executes nothing."""
         from cleanfid.inception_torchscript import InceptionV3W
+        from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
+        super().__init__()
         if weights.name == STATE_DICT_NAME:
-            self.network: Any = _StateDictInception(weights)
-            output = self.network.base["output"]
+            # torch-fidelity unpickles its file: give it bytes of our own, of tensors alone.
+            content = io.BytesIO()
+            torch.save(torch.load(weights, map_location="cpu", weights_only=True), content)
+            content.seek(0)
+            module = FeatureExtractorInceptionV3(
+                "", ["2048"], feature_extractor_weights_path=content
+            )
+            output = module.fc
+            # The children stand in the order in which torch-fidelity's own forward calls them.
+            layers = (layer for name, layer in module.named_children() if name != "fc")
+            self.network: Any = nn.Sequential(*layers)
+            self.network.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
         else:
             with warnings.catch_warnings():
                 # Nothing but torch.jit.load, which is deprecated, reads this file.
@@ -98,45 +73,26 @@ class Inception(nn.Module):
     def forward(
         self, images: Num[Tensor, "b 3 h w"], *, resizer: str
     ) -> tuple[Float[Tensor, "b features"], Float[Tensor, "b classes"]]:
-        """Features and logits of images from 0 to 255 that `resizer_of(resizer)` has resized."""
-        self.network.resize_inside = resizer == "legacy_tensorflow"
+        """Features and logits of images from 0 to 255 that `Extractor.prepare` has resized."""
+        from torch_fidelity import interpolate_compat_tensorflow as tensorflow
+
+        resize = resizer == "legacy_tensorflow"
         pixels = images.float()
         if resizer == "legacy_pytorch":
             pixels = pixels * (128 / 127.5)  # pytorch-fid: x / 127.5 - 1; clean-fid: x / 128 - 1
         # By default, convolutions on NVIDIA GPUs round to 10 bits (TF32), which shows in the third
         # digit of a score.
         with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
-            features = self.network(pixels)
+            if isinstance(self.network, nn.Sequential):
+                if resize:
+                    pixels = tensorflow.interpolate_bilinear_2d_like_tensorflow1x(
+                        pixels, size=(299, 299), align_corners=False
+                    )
+                features = self.network((pixels - 128) / 128).flatten(1)
+            else:
+                self.network.resize_inside = resize
+                features = self.network(pixels)
         return features, F.linear(features, self.output_weight)
-
-
-def resizer_of(resizer: str) -> Callable[[Any], Any]:
-    """clean-fid's function from an image (h w 3) uint8 to (299 299 3) float32.
-
-    For `legacy_tensorflow` it changes nothing: the network itself resizes.
-    """
-    from cleanfid.resize import build_resizer
-
-    with warnings.catch_warnings():  # clean-fid would silence all warnings from here on
-        return build_resizer(resizer)
-
-
-def copy_inception(weights: Path, folder: Path) -> Path:
-    """Check the file `extractor.weights` and copy it to `folder`, under the name of its format.
-
-    Raises:
-        ValueError: the file is missing, or is none of `PINNED`.
-    """
-    if not weights.is_file():
-        raise ValueError(no_weights(f"extractor.weights: {weights} does not exist"))
-    found = sha256_of(weights)
-    if found not in PINNED:
-        raise ValueError(
-            f"extractor.weights: {weights} is not the expected file: its sha256 is {found}, "
-            f"expected {' or '.join(PINNED)}; the files usually come from {INCEPTION_URL} or "
-            f"{STATE_DICT_URL}"
-        )
-    return Path(shutil.copyfile(weights, folder / PINNED[found]))
 
 
 def download_inception(
@@ -144,8 +100,7 @@ def download_inception(
 ) -> None:
     """Fetch the TorchScript file (91 MiB) to `weights`, whole and checked, unless it is there.
 
-    Raises:
-        ValueError: it cannot be fetched, or its sha256 is another.
+    It raises a ValueError if the file cannot be fetched, or has another sha256.
     """
     if weights.is_file():
         return

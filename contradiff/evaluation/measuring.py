@@ -7,27 +7,59 @@ images of a shard => threads decode and resize them => extractor => one Measurem
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial, reduce
 from itertools import islice
+from operator import add
 from pathlib import Path
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
 from contradiff.data.map_ahead import map_ahead
 from contradiff.data.map_shards import Made, Tick, map_shards, missing_items
-from contradiff.data.shards import Record, Shard, read_shard
-from contradiff.evaluation.extractors import Extractor
+from contradiff.data.shards import Record, Shard, image_of, read_shard, read_split
+from contradiff.data.transforms import apply_crop, centre_crop, decode
+from contradiff.evaluation.extractors import Extractor, Image
 from contradiff.evaluation.fid import FeatureSource, FeatureStatistics
-from contradiff.evaluation.images import Image
 from contradiff.files import replace_file, sha256_of
 from contradiff.processes import Processes
+from contradiff.types import ByteImages
 
 _FORMAT = "contradiff-measurement-1"
-_BATCHES_AHEAD = 2
 
 
-@dataclass
+def real_image(record: Record, *, image_size: int) -> Image:
+    """Decode a real image: Resize(image_size) + CenterCrop(image_size)."""
+    sample = image_of(record)
+    image = decode(sample.image, name=sample.key)
+    return apply_crop(image, centre_crop(*image.shape[1:]), size=image_size)
+
+
+def generated_image(record: Record, *, image_size: int) -> Image:
+    """Decode a generated image; a ValueError if it is not `image_size` pixels high and wide."""
+    name = record["__key__"].decode()
+    image = decode(record["png"], name=name)
+    if image.shape[1:] != (image_size, image_size):
+        height, width = image.shape[1:]
+        raise ValueError(
+            f"generated image {name} has {height}x{width} pixels, not {image_size}x{image_size} "
+            "(data.image_size); run `dvc repro -f generate`"
+        )
+    return image
+
+
+def real_images(
+    folder: Path, split: str, *, image_size: int, num_workers: int
+) -> tuple[ByteImages, Int64[Tensor, " num_images"]]:
+    """Read a whole split's real images and their labels into memory, in order."""
+    load = partial(real_image, image_size=image_size)
+    records = list(read_split(folder, split))
+    images = list(map_ahead(load, records, num_threads=num_workers, num_ahead=len(records)))
+    return torch.stack(images), torch.tensor([int(record["cls"]) for record in records])
+
+
+@dataclass(frozen=True)
 class Measurement:
     """Features of images by one extractor and one resizer, as far as scores need them.
 
@@ -39,20 +71,21 @@ class Measurement:
     kept: Float[Tensor, "m d"]
     logits: Float[Tensor, "n classes"]
 
-    def merge(self, other: "Measurement") -> None:
-        """Add the measurement of the images that follow."""
-        self.statistics.merge(other.statistics)
-        self.kept = torch.cat([self.kept, other.kept])
-        self.logits = torch.cat([self.logits, other.logits])
+    def __add__(self, other: "Measurement") -> "Measurement":
+        return Measurement(
+            self.statistics + other.statistics,
+            torch.cat([self.kept, other.kept]),
+            torch.cat([self.logits, other.logits]),
+        )
 
     def save(self, path: Path) -> None:
         """Write everything to a safetensors file."""
         from safetensors.torch import save_file
 
-        statistics = self.statistics
-        tensors = {"mean": statistics.mean, "scatter": statistics.scatter}
+        own = self.statistics
+        tensors = {"mean": own.mean, "scatter": own.scatter}
         tensors |= {"kept": self.kept, "logits": self.logits}
-        facts = {"num_samples": statistics.num_samples, "source": asdict(statistics.source)}
+        facts = {"num_samples": own.num_samples, "source": asdict(own.source)}
         with replace_file(path) as temporary:
             # Metadata of one entry: safetensors writes several in any order, and equal measurements
             # would give unequal files.
@@ -60,11 +93,7 @@ class Measurement:
 
     @classmethod
     def load(cls, path: Path) -> "Measurement":
-        """Read what `save` wrote.
-
-        Raises:
-            ValueError: the file is missing, or `save` did not write it.
-        """
+        """Read what `save` wrote; a ValueError if the file is missing or another."""
         from safetensors import SafetensorError, safe_open
 
         try:
@@ -76,10 +105,8 @@ class Measurement:
             raise ValueError(
                 f"{path}: no measurement that this version of ContraDiff reads ({error!r})"
             ) from error
-        statistics = FeatureStatistics(len(mean), source=FeatureSource(**facts["source"]))
-        statistics.num_samples = facts["num_samples"]
-        statistics.mean, statistics.scatter = mean, scatter
-        return cls(statistics, kept, logits)
+        source = FeatureSource(**facts["source"])
+        return cls(FeatureStatistics(source, facts["num_samples"], mean, scatter), kept, logits)
 
 
 def choose_kept(num_images: int, *, num_kept: int, seed: int) -> Bool[Tensor, " num_images"]:
@@ -103,29 +130,15 @@ def measure_shards(
     batch_size: int,
     num_workers: int,
     seed: int,
-    processes: Processes | None = None,
-    on_progress: Tick = lambda _: None,
+    processes: Processes,
+    on_progress: Tick,
 ) -> dict[str, Measurement]:
     """Measure shards of images with each resizer of the extractor.
 
-    Several processes share the shards, and an interrupted run goes on where it was. Each shard is
-    measured alone, and the shards are joined in their order: so the result is the same, to the last
-    bit, for any number of processes.
-
-    Args:
-        folder: where the shards are.
-        shards: in order.
-        load: makes an image of a sample; threads call it.
-        extractor: sees the images.
-        work_dir: a folder that all processes share and that survives a kill.
-        images: the images in words.
-        num_kept: how many images' features are kept, if there are as many.
-        with_logits: whether the logits are kept.
-        batch_size: images that the extractor sees at once.
-        num_workers: threads that load and resize images ahead; 0: none.
-        seed: decides whose features are kept.
-        processes: which process this is; by default there is one.
-        on_progress: told how many more images all processes have done; only in process 0.
+    Several processes share the shards through `work_dir`, and an interrupted run goes on where it
+    was. Each shard is measured alone, and the shards are joined in their order: so the result is
+    the same, to the last bit, for any number of processes. `num_workers` threads `load` and resize
+    images. `images` describes the images in words.
 
     Returns:
         Measurements by resizer; nothing in other processes than process 0.
@@ -134,16 +147,10 @@ def measure_shards(
         ValueError: features are not finite, a shard is damaged, or `load` refuses an image.
         ChildProcessError: another process failed.
     """
-    processes = processes or Processes()
     card = extractor.card
     num_images = sum(shard.num_samples for shard in shards)
     is_kept = choose_kept(num_images, num_kept=num_kept, seed=seed)
     is_kept_of_shard = is_kept.split([shard.num_samples for shard in shards])
-
-    def empty(resizer: str) -> Measurement:
-        source = FeatureSource(images, resizer, card.name, card.weights_sha256)
-        kept, logits = torch.empty(0, card.num_features), torch.empty(0, card.num_classes)
-        return Measurement(FeatureStatistics(card.num_features, source=source), kept, logits)
 
     def prepare(record: Record) -> list[Tensor]:
         image = load(record)
@@ -151,22 +158,19 @@ def measure_shards(
 
     def make(number: int, tick: Tick) -> Made:
         shard = shards[number]
-        prepared = map_ahead(
-            prepare,
-            read_shard(folder / shard.name, shard),
-            num_threads=num_workers,
-            num_ahead=_BATCHES_AHEAD * batch_size,
-        )
-        found = {resizer: empty(resizer) for resizer in card.resizers}
+        records = read_shard(folder / shard.name, shard)
+        ahead = 2 * batch_size
+        prepared = map_ahead(prepare, records, num_threads=num_workers, num_ahead=ahead)
+        found: dict[str, Measurement] = {}
         for chosen in is_kept_of_shard[number].split(batch_size):
             batch = zip(*islice(prepared, batch_size), strict=True)
             for resizer, resized in zip(card.resizers, batch, strict=True):
-                measurement = found[resizer]
                 features, logits = extractor(torch.stack(resized), resizer=resizer)
-                measurement.statistics.update(features)
-                measurement.kept = torch.cat([measurement.kept, features.cpu()[chosen]])
-                if with_logits:
-                    measurement.logits = torch.cat([measurement.logits, logits.cpu()])
+                source = FeatureSource(images, resizer, card.name, card.weights_sha256)
+                statistics = FeatureStatistics.of(features, source=source)
+                logits = logits.cpu() if with_logits else torch.empty(0, card.num_classes)
+                new = Measurement(statistics, features.cpu()[chosen], logits)
+                found[resizer] = found[resizer] + new if resizer in found else new
             tick(len(chosen))
         list(prepared)  # `read_shard` checks the shard's digest at its end
         files: list[Shard] = []
@@ -188,8 +192,7 @@ def measure_shards(
     )
     if processes.rank:
         return {}
-    wholes = {resizer: empty(resizer) for resizer in card.resizers}
-    for resizer, whole in wholes.items():
-        for number in numbers:
-            whole.merge(Measurement.load(path_of(number, resizer)))
-    return wholes
+    return {
+        resizer: reduce(add, (Measurement.load(path_of(n, resizer)) for n in numbers))
+        for resizer in card.resizers
+    }

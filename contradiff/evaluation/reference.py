@@ -3,15 +3,13 @@
 build/reference/reference.json: the card; build/reference/<resizer>.safetensors: a Measurement
 """
 
-import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
 
 from pydantic import Field
 
 from contradiff.config import Section, read_card
-from contradiff.data.shards import Shard
 from contradiff.evaluation.extractors import ExtractorCard
 from contradiff.evaluation.fid import FeatureSource
 from contradiff.evaluation.measuring import Measurement
@@ -24,9 +22,7 @@ class ReferenceParams(Section):
     """Section `reference`: the real images that generated ones are compared with."""
 
     split: Literal["val", "train"] = Field(description="Table 4: val")
-    num_kept: int = Field(
-        gt=0, description="images of each set whose features are kept, for KID and precision"
-    )
+    num_kept: int = Field(gt=0, description="images with kept features, for KID and precision")
     batch_size: int = Field(gt=0, description="images that the extractor sees at once")
 
 
@@ -49,12 +45,6 @@ class ReferenceCard(Section):
         return f"{self.num_images} {self.split} images, centre crop {self.image_size} px"
 
 
-def fingerprint_of(shards: Sequence[Shard]) -> str:
-    """SHA-256 of the shards' own digests, in order: it names the images."""
-    digests = [shard.sha256 for shard in shards]
-    return hashlib.sha256("\n".join(digests).encode()).hexdigest()
-
-
 def write_reference(
     folder: Path, card: ReferenceCard, measurements: Mapping[str, Measurement]
 ) -> None:
@@ -70,9 +60,8 @@ def read_reference(
 ) -> tuple[ReferenceCard, dict[str, Measurement]]:
     """Read a reference: its card, and its measurements by resizer.
 
-    Raises:
-        ValueError: a file is missing or wrong, or the reference was made with another extractor,
-            other resizers or another size than the generated images.
+    A ValueError says which file is missing or wrong, or that the reference was made with another
+    extractor, other resizers or another size.
     """
     path = folder / CARD_NAME
     card = read_card(ReferenceCard, path, stage="reference")

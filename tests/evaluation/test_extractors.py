@@ -9,26 +9,14 @@ import torch
 from pydantic import ValidationError
 
 from contradiff.evaluation.classifier import ResidualClassifier
-from contradiff.evaluation.extractors import (
-    Extractor,
-    ExtractorParams,
-    load_extractor,
-    read_extractor_card,
-)
+from contradiff.evaluation.extractors import Extractor, ExtractorParams, load_extractor
 from contradiff.evaluation.inception import INCEPTION_URL
 from contradiff.files import sha256_of
 
 CPU = torch.device("cpu")
-PARAMS = {
-    "kind": "classifier",
-    "weights": None,
-    "download": False,
-    "resizers": ["none"],
-    "width": 32,
-    "epochs": 12,
-    "batch_size": 64,
-    "lr": 0.003,
-}
+PARAMS = {"kind": "classifier", "weights": None, "download": False, "resizers": ["none"]}
+PARAMS |= {"width": 32, "epochs": 12, "batch_size": 64, "lr": 0.003}
+INCEPTION = {"kind": "inception", "weights": "x", "resizers": ["clean"]}
 
 
 @pytest.mark.parametrize(
@@ -39,15 +27,12 @@ PARAMS = {
         ({"resizers": ["clean"]}, ["sees images as they are"]),
         ({"resizers": []}, ["at least 1 item"]),
         (
-            {"kind": "inception", "resizers": ["clean"]},
+            INCEPTION | {"weights": None},
             ["extractor.weights is null", "extractor.download", INCEPTION_URL],
         ),
-        ({"kind": "inception", "weights": "x"}, ["needs a resizer"]),
-        (
-            {"kind": "inception", "weights": "x", "resizers": ["clean", "clean"]},
-            ["names one twice"],
-        ),
-        ({"kind": "inception", "weights": "x", "resizers": ["bilinear"]}, ["legacy_pytorch"]),
+        (INCEPTION | {"resizers": ["none"]}, ["needs a resizer"]),
+        (INCEPTION | {"resizers": ["clean", "clean"]}, ["names one twice"]),
+        (INCEPTION | {"resizers": ["bilinear"]}, ["legacy_pytorch"]),
     ],
 )
 def test_contradictory_params_are_refused(changes: dict[str, Any], messages: list[str]):
@@ -57,11 +42,10 @@ def test_contradictory_params_are_refused(changes: dict[str, Any], messages: lis
     assert [message for message in messages if message not in str(error.value)] == []
 
 
-def test_the_classifier_survives_saving(
+def test_the_classifier_survives_saving_and_refuses_other_sizes(
     extractor: Extractor, classifier: ResidualClassifier, tmp_path: Path
 ):
     card = extractor.card
-    assert card == read_extractor_card(tmp_path / "extractor")
     assert (card.name, card.resizers, card.num_features) == ("domain-classifier", ["none"], 8)
     assert card.weights_sha256 == sha256_of(tmp_path / "extractor" / "extractor.safetensors")
     images = torch.randint(0, 256, (5, 3, 16, 16), dtype=torch.uint8)
@@ -70,9 +54,6 @@ def test_the_classifier_survives_saving(
     prepared = [extractor.prepare(image, resizer="none") for image in images]
     found = extractor(torch.stack(prepared), resizer="none")
     torch.testing.assert_close(found, expected, rtol=0, atol=0)
-
-
-def test_the_classifier_refuses_other_sizes(extractor: Extractor):
     with pytest.raises(ValueError, match="16x16 pixels, not 16x20"):
         extractor.prepare(torch.zeros(3, 16, 20, dtype=torch.uint8), resizer="none")
 

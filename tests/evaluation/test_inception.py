@@ -11,16 +11,8 @@ from torch import Tensor
 
 from bench import fid
 from contradiff.data.png import encode_png
+from contradiff.evaluation import inception
 from contradiff.evaluation.extractors import Extractor, Resizer, load_extractor, save_inception
-from contradiff.evaluation.inception import (
-    INCEPTION_URL,
-    PINNED,
-    SCRIPT_NAME,
-    STATE_DICT_NAME,
-    STATE_DICT_URL,
-    Inception,
-    download_inception,
-)
 from contradiff.files import sha256_of
 
 CPU = torch.device("cpu")
@@ -28,12 +20,10 @@ RESIZERS: list[Resizer] = ["clean", "legacy_tensorflow", "legacy_pytorch"]
 
 
 def load(weights: Path, folder: Path) -> Extractor:
-    name = STATE_DICT_NAME if weights.suffix == ".pth" else SCRIPT_NAME
-    with mock.patch.dict(PINNED, {sha256_of(weights): name}):
-        card = save_inception(folder, weights, resizers=RESIZERS)
-    extractor = load_extractor(folder, device=CPU)
-    assert extractor.card == card
-    return extractor
+    name = inception.STATE_DICT_NAME if weights.suffix == ".pth" else inception.SCRIPT_NAME
+    with mock.patch.dict(inception.PINNED, {sha256_of(weights): name}):
+        save_inception(folder, weights, resizers=RESIZERS)
+    return load_extractor(folder, device=CPU)
 
 
 def write_pngs(folder: Path, images: Tensor) -> list[Path]:
@@ -85,7 +75,8 @@ def test_script_gives_clean_fids_features(script: Path, tmp_path: Path, resizer:
 def test_state_dict_gives_torch_fidelitys_and_pytorch_fids_features(
     state_file: Path, tmp_path: Path
 ):
-    from pytorch_fid import fid_score, inception
+    from pytorch_fid import fid_score
+    from pytorch_fid import inception as theirs
     from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
     extractor = load(state_file, tmp_path / "extractor")
@@ -100,8 +91,8 @@ def test_state_dict_gives_torch_fidelitys_and_pytorch_fids_features(
 
     features, _ = fid.features_of(extractor, images, "legacy_pytorch")
     state = torch.load(state_file, weights_only=True)
-    with mock.patch.object(inception, "load_state_dict_from_url", return_value=state):
-        model = inception.InceptionV3([3])
+    with mock.patch.object(theirs, "load_state_dict_from_url", return_value=state):
+        model = theirs.InceptionV3([3])
     files = write_pngs(tmp_path / "images", images)
     with mock.patch.object(fid_score, "tqdm", lambda loader: loader):
         expected = fid_score.get_activations(files, model, 2, num_workers=0)
@@ -122,7 +113,7 @@ def test_refuses_missing_and_other_files(tmp_path: Path, script: Path):
     folder = tmp_path / "extractor"
     with pytest.raises(ValueError, match=r"extractor.weights: .*absent.pt does not exist") as error:
         save_inception(folder, tmp_path / "absent.pt", resizers=["clean"])
-    for hint in (INCEPTION_URL, STATE_DICT_URL, "extractor.download"):
+    for hint in (inception.INCEPTION_URL, inception.STATE_DICT_URL, "extractor.download"):
         assert hint in str(error.value)
     with pytest.raises(ValueError, match="its sha256 is"):
         save_inception(folder, script, resizers=["clean"])
@@ -140,10 +131,10 @@ class Harmful:
 
 
 def test_a_state_dict_executes_nothing(tmp_path: Path):
-    touched, weights = tmp_path / "touched", tmp_path / STATE_DICT_NAME
+    touched, weights = tmp_path / "touched", tmp_path / inception.STATE_DICT_NAME
     torch.save({"fc.weight": Harmful(touched)}, weights)
     with pytest.raises(Exception, match="Weights only load failed"):
-        Inception(weights)
+        inception.Inception(weights)
     assert not touched.exists()
 
 
@@ -152,12 +143,12 @@ def test_download(tmp_path: Path):
     source.write_bytes(b"weights")
     digest = sha256_of(source)
     with pytest.raises(ValueError, match="is there a network") as error:
-        download_inception(weights, url=(tmp_path / "absent").as_uri(), sha256=digest)
+        inception.download_inception(weights, url=(tmp_path / "absent").as_uri(), sha256=digest)
     assert "set extractor.weights" in str(error.value)
     with pytest.raises(ValueError, match=f"invalid hash value .*{digest}"):
-        download_inception(weights, url=source.as_uri(), sha256="0" * 64)
+        inception.download_inception(weights, url=source.as_uri(), sha256="0" * 64)
     assert not weights.exists()
-    download_inception(weights, url=source.as_uri(), sha256=digest)
+    inception.download_inception(weights, url=source.as_uri(), sha256=digest)
     assert weights.read_bytes() == b"weights"
     # what is there is not fetched again
-    download_inception(weights, url=(tmp_path / "absent").as_uri(), sha256=digest)
+    inception.download_inception(weights, url=(tmp_path / "absent").as_uri(), sha256=digest)

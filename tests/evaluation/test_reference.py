@@ -7,52 +7,34 @@ from typing import Any
 import pytest
 import torch
 
-from contradiff.data.shards import Shard
 from contradiff.evaluation.extractors import ExtractorCard
 from contradiff.evaluation.fid import FeatureSource, FeatureStatistics
 from contradiff.evaluation.measuring import Measurement
-from contradiff.evaluation.reference import (
-    ReferenceCard,
-    fingerprint_of,
-    read_reference,
-    write_reference,
-)
+from contradiff.evaluation.reference import ReferenceCard, read_reference, write_reference
 
+NAMES = {"resizers": ["clean", "legacy_tensorflow"]}
+SIZES = {"num_features": 3, "num_classes": 4}
 EXTRACTOR = ExtractorCard(
-    kind="inception",
-    name="inception",
-    resizers=["clean", "legacy_tensorflow"],
-    num_features=3,
-    num_classes=4,
-    weights_sha256="1" * 64,
+    kind="inception", name="inception", weights_sha256="1" * 64, **NAMES, **SIZES
 )
+IMAGES = {"split": "val", "num_images": 7, "image_size": 32, "images_sha256": "2" * 64}
 CARD = ReferenceCard(
-    split="val",
-    num_images=7,
-    image_size=32,
-    images_sha256="2" * 64,
-    extractor="inception",
-    extractor_sha256="1" * 64,
-    resizers=["clean", "legacy_tensorflow"],
-    num_kept=5,
-    seed=0,
+    **IMAGES, **NAMES, extractor="inception", extractor_sha256="1" * 64, num_kept=5, seed=0
 )
 
 
 def measurement(resizer: str, *, images: str = CARD.description) -> Measurement:
     source = FeatureSource(images, resizer, extractor="inception", fingerprint="1" * 64)
     values = torch.randn(7, 3, generator=torch.Generator().manual_seed(0))
-    statistics = FeatureStatistics(3, source=source)
-    statistics.update(values)
+    statistics = FeatureStatistics.of(values, source=source)
     return Measurement(statistics, values[:5], torch.empty(0, 4))
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    write_reference(
-        tmp_path / "reference", CARD, {name: measurement(name) for name in EXTRACTOR.resizers}
-    )
-    return tmp_path / "reference"
+    folder = tmp_path / "reference"
+    write_reference(folder, CARD, {name: measurement(name) for name in EXTRACTOR.resizers})
+    return folder
 
 
 def read(folder: Path, *, image_size: int = 32, **changes: object):
@@ -99,8 +81,3 @@ def test_measurements_that_are_not_the_cards_are_refused(folder: Path, wrong: Me
     wrong.save(folder / "clean.safetensors")
     with pytest.raises(ValueError, match=r"clean.safetensors: not the measurement that reference"):
         read(folder)
-
-
-def test_the_fingerprint_names_the_images():
-    shards = [Shard("a", 1, 2, "4" * 64), Shard("b", 1, 2, "5" * 64)]
-    assert fingerprint_of(shards) != fingerprint_of(shards[::-1])
