@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from math import nan
 from pathlib import Path
 
 import pytest
@@ -21,14 +22,9 @@ NUMBERS: same.Numbers = {"losses": {"loss at step 1": 0.5}, "metrics": {"score.f
 def test_working_tree_has_edits_and_no_ignored_files(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    root = tmp_path / "root"
-    for name, text in {
-        ".gitignore": "/build/\n",
-        "code.py": "committed",
-        "gone.py": "committed",
-        "build/out": "ignored",
-        "artifacts/blob": "store",
-    }.items():
+    root, ignored = tmp_path / "root", {".gitignore": "/build/\n"}
+    committed = ignored | {"code.py": "old", "gone.py": "old", "artifacts/blob": "store"}
+    for name, text in (committed | {"build/out": "ignored"}).items():
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         (root / name).write_text(text)
     author = ["-c", "user.name=a", "-c", "user.email=a@b"]
@@ -46,13 +42,8 @@ def test_working_tree_has_edits_and_no_ignored_files(
         files = [path for path in folder.rglob("*") if path.is_file()]
         return {path.relative_to(folder).as_posix(): path.read_text() for path in files}
 
-    assert copied("head", "HEAD") == {
-        ".gitignore": "/build/\n",
-        "code.py": "committed",
-        "gone.py": "committed",
-        "artifacts/blob": "store",
-    }
-    edits = {".gitignore": "/build/\n", "code.py": "edited", "new.py": "untracked"}
+    assert copied("head", "HEAD") == committed
+    edits = ignored | {"code.py": "edited", "new.py": "untracked"}
     assert copied("tree") == edits
     (root / ".git").rename(tmp_path / "no-git")  # a zip download
     assert copied("zip") == edits
@@ -70,13 +61,7 @@ def test_a_copy_runs_apart_from_the_users_records(
 
 @pytest.mark.parametrize(
     ("loss", "fid", "num_different"),
-    [
-        (0.5, 10.0, 0),
-        (0.5, 10.0009, 0),
-        (0.5, 10.002, 1),
-        (0.5 + 2**-53, 10.0, 1),
-        (float("nan"), float("nan"), 2),
-    ],
+    [(0.5, 10.0009, 0), (0.5, 10.002, 1), (0.5 + 2**-53, 10.0, 1), (nan, nan, 2)],
 )
 def test_losses_are_equal_bit_for_bit_and_metrics_nearly(
     loss: float, fid: float, num_different: int
@@ -87,10 +72,8 @@ def test_losses_are_equal_bit_for_bit_and_metrics_nearly(
 
 
 def test_numbers_of_one_side_differ_and_stand_in_natural_order() -> None:
-    extra: same.Numbers = {
-        "losses": {"loss at step 10": 1.0, "loss at step 9": 1.0, **NUMBERS["losses"]},
-        "metrics": {},
-    }
+    losses = {"loss at step 10": 1.0, "loss at step 9": 1.0, **NUMBERS["losses"]}
+    extra: same.Numbers = {"losses": losses, "metrics": {}}
     lines = list(same.comparison(NUMBERS, extra))
     assert [line.partition(":")[0][-2:] for line, _ in lines] == [" 1", " 9", "10", "id"]
     assert [differs for _, differs in lines] == [False, True, True, True]
@@ -98,11 +81,8 @@ def test_numbers_of_one_side_differ_and_stand_in_natural_order() -> None:
 
 def test_leaves_are_the_numbers() -> None:
     content = {"probe": {"top1": 0.5, "interval": [0.4, 0.6], "split": "val", "biased": True}}
-    assert dict(same.leaves(content)) == {
-        "probe.top1": 0.5,
-        "probe.interval[0]": 0.4,
-        "probe.interval[1]": 0.6,
-    }
+    expected = {"probe.top1": 0.5, "probe.interval[0]": 0.4, "probe.interval[1]": 0.6}
+    assert dict(same.leaves(content)) == expected
 
 
 def test_second_run_may_only_repeat_what_always_runs() -> None:

@@ -55,28 +55,19 @@ def test_switches_cost_what_they_add(tiny_base: Path):
     assert chain > 5 * flops.of_features(preset({}), tiny_base)
 
 
-@pytest.mark.parametrize(
-    ("block", "decode_batch_size", "checkpointing"),
-    [("mid", 0, "none"), ("mid", 4, "none"), ("mid+up.1", 4, "all")],
-)
+@pytest.mark.parametrize("values", [("mid", 0, "none"), ("mid", 4, "none"), ("mid+up.1", 4, "all")])
 def test_peak_is_what_torch_allocates_in_a_real_step(
     tiny_base: Path,
     build_tiny: Callable[..., ContraDiff],
     tmp_path: Path,
-    *,
-    block: str,
-    decode_batch_size: int,
-    checkpointing: str,
+    values: tuple[str, int, str],
 ):
     """The CPU allocator also counts the working memory of kernels: one percent at most."""
-    changes = {
-        "head.block": block,
-        "pretrain.decode_batch_size": decode_batch_size,
-        "pretrain.gradient_checkpointing": checkpointing,
-    }
+    keys = "head.block", "pretrain.decode_batch_size", "pretrain.gradient_checkpointing"
+    changes = dict(zip(keys, values, strict=True))
     content, params = flops.changed(CONTENT, changes), preset(changes)
     model = build_tiny(**{key: content[key] for key in ("lora", "conditioner", "head")})
-    set_up(model, loss=params.loss, gradient_checkpointing=checkpointing, precision="fp32")
+    set_up(model, loss=params.loss, gradient_checkpointing=values[2], precision="fp32")
     weights = sum(t.untyped_storage().nbytes() for t in (*model.parameters(), *model.buffers()))
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         batch = flops.empty_batch(model, params, tiny_base, num_images=16)
@@ -109,33 +100,13 @@ def test_half_precision_keeps_one_copy_of_the_frozen_weights(
     assert 3.5 * num_cast <= difference <= 4 * num_cast
 
 
-def test_cuda_norms_run_in_float32_under_autocast():
-    half = torch.ones(2, 4, 3, 3, dtype=torch.bfloat16)
-    norm, layer_norm = nn.GroupNorm(2, 4), nn.LayerNorm(3)
-    with torch.autocast("cpu", torch.bfloat16):
-        with flops.cuda_norms():
-            assert norm(half).dtype == layer_norm(half).dtype == torch.float32
-            assert nn.Conv2d(4, 4, 1)(norm(half)).dtype == torch.bfloat16
-        assert norm(half).dtype == layer_norm(half).dtype == torch.bfloat16
-
-
-@pytest.mark.parametrize(
-    ("checkpointing", "decode_batch_size", "factor"), [("none", 0, 1.1), ("all", 4, 1.0)]
-)
+@pytest.mark.parametrize(("blocks", "size", "factor"), [("none", 0, 1.1), ("all", 4, 1.0)])
 def test_norms_are_counted_as_cuda_takes_them(
-    tiny_base: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    *,
-    checkpointing: str,
-    decode_batch_size: int,
-    factor: float,
+    tiny_base: Path, monkeypatch: pytest.MonkeyPatch, *, blocks: str, size: int, factor: float
 ):
     """In a block that is computed again, too."""
-    changes = {
-        "pretrain.precision": "bf16",
-        "pretrain.decode_batch_size": decode_batch_size,
-        "pretrain.gradient_checkpointing": checkpointing,
-    }
+    changes = {"pretrain.precision": "bf16", "pretrain.gradient_checkpointing": blocks}
+    changes["pretrain.decode_batch_size"] = size
     on_cuda = flops._peak(preset(changes), tiny_base, num_images=8)
     monkeypatch.setattr(flops, "cuda_norms", nullcontext)
     assert on_cuda > factor * flops._peak(preset(changes), tiny_base, num_images=8)

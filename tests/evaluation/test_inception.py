@@ -34,42 +34,32 @@ def write_pngs(folder: Path, images: Tensor) -> list[Path]:
     return paths
 
 
-def test_script_gives_its_own_outputs(script: Path, tmp_path: Path):
-    """At 299 pixels clean-fid's resizer leaves the images alone, and so does the script itself."""
-    extractor = load(script, tmp_path / "extractor")
-    card = extractor.card
-    assert (card.num_features, card.num_classes, card.val_accuracy) == (2048, 4, None)
-    images = fid.pictures(3, side=299, seed=0, contrast=50.0)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        module = torch.jit.load(script)
-    with torch.no_grad():
-        expected_features = module(images, return_features=True)
-        expected = module(images, no_output_bias=True)
-    features, logits = fid.features_of(extractor, images, "clean")
-    torch.testing.assert_close(features, expected_features, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(logits.softmax(1), expected, rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.parametrize("resizer", ["clean", "legacy_tensorflow"])
-def test_script_gives_clean_fids_features(script: Path, tmp_path: Path, resizer: Resizer):
+def test_script_gives_clean_fids_features_and_its_own_logits(script: Path, tmp_path: Path):
     """The peer reads the files itself, and neither downloads nor needs a GPU."""
     from cleanfid.fid import get_folder_features
     from cleanfid.inception_torchscript import InceptionV3W
 
     images = fid.pictures(3, side=64, seed=0, contrast=50.0)[:, :, :48]
     write_pngs(tmp_path / "images", images)
-    inside = resizer == "legacy_tensorflow"
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        peer = InceptionV3W(str(script.parent), download=False, resize_inside=inside)
-        expected = get_folder_features(
-            str(tmp_path / "images"), peer, num_workers=0, device=CPU, mode=resizer, verbose=False
-        )
+    filters = list(warnings.filters)
     with mock.patch("urllib.request.urlopen", side_effect=AssertionError("a download")):
         extractor = load(script, tmp_path / "extractor")
-        features, _ = fid.features_of(extractor, images, resizer)
-    np.testing.assert_allclose(features.numpy(), expected, rtol=1e-5, atol=1e-6)
+        found = {resizer: fid.features_of(extractor, images, resizer) for resizer in RESIZERS}
+    assert list(warnings.filters) == filters
+    card, options = extractor.card, {"num_workers": 0, "device": CPU, "verbose": False}
+    assert (card.num_features, card.num_classes, card.val_accuracy) == (2048, 4, None)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        peer = InceptionV3W(str(script.parent), download=False)
+        for mode in ("clean", "legacy_tensorflow"):
+            peer.resize_inside = mode == "legacy_tensorflow"
+            expected = get_folder_features(str(tmp_path / "images"), peer, mode=mode, **options)
+            np.testing.assert_allclose(found[mode][0].numpy(), expected, rtol=1e-5, atol=1e-6)
+        probabilities = peer.base(images, no_output_bias=True)
+    logits = found["legacy_tensorflow"][1]
+    torch.testing.assert_close(logits.softmax(1), probabilities, rtol=1e-4, atol=1e-5)
+    features = torch.stack([features.flatten() for features, _ in found.values()])
+    assert torch.pdist(features, p=torch.inf).min() > 1e-3  # or a score's name would not matter
 
 
 def test_state_dict_gives_torch_fidelitys_and_pytorch_fids_features(
@@ -99,16 +89,6 @@ def test_state_dict_gives_torch_fidelitys_and_pytorch_fids_features(
     np.testing.assert_allclose(features.numpy(), expected, rtol=1e-4, atol=1e-5)
 
 
-def test_resizers_differ_and_silence_no_warning(script: Path, tmp_path: Path):
-    """Or a score's name would not matter."""
-    filters = list(warnings.filters)
-    extractor = load(script, tmp_path / "extractor")
-    assert list(warnings.filters) == filters
-    images = fid.pictures(1, seed=0, contrast=50.0)
-    features = torch.cat([fid.features_of(extractor, images, resizer)[0] for resizer in RESIZERS])
-    assert torch.pdist(features, p=torch.inf).min() > 1e-3
-
-
 def test_refuses_missing_and_other_files(tmp_path: Path, script: Path):
     folder = tmp_path / "extractor"
     with pytest.raises(ValueError, match=r"extractor.weights: .*absent.pt does not exist") as error:
@@ -123,19 +103,17 @@ def test_refuses_missing_and_other_files(tmp_path: Path, script: Path):
 class Harmful:
     """Unpickled, it would write a file."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
     def __reduce__(self):
-        return Path.touch, (self.path,)
+        return Path.touch, (Path("touched"),)
 
 
-def test_a_state_dict_executes_nothing(tmp_path: Path):
-    touched, weights = tmp_path / "touched", tmp_path / inception.STATE_DICT_NAME
-    torch.save({"fc.weight": Harmful(touched)}, weights)
+def test_a_state_dict_executes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    weights = tmp_path / inception.STATE_DICT_NAME
+    torch.save({"fc.weight": Harmful()}, weights)
     with pytest.raises(Exception, match="Weights only load failed"):
         inception.Inception(weights)
-    assert not touched.exists()
+    assert not Path("touched").exists()
 
 
 def test_download(tmp_path: Path):

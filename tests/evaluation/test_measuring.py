@@ -149,10 +149,3 @@ def test_kept_images_are_drawn_evenly_and_by_the_seed():
     assert 400 < chosen.nonzero().double().mean() < 600
     assert not torch.equal(chosen, choose_kept(1000, num_kept=100, seed=1))
     assert choose_kept(5, num_kept=100, seed=0).all()
-
-
-def test_refuses_nan(measure: Measure, monkeypatch: pytest.MonkeyPatch):
-    outputs = torch.full((5, 8), torch.nan), torch.zeros(5, 3)
-    monkeypatch.setattr(Extractor, "__call__", lambda *_, **__: outputs)
-    with pytest.raises(ValueError, match="features of samples hold NaN"):
-        measure()

@@ -8,7 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -33,15 +33,12 @@ VALUES = {"fid", "kid", "kid_std", "precision", "recall", "density", "coverage"}
 VALUES |= {"inception_score", "inception_score_std"}
 
 
-def write_images(name: str, split: str, images: list[Tensor], *, samples_per_shard: int = 16):
-    records = [
-        image_record(Sample(f"{i:06d}", encode_png(image), i % 3), extension="png")
-        for i, image in enumerate(images)
-    ]
+def write_images(name: str, split: str, images: Iterable[Tensor], *, samples_per_shard: int = 16):
+    samples = (Sample(f"{i:06d}", encode_png(image), i % 3) for i, image in enumerate(images))
+    records = [image_record(sample, extension="png") for sample in samples]
     shutil.rmtree(BUILD / name, ignore_errors=True)
-    shards = write_split(
-        BUILD / name, split, records, samples_per_shard=samples_per_shard, compression="none"
-    )
+    settings = {"samples_per_shard": samples_per_shard, "compression": "none"}
+    shards = write_split(BUILD / name, split, records, **settings)
     info = ShardInfo(class_ids=("a", "b", "c"), condition="unconditional: c(noise)", guidance=1.0)
     ShardIndex({split: shards}, info).write(BUILD / name)
 
@@ -49,29 +46,23 @@ def write_images(name: str, split: str, images: list[Tensor], *, samples_per_sha
 @pytest.fixture
 def run(run_of: Callable[[str], Run]) -> Run:
     """In a folder with build/shards, samples and extractor."""
-    for name, split, seed, side in (("shards", "val", 0, 36), ("samples", "sample", 1, 32)):
-        write_images(
-            name, split, list(pictures(COUNT, side=side, seed=seed, contrast=40.0 + 10 * seed))
-        )
+    write_images("shards", "val", pictures(COUNT, side=36, seed=0, contrast=40.0))
+    write_images("samples", "sample", pictures(COUNT, side=32, seed=1, contrast=50.0))
     torch.manual_seed(0)
     classifier = ResidualClassifier(width=4, num_classes=3)
-    save_classifier(
-        BUILD / "extractor", classifier, image_size=32, val_accuracy=0.9, val_count=COUNT
-    )
+    facts = {"image_size": 32, "val_accuracy": 0.9, "val_count": COUNT}
+    save_classifier(BUILD / "extractor", classifier, **facts)
     return run_of("score")
+
+
+CARD = {"kind": "inception", "name": "inception-2015-12-05", "weights_sha256": "1" * 64}
+CARD |= {"resizers": ["clean", "legacy_tensorflow"], "num_features": 16, "num_classes": 3}
 
 
 class TwoResizers(Extractor):
     """Stands for Inception, whose 2048 dimensions would need as many images."""
 
-    card = ExtractorCard(
-        kind="inception",
-        name="inception-2015-12-05",
-        resizers=["clean", "legacy_tensorflow"],
-        num_features=16,
-        num_classes=3,
-        weights_sha256="1" * 64,
-    )
+    card = ExtractorCard.model_validate(CARD)
 
     def __init__(self) -> None: ...
 
@@ -133,7 +124,7 @@ def test_metrics_state_all_that_decides_a_score(run: Run, capsys: pytest.Capture
 
 
 def test_the_scores_of_the_reference_itself_are_perfect(run: Run):
-    images = list(pictures(COUNT, side=32, seed=0, contrast=40.0))
+    images = pictures(COUNT, side=32, seed=0, contrast=40.0)
     write_images("shards", "val", images, samples_per_shard=13)
     write_images("samples", "sample", images)
     make_reference(run)
@@ -156,7 +147,7 @@ def test_the_resizers_stand_side_by_side(run: Run, monkeypatch: pytest.MonkeyPat
 def test_too_few_images_are_refused_before_any_is_seen(run: Run, monkeypatch: pytest.MonkeyPatch):
     use_inception(monkeypatch)
     monkeypatch.setattr(reference, "load_extractor", None)
-    write_images("shards", "val", list(pictures(15, side=32, seed=0, contrast=40.0)))
+    write_images("shards", "val", pictures(15, side=32, seed=0, contrast=40.0))
     with pytest.raises(ValueError, match=r"15 samples \(15 val images.* with 16 feature dimens"):
         make_reference(run)
 
@@ -164,9 +155,8 @@ def test_too_few_images_are_refused_before_any_is_seen(run: Run, monkeypatch: py
 def test_images_of_other_sizes_are_refused_by_name(run: Run):
     make_reference(run)
     sides = [32] * 30 + [24] * 10
-    write_images(
-        "samples", "sample", [torch.zeros(3, side, side, dtype=torch.uint8) for side in sides]
-    )
+    images = [torch.zeros(3, side, side, dtype=torch.uint8) for side in sides]
+    write_images("samples", "sample", images)
     with pytest.raises(ValueError, match=r"image 000030 has 24x24 pixels, not 32x32"):
         make_score(run)
 
@@ -184,11 +174,10 @@ def test_two_processes_write_the_same_bytes(run: Run):
     environment = os.environ | {"PYTHONPATH": str(ROOT), "MLFLOW_TRACKING_URI": ""}
     results: list[list[bytes]] = []
     for count in ("1", "2"):
+        environment["CONTRADIFF_NUM_PROCESSES"] = count
         for stage in ("reference", "score"):
             command = [sys.executable, "-m", f"stages.{stage}"]
-            subprocess.run(
-                command, check=True, env=environment | {"CONTRADIFF_NUM_PROCESSES": count}
-            )
+            subprocess.run(command, check=True, env=environment)
         files = [*sorted((BUILD / "reference").iterdir()), Path("metrics/score.json")]
         results.append([path.read_bytes() for path in files])
     assert results[0] == results[1]
