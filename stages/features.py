@@ -45,12 +45,12 @@ def main(params: Params, run: Run) -> None:
         if run.is_main:  # It holds the folder's lock; the others wait before they write.
             num_bytes = bytes_of_features(model, images)
             run.log(f"{describe_bytes(num_bytes)} of features")
-            check_free_space(
-                folder,
-                num_bytes - sum(file.stat().st_size for file in folder.iterdir()),
-                ways_out="store less: probe.head: linear (no maps), fewer features.more_triples or "
-                "features.more_blocks",
+            ways_out = (
+                "store less: probe.head: linear (no maps), fewer features.more_triples or "
+                "features.more_blocks"
             )
+            num_bytes -= sum(file.stat().st_size for file in folder.iterdir())
+            check_free_space(folder, num_bytes, ways_out=ways_out)
         num_images = sum(images.num_samples(*shard) for shard in images.shards)
         with run.progress("features", num_images) as advance:
             write_cache(

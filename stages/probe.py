@@ -36,9 +36,7 @@ def main(params: Params, run: Run) -> None:
         def on_epoch(_: int, row: Mapping[str, float]) -> None:
             advance(1, loss=f"{row['loss']:.3f}")
 
-        grid = train_grid(
-            cache, params=settings, seed=params.seed, device=run.device, on_epoch=on_epoch
-        )
+        grid = train_grid(cache, settings, params.seed, run.device, on_epoch)
     metrics = probe_metrics(grid, params=settings, index=index)
     run.log(f"top-1 {metrics['top1']:.1%} on {metrics['total']} {settings.split} images")
     with replace_dir(PROBE) as folder:

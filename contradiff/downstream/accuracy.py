@@ -8,13 +8,9 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Accuracy:
-    """Accuracy on a whole set.
+    """Shares in [0, 1] of `total` samples, and Wilson's 95% interval of `top1`.
 
-    Attributes:
-        top1: Share of samples whose label has the highest logit, in [0, 1].
-        top5: Share whose label has one of the five highest logits; 1 with up to five classes.
-        total: Number of samples.
-        interval: Wilson's 95% interval of `top1`.
+    With up to five classes, `top5` is 1.
     """
 
     top1: float
@@ -24,23 +20,14 @@ class Accuracy:
 
 
 def topk_correct(logits: Float[Tensor, "n classes"], labels: Int64[Tensor, " n"], k: int) -> int:
-    """Count the samples whose label is among their `k` highest logits.
+    """Count the samples whose label is among their `k` highest logits; ValueError if one is NaN.
 
-    Unlike means, counts of batches can be added, whatever the sizes of the batches.
-
-    Args:
-        logits: A score for each class; only the order matters. `torch.topk` decides ties.
-        labels: Classes in [0, classes).
-        k: From 1 to the number of classes.
-
-    Raises:
-        ValueError: A logit is NaN, so that the logits have no order.
+    Unlike means, counts can be added over batches of any size. `torch.topk` decides ties.
     """
     assert 1 <= k <= logits.shape[1], k
     if bool(logits.isnan().any()):
         raise ValueError("the logits contain NaN: the classifier diverged and has no accuracy")
-    predictions = logits.topk(k, dim=1).indices
-    return int((predictions == labels[:, None]).sum())
+    return int((logits.topk(k, dim=1).indices == labels[:, None]).sum())
 
 
 def wilson_interval(correct: int, total: int) -> tuple[float, float]:

@@ -25,7 +25,7 @@ from contradiff.downstream.accuracy import Accuracy, topk_correct, wilson_interv
 from contradiff.training.optim import SgdParams, SgdSchedule, SgdSetting, cosine_with_warmup
 
 OnEpoch: TypeAlias = Callable[[int, Mapping[str, float]], None]
-"""Told the epochs done; of the first head the mean "loss" of the epoch, and its last "lr"."""
+"""Told the epochs done, and the first head's mean "loss" of the epoch and last "lr"."""
 
 Inputs: TypeAlias = Float[Tensor, "n ..."] | Dataset[Tensor]
 """Features (n, d), or n maps (3, channels, h, w), noisiest first, which may lie in files."""
@@ -74,11 +74,10 @@ class ProbeParams(SgdParams):
 
 
 class LinearProbe(nn.Module):
-    """BatchNorm without affine parameters, then a linear layer: features (n, d) to logits (n, c).
+    """BatchNorm without affine parameters, as in MAE's probe, then a linear layer.
 
-    The normalisation takes the scale of the features out of the learning rate's choice (as MAE's
-    linear probe). Weights start at a normal of deviation 0.01, cut at ±2, biases at 0. `generator`
-    is the source of the initial weights; torch's global one if None.
+    The norm takes the scale of the features out of the learning rate's choice. Weights start at a
+    normal of deviation 0.01, cut at ±2, drawn from `generator` (torch's own if None); biases at 0.
     """
 
     def __init__(
@@ -93,7 +92,7 @@ class LinearProbe(nn.Module):
         nn.init.zeros_(self.linear.bias)
 
     def forward(self, features: Float[Tensor, "n d"]) -> Float[Tensor, "n c"]:
-        """Logits of raw features."""
+        """Compute the logits of raw features."""
         return self.linear(self.norm(features))
 
 
@@ -106,7 +105,7 @@ class AttentiveProbe(nn.Module):
         self.probe = probe
 
     def forward(self, maps: Float[Tensor, "n 3 channels h w"]) -> Float[Tensor, "n classes"]:
-        """Logits of maps, ordered from the noisiest to the cleanest."""
+        """Compute the logits of maps, ordered from the noisiest to the cleanest."""
         return self.probe(self.attention_head(maps))
 
 
@@ -125,29 +124,12 @@ def train_probes(
     """Train one probe for each setting; one that diverges leaves the others alone.
 
     Without an attention head, probes are linear, and share one BatchNorm, which has no parameters.
-    With one, each probe trains a copy of it: for rows 2 and 3 of Table 7, where without the
-    contrastive loss nothing else has trained the head; results are to be labelled `attentive`.
+    With one, the inputs are maps and each probe trains a copy of it: for rows 2 and 3 of Table 7,
+    where without the contrastive loss nothing else has trained the head. All start with the same
+    weights, see the same order, and come back in evaluation mode.
 
-    Batches of an epoch differ in size by one at most: over a small last one BatchNorm's statistics
-    would be poor.
-
-    Args:
-        inputs: frozen features, of any scale; or, with an attention head, maps.
-        labels: classes in [0, num_classes).
-        num_classes: number of classes.
-        settings: what tells the probes apart; rate and L2 penalty are of the attention head too.
-        schedule: what they share.
-        seed: of the initial weights and of the order, the same for all.
-        device: where to train.
-        attention_head: maps (b, 3, channels, h, w) => features (b, d), on `device`; it is left as
-            it is.
-        on_epoch: called after each epoch.
-
-    Returns:
-        The probes in the settings' order, in evaluation mode.
-
-    Raises:
-        ValueError: a batch would hold a single sample.
+    Batches of an epoch differ in size by one at most, since BatchNorm's statistics over a small
+    last one would be poor. A batch of a single sample is a ValueError.
 
     Example:
         [probe] = train_probes(
@@ -190,13 +172,14 @@ def train_probes(
             factor = cosine_with_warmup(step, total_steps=total_steps, warmup_steps=warmup_steps)
             for group, setting in zip(optimizer.param_groups, settings, strict=True):
                 group["lr"] = setting.lr * factor
-            logits = _logits(probes, _batch(inputs, rows, device))
-            targets = labels[rows.to(labels.device)].to(device)
-            losses = [nn.functional.cross_entropy(x, targets) for x in logits]
             optimizer.zero_grad()
-            torch.stack(losses).sum().backward()
+            targets = labels[rows.to(labels.device)].to(device)
+            for number, logits in enumerate(_logits(probes, _batch(inputs, rows, device))):
+                loss = nn.functional.cross_entropy(logits, targets)
+                loss.backward()  # now, so that one probe's graph at a time is in memory
+                if number == 0:
+                    loss_sum += loss.detach() * len(rows)
             optimizer.step()
-            loss_sum += losses[0].detach() * len(rows)
             step += 1
         lr = optimizer.param_groups[0]["lr"]
         on_epoch(epoch, {"loss": loss_sum.item() / num_samples, "lr": lr})
@@ -204,7 +187,7 @@ def train_probes(
 
 
 def _batch(inputs: Inputs, rows: Int64[Tensor, " b"], device: torch.device) -> Tensor:
-    """Some rows as float32: inputs may be half precision, and lie in files if they are large."""
+    """Take some rows, as float32: inputs may be half precision, and large ones lie in files."""
     if not isinstance(inputs, Tensor):
         return torch.stack([inputs[row] for row in rows.tolist()]).to(device, torch.float32)
     return inputs.index_select(0, rows.to(inputs.device)).to(device, torch.float32)
@@ -220,24 +203,12 @@ def _logits(probes: Sequence[LinearProbe | AttentiveProbe], batch: Tensor) -> It
 
 @torch.no_grad()
 def evaluate(
-    probe: LinearProbe | AttentiveProbe,
-    inputs: Inputs,
-    labels: Int64[Tensor, " n"],
+    probe: LinearProbe | AttentiveProbe, inputs: Inputs, labels: Int64[Tensor, " n"]
 ) -> Accuracy:
-    """Top-1 and top-5 accuracy over every sample given, none dropped.
-
-    Args:
-        probe: in evaluation mode.
-        inputs: features of a linear probe, maps of an attentive one.
-        labels: true classes.
-
-    Raises:
-        ValueError: there are no samples, or the probe has diverged.
-    """
+    """Judge a probe on every sample; ValueError if there is none, or if the probe has diverged."""
     if len(labels) == 0:
-        raise ValueError(
-            "no samples to evaluate the probe on: probe.split chooses none of the data"
-        )
+        reason = "probe.split chooses none of the data"
+        raise ValueError(f"no samples to evaluate the probe on: {reason}")
     device = next(probe.parameters()).device
     top1 = top5 = 0
     for rows in torch.arange(len(labels)).split(1024):

@@ -17,16 +17,9 @@ from torch import Tensor
 from torch.utils.data import Subset
 
 from contradiff.data.subsets import is_dev
+from contradiff.downstream import probe as probes
 from contradiff.downstream.accuracy import Accuracy
-from contradiff.downstream.probe import (
-    TABLE_2,
-    AttentiveProbe,
-    LinearProbe,
-    OnEpoch,
-    ProbeParams,
-    evaluate,
-    train_probes,
-)
+from contradiff.downstream.probe import TABLE_2, ProbeParams
 from contradiff.features.cache import CacheIndex, FeatureCache
 from contradiff.features.params import FeatureSpec
 from contradiff.training.optim import SgdSchedule, SgdSetting
@@ -35,7 +28,6 @@ GRID_COLUMNS = (
     *("name", "model", "head", "triple", "block", "pool", "lr", "momentum", "weight_decay"),
     *("split", "total", "top1", "top5", "low", "high"),
 )
-"""Of build/probe/grid.csv."""
 
 
 @dataclass(frozen=True)
@@ -44,33 +36,27 @@ class GridHead:
 
     feature: FeatureSpec
     setting: SgdSetting
-    probe: LinearProbe | AttentiveProbe
+    probe: probes.LinearProbe | probes.AttentiveProbe
     accuracy: Accuracy | None
 
 
 def train_grid(
     cache: FeatureCache,
-    *,
     params: ProbeParams,
     seed: int,
     device: torch.device,
-    on_epoch: OnEpoch = lambda *_: None,
+    on_epoch: probes.OnEpoch = lambda *_: None,
 ) -> list[GridHead]:
     """Train and judge every head; the first is the headline: configured setting, main feature.
 
-    Linear heads are of every stored feature, one after the other, so that one feature at a time is
-    in memory. Attentive heads are of the main triple's maps alone. With probe.split: dev, the
-    training images are nine tenths of train, and the judged ones the last tenth; val is not read.
+    Linear heads are trained on every stored feature, one after the other, so that one feature at a
+    time is in memory; attentive heads on the main triple's maps alone. With probe.split: dev, nine
+    tenths of train are for training, one tenth is judged, and val is not read.
 
     Raises:
-        ValueError: the headline diverges, probe.split: dev leaves a side empty, or probe.head:
-            attentive finds no maps.
+        ValueError: the headline diverges, or a split or the maps are missing.
     """
-    index, is_attentive, is_dev_split = (
-        cache.index,
-        params.head == "attentive",
-        params.split == "dev",
-    )
+    is_attentive, is_dev_split = params.head == "attentive", params.split == "dev"
     held_out = torch.tensor([is_dev_split and is_dev(key) for key in cache.keys("train")])
     train_rows, dev_rows = (rows.nonzero().squeeze(1) for rows in (~held_out, held_out))
     if is_dev_split and not (len(dev_rows) and len(train_rows)):
@@ -80,22 +66,22 @@ def train_grid(
         )
 
     def sides(read: Callable[[str], Any]) -> tuple[Any, Any]:
-        """What `read` gives of the training and of the judged images: tensors, or maps in files."""
+        """Read the training and the judged images' tensors, or their maps in files."""
         train = read("train")
         judged = _rows(train, dev_rows) if is_dev_split else read("val")
         return _rows(train, train_rows), judged
 
     train_labels, labels = sides(cache.labels)
     grid: list[GridHead] = []
-    for column in index.columns[:1] if is_attentive else index.columns:
+    for column in cache.index.columns[:1] if is_attentive else cache.index.columns:
         if is_attentive:
             train, judged = sides(cache.maps)
         else:
             train, judged = sides(lambda s, name=column.name: cache.column(s, name).to(device))
-        probes = train_probes(
+        heads = probes.train_probes(
             train,
             train_labels.to(device),
-            num_classes=index.num_classes,
+            num_classes=cache.index.num_classes,
             settings=params.grid,
             schedule=params.schedule,
             seed=seed,
@@ -103,10 +89,10 @@ def train_grid(
             attention_head=cache.attention().to(device) if is_attentive else None,
             on_epoch=on_epoch,
         )
-        for setting, probe in zip(params.grid, probes, strict=True):
-            is_finite = all(bool(parameter.isfinite().all()) for parameter in probe.parameters())
-            accuracy = evaluate(probe, judged, labels) if is_finite else None
-            grid.append(GridHead(column, setting, probe, accuracy))
+        for setting, head in zip(params.grid, heads, strict=True):
+            is_finite = all(bool(parameter.isfinite().all()) for parameter in head.parameters())
+            accuracy = probes.evaluate(head, judged, labels) if is_finite else None
+            grid.append(GridHead(column, setting, head, accuracy))
     if grid[0].accuracy is None:
         raise ValueError(f"probe.lr: the probe diverges (got {params.lr}); lower it")
     return grid
@@ -119,20 +105,18 @@ def _rows(inputs: Any, rows: Int64[Tensor, " n"]) -> Any:
 def write_grid(
     path: Path, grid: Sequence[GridHead], *, params: ProbeParams, index: CacheIndex
 ) -> None:
-    """Write a grid as a table: where each head's features come from, its setting, its accuracy.
+    """Write each head's feature, setting and accuracy (none if it has diverged) as CSV.
 
-    `name` is "configured" for the headline and "table2" for the main feature in Table 2's literal
-    setting; a head that has diverged has no accuracy.
+    `name` is "configured" for the headline, "table2" for the main feature in Table 2's literal
+    setting, or "configured+table2".
     """
     with path.open("w", newline="") as file:
         writer = csv.DictWriter(file, GRID_COLUMNS, restval="", lineterminator="\n")
         writer.writeheader()
         for number, head in enumerate(grid):
-            names = ["configured"] if number == 0 else []
-            if head.feature == grid[0].feature and head.setting == TABLE_2:
-                names.append("table2")
+            is_table_2 = head.feature == grid[0].feature and head.setting == TABLE_2
             row: dict[str, object] = {
-                "name": "+".join(names),
+                "name": "+".join(["configured"] * (number == 0) + ["table2"] * is_table_2),
                 "model": index.model,
                 "head": params.head,
                 "triple": "-".join(map(str, head.feature.triple or ())),
@@ -141,10 +125,10 @@ def write_grid(
                 **asdict(head.setting),
                 "split": params.split,
             }
-            if (accuracy := head.accuracy) is not None:
-                low, high = accuracy.interval
-                scores = {"top1": accuracy.top1, "top5": accuracy.top5, "low": low, "high": high}
-                row |= {"total": accuracy.total}
+            if head.accuracy is not None:
+                scores = asdict(head.accuracy)
+                row["total"] = scores.pop("total")
+                scores["low"], scores["high"] = scores.pop("interval")
                 row |= {name: float(f"{score:.6g}") for name, score in scores.items()}
             writer.writerow(row)
 
@@ -152,13 +136,12 @@ def write_grid(
 def probe_metrics(
     grid: Sequence[GridHead], *, params: ProbeParams, index: CacheIndex
 ) -> dict[str, Any]:
-    """What metrics/probe.json holds under `probe`: the headline, and Table 2's literal setting."""
-    accuracy = grid[0].accuracy
-    assert accuracy is not None
+    """Return what metrics/probe.json holds: the headline, and Table 2's literal setting."""
+    assert grid[0].accuracy is not None, "train_grid refuses a headline that diverges"
     table_2 = next(head for head in grid if head.setting == TABLE_2).accuracy
     scores = {} if table_2 is None else {"top1": table_2.top1, "top5": table_2.top5}
     return {
-        **asdict(accuracy),
+        **asdict(grid[0].accuracy),
         "split": params.split,
         "head": params.head,
         "pool": index.columns[0].pool,

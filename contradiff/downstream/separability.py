@@ -35,10 +35,8 @@ class SeparabilityParams(Section):
 class Separability:
     """How well the classes of one set of features separate.
 
-    Attributes:
-        knn: accuracy in [0, 1] of a vote of the nearest neighbours, each image left out of its own.
-        silhouette: mean silhouette in [-1, 1]; None where it is not defined: with one class, or
-            with as many classes as images.
+    `knn` is the accuracy in [0, 1] of a vote of the nearest other images, `silhouette` the mean in
+    [-1, 1]; None with one class, or with as many classes as images.
     """
 
     knn: float
@@ -49,39 +47,31 @@ class Separability:
         return f"kNN {self.knn:.1%}, silhouette {silhouette} (in feature space)"
 
 
-def choose_images(
-    labels: Sequence[int], *, num_images: int, num_classes: int, seed: int
-) -> list[int]:
-    """Draw classes, then images of them; all, if there are not more: ascending indices.
+def choose_images(labels: Sequence[int], params: SeparabilityParams, *, seed: int) -> list[int]:
+    """Draw classes, then images of them, ascending; ValueError if there are fewer than four.
 
     A thousand images of a thousand classes would have no neighbours of their own.
-
-    Raises:
-        ValueError: fewer than four images.
     """
     rng = np.random.default_rng(seed)
     classes = np.unique(labels)
-    if len(classes) > num_classes:
-        classes = rng.choice(classes, num_classes, replace=False)
+    if len(classes) > params.num_classes:
+        classes = rng.choice(classes, params.num_classes, replace=False)
     chosen = np.flatnonzero(np.isin(labels, classes))
-    if len(chosen) > num_images:
-        chosen = np.sort(rng.choice(chosen, num_images, replace=False))
+    if len(chosen) > params.num_images:
+        chosen = np.sort(rng.choice(chosen, params.num_images, replace=False))
     if len(chosen) < 4:
-        raise ValueError(
-            f"data.root: {len(chosen)} validation images are too few to separate; take 4 or more"
-        )
+        reason = f"{len(chosen)} validation images are too few to separate"
+        raise ValueError(f"data.root: {reason}; take 4 or more")
     return chosen.tolist()
 
 
 def separability(
     features: Float[np.ndarray, "n width"], labels: Int[np.ndarray, " n"], *, num_neighbours: int
 ) -> Separability:
-    """Both numbers of features, under cosine distance 1 - cos.
+    """Measure features under cosine distance 1 - cos, with at most n - 1 neighbours.
 
-    At most n - 1 neighbours are there. Of classes with as many votes the first one wins.
-
-    Raises:
-        ValueError: features are not finite, or zero; training diverged.
+    Of classes with as many votes the first one wins. Features that are zero or not finite are a
+    ValueError.
     """
     from scipy.stats import mode
     from sklearn.metrics import silhouette_score
@@ -104,13 +94,9 @@ def separability(
 
 
 def embed(features: Float[np.ndarray, "n width"], *, seed: int) -> Float[np.ndarray, "n 2"]:
-    """t-SNE in the plane, under cosine distance."""
+    """Embed features in the plane by t-SNE, under cosine distance."""
     from sklearn.manifold import TSNE
 
-    positions = TSNE(
-        perplexity=min(30.0, (len(features) - 1) / 3),
-        metric="cosine",
-        init="pca",
-        random_state=seed,
-    ).fit_transform(features)
-    return np.asarray(positions, dtype=np.float64)
+    perplexity = min(30.0, (len(features) - 1) / 3)
+    tsne = TSNE(perplexity=perplexity, metric="cosine", init="pca", random_state=seed)
+    return np.asarray(tsne.fit_transform(features), dtype=np.float64)

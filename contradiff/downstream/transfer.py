@@ -4,10 +4,9 @@ splits of the training pool => features of their images => two classifiers for e
 """
 
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
-from pathlib import Path
+from functools import cached_property
 from typing import Any, ClassVar, Literal, TypeAlias
 
 import numpy as np
@@ -16,22 +15,23 @@ from jaxtyping import Int64
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from contradiff.base.loading import load_vae
 from contradiff.data.map_shards import Processes
 from contradiff.data.subsets import k_shot_split
 from contradiff.downstream.finetuning import EncodedImages, finetune, finetuned_top1, weights_kept
 from contradiff.downstream.probe import OnEpoch, evaluate, train_probes
-from contradiff.features.batches import CleanBatch, encode_images
+from contradiff.features.batches import CleanBatch
 from contradiff.features.models import FeatureModel, LabelledFeatures, compute_features
 from contradiff.features.params import FeaturesParams
-from contradiff.features.timm_backbone import TimmFeatures
 from contradiff.method.model import ContraDiff
-from contradiff.sources.transfer_set import TransferSet, TransferSplit
+from contradiff.sources.transfer_set import TransferSplit
 from contradiff.training.optim import SgdParams
 from contradiff.types import ByteImages
 
 Shots: TypeAlias = int | Literal["full"]
 """Training images a class, or all that there are."""
+
+Encode: TypeAlias = Callable[[ByteImages, Int64[Tensor, " n"]], CleanBatch]
+"""Makes a batch of square images in memory and their classes, as the feature model sees them."""
 
 
 class TransferParams(SgdParams):
@@ -55,14 +55,89 @@ class TransferParams(SgdParams):
     def _shots_are_counts(self) -> "TransferParams":
         counts = [shots for shots in self.shots if shots != "full"]
         if len(set(self.shots)) < len(self.shots) or any(count < 1 for count in counts):
-            raise ValueError(
-                f"transfer.shots: distinct numbers of 1 or more, or full; not {self.shots}"
-            )
+            fault = f"distinct numbers of 1 or more, or full; not {self.shots}"
+            raise ValueError(f"transfer.shots: {fault}")
         return self
 
 
-Encode: TypeAlias = Callable[[ByteImages, Int64[Tensor, " n"]], CleanBatch]
-"""Makes a batch of square images in memory and their classes, as the feature model sees them."""
+@dataclass(frozen=True)
+class FewShots:
+    """One seeded draw of training images: ascending rows of the pool."""
+
+    shots: Shots
+    seed: int
+    rows: list[int]
+
+
+@dataclass(frozen=True)
+class TransferTask:
+    """A data set: its training pool and the splits of it, and the test images that judge each."""
+
+    pool: TransferSplit
+    test: TransferSplit
+    splits: list[FewShots]
+
+    @cached_property
+    def used(self) -> list[int]:
+        """The rows of the pool that some split uses, ascending: no other needs features."""
+        return sorted({row for split in self.splits for row in split.rows})
+
+    def places(self, split: FewShots) -> Int64[Tensor, " rows"]:
+        """Return where a split's rows stand among the used ones."""
+        return torch.from_numpy(np.searchsorted(self.used, split.rows))
+
+
+def draw_splits(labels: Sequence[int], params: TransferParams, *, seed: int) -> list[FewShots]:
+    """Draw splits for each number of shots: the i-th is `k_shot_split` with seed + i.
+
+    Splits are nested: of one seed, more shots contain fewer. "full" is one split, the whole pool.
+    ValueError if a class has too few images.
+    """
+    splits, seeds = list[FewShots](), range(seed, seed + params.num_splits)
+    for n in params.shots:
+        if n == "full":
+            splits.append(FewShots(n, seed, list(range(len(labels)))))
+        else:
+            splits += [FewShots(n, s, k_shot_split(labels, shots=n, seed=s)) for s in seeds]
+    return splits
+
+
+def encode_rows(
+    encode: Encode, images: TransferSplit, rows: Sequence[int], batch_size: int
+) -> Iterator[CleanBatch]:
+    """Yield some of a split's images in batches. An image's noise is seeded by its row."""
+    for start in range(0, len(rows), batch_size):
+        own = rows[start : start + batch_size]
+        pixels, labels = images.read(own), images.labels[list(own)]
+        batch = encode(torch.from_numpy(pixels), torch.from_numpy(labels))
+        yield replace(batch, indices=tuple(own), keys=tuple(images.keys[row] for row in own))
+
+
+def features_of_rows(
+    model: FeatureModel,
+    encode: Encode,
+    images: TransferSplit,
+    rows: Sequence[int],
+    *,
+    batch_size: int,
+    processes: Processes,
+    on_progress: Callable[[int], None] = lambda _: None,
+) -> LabelledFeatures:
+    """Compute features of some rows of a split, in order; each process does some and gets all.
+
+    Processes share whole batches, as one process alone would form them: features do not depend on
+    the number of processes, not even in their last bit. `on_progress` is told the number of images
+    of each of this process's batches.
+    """
+    from accelerate.utils import gather_object
+
+    starts = np.array_split(range(0, len(rows), batch_size), processes.size)[processes.rank]
+    found: list[LabelledFeatures] = []
+    if len(starts):
+        own = rows[starts[0] : starts[-1] + batch_size]
+        batches = encode_rows(encode, images, own, batch_size)
+        found = [compute_features(model, batches, on_progress=on_progress)]
+    return LabelledFeatures.joined(gather_object(found))
 
 
 def ridge_top1(train: LabelledFeatures, test: LabelledFeatures, *, ridge: float) -> float:
@@ -81,121 +156,12 @@ def ridge_top1(train: LabelledFeatures, test: LabelledFeatures, *, ridge: float)
     return float(classifier.score(test.features.double().numpy(), test.labels.numpy()))
 
 
-@dataclass(frozen=True)
-class FewShots:
-    """One seeded draw of training images: ascending rows of the pool."""
-
-    shots: Shots
-    seed: int
-    rows: list[int]
-
-
-def draw_splits(
-    labels: Sequence[int], *, shots: Sequence[Shots], num_splits: int, seed: int
-) -> list[FewShots]:
-    """Draw splits for each number of shots: the i-th is `k_shot_split` with seed + i.
-
-    Splits are nested: of one seed, fewer shots are a part of more. "full" is one split, the pool.
-    """
-    return [
-        FewShots(number, seed + index, list(range(len(labels))))
-        if number == "full"
-        else FewShots(number, seed + index, k_shot_split(labels, shots=number, seed=seed + index))
-        for number in shots
-        for index in range(1 if number == "full" else num_splits)
-    ]
-
-
-@dataclass(frozen=True)
-class TransferTask:
-    """A data set: its training pool and the splits of it, and the test images that judge each."""
-
-    pool: TransferSplit
-    test: TransferSplit
-    splits: list[FewShots]
-
-    @cached_property
-    def used(self) -> list[int]:
-        """The rows of the pool that some split uses, ascending: no other needs features."""
-        return sorted({row for split in self.splits for row in split.rows})
-
-    def places(self, split: FewShots) -> Int64[Tensor, " rows"]:
-        """Where a split's rows stand among the used ones."""
-        return torch.from_numpy(np.searchsorted(self.used, split.rows))
-
-    @classmethod
-    def open(
-        cls, images: TransferSet, params: TransferParams, *, image_size: int, seed: int
-    ) -> "TransferTask":
-        """Open the data set and draw the splits.
-
-        Args:
-            images: the data set.
-            params: shots and number of splits.
-            image_size: side to which an ImageFolder's images are brought.
-            seed: of the first split.
-
-        Raises:
-            ValueError: the data is missing or damaged, or a class has too few images.
-        """
-        pool, test = (images.split(name, image_size=image_size) for name in ("train", "test"))
-        labels = pool.labels.tolist()
-        splits = draw_splits(labels, shots=params.shots, num_splits=params.num_splits, seed=seed)
-        return cls(pool, test, splits)
-
-
-def encoder_of(model: FeatureModel, *, base: Path, image_size: int, device: torch.device) -> Encode:
-    """What a feature model sees of an image: its latent, or pixels at the backbone's own size."""
-    if isinstance(model, TimmFeatures):
-        return model.show
-    vae = load_vae(base).to(device)  # pyright: ignore[reportArgumentType]
-    return partial(encode_images, vae, image_size=image_size, device=device)
-
-
-def encode_rows(encode: Encode, images: TransferSplit, rows: Sequence[int]) -> CleanBatch:
-    """One batch of a split's images. An image's noise is seeded by its row in the split."""
-    pixels, labels = images.read(rows), images.labels[list(rows)]
-    batch = encode(torch.from_numpy(pixels), torch.from_numpy(labels))
-    return replace(batch, indices=tuple(rows), keys=tuple(images.keys[row] for row in rows))
-
-
-def features_of_rows(
-    model: FeatureModel,
-    encode: Encode,
-    images: TransferSplit,
-    rows: Sequence[int],
-    *,
-    batch_size: int,
-    processes: Processes,
-    on_progress: Callable[[int], None] = lambda _: None,
-) -> LabelledFeatures:
-    """Features of some rows of a split, in order; each process computes some and gets all.
-
-    Processes share whole batches, as one process alone would form them: features do not depend on
-    the number of processes, not even in their last bit. `on_progress` is told the number of images
-    of each of this process's batches.
-    """
-    from accelerate.utils import gather_object
-
-    starts = np.array_split(range(0, len(rows), batch_size), processes.size)[processes.rank]
-    batches = (encode_rows(encode, images, rows[i : i + batch_size]) for i in starts.tolist())
-    own = [compute_features(model, batches, on_progress=on_progress)] if len(starts) else []
-    return LabelledFeatures.joined(gather_object(own))
-
-
 def score_splits(
     task: TransferTask, train: LabelledFeatures, test: LabelledFeatures, *, params: TransferParams
 ) -> list[dict[str, float]]:
-    """Train two classifiers on each split, test each on the whole test set.
+    """Return each split's top-1 accuracy of "ridge" and "sgd", in [0, 1], on the whole test set.
 
-    Args:
-        task: the splits.
-        train: frozen features of the task's used rows.
-        test: frozen features of the test set, all of them.
-        params: penalty of `ridge_top1`, and the SGD probe's settings.
-
-    Returns:
-        For each split the top-1 accuracy of "ridge" and "sgd", in [0, 1].
+    `train` has the features of the task's used rows.
     """
     scores: list[dict[str, float]] = []
     for split in task.splits:
@@ -226,32 +192,15 @@ def finetune_splits(
     processes: Processes,
     on_epoch: OnEpoch,
 ) -> list[float]:
-    """Fine-tune a copy of the model on each split; each process tunes every n-th.
+    """Fine-tune a copy of the model on each split, and return each split's top-1 accuracy.
 
-    Args:
-        task: the splits.
-        model: trained, in evaluation mode, on `device`; it is left as it is.
-        encode: makes a batch of images.
-        features: how features are taken.
-        params: of the fine-tuning.
-        seed: of the test images' noise.
-        device: where to compute.
-        processes: which of how many this is.
-        on_epoch: called after each epoch of each of this process's splits.
-
-    Returns:
-        Each split's top-1 accuracy on the test images.
-
-    Raises:
-        ValueError: a loss is not finite; names transfer.finetune_lr.
+    Each of n processes tunes every n-th split. `seed` is of the test images' noise. ValueError if a
+    loss is not finite.
     """
     from accelerate.utils import gather_object
 
-    size = features.batch_size
     train, test = (
-        EncodedImages.of(
-            encode_rows(encode, images, rows[i : i + size]) for i in range(0, len(rows), size)
-        )
+        EncodedImages.of(encode_rows(encode, images, rows, features.batch_size))
         for images, rows in ((task.pool, task.used), (task.test, range(len(task.test.labels))))
     )
     done: list[tuple[int, float]] = []
@@ -279,19 +228,11 @@ def finetune_splits(
 
 
 def transfer_metrics(
-    splits: Sequence[FewShots], scores: Sequence[Mapping[str, float]], *, total: int, source: str
-) -> dict[str, Any]:
-    """What metrics/transfer.json holds under `transfer`.
+    splits: Sequence[FewShots], scores: Sequence[Mapping[str, float]]
+) -> dict[str, dict[str, Any]]:
+    """Return each classifier's mean top-1 accuracy and its deviation, by number of shots.
 
-    Args:
-        splits: those of the headline's number of shots first.
-        scores: each split's top-1 accuracies, by classifier.
-        total: test samples that each split is judged on.
-        source: name of the data set.
-
-    Returns:
-        The headline's mean and deviation over splits (n - 1 in the denominator; None with a single
-        split) of each classifier, and the same for every number of shots below `by_shots`.
+    The deviation over splits has n - 1 in the denominator; it is None with a single split.
     """
     by_shots: dict[str, dict[str, Any]] = {}
     for shots in dict.fromkeys(split.shots for split in splits):
@@ -301,15 +242,13 @@ def transfer_metrics(
             top1 = [each[name] for each in own]
             std = statistics.stdev(top1) if len(top1) > 1 else None
             by_shots[str(shots)][name] = {"mean": statistics.fmean(top1), "std": std}
-    shots = splits[0].shots
-    facts = {"shots": shots, "total": total, "source": source, "by_shots": by_shots}
-    return by_shots[str(shots)] | facts
+    return by_shots
 
 
 def describe_splits(
     task: TransferTask, scores: Sequence[Mapping[str, float]]
 ) -> dict[str, list[dict[str, Any]]]:
-    """What build/transfer/splits.json holds under `splits`: each split's images and its scores."""
+    """Return, by number of shots, what build/transfer/splits.json holds of each split."""
     shown: dict[str, list[dict[str, Any]]] = {}
     for split, top1 in zip(task.splits, scores, strict=True):
         keys = [task.pool.keys[row] for row in split.rows]

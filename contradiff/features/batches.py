@@ -5,7 +5,7 @@ here is random: the latent is the mean of the VAE's posterior of the centre crop
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from itertools import islice
 from pathlib import Path
@@ -31,20 +31,15 @@ BATCHES_AHEAD = 2
 """Batches whose images threads decode while one batch is computed."""
 
 Item = TypeVar("Item")
-_Row: TypeAlias = tuple[str, int, Tensor, Tensor]
-"""One image: key, label, clean latent, pixels as bytes."""
+_Row: TypeAlias = tuple[str, int, Tensor, Tensor]  # key, label, clean latent, pixels as bytes
 
 
 @dataclass(frozen=True)
 class CleanBatch:
-    """Images whose features are to be computed.
+    """Images whose features are to be computed; an image's index in its set seeds its noise.
 
-    Attributes:
-        indices: each image's number in its set, which seeds its noise.
-        latents: clean, at unit scale; of a model that reads pixels alone (batch, 1, 0, 0).
-        pixels: in [-1, 1]; (batch, 3, 0, 0) where the model needs none.
-        labels: classes.
-        keys: names.
+    Latents are clean, at unit scale; (batch, 1, 0, 0) if the model reads pixels alone. Pixels are
+    in [-1, 1]; (batch, 3, 0, 0) if it needs none.
     """
 
     indices: tuple[int, ...]
@@ -56,15 +51,10 @@ class CleanBatch:
 
 @dataclass(frozen=True)
 class StoredImages:
-    """Image shards and latent shards of the same images, read one shard at a time.
+    """Folders of image shards and of the same images' latent shards, read one shard at a time.
 
-    No batch reaches beyond its shard, so a shard's features depend on no other shard.
-
-    Attributes:
-        images: folder of image shards.
-        latents: folder of latent shards, in the same order.
-        batch_size: images at once.
-        num_threads: threads that decode ahead; 0: none.
+    No batch reaches beyond its shard, so a shard's features depend on no other shard. `num_threads`
+    threads decode ahead; 0: none.
     """
 
     images: Path
@@ -74,21 +64,20 @@ class StoredImages:
 
     @cached_property
     def index(self) -> ShardIndex[ImageInfo]:
-        """Of the image shards."""
+        """The index of the image shards."""
         return ShardIndex.read(self.images, ImageInfo)
 
     @property
     def shards(self) -> list[tuple[str, int]]:
-        """Every shard: its split and number."""
-        splits = self.index.splits
-        return [(split, number) for split in splits for number in range(len(splits[split]))]
+        """The split and number of every shard."""
+        return [(name, i) for name, own in self.index.splits.items() for i in range(len(own))]
 
     def num_samples(self, split: str, number: int) -> int:
-        """Of one shard."""
+        """The number of images in one shard."""
         return self.index.shards(split)[number].num_samples
 
     def latent_batches(self, split: str, number: int, *, with_pixels: bool) -> Iterator[CleanBatch]:
-        """Yield one shard's clean latents, and, if asked for, the pixels of the same crops."""
+        """Yield one shard's clean latents and, if wanted, the pixels of the same crops."""
         pairs = PairedShards.open(self.images, self.latents, split=split)
         make = partial(_clean_row, info=pairs.latent_index.info, with_pixels=with_pixels)
         yield from self._batches(split, number, make, pairs.read(number))
@@ -112,31 +101,16 @@ class StoredImages:
 
 
 def stored_batches(
-    images: Path,
-    latents: Path,
-    *,
-    split: str,
-    batch_size: int,
-    chosen: Sequence[int] | None = None,
+    images: Path, latents: Path, *, split: str, batch_size: int, chosen: Sequence[int] | None = None
 ) -> Iterator[CleanBatch]:
-    """Yield a whole split in order: clean latents and the pixels of the same centre crops.
-
-    Args:
-        images: folder of image shards.
-        latents: folder of latent shards.
-        split: its name.
-        batch_size: images at once.
-        chosen: indices of the images to yield, ascending; None: all. The batches number images by
-            their place among the chosen.
-    """
+    """Yield a split in order, or its images at ascending indices `chosen`, numbered from 0."""
     pairs = PairedShards.open(images, latents, split=split)
     records = (pair for shard in range(pairs.num_shards) for pair in pairs.read(shard))
     if chosen is not None:
         wanted = frozenset(chosen)
         records = (pair for index, pair in enumerate(records) if index in wanted)
-    info = pairs.latent_index.info
-    rows = (_clean_row(pair, info=info, with_pixels=True) for pair in records)
-    yield from _batched(rows, first_index=0, batch_size=batch_size)
+    make = partial(_clean_row, info=pairs.latent_index.info, with_pixels=True)
+    yield from _batched(map(make, records), first_index=0, batch_size=batch_size)
 
 
 @torch.no_grad()
@@ -151,14 +125,13 @@ def encode_images(
     """Make one batch of square images in memory: resize (bicubic, Table 6's 32 to 256), encode."""
     batch = resized_batch(images, labels, centre_crop(*images.shape[2:]), size=image_size)
     moments = encode(vae, batch.pixels.to(device))
-    latents = mode(moments, scaling_factor=scaling_factor(vae)).cpu()
-    return CleanBatch(batch.indices, latents, batch.pixels, labels, batch.keys)
+    return replace(batch, latents=mode(moments, scaling_factor=scaling_factor(vae)).cpu())
 
 
 def resized_batch(
     images: ByteImages, labels: Int64[Tensor, " num_images"], crop: Crop, *, size: int
 ) -> CleanBatch:
-    """Make one batch of images in memory: the same crop of each, resized; no latents."""
+    """Make one batch of images in memory: take the same crop of each, resize it; no latents."""
     pixels = to_pixels(torch.stack([apply_crop(image, crop, size=size) for image in images]))
     indices = tuple(range(len(images)))
     no_latents = torch.empty(len(images), 1, 0, 0)
@@ -166,7 +139,7 @@ def resized_batch(
 
 
 def central_crop(height: int, width: int, *, crop_fraction: float) -> Crop:
-    """The square in the middle whose side is `crop_fraction` of the shorter side."""
+    """Return the square in the middle whose side is `crop_fraction` of the shorter side."""
     whole = centre_crop(height, width)
     side = max(1, round(whole.height * crop_fraction))
     offset = (whole.height - side) // 2
@@ -174,9 +147,9 @@ def central_crop(height: int, width: int, *, crop_fraction: float) -> Crop:
 
 
 def centre_row(sample: Sample, *, size: int, crop_fraction: float) -> _Row:
-    """The centre of an image, `crop_fraction` of its shorter side, resized to `size`.
+    """Resize the centre of an image, `crop_fraction` of its shorter side, to `size`.
 
-    timm resizes to size / crop_fraction first and crops then: the same but for the border.
+    timm resizes to size / crop_fraction first and crops then: only the border differs.
     *Deviation*: the resize is always antialiased bicubic, whatever the backbone's own is.
     """
     image = decode(sample.image, name=sample.key)

@@ -27,27 +27,18 @@ from contradiff.files import replace_file, sha256_of
 from contradiff.method.attention import TriTimestepAttention
 from contradiff.method.checkpoint import base_digest
 
-INDEX_NAME = "index.json"
+INDEX_NAME, HEAD_NAME = "index.json", "attention.safetensors"
 MAPS = "maps"
 """Name of the maps among what a model computes, and in their files."""
-HEAD_NAME = "attention.safetensors"
-"""Beside maps: the weights that an attentive probe's head starts from."""
 
 
 class CacheIndex(BaseModel):
     """What a folder of features holds, and how they were made.
 
-    Attributes:
-        version: of the files' form.
-        model: features.model.
-        checkpoint: fingerprint of the weights; see `ModelFolders` and `TimmFeatures`.
-        dtype: fp16 or bf16.
-        num_classes: of the data.
-        columns: the stored features, the main one first.
-        head: arguments of the attention whose weights lie beside maps; None without maps.
-        shards: each split's files, one for each image shard.
-        maps: each split's files of maps; empty if none are stored.
-        made_with: seed and section `features`; "timm_weights_sha256" of a local file.
+    `checkpoint` is the weights' fingerprint. `columns` has the main feature first. `head` has the
+    arguments of the attention whose weights lie beside maps; without maps it is None and `maps` is
+    empty. Each split has as many `shards` as the images. `made_with` is the seed and the section
+    `features`, and a local file's "timm_weights_sha256".
     """
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, populate_by_name=True)
@@ -64,22 +55,16 @@ class CacheIndex(BaseModel):
     made_with: dict[str, Any] = Field(validation_alias="facts", serialization_alias="facts")
 
     def write(self, folder: Path) -> None:
-        """Write `index.json`, last of all."""
+        """Write `index.json`."""
         with replace_file(folder / INDEX_NAME) as path:
             path.write_text(json.dumps(self.model_dump(by_alias=True), indent=1) + "\n")
 
     @classmethod
     def read(cls, folder: Path) -> "CacheIndex":
-        """Read a folder's index and check that its files are there and whole.
-
-        Raises:
-            ValueError: the index or a file is missing, or a size is wrong; names the file.
-        """
-        path = folder / INDEX_NAME
+        """Read a folder's index; ValueError if it or a file is missing or has a wrong size."""
+        path, remedy = folder / INDEX_NAME, f"run `dvc repro features`, or `dvc pull {folder}`"
         if not path.is_file():
-            raise ValueError(
-                f"{path}: no features; run `dvc repro features`, or `dvc pull {folder}`"
-            )
+            raise ValueError(f"{path}: no features; {remedy}")
         try:
             index = cls.model_validate_json(path.read_text())
         except ValidationError:
@@ -87,33 +72,21 @@ class CacheIndex(BaseModel):
         for shard in chain(*index.shards.values(), *index.maps.values()):
             file = folder / shard.name
             if not file.is_file() or file.stat().st_size != shard.num_bytes:
-                raise ValueError(
-                    f"{file}: missing or truncated ({INDEX_NAME} says {shard.num_bytes} "
-                    f"bytes); run `dvc repro features`, or `dvc pull {folder}`"
-                )
+                wanted = f"{INDEX_NAME} says {shard.num_bytes} bytes"
+                raise ValueError(f"{file}: missing or truncated ({wanted}); {remedy}")
         return index
 
 
 @dataclass(frozen=True)
 class ModelFolders:
-    """Where the weights are that features come from.
-
-    Attributes:
-        checkpoint: folder of the trained model.
-        base: folder of its base.
-        root: the folder that features.timm_weights is relative to.
-    """
+    """Folders of the trained model and its base; features.timm_weights is relative to `root`."""
 
     checkpoint: Path
     base: Path
     root: Path
 
     def fingerprint(self, model: str) -> str:
-        """SHA-256 of the weights of contradiff, base or diffeed; baselines know no training.
-
-        Raises:
-            ValueError: there is no checkpoint.
-        """
+        """Hash contradiff's weights (ValueError without a checkpoint), or those of its base."""
         if model != "contradiff":
             return base_digest(self.base)
         files = sorted(file for file in self.checkpoint.rglob("*") if file.is_file())
@@ -145,8 +118,7 @@ class FeatureCache:
         timm's weights may be missing, since the cache may have come by `dvc pull`.
 
         Raises:
-            ValueError: the cache is missing or damaged, or made from other weights than there are
-                now; names the file.
+            ValueError: the cache is missing or damaged, or the weights have changed since.
         """
         index = CacheIndex.read(folder)
         if index.model == "timm":
@@ -171,27 +143,20 @@ class FeatureCache:
         return cls(folder, index)
 
     def column(self, split: str, name: str) -> Float[Tensor, "n width"]:
-        """One feature of a whole split, in memory, in the stored type."""
+        """Load one feature of a whole split, in the stored type."""
         return torch.cat([self._tensor(shard, name) for shard in self.index.shards[split]])
 
     def labels(self, split: str) -> Int64[Tensor, " n"]:
-        """The classes, in the same order."""
+        """Load the classes, in the same order."""
         return torch.cat([self._tensor(shard, "labels") for shard in self.index.shards[split]])
 
     def keys(self, split: str) -> list[str]:
-        """The images' keys, in the same order."""
-        found: list[str] = []
-        for shard in self.index.shards[split]:
-            with self._file(shard) as file:
-                found += json.loads(file.metadata()["keys"])
-        return found
+        """Read the images' keys, in the same order."""
+        headers = [self._file(shard).metadata() for shard in self.index.shards[split]]
+        return [key for header in headers for key in json.loads(header["keys"])]
 
     def maps(self, split: str) -> ConcatDataset[Tensor]:
-        """The maps (3, channels, h, w) of the main triple, image by image, memory-mapped.
-
-        Raises:
-            ValueError: the cache has none.
-        """
+        """Map the main triple's (3, channels, h, w) into memory; ValueError if there are none."""
         if not self.index.maps:
             raise ValueError(
                 f"{self.folder / INDEX_NAME}: no maps, which probe.head: attentive trains on; run "
@@ -200,15 +165,14 @@ class FeatureCache:
         return ConcatDataset([self._tensor(shard, MAPS) for shard in self.index.maps[split]])  # pyright: ignore[reportArgumentType]
 
     def attention(self) -> TriTimestepAttention:
-        """The head that lies beside the maps: trained, or, for a baseline, fresh."""
+        """Load the head that lies beside the maps: trained, or, for a baseline, fresh."""
         assert self.index.head is not None, "it lies beside maps"
         head = TriTimestepAttention(**self.index.head)
         head.load_state_dict(load_file(self.folder / HEAD_NAME))
         return head
 
     def _tensor(self, shard: Shard, name: str) -> Tensor:
-        with self._file(shard) as file:
-            return file.get_tensor(name)
+        return self._file(shard).get_tensor(name)
 
     def _file(self, shard: Shard) -> Any:
         path = self.folder / shard.name

@@ -13,7 +13,7 @@ fused by a linear classifier of their pooled maps, or by an attention head that 
 maps with labels (probe.head: attentive). The base is Stable Diffusion, its noise levels ours.
 """
 
-from collections.abc import Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -33,61 +33,30 @@ NUM_PASSES = 2
 def feedback_maps(
     unet: "UNet2DConditionModel", noisy_latents: Latents, timesteps: Timesteps, tokens: Tokens
 ) -> Maps:
-    """Mid block and second up block of both passes, stacked along the channels, on mid's grid."""
-    middle, decoded = one_pass(unet, noisy_latents, timesteps, tokens)
-    middle_again, decoded_again = one_pass(
-        unet, noisy_latents, timesteps, tokens, feedback=decoded[::-1]
-    )
-    size = middle.shape[2], middle.shape[3]
-    fused = [middle, decoded[1], middle_again, decoded_again[1]]
-    return torch.cat([F.adaptive_avg_pool2d(maps, size) for maps in fused], dim=1)
-
-
-def one_pass(
-    unet: "UNet2DConditionModel",
-    noisy_latents: Latents,
-    timesteps: Timesteps,
-    tokens: Tokens,
-    *,
-    feedback: Sequence[Tensor] = (),
-) -> tuple[Maps, list[Tensor]]:
-    """The UNet's pass, each down block's map averaged with what is fed back.
-
-    Args:
-        unet: the denoiser.
-        noisy_latents: at `timesteps`.
-        timesteps: of each latent.
-        tokens: conditions.
-        feedback: for each down block a map of the shape that it has before its downsampling; such a
-            pass ends after the second up block. None: nothing is fed back.
-
-    Returns:
-        The bottleneck, and each up block's map before its upsampling, from the coarsest.
-    """
-    decoded: list[Tensor] = []
+    """Stack mid block and second up block of both passes along the channels, on mid's grid."""
+    split, decoded = SplitUNet(unet), list[Maps]()
     handles = [
-        _last_layer(block).register_forward_hook(
-            lambda *call, fed_back=maps: _blended(call[2], fed_back)
-        )
-        for block, maps in zip(unet.down_blocks, feedback, strict=False)
-    ]
-    handles += [
         _last_layer(block).register_forward_hook(lambda *call: decoded.append(_map_of(call[2])))
-        for block in unet.up_blocks
+        for block in unet.up_blocks  # from the coarsest
     ]
     try:
-        split = SplitUNet(unet)
-        state = split.down(noisy_latents, timesteps, tokens, blocks=["up.1"])
-        if not feedback:
-            split.noise_pred(state)
+        first = split.down(noisy_latents, timesteps, tokens, blocks=["up.1"])
+        split.noise_pred(first)
+        for block, maps in zip(unet.down_blocks, decoded[::-1], strict=True):
+            feed = partial(_blended, maps)
+            handles.append(_last_layer(block).register_forward_hook(feed))
+        # Two more maps are decoded: this pass ends after the second up block.
+        second = split.down(noisy_latents, timesteps, tokens, blocks=["up.1"])
     finally:
         for handle in handles:
             handle.remove()
-    return state.bottleneck, decoded
+    size = first.bottleneck.shape[2], first.bottleneck.shape[3]
+    fused = [first.bottleneck, decoded[1], second.bottleneck, decoded[-1]]
+    return torch.cat([F.adaptive_avg_pool2d(maps, size) for maps in fused], dim=1)
 
 
 def blend(maps: Maps, fed_back: Maps) -> Maps:
-    """The mean of two maps, the second brought to the first's mean and deviation in each image."""
+    """Average two maps, the second brought to the first's mean and deviation in each image."""
     dims = (1, 2, 3)
     scale = maps.std(dim=dims, keepdim=True) / fed_back.std(dim=dims, keepdim=True).clamp(min=1e-6)
     centred = (fed_back - fed_back.mean(dim=dims, keepdim=True)) * scale
@@ -95,16 +64,17 @@ def blend(maps: Maps, fed_back: Maps) -> Maps:
 
 
 def _last_layer(block: Any) -> nn.Module:
-    """The module whose output is the block's map before it is sampled up or down."""
+    """Return the module whose output is the block's map before it is sampled up or down."""
     has_attention = getattr(block, "has_cross_attention", False)
     return (block.attentions if has_attention else block.resnets)[-1]
 
 
 def _map_of(output: Any) -> Tensor:
-    """An attention gives a tuple, a resnet the map itself."""
+    """Return the map: an attention gives a tuple, a resnet the map itself."""
     return output[0] if isinstance(output, tuple) else output
 
 
-def _blended(output: Any, fed_back: Tensor) -> Any:
-    blended = blend(_map_of(output), fed_back)
-    return (blended,) if isinstance(output, tuple) else blended
+def _blended(fed_back: Maps, *call: Any) -> Any:
+    """Blend a layer's output (a forward hook's last argument) with a map."""
+    blended = blend(_map_of(call[2]), fed_back)
+    return (blended,) if isinstance(call[2], tuple) else blended

@@ -4,7 +4,6 @@ from collections.abc import Sequence
 
 import torch
 
-from contradiff.base.loading import NoiseSchedule
 from contradiff.method.attention import LevelMaps
 from contradiff.method.model import ContraDiff
 from contradiff.method.unet import MapBlock
@@ -12,13 +11,6 @@ from contradiff.types import Latents, Maps, Tokens
 
 CHAIN_STEPS = 20
 """Length of the whole chain's grid ("using 20 denoising steps", the linear probe's section)."""
-
-
-def chain_to(timesteps: Sequence[int], *, schedule: NoiseSchedule) -> list[int]:
-    """The grid's points from the cleanest up to the noisiest of `timesteps`, all on the grid."""
-    grid = schedule.ddim_timesteps(CHAIN_STEPS)
-    assert set(timesteps) <= set(grid), "rules.py refuses others"
-    return grid[: grid.index(max(timesteps)) + 1]
 
 
 def inverted_maps(
@@ -45,15 +37,10 @@ def inverted_maps(
 
     *Deviation*: the paper says neither how its 20 steps go nor which of their maps are read. This
     is one reading; Eq. 5, in one step, is the other (`ContraDiff.level_maps`).
-
-    Args:
-        model: evaluation mode.
-        latents: clean, at unit scale.
-        tokens: their conditions, under which the model predicts the noise.
-        timesteps: three points of the grid, in any order.
-        blocks: whose maps are returned, all from the same passes.
     """
-    chain = chain_to(timesteps, schedule=model.schedule)
+    grid = model.schedule.ddim_timesteps(CHAIN_STEPS)
+    assert set(timesteps) <= set(grid), "rules.py refuses others"
+    chain = grid[: grid.index(max(timesteps)) + 1]
     alphas = model.schedule.alphas_cumprod.to(latents)
     unet = model.split_unet
     maps: dict[MapBlock, list[Maps]] = {block: [] for block in blocks}

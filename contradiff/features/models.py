@@ -31,14 +31,8 @@ class DiffusionFeatures:
     """Features of ContraDiff, of its base alone, or of its base in DifFeed's way.
 
     Clean latents are noised to fixed timesteps. Each image has noise of its own, seeded by its
-    index: its features depend neither on the batch size nor on the number of processes.
-
-    Attributes:
-        model: evaluation mode, on `device`; for a baseline as `load_feature_model` leaves it.
-        params: which features are taken.
-        seed: of the noise.
-        device: where to compute.
-        keep_maps: whether a call returns the main triple's maps too.
+    index: its features depend neither on the batch size nor on the number of processes. With
+    `keep_maps` a call returns the main triple's maps too.
     """
 
     model: ContraDiff
@@ -49,7 +43,7 @@ class DiffusionFeatures:
 
     @property
     def columns(self) -> tuple[FeatureSpec, ...]:
-        """Of each triple: the configured pooling of the main block, then the means of others."""
+        """For each triple: the configured pooling of the main block, then the means of others."""
         main = "diffeed" if self.params.model == "diffeed" else self.model.block
         kinds = [(main, self.params.pool), *((block, "mean") for block in self.params.more_blocks)]
         return tuple(
@@ -59,14 +53,14 @@ class DiffusionFeatures:
         )
 
     def read(self, images: StoredImages, split: str, number: int) -> Iterator[CleanBatch]:
-        """Latents of one shard; the pixels too, if the conditioner sees them."""
+        """Yield the latents of one shard; the pixels too, if the conditioner sees them."""
         shown = self.params.model == "contradiff" and self.params.condition == "image"
         with_pixels = shown and self.model.conditioner.input == "pixels"
         return images.latent_batches(split, number, with_pixels=with_pixels)
 
     @torch.inference_mode()
     def __call__(self, batch: CleanBatch) -> dict[str, Tensor]:
-        """Features (batch, width) of each column, float32 or the autocast's type, on `device`."""
+        """Compute features (batch, width) of each column, float32 or the autocast's type."""
         found: dict[str, Tensor] = {}
         with autocast(self.device, self.params.precision):
             tokens = self._tokens(batch)
@@ -74,18 +68,16 @@ class DiffusionFeatures:
                 maps = self._maps(batch, tokens, triple)
                 if self.keep_maps:
                     found.setdefault(MAPS, next(iter(maps.values())))
-                for column in self.columns:
-                    if column.triple == tuple(triple):
-                        of_block = maps[column.block or ""]
-                        found[column.name] = (
-                            self.model.attention(of_block)
-                            if column.pool == "attention"
-                            else of_block.float().mean(dim=(3, 4)).flatten(1)
-                        )
+                for column in (each for each in self.columns if each.triple == tuple(triple)):
+                    own = maps[column.block or ""]
+                    if column.pool == "attention":
+                        found[column.name] = self.model.attention(own)
+                    else:
+                        found[column.name] = own.float().mean(dim=(3, 4)).flatten(1)
         return found
 
     def _tokens(self, batch: CleanBatch) -> Tokens:
-        """The image's own tokens, or those of noise; zeros for the base alone."""
+        """Return the image's own tokens, or those of noise; zeros for the base alone."""
         if self.params.model != "contradiff":
             width = self.model.unet.config["cross_attention_dim"]
             return torch.zeros(len(batch.labels), 1, width, device=self.device)
@@ -99,18 +91,19 @@ class DiffusionFeatures:
     def _maps(
         self, batch: CleanBatch, tokens: Tokens, timesteps: Sequence[int]
     ) -> dict[str, LevelMaps]:
-        """Maps at one triple, the main block's first: noised in one step (Eq. 5) or by a chain."""
+        """Compute maps at one triple, the main block's first: noised in one step or by a chain."""
         latents = batch.latents.to(self.device)
         blocks: list[MapBlock] = list(dict.fromkeys([self.model.block, *self.params.more_blocks]))
         if self.params.noising == "ddim_chain":
-            found = inverted_maps(self.model, latents, tokens, timesteps=timesteps, blocks=blocks)
-            return {str(block): maps for block, maps in found.items()}
+            return {
+                **inverted_maps(self.model, latents, tokens, timesteps=timesteps, blocks=blocks)
+            }
         noise = level_noise(batch, seed=self.seed).to(self.device)
         if self.params.model != "diffeed":
             found = self.model.level_maps(
                 latents, tokens, timesteps=timesteps, noise=noise, blocks=blocks
             )
-            return {str(block): maps for block, maps in found.items()}
+            return {**found}
         levels = torch.tensor(sorted(timesteps, reverse=True), device=self.device)
         steps = levels.repeat_interleave(len(latents))
         repeated, alphas = latents.repeat(NUM_LEVELS, 1, 1, 1), self.model.schedule.alphas_cumprod
@@ -122,25 +115,24 @@ class DiffusionFeatures:
 def image_noise(
     shape: Sequence[int], indices: Sequence[int], *, seed: int
 ) -> Float[Tensor, "batch ..."]:
-    """Gaussian noise of the given shape for each image, by its index alone."""
+    """Draw Gaussian noise of the given shape for each image, by its index alone."""
     generators = [torch.Generator().manual_seed(seed * 10_000_019 + index) for index in indices]
     return torch.stack([torch.randn(*shape, generator=generator) for generator in generators])
 
 
 def level_noise(batch: CleanBatch, *, seed: int) -> Float[Tensor, "3 batch channels h w"]:
-    """Noise of a batch's three levels."""
+    """Draw the noise of a batch's three levels."""
     shape = (NUM_LEVELS, *batch.latents.shape[1:])
     return image_noise(shape, batch.indices, seed=seed).transpose(0, 1)
 
 
 def autocast(device: torch.device, precision: str) -> torch.autocast:
-    """The context of features.precision."""
+    """Return the context of features.precision."""
     return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
 
 
 FeatureModel: TypeAlias = DiffusionFeatures | TimmFeatures
-"""Has `columns`, what it computes, main one first; `read`, the batches of one shard, with what it
-needs to see of them; and `__call__`: a batch => features (batch, width) by name."""
+"""`columns` lists what it computes, the main feature first; `read` yields one shard's batches."""
 
 
 def load_feature_model(
@@ -151,14 +143,10 @@ def load_feature_model(
     device: torch.device,
     keep_maps: bool = False,
 ) -> FeatureModel:
-    """Load the model that features.model names.
+    """Load the model that features.model names; ValueError if weights are missing or do not fit.
 
     `base` is Table 3's "SD Features": LoRA off, all-zero tokens, pooled maps. The zero tokens stand
     in the place of CLIP's empty prompt, which the method does not use.
-
-    Raises:
-        ValueError: the weights cannot be had, or a checkpoint is of another base; names the
-            parameter or the file.
 
     Example:
         model = load_feature_model(params, ModelFolders(...), seed=0, device=torch.device("cuda"))
@@ -168,9 +156,7 @@ def load_feature_model(
     if params.model == "timm":
         assert params.timm_name is not None
         weights = None if params.timm_weights is None else models.root / params.timm_weights
-        return TimmFeatures(
-            params.timm_name, weights=weights, precision=params.precision, device=device
-        )
+        return TimmFeatures(params.timm_name, weights, params.precision, device)
     model = load_checkpoint(models.checkpoint, base=models.base)
     assert max(map(max, params.triples)) < model.schedule.num_train_timesteps, "rules.py says so"
     blocks = [*params.more_blocks, *(["up.1"] if params.model == "diffeed" else [])]
@@ -192,13 +178,13 @@ class LabelledFeatures:
     keys: tuple[str, ...]
 
     def __getitem__(self, rows: Int64[Tensor, " rows"]) -> "LabelledFeatures":
-        """Some of the images, in the order of `rows`."""
+        """Take some of the images, in the order of `rows`."""
         keys = tuple(self.keys[row] for row in rows.tolist())
         return LabelledFeatures(self.features[rows], self.labels[rows], keys)
 
     @classmethod
     def joined(cls, sets: Sequence["LabelledFeatures"]) -> "LabelledFeatures":
-        """Several sets, one behind the other."""
+        """Join several sets, one behind the other."""
         return cls(
             torch.cat([each.features for each in sets]),
             torch.cat([each.labels for each in sets]),
@@ -212,7 +198,7 @@ def compute_features(
     *,
     on_progress: Callable[[int], None] = lambda _: None,
 ) -> LabelledFeatures:
-    """Compute the main feature of every batch, float32, in memory: for some ten thousand images."""
+    """Compute the main feature of every batch, float32; some ten thousand images fit in memory."""
     found: list[LabelledFeatures] = []
     for batch in batches:
         features = model(batch)[model.columns[0].name].float().cpu()

@@ -13,10 +13,7 @@ from contradiff.types import Precision
 
 @dataclass(frozen=True)
 class FeatureSpec:
-    """What one feature of an image is: which block's maps, at which noise levels, pooled how.
-
-    `triple` and `block` are None for a backbone that has neither.
-    """
+    """One feature of an image: a block's maps at three noise levels, pooled; timm has neither."""
 
     name: str
     triple: tuple[int, ...] | None
@@ -55,7 +52,7 @@ class FeaturesParams(Section):
 
     @property
     def triples(self) -> list[list[int]]:
-        """The evaluation triple, and the further ones behind it."""
+        """The evaluation triple, then the further ones."""
         return [self.timesteps, *self.more_triples]
 
     @model_validator(mode="after")
@@ -64,44 +61,33 @@ class FeaturesParams(Section):
             if len(triple) != NUM_LEVELS or len(set(triple)) < NUM_LEVELS or min(triple) < 0:
                 key = "features.more_triples" if number else "features.timesteps"
                 raise ValueError(f"{key}: {triple} are not three distinct timesteps >= 0")
-        if len({frozenset(triple) for triple in self.triples}) < len(self.triples):
-            raise ValueError(
-                "features.more_triples: a triple is repeated (features.timesteps counts too)"
-            )
+        if len(set(map(frozenset, self.triples))) < len(self.triples):
+            key = "features.more_triples"
+            raise ValueError(f"{key}: a triple is repeated (features.timesteps counts too)")
         if len(set(self.more_blocks)) < len(self.more_blocks):
             raise ValueError(f"features.more_blocks: {self.more_blocks} repeats a block")
         return self
 
     @model_validator(mode="after")
     def _baselines_have_their_own_shape(self) -> "FeaturesParams":
+        is_timm, model = self.model == "timm", f"features.model: {self.model}"
         if self.model != "contradiff" and self.pool == "attention":
             raise ValueError(
-                f"features.pool: attention is contradiff's trained head, which features.model: "
-                f"{self.model} does not have; set features.pool: mean"
+                f"features.pool: attention is contradiff's trained head, which {model} does not "
+                "have; set features.pool: mean"
             )
         if self.model == "diffeed" and self.noising != "direct":
-            raise ValueError(
-                "features.noising: features.model diffeed noises in one step; set it to direct"
-            )
+            raise ValueError(f"features.noising: {model} noises in one step; set it to direct")
         if self.model in ("diffeed", "timm") and self.more_blocks:
+            raise ValueError(f"features.more_blocks: {model} fixes its blocks; set it to []")
+        if is_timm and self.timm_name is None:
+            example = "(such as vit_base_patch16_224)"
+            raise ValueError(f"features.timm_name: {model} needs it {example}")
+        if is_timm and (self.timm_weights is None) != self.timm_pretrained:
             raise ValueError(
-                f"features.more_blocks: features.model {self.model} fixes its blocks; set it to []"
+                f"features.timm_weights: {model} needs one of two: a local .safetensors file here, "
+                "or features.timm_pretrained: true (network)"
             )
-        if self.model == "timm":
-            self._check_timm()
+        if is_timm and self.more_triples:
+            raise ValueError(f"features.more_triples: {model} has no timesteps; set it to []")
         return self
-
-    def _check_timm(self) -> None:
-        if self.timm_name is None:
-            raise ValueError(
-                "features.timm_name: features.model timm needs it (such as vit_base_patch16_224)"
-            )
-        if (self.timm_weights is None) != self.timm_pretrained:
-            raise ValueError(
-                "features.timm_weights: features.model timm needs one of two: a local .safetensors "
-                "file here, or features.timm_pretrained: true (network)"
-            )
-        if self.more_triples:
-            raise ValueError(
-                "features.more_triples: features.model timm has no timesteps; set it to []"
-            )

@@ -18,12 +18,12 @@ class TimmFeatures:
     """A timm backbone without its classifier, and its own input size, crop, mean and deviation."""
 
     def __init__(
-        self, name: str, *, weights: Path | None, precision: str, device: torch.device
+        self, name: str, weights: Path | None, precision: str, device: torch.device
     ) -> None:
         """Build the backbone; `weights` is a .safetensors file, or None: fetch them from the hub.
 
-        Raises:
-            ValueError: timm knows no such model, or the weights cannot be had or do not fit.
+        A ValueError says that timm knows no such model, or that the weights are not to be had or do
+        not fit.
         """
         import timm
         from timm.data.config import resolve_model_data_config
@@ -42,8 +42,7 @@ class TimmFeatures:
         config: dict[str, Any] = resolve_model_data_config(model)
         self.size: int = config["input_size"][-1]
         self.crop_fraction: float = config["crop_pct"]
-        # timm resizes to this size, then crops
-        self.uncropped_size = round(self.size / self.crop_fraction)
+        self.uncropped_size = round(self.size / self.crop_fraction)  # timm resizes, then crops
         self._mean = torch.tensor(config["mean"], device=device).view(3, 1, 1)
         self._std = torch.tensor(config["std"], device=device).view(3, 1, 1)
         self._model = model.requires_grad_(requires_grad=False).eval().to(device)
@@ -51,7 +50,7 @@ class TimmFeatures:
         self.columns = (FeatureSpec(f"timm:{name}", None, None, "mean"),)
 
     def fingerprint(self) -> str:
-        """SHA-256 over the names and values of all weights, wherever they came from."""
+        """Hash the names and values of all weights, wherever they came from."""
         hasher = hashlib.sha256()
         for name, tensor in sorted(self._model.state_dict().items()):
             value = tensor.cpu().contiguous()
@@ -60,17 +59,17 @@ class TimmFeatures:
         return hasher.hexdigest()
 
     def read(self, images: StoredImages, split: str, number: int) -> Iterator[CleanBatch]:
-        """Pixels of one shard at the backbone's size."""
+        """Yield the pixels of one shard at the backbone's size."""
         return images.pixel_batches(split, number, size=self.size, crop_fraction=self.crop_fraction)
 
     def show(self, images: ByteImages, labels: Int64[Tensor, " num_images"]) -> CleanBatch:
-        """One batch of images in memory: the centre, at the backbone's size."""
+        """Make a batch of images in memory: their centres, at the backbone's size."""
         crop = central_crop(*images.shape[2:], crop_fraction=self.crop_fraction)
         return resized_batch(images, labels, crop, size=self.size)
 
     @torch.inference_mode()
     def __call__(self, batch: CleanBatch) -> dict[str, Tensor]:
-        """The backbone's own pooled features (batch, width), float32."""
+        """Compute the backbone's own pooled features (batch, width), float32."""
         pixels = (batch.pixels.to(self._device) + 1) / 2
         assert pixels.shape[2:] == (self.size, self.size), "made by `read` or `show`"
         with torch.autocast(self._device.type, torch.bfloat16, enabled=self._is_bf16):
@@ -79,11 +78,7 @@ class TimmFeatures:
 
 
 def load_weights(model: nn.Module, path: Path) -> None:
-    """Load a backbone's weights; a classifier in the file is left out.
-
-    Raises:
-        ValueError: the file is missing, is no safetensors file, or does not fit; names the key.
-    """
+    """Load a backbone's weights, without a classifier; ValueError if the file does not fit."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
@@ -93,15 +88,13 @@ def load_weights(model: nn.Module, path: Path) -> None:
     try:
         state = load_file(path)
     except SafetensorError as error:
-        raise ValueError(
-            f"{key}: no safetensors file ({error}); pickled weights are not read"
-        ) from error
+        reason = f"no safetensors file ({error}); pickled weights are not read"
+        raise ValueError(f"{key}: {reason}") from error
     classifier = getattr(model, "default_cfg", {}).get("classifier") or ()
     names = (classifier,) if isinstance(classifier, str) else tuple(classifier)
     prefixes = tuple(f"{name}." for name in names)
     try:
         model.load_state_dict({k: v for k, v in state.items() if not k.startswith(prefixes)})
     except RuntimeError as error:
-        raise ValueError(
-            f"{key}: does not fit the architecture: {str(error).splitlines()[1].strip()[:200]}"
-        ) from None
+        reason = str(error).splitlines()[1].strip()[:200]
+        raise ValueError(f"{key}: does not fit the architecture: {reason}") from None

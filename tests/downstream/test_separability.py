@@ -3,7 +3,13 @@
 import numpy as np
 import pytest
 
-from contradiff.downstream.separability import Separability, choose_images, embed, separability
+from contradiff.downstream.separability import (
+    Separability,
+    SeparabilityParams,
+    choose_images,
+    embed,
+    separability,
+)
 
 
 def clusters(*, num_images: int, num_classes: int, spread: float) -> tuple[np.ndarray, np.ndarray]:
@@ -61,17 +67,24 @@ def test_extremes():
             separability(bad, np.arange(4), num_neighbours=1)
 
 
+def params_of(*, num_images: int, num_classes: int) -> SeparabilityParams:
+    return SeparabilityParams(num_images=num_images, num_classes=num_classes, num_neighbours=1)
+
+
 def test_choice_of_images():
     labels = [index % 30 for index in range(900)]
-    chosen = choose_images(labels, num_images=50, num_classes=5, seed=0)
+    fifty = params_of(num_images=50, num_classes=5)
+    chosen = choose_images(labels, fifty, seed=0)
     assert chosen == sorted(set(chosen))
     assert len(chosen) == 50
     assert len({labels[index] for index in chosen}) == 5
-    assert chosen == choose_images(labels, num_images=50, num_classes=5, seed=0)
-    assert chosen != choose_images(labels, num_images=50, num_classes=5, seed=1)
-    assert choose_images(labels, num_images=900, num_classes=30, seed=0) == list(range(900))
+    assert chosen == choose_images(labels, fifty, seed=0)
+    assert chosen != choose_images(labels, fifty, seed=1)
+    assert choose_images(labels, params_of(num_images=900, num_classes=30), seed=0) == list(
+        range(900)
+    )
     with pytest.raises(ValueError, match="3 validation images are too few"):
-        choose_images([0, 1, 2], num_images=9, num_classes=9, seed=0)
+        choose_images([0, 1, 2], fifty, seed=0)
 
 
 def test_embedding_is_deterministic_and_keeps_groups():

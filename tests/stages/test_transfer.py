@@ -18,7 +18,6 @@ from ruamel.yaml import YAML
 from safetensors.torch import save_file
 
 from contradiff.config import parse, read_params
-from contradiff.downstream import transfer as library
 from contradiff.features.models import LabelledFeatures
 from contradiff.files import sha256_of
 from contradiff.sources.transfer_set import TransferSet
@@ -119,13 +118,13 @@ def test_several_shots_frozen_and_finetuned(project: Run):
 def seen(monkeypatch: pytest.MonkeyPatch) -> list[LabelledFeatures]:
     """Every set of features that the stage computes."""
     found: list[LabelledFeatures] = []
-    compute = transfer.features_of_rows
+    compute = transfer.few_shot.features_of_rows
 
     def note(*args: Any, **settings: Any) -> LabelledFeatures:
         found.append(compute(*args, **settings))
         return found[-1]
 
-    monkeypatch.setattr(transfer, "features_of_rows", note)
+    monkeypatch.setattr(transfer.few_shot, "features_of_rows", note)
     return found
 
 
@@ -157,7 +156,7 @@ def test_timm_sees_its_own_size_and_no_vae(
     torch.manual_seed(0)
     model = timm.create_model("test_vit", num_classes=0).eval()
     save_file(model.state_dict(), "w.safetensors")
-    monkeypatch.setattr(library, "load_vae", lambda _: pytest.fail("a VAE for pixels"))
+    monkeypatch.setattr(transfer, "load_vae", lambda _: pytest.fail("a VAE for pixels"))
     features = {
         "model": "timm",
         "pool": "mean",
