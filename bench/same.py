@@ -12,7 +12,6 @@ for the next comparison. `make same REV=85c8b5b` calls this program.
 
 import hashlib
 import json
-import re
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -81,7 +80,8 @@ def measure(revision: str | None) -> Numbers:
         yaml.dump(params, project / "params.yaml")
         run_in(project, "dvc", "repro", environment={"OMP_NUM_THREADS": "1"})
         losses = json.loads(run_in(project, sys.executable, "-c", READ_LOSSES))
-        metrics = [json.loads(path.read_text()) for path in (project / "metrics").glob("*.json")]
+        files = sorted((project / "metrics").glob("*.json"))
+        metrics = [json.loads(path.read_text()) for path in files]
     return {"losses": losses, "metrics": dict(leaf for file in metrics for leaf in leaves(file))}
 
 
@@ -100,7 +100,7 @@ def leaves(content: Any, prefix: str = "") -> Iterator[tuple[str, float]]:
 def comparison(first: Numbers, second: Numbers) -> Iterator[tuple[str, bool]]:
     """Yield a line for each number, and whether it differs by more than it may; NaN does."""
     for kind, tolerance in (("losses", 0.0), ("metrics", TOLERANCE)):
-        for name in sorted(first[kind] | second[kind], key=_natural):
+        for name in first[kind] | second[kind]:
             a, b = first[kind].get(name), second[kind].get(name)
             if a is None or b is None:
                 yield f"{name}: {a} and {b}", True
@@ -110,8 +110,3 @@ def comparison(first: Numbers, second: Numbers) -> Iterator[tuple[str, bool]]:
                 difference = abs(a - b) / max(abs(a), abs(b))
                 line = f"{name}: {a:.12g}, {b:.12g}, relative difference {difference:.1e}"
                 yield line, not difference <= tolerance
-
-
-def _natural(name: str) -> list[tuple[int, str]]:
-    """Sort key by which step 9 comes before step 10."""
-    return [(int(text), "") if text.isdigit() else (-1, text) for text in re.split(r"(\d+)", name)]

@@ -33,9 +33,8 @@ class _ResidualBlock(nn.Module):
         # Pool, then mix channels (ResNet-D). The usual 1x1 convolution with stride 2 corrupts the
         # heap in its backward on CPUs, with channels_last and fewer than 8 or 16 channels
         # (uxlfoundation/oneDNN#6035; seen here with torch 2.15).
-        self.shortcut = (
-            nn.Identity() if stride == 1 else nn.Conv2d(channels_in, channels_out, 1, bias=False)
-        )
+        if stride > 1:
+            self.shortcut = nn.Conv2d(channels_in, channels_out, 1, bias=False)
 
     def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b d h2 w2"]:
         hidden = F.relu(self.norm1(x))
@@ -151,25 +150,20 @@ def train_classifier(
     groups = [{"params": decayed}, {"params": others, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=lr, weight_decay=WEIGHT_DECAY)
     steps_per_epoch = len(images) // batch_size
+    num_steps, num_shown = epochs * steps_per_epoch, steps_per_epoch * batch_size
     schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, max_lr=lr, total_steps=epochs * steps_per_epoch, cycle_momentum=False
+        optimizer, max_lr=lr, total_steps=num_steps, cycle_momentum=False
     )
     classifier.train()
-    num_shown = steps_per_epoch * batch_size
-    batches = (
-        chosen
-        for _ in range(epochs)
-        for chosen in torch.randperm(len(images), generator=generator)[:num_shown]
-        .to(images.device)
-        .split(batch_size)
-    )
+    orders = (torch.randperm(len(images), generator=generator) for _ in range(epochs))
+    batches = (batch for order in orders for batch in order[:num_shown].split(batch_size))
     sums = torch.zeros(2, dtype=torch.float64, device=images.device)
 
     def take_gradients(step: int) -> dict[str, Tensor | float]:
         """Leave the gradient of a batch; return the epoch's means so far."""
         if step % steps_per_epoch == 0:
             sums.zero_()
-        chosen = next(batches)
+        chosen = next(batches).to(images.device)
         max_shift = max(1, round(side / 10))
         batch = augment(images[chosen], max_shift=max_shift, generator=generator)
         _, logits = classifier(batch)
@@ -187,7 +181,7 @@ def train_classifier(
 
     train(
         take_gradients,
-        steps=range(epochs * steps_per_epoch),
+        steps=range(num_steps),
         optimizer=optimizer,
         lr=rate,
         lr_key="extractor.lr",

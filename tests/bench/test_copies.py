@@ -71,12 +71,10 @@ def test_losses_are_equal_bit_for_bit_and_metrics_nearly(
         assert sum(differs for _, differs in same.comparison(*pair)) == num_different
 
 
-def test_numbers_of_one_side_differ_and_stand_in_natural_order() -> None:
-    losses = {"loss at step 10": 1.0, "loss at step 9": 1.0, **NUMBERS["losses"]}
-    extra: same.Numbers = {"losses": losses, "metrics": {}}
-    lines = list(same.comparison(NUMBERS, extra))
-    assert [line.partition(":")[0][-2:] for line, _ in lines] == [" 1", " 9", "10", "id"]
-    assert [differs for _, differs in lines] == [False, True, True, True]
+def test_numbers_of_one_side_differ() -> None:
+    extra: same.Numbers = {"losses": NUMBERS["losses"] | {"loss at step 2": 1.0}, "metrics": {}}
+    lines = same.comparison(NUMBERS, extra)
+    assert [differs for _, differs in lines] == [False, True, True]
 
 
 def test_leaves_are_the_numbers() -> None:

@@ -1,6 +1,5 @@
 """A reference of anything else is refused by name."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -64,14 +63,9 @@ def test_a_reference_for_other_images_is_refused(folder: Path, changes: dict[str
         read(folder, **changes)
 
 
-def test_missing_and_damaged_cards_are_refused(folder: Path):
-    path = folder / "reference.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"more": 1}))
-    with pytest.raises(ValueError, match="more: unknown key"):
-        read(folder)
-    path.unlink()
+def test_a_missing_card_is_refused(tmp_path: Path):
     with pytest.raises(ValueError, match="run the stage reference first"):
-        read(folder)
+        read(tmp_path)
 
 
 @pytest.mark.parametrize(
