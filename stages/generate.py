@@ -8,29 +8,24 @@ not change the images. After an interruption, the stage keeps the shards that ar
 from stages.runtime.run import Run, execute
 
 import time
-from functools import partial
+from collections.abc import Iterator
 from operator import attrgetter
 from pathlib import Path
 
 from contradiff.base.loading import load_vae
 from contradiff.config import Section, Seed
-from contradiff.data.map_shards import STATE_VERSION, map_shards, missing_items, publish_shards
+from contradiff.data import map_shards
 from contradiff.data.params import DataParams
 from contradiff.data.png import LiveGrid
-from contradiff.data.shards import ShardParams
+from contradiff.data.shards import ShardParams, write_shard
 from contradiff.files import replace_dir, replace_file
+from contradiff.generation import samples
 from contradiff.generation.conditions import load_conditioning
-from contradiff.generation.samples import (
-    SPLIT,
-    describe_samples,
-    plan_samples,
-    sample_figure,
-    write_samples,
-)
 from contradiff.generation.sampling import GenerateParams, generate
 from contradiff.generation.solvers import load_solver
 from contradiff.method.checkpoint import load_checkpoint
 from contradiff.method.lora import cast_frozen_weights
+from contradiff.types import ByteImages
 
 BASE, CHECKPOINT = Path("build/base"), Path("build/pretrain")
 CLASSES, CONDITIONS = Path("build/class_condition"), Path("build/conditions")
@@ -45,12 +40,12 @@ class Params(Section):
 
 
 def main(params: Params, run: Run) -> None:
-    section, device = params.generate, run.device
-    scheduler = load_solver(
-        BASE, solver=section.solver, num_inference_steps=section.num_inference_steps
-    )
+    section, device, compression = params.generate, run.device, params.shard.compression
+    num_steps = section.num_inference_steps
+    scheduler = load_solver(BASE, solver=section.solver, num_inference_steps=num_steps)
     accelerator = run.accelerator()
     model = load_checkpoint(CHECKPOINT, base=BASE).to(device)
+    vae = load_vae(BASE).to(device)  # pyright: ignore[reportArgumentType]
     conditioning = load_conditioning(
         section.condition,
         model,
@@ -62,53 +57,59 @@ def main(params: Params, run: Run) -> None:
     )
     if section.precision == "bf16":
         cast_frozen_weights(model.unet)
-    make = partial(
-        generate,
-        model,
-        load_vae(BASE).to(device),  # pyright: ignore[reportArgumentType]
-        scheduler,
-        conditioning=conditioning,
-        params=section,
-        image_size=params.data.image_size,
-        seed=params.seed,
-        device=device,
-    )
     own_inputs = {"noise": [], "class": [CLASSES], "image": [CONDITIONS]}[section.condition]
-    inputs = [BASE, CHECKPOINT, *own_inputs]
-    with run.work_dir(params, inputs, state_version=STATE_VERSION) as work:
-        plan = plan_samples(section.num_samples, params.shard)
-        missing = missing_items(plan, work, name_of=attrgetter("name"))
+    inputs, version = [BASE, CHECKPOINT, *own_inputs], map_shards.STATE_VERSION
+    with run.work_dir(params, inputs, state_version=version) as work:
+        preview = LiveGrid(work / "preview.png")
+
+        def images_of(indices: range) -> Iterator[ByteImages]:
+            for images in generate(
+                model,
+                vae,
+                scheduler,
+                indices,
+                conditioning=conditioning,
+                params=section,
+                image_size=params.data.image_size,
+                seed=params.seed,
+                device=device,
+            ):
+                yield images
+                if run.is_main:
+                    preview.add(images)
+
+        def make(planned: samples.PlannedSamples, tick: map_shards.Tick) -> map_shards.Made:
+            records = samples.sample_records(
+                planned.indices, images_of(planned.indices), num_classes=conditioning.num_classes
+            )
+            path = work / planned.name
+            return map_shards.Made(
+                (write_shard(path, records, compression=compression, on_progress=tick),)
+            )
+
+        plan, name_of = samples.plan_samples(section.num_samples, params.shard), attrgetter("name")
+        missing = map_shards.missing_items(plan, work, name_of=name_of)
         total = sum(len(item.indices) for item in missing)
         if total < section.num_samples:
             run.log(f"resumed: {total} of {section.num_samples} images are still to be made")
-        preview = LiveGrid(work / "preview.png")
         run.log(f"the newest images: {preview.path}")
         processes, started = run.processes(accelerator), time.perf_counter()
         with run.progress("sample", total) as advance:
-            made = map_shards(
-                plan,
-                partial(
-                    write_samples,
-                    make=make,
-                    num_classes=conditioning.num_classes,
-                    work_dir=work,
-                    params=params.shard,
-                    on_images=preview.add if run.is_main else lambda _: None,
-                ),
-                work,
-                name_of=attrgetter("name"),
-                processes=processes,
-                on_progress=advance,
+            made = map_shards.map_shards(
+                plan, make, work, name_of=name_of, processes=processes, on_progress=advance
             )
         rate = total / (time.perf_counter() - started)
         run.log(f"{total} images, {rate:.2f} a second, on {processes.size} process(es)")
         if run.is_main:
             with replace_dir(SAMPLES) as folder:
-                info = describe_samples(section, seed=params.seed, checkpoint=CHECKPOINT, base=BASE)
-                publish_shards(folder, work, ((SPLIT, item) for item in made), info)
+                info = samples.describe_samples(
+                    section, seed=params.seed, checkpoint=CHECKPOINT, base=BASE
+                )
+                written = ((samples.SPLIT, item) for item in made)
+                map_shards.publish_shards(folder, work, written, info)
             with replace_file(GRID) as path:
                 given = CONDITIONS if section.condition == "image" else None
-                path.write_bytes(sample_figure(SAMPLES, conditions=given))
+                path.write_bytes(samples.sample_figure(SAMPLES, conditions=given))
 
 
 if __name__ == "__main__":

@@ -2,22 +2,14 @@
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from itertools import islice
+from itertools import cycle, islice
 from pathlib import Path
 
 import torch
 
+from contradiff.data import shards
 from contradiff.data.png import encode_png
 from contradiff.data.shard_info import ConditionInfo
-from contradiff.data.shards import (
-    Record,
-    ShardIndex,
-    ShardParams,
-    array_from_bytes,
-    array_to_bytes,
-    read_shard,
-    write_split,
-)
 from contradiff.data.transforms import decode
 from contradiff.features.batches import CleanBatch
 from contradiff.types import ByteImages, Latents, to_bytes
@@ -38,34 +30,35 @@ def write_conditions(
     batches: Iterable[CleanBatch],
     *,
     num_images: int,
-    params: ShardParams,
+    params: shards.ShardParams,
     on_progress: Callable[[int], None],
 ) -> None:
-    """Store the first images of a set without loss.
-
-    Args:
-        folder: Empty folder to write.
-        batches: The images in order.
-        num_images: Largest number of images to store; 0 writes an empty index.
-        params: How shards are packed.
-        on_progress: Called with the number of images of each shard.
-    """
-    records = islice((record for batch in batches for record in _records(batch)), num_images)
-    shards = write_split(folder, SPLIT, records, **params.model_dump(), on_progress=on_progress)
-    ShardIndex({SPLIT: shards}, ConditionInfo()).write(folder)
+    """Store up to `num_images` images without loss in an empty folder; 0 writes an empty index."""
+    records: Iterator[shards.Record] = (
+        {
+            "__key__": key.encode(),
+            "png": encode_png(image),
+            "latent.npy": shards.array_to_bytes(latent.numpy()),
+        }
+        for batch in batches
+        for key, image, latent in zip(
+            batch.keys, to_bytes(batch.pixels), batch.latents, strict=True
+        )
+    )
+    records = islice(records, num_images)
+    written = shards.write_split(
+        folder, SPLIT, records, **params.model_dump(), on_progress=on_progress
+    )
+    shards.ShardIndex({SPLIT: written}, ConditionInfo()).write(folder)
 
 
 def condition_images(folder: Path, *, start: int) -> Iterator[ConditionImage]:
-    """Yield the stored images in order, endlessly: after the last one comes the first.
+    """Yield the stored images from number `start` on, endlessly: after the last comes the first.
 
-    Args:
-        folder: Folder that `write_conditions` wrote.
-        start: Index of the first image to yield; earlier shards are not read.
-
-    Raises:
-        ValueError: There are no images, or a shard is missing or damaged.
+    Shards before the start are not read. A ValueError says that there are no images, or that a
+    shard is missing or damaged.
     """
-    index = ShardIndex.read(folder, ConditionInfo)
+    index = shards.ShardIndex.read(folder, ConditionInfo)
     num_images = index.num_samples(SPLIT)
     if num_images == 0:
         raise ValueError(
@@ -73,24 +66,11 @@ def condition_images(folder: Path, *, start: int) -> Iterator[ConditionImage]:
             "`dvc repro conditions`"
         )
     skip = start % num_images
-    while True:
-        for shard in index.shards(SPLIT):
-            if skip >= shard.num_samples:
-                skip -= shard.num_samples
-                continue
-            for record in islice(read_shard(folder / shard.name, shard), skip, None):
+    for shard in cycle(index.shards(SPLIT)):
+        if skip < shard.num_samples:
+            for record in islice(shards.read_shard(folder / shard.name, shard), skip, None):
                 yield ConditionImage(
                     decode(record["png"], name=record["__key__"].decode())[None],
-                    torch.from_numpy(array_from_bytes(record["latent.npy"]))[None],
+                    torch.from_numpy(shards.array_from_bytes(record["latent.npy"]))[None],
                 )
-            skip = 0
-
-
-def _records(batch: CleanBatch) -> Iterator[Record]:
-    images = to_bytes(batch.pixels)
-    for key, image, latent in zip(batch.keys, images, batch.latents, strict=True):
-        yield {
-            "__key__": key.encode(),
-            "png": encode_png(image),
-            "latent.npy": array_to_bytes(latent.numpy()),
-        }
+        skip = max(0, skip - shard.num_samples)

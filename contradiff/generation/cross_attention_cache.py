@@ -15,15 +15,9 @@ def cache_keys_and_values(unet: nn.Module) -> Generator[None]:
 
     The memory is freed when the block ends. An image of Stable Diffusion with 256 tokens in float32
     takes 25 MB: 2 x the sum of the cross-attention's widths x the number of tokens.
-
-    Args:
-        unet: The denoiser, with LoRA merged or not.
     """
-    layers = [
-        module
-        for name, module in unet.named_modules()
-        if name.endswith((".attn2.to_k", ".attn2.to_v"))
-    ]
+    ends = ".attn2.to_k", ".attn2.to_v"
+    layers = [module for name, module in unet.named_modules() if name.endswith(ends)]
     for layer in layers:
         layer.forward = _remembering_the_last(layer.forward)
     try:

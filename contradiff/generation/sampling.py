@@ -82,20 +82,11 @@ def denoise(
 
     With null tokens, classifier-free guidance (Ho and Salimans, 2022) predicts the noise as eps =
     eps_null + guidance * (eps_cond - eps_null); one pass computes both. Outside the guidance
-    interval (Kynkäänniemi et al., 2024) it is eps_cond, which takes half the time.
-
-    Args:
-        model: In evaluation mode.
-        scheduler: A solver with its timesteps set; it is copied, because solvers keep state.
-        noise: Gaussian noise of unit variance.
-        tokens: The conditions.
-        null_tokens: Null conditions of the same shape, or None where guidance is 1.
-        guidance: 0 uses only the null condition, 1 only the condition; more goes beyond it.
-        guidance_interval: Guidance acts on timesteps between these fractions of the schedule.
-        precision: Precision of the UNet's passes; the solver's own steps are float32.
+    interval, in fractions of the schedule (Kynkäänniemi et al., 2024), it is eps_cond, which takes
+    half the time. `precision` is that of the UNet's passes; the solver's own steps are float32.
     """
     assert null_tokens is not None or guidance == 1, "guidance needs the null condition"
-    scheduler = deepcopy(scheduler)
+    scheduler = deepcopy(scheduler)  # solvers keep state
     low, high = (part * model.schedule.num_train_timesteps for part in guidance_interval)
     both = None if null_tokens is None else torch.cat([tokens, null_tokens])
     latents = noise * scheduler.init_noise_sigma
@@ -107,10 +98,8 @@ def denoise(
             if both is None or not low <= timestep <= high:
                 noise_pred = model.noise_pred(inputs, steps, tokens).float()
             else:
-                predictions = model.noise_pred(
-                    inputs.repeat(2, 1, 1, 1), steps.repeat(2), both
-                ).float()
-                conditional, null = predictions.chunk(2)
+                twice = inputs.repeat(2, 1, 1, 1), steps.repeat(2)
+                conditional, null = model.noise_pred(*twice, both).float().chunk(2)
                 noise_pred = null + guidance * (conditional - null)
             latents = scheduler.step(noise_pred, timestep, latents).prev_sample
     return latents
@@ -130,16 +119,8 @@ def generate(
 ) -> Iterator[ByteImages]:
     """Yield batches of images, in the order of their sample indices.
 
-    Args:
-        model: In evaluation mode, LoRA merged or not, on `device`.
-        vae: In float32, on `device`.
-        scheduler: A solver with its timesteps set.
-        indices: Consecutive indices of the samples.
-        conditioning: From `unconditional`, `image_conditional` or `class_conditional`.
-        params: Batch size, guidance and precision.
-        image_size: Side of the images in pixels.
-        seed: Sample i has noise with the seed (seed, i).
-        device: Device to compute on.
+    Sample i has noise with the seed (seed, i). Model and VAE are in evaluation mode on `device`,
+    the VAE in float32.
     """
     # Not the UNet's own sample_size: Stable Diffusion's is 64, for 512 pixels.
     side = image_size // downsampling_factor(vae)

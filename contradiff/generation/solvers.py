@@ -22,14 +22,8 @@ def load_solver(folder: Path, *, solver: Solver, num_inference_steps: int) -> Sc
 
     DDIM keeps the base's grid of timesteps, which is "leading": it starts below the last timestep.
     With few steps this gap would show, so the other solvers start from the last timestep, pure
-    noise, and take equal steps (diffusers' `linspace`, which is their default).
-
-    Args:
-        folder: Folder of the base.
-        solver: ddim | dpmsolver++ (Lu et al., 2022, second order, multistep) | unipc (Zhao et al.,
-            2023, second order).
-        num_inference_steps: Number of steps; each one takes one pass of the UNet.
-            `contradiff.rules` checks that the schedule has enough timesteps.
+    noise, and take equal steps (diffusers' `linspace`, which is their default). dpmsolver++ is that
+    of Lu et al. (2022), multistep; unipc is that of Zhao et al. (2023); both are of second order.
     """
     ddim = load_scheduler(folder, num_inference_steps=num_inference_steps)
     if solver == "ddim":
