@@ -53,7 +53,6 @@ def main(params: Params, run: Run) -> None:
         table=CLASSES,
         checkpoint=CHECKPOINT,
         seed=params.seed,
-        device=device,
     )
     if section.precision == "bf16":
         cast_frozen_weights(model.unet)
@@ -72,7 +71,6 @@ def main(params: Params, run: Run) -> None:
                 params=section,
                 image_size=params.data.image_size,
                 seed=params.seed,
-                device=device,
             ):
                 yield images
                 if run.is_main:

@@ -13,10 +13,9 @@ from pathlib import Path
 from contradiff.base.loading import load_vae
 from contradiff.config import Section, Seed
 from contradiff.data import map_shards, shards
-from contradiff.data.encoding import LatentEncoder, PlannedLatents, plan_latents
+from contradiff.data.encoding import LatentEncoder, PlannedLatents, plan_latents, reconstruct
 from contradiff.data.latents import LatentsParams
 from contradiff.data.params import DataParams
-from contradiff.data.reconstruction import reconstruct
 from contradiff.data.shard_info import ImageInfo
 from contradiff.files import replace_dir, replace_file
 
@@ -39,7 +38,7 @@ def main(params: Params, run: Run) -> None:
     index = shards.ShardIndex.read(IMAGES, ImageInfo)
     plan = plan_latents(index, compression=compression)
     vae = load_vae(BASE).to(run.device)  # pyright: ignore[reportArgumentType]
-    encoder = LatentEncoder(vae, params.latents, params.data.image_size, params.seed, run.device)
+    encoder = LatentEncoder(vae, params.latents, params.data.image_size, params.seed)
     deciding = params.model_dump(by_alias=True)
     del deciding["latents"]["min_psnr"]  # it decides whether there are latents, not which
     images = list(islice(shards.read_images(IMAGES, "val"), NUM_SHOWN))

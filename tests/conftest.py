@@ -181,7 +181,7 @@ def tiny_data(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
         min_psnr=0.0,
         batch_size=24,
     )
-    encoder = LatentEncoder(vae, params, image_size=32, seed=0, device=torch.device("cpu"))
+    encoder = LatentEncoder(vae, params, image_size=32, seed=0)
     generator = torch.Generator().manual_seed(0)
     y, x = torch.meshgrid(torch.arange(40), torch.arange(36), indexing="ij")
     images, latents = {}, {}

@@ -1,4 +1,4 @@
-"""Image shards => latent shards, at the pace of the VAE.
+"""Image shards => latent shards, at the pace of the VAE; and how much of the images they keep.
 
 chunks of encoded images => decoded and cropped in other processes => encoded in this one, in order
 """
@@ -15,11 +15,12 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from contradiff.base.vae import downsampling_factor, encode, scaling_factor
+from contradiff.base import vae
 from contradiff.data import transforms
 from contradiff.data.latents import LatentsParams, StoredLatents
+from contradiff.data.png import paired_grid
 from contradiff.data.shard_info import ImageInfo, LatentInfo
-from contradiff.data.shards import Compression, Sample, Shard, ShardIndex, shard_name
+from contradiff.data.shards import Compression, Record, Sample, Shard, ShardIndex, shard_name
 from contradiff.data.transforms import Crop
 from contradiff.files import check_free_space, describe_bytes
 from contradiff.types import ByteImages, to_pixels
@@ -61,20 +62,19 @@ class CutImages:
 class LatentEncoder:
     """Encodes the crops of images; a result depends only on the image, its key and the seed.
 
-    The VAE is frozen, in float32, on `device`; `image_size` is the side of the crops in pixels.
+    The VAE is frozen, in float32; `image_size` is the side of the crops in pixels.
     """
 
     vae: "AutoencoderKL"
     params: LatentsParams
     image_size: int
     seed: int
-    device: torch.device
 
     @property
     def info(self) -> LatentInfo:
         """Return what readers of the shards must know; it is stored in their index."""
         return LatentInfo(
-            scaling_factor=scaling_factor(self.vae),
+            scaling_factor=vae.scaling_factor(self.vae),
             image_size=self.image_size,
             **self.params.model_dump(exclude={"min_psnr", "batch_size"}),
         )
@@ -103,7 +103,7 @@ class LatentEncoder:
 
     def encode_cut(self, cut: CutImages) -> Iterator[StoredLatents]:
         """Encode crops in one pass and round them to 16 bits."""
-        moments = encode(self.vae, to_pixels(cut.pixels.to(self.device))).cpu()
+        moments = vae.encode(self.vae, to_pixels(cut.pixels.to(self.vae.device))).cpu()
         float16 = self.params.dtype == "float16"
         rounded = moments.half() if float16 else moments.bfloat16().float()
         by_image = rounded.unflatten(0, (len(cut.keys), -1)).numpy()
@@ -112,7 +112,7 @@ class LatentEncoder:
     def shard_bytes(self, split: str, num_samples: int) -> int:
         """Return the size of an uncompressed shard of latents; gzip saves only a few percent."""
         views, flips = self.params.views_of(split)
-        side = self.image_size // downsampling_factor(self.vae)
+        side = self.image_size // vae.downsampling_factor(self.vae)
         moments = 2 * self.vae.config["latent_channels"] * side**2
         members = [views * (1 + flips) * num_bytes for num_bytes in (2 * moments, 5 * 4)]
         sample = sum(_TAR_BLOCK + _round_up(_NPY_HEADER + m, _TAR_BLOCK) for m in members)
@@ -134,6 +134,56 @@ class LatentEncoder:
             total += size
             lines.append(f"{split} {describe_bytes(size)} ({index.num_samples(split):,} x {shown})")
         return f"{describe_bytes(total)} of latents: {', '.join(lines)}"
+
+
+@dataclass(frozen=True)
+class Reconstruction:
+    """Centre crops beside their decoded latents.
+
+    `std` is the scaled latents' standard deviation; the scaling factor should make it about 1.
+    """
+
+    originals: ByteImages
+    decoded: ByteImages
+    std: float
+
+    @property
+    def psnr(self) -> float:
+        """Mean PSNR of the images in dB."""
+        return vae.psnr(self.originals, self.decoded).mean().item()
+
+    def figure(self) -> bytes:
+        """Draw a PNG with rows of images, each above the row of their reconstructions."""
+        return paired_grid(self.originals, self.decoded, columns=min(16, len(self.originals)))
+
+
+def reconstruct(
+    encoder: LatentEncoder, images: Iterable[Sample], records: Iterable[Record]
+) -> Reconstruction:
+    """Decode latents as they are stored in shards, and compare them with their images.
+
+    Raises:
+        ValueError: They differ by more than latents.min_psnr allows; names likely causes.
+    """
+    info, stored = encoder.info, [StoredLatents.of_record(record) for record in records]
+    originals = list[Tensor]()
+    for image, item in zip(images, stored, strict=True):
+        pixels = transforms.decode(image.image, name=image.key)
+        originals.append(transforms.apply_crop(pixels, item.crops[0], size=info.image_size))
+    moments = (torch.from_numpy(item.moments[:1]).to(encoder.vae.device) for item in stored)
+    latents = [vae.mode(item, scaling_factor=info.scaling_factor) for item in moments]
+    decoded = torch.cat([vae.decode_latents(encoder.vae, item).cpu() for item in latents])
+    found = Reconstruction(torch.stack(originals), decoded, torch.cat(latents).std().item())
+    floor = encoder.params.min_psnr
+    if not found.psnr >= floor:
+        raise ValueError(
+            f"latents.min_psnr: decoded latents show their images at {found.psnr:.1f} dB where "
+            f"{floor:g} are asked for; their standard deviation is {found.std:.2f}, and should be "
+            "about 1. Either build/base has a wrong VAE or scaling factor, or its VAE was made for "
+            "images of another kind or size (data.image_size). If the base can do no better, "
+            "lower latents.min_psnr"
+        )
+    return found
 
 
 def choose_crops(

@@ -59,22 +59,15 @@ def map_shards(
 ) -> list[Made]:
     """Call `make` for every item that an interrupted run has not finished yet.
 
+    `make` writes an item's files to `work_dir`, each whole or not at all; now and then it tells its
+    second argument how many samples are done. `name_of` gives each item a different name;
+    `<name>.json` is its note. All `processes` share the folder and get the same items.
+
     Each of n processes takes every n-th of the missing items, and then waits until the others have
     finished theirs. It waits by looking at files and not in a collective operation, which would
-    have a time limit.
-
-    Args:
-        items: The same list in every process.
-        make: Writes an item's files to `work_dir`, each whole or not at all. It calls its second
-            argument with the number of samples done, now and then.
-        work_dir: A folder that all processes share; it survives when they are killed.
-        name_of: Returns a different name for each item; `<name>.json` is its note.
-        processes: This process among several; by default it is alone.
-        num_workers: Number of further processes on this machine that run `make`, which must be
-            picklable; 0: this process runs it. With workers, progress counts whole items.
-        size_of: Returns the number of samples of an item.
-        on_progress: Called in process 0 with the number of samples that all processes have done
-            since the last call.
+    have a time limit. Or `num_workers` further processes on this machine run `make`, which must
+    then be picklable. They report no progress: `size_of` says how many samples an item has.
+    `on_progress` is called in process 0 with the number of new samples of all processes.
 
     Returns:
         The results in the order of `items`, in every process.

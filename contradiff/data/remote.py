@@ -22,26 +22,32 @@ def join(folder: Location, name: str) -> Location:
     return f"{folder.rstrip('/')}/{name}" if isinstance(folder, str) else folder / name
 
 
-def read_bytes(url: str) -> bytes:
-    """Read a whole file. Raises as `open_remote` does, and FileNotFoundError."""
-    file_system, path = _resolve(url)
-    return _persist(lambda: file_system.cat_file(path), url)
+def read_bytes(place: Location) -> bytes:
+    """Read a whole file; raises FileNotFoundError, and what `open_file` raises."""
+    if isinstance(place, Path):
+        return place.read_bytes()
+    file_system, path = _resolve(place)
+    return _persist(lambda: file_system.cat_file(path), place)
 
 
-def size_of(url: str) -> int | None:
-    """Return the size of a file in bytes; None if the server does not tell. Raises likewise."""
-    file_system, path = _resolve(url)
-    return _persist(lambda: file_system.info(path)["size"], url)
+def size_of(place: Location) -> int | None:
+    """Return a file's size in bytes, None if the server does not tell; raises like `read_bytes`."""
+    if isinstance(place, Path):
+        return place.stat().st_size
+    file_system, path = _resolve(place)
+    return _persist(lambda: file_system.info(path)["size"], place)
 
 
-def open_remote(url: str, *, num_bytes: int) -> io.BufferedReader:
-    """Open a file of known size, to be read in blocks; a block that fails is asked for again.
+def open_file(place: Location, *, num_bytes: int) -> io.BufferedReader:
+    """Open a file of known size. A remote file is read in blocks, each again after a passing fault.
 
     Raises:
         ValueError: The protocol is unknown, or its package is not installed.
-        OSError: The connection failed several times (when reading).
+        OSError: The connection failed several times; raised by reading.
     """
-    return io.BufferedReader(_Blocks(url, num_bytes), BLOCK_BYTES)
+    if isinstance(place, Path):
+        return place.open("rb")
+    return io.BufferedReader(_Blocks(place, num_bytes), BLOCK_BYTES)
 
 
 class _Blocks(io.RawIOBase):

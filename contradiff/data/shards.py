@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Generic, Literal, TypeVar
 
@@ -23,7 +23,7 @@ from jaxtyping import Shaped
 from pydantic import Field
 
 from contradiff.config import Section
-from contradiff.data.remote import Location, join, open_remote, read_bytes, size_of
+from contradiff.data.remote import Location, join, open_file, read_bytes, size_of
 from contradiff.data.shard_info import ShardInfo
 from contradiff.files import replace_file, sha256_of
 
@@ -43,11 +43,7 @@ class ShardParams(Section):
 
 @dataclass(frozen=True)
 class Shard:
-    """One tar file: its name, how many samples it holds, its size and sha256.
-
-    `class_counts` are the numbers of samples of class 0, 1, …, up to the last class that occurs;
-    empty if samples have no class.
-    """
+    """One tar file. `class_counts[c]` samples have class c; empty if samples have no class."""
 
     name: str
     num_samples: int
@@ -91,7 +87,7 @@ class ShardIndex(Generic[InfoT]):
         """
         path = join(folder, INDEX_NAME)
         try:
-            content = json.loads(read_bytes(path) if isinstance(path, str) else path.read_bytes())
+            content = json.loads(read_bytes(path))
             splits = {
                 split: tuple(Shard(**shard) for shard in shards)
                 for split, shards in content["splits"].items()
@@ -102,7 +98,7 @@ class ShardIndex(Generic[InfoT]):
         except (ValueError, KeyError, TypeError) as error:
             reason = " ".join(f"{type(error).__name__}: {error}".split())
             raise _fault(path, f"damaged (not an index of such shards: {reason})") from error
-        shards = [shard for shards in splits.values() for shard in shards]
+        shards = list(chain(*splits.values()))
         places = [join(folder, shard.name) for shard in shards]
         # A server answers many questions in the time of one.
         with ThreadPoolExecutor(16 if isinstance(folder, str) else 1) as pool:
@@ -145,8 +141,7 @@ def write_shard(
     """
     from webdataset.writer import TarWriter
 
-    num_samples = 0
-    labels: Counter[int] = Counter()
+    num_samples, labels = 0, Counter[int]()
     with replace_file(path) as temporary:
         with (
             temporary.open("wb") as file,
@@ -188,22 +183,15 @@ def write_split(
 def read_shard(path: Location, shard: Shard) -> Iterator[dict[str, bytes]]:
     """Yield a shard's samples in order, as extension => content and "__key__" => key.
 
-    Every byte is hashed: damage that tar does not notice is found after the last sample.
-
-    Raises:
-        ValueError: The shard is truncated or damaged, or holds another number of samples.
-        OSError: A server could not be reached.
+    A ValueError says that the shard is damaged; every byte is hashed, so that damage that tar does
+    not notice is found after the last sample. An OSError says that a server could not be reached.
     """
     from webdataset.tariterators import group_by_keys, tar_file_expander
 
     _check_size(path, shard)
     num_samples = 0
     try:
-        with (
-            open_remote(path, num_bytes=shard.num_bytes)
-            if isinstance(path, str)
-            else path.open("rb") as file
-        ):
+        with open_file(path, num_bytes=shard.num_bytes) as file:
             stream = _HashedStream(file)
             files = tar_file_expander([{"url": str(path), "stream": stream}])
             for sample in group_by_keys(files):
@@ -223,9 +211,7 @@ def read_shard(path: Location, shard: Shard) -> Iterator[dict[str, bytes]]:
     if stream.hasher.hexdigest() != shard.sha256:
         raise _fault(path, f"damaged (its sha256 is not that of {INDEX_NAME})")
     if num_samples != shard.num_samples:
-        raise ValueError(
-            f"{path}: {num_samples} samples where {INDEX_NAME} says {shard.num_samples}"
-        )
+        raise _fault(path, f"{num_samples} samples where {INDEX_NAME} says {shard.num_samples}")
 
 
 def read_split(folder: Location, split: str) -> Iterator[dict[str, bytes]]:
@@ -236,17 +222,13 @@ def read_split(folder: Location, split: str) -> Iterator[dict[str, bytes]]:
 
 def read_images(folder: Location, split: str) -> Iterator[Sample]:
     """Yield every image of a split, in order."""
-    for record in read_split(folder, split):
-        yield image_of(record)
+    return map(image_of, read_split(folder, split))
 
 
 def image_record(sample: Sample, *, extension: str) -> Record:
     """Return an image as a WebDataset sample: `key.jpg` and `key.cls`."""
-    return {
-        "__key__": sample.key.encode(),
-        extension: sample.image,
-        "cls": str(sample.label).encode(),
-    }
+    label = str(sample.label).encode()
+    return {"__key__": sample.key.encode(), extension: sample.image, "cls": label}
 
 
 def image_of(record: Record) -> Sample:
@@ -288,7 +270,7 @@ def _fault(path: Location, what: str) -> ValueError:
 
 def _check_size(path: Location, shard: Shard) -> None:
     try:
-        num_bytes = size_of(path) if isinstance(path, str) else path.stat().st_size
+        num_bytes = size_of(path)
     except FileNotFoundError as error:
         raise _fault(path, f"missing, though {INDEX_NAME} lists it") from error
     if num_bytes not in (shard.num_bytes, None):

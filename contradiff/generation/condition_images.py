@@ -1,7 +1,6 @@
 """The validation images that samples are conditioned on, as pixels and as latents."""
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
 from itertools import cycle, islice
 from pathlib import Path
 
@@ -15,14 +14,6 @@ from contradiff.features.batches import CleanBatch
 from contradiff.types import ByteImages, Latents, to_bytes
 
 SPLIT = "condition"
-
-
-@dataclass(frozen=True)
-class ConditionImage:
-    """One image as pixels and as a latent; both are batches of one."""
-
-    image: ByteImages
-    latent: Latents
 
 
 def write_conditions(
@@ -52,11 +43,11 @@ def write_conditions(
     shards.ShardIndex({SPLIT: written}, ConditionInfo()).write(folder)
 
 
-def condition_images(folder: Path, *, start: int) -> Iterator[ConditionImage]:
+def condition_images(folder: Path, *, start: int) -> Iterator[tuple[ByteImages, Latents]]:
     """Yield the stored images from number `start` on, endlessly: after the last comes the first.
 
-    Shards before the start are not read. A ValueError says that there are no images, or that a
-    shard is missing or damaged.
+    Each is a batch of one, as pixels and as a latent. Earlier shards are not read. A ValueError
+    says that there are no images, or that a shard is missing or damaged.
     """
     index = shards.ShardIndex.read(folder, ConditionInfo)
     num_images = index.num_samples(SPLIT)
@@ -69,8 +60,6 @@ def condition_images(folder: Path, *, start: int) -> Iterator[ConditionImage]:
     for shard in cycle(index.shards(SPLIT)):
         if skip < shard.num_samples:
             for record in islice(shards.read_shard(folder / shard.name, shard), skip, None):
-                yield ConditionImage(
-                    decode(record["png"], name=record["__key__"].decode())[None],
-                    torch.from_numpy(shards.array_from_bytes(record["latent.npy"]))[None],
-                )
+                latent = torch.from_numpy(shards.array_from_bytes(record["latent.npy"]))
+                yield decode(record["png"], name=record["__key__"].decode())[None], latent[None]
         skip = max(0, skip - shard.num_samples)

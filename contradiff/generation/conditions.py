@@ -14,10 +14,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from contradiff.generation import class_table
-from contradiff.generation.condition_images import ConditionImage, condition_images
+from contradiff.generation.condition_images import condition_images
 from contradiff.method.lora import merge_lora
 from contradiff.method.model import ContraDiff
-from contradiff.types import Tokens, to_pixels
+from contradiff.types import ByteImages, Conditions, Latents, Tokens, to_pixels
 
 TokensOf = Callable[[range], Tokens]
 """Conditions of the samples of these indices."""
@@ -44,7 +44,6 @@ def load_conditioning(
     table: Path,
     checkpoint: Path,
     seed: int,
-    device: torch.device,
 ) -> Conditioning:
     """Load the conditions that `generate.condition` names, and prepare the model's LoRA for them.
 
@@ -55,15 +54,15 @@ def load_conditioning(
         ValueError: The images or the table are missing, or the table belongs to another model.
     """
     if condition == "class":
-        loaded = class_table.load_class_table(table, checkpoint=checkpoint).to(device)
+        loaded = class_table.load_class_table(table, checkpoint=checkpoint)
         class_table.choose_denoiser(model, lora=class_table.read_class_config(table)["lora"])
-        return class_conditional(loaded, device=device)
+        return class_conditional(loaded.to(next(model.parameters()).device))
     merge_lora(model.unet)
-    null = unconditional(model, seed=seed, device=device)
+    null = unconditional(model, seed=seed)
     if condition == "noise":
         return null
     next(condition_images(images, start=0))  # refused now, if there are none
-    return image_conditional(model, images, null_tokens=null.null_tokens, device=device)
+    return image_conditional(model, images, null_tokens=null.null_tokens)
 
 
 def seeded_noise(
@@ -80,52 +79,53 @@ def seeded_noise(
     )
 
 
-def unconditional(model: ContraDiff, *, seed: int, device: torch.device) -> Conditioning:
+def unconditional(model: ContraDiff, *, seed: int) -> Conditioning:
     """Condition samples on Gaussian noise, c(noise), which is also the null condition (App. A)."""
 
-    @torch.inference_mode()
     def tokens(indices: range) -> Tokens:
         shape = model.conditioner.shape
         noise = seeded_noise(shape, seed=seed, indices=indices, stream="condition")
-        return model.encode_condition(noise.to(device))
+        return _encoded(model, noise)
 
     return Conditioning(tokens, tokens)
 
 
-def image_conditional(
-    model: ContraDiff, folder: Path, *, null_tokens: TokensOf, device: torch.device
-) -> Conditioning:
+def image_conditional(model: ContraDiff, folder: Path, *, null_tokens: TokensOf) -> Conditioning:
     """Condition sample i on the i-th image (Fig. 4); after the last image comes the first.
 
     Samples that are generated in order read each image once.
     """
-    images: Iterator[ConditionImage] = iter(())
+    images: Iterator[tuple[ByteImages, Latents]] = iter(())
     position = -1
 
-    @torch.inference_mode()
     def tokens(indices: range) -> Tokens:
         nonlocal images, position
         if indices.start != position:
             images = condition_images(folder, start=indices.start)
         position = indices.stop
         chosen = [
-            model.conditioner.choose(pixels=to_pixels(item.image), latents=item.latent)
-            for item in islice(images, len(indices))
+            model.conditioner.choose(pixels=to_pixels(image), latents=latent)
+            for image, latent in islice(images, len(indices))
         ]
-        return model.encode_condition(torch.cat(chosen).to(device))
+        return _encoded(model, torch.cat(chosen))
 
     return Conditioning(tokens, null_tokens)
 
 
-def class_conditional(table: class_table.ClassTable, *, device: torch.device) -> Conditioning:
+def class_conditional(table: class_table.ClassTable) -> Conditioning:
     """Condition samples on all classes in turn (Table 5); the null condition is the last row."""
 
     @torch.inference_mode()
     def tokens_of(labels: list[int]) -> Tokens:
-        return table(torch.tensor(labels, device=device))
+        return table(torch.tensor(labels, device=table.to_tokens.weight.device))
 
     return Conditioning(
         lambda indices: tokens_of([index % table.null_label for index in indices]),
         lambda indices: tokens_of([table.null_label] * len(indices)),
         num_classes=table.null_label,
     )
+
+
+@torch.inference_mode()
+def _encoded(model: ContraDiff, conditions: Conditions) -> Tokens:
+    return model.encode_condition(conditions.to(next(model.parameters()).device))

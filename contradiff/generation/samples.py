@@ -75,4 +75,4 @@ def sample_figure(samples: Path, *, conditions: Path | None) -> bytes:
     if conditions is None:
         return image_grid(images, columns=16)
     given = islice(condition_images(conditions, start=0), len(images))
-    return paired_grid(torch.cat([item.image for item in given]), images, columns=16)
+    return paired_grid(torch.cat([image for image, _ in given]), images, columns=16)

@@ -115,11 +115,10 @@ def generate(
     params: GenerateParams,
     image_size: int,
     seed: int,
-    device: torch.device,
 ) -> Iterator[ByteImages]:
     """Yield batches of images, in the order of their sample indices.
 
-    Sample i has noise with the seed (seed, i). Model and VAE are in evaluation mode on `device`,
+    Sample i has noise with the seed (seed, i). Model and VAE are in evaluation mode on one device,
     the VAE in float32.
     """
     # Not the UNet's own sample_size: Stable Diffusion's is 64, for 512 pixels.
@@ -128,11 +127,13 @@ def generate(
     low, high = params.guidance_interval
     for first in range(0, len(indices), params.batch_size):
         batch = indices[first : first + params.batch_size]
+        noise = seeded_noise(shape, seed=seed, indices=batch, stream="latent")
+        tokens = conditioning.tokens(batch)
         clean = denoise(
             model,
             scheduler,
-            seeded_noise(shape, seed=seed, indices=batch, stream="latent").to(device),
-            conditioning.tokens(batch),
+            noise.to(tokens.device),
+            tokens,
             null_tokens=conditioning.null_tokens(batch) if params.guidance != 1 else None,
             guidance=params.guidance,
             guidance_interval=(low, high),

@@ -37,7 +37,7 @@ SETTINGS: dict[str, Any] = {
 def base(tiny_base: Path) -> LatentEncoder:
     """An encoder as `tiny_data` was made by."""
     params = LatentsParams.model_validate(SETTINGS)
-    return LatentEncoder(load_vae(tiny_base), params, 32, 0, torch.device("cpu"))
+    return LatentEncoder(load_vae(tiny_base), params, 32, 0)
 
 
 def changed(encoder: LatentEncoder, **changes: Any) -> LatentEncoder:

@@ -7,9 +7,8 @@ import pytest
 import torch
 
 from contradiff.base.loading import load_vae
-from contradiff.data.encoding import LatentEncoder
+from contradiff.data.encoding import LatentEncoder, Reconstruction, reconstruct
 from contradiff.data.latents import LatentsParams
-from contradiff.data.reconstruction import Reconstruction, reconstruct
 from contradiff.data.shards import read_images, read_split
 from contradiff.data.transforms import decode
 
@@ -25,7 +24,7 @@ def encoder(tiny_base: Path) -> LatentEncoder:
         min_psnr=1.0,
         batch_size=12,
     )
-    return LatentEncoder(load_vae(tiny_base), params, 32, 0, torch.device("cpu"))
+    return LatentEncoder(load_vae(tiny_base), params, 32, 0)
 
 
 def of_val(encoder: LatentEncoder, data: Path) -> Reconstruction:

@@ -22,8 +22,6 @@ from contradiff.generation.conditions import (
 )
 from contradiff.method.model import ContraDiff
 
-CPU = torch.device("cpu")
-
 
 @pytest.fixture
 def model(build_tiny: Callable[..., ContraDiff]) -> ContraDiff:
@@ -61,9 +59,10 @@ def stored(tiny_data: Path, tmp_path: Path) -> Path:
 def test_images_come_in_order_from_any_index_and_again(
     images: CleanBatch, stored: Path, start: int
 ):
-    for number, item in enumerate(islice(condition_images(stored, start=start), 18), start):
-        assert torch.equal(item.latent[0], images.latents[number % 8])
-        torch.testing.assert_close(item.image[0] / 127.5 - 1, images.pixels[number % 8])
+    stored_images = islice(condition_images(stored, start=start), 18)
+    for number, (image, latent) in enumerate(stored_images, start):
+        assert torch.equal(latent[0], images.latents[number % 8])
+        torch.testing.assert_close(image[0] / 127.5 - 1, images.pixels[number % 8])
 
 
 def test_earlier_shards_are_not_read(stored: Path):
@@ -91,14 +90,14 @@ def table() -> ClassTable:
 
 
 def conditioned_on(kind: str, model: ContraDiff, folder: Path, table: ClassTable) -> Conditioning:
-    null = unconditional(model, seed=0, device=CPU)
+    null = unconditional(model, seed=0)
     match kind:
         case "noise":
             return null
         case "class":
-            return class_conditional(table, device=CPU)
+            return class_conditional(table)
         case _:
-            return image_conditional(model, folder, null_tokens=null.null_tokens, device=CPU)
+            return image_conditional(model, folder, null_tokens=null.null_tokens)
 
 
 @pytest.mark.parametrize("kind", ["noise", "image", "class"])
@@ -140,7 +139,7 @@ def test_sample_i_is_conditioned_on_image_i(
 
 @torch.no_grad()
 def test_classes_come_in_turn(table: ClassTable):
-    conditioning = class_conditional(table, device=CPU)
+    conditioning = class_conditional(table)
     tokens = conditioning.tokens(range(4, 9))
     assert torch.equal(tokens, table(torch.tensor([1, 2, 0, 1, 2])))
     assert torch.equal(conditioning.null_tokens(range(2)), table(torch.tensor([3, 3])))

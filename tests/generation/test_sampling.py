@@ -18,8 +18,6 @@ from contradiff.generation.solvers import load_solver
 from contradiff.method.lora import cast_frozen_weights, disable_lora, merge_lora
 from contradiff.method.model import ContraDiff
 
-CPU = torch.device("cpu")
-
 
 class OnlyGenerate(Section):
     generate: GenerateParams
@@ -82,7 +80,6 @@ def sample_with(
         params=params,
         image_size=32,
         seed=seed,
-        device=CPU,
     )
     return list(batches)
 
@@ -90,7 +87,7 @@ def sample_with(
 def generate_unconditional(
     model: ContraDiff, base: Path, *, seed: int = 0, **changes: Any
 ) -> list[Tensor]:
-    conditioning = unconditional(model, seed=seed, device=CPU)
+    conditioning = unconditional(model, seed=seed)
     return sample_with(model, base, conditioning, seed=seed, **changes)
 
 
@@ -265,9 +262,7 @@ def test_null_condition_is_encoded_only_for_guidance(model: ContraDiff, tiny_bas
         asked.append(indices)
         return torch.zeros(len(indices), 16, 16)
 
-    conditioning = Conditioning(
-        unconditional(model, seed=0, device=CPU).tokens, null_tokens=null_tokens
-    )
+    conditioning = Conditioning(unconditional(model, seed=0).tokens, null_tokens=null_tokens)
     sample_with(model, tiny_base, conditioning, batch_size=2)
     assert asked == []
     sample_with(model, tiny_base, conditioning, batch_size=2, condition="class", guidance=2.0)

@@ -125,8 +125,8 @@ def test_image_conditional_samples_lie_below_their_images(trained_project: Run):
     assert torch.equal(cells[1], samples[:16])
     assert torch.equal(cells[3, :2], samples[16:])
     images = condition_images(conditions.CONDITIONS, start=0)
-    for number, item in enumerate(islice(images, 18)):
-        assert torch.equal(cells[number // 16 * 2, number % 16], item.image[0])
+    for number, (image, _) in enumerate(islice(images, 18)):
+        assert torch.equal(cells[number // 16 * 2, number % 16], image[0])
     assert (cells[2:, 2:] == 255).all()
 
 

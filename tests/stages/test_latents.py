@@ -14,9 +14,8 @@ from typing import Any
 import pytest
 from ruamel.yaml import YAML
 
-from contradiff.data.encoding import CutImages, LatentEncoder
+from contradiff.data.encoding import CutImages, LatentEncoder, Reconstruction
 from contradiff.data.latents import StoredLatents
-from contradiff.data.reconstruction import Reconstruction
 from contradiff.data.shard_info import LatentInfo
 from contradiff.data.shards import Record, ShardIndex, read_split
 from stages import latents
