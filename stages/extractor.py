@@ -48,7 +48,7 @@ def main(params: Params, run: Run) -> None:
             batch_size=settings.batch_size,
             lr=settings.lr,
             seed=params.seed,
-            on_progress=lambda _, row: advance(epoch_steps, loss=f"{row['loss']:.3f}"),
+            on_epoch=lambda loss: advance(epoch_steps, loss=f"{loss:.3f}"),
         )
     run.log(f"accuracy {accuracy:.1%} on {val_count} val images")
     save_classifier(

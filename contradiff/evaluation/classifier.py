@@ -8,7 +8,7 @@ width and 2·width channels, each but the first halving the sides -> global aver
 features (b 2·width) -> logits (b classes)
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -113,13 +113,13 @@ def train_classifier(
     batch_size: int,
     lr: float,
     seed: int,
-    on_progress: Callable[[int, Mapping[str, float]], None],
+    on_epoch: Callable[[float], None],
 ) -> tuple[ResidualClassifier, float]:
     """Train the extractor's classifier with AdamW and one cycle of learning rates, at most `lr`.
 
     Runs on the device of `images`. Equal arguments on one machine give equal weights, and torch's
     global generator stays as it was. BatchNorm needs full batches: an incomplete last one is left
-    out. `on_progress` hears the number of steps after every epoch, and the epoch's means.
+    out. `on_epoch` hears the mean loss after every epoch.
 
     Returns:
         The classifier in evaluation mode, and its accuracy on `val_images` in [0, 1].
@@ -157,22 +157,19 @@ def train_classifier(
     classifier.train()
     orders = (torch.randperm(len(images), generator=generator) for _ in range(epochs))
     batches = (batch for order in orders for batch in order[:num_shown].split(batch_size))
-    sums = torch.zeros(2, dtype=torch.float64, device=images.device)
+    total = torch.zeros((), dtype=torch.float64, device=images.device)
 
-    def take_gradients(step: int) -> dict[str, Tensor | float]:
-        """Leave the gradient of a batch; return the epoch's means so far."""
+    def take_gradients(step: int) -> dict[str, Tensor]:
+        """Leave the gradient of a batch; return the epoch's mean loss so far."""
         if step % steps_per_epoch == 0:
-            sums.zero_()
+            total.zero_()
         chosen = next(batches).to(images.device)
         max_shift = max(1, round(side / 10))
         batch = augment(images[chosen], max_shift=max_shift, generator=generator)
-        _, logits = classifier(batch)
-        loss = F.cross_entropy(logits, labels[chosen])
+        loss = F.cross_entropy(classifier(batch)[1], labels[chosen])
         loss.backward()
-        num_correct = (logits.detach().argmax(1) == labels[chosen]).sum()
-        sums.add_(torch.stack([loss.detach() * batch_size, num_correct]))
-        epoch = float(step // steps_per_epoch + 1)
-        return {"epoch": epoch, "loss": sums[0] / num_shown, "train_accuracy": sums[1] / num_shown}
+        total.add_(loss.detach() * batch_size)
+        return {"loss": total / num_shown}
 
     def rate(step: int) -> float:
         if step > 0:
@@ -186,7 +183,7 @@ def train_classifier(
         lr=rate,
         lr_key="extractor.lr",
         is_reported=lambda done: done % steps_per_epoch == 0,
-        on_step=lambda done, row: None if row is None else on_progress(done, row),
+        on_step=lambda _, row: None if row is None else on_epoch(row["loss"]),
     )
     classifier.eval()
     pairs = zip(val_images.split(batch_size), val_labels.split(batch_size), strict=True)
