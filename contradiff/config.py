@@ -9,16 +9,14 @@ from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic_core import ErrorDetails
 
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 """NumPy takes no larger seeds, and the product of a seed and a step fits 64 bits."""
 
 
 class Section(BaseModel):
-    """Base of all parameter sections.
-
-    It refuses unknown keys, NaN, infinities and silent conversions (`true` for 1.0).
-    """
+    """A parameter section: no unknown keys, NaN, infinities or silent conversions (true to 1.0)."""
 
     model_config = ConfigDict(
         extra="forbid",
@@ -37,10 +35,8 @@ S = TypeVar("S", bound=Section)
 def read_params(path: Path) -> dict[str, Any]:
     """Read a parameter file as DVC reads it.
 
-    ruamel reads YAML 1.2, where `1e-05`, which DVC writes, is a float; PyYAML makes it a string.
-
-    Raises:
-        ValueError: the file is missing, is no YAML mapping, or repeats a key.
+    ruamel reads YAML 1.2, where `1e-05`, which DVC writes, is a float; PyYAML makes it a string. A
+    file that is missing, is no mapping or repeats a key raises ValueError.
     """
     from ruamel.yaml import YAML
     from ruamel.yaml.error import YAMLError
@@ -59,16 +55,10 @@ def read_params(path: Path) -> dict[str, Any]:
 
 
 def parse(schema: type[S], content: Mapping[str, Any], *, source: str) -> S:
-    """Validate what `schema` knows of a parameter file, and leave the rest to others.
+    """Validate the sections that `schema` has of a whole parameter file, which `source` names.
 
-    Args:
-        schema: one field for each section. As DVC has it, a stage may also depend on a single key
-            of a section: a field with the alias "probe.head".
-        content: a whole parameter file.
-        source: its name, for messages.
-
-    Raises:
-        ValueError: one line for each wrong value, each beginning with its dotted key.
+    As DVC has it, a stage may also depend on one key of a section: a field with the alias
+    "probe.head". The ValueError has a line for each wrong value, with its dotted key.
     """
     chosen: dict[str, Any] = {}
     for field_name, field in schema.model_fields.items():
@@ -86,15 +76,12 @@ def parse_exactly(schema: type[S], content: Mapping[str, Any], *, source: str) -
     try:
         return schema.model_validate(dict(content))
     except ValidationError as error:
-        raise ValueError(describe(error, source=source)) from None
+        lines = [f"{source}: {_describe(fault)}" for fault in error.errors()]
+        raise ValueError("\n".join(lines)) from None
 
 
 def read_card(schema: type[S], path: Path, *, stage: str) -> S:
-    """Read the JSON file in which a stage describes its outputs.
-
-    Raises:
-        ValueError: the file is missing or wrong; names the stage that makes it.
-    """
+    """Read the JSON file in which a stage describes its outputs; ValueError if it is wrong."""
     if not path.is_file():
         raise ValueError(f"{path}: no such file: run the stage {stage} first")
     try:
@@ -104,20 +91,17 @@ def read_card(schema: type[S], path: Path, *, stage: str) -> S:
     return parse_exactly(schema, content, source=str(path))
 
 
-def describe(error: ValidationError, *, source: str) -> str:
-    """Turn a pydantic error into one line a fault: `dotted.key: what is wrong (got value)`."""
-    lines: list[str] = []
-    for fault in error.errors():
-        key = ".".join(str(part) for part in fault["loc"]) or "(whole file)"
-        match fault["type"]:
-            case "extra_forbidden":
-                text = "unknown key; see presets/tiny.yaml for the keys that there are"
-            case "missing":
-                text = "missing; see presets/tiny.yaml for the keys that there are"
-            case _:
-                text = fault["msg"].removeprefix("Value error, ")
-                if not isinstance(fault["input"], dict):
-                    text += f" (got {fault['input']!r})"
-        # A section's own validator names the key itself.
-        lines.append(f"{source}: {text if text.startswith(f'{key}.') else f'{key}: {text}'}")
-    return "\n".join(lines)
+def _describe(fault: ErrorDetails) -> str:
+    """Turn a fault that pydantic found into one line: `dotted.key: what is wrong (got value)`."""
+    key = ".".join(str(part) for part in fault["loc"]) or "(whole file)"
+    match fault["type"]:
+        case "extra_forbidden":
+            text = "unknown key; see presets/tiny.yaml for the keys that there are"
+        case "missing":
+            text = "missing; see presets/tiny.yaml for the keys that there are"
+        case _:
+            text = fault["msg"].removeprefix("Value error, ")
+            if not isinstance(fault["input"], dict):
+                text += f" (got {fault['input']!r})"
+    # A section's own validator names the key itself.
+    return text if text.startswith(f"{key}.") else f"{key}: {text}"

@@ -46,9 +46,8 @@ def replace_dir(path: Path) -> Generator[Path]:
 def hold_lock(path: Path, *, on_wait: Callable[[str], None] | None = None) -> Generator[None]:
     """Hold an exclusive lock, which the system releases however the process ends.
 
-    Args:
-        path: the lock file. It is never deleted: another process might hold the deleted one.
-        on_wait: told the owner's process id if this process has to wait for another.
+    The lock file is never deleted: another process might hold the deleted one. If this process has
+    to wait for another, it tells `on_wait` the owner's process id.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a+") as file:
@@ -88,15 +87,9 @@ def describe_bytes(num_bytes: int) -> str:
 
 
 def check_free_space(folder: Path, num_bytes: int, *, ways_out: str = "") -> None:
-    """Refuse to begin writing what does not fit.
+    """Raise ValueError if `num_bytes` more do not fit into an existing folder.
 
-    Args:
-        folder: where it is to be written; it exists.
-        num_bytes: what is still to be written.
-        ways_out: how less would be written, with the parameters' dotted keys.
-
-    Raises:
-        ValueError: says how much to free, and what else would help.
+    The message says how much to free, and which parameters (`ways_out`) would help too.
     """
     free = shutil.disk_usage(folder).free
     lacking = num_bytes + SPARE_BYTES - free

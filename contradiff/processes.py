@@ -6,12 +6,9 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Processes:
-    """Which of several processes this is.
+    """Which of `size` processes this is; `barrier` returns when every process has called it.
 
-    Attributes:
-        rank: its number, from 0; process 0 reports the progress of all.
-        size: how many there are.
-        barrier: returns when every process has called it.
+    Process 0 reports the progress of all.
     """
 
     rank: int = 0

@@ -12,7 +12,6 @@ from torch import nn
 
 from contradiff.base.config import BaseParams, downsampling_of
 from contradiff.base.loading import NoiseSchedule, unet_without_weights
-from contradiff.config import Section, Seed
 from contradiff.data.latents import LatentsParams
 from contradiff.data.params import DataParams, RawParams
 from contradiff.data.shards import ShardParams
@@ -26,35 +25,24 @@ from contradiff.features.inversion import CHAIN_STEPS
 from contradiff.features.params import FeaturesParams
 from contradiff.generation.class_table import ClassConditionParams
 from contradiff.generation.sampling import GenerateParams
-from contradiff.method.attention import HeadParams
-from contradiff.method.conditioner import ConditionerParams
-from contradiff.method.lora import LoraParams
-from contradiff.method.losses import LossParams
-from contradiff.method.noise import NoiseParams
+from contradiff.method.model import Architecture
 from contradiff.sources.packing import IngestParams
 from contradiff.sources.transfer_set import TransferDataParams
-from contradiff.training.recipe import PretrainParams
+from contradiff.training.recipe import TrainingRecipe
 
 if TYPE_CHECKING:
     from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 
 
-class AllParams(Section):
+class AllParams(TrainingRecipe, Architecture):
     """All sections of params.yaml but `runtime`, which changes no result."""
 
-    seed: Seed
     data: DataParams
     raw: RawParams
     shard: ShardParams
     ingest: IngestParams
     base: BaseParams
     latents: LatentsParams
-    noise: NoiseParams
-    lora: LoraParams
-    conditioner: ConditionerParams
-    head: HeadParams
-    loss: LossParams
-    pretrain: PretrainParams
     features: FeaturesParams
     probe: ProbeParams
     transfer_data: TransferDataParams
@@ -70,28 +58,22 @@ class AllParams(Section):
 def between_sections(params: AllParams) -> Iterator[str]:
     """Yield what is wrong between sections, from the parameter file alone."""
     for rule in (
-        images_are_not_enlarged,
-        patches_tile_the_pixels,
+        images_have_the_size_they_need,
         crops_are_stored,
         colours_are_distorted_in_crops_alone,
         batches_fit_the_rendered_images,
-        attentive_probe_has_maps,
-        finetuning_has_a_head,
-        null_condition_is_trained,
-        classes_have_a_table,
+        features_serve_their_users,
+        conditions_are_trained,
         scores_have_enough_images,
     ):
         yield from rule(params)
 
 
-def images_are_not_enlarged(params: AllParams) -> Iterator[str]:
+def images_have_the_size_they_need(params: AllParams) -> Iterator[str]:
     resize, image_size = params.ingest.resize, params.data.image_size
     if resize is not None and resize < image_size:
         yield f"ingest.resize: {resize} must be null or at least data.image_size, {image_size}"
-
-
-def patches_tile_the_pixels(params: AllParams) -> Iterator[str]:
-    patch_size, image_size = params.conditioner.patch_size, params.data.image_size
+    patch_size = params.conditioner.patch_size
     if params.conditioner.input == "pixels" and image_size % patch_size:
         yield f"conditioner.patch_size: {patch_size} must divide data.image_size, {image_size}"
 
@@ -127,10 +109,8 @@ def colours_are_distorted_in_crops_alone(params: AllParams) -> Iterator[str]:
 def batches_fit_the_rendered_images(params: AllParams) -> Iterator[str]:
     """Counts of other data are known to the stage `prepare`."""
     num_train = params.data.num_train
-    for name, section in (
-        ("pretrain", params.pretrain),
-        ("class_condition", params.class_condition),
-    ):
+    sections = {"pretrain": params.pretrain, "class_condition": params.class_condition}
+    for name, section in sections.items():
         if num_train is not None and section.epochs and section.batch_size > num_train:
             yield (
                 f"{name}.batch_size: {section.batch_size} is more than data.num_train, "
@@ -138,19 +118,17 @@ def batches_fit_the_rendered_images(params: AllParams) -> Iterator[str]:
             )
 
 
-def attentive_probe_has_maps(params: AllParams) -> Iterator[str]:
-    if params.probe.head == "attentive" and params.features.model == "timm":
+def features_serve_their_users(params: AllParams) -> Iterator[str]:
+    """Fine-tuning trains LoRA and the attention head on latents noised by Eq. 5."""
+    features = params.features
+    if params.probe.head == "attentive" and features.model == "timm":
         yield (
             "probe.head: attentive learns from maps at three noise levels, and features.model: "
             "timm has none; set probe.head to linear"
         )
-
-
-def finetuning_has_a_head(params: AllParams) -> Iterator[str]:
-    """Fine-tuning trains LoRA and the attention head on latents noised by Eq. 5."""
     for key, value, needed in (
-        ("features.pool", params.features.pool, "attention"),
-        ("features.noising", params.features.noising, "direct"),
+        ("features.pool", features.pool, "attention"),
+        ("features.noising", features.noising, "direct"),
     ):
         if params.transfer.finetune_epochs and value != needed:
             yield (
@@ -159,9 +137,9 @@ def finetuning_has_a_head(params: AllParams) -> Iterator[str]:
             )
 
 
-def null_condition_is_trained(params: AllParams) -> Iterator[str]:
+def conditions_are_trained(params: AllParams) -> Iterator[str]:
     """Sampling may use a null condition only if the reconstruction loss has seen it."""
-    generate, conditioner = params.generate, params.conditioner
+    generate, conditioner, table = params.generate, params.conditioner, params.class_condition
     # The second view gives the last three of six draws.
     sees_noise = conditioner.cond_view == "noise" and params.loss.recon_passes > 3
     is_trained = conditioner.drop > 0 or sees_noise or params.pretrain.epochs == 0
@@ -172,15 +150,12 @@ def null_condition_is_trained(params: AllParams) -> Iterator[str]:
             "conditioner.drop: 0 never trains the null condition, and generate.condition: noise "
             "and guided images need it; make it more than 0, such as 0.1"
         )
-    if generate.condition == "class" and is_guided and params.class_condition.drop == 0:
+    if generate.condition == "class" and is_guided and table.drop == 0:
         yield (
             "class_condition.drop: 0 never trains the null class, and generate.guidance needs it; "
             "make it more than 0, such as 0.1, or set generate.guidance to 1"
         )
-
-
-def classes_have_a_table(params: AllParams) -> Iterator[str]:
-    if params.generate.condition == "class" and params.class_condition.epochs == 0:
+    if generate.condition == "class" and table.epochs == 0:
         yield (
             "generate.condition: class needs a table of classes; make class_condition.epochs 1 or "
             "more (got 0)"
@@ -206,18 +181,12 @@ def scores_have_enough_images(params: AllParams) -> Iterator[str]:
 
 
 def with_base(params: AllParams, folder: Path) -> Iterator[str]:
-    """Yield what this base cannot serve, from its configuration files alone.
-
-    Args:
-        params: all parameters.
-        folder: a base that `check_config` accepts.
-    """
-    unet, schedule = unet_without_weights(folder), NoiseSchedule.of_base(folder)
+    """Yield what the base in `folder` cannot serve, from its configuration files alone."""
+    unet = unet_without_weights(folder)
     yield from lora_has_targets(params, unet)
     yield from blocks_are_there(params, unet)
-    yield from timesteps_are_in_the_schedule(params, schedule)
-    yield from sampling_fits_the_schedule(params, schedule)
-    yield from sizes_divide(params, unet, downsampling=downsampling_of(folder))
+    yield from timesteps_are_in_the_schedule(params, NoiseSchedule.of_base(folder))
+    yield from sizes_divide(params, unet, downsampling_of(folder))
 
 
 def lora_has_targets(params: AllParams, unet: "UNet2DConditionModel") -> Iterator[str]:
@@ -230,11 +199,10 @@ def lora_has_targets(params: AllParams, unet: "UNet2DConditionModel") -> Iterato
 
 def blocks_are_there(params: AllParams, unet: "UNet2DConditionModel") -> Iterator[str]:
     num_up_blocks = len(unet.config["up_block_types"])
-    asked = [("head.block", params.head.block)]
-    asked += [("features.more_blocks", block) for block in params.features.more_blocks]
+    asked = [("features.more_blocks", block) for block in params.features.more_blocks]
     if params.features.model == "diffeed":
         asked.append(("features.model", "diffeed"))
-    for key, value in asked:
+    for key, value in [("head.block", params.head.block), *asked]:
         if value != "mid" and num_up_blocks < 2:
             yield (
                 f"{key}: {value} reads the UNet's second up block, but the base has "
@@ -254,9 +222,6 @@ def timesteps_are_in_the_schedule(params: AllParams, schedule: NoiseSchedule) ->
                 f"{key}: {triple} are not on the base's {CHAIN_STEPS}-step grid, which "
                 f"features.noising: ddim_chain needs: choose from {grid}"
             )
-
-
-def sampling_fits_the_schedule(params: AllParams, schedule: NoiseSchedule) -> Iterator[str]:
     num_steps, most = params.generate.num_inference_steps, schedule.num_train_timesteps
     # Stable Diffusion's steps_offset pushes the first of 1000 steps beyond its grid.
     if num_steps > most or schedule.ddim_timesteps(num_steps)[-1] >= most:
@@ -267,7 +232,7 @@ def sampling_fits_the_schedule(params: AllParams, schedule: NoiseSchedule) -> It
 
 
 def sizes_divide(
-    params: AllParams, unet: "UNet2DConditionModel", *, downsampling: int
+    params: AllParams, unet: "UNet2DConditionModel", downsampling: int
 ) -> Iterator[str]:
     image_size, patch_size = params.data.image_size, params.conditioner.patch_size
     of_unet = 2 ** (len(unet.config["block_out_channels"]) - 1)

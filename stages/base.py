@@ -5,13 +5,8 @@ from stages.runtime.run import Run, execute
 import shutil
 from pathlib import Path
 
-from contradiff.base.config import (
-    COMPONENTS,
-    BaseParams,
-    check_base,
-    fetch_from_hub,
-    local_base,
-)
+from contradiff.base import config
+from contradiff.base.config import BaseParams, check_base
 from contradiff.config import Section
 from contradiff.files import replace_dir
 
@@ -26,14 +21,14 @@ def main(params: Params, run: Run) -> None:
         if base.source == "hub":
             run.log(f"fetching {base.path} at {base.revision}")
             # Configuration first: an unusable base is refused before gigabytes are fetched.
-            fetch_from_hub(base, folder, weights=False)
+            config.fetch_from_hub(base, folder, weights=False)
             check_base(folder, weights=False)
-            fetch_from_hub(base, folder, weights=True)
+            config.fetch_from_hub(base, folder, weights=True)
             shutil.rmtree(folder / ".cache", ignore_errors=True)
         else:
-            source = local_base(base, root=run.root)
+            source = config.local_base(base, root=run.root)
             check_base(source)
-            for name in COMPONENTS:
+            for name in config.COMPONENTS:
                 shutil.copytree(source / name, folder / name)
         check_base(folder)
 

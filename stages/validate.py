@@ -45,16 +45,10 @@ def check(
     root: Path | None = None,
     log: Callable[[str], None] = print,
 ) -> None:
-    """Refuse a parameter file that no stage, or not all of them, can use.
+    """Refuse a parameter file that some stage cannot use; the ValueError has a line for each fault.
 
-    Args:
-        content: the whole file.
-        source: its name, for messages.
-        root: the project's folder, where the base is; None: what needs the base is not checked.
-        log: told if the base's configuration cannot be fetched.
-
-    Raises:
-        ValueError: all faults at once, one a line, each with its dotted key.
+    What needs the base is checked only if `root`, the project's folder, is given. `log` hears if
+    the base's configuration cannot be fetched.
     """
     params = parse_exactly(WholeFile, content, source=source)
     faults = list(rules.between_sections(params))

@@ -1,7 +1,7 @@
 """Which base everything starts from, and what its configuration says without its weights."""
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,9 +19,8 @@ UNUSED_INPUTS = (
 )
 """A UNet with one of these (such as SDXL's) needs more than noisy latents, timesteps and tokens."""
 
-SHIPPED_CONFIGS = {
-    "CompVis/stable-diffusion-v1-4": Path(__file__).parents[2] / "presets/stable-diffusion-v1-4"
-}
+PRESETS = Path(__file__).parents[2] / "presets"
+SHIPPED_CONFIGS = {"CompVis/stable-diffusion-v1-4": PRESETS / "stable-diffusion-v1-4"}
 """Hub ids whose configuration the project ships, and its folder."""
 
 
@@ -36,7 +35,7 @@ class BaseParams(Section):
 
     @model_validator(mode="after")
     def _revision_belongs_to_hub(self) -> "BaseParams":
-        if self.source == "hub" and (self.revision is None or len(self.revision) != 40):
+        if self.source == "hub" and len(self.revision or "") != 40:
             raise ValueError(
                 "base.revision must be a full commit hash (40 digits) when base.source is hub"
             )
@@ -50,9 +49,7 @@ class BaseParams(Section):
 def config_folder(base: BaseParams, *, root: Path) -> Path:
     """Return a folder with the base's configuration files; it need not hold weights.
 
-    Args:
-        base: which base. Of a hub id that the project does not ship, the files are fetched once.
-        root: the project's folder. A local base may lie there; fetched files are kept in .work.
+    Configurations that the project does not ship are fetched once and kept in .work of `root`.
 
     Raises:
         ValueError: the base is missing or cannot be used; names base.path.
@@ -75,10 +72,7 @@ def local_base(base: BaseParams, *, root: Path) -> Path:
     """Return the folder of a base whose source is local.
 
     A temporary copy that DVC makes of the project holds what DVC tracks; anything else is only in
-    the project's own folder, `root`.
-
-    Raises:
-        ValueError: there is no such folder; names base.path.
+    the project's own folder, `root`. A missing folder raises ValueError, which names base.path.
     """
     for folder in (Path(base.path), root / base.path):
         if folder.is_dir():
@@ -92,8 +86,7 @@ def local_base(base: BaseParams, *, root: Path) -> Path:
 def base_manifest(base: BaseParams, *, root: Path) -> dict[str, Any]:
     """Describe a base for DVC: every file of a local one, or the pinned commit of a hub's.
 
-    Raises:
-        ValueError: a local folder is missing or cannot be used; names base.path.
+    A local folder that is missing or cannot be used raises ValueError, which names base.path.
     """
     if base.source == "hub":
         return {"path": base.path, "revision": base.revision}
@@ -107,15 +100,10 @@ def base_manifest(base: BaseParams, *, root: Path) -> dict[str, Any]:
 def check_base(folder: Path, *, weights: bool = True) -> None:
     """Refuse a folder that is no latent diffusion model which ContraDiff can use.
 
-    Args:
-        folder: expected to be in diffusers' format.
-        weights: False: the configuration files are enough.
-
-    Raises:
-        ValueError: all faults, one a line; names base.path.
+    Without `weights`, the configuration files are enough. The ValueError has one line for each
+    fault and names base.path.
     """
-    vae, unet, scheduler = (read_config(folder, name) for name in COMPONENTS)
-    faults = list(_config_faults(vae, unet, scheduler))
+    faults = list(_config_faults(folder))
     faults += [
         f"{name} holds no .safetensors file, and pickled weights are not read"
         for name in ("vae", "unet")
@@ -125,10 +113,9 @@ def check_base(folder: Path, *, weights: bool = True) -> None:
         raise ValueError("\n".join(f"base.path: {folder}/{fault}" for fault in faults))
 
 
-def _config_faults(
-    vae: Mapping[str, Any], unet: Mapping[str, Any], scheduler: Mapping[str, Any]
-) -> Iterator[str]:
+def _config_faults(folder: Path) -> Iterator[str]:
     """Yield faults, each beginning with the component; a missing key has diffusers' default."""
+    vae, unet, scheduler = (read_config(folder, name) for name in COMPONENTS)
     blocks = [*unet.get("down_block_types", []), *unet.get("up_block_types", [])]
     attends = any("CrossAttn" in block for block in blocks)
     if unet.get("_class_name") != "UNet2DConditionModel" or not attends:
@@ -154,11 +141,7 @@ def _config_faults(
 
 
 def read_config(folder: Path, component: str) -> dict[str, Any]:
-    """Read the configuration of one of COMPONENTS.
-
-    Raises:
-        ValueError: it is missing or no JSON; names base.path.
-    """
+    """Read a component's configuration; ValueError if it is missing or no JSON."""
     name = "scheduler_config.json" if component == "scheduler" else "config.json"
     path = folder / component / name
     if not path.is_file():
@@ -181,8 +164,7 @@ def downsampling_of(folder: Path) -> int:
 def fetch_from_hub(base: BaseParams, destination: Path, *, weights: bool) -> None:
     """Download a base at its pinned commit: configuration, and safetensors if `weights`.
 
-    Raises:
-        ConnectionError: it cannot be fetched; names base.path.
+    A failure raises ConnectionError, which names base.path.
     """
     from huggingface_hub import snapshot_download
 

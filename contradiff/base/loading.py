@@ -65,41 +65,35 @@ def load_scheduler(folder: Path, *, num_inference_steps: int) -> "DDIMScheduler"
 
 def load_vae(folder: Path) -> "AutoencoderKL":
     """Load the frozen autoencoder in float32 (half precision overflows for Stable Diffusion)."""
-    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
-
-    return _load(AutoencoderKL, folder, "vae")
+    return _build(folder, "vae", weights=True)
 
 
 def load_unet(folder: Path) -> "UNet2DConditionModel":
     """Load the frozen UNet in float32."""
-    from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
-
-    return _load(UNet2DConditionModel, folder, "unet")
+    return _build(folder, "unet", weights=True)
 
 
 def vae_without_weights(folder: Path) -> "AutoencoderKL":
     """Build the autoencoder from its configuration, on the meta device: it has only shapes."""
-    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
-
-    return _build(AutoencoderKL, folder, "vae")
+    return _build(folder, "vae", weights=False)
 
 
 def unet_without_weights(folder: Path) -> "UNet2DConditionModel":
     """Build the UNet from its configuration, on the meta device: it has only shapes."""
+    return _build(folder, "unet", weights=False)
+
+
+def _build(folder: Path, component: str, *, weights: bool) -> Any:
+    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
     from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 
-    return _build(UNet2DConditionModel, folder, "unet")
-
-
-def _load(kind: Any, folder: Path, component: str) -> Any:
-    check_base(folder)
-    module = kind.from_pretrained(
-        folder, subfolder=component, torch_dtype=torch.float32, use_safetensors=True
-    )
-    return module.requires_grad_(requires_grad=False).eval()
-
-
-def _build(kind: Any, folder: Path, component: str) -> Any:
-    with torch.device("meta"):
-        module = kind.from_config(read_config(folder, component))
+    kind: Any = {"vae": AutoencoderKL, "unet": UNet2DConditionModel}[component]
+    if weights:
+        check_base(folder)
+        module = kind.from_pretrained(
+            folder, subfolder=component, torch_dtype=torch.float32, use_safetensors=True
+        )
+    else:
+        with torch.device("meta"):
+            module = kind.from_config(read_config(folder, component))
     return module.requires_grad_(requires_grad=False).eval()

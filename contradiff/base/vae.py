@@ -15,10 +15,8 @@ from contradiff.types import ByteImages, Latents, Pixels, to_bytes
 if TYPE_CHECKING:
     from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 
-
 Moments = Float[Tensor, "batch moments h w"]
 """Mean and log-variance of the VAE's posterior, stacked along the channels; before scaling."""
-
 
 LOG_VARIANCE_RANGE = (-30.0, 20.0)
 """Diffusers' bounds, which also keep moments finite in float16."""
@@ -30,9 +28,9 @@ def scaling_factor(vae: "AutoencoderKL") -> float:
 
 
 def downsampling_factor(vae: "AutoencoderKL") -> int:
-    """Return the side of an image divided by that of its latent.
+    """Return the side of an image divided by that of its latent: 8 for Stable Diffusion.
 
-    It is 8 for Stable Diffusion. Deviation: the paper says f = 4, which its base does not have.
+    *Deviation*: the paper says f = 4, which its base does not have.
     """
     return 2 ** (len(vae.config["block_out_channels"]) - 1)
 

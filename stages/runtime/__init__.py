@@ -18,7 +18,6 @@ if "OMP_WAIT_POLICY" not in os.environ:
 
 # glibc returns large buffers at once, and every training step asks for the same ones again:
 # keeping up to 2 GiB saves a tenth of its CPU time.
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 if sys.platform == "linux" and hasattr(_libc := ctypes.CDLL(None), "mallopt"):
-    _libc.mallopt(_M_MMAP_THRESHOLD, 1 << 30)
-    _libc.mallopt(_M_TRIM_THRESHOLD, (1 << 31) - 1)
+    _libc.mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD
+    _libc.mallopt(-1, (1 << 31) - 1)  # M_TRIM_THRESHOLD

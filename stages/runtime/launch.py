@@ -44,12 +44,8 @@ def num_processes() -> int:
 def run_several(module: str, *, count: int) -> int:
     """Run `python -m module` in `count` processes, and wait for them.
 
-    Returns:
-        The exit code of the first process that failed, or 128 + the number of a signal that ended
-        this process, or 0.
-
-    Raises:
-        ChildProcessError: a process was killed.
+    Returns the exit code of the first process that failed, or 128 + the number of a signal that
+    ended this process, or 0. A process that was killed raises ChildProcessError.
     """
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError

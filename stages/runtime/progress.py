@@ -27,14 +27,7 @@ class _LogFile:
 def show_progress(
     description: str, *, total: int | None, unit: str, shown: bool
 ) -> Generator[Advance]:
-    """Yield a function that reports progress.
-
-    Args:
-        description: begins every line.
-        total: number of units of the whole work, if known.
-        unit: in the singular.
-        shown: False for all processes but the main one.
-    """
+    """Yield a function that reports progress; only the main process has it `shown`."""
     is_terminal = sys.stderr.isatty()
     with tqdm(
         desc=description,

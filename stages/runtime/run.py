@@ -27,10 +27,10 @@ import sys
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Literal, TypeVar
 
 from pydantic import Field
 
@@ -73,19 +73,14 @@ class RuntimeSection(Section):
 class Run:
     """One run of a stage: where things are, and how to report.
 
-    Attributes:
-        stage: its name.
-        root: the project's folder with raw data, mlflow.db and .work. In a temporary copy that DVC
-            makes (`exp run --temp`, `--queue`) it is the *main* project, while relative paths such
-            as build/ lead to the copy.
-        runtime: settings that change no result.
-        on_success: called in order after the stage has succeeded.
+    `root` is the project's folder with raw data, mlflow.db and .work. In a temporary copy that DVC
+    makes (`exp run --temp`, `--queue`) it is the *main* project, while relative paths such as
+    build/ lead to the copy.
     """
 
     stage: str
     root: Path
     runtime: RuntimeParams
-    on_success: list[Callable[[], None]] = field(default_factory=list[Callable[[], None]])
 
     @property
     def is_main(self) -> bool:
@@ -94,11 +89,7 @@ class Run:
 
     @property
     def device(self) -> "torch.device":
-        """Where to compute; each of several processes has its own CUDA device.
-
-        Raises:
-            ValueError: runtime.device asks for CUDA and there is none.
-        """
+        """Where to compute; each of several processes has its own CUDA device."""
         import torch
 
         if self.runtime.device == "cpu":
@@ -112,21 +103,16 @@ class Run:
         return torch.device("cpu")
 
     def accelerator(self, *, precision: "Precision" = "fp32") -> "Accelerator":
-        """Join the processes that share the stage, if there are several.
-
-        Raises:
-            ValueError: they did not find each other.
-        """
+        """Join the processes that share the stage; ValueError if they do not find each other."""
         from accelerate import Accelerator
         from accelerate.utils import InitProcessGroupKwargs
 
         # A process may wait hours for one that has more to do; torch's own limit is minutes. The
         # launcher notices a process that dies, and ends the others.
-        patience = InitProcessGroupKwargs(timeout=timedelta(days=7))
         accelerator = Accelerator(
-            mixed_precision={"fp32": "no", "bf16": "bf16"}[precision],
+            mixed_precision="no" if precision == "fp32" else precision,
             cpu=self.device.type == "cpu",
-            kwargs_handlers=[patience],
+            kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(days=7))],
         )
         # Without CUDA, `accelerate launch` starts processes that each believe to be alone.
         if accelerator.num_processes != int(os.environ.get("WORLD_SIZE", "1")):
@@ -171,8 +157,7 @@ class Run:
     def write_json(self, path: Path, content: Mapping[str, object]) -> None:
         """Write `content` whole or not at all: keys sorted, floats to six significant digits.
 
-        Raises:
-            ValueError: a value is NaN or infinite.
+        A value that is NaN or infinite raises ValueError.
         """
         if not self.is_main:
             return
@@ -197,14 +182,10 @@ class Run:
     ) -> Generator[Path]:
         """Open a folder for checkpoints, which the same work finds again after an interruption.
 
-        It is deleted when the block succeeds, and kept when the block fails or is killed. If
-        another run does the same work now (a second experiment, or the child of a killed dvc), this
-        one waits for it.
-
-        Args:
-            params: the parameters that decide the result, sections or values.
-            inputs: the files and folders that decide the result.
-            state_version: the STATE_VERSION of what is saved; work of another version begins anew.
+        `params`, and the content of the files and folders `inputs`, decide the result; work that
+        another STATE_VERSION saved begins anew. The folder is deleted when the block succeeds, and
+        kept when the block fails or is killed. If another run does the same work now (a second
+        experiment, or the child of a killed dvc), this one waits for it.
         """
         key = key_of(self.stage, params=params, inputs=inputs)
         folder = self.root / ".work" / self.stage / key
@@ -225,17 +206,12 @@ class Run:
 def execute(
     schema: type[SectionT], main: Callable[[SectionT, Run], None], *, parallel: bool = False
 ) -> None:
-    """Run a stage from the command line, in the project's folder.
+    """Run a stage from the command line, in the project's folder; the example above shows how.
 
-    A user's fault (ValueError, OSError) ends with one message and exit code 2;
-    CONTRADIFF_TRACEBACK=1 shows where it arose. SIGTERM ends with 143 after cleaning up.
-
-    Args:
-        schema: the sections of params.yaml that the stage depends on.
-        main: the stage's work. If its module has a function `describe(params) -> str`, `--dry-run`
-            prints that too.
-        parallel: whether several processes share the stage: one for each GPU, or as many as
-            CONTRADIFF_NUM_PROCESSES says.
+    If the stage's module has a function `describe(params) -> str`, `--dry-run` prints that too. A
+    `parallel` stage is shared by several processes: one for each GPU, or as many as
+    CONTRADIFF_NUM_PROCESSES says. A user's fault (ValueError, OSError) ends with one message and
+    exit code 2; CONTRADIFF_TRACEBACK=1 shows where it arose.
     """
     module = sys.modules["__main__"]
     assert module.__spec__ is not None, "stages are run as `python -m stages.NAME`"
@@ -250,7 +226,8 @@ def execute(
         "--dry-run", action="store_true", help="validate and print the parameters, do nothing"
     )
     is_dry = parser.parse_args().dry_run
-    signal.signal(signal.SIGTERM, _stop)
+    # As after an interrupt, `finally` blocks run and contexts close.
+    signal.signal(signal.SIGTERM, lambda number, _frame: sys.exit(128 + number))
     try:
         started = time.perf_counter()
         content = read_params(PARAMS_FILE)
@@ -269,22 +246,14 @@ def execute(
         run = Run(stage, Path(os.environ.get("DVC_ROOT") or ".").resolve(), runtime)
         main(params, run)
         run.log(f"done in {time.perf_counter() - started:.1f} s")
-        for call in run.on_success:
-            call()
+        return
     except (ValueError, OSError) as error:
         if os.environ.get("CONTRADIFF_TRACEBACK") == "1":
             raise
-        _end(f"contradiff: {stage}: {error}", code=2)
+        text, code = str(error), 2
     except KeyboardInterrupt:
-        _end(f"contradiff: {stage}: interrupted", code=128 + signal.SIGINT)
-
-
-def _end(message: str, *, code: int) -> NoReturn:
+        text, code = "interrupted", 128 + signal.SIGINT
+    message = f"contradiff: {stage}: {text}"
     if is_new_message(message):
         print(message, file=sys.stderr)
     sys.exit(code)
-
-
-def _stop(signum: int, _frame: object) -> NoReturn:
-    """End as Python does after an interrupt, so that `finally` blocks run and contexts close."""
-    raise SystemExit(128 + signum)

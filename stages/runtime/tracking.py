@@ -18,8 +18,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pydantic import BaseModel
-
 from contradiff.files import hold_lock, replace_file, sha256_of
 
 if TYPE_CHECKING:
@@ -41,9 +39,6 @@ _SECONDS_BEFORE_RETRY = 60.0
 
 Point = tuple[str, float, int]
 """Name, value and step of a metric."""
-
-LogMetrics = Callable[[int, Mapping[str, float]], None]
-"""Logs the values of one training step."""
 
 
 @dataclass(frozen=True)
@@ -114,7 +109,7 @@ def connect(root: Path) -> Store:
             f"MLflow's store {uri} cannot be used; correct the variable MLFLOW_TRACKING_URI "
             f"(unset: mlflow.db in {root}): {error}"
         ) from error
-    return Store(client=client, uri=uri, root=root)
+    return Store(client, uri, root)
 
 
 def flatten(content: Mapping[str, Any], *, prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -134,46 +129,6 @@ def flatten_params(content: Mapping[str, Any]) -> dict[str, str]:
     }
 
 
-@contextmanager
-def training_run(
-    run: Run,
-    work_dir: Path,
-    params: Mapping[str, Any] | BaseModel,
-    *,
-    files_checkpoint: bool,
-) -> Generator[LogMetrics]:
-    """Yield a function that logs a training's metrics live to MLflow.
-
-    `work_dir` keeps the id of MLflow's run, so a resumed training goes on in the same one and logs
-    no step twice. If the training makes build/pretrain (`files_checkpoint`), the id is also filed
-    under the checkpoint's hash; the experiment's row then becomes the parent of MLflow's run.
-
-    Raises:
-        ValueError: MLflow's store cannot be used at the start. Later failures only cause warnings.
-    """
-    if not run.is_main:
-        yield lambda _step, _values: None
-        return
-    if isinstance(params, BaseModel):
-        params = params.model_dump(mode="json", by_alias=True)
-    store = connect(run.root)
-    try:
-        log = _begin(store, run=run, note=work_dir / "mlflow.json", params=params)
-    except Exception as error:  # each kind of store has its own errors
-        raise ValueError(f"MLflow's store {store.uri} cannot be written to: {error}") from error
-    status = "FAILED"
-    try:
-        yield log
-        status = "FINISHED"
-    except (KeyboardInterrupt, SystemExit):
-        status = "KILLED"
-        raise
-    finally:
-        log.end(status)
-    if files_checkpoint:
-        run.on_success.append(log.file_under_checkpoint)
-
-
 @dataclass
 class _TrainingLog:
     """Collects points and sends them in batches; what a store refuses waits for the next batch.
@@ -183,8 +138,8 @@ class _TrainingLog:
     """
 
     store: Store
-    run_id: str
     note: Path
+    run_id: str
     last_step: int = -1
     waiting: list[Point] = field(default_factory=list[Point])
     next_batch: float = 0.0
@@ -200,7 +155,7 @@ class _TrainingLog:
         try:
             self.store.log(self.run_id, points=self.waiting)
         except Exception as error:  # noqa: BLE001  # a training of a day must survive its record
-            _warn(f"MLflow: {len(self.waiting)} values wait to be logged: {error}")
+            _warn(f"{len(self.waiting)} values wait to be logged: {error}")
             self.next_batch = time.monotonic() + _SECONDS_BEFORE_RETRY
             return
         if self.waiting:
@@ -213,33 +168,55 @@ class _TrainingLog:
         with replace_file(self.note) as temporary:
             temporary.write_text(json.dumps(content), encoding="utf-8")
 
-    def end(self, status: str) -> None:
-        self.send()
+
+@contextmanager
+def training_run(
+    run: Run, work_dir: Path, params: Mapping[str, Any], *, files_checkpoint: bool
+) -> Generator[Callable[[int, Mapping[str, float]], None]]:
+    """Yield a function that logs the values of a training's step live to MLflow.
+
+    `work_dir` keeps the id of MLflow's run, so a resumed training goes on in the same one and logs
+    no step twice. If the block writes build/pretrain (`files_checkpoint`), the id is also filed
+    under the checkpoint's hash; the experiment's row then becomes the parent of MLflow's run.
+
+    Raises:
+        ValueError: MLflow's store cannot be used at the start. Later failures only cause warnings.
+    """
+    if not run.is_main:
+        yield lambda _step, _values: None
+        return
+    store, note = connect(run.root), work_dir / "mlflow.json"
+    try:
+        if known := read_note(note, store):
+            store.client.update_run(known["run_id"], status="RUNNING")
+            log = _TrainingLog(store, note, known["run_id"], known["last_step"])
+        else:
+            tags = {"world_size": os.environ.get("WORLD_SIZE", "1")}
+            with store.locked():
+                run_id = store.create_run("contradiff-train", run=run, params=params, **tags)
+            log = _TrainingLog(store, note, run_id)
+            log.remember(log.last_step)
+    except Exception as error:  # each kind of store has its own errors
+        raise ValueError(f"MLflow's store {store.uri} cannot be written to: {error}") from error
+    status = "FAILED"
+    try:
+        yield log
+        status = "FINISHED"
+    except (KeyboardInterrupt, SystemExit):
+        status = "KILLED"
+        raise
+    finally:
+        log.send()
         try:
-            self.store.client.set_terminated(self.run_id, status=status)
-        except Exception as error:  # noqa: BLE001  # as above
-            _warn(f"MLflow: the training's end could not be logged: {error}")
-
-    def file_under_checkpoint(self) -> None:
-        if CHECKPOINT.is_file():
-            self.note = _note_of_checkpoint(self.store.root)
-            self.remember(self.last_step)
+            store.client.set_terminated(log.run_id, status=status)
+        except Exception as error:  # noqa: BLE001  # as in `send`
+            _warn(f"the training's end could not be logged: {error}")
+    if files_checkpoint and CHECKPOINT.is_file():
+        log.note = note_of_checkpoint(run.root)
+        log.remember(log.last_step)
 
 
-def _begin(store: Store, *, run: Run, note: Path, params: Mapping[str, Any]) -> _TrainingLog:
-    """Take up the run that `note` names, or create one."""
-    if (known := _read_note(note, store)) is not None:
-        store.client.update_run(known["run_id"], status="RUNNING")
-        return _TrainingLog(store, known["run_id"], note, known["last_step"])
-    world_size = os.environ.get("WORLD_SIZE", "1")
-    with store.locked():
-        run_id = store.create_run("contradiff-train", run=run, params=params, world_size=world_size)
-    log = _TrainingLog(store, run_id, note)
-    log.remember(log.last_step)
-    return log
-
-
-def _read_note(note: Path, store: Store) -> dict[str, Any] | None:
+def read_note(note: Path, store: Store) -> dict[str, Any] | None:
     """Return what a note says of a run, if the run is in this store and not deleted."""
     from mlflow.exceptions import MlflowException
 
@@ -253,15 +230,10 @@ def _read_note(note: Path, store: Store) -> dict[str, Any] | None:
     return known if is_here and is_here.info.lifecycle_stage == "active" else None
 
 
-def _warn(message: str) -> None:
-    print(f"contradiff: warning: {message}", file=sys.stderr)
-
-
-def _note_of_checkpoint(root: Path) -> Path:
+def note_of_checkpoint(root: Path) -> Path:
+    """Return the path of the note that names the training of the checkpoint as it is now."""
     return root / ".work/runs" / f"{sha256_of(CHECKPOINT)}.json"
 
 
-def train_run_of_checkpoint(store: Store) -> str | None:
-    """Return the id of the training that wrote the checkpoint; None if this machine knows none."""
-    known = _read_note(_note_of_checkpoint(store.root), store)
-    return None if known is None else known["run_id"]
+def _warn(message: str) -> None:
+    print(f"contradiff: warning: MLflow: {message}", file=sys.stderr)

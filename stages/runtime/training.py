@@ -26,15 +26,8 @@ def follow_training(
 ) -> Generator[tuple[Path, OnStep]]:
     """Open a training's folder, MLflow run and progress bar; yield the folder and the callback.
 
-    Args:
-        run: of the stage.
-        params: to log; with `inputs` and `data_digest` they name the folder.
-        inputs: files and folders that decide the result.
-        data_digest: of the training split.
-        state_version: of what is saved in the folder.
-        num_steps: of the whole training.
-        prefix: of the metrics' names in MLflow.
-        files_checkpoint: see `training_run`.
+    `params`, `inputs` and the training split's `data_digest` decide the result, so they name the
+    folder. Names of metrics begin with `prefix`. `files_checkpoint` is that of `training_run`.
     """
     decisive = {**params, "train": data_digest}
     with (

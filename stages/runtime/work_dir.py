@@ -53,31 +53,18 @@ def revision(*, short: bool = False) -> str | None:
 def key_of(stage: str, *, params: Mapping[str, object] | BaseModel, inputs: Sequence[Path]) -> str:
     """Return 16 hexadecimal digits that change with everything that decides a stage's result.
 
-    Whole files are hashed, because latents of other crops have the same sizes.
-
-    Args:
-        stage: its name.
-        params: values or sections, in any order.
-        inputs: files and folders; their paths are relative to the working directory.
-
-    Raises:
-        FileNotFoundError: an input does not exist.
+    Whole files are hashed, because latents of other crops have the same sizes. An input that does
+    not exist raises FileNotFoundError.
     """
-    content = {
-        "stage": stage,
-        "params": params,
-        "inputs": {str(path): _hash_tree(path) for path in inputs},
-    }
-    text = json.dumps(content, sort_keys=True, default=_plain)
+    hashes: dict[str, dict[str, str]] = {}
+    for path in inputs:
+        files = sorted(f for f in path.rglob("*") if f.is_file()) if path.is_dir() else [path]
+        hashes[str(path)] = {str(file.relative_to(path)): sha256_of(file) for file in files}
+
+    def plain(value: object) -> object:
+        is_section = isinstance(value, BaseModel)
+        return value.model_dump(mode="json", by_alias=True) if is_section else str(value)
+
+    content = {"stage": stage, "params": params, "inputs": hashes}
+    text = json.dumps(content, sort_keys=True, default=plain)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-def _plain(value: object) -> object:
-    return (
-        value.model_dump(mode="json", by_alias=True) if isinstance(value, BaseModel) else str(value)
-    )
-
-
-def _hash_tree(path: Path) -> dict[str, str]:
-    files = sorted(f for f in path.rglob("*") if f.is_file()) if path.is_dir() else [path]
-    return {str(file.relative_to(path)): sha256_of(file) for file in files}

@@ -183,11 +183,8 @@ class TestRow:
     def test_training_is_its_child_while_it_is_there(
         self, results: Results, root: Path, client: "MlflowClient"
     ):
-        pretrain = run_of(root, "pretrain")
-        with training_run(pretrain, root, PARAMS, files_checkpoint=True) as log:
+        with training_run(run_of(root, "pretrain"), root, PARAMS, files_checkpoint=True) as log:
             log(0, {"loss": 2.0})
-        for call in pretrain.on_success:
-            call()
         run_id = upsert_row(run_of(root, "track"), **results)
         [training] = records(client, "contradiff-train")
         assert training.data.tags["mlflow.parentRunId"] == run_id
