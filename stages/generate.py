@@ -9,7 +9,6 @@ from stages.runtime.run import Run, execute
 
 import time
 from collections.abc import Iterator
-from operator import attrgetter
 from pathlib import Path
 
 from contradiff.base.loading import load_vae
@@ -40,68 +39,64 @@ class Params(Section):
 
 
 def main(params: Params, run: Run) -> None:
-    section, device, compression = params.generate, run.device, params.shard.compression
+    section, device = params.generate, run.device
     num_steps = section.num_inference_steps
-    scheduler = load_solver(BASE, solver=section.solver, num_inference_steps=num_steps)
+    solver = load_solver(BASE, solver=section.solver, num_inference_steps=num_steps)
     accelerator = run.accelerator()
     model = load_checkpoint(CHECKPOINT, base=BASE).to(device)
     vae = load_vae(BASE).to(device)  # pyright: ignore[reportArgumentType]
+    seed, size = params.seed, params.data.image_size
     conditioning = load_conditioning(
-        section.condition,
-        model,
-        images=CONDITIONS,
-        table=CLASSES,
-        checkpoint=CHECKPOINT,
-        seed=params.seed,
+        section.condition, model, images=CONDITIONS, table=CLASSES, checkpoint=CHECKPOINT, seed=seed
     )
     if section.precision == "bf16":
         cast_frozen_weights(model.unet)
     own_inputs = {"noise": [], "class": [CLASSES], "image": [CONDITIONS]}[section.condition]
     inputs, version = [BASE, CHECKPOINT, *own_inputs], map_shards.STATE_VERSION
     with run.work_dir(params, inputs, state_version=version) as work:
+        plan = samples.plan_samples(section.num_samples, params.shard)
         preview = LiveGrid(work / "preview.png")
 
         def images_of(indices: range) -> Iterator[ByteImages]:
             for images in generate(
                 model,
                 vae,
-                scheduler,
+                solver,
                 indices,
-                conditioning=conditioning,
+                conditioning,
                 params=section,
-                image_size=params.data.image_size,
-                seed=params.seed,
+                image_size=size,
+                seed=seed,
             ):
                 yield images
                 if run.is_main:
                     preview.add(images)
 
-        def make(planned: samples.PlannedSamples, tick: map_shards.Tick) -> map_shards.Made:
+        def make(name: str, tick: map_shards.Tick) -> map_shards.Made:
             records = samples.sample_records(
-                planned.indices, images_of(planned.indices), num_classes=conditioning.num_classes
+                plan[name], images_of(plan[name]), num_classes=conditioning.num_classes
             )
-            path = work / planned.name
-            return map_shards.Made(
-                (write_shard(path, records, compression=compression, on_progress=tick),)
+            written = write_shard(
+                work / name, records, compression=params.shard.compression, on_progress=tick
             )
+            return map_shards.Made((written,))
 
-        plan, name_of = samples.plan_samples(section.num_samples, params.shard), attrgetter("name")
-        missing = map_shards.missing_items(plan, work, name_of=name_of)
-        total = sum(len(item.indices) for item in missing)
+        missing = map_shards.missing_items(list(plan), work, name_of=str)
+        total = sum(len(plan[name]) for name in missing)
         if total < section.num_samples:
             run.log(f"resumed: {total} of {section.num_samples} images are still to be made")
         run.log(f"the newest images: {preview.path}")
         processes, started = run.processes(accelerator), time.perf_counter()
         with run.progress("sample", total) as advance:
             made = map_shards.map_shards(
-                plan, make, work, name_of=name_of, processes=processes, on_progress=advance
+                list(plan), make, work, name_of=str, processes=processes, on_progress=advance
             )
         rate = total / (time.perf_counter() - started)
         run.log(f"{total} images, {rate:.2f} a second, on {processes.size} process(es)")
         if run.is_main:
             with replace_dir(SAMPLES) as folder:
                 info = samples.describe_samples(
-                    section, seed=params.seed, checkpoint=CHECKPOINT, base=BASE
+                    section, seed=seed, checkpoint=CHECKPOINT, base=BASE
                 )
                 written = ((samples.SPLIT, item) for item in made)
                 map_shards.publish_shards(folder, work, written, info)

@@ -3,10 +3,9 @@
 chunks of encoded images => decoded and cropped in other processes => encoded in this one, in order
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from itertools import islice
-from pathlib import Path
 from typing import TYPE_CHECKING
 from zlib import crc32
 
@@ -18,11 +17,10 @@ from torch.utils.data import DataLoader, Dataset
 from contradiff.base import vae
 from contradiff.data import transforms
 from contradiff.data.latents import LatentsParams, StoredLatents
-from contradiff.data.png import paired_grid
 from contradiff.data.shard_info import ImageInfo, LatentInfo
 from contradiff.data.shards import Compression, Record, Sample, Shard, ShardIndex, shard_name
 from contradiff.data.transforms import Crop
-from contradiff.files import check_free_space, describe_bytes
+from contradiff.files import describe_bytes
 from contradiff.types import ByteImages, to_pixels
 
 if TYPE_CHECKING:
@@ -31,22 +29,8 @@ if TYPE_CHECKING:
 _TAR_BLOCK, _TAR_RECORD, _NPY_HEADER = 512, 10240, 128
 
 
-@dataclass(frozen=True)
-class PlannedLatents:
-    """A shard of latents to write, and the shard of images that it comes from."""
-
-    split: str
-    name: str
-    images: Shard
-
-
-def plan_latents(index: ShardIndex[ImageInfo], *, compression: Compression) -> list[PlannedLatents]:
-    """Plan one shard of latents for each shard of images, in order."""
-    return [
-        PlannedLatents(split, shard_name(split, number, compression), shard)
-        for split, shards in index.splits.items()
-        for number, shard in enumerate(shards)
-    ]
+Planned = dict[str, tuple[str, Shard]]
+"""Name of a shard of latents => its split, and the shard of images that it comes from."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +40,15 @@ class CutImages:
     keys: tuple[str, ...]
     crops: tuple[tuple[Crop, ...], ...]
     pixels: ByteImages
+
+
+def plan_latents(index: ShardIndex[ImageInfo], *, compression: Compression) -> Planned:
+    """Plan one shard of latents for each shard of images, in order."""
+    return {
+        shard_name(split, number, compression): (split, shard)
+        for split, shards in index.splits.items()
+        for number, shard in enumerate(shards)
+    }
 
 
 @dataclass(frozen=True)
@@ -118,12 +111,6 @@ class LatentEncoder:
         sample = sum(_TAR_BLOCK + _round_up(_NPY_HEADER + m, _TAR_BLOCK) for m in members)
         return _round_up(num_samples * sample + 2 * _TAR_BLOCK, _TAR_RECORD)
 
-    def check_room(self, folder: Path, planned: Sequence[PlannedLatents]) -> None:
-        """Check that the shards fit on the disk of `folder`; a ValueError says what is missing."""
-        num_bytes = sum(self.shard_bytes(item.split, item.images.num_samples) for item in planned)
-        ways_out = "lower latents.views or switch latents.flips off"
-        check_free_space(folder, num_bytes, ways_out=ways_out)
-
     def describe_size(self, index: ShardIndex[ImageInfo]) -> str:
         """Say in one line how much disk space the latents of each split need, and why."""
         total, lines = 0, list[str]()
@@ -140,21 +127,14 @@ class LatentEncoder:
 class Reconstruction:
     """Centre crops beside their decoded latents.
 
-    `std` is the scaled latents' standard deviation; the scaling factor should make it about 1.
+    `psnr` is the images' mean in dB; `std` is the scaled latents' standard deviation, which the
+    scaling factor should make about 1.
     """
 
     originals: ByteImages
     decoded: ByteImages
+    psnr: float
     std: float
-
-    @property
-    def psnr(self) -> float:
-        """Mean PSNR of the images in dB."""
-        return vae.psnr(self.originals, self.decoded).mean().item()
-
-    def figure(self) -> bytes:
-        """Draw a PNG with rows of images, each above the row of their reconstructions."""
-        return paired_grid(self.originals, self.decoded, columns=min(16, len(self.originals)))
 
 
 def reconstruct(
@@ -173,30 +153,17 @@ def reconstruct(
     moments = (torch.from_numpy(item.moments[:1]).to(encoder.vae.device) for item in stored)
     latents = [vae.mode(item, scaling_factor=info.scaling_factor) for item in moments]
     decoded = torch.cat([vae.decode_latents(encoder.vae, item).cpu() for item in latents])
-    found = Reconstruction(torch.stack(originals), decoded, torch.cat(latents).std().item())
-    floor = encoder.params.min_psnr
-    if not found.psnr >= floor:
+    psnr = vae.psnr(torch.stack(originals), decoded).mean().item()
+    std, floor = torch.cat(latents).std().item(), encoder.params.min_psnr
+    if not psnr >= floor:
         raise ValueError(
-            f"latents.min_psnr: decoded latents show their images at {found.psnr:.1f} dB where "
-            f"{floor:g} are asked for; their standard deviation is {found.std:.2f}, and should be "
+            f"latents.min_psnr: decoded latents show their images at {psnr:.1f} dB where "
+            f"{floor:g} are asked for; their standard deviation is {std:.2f}, and should be "
             "about 1. Either build/base has a wrong VAE or scaling factor, or its VAE was made for "
             "images of another kind or size (data.image_size). If the base can do no better, "
             "lower latents.min_psnr"
         )
-    return found
-
-
-def choose_crops(
-    image: Tensor, *, key: str, views: int, crop_scale_min: float, seed: int
-) -> list[Crop]:
-    """Choose the centre crop and `views - 1` random crops; only seed and key decide."""
-    height, width = image.shape[1:]
-    rng = np.random.default_rng([seed, crc32(key.encode())])
-    random = [
-        transforms.random_crop(rng, height, width, scale_min=crop_scale_min)
-        for _ in range(views - 1)
-    ]
-    return [transforms.centre_crop(height, width), *random]
+    return Reconstruction(torch.stack(originals), decoded, psnr, std)
 
 
 @dataclass(frozen=True)
@@ -217,14 +184,18 @@ class _Cutter(Dataset["CutImages | ValueError"]):
         return CutImages(tuple(sample.key for sample in samples), crops, torch.cat(pixels))
 
     def _cut(self, sample: Sample) -> tuple[tuple[Crop, ...], ByteImages]:
-        image, key = transforms.decode(sample.image, name=sample.key), sample.key
-        scale_min, seed = self.params.crop_scale_min, self.seed
-        crops = choose_crops(image, key=key, views=self.views, crop_scale_min=scale_min, seed=seed)
+        image = transforms.decode(sample.image, name=sample.key)
+        height, width = image.shape[1:]
+        seed = [self.seed, crc32(sample.key.encode())]
+        rng, crops = np.random.default_rng(seed), [transforms.centre_crop(height, width)]
+        for _ in range(self.views - 1):
+            scale_min = self.params.crop_scale_min
+            crops.append(transforms.random_crop(rng, height, width, scale_min=scale_min))
         cuts: list[Tensor] = []
         for view, crop in enumerate(crops):
-            rng = np.random.default_rng([seed, crc32(key.encode()), view])
             strength = self.params.colour_jitter if view > 0 else 0.0
             cut = transforms.apply_crop(image, crop, size=self.image_size)
+            rng = np.random.default_rng([*seed, view])
             cuts.append(transforms.jitter_colours(cut, rng, strength=strength))
         if self.flips:
             crops += [replace(crop, mirrored=not crop.mirrored) for crop in crops]

@@ -10,11 +10,7 @@ Result = TypeVar("Result")
 
 
 def map_ahead(
-    function: Callable[[Item], Result],
-    items: Iterable[Item],
-    *,
-    num_threads: int,
-    num_ahead: int,
+    function: Callable[[Item], Result], items: Iterable[Item], *, num_threads: int, num_ahead: int
 ) -> Iterator[Result]:
     """Yield what `map` yields, in the same order, while threads compute up to `num_ahead` results.
 

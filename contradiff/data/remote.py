@@ -89,17 +89,12 @@ def _resolve(url: str) -> tuple[Any, str]:
     options = {"headers": {"Accept-Encoding": "identity"}} if url.startswith("http") else {}
     try:
         return url_to_fs(url, **options)
-    except ImportError as error:
-        protocol = url.split("://", maxsplit=1)[0]
-        package = {"s3": "s3fs", "gs": "gcsfs", "gcs": "gcsfs"}.get(protocol)
-        remedy = f"`pip install {package}`" if package else "install it"
-        raise ValueError(
-            f"{url}: {protocol}:// needs a package that is not installed ({error}); {remedy}"
-        ) from error
-    except ValueError as error:
-        raise ValueError(
-            f"{url}: {error}; fsspec knows s3://, gs://, http://, https:// and others"
-        ) from error
+    except (ImportError, ValueError) as error:
+        remedy = "fsspec knows s3://, gs://, http://, https:// and others"
+        if isinstance(error, ImportError):
+            package = {"s3": "s3fs", "gs": "gcsfs", "gcs": "gcsfs"}.get(url.partition(":")[0])
+            remedy = f"`pip install {package}`" if package else "install the package it names"
+        raise ValueError(f"{url}: {error}; {remedy}") from error
 
 
 def _persist(action: Callable[[], T], url: str) -> T:

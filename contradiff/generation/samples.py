@@ -1,7 +1,6 @@
 """Shards of generated images, and the figure that shows the first of them."""
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
 
@@ -38,24 +37,15 @@ def describe_samples(
     return SampleInfo.model_validate(settings)
 
 
-@dataclass(frozen=True)
-class PlannedSamples:
-    """A shard to write; each of its images depends only on its own index."""
-
-    name: str
-    indices: range
-
-
-def plan_samples(num_samples: int, params: shards.ShardParams) -> list[PlannedSamples]:
-    """Divide the samples into shards, in order."""
+def plan_samples(num_samples: int, params: shards.ShardParams) -> dict[str, range]:
+    """Divide the samples into shards, in order: name of a shard => indices of its samples."""
     size = params.samples_per_shard
-    return [
-        PlannedSamples(
-            shards.shard_name(SPLIT, number, params.compression),
-            range(start, min(start + size, num_samples)),
+    return {
+        shards.shard_name(SPLIT, start // size, params.compression): range(
+            start, min(start + size, num_samples)
         )
-        for number, start in enumerate(range(0, num_samples, size))
-    ]
+        for start in range(0, num_samples, size)
+    }
 
 
 def sample_records(

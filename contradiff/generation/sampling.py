@@ -42,16 +42,12 @@ class GenerateParams(Section):
     precision: Precision = Field(description="of the UNet's passes; the VAE stays in fp32")
 
     @model_validator(mode="after")
-    def _noise_has_nothing_to_guide(self) -> "GenerateParams":
+    def _guidance_has_something_to_guide(self) -> "GenerateParams":
         if self.condition == "noise" and self.guidance != 1:
             raise ValueError(
                 f"generate.guidance is {self.guidance:g}, but generate.condition: noise is the "
                 "null condition itself, with nothing to guide; set generate.guidance to 1"
             )
-        return self
-
-    @model_validator(mode="after")
-    def _interval_is_of_some_guidance(self) -> "GenerateParams":
         low, high = self.guidance_interval
         if not 0 <= low < high <= 1:
             raise ValueError(
@@ -110,8 +106,8 @@ def generate(
     vae: "AutoencoderKL",
     scheduler: Scheduler,
     indices: range,
-    *,
     conditioning: Conditioning,
+    *,
     params: GenerateParams,
     image_size: int,
     seed: int,

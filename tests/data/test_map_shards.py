@@ -103,8 +103,7 @@ def test_processes_share_the_work_and_one_shows_the_progress_of_all(tmp_path: Pa
     told: list[list[int]] = [[] for _ in range(size)]
     (tmp_path / "done-1").write_text("1000")  # by an earlier run, which was killed
     made = in_threads(
-        size,
-        lambda own: makers[own.rank].map(processes=own, on_progress=told[own.rank].append),
+        size, lambda own: makers[own.rank].map(processes=own, on_progress=told[own.rank].append)
     )
     assert made == [Maker(tmp_path / "alone").map()] * size
     assert sorted(item for maker in makers for item in maker.asked) == ITEMS

@@ -10,7 +10,6 @@ from contradiff.base.loading import load_vae
 from contradiff.data.encoding import LatentEncoder, Reconstruction, reconstruct
 from contradiff.data.latents import LatentsParams
 from contradiff.data.shards import read_images, read_split
-from contradiff.data.transforms import decode
 
 
 @pytest.fixture
@@ -67,15 +66,3 @@ def test_another_scaling_factor_than_the_bases_shows(
     wrong = of_val(encoder, tiny_data)
     assert wrong.std == pytest.approx(2 * right.std)
     assert not wrong.decoded.equal(right.decoded)
-
-
-@pytest.mark.parametrize(("number", "columns"), [(3, 3), (16, 16), (20, 16)])
-def test_every_image_of_the_figure_stands_above_its_reconstruction(number: int, columns: int):
-    """Whole rows or not: image i is of grey level i, its reconstruction of level 255 - i."""
-    levels = torch.arange(number, dtype=torch.uint8)[:, None, None, None]
-    images = levels.expand(-1, 3, 64, 64)
-    figure = decode(Reconstruction(images, 255 - images, 1.0).figure(), name="figure")
-    seen = figure[0, 32::64, 32::64]
-    assert seen.shape == (2 * -(-number // columns), columns)
-    assert seen[::2].flatten()[:number].tolist() == list(range(number))
-    assert seen[1::2].flatten()[:number].tolist() == [255 - i for i in range(number)]

@@ -79,12 +79,7 @@ def test_centre_crop_is_the_largest_square_in_the_middle(height: int, width: int
         assert 0 <= after - start <= 1
 
 
-@given(
-    height=sides,
-    width=sides,
-    scale_min=st.floats(0.05, 1.0),
-    seed=st.integers(0, 2**32),
-)
+@given(height=sides, width=sides, scale_min=st.floats(0.05, 1.0), seed=st.integers(0, 2**32))
 def test_random_crop_lies_within_the_image(height: int, width: int, scale_min: float, seed: int):
     crop = random_crop(np.random.default_rng(seed), height, width, scale_min=scale_min)
     assert crop.top >= 0

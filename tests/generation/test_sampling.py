@@ -76,7 +76,7 @@ def sample_with(
         load_vae(base),
         load_solver(base, solver=params.solver, num_inference_steps=3),
         indices,
-        conditioning=conditioning,
+        conditioning,
         params=params,
         image_size=32,
         seed=seed,

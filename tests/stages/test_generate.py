@@ -74,12 +74,7 @@ def save_table(*, lora: bool) -> None:
     torch.nn.init.normal_(table.to_tokens.weight)
     params = ClassConditionParams(epochs=1, width=8, drop=0.1, batch_size=4, lr=0.01, lora=lora)
     save_class_table(
-        TABLE,
-        table,
-        checkpoint=Path("build/pretrain"),
-        num_classes=3,
-        num_steps=6,
-        params=params,
+        TABLE, table, checkpoint=Path("build/pretrain"), num_classes=3, num_steps=6, params=params
     )
 
 
