@@ -11,7 +11,7 @@ from pathlib import Path
 from contradiff.base.loading import load_vae
 from contradiff.config import Section, Seed
 from contradiff.data.params import DataParams
-from contradiff.downstream import transfer as few_shot
+from contradiff.downstream.transfer import TransferParams, TransferTask, transfer_metrics
 from contradiff.features.batches import encode_images
 from contradiff.features.cache import ModelFolders
 from contradiff.features.models import load_feature_model
@@ -28,7 +28,7 @@ class Params(Section):
     seed: Seed
     data: DataParams
     features: FeaturesParams
-    transfer: few_shot.TransferParams
+    transfer: TransferParams
 
 
 def main(params: Params, run: Run) -> None:
@@ -44,50 +44,32 @@ def main(params: Params, run: Run) -> None:
         encode = partial(encode_images, vae, image_size=size, device=device)
     images = TransferSet.reopen(MANIFEST, project=run.root)
     pool, judged = (images.split(name, image_size=size) for name in ("train", "test"))
-    splits = few_shot.draw_splits(pool.labels.tolist(), settings, seed=params.seed)
-    task = few_shot.TransferTask(pool, judged, splits)
+    task = TransferTask(pool, judged, encode, settings, features, params.seed, processes)
     total = len(judged.labels)
     with run.progress("features", (len(task.used) + total) // processes.size) as advance:
-        train, test = (
-            few_shot.features_of_rows(
-                model,
-                encode,
-                split,
-                rows,
-                batch_size=features.batch_size,
-                processes=processes,
-                on_progress=advance,
-            )
-            for split, rows in ((pool, task.used), (judged, range(total)))
-        )
+        train = task.compute_features(model, pool, task.used, advance)
+        test = task.compute_features(model, judged, range(total), advance)
     finetuned: list[float] = []
     if settings.finetune_epochs:
-        num_own = settings.finetune_epochs * len(splits) // processes.size
+        num_own = settings.finetune_epochs * len(task.splits) // processes.size
+        tuned = load_checkpoint(CHECKPOINT, base=BASE).to(device)
         with run.progress("fine-tune", num_own, "epoch") as advance:
-            finetuned = few_shot.finetune_splits(
-                task,
-                load_checkpoint(CHECKPOINT, base=BASE).to(device),
-                encode,
-                features=features,
-                params=settings,
-                seed=params.seed,
-                device=device,
-                processes=processes,
-                on_epoch=lambda _, row: advance(1, loss=f"{row['loss']:.3f}"),
+            finetuned = task.finetune(
+                tuned, device, lambda _, row: advance(1, loss=f"{row['loss']:.3f}")
             )
     if not run.is_main:
         return
-    scores = few_shot.score_splits(task, train, test, params=settings)
-    for top1, tuned in zip(scores, finetuned, strict=False):
-        top1["finetuned"] = tuned
-    described = few_shot.describe_splits(task, scores)
-    run.write_json(Path("build/transfer/splits.json"), {"splits": described})
-    by_shots = few_shot.transfer_metrics(splits, scores)
+    scores = task.score(train, test)
+    for top1, score in zip(scores, finetuned, strict=False):
+        top1["finetuned"] = score
+    run.write_json(Path("build/transfer/splits.json"), {"splits": task.describe(scores)})
+    by_shots = transfer_metrics(task.splits, scores)
     for shots, kinds in by_shots.items():
         shown = ", ".join(f"{name} {kinds[name]['mean']:.1%}" for name in scores[0])
         run.log(f"{shots} shots: top-1 {shown} on {total} test images")
-    headline = {"shots": splits[0].shots, "total": total, "source": images.source}
-    metrics = by_shots[str(splits[0].shots)] | headline | {"by_shots": by_shots}
+    shots = settings.shots[0]
+    facts = {"shots": shots, "total": total, "source": images.source, "by_shots": by_shots}
+    metrics = by_shots[str(shots)] | facts
     run.write_json(Path("metrics/transfer.json"), {"transfer": metrics})
 
 

@@ -30,9 +30,6 @@ from contradiff.types import ByteImages
 Shots: TypeAlias = int | Literal["full"]
 """Training images a class, or all that there are."""
 
-Encode: TypeAlias = Callable[[ByteImages, Int64[Tensor, " n"]], CleanBatch]
-"""Makes a batch of square images in memory and their classes, as the feature model sees them."""
-
 
 class TransferParams(SgdParams):
     """Few-shot classification of another data set; the SGD settings are of its probe."""
@@ -71,11 +68,35 @@ class FewShots:
 
 @dataclass(frozen=True)
 class TransferTask:
-    """A data set: its training pool and the splits of it, and the test images that judge each."""
+    """Splits of a data set's training pool, each of which is judged on all test images.
+
+    `encode` makes a batch of square images in memory, as the feature model sees them; `features`
+    are the main triple's and block's alone.
+    """
 
     pool: TransferSplit
     test: TransferSplit
-    splits: list[FewShots]
+    encode: Callable[[ByteImages, Int64[Tensor, " n"]], CleanBatch]
+    params: TransferParams
+    features: FeaturesParams
+    seed: int
+    processes: Processes
+
+    @cached_property
+    def splits(self) -> list[FewShots]:
+        """Draw splits for each number of shots: the i-th is `k_shot_split` with seed + i.
+
+        Splits are nested: of one seed, more shots contain fewer. "full" is one split, the whole
+        pool. ValueError if a class has too few images.
+        """
+        labels, drawn = self.pool.labels.tolist(), list[FewShots]()
+        for n in self.params.shots:
+            if n == "full":
+                drawn.append(FewShots(n, self.seed, list(range(len(labels)))))
+                continue
+            seeds = range(self.seed, self.seed + self.params.num_splits)
+            drawn += [FewShots(n, s, k_shot_split(labels, shots=n, seed=s)) for s in seeds]
+        return drawn
 
     @cached_property
     def used(self) -> list[int]:
@@ -86,58 +107,99 @@ class TransferTask:
         """Return where a split's rows stand among the used ones."""
         return torch.from_numpy(np.searchsorted(self.used, split.rows))
 
+    def batches(self, images: TransferSplit, rows: Sequence[int]) -> Iterator[CleanBatch]:
+        """Yield some images of the pool or the test set; an image's row seeds its noise."""
+        for start in range(0, len(rows), self.features.batch_size):
+            own = rows[start : start + self.features.batch_size]
+            pixels, labels = images.read(own), images.labels[list(own)]
+            batch = self.encode(torch.from_numpy(pixels), torch.from_numpy(labels))
+            yield replace(batch, indices=tuple(own), keys=tuple(images.keys[row] for row in own))
 
-def draw_splits(labels: Sequence[int], params: TransferParams, *, seed: int) -> list[FewShots]:
-    """Draw splits for each number of shots: the i-th is `k_shot_split` with seed + i.
+    def compute_features(
+        self,
+        model: FeatureModel,
+        images: TransferSplit,
+        rows: Sequence[int],
+        on_progress: Callable[[int], None] = lambda _: None,
+    ) -> LabelledFeatures:
+        """Compute features of some images, in order; each process does some and gets all.
 
-    Splits are nested: of one seed, more shots contain fewer. "full" is one split, the whole pool.
-    ValueError if a class has too few images.
-    """
-    splits, seeds = list[FewShots](), range(seed, seed + params.num_splits)
-    for n in params.shots:
-        if n == "full":
-            splits.append(FewShots(n, seed, list(range(len(labels)))))
-        else:
-            splits += [FewShots(n, s, k_shot_split(labels, shots=n, seed=s)) for s in seeds]
-    return splits
+        Processes share whole batches, as one process alone would form them: features do not depend
+        on the number of processes, not even in their last bit. `on_progress` is told the number of
+        images of each of this process's batches.
+        """
+        from accelerate.utils import gather_object
 
+        size, processes = self.features.batch_size, self.processes
+        starts = np.array_split(range(0, len(rows), size), processes.size)[processes.rank]
+        found: list[LabelledFeatures] = []
+        if len(starts):
+            batches = self.batches(images, rows[starts[0] : starts[-1] + size])
+            found = [compute_features(model, batches, on_progress=on_progress)]
+        return LabelledFeatures.joined(gather_object(found))
 
-def encode_rows(
-    encode: Encode, images: TransferSplit, rows: Sequence[int], batch_size: int
-) -> Iterator[CleanBatch]:
-    """Yield some of a split's images in batches. An image's noise is seeded by its row."""
-    for start in range(0, len(rows), batch_size):
-        own = rows[start : start + batch_size]
-        pixels, labels = images.read(own), images.labels[list(own)]
-        batch = encode(torch.from_numpy(pixels), torch.from_numpy(labels))
-        yield replace(batch, indices=tuple(own), keys=tuple(images.keys[row] for row in own))
+    def score(self, train: LabelledFeatures, test: LabelledFeatures) -> list[dict[str, float]]:
+        """Return each split's top-1 accuracy of "ridge" and "sgd", in [0, 1], on all test images.
 
+        `train` has the features of the used rows.
+        """
+        scores: list[dict[str, float]] = []
+        for split in self.splits:
+            own = train[self.places(split)]
+            [probe] = train_probes(
+                own.features,
+                own.labels,
+                num_classes=len(self.pool.class_names),
+                settings=[self.params.setting],
+                schedule=self.params.schedule,
+                seed=split.seed,
+                device=torch.device("cpu"),
+            )
+            ridge = ridge_top1(own, test, ridge=self.params.ridge)
+            sgd = evaluate(probe, test.features, test.labels).top1
+            scores.append({"ridge": ridge, "sgd": sgd})
+        return scores
 
-def features_of_rows(
-    model: FeatureModel,
-    encode: Encode,
-    images: TransferSplit,
-    rows: Sequence[int],
-    *,
-    batch_size: int,
-    processes: Processes,
-    on_progress: Callable[[int], None] = lambda _: None,
-) -> LabelledFeatures:
-    """Compute features of some rows of a split, in order; each process does some and gets all.
+    def finetune(self, model: ContraDiff, device: torch.device, on_epoch: OnEpoch) -> list[float]:
+        """Fine-tune a copy of the model on each split, and return each split's top-1 accuracy.
 
-    Processes share whole batches, as one process alone would form them: features do not depend on
-    the number of processes, not even in their last bit. `on_progress` is told the number of images
-    of each of this process's batches.
-    """
-    from accelerate.utils import gather_object
+        Each of n processes tunes every n-th split. ValueError if a loss is not finite.
+        """
+        from accelerate.utils import gather_object
 
-    starts = np.array_split(range(0, len(rows), batch_size), processes.size)[processes.rank]
-    found: list[LabelledFeatures] = []
-    if len(starts):
-        own = rows[starts[0] : starts[-1] + batch_size]
-        batches = encode_rows(encode, images, own, batch_size)
-        found = [compute_features(model, batches, on_progress=on_progress)]
-    return LabelledFeatures.joined(gather_object(found))
+        train = EncodedImages.of(self.batches(self.pool, self.used))
+        test = EncodedImages.of(self.batches(self.test, range(len(self.test.labels))))
+        done: list[tuple[int, float]] = []
+        for number in range(self.processes.rank, len(self.splits), self.processes.size):
+            split = self.splits[number]
+            with weights_kept(model):
+                classifier = finetune(
+                    model,
+                    train[self.places(split)],
+                    num_classes=len(self.pool.class_names),
+                    features=self.features,
+                    epochs=self.params.finetune_epochs,
+                    lr=self.params.finetune_lr,
+                    weight_decay=self.params.finetune_weight_decay,
+                    batch_size=self.params.finetune_batch_size,
+                    seed=split.seed,
+                    device=device,
+                    on_epoch=on_epoch,
+                )
+                top1 = finetuned_top1(
+                    model, classifier, test, features=self.features, seed=self.seed, device=device
+                )
+            done.append((number, top1))
+        return [top1 for _, top1 in sorted(gather_object(done))]
+
+    def describe(self, scores: Sequence[Mapping[str, float]]) -> dict[str, list[dict[str, Any]]]:
+        """Return, by number of shots, what build/transfer/splits.json holds of each split."""
+        shown: dict[str, list[dict[str, Any]]] = {}
+        for split, top1 in zip(self.splits, scores, strict=True):
+            keys = [self.pool.keys[row] for row in split.rows]
+            row = {"seed": split.seed, "indices": split.rows, "keys": keys, "top1": dict(top1)}
+            shown.setdefault(str(split.shots), []).append(row)
+        return shown
 
 
 def ridge_top1(train: LabelledFeatures, test: LabelledFeatures, *, ridge: float) -> float:
@@ -156,77 +218,6 @@ def ridge_top1(train: LabelledFeatures, test: LabelledFeatures, *, ridge: float)
     return float(classifier.score(test.features.double().numpy(), test.labels.numpy()))
 
 
-def score_splits(
-    task: TransferTask, train: LabelledFeatures, test: LabelledFeatures, *, params: TransferParams
-) -> list[dict[str, float]]:
-    """Return each split's top-1 accuracy of "ridge" and "sgd", in [0, 1], on the whole test set.
-
-    `train` has the features of the task's used rows.
-    """
-    scores: list[dict[str, float]] = []
-    for split in task.splits:
-        own = train[task.places(split)]
-        [probe] = train_probes(
-            own.features,
-            own.labels,
-            num_classes=len(task.pool.class_names),
-            settings=[params.setting],
-            schedule=params.schedule,
-            seed=split.seed,
-            device=torch.device("cpu"),
-        )
-        sgd = evaluate(probe, test.features, test.labels).top1
-        scores.append({"ridge": ridge_top1(own, test, ridge=params.ridge), "sgd": sgd})
-    return scores
-
-
-def finetune_splits(
-    task: TransferTask,
-    model: ContraDiff,
-    encode: Encode,
-    *,
-    features: FeaturesParams,
-    params: TransferParams,
-    seed: int,
-    device: torch.device,
-    processes: Processes,
-    on_epoch: OnEpoch,
-) -> list[float]:
-    """Fine-tune a copy of the model on each split, and return each split's top-1 accuracy.
-
-    Each of n processes tunes every n-th split. `seed` is of the test images' noise. ValueError if a
-    loss is not finite.
-    """
-    from accelerate.utils import gather_object
-
-    train, test = (
-        EncodedImages.of(encode_rows(encode, images, rows, features.batch_size))
-        for images, rows in ((task.pool, task.used), (task.test, range(len(task.test.labels))))
-    )
-    done: list[tuple[int, float]] = []
-    for number in range(processes.rank, len(task.splits), processes.size):
-        split = task.splits[number]
-        with weights_kept(model):
-            classifier = finetune(
-                model,
-                train[task.places(split)],
-                num_classes=len(task.pool.class_names),
-                features=features,
-                epochs=params.finetune_epochs,
-                lr=params.finetune_lr,
-                weight_decay=params.finetune_weight_decay,
-                batch_size=params.finetune_batch_size,
-                seed=split.seed,
-                device=device,
-                on_epoch=on_epoch,
-            )
-            top1 = finetuned_top1(
-                model, classifier, test, features=features, seed=seed, device=device
-            )
-        done.append((number, top1))
-    return [top1 for _, top1 in sorted(gather_object(done))]
-
-
 def transfer_metrics(
     splits: Sequence[FewShots], scores: Sequence[Mapping[str, float]]
 ) -> dict[str, dict[str, Any]]:
@@ -243,15 +234,3 @@ def transfer_metrics(
             std = statistics.stdev(top1) if len(top1) > 1 else None
             by_shots[str(shots)][name] = {"mean": statistics.fmean(top1), "std": std}
     return by_shots
-
-
-def describe_splits(
-    task: TransferTask, scores: Sequence[Mapping[str, float]]
-) -> dict[str, list[dict[str, Any]]]:
-    """Return, by number of shots, what build/transfer/splits.json holds of each split."""
-    shown: dict[str, list[dict[str, Any]]] = {}
-    for split, top1 in zip(task.splits, scores, strict=True):
-        keys = [task.pool.keys[row] for row in split.rows]
-        row = {"seed": split.seed, "indices": split.rows, "keys": keys, "top1": dict(top1)}
-        shown.setdefault(str(split.shots), []).append(row)
-    return shown

@@ -27,9 +27,6 @@ from contradiff.types import ByteImages, Latents, Pixels, to_pixels
 if TYPE_CHECKING:
     from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 
-BATCHES_AHEAD = 2
-"""Batches whose images threads decode while one batch is computed."""
-
 Item = TypeVar("Item")
 _Row: TypeAlias = tuple[str, int, Tensor, Tensor]  # key, label, clean latent, pixels as bytes
 
@@ -95,7 +92,7 @@ class StoredImages:
         self, split: str, number: int, make: Callable[[Item], _Row], items: Iterable[Item]
     ) -> Iterator[CleanBatch]:
         first_index = sum(self.num_samples(split, earlier) for earlier in range(number))
-        num_ahead = BATCHES_AHEAD * self.batch_size
+        num_ahead = 2 * self.batch_size  # decoded while one batch is computed
         rows = map_ahead(make, items, num_threads=self.num_threads, num_ahead=num_ahead)
         yield from _batched(rows, first_index=first_index, batch_size=self.batch_size)
 

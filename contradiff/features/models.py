@@ -62,8 +62,18 @@ class DiffusionFeatures:
     def __call__(self, batch: CleanBatch) -> dict[str, Tensor]:
         """Compute features (batch, width) of each column, float32 or the autocast's type."""
         found: dict[str, Tensor] = {}
+        conditioner = self.model.conditioner
         with autocast(self.device, self.params.precision):
-            tokens = self._tokens(batch)
+            if self.params.model != "contradiff":  # zero tokens
+                width = self.model.unet.config["cross_attention_dim"]
+                tokens = torch.zeros(len(batch.labels), 1, width, device=self.device)
+            else:
+                shown = (
+                    conditioner.choose(pixels=batch.pixels, latents=batch.latents)
+                    if self.params.condition == "image"
+                    else image_noise(conditioner.shape, batch.indices, seed=self.seed + 1)
+                )
+                tokens = self.model.encode_condition(shown.to(self.device))
             for triple in self.params.triples:
                 maps = self._maps(batch, tokens, triple)
                 if self.keep_maps:
@@ -75,18 +85,6 @@ class DiffusionFeatures:
                     else:
                         found[column.name] = own.float().mean(dim=(3, 4)).flatten(1)
         return found
-
-    def _tokens(self, batch: CleanBatch) -> Tokens:
-        """Return the image's own tokens, or those of noise; zeros for the base alone."""
-        if self.params.model != "contradiff":
-            width = self.model.unet.config["cross_attention_dim"]
-            return torch.zeros(len(batch.labels), 1, width, device=self.device)
-        conditioner = self.model.conditioner
-        if self.params.condition == "image":
-            conditions = conditioner.choose(pixels=batch.pixels, latents=batch.latents)
-        else:
-            conditions = image_noise(conditioner.shape, batch.indices, seed=self.seed + 1)
-        return self.model.encode_condition(conditions.to(self.device))
 
     def _maps(
         self, batch: CleanBatch, tokens: Tokens, timesteps: Sequence[int]
@@ -154,9 +152,7 @@ def load_feature_model(
         h = compute_features(model, batches).features  # (num_images, width)
     """
     if params.model == "timm":
-        assert params.timm_name is not None
-        weights = None if params.timm_weights is None else models.root / params.timm_weights
-        return TimmFeatures(params.timm_name, weights, params.precision, device)
+        return TimmFeatures(params, models.root, device)
     model = load_checkpoint(models.checkpoint, base=models.base)
     assert max(map(max, params.triples)) < model.schedule.num_train_timesteps, "rules.py says so"
     blocks = [*params.more_blocks, *(["up.1"] if params.model == "diffeed" else [])]

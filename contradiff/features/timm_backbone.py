@@ -10,24 +10,23 @@ from jaxtyping import Int64
 from torch import Tensor, nn
 
 from contradiff.features.batches import CleanBatch, StoredImages, central_crop, resized_batch
-from contradiff.features.params import FeatureSpec
+from contradiff.features.params import FeaturesParams, FeatureSpec
 from contradiff.types import ByteImages
 
 
 class TimmFeatures:
     """A timm backbone without its classifier, and its own input size, crop, mean and deviation."""
 
-    def __init__(
-        self, name: str, weights: Path | None, precision: str, device: torch.device
-    ) -> None:
-        """Build the backbone; `weights` is a .safetensors file, or None: fetch them from the hub.
+    def __init__(self, params: FeaturesParams, root: Path, device: torch.device) -> None:
+        """Build the backbone that `params` names; its weights' path is relative to `root`.
 
-        A ValueError says that timm knows no such model, or that the weights are not to be had or do
-        not fit.
+        A ValueError says that timm knows no such model, or that its weights are missing or do not
+        fit.
         """
         import timm
         from timm.data.config import resolve_model_data_config
 
+        name, weights = params.timm_name or "", params.timm_weights
         if not timm.is_model(name):
             raise ValueError(f"features.timm_name: timm {timm.__version__} knows no {name!r}")
         try:
@@ -38,7 +37,7 @@ class TimmFeatures:
                 "a network set features.timm_weights to a local .safetensors file"
             ) from error
         if weights is not None:
-            load_weights(model, weights)
+            load_weights(model, root / weights)
         config: dict[str, Any] = resolve_model_data_config(model)
         self.size: int = config["input_size"][-1]
         self.crop_fraction: float = config["crop_pct"]
@@ -46,7 +45,7 @@ class TimmFeatures:
         self._mean = torch.tensor(config["mean"], device=device).view(3, 1, 1)
         self._std = torch.tensor(config["std"], device=device).view(3, 1, 1)
         self._model = model.requires_grad_(requires_grad=False).eval().to(device)
-        self._is_bf16, self._device = precision == "bf16", device
+        self._is_bf16, self._device = params.precision == "bf16", device
         self.columns = (FeatureSpec(f"timm:{name}", None, None, "mean"),)
 
     def fingerprint(self) -> str:

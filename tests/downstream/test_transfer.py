@@ -17,10 +17,7 @@ from contradiff.downstream.transfer import (
     FewShots,
     TransferParams,
     TransferTask,
-    draw_splits,
-    features_of_rows,
     ridge_top1,
-    score_splits,
     transfer_metrics,
 )
 from contradiff.features.batches import CleanBatch, resized_batch
@@ -29,30 +26,13 @@ from contradiff.features.params import FeatureSpec
 from contradiff.features.timm_backbone import TimmFeatures
 from contradiff.sources.transfer_set import TransferSplit
 from contradiff.types import to_pixels
+from tests.settings import TINY, features_params
 
-PARAMS = {
-    "shots": [25],
-    "num_splits": 3,
-    "ridge": 1.0,
-    "lr": 0.01,
-    "momentum": 0.9,
-    "weight_decay": 0.0,
-    "batch_size": 64,
-    "epochs": 50,
-    "warmup_epochs": 5,
-    "finetune_epochs": 0,
-    "finetune_lr": 0.001,
-    "finetune_weight_decay": 0.05,
-    "finetune_batch_size": 64,
-}
+PARAMS = TINY["transfer"] | {"shots": [25], "num_splits": 3, "ridge": 1.0, "finetune_epochs": 0}
 
 
 def params_of(**changes: object) -> TransferParams:
     return TransferParams.model_validate(PARAMS | changes)
-
-
-def labelled(features: Tensor, labels: Tensor) -> LabelledFeatures:
-    return LabelledFeatures(features, labels, tuple(map(str, range(len(labels)))))
 
 
 def samples(num_samples: int, *, dim: int, num_classes: int, seed: int) -> LabelledFeatures:
@@ -62,13 +42,24 @@ def samples(num_samples: int, *, dim: int, num_classes: int, seed: int) -> Label
     labels = torch.arange(num_samples) % num_classes
     features = centres[labels] + 1.5 * torch.randn(num_samples, dim, generator=generator)
     scale = torch.logspace(-2, 2, dim)
-    return labelled(features * scale - 2 * scale, labels)
+    keys = tuple(map(str, range(num_samples)))
+    return LabelledFeatures(features * scale - 2 * scale, labels, keys)
 
 
 def split_of(labels: Sequence[int]) -> TransferSplit:
     images = np.random.default_rng(0).integers(0, 256, (len(labels), 3, 32, 32), dtype=np.uint8)
     keys = tuple(f"image-{row}" for row in range(len(labels)))
     return TransferSplit(np.array(labels), keys, ("a", "b", "c", "d"), lambda rows: images[rows])
+
+
+def task_of(
+    labels: Sequence[int], *, processes: Processes | None = None, **changes: object
+) -> TransferTask:
+    """A task whose "encoder" shows the images as they are, in batches of three."""
+    encode = partial(resized_batch, crop=Crop(0, 0, 32, 32, mirrored=False), size=32)
+    features, processes = features_params(batch_size=3), processes or Processes()
+    params = params_of(**changes)
+    return TransferTask(split_of(labels), split_of([0]), encode, params, features, 7, processes)
 
 
 @pytest.mark.parametrize(("num_samples", "dim"), [(60, 10), (20, 50)])
@@ -88,21 +79,20 @@ def test_ridge_equals_the_normal_equations(num_samples: int, dim: int, penalty: 
 def test_splits_of_several_shots_are_nested():
     labels = [index % 5 for index in range(200)]
     shots = [25, 1, 5, 10, "full"]
-    splits = draw_splits(labels, params_of(shots=shots), seed=7)
+    splits = task_of(labels, shots=shots).splits
     assert [(split.shots, split.seed) for split in splits] == [
         *((number, seed) for number in shots[:-1] for seed in (7, 8, 9)),
         ("full", 7),
     ]
     rows = {(split.shots, split.seed): split.rows for split in splits}
     assert rows["full", 7] == list(range(200))
-    assert draw_splits(labels, params_of(), seed=8)[0].rows == rows[25, 8]
     for fewer, more in ((1, 5), (5, 10), (10, 25)):
         for seed in (7, 8, 9):
             assert len(rows[fewer, seed]) == 5 * fewer
             assert set(rows[fewer, seed]) < set(rows[more, seed])
-    few = TransferTask(split_of(labels), split_of([0]), splits[:9])
     # fewer shots ask for no further features: the headline's noise and score stay as they are
-    assert few.used == TransferTask(few.pool, few.test, splits[:3]).used
+    few = task_of(labels, shots=[25, 1, 5])
+    assert few.used == task_of(labels, shots=[25]).used
     for split in few.splits:
         assert [few.used[place] for place in few.places(split)] == split.rows
 
@@ -119,45 +109,38 @@ class MeanColour(TimmFeatures):
         return {"mean": batch.pixels.mean(dim=(2, 3))}
 
 
-@pytest.mark.parametrize("num_processes", [1, 2, 3, 5])
+@pytest.mark.parametrize("num_processes", [1, 2, 5])
 def test_processes_share_whole_batches(num_processes: int):
-    split, rows = split_of([number % 3 for number in range(11)]), [10, 0, 3, 4, 5, 6, 9, 1]
-    pixels = to_pixels(torch.from_numpy(split.read(rows)))
-    crop = Crop(0, 0, 32, 32, mirrored=False)
-    encode = partial(resized_batch, crop=crop, size=32)
+    rows = [10, 0, 3, 4, 5, 6, 9, 1]
     found, shown = [], []
-    for rank in range(num_processes):
-        if rank >= 3:
-            continue  # alone, a process without a batch has nothing to join
-        model, processes = MeanColour(), Processes(rank, num_processes)
-        found.append(
-            features_of_rows(model, encode, split, rows, batch_size=3, processes=processes)
-        )
+    for rank in range(min(num_processes, 3)):  # alone, one without a batch has nothing to join
+        model = MeanColour()
+        task = task_of([n % 3 for n in range(11)], processes=Processes(rank, num_processes))
+        found.append(task.compute_features(model, task.pool, rows))
         shown += model.shown
     assert shown == [(10, 0, 3), (4, 5, 6), (9, 1)]  # rows of the split, which seed the noise
     whole = LabelledFeatures.joined(found)
     assert whole.keys == tuple(f"image-{row}" for row in rows)
     assert whole.labels.tolist() == [row % 3 for row in rows]
+    pixels = to_pixels(torch.from_numpy(task.pool.read(rows)))
     torch.testing.assert_close(whole.features, pixels.mean(dim=(2, 3)))
 
 
 def test_each_split_is_scored_on_the_whole_test_set():
     pool = samples(400, dim=12, num_classes=4, seed=0)
     test = samples(301, dim=12, num_classes=4, seed=1)
-    params = params_of(shots=[10], batch_size=16, epochs=20, warmup_epochs=1.0)
-    labels = pool.labels.tolist()
-    splits = draw_splits(labels, params, seed=5)
-    task = TransferTask(split_of(labels), split_of(test.labels.tolist()), splits)
-    scores = score_splits(task, pool[torch.tensor(task.used)], test, params=params)
-    for split, score in zip(splits, scores, strict=True):
+    sgd = {"lr": 0.01, "batch_size": 16, "epochs": 20, "warmup_epochs": 1.0}
+    task = task_of(pool.labels.tolist(), shots=[10], **sgd)
+    scores = task.score(pool[torch.tensor(task.used)], test)
+    for split, score in zip(task.splits, scores, strict=True):
         own = pool[torch.tensor(split.rows)]
         assert score["ridge"] == ridge_top1(own, test, ridge=1.0) > 0.5
         [probe] = train_probes(
             own.features,
             own.labels,
             num_classes=4,
-            settings=[params.setting],
-            schedule=params.schedule,
+            settings=[task.params.setting],
+            schedule=task.params.schedule,
             seed=split.seed,
             device=torch.device("cpu"),
         )

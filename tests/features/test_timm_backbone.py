@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from contradiff.data.shards import read_images
 from contradiff.features.batches import StoredImages
 from contradiff.features.timm_backbone import TimmFeatures
+from tests.settings import features_params
 
 NAME = "test_vit"
 CPU = torch.device("cpu")
@@ -28,8 +29,11 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def load(weights: Path) -> TimmFeatures:
-    return TimmFeatures(NAME, weights=weights, precision="fp32", device=CPU)
+def load(weights: Path | None, name: str = NAME) -> TimmFeatures:
+    local = None if weights is None else str(weights)
+    settings = {"model": "timm", "pool": "mean", "timm_name": name, "timm_weights": local}
+    params = features_params(timm_pretrained=weights is None, **settings)
+    return TimmFeatures(params, Path(), CPU)
 
 
 def test_features_are_timms_own(weights: Path, tiny_data: Path):
@@ -62,7 +66,7 @@ def test_features_are_timms_own(weights: Path, tiny_data: Path):
 
 def test_faults_are_named(weights: Path, tmp_path: Path):
     with pytest.raises(ValueError, match=r"^features\.timm_name: timm .* knows no 'vit_nano'"):
-        TimmFeatures("vit_nano", weights=weights, precision="fp32", device=CPU)
+        load(weights, "vit_nano")
     with pytest.raises(ValueError, match=r"^features\.timm_weights: .*nowhere: no such file"):
         load(tmp_path / "nowhere")
     (tmp_path / "w.safetensors").write_bytes(b"no weights")
@@ -72,4 +76,4 @@ def test_faults_are_named(weights: Path, tmp_path: Path):
     with pytest.raises(ValueError, match=r"^features\.timm_weights: .*does not fit"):
         load(tmp_path / "w.safetensors")
     with pytest.raises(ValueError, match=r"^features\.timm_pretrained: .*could not be"):
-        TimmFeatures("resnet10t.c3_in1k", weights=None, precision="fp32", device=CPU)
+        load(None, "resnet10t.c3_in1k")

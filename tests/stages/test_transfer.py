@@ -18,6 +18,7 @@ from ruamel.yaml import YAML
 from safetensors.torch import save_file
 
 from contradiff.config import parse, read_params
+from contradiff.downstream.transfer import TransferTask
 from contradiff.features.models import LabelledFeatures
 from contradiff.files import sha256_of
 from contradiff.sources.transfer_set import TransferSet
@@ -27,29 +28,11 @@ from tests.settings import TINY
 ROOT = Path(__file__).resolve().parents[2]
 CONTENT: dict[str, Any] = {
     "seed": 3,
-    "data": {
-        "source": "imagefolder",
-        "root": "data/raw/none",
-        "image_size": 32,
-        "num_train": None,
-        "num_val": None,
-    },
+    "data": TINY["data"] | {"image_size": 32},
     "features": TINY["features"] | {"batch_size": 4},
-    "transfer": {
-        "shots": [2, 1, "full"],
-        "num_splits": 2,
-        "ridge": 1.0,
-        "lr": 0.01,
-        "momentum": 0.9,
-        "weight_decay": 0.0,
-        "batch_size": 4,
-        "epochs": 2,
-        "warmup_epochs": 0,
-        "finetune_epochs": 1,
-        "finetune_lr": 0.001,
-        "finetune_weight_decay": 0.05,
-        "finetune_batch_size": 4,
-    },
+    "transfer": TINY["transfer"]
+    | {"shots": [2, 1, "full"], "num_splits": 2, "batch_size": 4, "epochs": 2, "warmup_epochs": 0}
+    | {"finetune_epochs": 1, "finetune_batch_size": 4},
 }
 
 
@@ -118,13 +101,13 @@ def test_several_shots_frozen_and_finetuned(project: Run):
 def seen(monkeypatch: pytest.MonkeyPatch) -> list[LabelledFeatures]:
     """Every set of features that the stage computes."""
     found: list[LabelledFeatures] = []
-    compute = transfer.few_shot.features_of_rows
+    compute = TransferTask.compute_features
 
-    def note(*args: Any, **settings: Any) -> LabelledFeatures:
-        found.append(compute(*args, **settings))
+    def note(*args: Any) -> LabelledFeatures:
+        found.append(compute(*args))
         return found[-1]
 
-    monkeypatch.setattr(transfer.few_shot, "features_of_rows", note)
+    monkeypatch.setattr(TransferTask, "compute_features", note)
     return found
 
 
@@ -157,12 +140,8 @@ def test_timm_sees_its_own_size_and_no_vae(
     model = timm.create_model("test_vit", num_classes=0).eval()
     save_file(model.state_dict(), "w.safetensors")
     monkeypatch.setattr(transfer, "load_vae", lambda _: pytest.fail("a VAE for pixels"))
-    features = {
-        "model": "timm",
-        "pool": "mean",
-        "timm_name": "test_vit",
-        "timm_weights": "w.safetensors",
-    }
+    weights = {"timm_name": "test_vit", "timm_weights": "w.safetensors"}
+    features = {"model": "timm", "pool": "mean"} | weights
     call(project, features=features, shots=["full"], finetune_epochs=0)
     config = timm.data.resolve_model_data_config(model) | {"interpolation": "bicubic"}
     look = timm.data.create_transform(**config, is_training=False)
