@@ -11,15 +11,10 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 from torch.utils.data import ConcatDataset
 
-from contradiff.downstream.probe import (
-    TABLE_2,
-    AttentiveProbe,
-    LinearProbe,
-    ProbeParams,
-    evaluate,
-    train_probes,
-)
+from contradiff.downstream.probe import TABLE_2, LinearProbe, ProbeParams, evaluate, train_probes
 from contradiff.training.optim import SgdSchedule, SgdSetting
+from tests.clusters import clusters
+from tests.settings import TINY
 
 CPU = torch.device("cpu")
 SETTING = SgdSetting(lr=0.01, momentum=0.9, weight_decay=0.0)
@@ -32,30 +27,8 @@ SETTINGS = [
 ]
 SHORT = SgdSchedule(batch_size=16, epochs=6, warmup_epochs=1.0)
 SHARED = {"num_classes": 4, "schedule": SHORT, "seed": 3, "device": CPU}
-PARAMS = {
-    "split": "val",
-    "head": "linear",
-    "lrs": [0.3, 0.1],
-    "weight_decays": [0.001],
-    "lr": 0.1,
-    "momentum": 0.9,
-    "weight_decay": 0.0,
-    "batch_size": 256,
-    "epochs": 50,
-    "warmup_epochs": 5,
-}
-
-
-def clusters(
-    num_samples: int, *, dim: int, num_classes: int, spread: float, seed: int
-) -> tuple[Tensor, Tensor]:
-    """Gaussian clusters, each feature at a scale and offset of its own."""
-    centres = torch.randn(num_classes, dim, generator=torch.Generator().manual_seed(99))
-    generator = torch.Generator().manual_seed(seed)
-    labels = torch.randint(num_classes, (num_samples,), generator=generator)
-    noise = torch.randn(num_samples, dim, generator=generator)
-    scale = torch.logspace(-2, 2, dim)
-    return (centres[labels] + spread * noise) * scale + 3 * scale, labels
+PARAMS = TINY["probe"] | {"split": "val", "head": "linear", "lr": 0.1, "weight_decay": 0.0}
+PARAMS |= {"lrs": [0.3, 0.1], "weight_decays": [0.001], "momentum": 0.9}
 
 
 def train_one(
@@ -74,34 +47,25 @@ def train_one(
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_separable_features_are_learnt_whatever_their_scale(dtype: torch.dtype):
-    features, labels = clusters(1000, dim=32, num_classes=10, spread=0.3, seed=0)
-    test_features, test_labels = clusters(500, dim=32, num_classes=10, spread=0.3, seed=1)
-    probe = train_one(features.to(dtype), labels, num_classes=10)
-    assert probe.linear.weight.dtype == torch.float32
-    result = evaluate(probe, test_features.to(dtype), test_labels)
-    assert result.top5 >= result.top1 > 0.99
-    assert result.total == 500
-    assert result.interval[0] < result.top1 <= result.interval[1]
-
-
-def test_as_good_as_logistic_regression():
+def test_as_good_as_logistic_regression_whatever_the_features_scale(dtype: torch.dtype):
     from sklearn.linear_model import LogisticRegression
     from sklearn.preprocessing import StandardScaler
 
-    features, labels = clusters(2000, dim=16, num_classes=6, spread=1.2, seed=0)
+    features, labels = clusters(2000, dim=16, num_classes=6, spread=1.2)
     test_features, test_labels = clusters(2000, dim=16, num_classes=6, spread=1.2, seed=1)
     scaler = StandardScaler().fit(features.numpy())
     peer = LogisticRegression(max_iter=300).fit(scaler.transform(features.numpy()), labels.numpy())
     expected = peer.score(scaler.transform(test_features.numpy()), test_labels.numpy())
-    probe = train_one(features, labels, num_classes=6)
+    probe = train_one(features.to(dtype), labels, num_classes=6)
     assert 0.7 < expected < 0.98  # neither trivial nor hopeless
-    assert evaluate(probe, test_features, test_labels).top1 == pytest.approx(expected, abs=0.015)
+    result = evaluate(probe, test_features.to(dtype), test_labels)
+    assert result.top1 == pytest.approx(expected, abs=0.015)
+    assert result.interval[0] < result.top1 < result.interval[1] < result.top5
 
 
 def test_equals_a_transcription_with_torch_optim():
     """Table 2's recipe written out with nn.Sequential, torch.optim.SGD and LambdaLR."""
-    features, labels = clusters(10, dim=5, num_classes=3, spread=1.0, seed=0)
+    features, labels = clusters(10, dim=5, num_classes=3)
     reports: list[tuple[int, float, float]] = []
     probe = train_one(
         features,
@@ -145,7 +109,7 @@ def test_equals_a_transcription_with_torch_optim():
 
 
 def test_depends_on_its_seed_alone():
-    features, labels = clusters(100, dim=4, num_classes=3, spread=1.0, seed=0)
+    features, labels = clusters(100, dim=4, num_classes=3)
     first = train_one(features, labels, num_classes=3)
     torch.manual_seed(5)
     state = torch.get_rng_state()
@@ -156,45 +120,6 @@ def test_depends_on_its_seed_alone():
     assert not torch.equal(first.linear.weight, other.linear.weight)
 
 
-class MeanOfCleanest(nn.Module):
-    """A stand-in for the tri-timestep attention: it reads only the map that it is given last."""
-
-    def __init__(self, channels: int, dim: int) -> None:
-        super().__init__()
-        self.norm = nn.LayerNorm(channels)
-        self.linear = nn.Linear(channels, dim)
-
-    def forward(self, maps: Tensor) -> Tensor:
-        return self.linear(self.norm(maps[:, 2].mean((-2, -1))))
-
-
-def test_attentive_probe_trains_a_copy_of_the_head():
-    vectors, labels = clusters(400, dim=12, num_classes=4, spread=0.5, seed=0)
-    vectors = nn.functional.batch_norm(vectors, None, None, training=True)
-    maps = torch.randn(400, 3, 12, 2, 2, generator=torch.Generator().manual_seed(0))
-    maps[:, 2] += vectors[:, :, None, None]
-    # Three random directions do not tell four classes apart: the head itself has to learn.
-    torch.manual_seed(0)
-    head = MeanOfCleanest(12, 3).requires_grad_(False)
-    before = copy.deepcopy(head.state_dict())
-
-    schedule = replace(SCHEDULE, epochs=30)
-    probe = train_one(maps, labels, num_classes=4, schedule=schedule, attention_head=head)
-    assert isinstance(probe, AttentiveProbe)
-    assert not probe.training
-    # Over six seeds of the head: 0.995 to 1 with its training, 0.73 to 0.90 without.
-    assert evaluate(probe, maps, labels).top1 > 0.98
-    features = head(maps)
-    frozen = train_one(features, labels, num_classes=4, schedule=schedule)
-    assert evaluate(frozen, features, labels).top1 < 0.93
-    assert all(torch.equal(head.state_dict()[name], value) for name, value in before.items())
-    assert not any(parameter.requires_grad for parameter in head.parameters())
-    trained = probe.attention_head.state_dict()
-    # All but the last bias, whose gradient vanishes, since the probe's BatchNorm takes it away.
-    for name in ("norm.weight", "norm.bias", "linear.weight"):
-        assert not torch.equal(trained[name], before[name])
-
-
 def test_single_samples_are_refused():
     features, labels = torch.randn(5, 3), torch.zeros(5, dtype=torch.int64)
     with pytest.raises(ValueError, match=r"5 samples in batches of 2.*raise batch_size"):
@@ -202,40 +127,29 @@ def test_single_samples_are_refused():
 
 
 def test_each_head_is_the_one_trained_alone():
-    features, labels = clusters(
-        83, dim=7, num_classes=4, spread=1.0, seed=0
-    )  # batches of unequal size
+    features, labels = clusters(83, dim=7)  # batches of unequal size
     reports: list[float] = []
-    probes = train_probes(
-        features,
-        labels,
-        settings=SETTINGS,
-        on_epoch=lambda _, row: reports.append(row["loss"]),
-        **SHARED,
-    )
-    test_features, test_labels = clusters(200, dim=7, num_classes=4, spread=1.0, seed=1)
+
+    def report(_: int, row: Any) -> None:
+        reports.append(row["loss"])
+
+    probes = train_probes(features, labels, settings=SETTINGS, on_epoch=report, **SHARED)
+    test_features, test_labels = clusters(200, dim=7, seed=1)
     for probe, setting in zip(probes, SETTINGS, strict=True):
-        alone_reports: list[float] = []
-        [alone] = train_probes(
-            features,
-            labels,
-            settings=[setting],
-            on_epoch=lambda _, row, to=alone_reports: to.append(row["loss"]),
-            **SHARED,
-        )
+        [alone] = train_probes(features, labels, settings=[setting], on_epoch=report, **SHARED)
         assert not probe.training
         for name, value in alone.state_dict().items():
             torch.testing.assert_close(probe.state_dict()[name], value, atol=2e-6, rtol=2e-4)
         expected = evaluate(alone, test_features, test_labels)
         assert evaluate(probe, test_features, test_labels) == expected
-        if setting is SETTINGS[0]:
-            assert reports == pytest.approx(alone_reports, rel=1e-5)
+    # the first head's losses, in the grid and alone
+    assert reports[:6] == pytest.approx(reports[6:12], rel=1e-5)
     weights = [probe.linear.weight for probe in probes]
     assert (weights[0] - weights[1]).abs().max() > 0.1
 
 
 def test_a_head_that_diverges_leaves_the_others_alone():
-    features, labels = clusters(60, dim=7, num_classes=4, spread=1.0, seed=0)
+    features, labels = clusters(60, dim=7)
     settings = [SETTINGS[0], SgdSetting(lr=1e30, momentum=0.9, weight_decay=0.9)]
     fine, diverged = train_probes(features, labels, settings=settings, **SHARED)
     assert not diverged.linear.weight.isfinite().all()
@@ -243,30 +157,38 @@ def test_a_head_that_diverges_leaves_the_others_alone():
     torch.testing.assert_close(fine.linear.weight, alone.linear.weight)
 
 
-def test_attentive_heads_are_those_trained_alone_and_maps_may_lie_in_files():
+def test_attentive_heads_are_trained_copies_as_if_alone_and_maps_may_lie_in_files():
+    calls: list[str] = []
+
     class Head(nn.Module):
         def __init__(self) -> None:
             super().__init__()
             self.linear = nn.Linear(3 * 2 * 4, 5)
 
         def forward(self, maps: Tensor) -> Tensor:
-            return self.linear(maps.flatten(1)).tanh()
+            h = self.linear(maps.flatten(1)).tanh()
+            calls.append("forward")
+            h.register_hook(lambda _: calls.append("backward"))
+            return h
 
     torch.manual_seed(0)
-    head = Head()
-    features, labels = clusters(50, dim=24, num_classes=4, spread=1.0, seed=0)
+    head = Head().requires_grad_(False)
+    before = copy.deepcopy(head.state_dict())
+    features, labels = clusters(50, dim=24)
     maps = (features / features.std(dim=0)).view(50, 3, 2, 2, 2).half()
-    probes = train_probes(
-        ConcatDataset([maps[:20], maps[20:]]),
-        labels,
-        attention_head=head,
-        settings=SETTINGS,
-        **SHARED,
-    )
+    files = ConcatDataset([maps[:20], maps[20:]])
+    probes = train_probes(files, labels, attention_head=head, settings=SETTINGS, **SHARED)
+    # after a look at the features' width: one graph at a time
+    assert calls[1:] == ["forward", "backward"] * (4 * 6 * len(SETTINGS))
     for probe, setting in zip(probes, SETTINGS, strict=True):
         [alone] = train_probes(maps, labels, attention_head=head, settings=[setting], **SHARED)
         for name, value in alone.state_dict().items():
             assert torch.equal(probe.state_dict()[name], value)
+        assert not probe.training
+        moved = probe.attention_head.linear.weight - before["linear.weight"]
+        assert moved.abs().max() > 1e-4
+    assert all(head.state_dict()[name].equal(value) for name, value in before.items())
+    assert not any(parameter.requires_grad for parameter in head.parameters())
 
 
 def test_evaluation_counts_every_sample_and_all_classes_if_fewer_than_five():

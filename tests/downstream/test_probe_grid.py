@@ -15,27 +15,12 @@ from contradiff.downstream.probe_grid import GridHead, train_grid, write_grid
 from contradiff.features.cache import CacheIndex, FeatureCache
 from contradiff.features.params import FeatureSpec
 from contradiff.features.write_cache import write_table
+from tests.clusters import clusters
+from tests.settings import TINY
 
-PARAMS = {
-    "split": "val",
-    "head": "linear",
-    "lr": 0.1,
-    "momentum": 0.9,
-    "weight_decay": 0.0,
-    "lrs": [0.3, 0.1],
-    "weight_decays": [0.001],
-    "batch_size": 32,
-    "epochs": 3,
-    "warmup_epochs": 1.0,
-}
-
-
-def draw(num_samples: int, *, seed: int = 0, width: int = 7) -> tuple[Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    labels = torch.randint(4, (num_samples,), generator=generator)
-    centres = torch.randn(4, width, generator=torch.Generator().manual_seed(9))
-    noise = torch.randn(num_samples, width, generator=generator)
-    return (centres[labels] + noise) * torch.logspace(-2, 2, width), labels
+PARAMS = TINY["probe"] | {"split": "val", "head": "linear", "lr": 0.1, "weight_decay": 0.0}
+PARAMS |= {"lrs": [0.3, 0.1], "weight_decays": [0.001], "momentum": 0.9}
+PARAMS |= {"batch_size": 32, "epochs": 3, "warmup_epochs": 1.0}
 
 
 def cache_of(
@@ -67,7 +52,7 @@ def cache(tmp_path: Path) -> FeatureCache:
     )
     splits = {}
     for split, number in (("train", 120), ("val", 40)):
-        features, labels = draw(number, seed=len(split))
+        features, labels = clusters(number, dim=7, seed=len(split))
         splits[split] = {
             columns[0].name: features.half(),
             columns[1].name: torch.cat([features, -features], dim=1).half(),
@@ -130,7 +115,7 @@ def test_a_headline_that_diverges_is_refused(cache: FeatureCache):
 
 
 def test_dev_that_holds_out_nothing_is_refused(tmp_path: Path):
-    features, labels = draw(3)
+    features, labels = clusters(3, dim=7)
     splits = {"train": {"c": features, "labels": labels}}
     cache = cache_of(tmp_path, splits, (FeatureSpec("c", None, None, "mean"),))
     with pytest.raises(ValueError, match=r"^probe\.split: dev holds out 0 of 3"):

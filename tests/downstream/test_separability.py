@@ -67,22 +67,17 @@ def test_extremes():
             separability(bad, np.arange(4), num_neighbours=1)
 
 
-def params_of(*, num_images: int, num_classes: int) -> SeparabilityParams:
-    return SeparabilityParams(num_images=num_images, num_classes=num_classes, num_neighbours=1)
-
-
 def test_choice_of_images():
     labels = [index % 30 for index in range(900)]
-    fifty = params_of(num_images=50, num_classes=5)
+    fifty = SeparabilityParams(num_images=50, num_classes=5, num_neighbours=1)
     chosen = choose_images(labels, fifty, seed=0)
     assert chosen == sorted(set(chosen))
     assert len(chosen) == 50
     assert len({labels[index] for index in chosen}) == 5
     assert chosen == choose_images(labels, fifty, seed=0)
     assert chosen != choose_images(labels, fifty, seed=1)
-    assert choose_images(labels, params_of(num_images=900, num_classes=30), seed=0) == list(
-        range(900)
-    )
+    every = fifty.model_copy(update={"num_images": 900, "num_classes": 30})
+    assert choose_images(labels, every, seed=0) == list(range(900))
     with pytest.raises(ValueError, match="3 validation images are too few"):
         choose_images([0, 1, 2], fifty, seed=0)
 

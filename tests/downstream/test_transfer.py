@@ -26,24 +26,17 @@ from contradiff.features.params import FeatureSpec
 from contradiff.features.timm_backbone import TimmFeatures
 from contradiff.sources.transfer_set import TransferSplit
 from contradiff.types import to_pixels
+from tests.clusters import clusters
 from tests.settings import TINY, features_params
-
-PARAMS = TINY["transfer"] | {"shots": [25], "num_splits": 3, "ridge": 1.0, "finetune_epochs": 0}
 
 
 def params_of(**changes: object) -> TransferParams:
-    return TransferParams.model_validate(PARAMS | changes)
+    return TransferParams.model_validate(TINY["transfer"] | changes)
 
 
-def samples(num_samples: int, *, dim: int, num_classes: int, seed: int) -> LabelledFeatures:
-    """Overlapping clusters, each feature at a scale and offset of its own."""
-    centres = torch.randn(num_classes, dim, generator=torch.Generator().manual_seed(99))
-    generator = torch.Generator().manual_seed(seed)
-    labels = torch.arange(num_samples) % num_classes
-    features = centres[labels] + 1.5 * torch.randn(num_samples, dim, generator=generator)
-    scale = torch.logspace(-2, 2, dim)
-    keys = tuple(map(str, range(num_samples)))
-    return LabelledFeatures(features * scale - 2 * scale, labels, keys)
+def samples(num_samples: int, *, dim: int, seed: int) -> LabelledFeatures:
+    features, labels = clusters(num_samples, dim=dim, spread=1.5, seed=seed)
+    return LabelledFeatures(features, labels, tuple(map(str, range(num_samples))))
 
 
 def split_of(labels: Sequence[int]) -> TransferSplit:
@@ -65,8 +58,8 @@ def task_of(
 @pytest.mark.parametrize(("num_samples", "dim"), [(60, 10), (20, 50)])
 @pytest.mark.parametrize("penalty", [0.01, 100.0])
 def test_ridge_equals_the_normal_equations(num_samples: int, dim: int, penalty: float):
-    train = samples(num_samples, dim=dim, num_classes=4, seed=0)
-    test = samples(301, dim=dim, num_classes=4, seed=1)
+    train = samples(num_samples, dim=dim, seed=0)
+    test = samples(301, dim=dim, seed=1)
     mean, std = train.features.double().mean(0), train.features.double().std(0, correction=0)
     x, x_test = ((each.features.double() - mean) / std for each in (train, test))
     y = 2.0 * torch.nn.functional.one_hot(train.labels, 4).double() - 1.0
@@ -127,8 +120,8 @@ def test_processes_share_whole_batches(num_processes: int):
 
 
 def test_each_split_is_scored_on_the_whole_test_set():
-    pool = samples(400, dim=12, num_classes=4, seed=0)
-    test = samples(301, dim=12, num_classes=4, seed=1)
+    pool = samples(400, dim=12, seed=0)
+    test = samples(301, dim=12, seed=1)
     sgd = {"lr": 0.01, "batch_size": 16, "epochs": 20, "warmup_epochs": 1.0}
     task = task_of(pool.labels.tolist(), shots=[10], **sgd)
     scores = task.score(pool[torch.tensor(task.used)], test)

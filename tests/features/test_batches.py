@@ -1,5 +1,6 @@
 """Batches are the images in order, their centre crops, and nothing else."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -26,35 +27,20 @@ def batches_of(tiny_data: Path, *, split: str = "train", batch_size: int = 24) -
     return list(stored_batches(*folders, split=split, batch_size=batch_size))
 
 
-def assert_equal(ours: CleanBatch, expected: CleanBatch) -> None:
-    assert (ours.indices, ours.keys) == (expected.indices, expected.keys)
-    for name in ("latents", "pixels", "labels"):
-        assert getattr(ours, name).equal(getattr(expected, name)), name
-
-
-def test_stored_batches_are_the_split_in_order(tiny_data: Path):
+def test_stored_batches_are_the_split_s_centre_crops_in_order(tiny_data: Path):
     batches = batches_of(tiny_data, batch_size=10)
     assert [len(batch.keys) for batch in batches] == [10, 10, 4]
     assert [i for batch in batches for i in batch.indices] == list(range(24))
-    images = list(read_images(tiny_data / "images", "train"))
-    assert [key for batch in batches for key in batch.keys] == [image.key for image in images]
-    labels = torch.cat([batch.labels for batch in batches])
-    assert labels.tolist() == [image.label for image in images]
-
-
-def test_stored_batches_show_the_centre_crop(tiny_data: Path):
-    (batch,) = batches_of(tiny_data, split="val")
-    records = zip(
-        read_split(tiny_data / "images", "val"),
-        read_split(tiny_data / "latents", "val"),
-        strict=True,
-    )
-    for index, (image, latent) in enumerate(records):
-        sample, stored = image_of(image), StoredLatents.of_record(latent)
+    folders = tiny_data / "images", tiny_data / "latents"
+    rows = ((b.keys[i], b.labels[i], b.pixels[i], b.latents[i]) for b in batches for i in range(10))
+    stored = zip(*(read_split(folder, "train") for folder in folders), strict=True)
+    for (image, latent), (key, label, pixels, mean) in zip(stored, rows, strict=False):
+        sample, moments = image_of(image), StoredLatents.of_record(latent).moments
+        assert (key, label) == (sample.key, sample.label)
         shown = apply_crop(decode(sample.image, name=""), centre_crop(40, 36), size=32)
-        assert batch.pixels[index].equal(to_pixels(shown[None])[0])
-        mean = torch.from_numpy(stored.moments[0, :4]).float()
-        assert batch.latents[index].equal(0.5 * mean)  # tiny_base's scaling factor
+        assert pixels.equal(to_pixels(shown[None])[0])
+        # half: tiny_base's scaling factor
+        assert mean.equal(0.5 * torch.from_numpy(moments[0, :4]).float())
 
 
 def test_chosen_batches_are_those_images(tiny_data: Path):
@@ -81,14 +67,12 @@ def test_a_shard_s_batches_are_its_rows_of_the_split(tiny_data: Path, num_thread
     assert [batch.indices for batch in batches] == [(6, 7, 8, 9), (10, 11)]
     assert torch.cat([b.latents for b in batches]).equal(torch.cat([b.latents for b in expected]))
     assert torch.cat([b.pixels for b in batches]).equal(torch.cat([b.pixels for b in expected]))
-    alone = StoredImages(tiny_data / "images", tiny_data / "latents", 4, 0)
+    unthreaded = replace(images, num_threads=0)
     size = {"size": 24, "crop_fraction": 0.9}
-    for ours, theirs in zip(
-        images.pixel_batches("train", 1, **size),
-        alone.pixel_batches("train", 1, **size),
-        strict=True,
-    ):
-        assert_equal(ours, theirs)
+    ours, alone = (each.pixel_batches("train", 1, **size) for each in (images, unthreaded))
+    for batch, expected in zip(ours, alone, strict=True):
+        assert (batch.indices, batch.keys) == (expected.indices, expected.keys)
+        assert batch.pixels.equal(expected.pixels)
 
 
 def test_only_the_centre_is_seen(tiny_data: Path):

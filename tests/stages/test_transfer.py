@@ -125,12 +125,6 @@ def test_more_shots_change_nothing_of_the_others(project: Run, seen: list[Labell
     torch.testing.assert_close(used.features, expected, atol=1e-5, rtol=1e-5)
 
 
-def test_the_base_alone_is_transferred(project: Run, seen: list[LabelledFeatures]):
-    metrics, _ = call(project, features={"model": "base", "pool": "mean"}, finetune_epochs=0)
-    assert set(metrics["by_shots"]["full"]) == {"ridge", "sgd", "num_splits"}
-    assert [found.features.shape for found in seen] == [(8, 3 * 32), (6, 3 * 32)]
-
-
 def test_timm_sees_its_own_size_and_no_vae(
     project: Run, seen: list[LabelledFeatures], monkeypatch: pytest.MonkeyPatch
 ):
