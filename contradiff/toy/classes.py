@@ -1,12 +1,37 @@
 """The twelve classes: what images of each one usually look like."""
 
-from collections.abc import Callable, Iterator
+import colorsys
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
+import numpy as np
 from numpy.random import Generator
 
-from contradiff.toy.colours import Hsv, Rgb
-from contradiff.toy.objects import DRAWINGS, Shape
+from contradiff.toy.objects import DRAWINGS, Rgb, Shape
+
+Hsv: TypeAlias = tuple[float, float, float]  # hue, saturation and value, each in [0, 1]
+
+COLOURS: dict[str, Hsv] = {
+    "red": (0.0, 0.8, 0.82),
+    "orange": (0.06, 0.85, 0.95),
+    "gold": (0.11, 0.8, 0.95),
+    "yellow": (0.15, 0.65, 0.97),
+    "lime": (0.23, 0.65, 0.75),
+    "green": (0.32, 0.65, 0.6),
+    "pine": (0.38, 0.55, 0.4),
+    "teal": (0.48, 0.6, 0.65),
+    "sky": (0.55, 0.5, 0.9),
+    "blue": (0.61, 0.75, 0.75),
+    "violet": (0.77, 0.5, 0.7),
+    "pink": (0.92, 0.45, 0.93),
+    "cream": (0.12, 0.2, 0.93),
+    "snow": (0.6, 0.04, 0.95),
+    "slate": (0.6, 0.15, 0.45),
+    "brown": (0.07, 0.6, 0.4),
+    "clay": (0.04, 0.6, 0.62),
+    "soot": (0.05, 0.3, 0.2),
+}
 
 
 @dataclass(frozen=True)
@@ -36,25 +61,15 @@ SCENES: dict[str, Scene] = {
 
 @dataclass(frozen=True)
 class ToyClass:
-    """A class of the toy ImageNet.
+    """A class of the toy ImageNet, with its typical colours and backgrounds."""
 
-    Attributes:
-        wnid: Folder name, in the style of a WordNet identifier.
-        name: Names as in Kaggle's LOC_synset_mapping.txt, separated by commas.
-        draw: Makes the shapes from a generator, a main and an accent colour.
-        palette: Typical main colours; a colour that occurs twice is twice as likely.
-        accents: Typical accent colours.
-        scenes: Typical backgrounds, keys of `SCENES`.
-        tilt: Standard deviation of the rotation in radians; infinity stands for any angle.
-    """
-
-    wnid: str
-    name: str
-    draw: Callable[[Generator, Rgb, Rgb], list[Shape]]
-    palette: tuple[str, ...]
-    accents: tuple[str, ...]
-    scenes: tuple[str, ...]
-    tilt: float
+    wnid: str  # the folder's name, in the style of WordNet
+    name: str  # as in Kaggle's LOC_synset_mapping.txt
+    draw: Callable[[Generator, Rgb, Rgb], list[Shape]]  # from a main and an accent colour
+    palette: Sequence[str]  # main colours; one that occurs twice is twice as likely
+    accents: Sequence[str]
+    scenes: Sequence[str]
+    tilt: float  # standard deviation of the rotation in radians; infinity: any angle
 
 
 # name | main colours | accent colours | backgrounds | tilt
@@ -73,21 +88,20 @@ hot-air balloon | red yellow violet teal orange | yellow snow blue red | sky sky
 crescent moon, crescent | yellow cream snow gold | yellow snow | night night dusk | 0.5
 """
 
-
-def _read_table() -> Iterator[ToyClass]:
-    for number, (line, draw) in enumerate(
-        zip(_TABLE.strip().splitlines(), DRAWINGS, strict=True), start=1
-    ):
-        name, palette, accents, scenes, tilt = line.split(" | ")
-        yield ToyClass(
-            wnid=f"n{90_000_000 + number}",
-            name=name,
-            draw=draw,
-            palette=tuple(palette.split()),
-            accents=tuple(accents.split()),
-            scenes=tuple(scenes.split()),
-            tilt=float(tilt),
-        )
+CLASSES = tuple(
+    ToyClass(f"n{90_000_001 + index}", name, draw, *map(str.split, lists), float(tilt))
+    for index, (line, draw) in enumerate(zip(_TABLE.strip().splitlines(), DRAWINGS, strict=True))
+    for name, *lists, tilt in [line.split(" | ")]
+)
 
 
-CLASSES = tuple(_read_table())
+def vary(rng: Generator, colour: Hsv) -> Rgb:
+    """Add noise to hue, saturation and value."""
+    varied = colour + rng.normal(0.0, (0.025, 0.09, 0.07))
+    varied[0] %= 1.0
+    return np.array(colorsys.hsv_to_rgb(*varied.clip(0.0, 1.0)))
+
+
+def pick(rng: Generator, names: Sequence[str]) -> Rgb:
+    """Pick a colour by chance and vary it; a name that occurs twice is twice as likely."""
+    return vary(rng, COLOURS[names[int(rng.integers(len(names)))]])

@@ -8,23 +8,75 @@ import math
 from typing import TypeAlias
 
 import numpy as np
+from jaxtyping import Float64
 from numpy.random import Generator
 
-from contradiff.toy.colours import GLASS, INK, WHITE, WOOD, Rgb, mix, scale
-from contradiff.toy.outlines import (
-    Outline,
-    box,
-    disc,
-    ellipse,
-    mirror,
-    polygon,
-    rotation,
-    smooth,
-    star,
-)
-
+Outline: TypeAlias = Float64[np.ndarray, "_points 2"]  # a closed polygon
+Rgb: TypeAlias = Float64[np.ndarray, "3"]  # red, green and blue, usually in [0, 1]
 Shape: TypeAlias = tuple[Outline, Rgb]
-"""An outline and the colour that fills it."""
+
+WHITE = np.array((0.96, 0.95, 0.92))
+INK = np.array((0.10, 0.09, 0.10))
+WOOD = np.array((0.45, 0.30, 0.18))
+GLASS = np.array((0.66, 0.82, 0.90))
+STEEL = np.array((0.7, 0.7, 0.72))
+TEA = np.array((0.28, 0.17, 0.10))
+
+
+def mix(first: Rgb, second: Rgb, share: float) -> Rgb:
+    """Mix two colours; `share` is the second one's."""
+    return first + share * (second - first)
+
+
+def polygon(*points: tuple[float, float]) -> Outline:
+    """Connect the points by straight lines."""
+    return np.array(points, dtype=np.float64)
+
+
+def smooth(*points: tuple[float, float]) -> Outline:
+    """Round a polygon: cut its corners three times (Chaikin), nearly a quadratic B-spline."""
+    outline = polygon(*points)
+    for _ in range(3):
+        following = np.roll(outline, -1, axis=0)
+        cut = np.stack([0.75 * outline + 0.25 * following, 0.25 * outline + 0.75 * following], 1)
+        outline = cut.reshape(-1, 2)
+    return outline
+
+
+def box(left: float, top: float, right: float, bottom: float) -> Outline:
+    """Return a rectangle with sides along the axes."""
+    return polygon((left, top), (right, top), (right, bottom), (left, bottom))
+
+
+def ellipse(x: float, y: float, rx: float, ry: float, tilt: float = 0.0) -> Outline:
+    """Return an ellipse by its centre, its radii, and its rotation in radians."""
+    angle = np.linspace(0.0, 2 * math.pi, 32, endpoint=False)
+    u, v = rx * np.cos(angle), ry * np.sin(angle)
+    cos, sin = math.cos(tilt), math.sin(tilt)
+    return np.stack([x + u * cos - v * sin, y + u * sin + v * cos], axis=1)
+
+
+def disc(x: float, y: float, radius: float) -> Outline:
+    """Return a circle."""
+    return ellipse(x, y, radius, radius)
+
+
+def directions(angles: Float64[np.ndarray, " n"]) -> Float64[np.ndarray, "n 2"]:
+    """Return points of the unit circle, by their angles in radians."""
+    return np.stack([np.cos(angles), np.sin(angles)], axis=1)
+
+
+def star(lobes: int, inner: float, sharpness: float) -> Outline:
+    """Return a star: its radius swings between `inner` and 1; sharpness makes the lobes thin."""
+    angle = np.linspace(0.0, 2 * math.pi, 16 * lobes, endpoint=False)
+    wave = (0.5 + 0.5 * np.cos(lobes * angle)) ** sharpness
+    radius = inner + (1.0 - inner) * wave
+    return np.stack([radius * np.sin(angle), -radius * np.cos(angle)], axis=1)
+
+
+def rotation(angle: float) -> Float64[np.ndarray, "2 2"]:
+    """Return the matrix that rotates by an angle in radians."""
+    return np.array([[math.cos(angle), -math.sin(angle)], [math.sin(angle), math.cos(angle)]])
 
 
 def sometimes(rng: Generator, chance: float, *shapes: Shape) -> list[Shape]:
@@ -40,8 +92,8 @@ def goldfish(rng: Generator, main: Rgb, accent: Rgb) -> list[Shape]:
     )
     dorsal = smooth((-0.35, -0.3), (-0.2, -height - 0.3), (0.15, -height - 0.2), (0.45, -0.25))
     return [
-        (tail, scale(main, 0.78)),
-        (dorsal, scale(main, 0.78)),
+        (tail, main * 0.78),
+        (dorsal, main * 0.78),
         (ellipse(0.2, 0.0, 0.78, height), main),
         (ellipse(0.2, 0.45 * height, 0.55, 0.42 * height), mix(main, WHITE, 0.4)),
         *sometimes(rng, 0.4, (ellipse(0.12, 0.0, 0.13, 0.88 * height), accent)),
@@ -56,11 +108,12 @@ def butterfly(rng: Generator, main: Rgb, accent: Rgb) -> list[Shape]:
     upper = ellipse(0.52, -0.36, 0.56, rng.uniform(0.36, 0.46), -tilt)
     lower = ellipse(0.4, 0.42, lower_size, lower_size + 0.06, -0.4)
     upper_spot, lower_spot = ellipse(0.6, -0.42, 0.24, 0.18, -tilt), disc(0.44, 0.46, 0.17)
+    mirror = np.array([-1.0, 1.0])
     shapes: list[Shape] = []
-    for wing in (upper, mirror(upper)):
-        shapes += [(wing, scale(main, 0.45)), (wing * 0.88, main)]
-    for outline, colour in ((lower, scale(main, 0.82)), (upper_spot, accent), (lower_spot, accent)):
-        shapes += [(outline, colour), (mirror(outline), colour)]
+    for wing in (upper, upper * mirror):
+        shapes += [(wing, main * 0.45), (wing * 0.88, main)]
+    for outline, colour in ((lower, main * 0.82), (upper_spot, accent), (lower_spot, accent)):
+        shapes += [(outline, colour), (outline * mirror, colour)]
     return [*shapes, (ellipse(0.0, 0.0, 0.11, 0.66), INK)]
 
 
@@ -72,7 +125,7 @@ def mushroom(rng: Generator, main: Rgb, accent: Rgb) -> list[Shape]:
     cap = smooth(*left, (-0.5, -rise - 0.1), (0.5, -rise - 0.1), *right)
     shapes = [
         (stem, mix(accent, WHITE, 0.7)),
-        (ellipse(0.0, 0.02, half * 0.72, 0.17), scale(mix(accent, WHITE, 0.5), 0.75)),
+        (ellipse(0.0, 0.02, half * 0.72, 0.17), 0.75 * mix(accent, WHITE, 0.5)),
         (cap, main),
     ]
     if rng.random() < 0.65:
@@ -89,14 +142,14 @@ def tree(rng: Generator, main: Rgb, accent: Rgb) -> list[Shape]:
     if rng.random() < 0.35:
         tiers = ((0.62, 0.78, 0.8), (0.12, 0.62, 0.92), (-0.36, 0.45, 1.04))
         crown = [
-            (polygon((-half, y), (half, y), (0.0, y - 0.78)), scale(main, light))
+            (polygon((-half, y), (half, y), (0.0, y - 0.78)), main * light)
             for y, half, light in tiers
         ]
     else:
         half = rng.uniform(0.42, 0.54)
         crown = [
-            (ellipse(-0.4, -0.12, half, 0.44), scale(main, 0.85)),
-            (ellipse(0.4, -0.1, half, 0.42), scale(main, 0.78)),
+            (ellipse(-0.4, -0.12, half, 0.44), main * 0.85),
+            (ellipse(0.4, -0.1, half, 0.42), main * 0.78),
             (ellipse(rng.uniform(-0.12, 0.12), -0.45, half + 0.08, 0.52), main),
         ]
     return [(trunk, accent), *crown]
@@ -106,13 +159,13 @@ def house(rng: Generator, main: Rgb, accent: Rgb) -> list[Shape]:
     """Walls under a roof, with a door, a window and sometimes a chimney."""
     half, eaves, ridge = rng.uniform(0.68, 0.82), rng.uniform(-0.2, 0.02), rng.uniform(0.0, 0.35)
     roof = polygon((-half - 0.2, eaves), (-ridge, -0.92), (ridge, -0.92), (half + 0.2, eaves))
-    chimney = sometimes(rng, 0.5, (box(0.36, -0.95, 0.58, -0.3), scale(main, 0.6)))
+    chimney = sometimes(rng, 0.5, (box(0.36, -0.95, 0.58, -0.3), main * 0.6))
     door = rng.uniform(-0.4, 0.0)
     return [
         *chimney,
         (box(-half, eaves - 0.02, half, 0.9), main),
         (roof, accent),
-        (box(door - 0.17, 0.3, door + 0.17, 0.9), scale(accent, 0.6)),
+        (box(door - 0.17, 0.3, door + 0.17, 0.9), accent * 0.6),
         (box(0.2, 0.18, 0.54, 0.52), GLASS),
     ]
 
@@ -124,7 +177,7 @@ def sailboat(rng: Generator, main: Rgb, accent: Rgb) -> list[Shape]:
     jib = polygon((mast - 0.08, top + 0.2), (mast - 0.08, 0.34), (-0.85, 0.34))
     hull = polygon((-0.95, 0.48), (0.98, 0.44), (0.66, 0.88), (-0.62, 0.9))
     return [
-        (box(mast - 0.04, top, mast + 0.05, 0.6), scale(WOOD, 0.8)),
+        (box(mast - 0.04, top, mast + 0.05, 0.6), WOOD * 0.8),
         (sail, main),
         (jib, main if rng.random() < 0.5 else mix(main, WHITE, 0.6)),
         (hull, accent),
@@ -138,10 +191,10 @@ def sunflower(rng: Generator, main: Rgb, accent: Rgb) -> list[Shape]:
     petals = star(num_petals, rng.uniform(0.55, 0.68), 0.6)
     core = rng.uniform(0.34, 0.48)
     return [
-        (petals @ rotation(math.pi / num_petals), scale(main, 0.75)),
+        (petals @ rotation(math.pi / num_petals), main * 0.75),
         (petals * 0.94, main),
         (disc(0.0, 0.0, core), accent),
-        (disc(0.0, 0.0, core * 0.6), scale(accent, 0.65)),
+        (disc(0.0, 0.0, core * 0.6), accent * 0.65),
     ]
 
 
@@ -149,17 +202,16 @@ def cup(rng: Generator, main: Rgb, accent: Rgb) -> list[Shape]:
     """A cup with a handle, sometimes with a stripe, on its saucer."""
     top, foot, brim = rng.uniform(0.6, 0.75), rng.uniform(0.36, 0.62), rng.uniform(-0.7, -0.5)
     middle = 0.5 * (top + foot) + 0.02
-    angle = np.linspace(-1.9, 1.9, 20)
-    arc = np.stack([np.cos(angle), np.sin(angle)], axis=1)
-    handle = np.array([top - 0.06, 0.0]) + np.concatenate([0.44 * arc, 0.25 * arc[::-1]])
+    arc = directions(np.linspace(-1.9, 1.9, 20))
+    handle = np.concatenate([0.44 * arc, 0.25 * arc[::-1]]) + np.array([top - 0.06, 0.0])
     return [
-        (ellipse(0.0, 0.78, 0.9, 0.16), scale(mix(main, WHITE, 0.3), 0.9)),
-        (handle, scale(main, 0.85)),
+        (ellipse(0.0, 0.78, 0.9, 0.16), 0.9 * mix(main, WHITE, 0.3)),
+        (handle, main * 0.85),
         (polygon((-top, brim), (top, brim), (foot, 0.75), (-foot, 0.75)), main),
         *sometimes(rng, 0.4, (box(-middle, -0.1, middle, 0.2), accent)),
         (ellipse(0.0, 0.75, foot, 0.1), main),
         (ellipse(0.0, brim, top, 0.2), mix(main, WHITE, 0.5)),
-        (ellipse(0.0, brim + 0.02, top * 0.84, 0.14), (0.28, 0.17, 0.10)),
+        (ellipse(0.0, brim + 0.02, top * 0.84, 0.14), TEA),
     ]
 
 
@@ -169,7 +221,7 @@ def starfish(rng: Generator, main: Rgb, accent: Rgb) -> list[Shape]:
     angles = [2 * math.pi * arm / 5 for arm in range(5)]
     dots = [disc(0.42 * math.sin(angle), -0.42 * math.cos(angle), 0.09) for angle in angles]
     return [
-        (arms, scale(main, 0.85)),
+        (arms, main * 0.85),
         (arms * 0.78, mix(main, accent, 0.25)),
         *sometimes(rng, 0.5, *((dot, mix(accent, WHITE, 0.3)) for dot in dots)),
     ]
@@ -187,10 +239,10 @@ def car(rng: Generator, main: Rgb, accent: Rgb) -> list[Shape]:
     wheels = [
         (disc(x, 0.42, size), colour)
         for x in (-0.56, 0.56)
-        for size, colour in ((radius, INK), (radius * 0.5, (0.7, 0.7, 0.72)))
+        for size, colour in ((radius, INK), (radius * 0.5, STEEL))
     ]
     return [
-        (cabin, scale(main, 0.92)),
+        (cabin, main * 0.92),
         (panes, GLASS),
         (smooth(*bonnet, (1.05, 0.45), (-1.05, 0.45)), main),
         (box(pillar - 0.04, roof + 0.05, pillar + 0.04, 0.0), main),
@@ -208,7 +260,7 @@ def balloon(rng: Generator, main: Rgb, accent: Rgb) -> list[Shape]:
         (-0.28, -0.92), (0.28, -0.92), (0.34, -0.2), (0.06, 0.58), (-0.06, 0.58), (-0.34, -0.2)
     )
     return [
-        (polygon((-0.2, 0.3), (0.2, 0.3), (0.16, 0.8), (-0.16, 0.8)), scale(accent, 0.5)),
+        (polygon((-0.2, 0.3), (0.2, 0.3), (0.16, 0.8), (-0.16, 0.8)), accent * 0.5),
         (envelope, main),
         *sometimes(rng, 0.6, (stripe, accent)),
         (box(-0.19, 0.72, 0.19, 1.0), WOOD),
@@ -218,17 +270,15 @@ def balloon(rng: Generator, main: Rgb, accent: Rgb) -> list[Shape]:
 def moon(rng: Generator, main: Rgb, accent: Rgb) -> list[Shape]:
     """A crescent, sometimes with a star."""
     horn, shift = rng.uniform(0.75, 1.25), rng.uniform(0.42, 0.68)
-    outer_angle = np.linspace(horn, 2 * math.pi - horn, 32)
-    outer = np.stack([np.cos(outer_angle), np.sin(outer_angle)], axis=1)
+    outer = directions(np.linspace(horn, 2 * math.pi - horn, 32))
     # The inner arc belongs to a circle further right; the two arcs meet at the horns.
     centre = math.cos(horn) + shift - 0.35
     reach = math.atan2(math.sin(horn), math.cos(horn) - centre)
     radius = math.hypot(math.sin(horn), math.cos(horn) - centre)
-    inner_angle = np.linspace(2 * math.pi - reach, reach, 32)
-    inner = np.stack([centre + radius * np.cos(inner_angle), radius * np.sin(inner_angle)], axis=1)
+    inner = radius * directions(np.linspace(2 * math.pi - reach, reach, 32)) + [centre, 0.0]
     shapes = [(np.concatenate([outer, inner]) + np.array([0.2, 0.0]), main)]
     if rng.random() < 0.4:
-        small_star = star(5, 0.35, 1.2) * 0.24 + np.array([0.6, rng.uniform(-0.3, 0.3)])
+        small_star = star(5, 0.35, 1.2) * 0.24 + [0.6, rng.uniform(-0.3, 0.3)]
         shapes.append((small_star, mix(accent, WHITE, 0.5)))
     return shapes
 

@@ -5,59 +5,31 @@ from collections.abc import Sequence
 from typing import TypeAlias
 
 import numpy as np
-from jaxtyping import Float32, Float64, UInt8
+from jaxtyping import Float32, UInt8
 from numpy.random import Generator
 from PIL import Image, ImageDraw, ImageFilter
 
-from contradiff.toy.classes import CLASSES, SCENES, Scene
-from contradiff.toy.colours import Rgb, pick, vary
-from contradiff.toy.objects import Shape
-from contradiff.toy.outlines import Outline, ellipse, rotation
+from contradiff.toy.classes import CLASSES, SCENES, pick, vary
+from contradiff.toy.objects import Outline, Rgb, Shape, ellipse, rotation
 
-Plane: TypeAlias = Float32[np.ndarray, "height width"]
 Picture: TypeAlias = Float32[np.ndarray, "height width 3"]
-
-SUPERSAMPLING = 4
-OWN_PALETTE_RATE = 0.7
-"""How often an image has its own class's colours; otherwise it has those of a random class."""
-OWN_SCENE_RATE = 0.65
-"""How often an image has its own class's background; otherwise it has a random one."""
-DISTRACTOR_RATE = 0.2
-OCCLUDER_RATE = 0.15
 
 
 def render_image(
     class_index: int, rng: Generator, *, image_size: int
 ) -> UInt8[np.ndarray, "image_size image_size 3"]:
-    """Render one random image of a class.
+    """Render one random image of a class, an index into `CLASSES`: RGB, 0 to 255.
 
-    Args:
-        class_index: Index into `CLASSES`.
-        rng: All randomness comes from this generator.
-        image_size: Side of the square image in pixels.
-
-    Returns:
-        RGB, 0 to 255.
+    Its colours and its background are usually its own class's, and otherwise a random class's.
     """
     toy_class = CLASSES[class_index]
     other = CLASSES[int(rng.integers(len(CLASSES)))]
-    model = toy_class if rng.random() < OWN_PALETTE_RATE else other
+    model = toy_class if rng.random() < 0.7 else other
     main, accent = pick(rng, model.palette), pick(rng, model.accents)
-    scenes = toy_class.scenes if rng.random() < OWN_SCENE_RATE else tuple(SCENES)
+    scenes = toy_class.scenes if rng.random() < 0.65 else tuple(SCENES)
     scene = SCENES[scenes[int(rng.integers(len(scenes)))]]
 
-    picture = _background(rng, scene, image_size)
-    if rng.random() < DISTRACTOR_RATE:
-        picture = _add_distractor(rng, picture, other.palette)
-    picture = _add_object(rng, picture, toy_class.draw(rng, main, accent), toy_class.tilt)
-    if rng.random() < OCCLUDER_RATE:
-        picture = _add_occluder(rng, picture)
-    picture = _relight(rng, picture)
-    return np.rint(np.clip(picture, 0, 1) * 255).astype(np.uint8)
-
-
-def _background(rng: Generator, scene: Scene, image_size: int) -> Picture:
-    _, y = _pixel_centres(image_size)
+    y, x = _pixel_centres(image_size)
     if scene.has_horizon:
         horizon, softness = rng.uniform(0.45, 0.75), rng.uniform(0.015, 0.06)
         share = np.clip(0.5 + (y - horizon) / (2 * softness), 0, 1)
@@ -65,31 +37,41 @@ def _background(rng: Generator, scene: Scene, image_size: int) -> Picture:
         share = np.clip(y * rng.uniform(0.8, 1.2) + rng.uniform(-0.15, 0.15), 0, 1)
     top, bottom = vary(rng, scene.top), vary(rng, scene.bottom)
     picture = np.full((image_size, image_size, 3), top, dtype=np.float32)
-    return _blend(picture, bottom, share.astype(np.float32))
+    picture = _blend(picture, bottom, share.astype(np.float32))
+    if rng.random() < 0.2:  # behind the object: a small round thing near the border
+        angle, radius = rng.uniform(0, 2 * math.pi), rng.uniform(0.06, 0.12)
+        centre = 0.5 + 0.42 * math.cos(angle), 0.5 + 0.42 * math.sin(angle)
+        distractor = ellipse(*centre, radius, radius * rng.uniform(0.7, 1.3))
+        colour = pick(rng, other.palette)
+        picture = _blend(picture, colour, _plane(_fill([distractor], image_size)))
+    picture = _add_object(rng, picture, toy_class.draw(rng, main, accent), toy_class.tilt)
+    if rng.random() < 0.15:  # in the foreground: a leaf or a stone, centred on the border
+        angle = rng.uniform(0, 2 * math.pi)
+        centre = 0.5 + 0.6 * math.cos(angle), 0.5 + 0.6 * math.sin(angle)
+        radii = rng.uniform(0.15, 0.3), rng.uniform(0.12, 0.2)
+        colour = pick(rng, ("pine", "green", "slate", "brown"))
+        mask = _fill([ellipse(*centre, *radii, angle + math.pi / 2)], image_size)
+        picture = _blend(picture, colour, _plane(mask.filter(ImageFilter.GaussianBlur(0.6))))
 
-
-def _add_distractor(rng: Generator, picture: Picture, palette: Sequence[str]) -> Picture:
-    """Add a small round thing near the border, behind the object."""
-    angle, radius = rng.uniform(0, 2 * math.pi), rng.uniform(0.06, 0.12)
-    x, y = 0.5 + 0.42 * math.cos(angle), 0.5 + 0.42 * math.sin(angle)
-    outline = ellipse(x, y, radius, radius * rng.uniform(0.7, 1.3))
-    return _blend(picture, pick(rng, palette), _plane(_fill([outline], picture.shape[0])))
-
-
-def _add_occluder(rng: Generator, picture: Picture) -> Picture:
-    """Add a leaf or a stone in the foreground, centred on the border."""
-    angle = rng.uniform(0, 2 * math.pi)
-    x, y = 0.5 + 0.6 * math.cos(angle), 0.5 + 0.6 * math.sin(angle)
-    outline = ellipse(x, y, rng.uniform(0.15, 0.3), rng.uniform(0.12, 0.2), angle + math.pi / 2)
-    colour = pick(rng, ("pine", "green", "slate", "brown"))
-    soft = _fill([outline], picture.shape[0]).filter(ImageFilter.GaussianBlur(0.6))
-    return _blend(picture, colour, _plane(soft))
+    # Exposure, contrast and the light's colour vary; one side is a little darker.
+    across, down = rng.normal(0.0, 0.07, 2)
+    fall_off = 1 + across * (2 * x - 1) + down * (2 * y - 1)
+    gain = math.exp(rng.normal(0.0, 0.12)) * np.exp(rng.normal(0.0, 0.05, 3))
+    contrasted = 0.5 + math.exp(rng.normal(0.0, 0.1)) * (picture - 0.5)
+    lit = (contrasted * fall_off[..., None] * gain).astype(np.float32)
+    return np.rint(np.clip(lit, 0, 1) * 255).astype(np.uint8)
 
 
 def _add_object(rng: Generator, picture: Picture, shapes: list[Shape], tilt: float) -> Picture:
     """Add the object with rounded edges, light from one side, and a soft shadow."""
     size = picture.shape[0]
-    matrix, centre = _pose(rng, tilt)
+    scale = rng.uniform(0.29, 0.42)  # the object takes 55 to 85 % of the picture's side
+    angle = rng.uniform(-math.pi, math.pi) if math.isinf(tilt) else rng.normal(0.0, tilt)
+    flip = -1.0 if rng.random() < 0.5 else 1.0
+    stretch, shear = math.exp(rng.normal(0.0, 0.06)), rng.normal(0.0, 0.06)
+    matrix = scale * rotation(angle) @ np.array([[flip * stretch, shear], [0.0, 1.0 / stretch]])
+    room = 0.5 - scale + 0.04
+    centre = 0.5 + rng.uniform(-room, room, 2)
     outlines = [outline @ matrix.T + centre for outline, _ in shapes]
     object_colours = _plane(_fill(outlines, size, colours=[colour for _, colour in shapes]))
     mask = _fill(outlines, size)
@@ -100,7 +82,7 @@ def _add_object(rng: Generator, picture: Picture, shapes: list[Shape], tilt: flo
     shadow.paste(mask, (round(-0.06 * size * toward[0]), round(-0.06 * size * toward[1])))
     darkness = rng.uniform(0.1, 0.35) * _plane(shadow.filter(ImageFilter.GaussianBlur(0.05 * size)))
 
-    x, y = _pixel_centres(size)
+    y, x = _pixel_centres(size)
     slope = ((x - centre[0]) * toward[0] + (y - centre[1]) * toward[1]) / 0.35
     rim = 1 - _plane(mask.filter(ImageFilter.GaussianBlur(0.06 * size)))
     shade = (1 + rng.uniform(0.05, 0.25) * slope) * (1 - 0.35 * rim)
@@ -108,55 +90,28 @@ def _add_object(rng: Generator, picture: Picture, shapes: list[Shape], tilt: flo
     return (behind + object_colours * shade[..., None]).astype(np.float32)
 
 
-def _pose(
-    rng: Generator, tilt: float
-) -> tuple[Float64[np.ndarray, "2 2"], Float64[np.ndarray, "2"]]:
-    """Matrix and centre that place the object: it takes 55 to 85 % of the picture's side."""
-    scale = rng.uniform(0.29, 0.42)
-    angle = rng.uniform(-math.pi, math.pi) if math.isinf(tilt) else rng.normal(0.0, tilt)
-    flip = -1.0 if rng.random() < 0.5 else 1.0
-    stretch, shear = math.exp(rng.normal(0.0, 0.06)), rng.normal(0.0, 0.06)
-    deformation = np.array([[flip * stretch, shear], [0.0, 1.0 / stretch]])
-    room = 0.5 - scale + 0.04
-    return scale * rotation(angle) @ deformation, 0.5 + rng.uniform(-room, room, 2)
-
-
-def _relight(rng: Generator, picture: Picture) -> Picture:
-    """Vary the exposure, the contrast and the light's colour; darken one side a little."""
-    x, y = _pixel_centres(picture.shape[0])
-    across, down = rng.normal(0.0, 0.07, 2)
-    fall_off = 1 + across * (2 * x - 1) + down * (2 * y - 1)
-    gain = math.exp(rng.normal(0.0, 0.12)) * np.exp(rng.normal(0.0, 0.05, 3))
-    contrasted = 0.5 + math.exp(rng.normal(0.0, 0.1)) * (picture - 0.5)
-    return (contrasted * fall_off[..., None] * gain).astype(np.float32)
-
-
 def _fill(
     outlines: Sequence[Outline], image_size: int, *, colours: Sequence[Rgb] | None = None
 ) -> Image.Image:
-    """Fill outlines, in fractions of the side, with their colours or, as a mask, with white.
-
-    The picture is drawn larger and then reduced, so that a pixel on an edge is partly covered.
-    """
-    side = image_size * SUPERSAMPLING
+    """Fill outlines, in fractions of the side, with their colours or, as a mask, with white."""
+    oversampling = 4  # a pixel on an edge is partly covered
+    side = image_size * oversampling
     large = Image.new("RGB" if colours else "L", (side, side))
     pen = ImageDraw.Draw(large)
     for index, outline in enumerate(outlines):
         fill = tuple(round(255 * channel) for channel in colours[index]) if colours else 255
         pen.polygon((outline * side).ravel().tolist(), fill=fill)
-    return large.reduce(SUPERSAMPLING)
+    return large.reduce(oversampling)
 
 
 def _plane(image: Image.Image) -> Float32[np.ndarray, "height width *rgb"]:
     return np.asarray(image, dtype=np.float32) / np.float32(255)
 
 
-def _blend(picture: Picture, colour: Rgb, coverage: Plane) -> Picture:
-    return picture + coverage[..., None] * (np.asarray(colour, dtype=np.float32) - picture)
+def _blend(picture: Picture, colour: Rgb, share: Float32[np.ndarray, "height width"]) -> Picture:
+    return picture + share[..., None] * (colour.astype(np.float32) - picture)
 
 
-def _pixel_centres(image_size: int) -> tuple[Plane, Plane]:
-    """Return x and y of every pixel's centre, from 0 to 1."""
-    centres = (np.arange(image_size, dtype=np.float32) + 0.5) / image_size
-    x, y = np.meshgrid(centres, centres)
-    return x, y
+def _pixel_centres(image_size: int) -> Float32[np.ndarray, "2 height width"]:
+    """Return y and x of every pixel's centre, from 0 to 1."""
+    return (np.mgrid[:image_size, :image_size].astype(np.float32) + 0.5) / image_size

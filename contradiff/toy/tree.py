@@ -16,9 +16,6 @@ from contradiff.files import replace_dir
 from contradiff.toy.classes import CLASSES
 from contradiff.toy.render import render_image
 
-JPEG_QUALITY = 92
-MAPPING_NAME = "LOC_synset_mapping.txt"
-
 
 def render_tree(
     root: Path,
@@ -29,20 +26,13 @@ def render_tree(
     seed: int,
     on_progress: Callable[[int], None] = lambda _: None,
 ) -> None:
-    """Write the toy ImageNet; it replaces `root` when it is complete.
+    """Write the toy ImageNet; it replaces `root`, or an earlier one there, when it is complete.
 
     The files are `train/<wnid>/<wnid>_<number>.JPEG`, `val/<wnid>/ILSVRC2012_val_<number>.JPEG` and
     `LOC_synset_mapping.txt`. The classes of a split differ by at most one image in size. An image
-    depends only on the seed, its split, its class and its number within the class, so a larger
-    split begins with the images of a smaller one.
-
-    Args:
-        root: The folder to write; an earlier toy ImageNet is replaced.
-        num_train: Number of training images.
-        num_val: Number of validation images; none equals a training image.
-        image_size: Side of the square images in pixels.
-        seed: Not negative.
-        on_progress: Called with 1 after every image.
+    depends only on the seed, its split, its class and its number within the class: no two are
+    equal, and a larger split begins with the images of a smaller one. `on_progress` is called with
+    1 after every image.
 
     Raises:
         ValueError: A split has fewer images than there are classes, or `root` holds other files.
@@ -55,32 +45,26 @@ def render_tree(
                 f"an image: set it to {len(CLASSES)} or more"
             )
     mapping = "".join(f"{toy_class.wnid} {toy_class.name}\n" for toy_class in CLASSES)
-    _check_replaceable(root, mapping)
-    with replace_dir(root) as temporary:
-        for split_id, (split, number) in enumerate(splits.items()):
-            for position in range(number):
-                index, class_index = divmod(position, len(CLASSES))
-                wnid = CLASSES[class_index].wnid
-                name = (
-                    f"{wnid}_{index}" if split == "train" else f"ILSVRC2012_val_{position + 1:08d}"
-                )
-                path = temporary / split / wnid / f"{name}.JPEG"
-                path.parent.mkdir(parents=True, exist_ok=True)
-                # A generator for each image: its bytes do not depend on the other images.
-                rng = np.random.default_rng([seed, split_id, class_index, index])
-                image = Image.fromarray(render_image(class_index, rng, image_size=image_size))
-                image.save(path, "JPEG", quality=JPEG_QUALITY, optimize=True, subsampling=0)
-                on_progress(1)
-        (temporary / MAPPING_NAME).write_text(mapping, encoding="utf-8")
-
-
-def _check_replaceable(root: Path, mapping: str) -> None:
-    if not root.exists() or (root.is_dir() and not any(root.iterdir())):
-        return
-    own = root / MAPPING_NAME
-    if not own.is_file() or own.read_text(encoding="utf-8", errors="replace") != mapping:
+    own = root / "LOC_synset_mapping.txt"
+    is_own = own.is_file() and own.read_text(encoding="utf-8", errors="replace") == mapping
+    if not is_own and (root.is_file() or (root.is_dir() and any(root.iterdir()))):
         raise ValueError(
             f"{root} holds files that are not the toy images, and rendering would delete them: to "
             "read these files, set data.source to imagefolder; to render, set data.root to another "
             "folder"
         )
+    with replace_dir(root) as temporary:
+        for split_id, (split, number) in enumerate(splits.items()):
+            for position in range(number):
+                index, class_index = divmod(position, len(CLASSES))
+                wnid = CLASSES[class_index].wnid
+                is_train = split == "train"
+                name = f"{wnid}_{index}" if is_train else f"ILSVRC2012_val_{position + 1:08d}"
+                path = temporary / split / wnid / f"{name}.JPEG"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                # A generator for each image: its bytes do not depend on the other images.
+                rng = np.random.default_rng([seed, split_id, class_index, index])
+                image = Image.fromarray(render_image(class_index, rng, image_size=image_size))
+                image.save(path, "JPEG", quality=92, optimize=True, subsampling=0)
+                on_progress(1)
+        (temporary / own.name).write_text(mapping, encoding="utf-8")
