@@ -7,7 +7,7 @@ from pathlib import Path
 from contradiff.config import Section, Seed
 from contradiff.files import replace_file
 from contradiff.report.figures import plot_losses
-from contradiff.report.page import render_html, render_markdown, result_rows, summarise
+from contradiff.report.page import render_html, render_markdown, summarise
 from contradiff.report.results import read_results
 
 
@@ -19,11 +19,10 @@ def main(params: Params, run: Run) -> None:
     results = read_results(Path(), seed=params.seed)
     page = Path("build/report/index.html")
     loss, loss_dark = (plot_losses(results.curve, dark=dark) for dark in (False, True))
-    summary = summarise(result_rows(results), report=page.as_posix())
     outs = {
         Path("build/figures/loss.png"): loss,
         page.with_name("report.md"): render_markdown(results).encode(),
-        page.with_name("summary.json"): summary.encode(),
+        page.with_name("summary.json"): summarise(results, report=page.as_posix()).encode(),
         page: render_html(results, loss=loss, loss_dark=loss_dark).encode(),
     }
     for path, content in outs.items():

@@ -12,16 +12,13 @@ from pathlib import Path
 
 from contradiff.config import Section, read_params
 
-LINE_WIDTH = 100
-SUMMARY = Path("build/report/summary.json")
-
 
 class Params(Section):
     """Empty, because the stage copies all parameters."""
 
 
 def main(_params: Params, run: Run) -> None:
-    print(table(SUMMARY))
+    print(table(Path("build/report/summary.json")))
     run_id = upsert_row(
         run,
         params=read_params(PARAMS_FILE),
@@ -37,12 +34,8 @@ def table(summary: Path) -> str:
     content = json.loads(summary.read_text(encoding="utf-8"))
     rows: list[tuple[str, str]] = content["rows"]
     width = max((len(name) for name, _ in rows), default=0) + 2
-    lines = [
-        textwrap.fill(
-            value, LINE_WIDTH, initial_indent=f"{name:<{width}}", subsequent_indent=" " * width
-        )
-        for name, value in rows
-    ]
+    wrap = textwrap.TextWrapper(width=100, subsequent_indent=" " * width).fill
+    lines = [wrap(f"{name:<{width}}{value}") for name, value in rows]
     return "\n".join([*lines, "", f"report: {content['report']}"])
 
 

@@ -11,32 +11,32 @@ from contradiff.report.results import CURVES
 
 
 def plot_losses(curve: Mapping[str, Float[np.ndarray, " rows"]], *, dark: bool) -> bytes:
-    """Draw the losses and the gradient norm over the steps as a PNG, one panel each.
+    """Draw columns of metrics/pretrain.csv over the steps as a PNG, one panel each.
 
-    Args:
-        curve: Columns of metrics/pretrain.csv; a column that is all NaN gets no panel.
-        dark: Draw for the dark page.
+    A column that is all NaN gets no panel.
     """
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
     panels = {name: title for name, title in CURVES.items() if np.isfinite(curve[name]).any()}
-    with rc_context(page_style(dark=dark)):
+    with rc_context(_page_style(dark=dark)):
         figure = Figure(figsize=(10, 5.6), layout="constrained")
         axes = iter(figure.subplots(2, 2).flat)
         for (name, title), axis in zip(panels.items(), axes, strict=False):
             values = curve[name]
             dots = "." if len(values) < 20 else ""  # one point makes no visible line
             axis.plot(curve["step"], values, color="C0", alpha=0.35, linewidth=0.8, marker=dots)
-            axis.plot(curve["step"], _smooth(values), color="C0", linewidth=1.8)
+            # A moving average over a twentieth of the rows; the window shrinks at the ends.
+            window, ones = np.ones(max(1, len(values) // 20)), np.ones(len(values))
+            smooth = np.convolve(values, window, "same") / np.convolve(ones, window, "same")
+            axis.plot(curve["step"], smooth, color="C0", linewidth=1.8)
             axis.set_title(title, loc="left")
             axis.grid(visible=True, linewidth=0.5)
         for axis in axes:  # panels without a curve
             axis.remove()
-        figure.supxlabel(
-            "step" if panels else "no training: pretrain.epochs is 0", fontsize="medium"
-        )
-        return png_of(figure)
+        label = "step" if panels else "no training: pretrain.epochs is 0"
+        figure.supxlabel(label, fontsize="medium")
+        return _png_of(figure)
 
 
 def plot_embeddings(
@@ -44,19 +44,13 @@ def plot_embeddings(
 ) -> bytes:
     """Draw embeddings of the same images side by side, coloured by class, as a PNG.
 
-    Args:
-        panels: Title => position of each image.
-        labels: Class of each image; its number stands at the median of the class's points.
-        dark: Draw for the dark page.
+    `panels` maps a title to each image's position. A class's number stands at its points' median.
     """
     from matplotlib import colormaps, patheffects, rc_context
     from matplotlib.figure import Figure
 
-    style = page_style(dark=dark)
-    colours = colormaps["tab20"]
-    halo: list[patheffects.AbstractPathEffect] = [
-        patheffects.withStroke(linewidth=3, foreground=style["axes.facecolor"])
-    ]
+    style, colours = _page_style(dark=dark), colormaps["tab20"]
+    halo = patheffects.withStroke(linewidth=3, foreground=style["axes.facecolor"])
     with rc_context(style):
         figure = Figure(figsize=(6.2 * len(panels), 6.4), layout="constrained")
         axes = figure.subplots(1, len(panels), squeeze=False)[0]
@@ -67,34 +61,25 @@ def plot_embeddings(
                 axis.scatter(points[:, 0], points[:, 1], s=14, color=colour, linewidths=0)
                 x, y = np.median(points, axis=0)
                 text = axis.text(x, y, str(label), ha="center", va="center", weight="bold")
-                text.set_path_effects(halo)
+                text.set_path_effects([halo])
             axis.set_title(title, loc="left")
             axis.set(xticks=[], yticks=[])
             axis.margins(0.02)
             axis.set_aspect("equal", adjustable="datalim")
             axis.spines[:].set_visible(False)
-        return png_of(figure)
+        return _png_of(figure)
 
 
-def _smooth(values: Float[np.ndarray, " rows"]) -> Float[np.ndarray, " rows"]:
-    """Centred moving average over a twentieth of the rows; the window shrinks at the ends."""
-    window = np.ones(max(1, len(values) // 20))
-    return np.convolve(values, window, "same") / np.convolve(np.ones(len(values)), window, "same")
-
-
-def page_style(*, dark: bool) -> dict[Any, Any]:
+def _page_style(*, dark: bool) -> dict[Any, Any]:
     """Return matplotlib settings with the colours of the page."""
     from cycler import cycler
 
-    paper, ink, line, accent = (
-        ("#1a1f26", "#c3cad3", "#3a424d", "#5eb1ef")
-        if dark
-        else ("#ffffff", "#3d4450", "#d9dde3", "#0b68cb")
-    )
+    light_page = ("#ffffff", "#3d4450", "#d9dde3", "#0b68cb")
+    dark_page = ("#1a1f26", "#c3cad3", "#3a424d", "#5eb1ef")
+    paper, ink, line, accent = dark_page if dark else light_page
     return {
         **dict.fromkeys(("figure.facecolor", "axes.facecolor", "savefig.facecolor"), paper),
-        **dict.fromkeys(("text.color", "axes.labelcolor", "axes.titlecolor"), ink),
-        **dict.fromkeys(("xtick.color", "ytick.color"), ink),
+        **dict.fromkeys(("text.color", "axes.titlecolor", "xtick.color", "ytick.color"), ink),
         **dict.fromkeys(("axes.edgecolor", "grid.color"), line),
         **dict.fromkeys(("axes.spines.top", "axes.spines.right"), False),
         "axes.prop_cycle": cycler(color=[accent]),
@@ -103,7 +88,7 @@ def page_style(*, dark: bool) -> dict[Any, Any]:
     }
 
 
-def png_of(figure: Any) -> bytes:
+def _png_of(figure: Any) -> bytes:
     """Turn a matplotlib figure into a PNG; the same figure gives the same bytes."""
     from PIL import Image
 

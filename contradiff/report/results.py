@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -22,22 +23,11 @@ CURVES = {
 }
 """Columns of metrics/pretrain.csv that the report draws over its column `step`."""
 
-_STAGES = {
-    PRETRAIN_FILE: "pretrain",
-    "metrics/pretrain.csv": "pretrain",
-    "build/figures/tsne.png": "separability",
-    "build/figures/tsne_dark.png": "separability",
-    "build/figures/samples.png": "generate",
-    **{f"metrics/{stage}.json": stage for stage in ("probe", "transfer", "separability", "score")},
-}
-
 
 class _Record(BaseModel):
     """A JSON object of results; the report keeps and lists keys that it does not know."""
 
-    model_config = ConfigDict(
-        extra="allow", frozen=True, allow_inf_nan=False, arbitrary_types_allowed=True
-    )
+    model_config = ConfigDict(extra="allow", allow_inf_nan=False, arbitrary_types_allowed=True)
 
 
 class ProbeRecord(_Record):
@@ -142,11 +132,7 @@ class PretrainRecord(_Record):
 
 
 class RunResults(_Record):
-    """All that the report shows.
-
-    `curve` maps `step` and the keys of `CURVES` to columns of metrics/pretrain.csv, with NaN for
-    empty cells; `samples`, `tsne` and `tsne_dark` are PNGs.
-    """
+    """All that the report shows."""
 
     seed: int
     pretrain: PretrainRecord
@@ -154,8 +140,8 @@ class RunResults(_Record):
     transfer: TransferRecord
     score: ScoreRecord
     separability: SeparabilityRecord
-    curve: dict[str, Float[np.ndarray, " rows"]]
-    samples: bytes
+    curve: dict[str, Float[np.ndarray, " rows"]]  # NaN stands for an empty cell
+    samples: bytes  # a PNG, as the others
     tsne: bytes
     tsne_dark: bytes
 
@@ -167,14 +153,12 @@ def read_results(root: Path, *, seed: int) -> RunResults:
         ValueError: A file is missing or malformed, or lacks a key. The message names the file and
             the stage that makes it.
     """
-    records = {"pretrain": _read_json(root, PRETRAIN_FILE)}
+    content = {"pretrain": _read(root, PRETRAIN_FILE, _parse_json)}
     for stage in ("probe", "transfer", "separability", "score"):
-        records |= _read_json(root, f"metrics/{stage}.json")  # each has one outer key: the stage
-    figures = {
-        name: _read_png(root, f"build/figures/{name}.png")
-        for name in ("samples", "tsne", "tsne_dark")
-    }
-    content = {**records, **figures, "curve": _read_curve(root), "seed": seed}
+        content |= _read(root, f"metrics/{stage}.json", _parse_json)  # one outer key: the stage
+    for name in ("samples", "tsne", "tsne_dark"):
+        content[name] = _read(root, f"build/figures/{name}.png", _parse_png)
+    content |= {"curve": _read(root, "metrics/pretrain.csv", _parse_curve), "seed": seed}
     try:
         return RunResults.model_validate(content)
     except ValidationError as error:
@@ -190,46 +174,42 @@ def read_results(root: Path, *, seed: int) -> RunResults:
 
 def fault(file: str, what: str) -> str:
     """Say what is wrong with a file, and which stage makes it."""
-    stage = _STAGES[file]
+    stems = {"config": "pretrain", "samples": "generate"}
+    stems |= dict.fromkeys(("tsne", "tsne_dark"), "separability")
+    stage = stems.get(Path(file).stem, Path(file).stem)
     return f"{file}: {what}; the {stage} stage makes it: run `dvc repro {stage}`"
 
 
-def _read_bytes(root: Path, file: str) -> bytes:
+def _read(root: Path, file: str, parse: Callable[[bytes], Any]) -> Any:
     if not (root / file).is_file():
         raise ValueError(fault(file, "no such file"))
-    return (root / file).read_bytes()
-
-
-def _read_json(root: Path, file: str) -> dict[str, Any]:
-    content = _read_bytes(root, file)
     try:
-        record = json.loads(content)
+        return parse((root / file).read_bytes())
     except ValueError as error:
         raise ValueError(fault(file, str(error))) from None
+
+
+def _parse_json(content: bytes) -> dict[str, Any]:
+    record = json.loads(content)
     if not isinstance(record, dict):
-        raise ValueError(fault(file, "not a JSON object"))
+        raise ValueError("not a JSON object")
     return record
 
 
-def _read_png(root: Path, file: str) -> bytes:
+def _parse_png(content: bytes) -> bytes:
     from PIL import Image
 
-    content = _read_bytes(root, file)
     try:
         Image.open(io.BytesIO(content), formats=["PNG"]).verify()
     except (OSError, SyntaxError):
-        raise ValueError(fault(file, "not a PNG")) from None
+        raise ValueError("not a PNG") from None
     return content
 
 
-def _read_curve(root: Path) -> dict[str, Float[np.ndarray, " rows"]]:
-    file = "metrics/pretrain.csv"
-    lines = _read_bytes(root, file).decode(errors="replace").splitlines()
+def _parse_curve(content: bytes) -> dict[str, Float[np.ndarray, " rows"]]:
+    lines = content.decode(errors="replace").splitlines()
     reader = csv.DictReader(lines, restval="(no cell)")
     rows, columns = list(reader), ("step", *CURVES)
     if absent := set(columns) - set(reader.fieldnames or ()):
-        raise ValueError(fault(file, f"no column {', '.join(sorted(absent))}"))
-    try:
-        return {name: np.array([float(row[name] or "nan") for row in rows]) for name in columns}
-    except ValueError as error:
-        raise ValueError(fault(file, str(error))) from None
+        raise ValueError(f"no column {', '.join(sorted(absent))}")
+    return {name: np.array([float(row[name] or "nan") for row in rows]) for name in columns}

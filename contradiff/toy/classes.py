@@ -89,7 +89,7 @@ crescent moon, crescent | yellow cream snow gold | yellow snow | night night dus
 """
 
 CLASSES = tuple(
-    ToyClass(f"n{90_000_001 + index}", name, draw, *map(str.split, lists), float(tilt))
+    ToyClass(f"n{90_000_001 + index}", name, draw, *map(str.split, lists), tilt=float(tilt))
     for index, (line, draw) in enumerate(zip(_TABLE.strip().splitlines(), DRAWINGS, strict=True))
     for name, *lists, tilt in [line.split(" | ")]
 )
