@@ -7,7 +7,7 @@ from pathlib import Path
 from contradiff.config import Section, Seed
 from contradiff.files import replace_file
 from contradiff.report.figures import plot_losses
-from contradiff.report.page import render_html, render_markdown, summarise
+from contradiff.report.page import render, summarise
 from contradiff.report.results import read_results
 
 
@@ -21,9 +21,9 @@ def main(params: Params, run: Run) -> None:
     loss, loss_dark = (plot_losses(results.curve, dark=dark) for dark in (False, True))
     outs = {
         Path("build/figures/loss.png"): loss,
-        page.with_name("report.md"): render_markdown(results).encode(),
+        page.with_name("report.md"): render("report.md", results).encode(),
         page.with_name("summary.json"): summarise(results, report=page.as_posix()).encode(),
-        page: render_html(results, loss=loss, loss_dark=loss_dark).encode(),
+        page: render("report.html", results, loss=loss, loss_dark=loss_dark).encode(),
     }
     for path, content in outs.items():
         with replace_file(path) as temporary:

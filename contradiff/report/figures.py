@@ -11,10 +11,7 @@ from contradiff.report.results import CURVES
 
 
 def plot_losses(curve: Mapping[str, Float[np.ndarray, " rows"]], *, dark: bool) -> bytes:
-    """Draw columns of metrics/pretrain.csv over the steps as a PNG, one panel each.
-
-    A column that is all NaN gets no panel.
-    """
+    """Draw the columns of `CURVES` that are not all NaN over the steps, as a PNG."""
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
@@ -63,8 +60,7 @@ def plot_embeddings(
                 text = axis.text(x, y, str(label), ha="center", va="center", weight="bold")
                 text.set_path_effects([halo])
             axis.set_title(title, loc="left")
-            axis.set(xticks=[], yticks=[])
-            axis.margins(0.02)
+            axis.set(xticks=[], yticks=[], xmargin=0.02, ymargin=0.02)
             axis.set_aspect("equal", adjustable="datalim")
             axis.spines[:].set_visible(False)
         return _png_of(figure)
@@ -72,8 +68,6 @@ def plot_embeddings(
 
 def _page_style(*, dark: bool) -> dict[Any, Any]:
     """Return matplotlib settings with the colours of the page."""
-    from cycler import cycler
-
     light_page = ("#ffffff", "#3d4450", "#d9dde3", "#0b68cb")
     dark_page = ("#1a1f26", "#c3cad3", "#3a424d", "#5eb1ef")
     paper, ink, line, accent = dark_page if dark else light_page
@@ -82,7 +76,7 @@ def _page_style(*, dark: bool) -> dict[Any, Any]:
         **dict.fromkeys(("text.color", "axes.titlecolor", "xtick.color", "ytick.color"), ink),
         **dict.fromkeys(("axes.edgecolor", "grid.color"), line),
         **dict.fromkeys(("axes.spines.top", "axes.spines.right"), False),
-        "axes.prop_cycle": cycler(color=[accent]),
+        "axes.prop_cycle": f"cycler(color=['{accent}'])",
         "font.size": 11.0,
         "figure.constrained_layout.h_pad": 0.1,
     }

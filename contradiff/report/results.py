@@ -149,9 +149,7 @@ class RunResults(_Record):
 def read_results(root: Path, *, seed: int) -> RunResults:
     """Read what the other stages wrote below `root`, the project's folder.
 
-    Raises:
-        ValueError: A file is missing or malformed, or lacks a key. The message names the file and
-            the stage that makes it.
+    A ValueError names a missing or malformed file, the faulty keys, and the stage that makes it.
     """
     content = {"pretrain": _read(root, PRETRAIN_FILE, _parse_json)}
     for stage in ("probe", "transfer", "separability", "score"):
@@ -174,9 +172,9 @@ def read_results(root: Path, *, seed: int) -> RunResults:
 
 def fault(file: str, what: str) -> str:
     """Say what is wrong with a file, and which stage makes it."""
-    stems = {"config": "pretrain", "samples": "generate"}
-    stems |= dict.fromkeys(("tsne", "tsne_dark"), "separability")
-    stage = stems.get(Path(file).stem, Path(file).stem)
+    stem = Path(file).stem.removesuffix("_dark")
+    makers = {"config": "pretrain", "samples": "generate", "tsne": "separability"}
+    stage = makers.get(stem, stem)
     return f"{file}: {what}; the {stage} stage makes it: run `dvc repro {stage}`"
 
 

@@ -31,8 +31,7 @@ def render_tree(
     The files are `train/<wnid>/<wnid>_<number>.JPEG`, `val/<wnid>/ILSVRC2012_val_<number>.JPEG` and
     `LOC_synset_mapping.txt`. The classes of a split differ by at most one image in size. An image
     depends only on the seed, its split, its class and its number within the class: no two are
-    equal, and a larger split begins with the images of a smaller one. `on_progress` is called with
-    1 after every image.
+    equal, and a larger split begins with a smaller one's images. Each calls `on_progress` with 1.
 
     Raises:
         ValueError: A split has fewer images than there are classes, or `root` holds other files.

@@ -17,7 +17,7 @@ from PIL import Image
 from ruamel.yaml import YAML
 
 from contradiff.report.figures import plot_losses
-from contradiff.report.page import render_html, render_markdown, result_rows
+from contradiff.report.page import render, result_rows
 from contradiff.report.results import read_results
 from stages import report
 
@@ -94,11 +94,11 @@ def rows_of(root: Path) -> dict[str, tuple[str, str]]:
 
 
 def page_of(root: Path) -> str:
-    return render_html(read_results(root, seed=3), loss=LOSS, loss_dark=LOSS_DARK)
+    return render("report.html", read_results(root, seed=3), loss=LOSS, loss_dark=LOSS_DARK)
 
 
 def markdown_of(root: Path) -> str:
-    return render_markdown(read_results(root, seed=3))
+    return render("report.md", read_results(root, seed=3))
 
 
 class PageParser(HTMLParser):
