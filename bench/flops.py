@@ -144,12 +144,7 @@ def _peak(params: Params, folder: Path, *, num_images: int) -> int:
     norms = cuda_norms() if (half := precision == "bf16") else nullcontext()
     with FakeTensorMode(allow_non_fake_inputs=True), LiveBytes() as live, norms:
         # Autocast does not support the meta device; fake tensors claim to be on the CPU.
-        for module in model.modules():
-            for name, parameter in list(module.named_parameters(recurse=False)):
-                fake = torch.empty(parameter.shape, dtype=parameter.dtype)
-                setattr(module, name, nn.Parameter(fake, parameter.requires_grad))
-            for name, buffer in list(module.named_buffers(recurse=False)):
-                setattr(module, name, torch.empty(buffer.shape, dtype=buffer.dtype))
+        model.to_empty(device="cpu")
         batch = empty_batch(model, params, folder, num_images=num_images)
         with torch.autocast("cpu", torch.bfloat16, enabled=half):
             loss = training_step(model, params)(batch)["loss"]

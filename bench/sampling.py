@@ -53,9 +53,8 @@ def main(arguments: Sequence[str]) -> None:
 def write_base(folder: Path) -> Path:
     """The tiny base's architecture with random weights."""
     torch.manual_seed(0)
-    build_vae().save_pretrained(folder / "vae")
-    build_unet().save_pretrained(folder / "unet")
-    build_scheduler().save_pretrained(folder / "scheduler")
+    for name, build in (("vae", build_vae), ("unet", build_unet), ("scheduler", build_scheduler)):
+        build().save_pretrained(folder / name)
     return folder
 
 
@@ -113,8 +112,7 @@ def measure(base: Path, *, images: int, steps: int, rounds: int) -> list[tuple[s
             made[label] = sample()
             if number:  # the first round warms up
                 seconds[label].append(time.process_time() - started)
-    first = next(iter(contenders))
-    rows: list[tuple[str, float, str]] = []
+    first, rows = next(iter(contenders)), []
     for label, own in seconds.items():
         ratio = statistics.median(a / b for a, b in zip(seconds[first], own, strict=True))
         levels = (made[label].int() - made[first].int()).abs().max().item()
