@@ -33,6 +33,7 @@ def main(params: Params, run: Run) -> None:
     all_labels = [sample.label for sample in read_images(IMAGES, "val")]
     chosen = separation.choose_images(all_labels, settings, seed=seed)
     labels = np.array([all_labels[index] for index in chosen])
+    models = ModelFolders(CHECKPOINT, BASE, run.root)
     trained = "ContraDiff: h" if features.pool == "attention" else "ContraDiff: maps"
     found: dict[str, separation.Separability] = {}
     panels: dict[str, np.ndarray] = {}
@@ -41,13 +42,9 @@ def main(params: Params, run: Run) -> None:
         ("contradiff", trained, features.pool),
         ("base", "base alone: pooled bottleneck", "mean"),
     ):
-        own = {"model": kind, "pool": pool, "more_triples": [], "more_blocks": []}
-        model = load_feature_model(
-            features.model_copy(update=own),
-            ModelFolders(CHECKPOINT, BASE, run.root),
-            seed=seed,
-            device=run.device,
-        )
+        changes = {"model": kind, "pool": pool, "more_triples": [], "more_blocks": []}
+        own = features.model_copy(update=changes)
+        model = load_feature_model(own, models, seed=seed, device=run.device)
         if kind == "base" and isinstance(model, DiffusionFeatures):
             model.model.block = "mid"
         size = features.batch_size

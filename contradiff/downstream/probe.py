@@ -4,14 +4,14 @@ All heads see the same batches, as in DINOv2's evaluation: they are modules side
 a parameter group of its own. The learning rate rises linearly, then falls along half a cosine, a
 step at a time; the last epoch's weights are the result: no epoch is selected.
 
-*Deviation*: Table 2's weight decay of 0.05 is left to the caller, since as SGD's L2 penalty it
-destroys a linear layer; params.yaml has 0. Sec. 4.2.1's "fixed learning rate" contradicts Table 2's
-cosine, which is followed.
+*Deviation*: params.yaml has no weight decay, since Table 2's 0.05 as SGD's L2 penalty destroys a
+linear layer. Sec. 4.2.1's "fixed learning rate" contradicts Table 2's cosine, which is followed.
 """
 
 import copy
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from typing import ClassVar, Literal, TypeAlias
 
@@ -96,17 +96,8 @@ class LinearProbe(nn.Module):
         return self.linear(self.norm(features))
 
 
-class AttentiveProbe(nn.Module):
-    """An attention head that learns with labels, and a linear probe of its feature."""
-
-    def __init__(self, attention_head: nn.Module, probe: LinearProbe) -> None:
-        super().__init__()
-        self.attention_head = attention_head
-        self.probe = probe
-
-    def forward(self, maps: Float[Tensor, "n 3 channels h w"]) -> Float[Tensor, "n classes"]:
-        """Compute the logits of maps, ordered from the noisiest to the cleanest."""
-        return self.probe(self.attention_head(maps))
+Probe: TypeAlias = LinearProbe | nn.Sequential
+"""A linear probe of features, or of maps: "attention_head", which learns too, then "probe"."""
 
 
 def train_probes(
@@ -120,7 +111,7 @@ def train_probes(
     device: torch.device,
     attention_head: nn.Module | None = None,
     on_epoch: OnEpoch = lambda *_: None,
-) -> list[LinearProbe | AttentiveProbe]:
+) -> list[Probe]:
     """Train one probe for each setting; one that diverges leaves the others alone.
 
     Without an attention head, probes are linear, and share one BatchNorm, which has no parameters.
@@ -152,9 +143,9 @@ def train_probes(
         first = LinearProbe(example.shape[1], num_classes, generator=generator)
     else:
         head = copy.deepcopy(attention_head).requires_grad_(True)
-        dim = head(example).shape[1]
-        first = AttentiveProbe(head, LinearProbe(dim, num_classes, generator=generator))
-    probes = [first.to(device), *(copy.deepcopy(first) for _ in settings[1:])]
+        probe = LinearProbe(head(example).shape[1], num_classes, generator=generator)
+        first = nn.Sequential(OrderedDict(attention_head=head, probe=probe))
+    probes: list[Probe] = [first.to(device), *(copy.deepcopy(first) for _ in settings[1:])]
     for probe in probes:
         if isinstance(probe, LinearProbe) and isinstance(first, LinearProbe):
             probe.norm = first.norm
@@ -166,18 +157,20 @@ def train_probes(
     warmup_steps = round(schedule.warmup_epochs * steps_per_epoch)
     step = 0
     for epoch in range(1, schedule.epochs + 1):
-        # Summed where it is, so that a GPU need not wait for the CPU at each step.
-        loss_sum = torch.zeros((), device=device)
+        loss_sum = torch.zeros((), device=device)  # so that a GPU need not wait at each step
         for rows in torch.randperm(num_samples, generator=generator).tensor_split(steps_per_epoch):
             factor = cosine_with_warmup(step, total_steps=total_steps, warmup_steps=warmup_steps)
             for group, setting in zip(optimizer.param_groups, settings, strict=True):
                 group["lr"] = setting.lr * factor
             optimizer.zero_grad()
-            targets = labels[rows.to(labels.device)].to(device)
-            for number, logits in enumerate(_logits(probes, _batch(inputs, rows, device))):
+            batch, targets = _batch(inputs, rows, device), labels[rows.to(labels.device)].to(device)
+            if isinstance(first, LinearProbe):
+                batch = first.norm(batch)  # once for all
+            for probe in probes:
+                logits = probe.linear(batch) if isinstance(probe, LinearProbe) else probe(batch)
                 loss = nn.functional.cross_entropy(logits, targets)
                 loss.backward()  # now, so that one probe's graph at a time is in memory
-                if number == 0:
+                if probe is first:
                     loss_sum += loss.detach() * len(rows)
             optimizer.step()
             step += 1
@@ -193,18 +186,8 @@ def _batch(inputs: Inputs, rows: Int64[Tensor, " b"], device: torch.device) -> T
     return inputs.index_select(0, rows.to(inputs.device)).to(device, torch.float32)
 
 
-def _logits(probes: Sequence[LinearProbe | AttentiveProbe], batch: Tensor) -> Iterator[Tensor]:
-    """Yield each probe's logits; the norm that linear probes share sees the batch once."""
-    if isinstance(probes[0], LinearProbe):
-        batch = probes[0].norm(batch)
-    for probe in probes:
-        yield probe.linear(batch) if isinstance(probe, LinearProbe) else probe(batch)
-
-
 @torch.no_grad()
-def evaluate(
-    probe: LinearProbe | AttentiveProbe, inputs: Inputs, labels: Int64[Tensor, " n"]
-) -> Accuracy:
+def evaluate(probe: Probe, inputs: Inputs, labels: Int64[Tensor, " n"]) -> Accuracy:
     """Judge a probe on every sample; ValueError if there is none, or if the probe has diverged."""
     if len(labels) == 0:
         reason = "probe.split chooses none of the data"

@@ -36,7 +36,7 @@ class GridHead:
 
     feature: FeatureSpec
     setting: SgdSetting
-    probe: probes.LinearProbe | probes.AttentiveProbe
+    probe: probes.Probe
     accuracy: Accuracy | None
 
 

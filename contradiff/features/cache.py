@@ -91,10 +91,8 @@ class ModelFolders:
             return base_digest(self.base)
         files = sorted(file for file in self.checkpoint.rglob("*") if file.is_file())
         if not files:
-            raise ValueError(
-                f"{self.checkpoint}: no checkpoint; run `dvc repro pretrain`, or "
-                f"`dvc pull {self.checkpoint}`"
-            )
+            remedy = f"run `dvc repro pretrain`, or `dvc pull {self.checkpoint}`"
+            raise ValueError(f"{self.checkpoint}: no checkpoint; {remedy}")
         lines = (f"{file.relative_to(self.checkpoint)} {sha256_of(file)}\n" for file in files)
         return hashlib.sha256("".join(lines).encode()).hexdigest()
 
@@ -126,20 +124,15 @@ class FeatureCache:
             digest = index.made_with.get("timm_weights_sha256")
             path = models.root / str(shown)
             if digest is not None and path.is_file() and sha256_of(path) != digest:
-                raise ValueError(
-                    f"features.timm_weights: {shown} has changed since {folder} was made; run "
-                    "`dvc repro -f features`"
-                )
+                fault = f"{shown} has changed since {folder} was made"
+                raise ValueError(f"features.timm_weights: {fault}; run `dvc repro -f features`")
         elif index.checkpoint != models.fingerprint(index.model):
-            raise ValueError(
-                f"{folder / INDEX_NAME}: features of another checkpoint or base than is here now; "
-                "run `dvc repro features`"
-            )
+            fault = "features of another checkpoint or base than is here now"
+            raise ValueError(f"{folder / INDEX_NAME}: {fault}; run `dvc repro features`")
         for shard in chain(*index.shards.values()):
             if sha256_of(folder / shard.name) != shard.sha256:
-                raise ValueError(
-                    f"{folder / shard.name}: damaged (its sha256); run `dvc repro features`"
-                )
+                path = folder / shard.name
+                raise ValueError(f"{path}: damaged (its sha256); run `dvc repro features`")
         return cls(folder, index)
 
     def column(self, split: str, name: str) -> Float[Tensor, "n width"]:
@@ -158,10 +151,9 @@ class FeatureCache:
     def maps(self, split: str) -> ConcatDataset[Tensor]:
         """Map the main triple's (3, channels, h, w) into memory; ValueError if there are none."""
         if not self.index.maps:
-            raise ValueError(
-                f"{self.folder / INDEX_NAME}: no maps, which probe.head: attentive trains on; run "
-                "`dvc repro features` with this setting"
-            )
+            fault = "no maps, which probe.head: attentive trains on"
+            remedy = "run `dvc repro features` with this setting"
+            raise ValueError(f"{self.folder / INDEX_NAME}: {fault}; {remedy}")
         return ConcatDataset([self._tensor(shard, MAPS) for shard in self.index.maps[split]])  # pyright: ignore[reportArgumentType]
 
     def attention(self) -> TriTimestepAttention:

@@ -5,12 +5,11 @@ Mukhopadhyay et al., "Do text-free diffusion models learn discriminative visual 
 of its decoder back to the mirrored places of its encoder, which runs once more; an attention head
 fuses several blocks of both passes and of several noise levels. Layers and head learn with labels.
 
-*Deviation*: features are cached here and the UNet stays untouched, so that every model is judged
-by one protocol. The feedback has no parameters: in this family of UNets the decoder's map before
-each upsampling has the mirrored encoder map's very shape, is brought to its standard deviation and
-averaged with it. All levels are fed back. The mid block and the second up block of both passes are
-fused by a linear classifier of their pooled maps, or by an attention head that is trained on the
-maps with labels (probe.head: attentive). The base is Stable Diffusion, its noise levels ours.
+*Deviation*: features are cached and the UNet stays untouched, so that one protocol judges every
+model. The feedback has no parameters: the decoder's map before each upsampling has the mirrored
+encoder map's very shape, is brought to its standard deviation and averaged with it. A linear
+classifier of pooled maps, or an attention head (probe.head: attentive), fuses the mid block and the
+second up block of both passes. The base is Stable Diffusion, its noise levels ours.
 """
 
 from functools import partial
@@ -26,8 +25,7 @@ from contradiff.types import Latents, Maps, Timesteps, Tokens
 if TYPE_CHECKING:
     from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 
-NUM_PASSES = 2
-"""The first, and the one that is fed back to; of both the mid block and `up.1` are fused."""
+NUM_PASSES = 2  # of both the mid block and `up.1` are fused
 
 
 def feedback_maps(

@@ -96,7 +96,8 @@ class DiffusionFeatures:
             return {
                 **inverted_maps(self.model, latents, tokens, timesteps=timesteps, blocks=blocks)
             }
-        noise = level_noise(batch, seed=self.seed).to(self.device)
+        shape = (NUM_LEVELS, *latents.shape[1:])
+        noise = image_noise(shape, batch.indices, seed=self.seed).transpose(0, 1).to(self.device)
         if self.params.model != "diffeed":
             found = self.model.level_maps(
                 latents, tokens, timesteps=timesteps, noise=noise, blocks=blocks
@@ -116,12 +117,6 @@ def image_noise(
     """Draw Gaussian noise of the given shape for each image, by its index alone."""
     generators = [torch.Generator().manual_seed(seed * 10_000_019 + index) for index in indices]
     return torch.stack([torch.randn(*shape, generator=generator) for generator in generators])
-
-
-def level_noise(batch: CleanBatch, *, seed: int) -> Float[Tensor, "3 batch channels h w"]:
-    """Draw the noise of a batch's three levels."""
-    shape = (NUM_LEVELS, *batch.latents.shape[1:])
-    return image_noise(shape, batch.indices, seed=seed).transpose(0, 1)
 
 
 def autocast(device: torch.device, precision: str) -> torch.autocast:
