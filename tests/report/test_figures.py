@@ -5,7 +5,12 @@ import io
 import numpy as np
 from PIL import Image
 
-from contradiff.report.figures import plot_embeddings
+from contradiff.report.figures import plot_embeddings, plot_losses
+from contradiff.report.results import CURVES
+
+
+def pixels_of(png: bytes) -> np.ndarray:
+    return np.asarray(Image.open(io.BytesIO(png)).convert("L"))
 
 
 def test_embeddings_are_deterministic_and_shown_side_by_side():
@@ -17,10 +22,23 @@ def test_embeddings_are_deterministic_and_shown_side_by_side():
     assert b"matplotlib" not in png.lower()
     other = {"left": panels["right"], "right": panels["left"]}
     assert plot_embeddings(other, labels, dark=False) != png
-    light, dark = (
-        np.asarray(Image.open(io.BytesIO(content)).convert("L"))
-        for content in (png, plot_embeddings(panels, labels, dark=True))
-    )
+    light, dark = pixels_of(png), pixels_of(plot_embeddings(panels, labels, dark=True))
     assert light.shape[1] > 1.7 * light.shape[0]
     assert np.median(light) > 250
     assert np.median(dark) < 40
+
+
+def test_losses_have_no_panel_for_an_empty_column():
+    curve = {name: 1 / np.arange(1.0, 38.0) for name in ("step", *CURVES)}
+    darkest: list[int] = []
+    for values in (curve["loss"], np.full(37, np.nan)):
+        png = plot_losses(curve | {"contrastive": values}, dark=False)
+        assert png == plot_losses(curve | {"contrastive": values}, dark=False)
+        darkest.append(pixels_of(png)[420:700, 760:1400].min())  # the fourth panel
+    assert darkest[0] < darkest[1] == 255
+
+
+def test_losses_of_one_step_are_drawn():
+    empty = {name: np.empty(0) for name in ("step", *CURVES)}
+    curve = {name: np.ones(1) for name in empty}
+    assert plot_losses(curve, dark=True) != plot_losses(empty, dark=True)

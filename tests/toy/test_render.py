@@ -12,12 +12,9 @@ from contradiff.toy.render import render_image
 from contradiff.toy.tree import render_tree
 
 
-def digests_of(root: Path) -> dict[str, str]:
-    return {
-        path.relative_to(root).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
-        for path in root.rglob("*")
-        if path.is_file()
-    }
+def contents_of(root: Path) -> dict[str, bytes]:
+    files = (path for path in root.rglob("*") if path.is_file())
+    return {path.relative_to(root).as_posix(): path.read_bytes() for path in files}
 
 
 def render(root: Path, *, num_train: int = 50, num_val: int = 26, seed: int = 3) -> Path:
@@ -31,7 +28,6 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_the_pictures_never_change() -> None:
-    """Datasets of an earlier version stay comparable: these bytes are pinned."""
     digest = hashlib.sha256()
     for class_index in range(len(CLASSES)):
         for index in range(20):  # every object has optional shapes
@@ -40,7 +36,7 @@ def test_the_pictures_never_change() -> None:
     assert digest.hexdigest().startswith("8f6029074982f0ca")
 
 
-def test_layout_is_imagenets(root: Path) -> None:
+def test_layout_and_format_are_imagenets_without_chroma_subsampling(root: Path) -> None:
     lines = (root / "LOC_synset_mapping.txt").read_text().splitlines()
     wnids = [line.split(" ", 1)[0] for line in lines]
     assert wnids == sorted({toy_class.wnid for toy_class in CLASSES})
@@ -49,13 +45,10 @@ def test_layout_is_imagenets(root: Path) -> None:
         assert sorted(counts) == wnids
         assert sum(counts.values()) == number
         assert max(counts.values()) - min(counts.values()) <= 1
-    for path in (root / "train").rglob("*.JPEG"):
-        assert path.name.startswith(f"{path.parent.name}_")
+    paths = list(root.rglob("train/*/*.JPEG"))
+    assert all(path.name.startswith(f"{path.parent.name}_") for path in paths)
     numbers = sorted(int(path.stem.rsplit("_", 1)[1]) for path in (root / "val").rglob("*.JPEG"))
     assert numbers == list(range(1, 27))
-
-
-def test_images_are_rgb_jpegs_without_chroma_subsampling(root: Path) -> None:
     for path in root.rglob("*.JPEG"):
         with Image.open(path) as image:
             assert (image.format, image.mode, image.size) == ("JPEG", "RGB", (32, 32))
@@ -64,19 +57,19 @@ def test_images_are_rgb_jpegs_without_chroma_subsampling(root: Path) -> None:
 
 
 def test_no_two_images_are_equal_over_splits_and_seeds(root: Path, tmp_path: Path) -> None:
-    digests = [*digests_of(root).values(), *digests_of(render(tmp_path / "other", seed=4)).values()]
-    assert len(digests) == 2 * (50 + 26 + 1)
-    assert len(set(digests)) == len(digests) - 1  # the mapping is the same
+    other = render(tmp_path / "other", seed=4)
+    contents = [*contents_of(root).values(), *contents_of(other).values()]
+    assert len(contents) == 2 * (50 + 26 + 1)
+    assert len(set(contents)) == len(contents) - 1  # the mapping is the same
 
 
 def test_a_larger_split_begins_with_the_smaller_ones_images(root: Path, tmp_path: Path) -> None:
     small = render(tmp_path / "small", num_train=20, num_val=13)
-    assert digests_of(small).items() <= digests_of(root).items()
+    assert contents_of(small).items() <= contents_of(root).items()
 
 
 @pytest.mark.parametrize("class_index", range(len(CLASSES)))
-def test_size_changes_the_resolution_and_not_the_picture(class_index: int) -> None:
-    """Averaged down, the picture at twice the side is the same one."""
+def test_twice_the_side_averaged_down_is_the_same_picture(class_index: int) -> None:
     small, large = (
         render_image(class_index, np.random.default_rng(0), image_size=size).astype(float)
         for size in (32, 64)
@@ -87,21 +80,20 @@ def test_size_changes_the_resolution_and_not_the_picture(class_index: int) -> No
 
 
 def test_mean_colour_does_not_tell_the_class() -> None:
-    """The nearest neighbour by mean colour, a strong guess in three dimensions, errs mostly."""
     labels = np.repeat(np.arange(len(CLASSES)), 20)
-    colours = np.stack(
-        [
-            render_image(label, np.random.default_rng([label, i]), image_size=16).mean(axis=(0, 1))
-            for i, label in enumerate(labels.tolist())
-        ]
-    )
+    rngs = [np.random.default_rng([label, i]) for i, label in enumerate(labels)]
+    images = [
+        render_image(*pair, image_size=16) for pair in zip(labels.tolist(), rngs, strict=True)
+    ]
+    colours = np.stack(images).mean(axis=(1, 2))
     distances = np.linalg.norm(colours[:, None] - colours, axis=2)
     np.fill_diagonal(distances, np.inf)
-    assert (labels[distances.argmin(axis=1)] == labels).mean() < 0.35
+    assert (labels[distances.argmin(axis=1)] == labels).mean() < 0.35  # the nearest neighbour errs
 
 
 def test_an_interrupted_rendering_leaves_the_earlier_tree(tmp_path: Path) -> None:
-    before = digests_of(render(tmp_path / "toy", num_train=12, num_val=12))
+    toy = render(tmp_path / "toy", num_train=12, num_val=12)
+    before = contents_of(toy)
     seen: list[int] = []
 
     def interrupt(number: int) -> None:
@@ -110,12 +102,10 @@ def test_an_interrupted_rendering_leaves_the_earlier_tree(tmp_path: Path) -> Non
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        render_tree(
-            tmp_path / "toy", num_train=24, num_val=12, image_size=32, seed=9, on_progress=interrupt
-        )
+        render_tree(toy, num_train=24, num_val=12, image_size=32, seed=9, on_progress=interrupt)
     assert seen == [1] * 30  # every image is reported
-    assert digests_of(tmp_path / "toy") == before
-    assert [path.name for path in tmp_path.iterdir()] == ["toy"]
+    assert contents_of(toy) == before
+    assert list(tmp_path.iterdir()) == [toy]
 
 
 def test_other_data_are_never_replaced(tmp_path: Path) -> None:
