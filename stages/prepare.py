@@ -5,7 +5,7 @@ Raw data and given weights lie outside DVC: a manifest in build/manifest stands 
 
 from stages.runtime.run import Run, execute
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -16,15 +16,9 @@ from contradiff.base.config import BaseParams, base_manifest
 from contradiff.config import Section, Seed
 from contradiff.data.params import DataParams, RawParams
 from contradiff.files import file_manifest
-from contradiff.sources.imagenet import check_batch_sizes, scan_images
+from contradiff.sources.imagenet import scan_images
 from contradiff.sources.transfer_set import TransferDataParams, TransferSet
 from contradiff.toy.rendered import ensure_digits, ensure_images
-
-HOW_TO_GET = {
-    "extractor.weights": "fetch it (docs/scores.md says where), or set extractor.download: true "
-    "where there is a network, or extractor.kind: classifier",
-    "features.timm_weights": "fetch it, or set features.timm_pretrained: true",
-}
 
 
 class Params(Section):
@@ -46,16 +40,32 @@ class Params(Section):
 
 
 def main(params: Params, run: Run) -> None:
+    faults: list[str] = []
+    if params.timm_name is not None:
+        import timm
+
+        if not timm.is_model(params.timm_name):
+            version = timm.__version__
+            faults.append(f"features.timm_name: timm {version} knows no {params.timm_name!r}")
     inception = None if params.inception_download else params.inception_weights
+    way_out = (
+        "fetch it (docs/scores.md says where), or set extractor.download: true where there is a "
+        "network, or extractor.kind: classifier"
+    )
     makers: dict[str, Callable[[], dict[str, Any]]] = {
         "base": partial(base_manifest, params.base, root=run.root),
-        "extractor": partial(weights_manifest, "extractor.weights", inception, run),
-        "timm": partial(weights_manifest, "features.timm_weights", params.timm_weights, run),
+        "extractor": partial(weights_manifest, run, inception, "extractor.weights", way_out),
+        "timm": partial(
+            weights_manifest,
+            run,
+            params.timm_weights,
+            "features.timm_weights",
+            "fetch it, or set features.timm_pretrained: true",
+        ),
         "images": partial(images_manifest, params, run),
         "transfer": partial(transfer_manifest, params, run),
     }
     manifests: dict[str, dict[str, Any]] = {}
-    faults = list(unknown_timm_model(params.timm_name))
     for name, make in makers.items():
         try:
             manifests[name] = make()
@@ -67,20 +77,12 @@ def main(params: Params, run: Run) -> None:
         run.write_json(Path(f"build/manifest/{name}.json"), manifest)
 
 
-def unknown_timm_model(name: str | None) -> Iterator[str]:
-    if name is not None:
-        import timm
-
-        if not timm.is_model(name):
-            yield f"features.timm_name: timm {timm.__version__} knows no {name!r}"
-
-
-def weights_manifest(key: str, given: str | None, run: Run) -> dict[str, Any]:
+def weights_manifest(run: Run, given: str | None, key: str, way_out: str) -> dict[str, Any]:
     if given is None:
         return {}
     path = run.resolve(given)
     if not path.is_file():
-        raise ValueError(f"{key}: no file {given}; {HOW_TO_GET[key]}")
+        raise ValueError(f"{key}: no file {given}; {way_out}")
     return {"path": given, "files": file_manifest(path.parent, [path.name])}
 
 
@@ -90,18 +92,15 @@ def images_manifest(params: Params, run: Run) -> dict[str, Any]:
         total = (data.num_train or 0) + (data.num_val or 0)
         with run.progress("render images", total) as advance:
             root = ensure_images(root, data, seed=params.seed, on_progress=advance)
+    index, verify = run.root / ".work/archives", params.raw.verify
     images = scan_images(
-        root,
-        layout=data.layout,
-        index_folder=run.root / ".work/archives",
-        verify=params.raw.verify,
-        on_message=run.log,
+        root, layout=data.layout, index_folder=index, verify=verify, on_message=run.log
     )
-    batch_sizes = {
+    sizes = {
         "pretrain.batch_size": params.batch_size if params.epochs else 0,
         "class_condition.batch_size": params.class_batch_size if params.class_epochs else 0,
     }
-    check_batch_sizes(batch_sizes, images)
+    images.check_batch_sizes(sizes)
     for line in images.describe():
         run.log(line)
     return images.manifest(project=run.root)

@@ -8,15 +8,9 @@ from pathlib import Path
 from contradiff.config import Section, Seed
 from contradiff.data.map_shards import STATE_VERSION, map_shards, missing_items
 from contradiff.data.shards import ShardParams
-from contradiff.files import replace_dir
+from contradiff.files import check_free_space, replace_dir
+from contradiff.sources import packing
 from contradiff.sources.imagenet import reopen_images
-from contradiff.sources.packing import (
-    IngestParams,
-    PackingReport,
-    ShardMaker,
-    check_space,
-    plan_shards,
-)
 
 MANIFEST, SHARDS = Path("build/manifest/images.json"), Path("build/shards")
 NAME_OF = attrgetter("name")
@@ -25,23 +19,25 @@ NAME_OF = attrgetter("name")
 class Params(Section):
     seed: Seed
     shard: ShardParams
-    ingest: IngestParams
+    ingest: packing.IngestParams
 
 
 def main(params: Params, run: Run) -> None:
     index = run.root / ".work/archives"
     images = reopen_images(MANIFEST, project=run.root, index_folder=index, on_message=run.log)
     listing = images.listing
-    plan = plan_shards(listing, seed=params.seed, shard=params.shard, ingest=params.ingest)
+    plan = packing.plan_shards(listing, seed=params.seed, shard=params.shard, ingest=params.ingest)
     # An interrupted run's shards are found again, also under another threshold.
     decisive = params.model_dump(by_alias=True, exclude={"ingest": {"max_quarantined"}})
     with run.work_dir(decisive, [MANIFEST], state_version=STATE_VERSION) as work:
         missing = missing_items(plan, work, name_of=NAME_OF)
         if len(missing) < len(plan):
             run.log(f"{len(plan) - len(missing)} of {len(plan)} shards were there already")
-        check_space(plan, missing, work=work, target=SHARDS.parent)
+        check_free_space(work, sum(planned.num_bytes for planned in missing))
+        if work.stat().st_dev != SHARDS.parent.stat().st_dev:  # another disk takes a copy of all
+            check_free_space(SHARDS.parent, sum(planned.num_bytes for planned in plan))
         num_images = {split: len(files) for split, files in listing.splits.items()}
-        maker = ShardMaker(images.read, num_images, params.shard, params.ingest, work)
+        maker = packing.ShardMaker(images.read, num_images, params.shard, params.ingest, work)
         with run.progress("images", sum(len(planned.files) for planned in missing)) as advance:
             made = map_shards(
                 plan,
@@ -52,10 +48,9 @@ def main(params: Params, run: Run) -> None:
                 size_of=lambda planned: len(planned.files),
                 on_progress=advance,
             )
-        report = PackingReport(listing, made, maker)
         with replace_dir(SHARDS) as folder:
-            report.publish(folder, seed=params.seed)
-    for line in report.describe():
+            info = packing.publish(listing, made, maker, folder, seed=params.seed)
+    for line in packing.describe(info):
         run.log(line)
 
 

@@ -1,30 +1,30 @@
 """ILSVRC2012's own archives, read where they lie: nothing is unpacked.
 
 `ILSVRC2012_img_train.tar` holds a tar for each class, `<wnid>.tar`. `ILSVRC2012_img_val.tar` holds
-the validation images by number; the development kit knows their classes.
+the validation images by number; the development kit, packed or not, knows their classes. There,
+`meta.mat` gives each wnid its ILSVRC2012_ID, which is *not* its place among the sorted wnids, and
+`ILSVRC2012_validation_ground_truth.txt` has one such id on a line, image by image.
 """
 
+import io
 import os
 import re
+import tarfile
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
-from tarfile import TarInfo
+from typing import Any
 
-from contradiff.sources.devkit import DEVKIT_ARCHIVE, read_devkit
-from contradiff.sources.folder import NUM_THREADS
-from contradiff.sources.listing import (
-    ImageFile,
-    Listing,
-    explain_unreadable,
-    in_order,
-    is_image_name,
-)
+from contradiff.sources import listing
+from contradiff.sources.listing import ImageFile, Listing
 from contradiff.sources.tars import Member, Members, check_digest, kept_index, walk_tar
 
 TRAIN_ARCHIVE = "ILSVRC2012_img_train.tar"
 VAL_ARCHIVE = "ILSVRC2012_img_val.tar"
+DEVKIT_ARCHIVE = "ILSVRC2012_devkit_t12.tar.gz"
+DEVKIT_FOLDERS = ("ILSVRC2012_devkit_t12/data", "data")
+META, GROUND_TRUTH = "meta.mat", "ILSVRC2012_validation_ground_truth.txt"
 MD5S = {
     TRAIN_ARCHIVE: "1d675b47d978889d74fa0da5fadfb00e",
     VAL_ARCHIVE: "29b22e2961454d5413ddabcf34fc5622",
@@ -36,11 +36,10 @@ MD5S = {
 def read_member(root: Path, file: ImageFile) -> bytes:
     """Read one image at its offset; several threads and forked processes may do so at once.
 
-    Raises:
-        ValueError: the archive cannot be read, or is shorter than it was.
+    It raises ValueError if the archive cannot be read, or is shorter than it was.
     """
     path = root / file.stored
-    with explain_unreadable(path):
+    with listing.explain_unreadable(path):
         archive = _opened(path, path.stat().st_mtime_ns)
         content = os.pread(archive, file.num_bytes, file.offset)
     if len(content) != file.num_bytes:
@@ -54,72 +53,55 @@ def _opened(path: Path, _time: int) -> int:
 
 
 def scan_archives(
-    root: Path, *, index_folder: Path | None, on_message: Callable[[str], None] = lambda _: None
+    root: Path, *, index_folder: Path | None, verify: bool, on_message: Callable[[str], None]
 ) -> Listing:
     """List the images in the archives. Classes are the sorted wnids, as in class folders.
 
-    Args:
-        root: the folder of the archives and the development kit.
-        index_folder: keeps the archives' indices between runs; None reads headers each time.
-        on_message: told what takes long.
-
-    Raises:
-        ValueError: an archive or the kit is missing, truncated or damaged, or has a content that it
-            should not have; or they do not fit together.
+    `index_folder` keeps the archives' indices between runs; None reads the headers each time. With
+    `verify`, every byte is read first to compare the md5 with ILSVRC's, which takes minutes.
+    It raises ValueError if an archive or the kit is missing or damaged, or has a content that it
+    should not have, or if they do not fit together.
     """
-    _check_presence(root)
-    devkit = read_devkit(root)  # before the long work: it is as often missing as the rest
-
-    def index(path: Path, read_headers: Callable[[Path], Members]) -> Members:
-        def make() -> Members:
-            on_message(f"reading the headers of {path} (once, as long as it does not change)")
-            return read_headers(path)
-
-        with explain_unreadable(path):
-            return kept_index(path, index_folder, make)
-
-    groups = index(root / TRAIN_ARCHIVE, _walk_classes)
-    class_ids = tuple(sorted(groups))
-    train = [
-        ImageFile(f"train/{class_id}/{name}", label, num_bytes, TRAIN_ARCHIVE, offset)
-        for label, class_id in enumerate(class_ids)
-        for name, offset, num_bytes in groups[class_id]
-    ]
-    val = index(root / VAL_ARCHIVE, lambda path: {"val": _images(walk_tar(path))})["val"]
-    labelled = _labelled(val, devkit.wnids, class_ids, path=root / VAL_ARCHIVE)
-    names = tuple(devkit.names.get(class_id, class_id) for class_id in class_ids)
-    return Listing(class_ids, names, {"train": in_order(train), "val": in_order(labelled)})
-
-
-def verify_archives(root: Path, *, on_message: Callable[[str], None] = lambda _: None) -> None:
-    """Compare the archives' md5 with ILSVRC's. This reads every byte, which takes minutes.
-
-    An unpacked development kit has no md5 and is passed over.
-
-    Raises:
-        ValueError: an archive is missing or differs.
-    """
-    _check_presence(root)
-    for name, expected in MD5S.items():
+    for name in (TRAIN_ARCHIVE, VAL_ARCHIVE):
+        if not (root / name).is_file():
+            raise ValueError(f"data.root: no {root / name}; expected ILSVRC's archives of 2012")
+    for name, expected in MD5S.items() if verify else ():
         path = root / name
         if name == DEVKIT_ARCHIVE and not path.is_file():
             on_message(f"{name} is not there (unpacked?): its md5 is not checked")
             continue
         on_message(f"reading {path.stat().st_size / 1e9:.1f} GB of {name} for its md5")
         remedy = "fetch it again, or set raw.verify to false for a set of your own"
-        check_digest(path, algorithm="md5", expected=expected, remedy=remedy)
+        check_digest(path, "md5", expected, remedy=remedy)
+    wnids, class_names = read_devkit(root)  # before the long work: it is as often missing
 
+    def walk(path: Path) -> Members:
+        on_message(f"reading the headers of {path} (once, as long as it does not change)")
+        return (
+            _walk_classes(path) if path.name == TRAIN_ARCHIVE else {"val": _images(walk_tar(path))}
+        )
 
-def _check_presence(root: Path) -> None:
-    for name in (TRAIN_ARCHIVE, VAL_ARCHIVE):
-        if not (root / name).is_file():
-            raise ValueError(f"data.root: no {root / name}; expected ILSVRC's archives of 2012")
+    def index(name: str) -> Members:
+        with listing.explain_unreadable(root / name):
+            return kept_index(root / name, index_folder, walk)
+
+    groups, members = index(TRAIN_ARCHIVE), index(VAL_ARCHIVE)["val"]
+    class_ids = tuple(sorted(groups))
+    train = [
+        ImageFile(f"train/{class_id}/{name}", label, num_bytes, TRAIN_ARCHIVE, offset)
+        for label, class_id in enumerate(class_ids)
+        for name, offset, num_bytes in groups[class_id]
+    ]
+    val = _labelled(members, wnids, class_ids, path=root / VAL_ARCHIVE)
+    names = tuple(class_names.get(class_id, class_id) for class_id in class_ids)
+    splits = {"train": listing.in_order(train), "val": listing.in_order(val)}
+    return Listing(class_ids, names, splits)
 
 
 def _walk_classes(path: Path) -> Members:
-    classes: dict[str, TarInfo] = {}
+    classes: dict[str, tarfile.TarInfo] = {}
     for member in walk_tar(path):
-        wnid, _, extension = _base(member.name).rpartition(".")
+        wnid, _, extension = Path(member.name).name.rpartition(".")
         if extension != "tar" or not wnid or wnid.startswith("."):
             continue
         if wnid in classes:
@@ -128,50 +110,98 @@ def _walk_classes(path: Path) -> Members:
     if not classes:
         raise ValueError(f"data.root: {path} holds no class archives (<wnid>.tar)")
 
-    def walk(member: TarInfo) -> list[Member]:
+    def walk(member: tarfile.TarInfo) -> list[Member]:
         return _images(walk_tar(path, inner=member), start=member.offset_data)
 
-    with ThreadPoolExecutor(NUM_THREADS) as pool:
+    with ThreadPoolExecutor(listing.NUM_THREADS) as pool:
         return dict(zip(classes, pool.map(walk, classes.values()), strict=True))
 
 
-def _images(members: Iterable[TarInfo], *, start: int = 0) -> list[Member]:
+def _images(members: Iterable[tarfile.TarInfo], *, start: int = 0) -> list[Member]:
     return [
         Member(name, start + member.offset_data, member.size)
         for member in members
-        if is_image_name(name := _base(member.name))
+        if listing.is_image_name(name := member.name.rpartition("/")[2])
     ]
 
 
-def _base(name: str) -> str:
-    return name.rpartition("/")[2]
-
-
 def _labelled(
-    members: list[Member], wnids: tuple[str, ...], class_ids: tuple[str, ...], *, path: Path
+    members: list[Member], wnids: list[str], class_ids: tuple[str, ...], *, path: Path
 ) -> list[ImageFile]:
     """Give each validation image the class on the ground truth's line of the image's number."""
-    if len(members) != len(wnids):
+    total = len(wnids)
+    if len(members) != total:
         raise ValueError(
             f"data.root: {path} has {len(members)} images, but the devkit's ground truth has "
-            f"{len(wnids)} lines"
+            f"{total} lines"
         )
-    index = dict(zip(class_ids, range(len(class_ids)), strict=True))
+    label_of = {class_id: label for label, class_id in enumerate(class_ids)}
     files: list[ImageFile] = []
     for name, offset, num_bytes in members:
         match = re.search(r"_(\d{8})\.\w+$", name)
         number = int(match[1]) if match else 0
-        if not 1 <= number <= len(wnids):
-            raise ValueError(
-                f"data.root: {path}: {name} has no number from 1 to {len(wnids)}, by which the "
-                "ground truth would know it"
-            )
+        if not 1 <= number <= total:
+            fault = f"{name} has no number from 1 to {total}, by which the ground truth knows it"
+            raise ValueError(f"data.root: {path}: {fault}")
         wnid = wnids[number - 1]
-        if wnid not in index:
-            raise ValueError(
-                f"data.root: {path}: the devkit gives {name} the class {wnid}, which "
-                f"{TRAIN_ARCHIVE} lacks"
-            )
+        if wnid not in label_of:
+            fault = f"the devkit gives {name} the class {wnid}, which {TRAIN_ARCHIVE} lacks"
+            raise ValueError(f"data.root: {path}: {fault}")
         path_of = f"val/{wnid}/{name}"
-        files.append(ImageFile(path_of, index[wnid], num_bytes, VAL_ARCHIVE, offset))
+        files.append(ImageFile(path_of, label_of[wnid], num_bytes, VAL_ARCHIVE, offset))
     return files
+
+
+def read_devkit(root: Path) -> tuple[list[str], dict[str, str]]:
+    """Return the validation images' wnids by number, and names by wnid; no synset with children.
+
+    It raises ValueError if the kit is missing or damaged, or if its two files do not fit together.
+    """
+    from scipy.io import loadmat
+
+    contents = _devkit_files(root)
+    shown = f"data.root: {root}: {META}"
+    try:
+        # A MATLAB file holds only data: scipy runs no code from it.
+        file = io.BytesIO(contents[META])
+        synsets: Any = loadmat(file, squeeze_me=True, variable_names=["synsets"])["synsets"]
+        leaves = [row for row in synsets.reshape(-1) if int(row["num_children"]) == 0]
+        wnid_of = {str(int(row["ILSVRC2012_ID"])): str(row["WNID"]) for row in leaves}
+        names = {str(row["WNID"]): listing.first_name(str(row["words"])) for row in leaves}
+    except Exception as error:  # scipy does not say what it raises for a damaged file
+        raise ValueError(f"{shown} has no readable table `synsets`: {error}") from error
+    if not leaves or not len(leaves) == len(wnid_of) == len(names):
+        raise ValueError(f"{shown}: `synsets` has no classes, or two with one id or wnid")
+    ids = [line.strip() for line in contents[GROUND_TRUTH].decode("ascii", "replace").splitlines()]
+    for number, line in enumerate(ids, start=1):
+        if line not in wnid_of:
+            raise ValueError(
+                f"data.root: {root}: {GROUND_TRUTH}: line {number} is no ILSVRC2012_ID of a class "
+                f"of {META}: {line!r}"
+            )
+    return [wnid_of[line] for line in ids], names
+
+
+def _devkit_files(root: Path) -> dict[str, bytes]:
+    wanted, path = (META, GROUND_TRUTH), root / DEVKIT_ARCHIVE
+    for folder in DEVKIT_FOLDERS:
+        if all((root / folder / name).is_file() for name in wanted):
+            return {name: (root / folder / name).read_bytes() for name in wanted}
+    if not path.is_file():
+        raise ValueError(
+            f"data.root: {root} lacks {DEVKIT_ARCHIVE} (or unpacked, {' or '.join(DEVKIT_FOLDERS)} "
+            f"with {' and '.join(wanted)}), which holds the labels of ILSVRC's validation images"
+        )
+    found: dict[str, bytes] = {}
+    try:
+        with tarfile.open(path, "r:gz") as archive:
+            for member in archive:
+                folder, _, name = member.name.rpartition("/")
+                is_wanted = name in wanted and folder.endswith("data") and member.isreg()
+                if is_wanted and (file := archive.extractfile(member)):
+                    found[name] = file.read()
+    except (tarfile.TarError, OSError, EOFError) as error:
+        raise ValueError(f"data.root: {path} is damaged or truncated: {error}") from error
+    if missing := [name for name in wanted if name not in found]:
+        raise ValueError(f"data.root: {path} lacks data/{' and data/'.join(missing)}")
+    return found

@@ -9,7 +9,7 @@ import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, TypeAlias
+from typing import Literal, NamedTuple
 
 import numpy as np
 from jaxtyping import Int64, UInt8
@@ -27,21 +27,12 @@ MAX_MEMBER_BYTES = 1 << 28
 _PIXELS = 3 * SIDE * SIDE
 
 
-@dataclass(frozen=True)
-class CifarForm:
-    """One official form of a data set.
-
-    Attributes:
-        archive: the archive's name.
-        folder: the only folder in the archive.
-        names: the file of class names.
-        sha256: the archive's digest, as Keras and TensorFlow Datasets pin it.
-    """
+class CifarForm(NamedTuple):
+    """One official form of a data set: its archive, the only folder in it, its file of names."""
 
     archive: str
     folder: str
     names: str
-    sha256: str
 
     @property
     def is_python(self) -> bool:
@@ -54,7 +45,7 @@ class CifarForm:
         return "fine_" if "100" in self.archive else ""
 
     def split_files(self, split: Split) -> list[str]:
-        """The files of a split, in order."""
+        """Names of a split's files, in order."""
         stems = [split]
         if not self.prefix:
             batches = [f"data_batch_{number}" for number in range(1, 6)]
@@ -63,45 +54,31 @@ class CifarForm:
 
     @property
     def files(self) -> list[str]:
-        """All files that are read."""
+        """Names of all files that are read."""
         return [*self.split_files("train"), *self.split_files("test"), self.names]
 
 
 FORMS: Mapping[CifarName, tuple[CifarForm, CifarForm]] = {
     "cifar10": (
-        CifarForm(
-            archive="cifar-10-python.tar.gz",
-            folder="cifar-10-batches-py",
-            names="batches.meta",
-            sha256="6d958be074577803d12ecdefd02955f39262c83c16fe9348329d7fe0b5c001ce",
-        ),
-        CifarForm(
-            archive="cifar-10-binary.tar.gz",
-            folder="cifar-10-batches-bin",
-            names="batches.meta.txt",
-            sha256="c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd",
-        ),
+        CifarForm("cifar-10-python.tar.gz", "cifar-10-batches-py", "batches.meta"),
+        CifarForm("cifar-10-binary.tar.gz", "cifar-10-batches-bin", "batches.meta.txt"),
     ),
     "cifar100": (
-        CifarForm(
-            archive="cifar-100-python.tar.gz",
-            folder="cifar-100-python",
-            names="meta",
-            sha256="85cd44d02ba6437773c5bbd22e183051d648de2e7d6b014e1ef29b855ba677a7",
-        ),
-        CifarForm(
-            archive="cifar-100-binary.tar.gz",
-            folder="cifar-100-binary",
-            names="fine_label_names.txt",
-            sha256="58a81ae192c23a4be8b1804d68e518ed807d710a4eb253b1f2a199162a40d8ec",
-        ),
+        CifarForm("cifar-100-python.tar.gz", "cifar-100-python", "meta"),
+        CifarForm("cifar-100-binary.tar.gz", "cifar-100-binary", "fine_label_names.txt"),
     ),
 }
 """The python form is looked for first; both hold the same images in the same order."""
+SHA256S = {
+    "cifar-10-python.tar.gz": "6d958be074577803d12ecdefd02955f39262c83c16fe9348329d7fe0b5c001ce",
+    "cifar-10-binary.tar.gz": "c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd",
+    "cifar-100-python.tar.gz": "85cd44d02ba6437773c5bbd22e183051d648de2e7d6b014e1ef29b855ba677a7",
+    "cifar-100-binary.tar.gz": "58a81ae192c23a4be8b1804d68e518ed807d710a4eb253b1f2a199162a40d8ec",
+}
+"""As Keras and TensorFlow Datasets have them."""
 
 
-@dataclass(frozen=True)
-class CifarFiles:
+class CifarFiles(NamedTuple):
     """The files of one data set: `place` is the archive, or the folder of unpacked files."""
 
     form: CifarForm
@@ -110,84 +87,49 @@ class CifarFiles:
     @property
     def paths(self) -> list[Path]:
         """What is on the disk: the archive, or each unpacked file."""
-        if self.place.is_file():
-            return [self.place]
-        return [self.place / name for name in self.form.files]
+        is_packed = self.place.is_file()
+        return [self.place] if is_packed else [self.place / name for name in self.form.files]
 
     def verify(self) -> None:
-        """Compare an archive with the official checksum; unpacked files have none.
-
-        Raises:
-            ValueError: it is another file.
-        """
+        """Raise ValueError if an archive's checksum is wrong; unpacked files have none."""
         if self.place.is_file():
             remedy = (
                 f"fetch it again from {HOMEPAGE}, or set transfer_data.verify to false if it is "
                 "meant to hold other data"
             )
-            expected = self.form.sha256
-            check_digest(self.place, algorithm="sha256", expected=expected, remedy=remedy)
-
-    def read(self, names: Sequence[str]) -> dict[str, bytes]:
-        """Contents of some files, by the names that messages use. Nothing is written to the disk.
-
-        Raises:
-            ValueError: the archive is damaged, holds more than plain files, or lacks one.
-        """
-        if not self.place.is_file():
-            return {str(path): path.read_bytes() for path in (self.place / name for name in names)}
-        members = [f"{self.form.folder}/{name}" for name in names]
-        contents = _read_members(self.place, set(members))
-        return {f"{self.place}: {member}": contents[member] for member in members}
-
-
-ReadRows: TypeAlias = Callable[[Sequence[int]], UInt8[np.ndarray, "n 3 side side"]]
-"""From rows of a split to their images, RGB from 0 to 255, all of one size."""
+            check_digest(self.place, "sha256", SHA256S[self.form.archive], remedy=remedy)
 
 
 @dataclass(frozen=True)
 class TransferSplit:
-    """One split of a labelled set.
+    """One split of a labelled set: labels in [0, len(class_names)), and the images' names.
 
-    Attributes:
-        labels: classes in [0, len(class_names)).
-        keys: names of the images.
-        class_names: the classes' names.
-        read: returns some images. A folder's are read only now: they need not fit into memory.
+    `read` returns the images of some rows: RGB from 0 to 255, all of one size. A folder's are read
+    only then, as they need not fit into memory.
     """
 
     labels: Int64[np.ndarray, " n"]
     keys: tuple[str, ...]
     class_names: tuple[str, ...]
-    read: ReadRows
+    read: Callable[[Sequence[int]], UInt8[np.ndarray, "n 3 side side"]]
 
 
 def find_cifar(root: Path, name: CifarName) -> CifarFiles:
-    """Look for a data set.
-
-    Args:
-        root: an archive, or a folder with unpacked files or an archive in it; folders below are
-            not searched.
-        name: which data set.
-
-    Raises:
-        ValueError: it is not there; names transfer_data.root and what is missing.
-    """
+    """Find an archive, or the files or the archive in a folder; ValueError names what it lacks."""
     forms = FORMS[name]
     archives = " or ".join(form.archive for form in forms)
-    if root.is_file():
-        for form in forms:
-            if root.name == form.archive:
-                return CifarFiles(form, root)
-        raise ValueError(f"transfer_data.root: {root} is a file, but not {archives}")
-    absent = [[file for file in form.files if not (root / file).is_file()] for form in forms]
-    for form, missing in zip(forms, absent, strict=True):
-        if not missing:
-            return CifarFiles(form, root)
+    packed = {form: root if root.is_file() else root / form.archive for form in forms}
+    absent = {form: [n for n in form.files if not (root / n).is_file()] for form in forms}
     for form in forms:
-        if (root / form.archive).is_file():
-            return CifarFiles(form, root / form.archive)
-    lacks = f"lacks {', '.join(min(absent, key=len))}" if root.exists() else "does not exist"
+        if not absent[form]:
+            return CifarFiles(form, root)
+    for form, path in packed.items():
+        if path.is_file() and path.name == form.archive:
+            return CifarFiles(form, path)
+    if root.is_file():
+        raise ValueError(f"transfer_data.root: {root} is a file, but not {archives}")
+    fewest = ", ".join(min(absent.values(), key=len))
+    lacks = f"lacks {fewest}" if root.exists() else "does not exist"
     raise ValueError(
         f"transfer_data.root: {root} {lacks}; put {archives} there, packed or unpacked (from "
         f"{HOMEPAGE}; nothing is downloaded)"
@@ -198,14 +140,16 @@ def read_cifar(files: CifarFiles, *, split: Split) -> TransferSplit:
     """Read one split, in the files' order; of CIFAR-100 the fine classes.
 
     The files decide how many images and classes there are. If they do not name an image, its key is
-    the split and a number.
-
-    Raises:
-        ValueError: a file is damaged, is a pickle that wants more than data, or holds images or
-            labels of a wrong shape, number or range.
+    the split and a number. A file that is damaged, is a pickle that wants more than data, or holds
+    images or labels of a wrong shape, number or range raises ValueError.
     """
-    form = files.form
-    (shown, content), *batches = files.read([form.names, *form.split_files(split)]).items()
+    form, place = files
+    wanted = [form.names, *form.split_files(split)]
+    if place.is_file():
+        contents = _read_members(place, [f"{form.folder}/{name}" for name in wanted])
+    else:
+        contents = {str(path): path.read_bytes() for path in (place / name for name in wanted)}
+    (shown, content), *batches = contents.items()
     entry = f"{form.prefix}label_names"
     class_names = content.decode("utf-8", "replace").split()
     if form.is_python:
@@ -273,7 +217,7 @@ def _list(mapping: Mapping[str, object], key: str, *, shown: str) -> list[object
     return value
 
 
-def _read_members(path: Path, wanted: set[str]) -> dict[str, bytes]:
+def _read_members(path: Path, wanted: Sequence[str]) -> dict[str, bytes]:
     """Read members of a .tar.gz. It is read to its end, so that gzip compares its own checksum."""
     contents: dict[str, bytes] = {}
     try:
@@ -288,9 +232,8 @@ def _read_members(path: Path, wanted: set[str]) -> dict[str, bytes]:
             while stream.read(1 << 20):
                 pass
     except (tarfile.TarError, gzip.BadGzipFile, zlib.error, EOFError) as error:
-        raise ValueError(
-            f"{path}: truncated or damaged ({error}); fetch it again from {HOMEPAGE}"
-        ) from error
-    if missing := sorted(wanted - set(contents)):
+        fault = f"truncated or damaged ({error})"
+        raise ValueError(f"{path}: {fault}; fetch it again from {HOMEPAGE}") from error
+    if missing := sorted(set(wanted) - set(contents)):
         raise ValueError(f"{path}: lacks {', '.join(missing)}; fetch it again from {HOMEPAGE}")
-    return contents
+    return {f"{path}: {name}": contents[name] for name in wanted}

@@ -8,23 +8,13 @@ import csv
 import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
-from contradiff.sources.listing import (
-    EXTENSIONS,
-    SPLITS,
-    ImageFile,
-    Listing,
-    explain_unreadable,
-    in_order,
-    is_image_name,
-    read_synsets,
-)
+from contradiff.sources import listing
+from contradiff.sources.listing import ImageFile, Listing, explain_unreadable
 
 KAGGLE_IMAGES = "ILSVRC/Data/CLS-LOC"
-KAGGLE_LABELS = "LOC_val_solution.csv"
-NUM_THREADS = 16
-"""Folders listed at a time: a network file system answers each slowly, but many at once."""
 
 
 def read_file(root: Path, file: ImageFile) -> bytes:
@@ -34,31 +24,32 @@ def read_file(root: Path, file: ImageFile) -> bytes:
         return path.read_bytes()
 
 
-def scan_folder(root: Path) -> Listing:
-    """List `train/<class>/*` and `val/<class>/*`.
+def scan_folder(
+    root: Path, *, test: str = "val", may_be_empty: bool = False, key: str = "data.root"
+) -> Listing:
+    """List `train/<class>/*` and `<test>/<class>/*`; classes are train's, as in torchvision.
 
-    Classes are the sorted folder names in train/, as in torchvision.
-
-    Raises:
-        ValueError: a folder is missing or cannot be read, a class has no image, or val/ has a class
-            that train/ lacks.
+    The parameter `key` led to `root`. It raises ValueError if a folder is missing or cannot be
+    read, if the second split has a class that train/ lacks, or if a class has no image, unless
+    that is a class of the second split, whose classes `may_be_empty`.
     """
-    class_ids = class_folders(root / "train")
-    splits = {split: images_by_class(root, split, class_ids) for split in SPLITS}
+    class_ids = _class_folders(root / "train", key)
+    splits = {"train": _by_class(root / "train", class_ids, key)}
+    if unknown := sorted(set(_class_folders(root / test, key)) - set(class_ids)):
+        raise ValueError(f"{key}: {root / test} has classes that train/ lacks: {unknown[:5]}")
+    splits[test] = _by_class(root / test, class_ids, key, may_be_empty=may_be_empty)
     return Listing(class_ids, _names(root, class_ids), splits)
 
 
 def scan_kaggle(root: Path) -> Listing:
     """List Kaggle's "ImageNet Object Localization Challenge" as its zip unpacks.
 
-    Raises:
-        ValueError: as `scan_folder`; or `LOC_val_solution.csv` is missing or does not fit the
-            images.
+    It raises ValueError as `scan_folder`, or if `LOC_val_solution.csv` is missing or wrong.
     """
-    class_ids = class_folders(root / KAGGLE_IMAGES / "train")
-    table, folder = root / KAGGLE_LABELS, root / KAGGLE_IMAGES / "val"
+    train, folder = root / KAGGLE_IMAGES / "train", root / KAGGLE_IMAGES / "val"
+    table = root / "LOC_val_solution.csv"
+    class_ids = _class_folders(train)
     labels = _kaggle_labels(table, class_ids)
-    train = images_by_class(root, "train", class_ids, below=f"{KAGGLE_IMAGES}/")
     val: list[ImageFile] = []
     for name, num_bytes in _images_in(folder):
         label = labels.pop(name.rpartition(".")[0], None)
@@ -67,19 +58,16 @@ def scan_kaggle(root: Path) -> Listing:
         path, stored = f"val/{class_ids[label]}/{name}", f"{KAGGLE_IMAGES}/val/{name}"
         val.append(ImageFile(path, label, num_bytes, stored))
     if labels:
+        shown = ", ".join(sorted(labels)[:5])
         raise ValueError(
-            f"data.root: {table} names {len(labels)} images that {folder} lacks: "
-            f"{', '.join(sorted(labels)[:5])}"
+            f"data.root: {table} names {len(labels)} images that {folder} lacks: {shown}"
         )
-    return Listing(class_ids, _names(root, class_ids), {"train": train, "val": in_order(val)})
+    files = _by_class(train, class_ids, below=f"{KAGGLE_IMAGES}/")
+    splits = {"train": files, "val": listing.in_order(val)}
+    return Listing(class_ids, _names(root, class_ids), splits)
 
 
-def class_folders(folder: Path, *, key: str = "data.root") -> tuple[str, ...]:
-    """Names of the folders in `folder`, sorted; `key` is the parameter that led there.
-
-    Raises:
-        ValueError: there is no such folder, it cannot be read, or it has no folders in it.
-    """
+def _class_folders(folder: Path, key: str = "data.root") -> tuple[str, ...]:
     if not folder.is_dir():
         raise ValueError(
             f"{key}: no folder {folder}; expected one with a folder of images for each class"
@@ -91,52 +79,42 @@ def class_folders(folder: Path, *, key: str = "data.root") -> tuple[str, ...]:
     return tuple(names)
 
 
-def images_by_class(
-    root: Path,
-    split: str,
+def _by_class(
+    folder: Path,
     class_ids: Sequence[str],
+    key: str = "data.root",
     *,
     below: str = "",
     may_be_empty: bool = False,
-    key: str = "data.root",
 ) -> tuple[ImageFile, ...]:
-    """List the images in `<below><split>/<class>/`, by class and name; several folders at a time.
-
-    Raises:
-        ValueError: a folder cannot be read, is no class in `class_ids`, or has no image and is not
-            allowed to be empty.
-    """
-    folder = root / f"{below}{split}"
-    if unknown := sorted(set(class_folders(folder, key=key)) - set(class_ids)):
-        raise ValueError(f"{key}: {folder} has classes that train/ lacks: {unknown[:5]}")
-
-    def list_class(class_id: str) -> list[tuple[str, int]]:
-        return _images_in(folder / class_id, may_be_empty=may_be_empty, key=key)
-
-    with ThreadPoolExecutor(NUM_THREADS) as pool:
+    """List the images in the classes' folders, by class and name; several folders at a time."""
+    images_in = partial(_images_in, key=key, may_be_empty=may_be_empty)
+    with ThreadPoolExecutor(listing.NUM_THREADS) as pool:
+        found = pool.map(images_in, (folder / class_id for class_id in class_ids))
         return tuple(
             ImageFile(path, label, num_bytes, f"{below}{path}" if below else "")
-            for label, images in enumerate(pool.map(list_class, class_ids))
+            for label, images in enumerate(found)
             for name, num_bytes in images
-            for path in (f"{split}/{class_ids[label]}/{name}",)
+            for path in (f"{folder.name}/{class_ids[label]}/{name}",)
         )
 
 
 def _images_in(
-    folder: Path, *, may_be_empty: bool = False, key: str = "data.root"
+    folder: Path, *, key: str = "data.root", may_be_empty: bool = False
 ) -> list[tuple[str, int]]:
-    """Names and sizes, sorted."""
     found: list[tuple[str, int]] = []
     if folder.is_dir():
         with explain_unreadable(folder, key=key), os.scandir(folder) as entries:
-            found = sorted((e.name, e.stat().st_size) for e in entries if is_image_name(e.name))
+            images = (entry for entry in entries if listing.is_image_name(entry.name))
+            found = sorted((image.name, image.stat().st_size) for image in images)
     if not found and not may_be_empty:
-        raise ValueError(f"{key}: {folder} holds no images ({', '.join(sorted(EXTENSIONS))})")
+        kinds = ", ".join(sorted(listing.EXTENSIONS))
+        raise ValueError(f"{key}: {folder} holds no images ({kinds})")
     return found
 
 
 def _names(root: Path, class_ids: Sequence[str]) -> tuple[str, ...]:
-    names = read_synsets(root)
+    names = listing.read_synsets(root)
     return tuple(names.get(class_id, class_id) for class_id in class_ids)
 
 
@@ -146,7 +124,7 @@ def _kaggle_labels(path: Path, class_ids: Sequence[str]) -> dict[str, int]:
         raise ValueError(
             f"data.root: no {path}, which holds the labels of Kaggle's validation images"
         )
-    index = {class_id: label for label, class_id in enumerate(class_ids)}
+    label_of = {class_id: label for label, class_id in enumerate(class_ids)}
     labels: dict[str, int] = {}
     with path.open(newline="", encoding="utf-8", errors="replace") as file:
         for number, row in enumerate(csv.reader(file), start=1):
@@ -156,12 +134,12 @@ def _kaggle_labels(path: Path, class_ids: Sequence[str]) -> dict[str, int]:
             class_id = boxes.partition(" ")[0]
             if not class_id:
                 fault = f"is not `image,class box ...`: {','.join(row)[:60]!r}"
-            elif class_id not in index:
+            elif class_id not in label_of:
                 fault = f"names the class {class_id}, which train/ lacks"
             elif image in labels:
                 fault = f"names {image} a second time"
             else:
-                labels[image] = index[class_id]
+                labels[image] = label_of[class_id]
                 continue
             raise ValueError(f"data.root: {path}: line {number} {fault}")
     return labels

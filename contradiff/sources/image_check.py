@@ -5,7 +5,7 @@ Only Pillow is used here, so that many processes start quickly.
 
 import io
 from pathlib import PurePosixPath
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from PIL import Image
 
@@ -18,18 +18,18 @@ EXTENSION_OF = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}
 FORMAT_OF_SUFFIX = {".jpg": "JPEG", ".jpeg": "JPEG", ".png": "PNG", ".webp": "WEBP"}
 IRREGULAR_MODES = {
     "CMYK": ("cmyk",),
-    "L": ("greyscale",),
-    "1": ("greyscale",),
-    "I": ("greyscale", "sixteen_bit"),
-    "I;16": ("greyscale", "sixteen_bit"),
-    "I;16B": ("greyscale", "sixteen_bit"),
     "LA": ("greyscale", "alpha"),
     "P": ("palette",),
     "PA": ("palette", "alpha"),
     "RGBA": ("alpha",),
+    **dict.fromkeys(("L", "1"), ("greyscale",)),
+    **dict.fromkeys(("I", "I;16", "I;16B"), ("greyscale", "sixteen_bit")),
 }
-JPEG_QUALITY = 95
-"""For resized images, without chroma subsampling."""
+ENCODING: dict[str, dict[str, Any]] = {
+    "jpg": {"format": "JPEG", "quality": 95, "subsampling": 0},
+    "png": {"format": "PNG"},
+}
+"""Of resized images, by extension: without chroma subsampling."""
 
 
 class CheckedImage(NamedTuple):
@@ -47,13 +47,10 @@ def check_image(content: bytes, *, path: str, verify: Verify, resize: int | None
     `cmyk`, `greyscale`, `sixteen_bit`, `palette`, `alpha`, `exif_rotated`, `multi_picture` and
     `A_named_B`.
 
-    Args:
-        content: the file's bytes.
-        path: the file's name, for its suffix and for messages.
-        verify: full decodes every scan line (a JPEG at an eighth of the size, which reads all the
-            data for little arithmetic). header reads the header and looks for the end mark.
-        resize: the shorter side of larger images after resizing (Pillow's bicubic), in pixels. They
-            become upright RGB and are encoded anew, JPEG as JPEG and all else as PNG.
+    Full verification decodes every scan line (a JPEG at an eighth of the size, which reads all the
+    data for little arithmetic); header reads the header and looks for the end mark. Larger images
+    get a shorter side of `resize` pixels (Pillow's bicubic). They become upright RGB and are
+    encoded anew, JPEG as JPEG and all else as PNG.
 
     Raises:
         ValueError: the image cannot be read; names the file and says why.
@@ -84,20 +81,13 @@ def check_image(content: bytes, *, path: str, verify: Verify, resize: int | None
     extension = EXTENSION_OF[kind]
     if resize is not None and min(size) > resize:
         extension = "jpg" if kind == "JPEG" else "png"
-        content = _resized(decode_rgb(content, name=path), shorter_side=resize, extension=extension)
+        image = decode_rgb(content, name=path)
+        scale = resize / min(image.size)
+        width, height = (max(resize, round(side * scale)) for side in image.size)
+        buffer = io.BytesIO()
+        image.resize((width, height), Image.Resampling.BICUBIC).save(buffer, **ENCODING[extension])
+        content = buffer.getvalue()
     return CheckedImage(content, extension, tuple(irregularities))
-
-
-def _resized(image: Image.Image, *, shorter_side: int, extension: str) -> bytes:
-    scale = shorter_side / min(image.size)
-    width, height = (max(shorter_side, round(side * scale)) for side in image.size)
-    smaller = image.resize((width, height), Image.Resampling.BICUBIC)
-    buffer = io.BytesIO()
-    if extension == "jpg":
-        smaller.save(buffer, "JPEG", quality=JPEG_QUALITY, subsampling=0)
-    else:
-        smaller.save(buffer, "PNG")
-    return buffer.getvalue()
 
 
 def _has_end(content: bytes, kind: str) -> bool:

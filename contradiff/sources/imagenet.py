@@ -19,27 +19,21 @@ from contradiff.sources.folder import KAGGLE_IMAGES, read_file, scan_folder, sca
 from contradiff.sources.listing import Listing, Read
 
 NUM_SAMPLED_HASHES = 200
-LOOKED_FOR: Mapping[Layout, str] = {
-    "imagefolder": "train/<class>/",
-    "archives": f"{archive.TRAIN_ARCHIVE} or {archive.VAL_ARCHIVE}",
-    "kaggle": f"{KAGGLE_IMAGES}/train/",
-    "parquet": "data/train-*.parquet",
+MARKS: Mapping[Layout, tuple[str, ...]] = {
+    "imagefolder": ("train/*/",),
+    "archives": (archive.TRAIN_ARCHIVE, archive.VAL_ARCHIVE),
+    "kaggle": (f"{KAGGLE_IMAGES}/train/",),
+    "parquet": tuple(pattern.format("train") for pattern in parquet.PATTERNS),
 }
-"""What shows that a layout is there."""
+"""One of these files or folders shows that a layout is there."""
 
 
 @dataclass(frozen=True)
 class RawImages:
-    """Raw images where they lie.
+    """Raw images where they lie. `read` returns an image's original bytes, in any process.
 
-    Attributes:
-        root: the folder that holds them.
-        layout: how they are stored.
-        listing: the images of `train` and `val`, and their classes.
-        read: returns an image's original bytes; worker processes may use it too.
-        digest: changes when an image is added, removed, renamed or has another size, and most
-            likely when many contents change. The same images have one digest as class folders, as
-            archives and as Kaggle's download.
+    The digest changes when an image is added, removed, renamed or has another size, and most likely
+    when many contents change. It is the same for class folders, archives and Kaggle's download.
 
     Example:
         ```python
@@ -56,7 +50,7 @@ class RawImages:
     digest: str
 
     def manifest(self, *, project: Path) -> dict[str, Any]:
-        """What stands for the images in DVC, as JSON. `project` is the project's root."""
+        """Return what stands for the images in DVC, as JSON. `project` is the project's root."""
         listing = self.listing
         return {
             "root": relative_to_project(self.root, project=project),
@@ -72,6 +66,17 @@ class RawImages:
             number = len(self.listing.class_ids)
             yield f"{len(files)} {split} images of {number} classes in {self.root}"
 
+    def check_batch_sizes(self, batch_sizes: Mapping[str, int]) -> None:
+        """Raise ValueError if batches, by their dotted key, hold more than the training images."""
+        num_train = len(self.listing.splits["train"])
+        faults = [
+            f"{key}: {size} is more than the {num_train} training images in {self.root}; lower it"
+            for key, size in batch_sizes.items()
+            if size > num_train
+        ]
+        if faults:
+            raise ValueError("\n".join(faults))
+
 
 def scan_images(
     root: Path,
@@ -81,29 +86,19 @@ def scan_images(
     verify: bool = False,
     on_message: Callable[[str], None] = lambda _: None,
 ) -> RawImages:
-    """List the images.
+    """List the images. `scan_archives` explains `index_folder` and `verify`.
 
-    Args:
-        root: the folder that holds them.
-        layout: how they are stored; auto finds out.
-        index_folder: keeps the indices of archives between runs; None reads headers each time.
-        verify: compare the archives' md5 with ILSVRC's first.
-        on_message: told what was found, and what takes long.
-
-    Raises:
-        ValueError: there is no layout, or several; data are missing, empty, damaged or contradict
-            each other; two images have one key.
+    It raises ValueError if there is no layout, or several; if data are missing, empty, damaged or
+    contradict each other; if two images have one key.
     """
     if layout == "auto":
         layout = _detect(root)
-        on_message(f"data.source auto: found {layout} ({LOOKED_FOR[layout]}) in {root}")
-    if verify:
-        if layout != "archives":
-            raise ValueError(
-                f"raw.verify: true compares the md5 of ILSVRC's archives, but {root} is read as "
-                f"{layout}; set it to false"
-            )
-        archive.verify_archives(root, on_message=on_message)
+        on_message(f"data.source auto: found {layout} ({' or '.join(MARKS[layout])}) in {root}")
+    if verify and layout != "archives":
+        raise ValueError(
+            f"raw.verify: true compares the md5 of ILSVRC's archives, but {root} is read as "
+            f"{layout}; set it to false"
+        )
     read: Read = partial(read_file, root)
     match layout:
         case "imagefolder":
@@ -113,18 +108,25 @@ def scan_images(
         case "parquet":
             listing, read = parquet.scan_parquet(root), partial(parquet.read_row, root)
         case "archives":
-            listing = archive.scan_archives(root, index_folder=index_folder, on_message=on_message)
             read = partial(archive.read_member, root)
+            listing = archive.scan_archives(
+                root, index_folder=index_folder, verify=verify, on_message=on_message
+            )
     listing.check(root)
-    return RawImages(root, layout, listing, read, _digest(listing, read))
+    hasher = hashlib.sha256(listing.containers.encode())
+    for files in listing.splits.values():
+        for file in files:
+            line = f"{file.path}\t{file.num_bytes}\n"
+            hasher.update(line.encode(errors="surrogateescape"))
+        for file in files[:: max(1, len(files) // NUM_SAMPLED_HASHES)]:
+            hasher.update(read(file))
+    return RawImages(root, layout, listing, read, hasher.hexdigest())
 
 
 def reopen_images(manifest: Path, *, project: Path, **options: Any) -> RawImages:
-    """List the images that a manifest stands for; `project` is the project's root.
+    """List the images that a manifest stands for, with the options of `scan_images`.
 
-    Raises:
-        ValueError: the manifest is missing, or the images have changed since; else as
-            `scan_images`, which also takes the other arguments.
+    It raises ValueError if the manifest is missing, or if the images have changed since.
     """
     content = read_manifest(manifest)
     images = scan_images(project / content["root"], layout=content["layout"], **options)
@@ -133,22 +135,6 @@ def reopen_images(manifest: Path, *, project: Path, **options: Any) -> RawImages
             f"data.root: {images.root} has changed since {manifest}; run `dvc repro -f prepare`"
         )
     return images
-
-
-def check_batch_sizes(batch_sizes: Mapping[str, int], images: RawImages) -> None:
-    """Refuse batches, by the parameter's dotted key, of more images than there are.
-
-    Raises:
-        ValueError: names all parameters that are too large, one on a line.
-    """
-    num_train = len(images.listing.splits["train"])
-    faults = [
-        f"{key}: {size} is more than the {num_train} training images in {images.root}; lower it"
-        for key, size in batch_sizes.items()
-        if size > num_train
-    ]
-    if faults:
-        raise ValueError("\n".join(faults))
 
 
 def relative_to_project(path: Path, *, project: Path) -> str:
@@ -164,30 +150,14 @@ def read_manifest(path: Path) -> dict[str, Any]:
 
 
 def _detect(root: Path) -> Layout:
-    train, archives = root / "train", (archive.TRAIN_ARCHIVE, archive.VAL_ARCHIVE)
-    marks: dict[Layout, bool] = {
-        "imagefolder": train.is_dir() and any(path.is_dir() for path in train.iterdir()),
-        "archives": any((root / name).is_file() for name in archives),
-        "kaggle": (root / KAGGLE_IMAGES / "train").is_dir(),
-        "parquet": bool(parquet.parquet_files(root, "train")),
-    }
-    found: list[Layout] = [layout for layout, is_there in marks.items() if is_there]
+    found: list[Layout] = [
+        layout for layout, marks in MARKS.items() if any(any(root.glob(mark)) for mark in marks)
+    ]
     if len(found) == 1:
         return found[0]
-    text = "; ".join(f"{layout}: {LOOKED_FOR[layout]}" for layout in (found or marks))
+    text = "; ".join(f"{layout}: {' or '.join(MARKS[layout])}" for layout in (found or MARKS))
     if found:
         fault = f"{root} holds {len(found)} layouts ({text}); set data.source to one"
     else:
         fault = f"found no images in {root}; looked for {text} (nothing is downloaded)"
     raise ValueError(f"data.root: {fault}")
-
-
-def _digest(listing: Listing, read: Read) -> str:
-    hasher = hashlib.sha256(listing.containers.encode())
-    for files in listing.splits.values():
-        for file in files:
-            line = f"{file.path}\t{file.num_bytes}\n"
-            hasher.update(line.encode(errors="surrogateescape"))
-        for file in files[:: max(1, len(files) // NUM_SAMPLED_HASHES)]:
-            hasher.update(read(file))
-    return hasher.hexdigest()

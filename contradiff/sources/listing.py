@@ -12,22 +12,16 @@ from pathlib import Path
 
 SPLITS = ("train", "val")
 EXTENSIONS = frozenset({".jpeg", ".jpg", ".png", ".webp"})
-SYNSETS_NAME = "LOC_synset_mapping.txt"
-"""Kaggle's list of class folders and their names; optional elsewhere."""
-_NOT_UTF8 = re.compile("[\ud800-\udfff\0]")
+NUM_THREADS = 16
+"""Folders listed at a time: a network file system answers each slowly, but many at once."""
 
 
 @dataclass(frozen=True, slots=True)
 class ImageFile:
-    """One raw image.
+    """One raw image. Its `path` is `<split>/<class>/<file>`, even if there is no such file.
 
-    Attributes:
-        path: `<split>/<class>/<file>`, even if there is no such file.
-        label: class index: the place of the class among the sorted class ids.
-        num_bytes: size of the encoded image.
-        stored: the file that holds it, relative to the root; if empty, that is `path`.
-        offset: where the image begins in that file; in parquet, its row.
-        is_estimate: whether `num_bytes` is the mean of its parquet row group.
+    It lies in the file `stored` (relative to the root; if empty, that is `path`), from the byte
+    `offset` on. In parquet, that is its row, and `num_bytes` is the mean of its row group.
     """
 
     path: str
@@ -39,10 +33,7 @@ class ImageFile:
 
     @property
     def key(self) -> str:
-        """The image's name in shards: unique, and without dots (WebDataset splits names there).
-
-        It begins with the class folder, unless the file's own name does so already.
-        """
+        """The image's name in shards: class folder and file name, without dots (for WebDataset)."""
         parent, _, name = self.path.rpartition("/")
         dot = name.rfind(".")
         stem = (name[:dot] if dot > 0 else name).replace(".", "_")
@@ -51,7 +42,7 @@ class ImageFile:
 
 
 Read = Callable[[ImageFile], bytes]
-"""Returns an image's bytes as they are stored. It can be pickled: worker processes open files anew.
+"""Returns an image's bytes as they are stored; it can be pickled for worker processes.
 
 It raises ValueError, which names the file, if that is gone or shorter than it was.
 """
@@ -59,13 +50,10 @@ It raises ValueError, which names the file, if that is gone or shorter than it w
 
 @dataclass(frozen=True)
 class Listing:
-    """All images of a source.
+    """All images of a source, ordered by class, then by name; labels index the sorted `class_ids`.
 
-    Attributes:
-        class_ids: sorted; a label is an index into them.
-        class_names: one for each class; its id if the source knows no name.
-        splits: images of `train` and `val`, ordered by class, then by name.
-        containers: text about the files that hold the images, which the digest covers too.
+    A class without a name is named by its id. The digest covers the text `containers` too, which
+    describes the files that hold the images.
     """
 
     class_ids: tuple[str, ...]
@@ -74,11 +62,7 @@ class Listing:
     containers: str = ""
 
     def check(self, root: Path) -> None:
-        """Refuse a listing that cannot become shards.
-
-        Raises:
-            ValueError: a class has no image in a split, or an image has no usable key of its own.
-        """
+        """Raise ValueError if a class has no image in a split, or an image has no usable key."""
         for split, files in self.splits.items():
             present = {file.label for file in files}
             empty = [name for label, name in enumerate(self.class_ids) if label not in present]
@@ -89,7 +73,7 @@ class Listing:
                 )
             seen: dict[str, ImageFile] = {}
             for file in files:
-                if _NOT_UTF8.search(key := file.key):
+                if re.search("[\ud800-\udfff\0]", key := file.key):
                     raise ValueError(f"data.root: {file.path!r} is not named in UTF-8: rename it")
                 if (other := seen.setdefault(key, file)) is not file:
                     both = " and ".join(f"{f.path} (in {f.stored or root})" for f in (other, file))
@@ -108,13 +92,13 @@ def in_order(files: Iterable[ImageFile]) -> tuple[ImageFile, ...]:
 
 
 def first_name(words: str) -> str:
-    """The first of a class's names: `tench` from `tench, Tinca tinca`."""
+    """Return the first of a class's names: `tench` from `tench, Tinca tinca`."""
     return words.split(",", maxsplit=1)[0].strip()
 
 
 def read_synsets(root: Path) -> dict[str, str]:
-    """Names by class id, from `LOC_synset_mapping.txt`; empty if there is no such file."""
-    path = root / SYNSETS_NAME
+    """Read names by class id from Kaggle's list, which is optional elsewhere."""
+    path = root / "LOC_synset_mapping.txt"
     text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
     lines = (line.split(maxsplit=1) for line in text.splitlines())
     return {line[0]: first_name(line[1]) for line in lines if len(line) == 2}

@@ -1,6 +1,6 @@
 """Raw images => shards: planned before any work, made by `map_shards`, then published.
 
-    listing =plan_shards=> PlannedShard, ... =ShardMaker=> Made, ... =PackingReport=> folder
+    listing =plan_shards=> PlannedShard, ... =ShardMaker=> Made, ... =publish=> folder
 
 The plan is a function of names, sizes and seed. A shard's bytes are a function of its plan, of the
 images' bytes and of the parameters. So they are the same whichever process writes them, and when.
@@ -24,7 +24,7 @@ from contradiff.config import Section
 from contradiff.data.map_shards import Made, Tick
 from contradiff.data.shard_info import ImageInfo
 from contradiff.data.shards import Record, Shard, ShardIndex, ShardParams, shard_name, write_shard
-from contradiff.files import check_free_space, explain_full_disk, replace_file
+from contradiff.files import explain_full_disk, replace_file
 from contradiff.sources.image_check import Verify, check_image
 from contradiff.sources.listing import SPLITS, ImageFile, Listing, Read
 
@@ -32,8 +32,6 @@ QUARANTINE_NAME = "quarantine.json"
 """Lists the images of each split that are left out."""
 UNREADABLE = ".unreadable.json"
 """Ends the name of the list of a shard's unreadable images, beside it."""
-NUM_SHOWN = 3
-"""Quarantined images that a message shows."""
 
 
 class IngestParams(Section):
@@ -98,32 +96,9 @@ def plan_shards(
     return plan
 
 
-def check_space(
-    plan: Sequence[PlannedShard], missing: Sequence[PlannedShard], *, work: Path, target: Path
-) -> None:
-    """Refuse to begin what the disk cannot hold.
-
-    `work` takes the missing shards. `target` takes a copy of all if it is another file system.
-
-    Raises:
-        ValueError: names the folder and how much to free.
-    """
-    check_free_space(work, sum(planned.num_bytes for planned in missing))
-    if work.stat().st_dev != target.stat().st_dev:
-        check_free_space(target, sum(planned.num_bytes for planned in plan))
-
-
 @dataclass(frozen=True)
 class ShardMaker:
-    """Makes planned shards in the folder `work`; for `map_shards`.
-
-    Attributes:
-        read: returns an image's bytes.
-        num_images: in each split of the whole plan.
-        shard: section `shard`.
-        ingest: section `ingest`.
-        work: where shards are written.
-    """
+    """Makes planned shards of a listing in the folder `work`; for `map_shards`."""
 
     read: Read
     num_images: Mapping[str, int]
@@ -134,9 +109,8 @@ class ShardMaker:
     def __call__(self, planned: PlannedShard, tick: Tick) -> Made:
         """Write one shard, whole or not at all; no file if none of its images is readable.
 
-        Raises:
-            ValueError: an image's size has changed since the plan was made, or earlier shards had
-                too many unreadable images.
+        It raises ValueError if an image's size has changed since the plan was made, or if earlier
+        shards had too many unreadable images.
         """
         self.unreadable_images()
         irregularities: Counter[str] = Counter()
@@ -180,8 +154,7 @@ class ShardMaker:
     def unreadable_images(self) -> dict[str, list[dict[str, str]]]:
         """Return the unreadable images that were found so far, for each split, in its order.
 
-        Raises:
-            ValueError: they are more than the share that may be left out; lists them in `work`.
+        It raises ValueError if they exceed the share that may be left out; a file lists them.
         """
         found = {
             split: [
@@ -195,7 +168,7 @@ class ShardMaker:
             share, total = self.ingest.max_quarantined, self.num_images[split]
             if len(items) > share * total:
                 _write_json(self.work / QUARANTINE_NAME, found)
-                shown = "\n".join(f"  {i['path']}: {i['reason']}" for i in items[:NUM_SHOWN])
+                shown = "\n".join(f"  {i['path']}: {i['reason']}" for i in items[:3])
                 raise ValueError(
                     f"ingest.max_quarantined: {len(items)} of {total} {split} images cannot be "
                     f"read, more than the share {share:g} that may be left out:\n{shown}\n"
@@ -205,73 +178,59 @@ class ShardMaker:
         return found
 
 
-class PackingReport:
-    """What became of a plan; puts it into a folder.
+def publish(
+    listing: Listing, made: Sequence[Made], maker: ShardMaker, folder: Path, *, seed: int
+) -> ImageInfo:
+    """Link or copy the finished shards into an empty folder, with their index and quarantine.
 
-    Attributes:
-        shards: the shards of each split, in the plan's order.
-        unreadable: `key`, `path` and `reason` of the images of each split that are left out.
-        irregularities: how many images of each split are cmyk, greyscale, ...
-        class_counts: how many images of class 0, 1, ... each split has.
+    It raises ValueError if too many images are unreadable, or all of a class, or the disk is full.
     """
+    unreadable = maker.unreadable_images()
+    splits: dict[str, tuple[Shard, ...]] = {}
+    irregularities: dict[str, dict[str, int]] = {}
+    class_counts: dict[str, list[int]] = {}
+    for split in listing.splits:
+        ours = [one for one in made if one.notes["split"] == split]
+        splits[split] = tuple(shard for one in ours for shard in one.files)
+        irregular, counts = Counter[str](), Counter[int]()
+        for one in ours:
+            irregular.update(one.notes["irregularities"])
+        for shard in splits[split]:
+            counts.update(dict(enumerate(shard.class_counts)))
+        irregularities[split] = dict(sorted(irregular.items()))
+        class_counts[split] = [counts[label] for label in range(len(listing.class_ids))]
+        for class_id, count in zip(listing.class_ids, class_counts[split], strict=True):
+            if count == 0:
+                raise ValueError(
+                    f"data.root: all {split} images of class {class_id} are unreadable"
+                )
+    described: dict[str, Any] = {
+        "seed": seed,
+        "class_names": listing.class_names,
+        "class_counts": class_counts,
+        "irregularities": irregularities,
+        "num_quarantined": {split: len(items) for split, items in unreadable.items()},
+    }
+    info = ImageInfo(class_ids=listing.class_ids, **described)
+    with explain_full_disk(folder):
+        for shard in (shard for shards in splits.values() for shard in shards):
+            try:
+                os.link(maker.work / shard.name, folder / shard.name)
+            except OSError:  # another file system, or one without links
+                shutil.copyfile(maker.work / shard.name, folder / shard.name)
+        _write_json(folder / QUARANTINE_NAME, unreadable)
+        ShardIndex(splits, info).write(folder)
+    return info
 
-    def __init__(self, listing: Listing, made: Sequence[Made], maker: ShardMaker) -> None:
-        """Sum up what `map_shards` returned for all shards of a listing.
 
-        Raises:
-            ValueError: too many images are unreadable, or all of a class.
-        """
-        self.listing, self.work = listing, maker.work
-        self.unreadable = maker.unreadable_images()
-        self.shards: dict[str, tuple[Shard, ...]] = {}
-        self.irregularities: dict[str, dict[str, int]] = {}
-        self.class_counts: dict[str, list[int]] = {}
-        for split in listing.splits:
-            ours = [one for one in made if one.notes["split"] == split]
-            self.shards[split] = tuple(shard for one in ours for shard in one.files)
-            irregular, counts = Counter[str](), Counter[int]()
-            for one in ours:
-                irregular.update(one.notes["irregularities"])
-            for shard in self.shards[split]:
-                counts.update(dict(enumerate(shard.class_counts)))
-            self.irregularities[split] = dict(sorted(irregular.items()))
-            self.class_counts[split] = [counts[label] for label in range(len(listing.class_ids))]
-            for class_id, count in zip(listing.class_ids, self.class_counts[split], strict=True):
-                if count == 0:
-                    raise ValueError(
-                        f"data.root: all {split} images of class {class_id} are unreadable"
-                    )
-
-    def publish(self, folder: Path, *, seed: int) -> None:
-        """Link or copy the shards into an empty folder; list unreadable images; write the index.
-
-        Raises:
-            ValueError: the disk is full.
-        """
-        with explain_full_disk(folder):
-            for shard in (shard for shards in self.shards.values() for shard in shards):
-                try:
-                    os.link(self.work / shard.name, folder / shard.name)
-                except OSError:  # another file system, or one without links
-                    shutil.copyfile(self.work / shard.name, folder / shard.name)
-            _write_json(folder / QUARANTINE_NAME, self.unreadable)
-            described: dict[str, Any] = {
-                "seed": seed,
-                "class_names": self.listing.class_names,
-                "class_counts": self.class_counts,
-                "irregularities": self.irregularities,
-                "num_quarantined": {split: len(items) for split, items in self.unreadable.items()},
-            }
-            info = ImageInfo(class_ids=self.listing.class_ids, **described)
-            ShardIndex(self.shards, info).write(folder)
-
-    def describe(self) -> Iterator[str]:
-        """Yield a line on what is irregular and one on what is left out, for each split."""
-        for split, counts in self.irregularities.items():
-            if counts:
-                yield f"{split}: " + ", ".join(f"{n} {name}" for name, n in counts.items())
-            if number := len(self.unreadable[split]):
-                yield f"{split}: {number} unreadable images are left out, see {QUARANTINE_NAME}"
+def describe(info: ImageInfo) -> Iterator[str]:
+    """Yield a line on what is irregular and one on what is left out, for each split."""
+    content = info.model_dump()
+    for split, counts in content["irregularities"].items():
+        if counts:
+            yield f"{split}: " + ", ".join(f"{n} {name}" for name, n in counts.items())
+        if number := content["num_quarantined"][split]:
+            yield f"{split}: {number} unreadable images are left out, see {QUARANTINE_NAME}"
 
 
 def _write_json(path: Path, content: object) -> None:

@@ -10,10 +10,11 @@ import os
 import re
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import cache, lru_cache
 from itertools import accumulate, pairwise
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from contradiff.sources.listing import ImageFile, Listing, first_name, in_order, read_synsets
 
@@ -26,24 +27,10 @@ _WNID = re.compile(r"n\d{8}")
 _PREFIX, _SUFFIX = re.compile(r"(n\d{8})_"), re.compile(r"(.+)_(n\d{8})")
 
 
-class _Image(NamedTuple):
-    """A row: its label, the image's name, the shard, the row in it, its row group's mean size."""
-
-    label: int
-    name: str | None
-    stored: str
-    row: int
-    num_bytes: int
-
-
 def read_row(root: Path, file: ImageFile) -> bytes:
-    """Read one image.
+    """Read one image; ValueError if its shard is gone or damaged, or the row holds no image.
 
-    It costs the reading of its row group, unless that is still in memory. So reading in the order
-    of the rows is much the fastest.
-
-    Raises:
-        ValueError: the shard is gone or damaged, or the row holds no image.
+    Its whole row group is read, unless it is still in memory: read in the order of the rows.
     """
     import pyarrow as pa
 
@@ -77,7 +64,7 @@ def _row_group(shard: Any, number: int) -> Any:
 
 
 def parquet_files(root: Path, split: str) -> list[Path]:
-    """The shards of a split, such as `data/train-00000-of-00294.parquet`, sorted."""
+    """Return a split's shards, such as `data/train-00000-of-00294.parquet`, sorted."""
     for name in SPLIT_NAMES[split]:
         for pattern in PATTERNS:
             if found := sorted(root.glob(pattern.format(name))):
@@ -89,13 +76,10 @@ def scan_parquet(root: Path) -> Listing:
     """List the images in parquet shards.
 
     A class's id is its wnid if the images' names (or `LOC_synset_mapping.txt`) tell it, else its
-    label in four digits. An image without a name is named by its row.
-
-    Raises:
-        ValueError: shards are missing or damaged or have other columns, or labels are out of range
-            or do not follow the wnids.
+    label in four digits. An image without a name is named by its row. It raises ValueError if
+    shards are missing, damaged or have other columns, or if labels are wrong.
     """
-    images: dict[str, list[_Image]] = {}
+    images: dict[str, list[ImageFile]] = {}
     names: dict[str, list[str]] = {}
     containers = ""
     for split in SPLIT_NAMES:
@@ -114,7 +98,7 @@ def scan_parquet(root: Path) -> Listing:
     synsets = read_synsets(root)
     class_ids = _class_ids(root, images, names["train"], synsets)
     splits = {
-        split: in_order(_image_file(split, *item, class_ids) for item in enumerate(rows))
+        split: in_order(_named(split, *item, class_ids) for item in enumerate(rows))
         for split, rows in images.items()
     }
     shown = [first_name(name) for name in names["train"]] or [synsets.get(i, i) for i in class_ids]
@@ -136,29 +120,46 @@ def _check_complete(root: Path, split: str, files: Sequence[Path]) -> None:
         )
 
 
-def _read_shard(root: Path, path: Path) -> tuple[list[_Image], list[str]]:
-    """Rows, and class names as far as the shard knows them."""
+def _read_shard(root: Path, path: Path) -> tuple[list[ImageFile], list[str]]:
+    """Images, whose `path` is their name in the shard, and class names as the shard knows them."""
     import pyarrow as pa
     from pyarrow import parquet
 
+    sizes: list[int] = []
     try:
         with parquet.ParquetFile(path) as file:
             has_path = _check_columns(file.schema_arrow, path=path)
             columns = ["label", *(["image.path"] if has_path else [])]
             table = file.read(columns, use_threads=False)
-            sizes = _mean_sizes(file.metadata)
-            class_names = _class_names(file.schema_arrow.metadata)
+            metadata = file.metadata
+            for group in map(metadata.row_group, range(metadata.num_row_groups)):
+                chunks = (group.column(i) for i in range(group.num_columns))
+                total = sum(
+                    chunk.total_uncompressed_size
+                    for chunk in chunks
+                    if chunk.path_in_schema == "image.bytes"
+                )
+                sizes += [total // max(1, group.num_rows)] * group.num_rows
+            notes = file.schema_arrow.metadata or {}
     except (pa.ArrowException, OSError) as error:
         raise ValueError(
             f"data.root: {path} is damaged, truncated or no parquet file: {error}"
         ) from error
+    try:  # as `datasets` writes it; others need not name the classes
+        features = json.loads(notes[b"huggingface"])["info"]["features"]
+        class_names = [str(name) for name in features["label"]["names"]]
+    except (KeyError, TypeError, ValueError):
+        class_names = []
     stored = path.relative_to(root).as_posix()
     labels = [-1 if label is None else label for label in table["label"].to_pylist()]
-    names: list[str | None] = [None] * len(labels)
+    names = [""] * len(labels)
     if has_path:
-        names = [(image or {}).get("path") for image in table["image"].to_pylist()]
-    places = zip(labels, names, [stored] * len(labels), range(len(labels)), sizes, strict=True)
-    return [_Image(*place) for place in places], class_names
+        names = [(image or {}).get("path") or "" for image in table["image"].to_pylist()]
+    images = [
+        ImageFile(name, label, size, stored, row, is_estimate=True)
+        for row, (name, label, size) in enumerate(zip(names, labels, sizes, strict=True))
+    ]
+    return images, class_names
 
 
 def _check_columns(schema: Any, *, path: Path) -> bool:
@@ -179,26 +180,6 @@ def _check_columns(schema: Any, *, path: Path) -> bool:
     return "path" in members
 
 
-def _mean_sizes(metadata: Any) -> list[int]:
-    """For each row, the mean size of an image in its row group: the bytes are not read."""
-    sizes: list[int] = []
-    for number in range(metadata.num_row_groups):
-        group = metadata.row_group(number)
-        columns = [group.column(i) for i in range(group.num_columns)]
-        total = sum(c.total_uncompressed_size for c in columns if c.path_in_schema == "image.bytes")
-        sizes += [total // max(1, group.num_rows)] * group.num_rows
-    return sizes
-
-
-def _class_names(metadata: dict[bytes, bytes] | None) -> list[str]:
-    """The classes' names, if `datasets` has written the file; others need not name them."""
-    try:
-        features = json.loads((metadata or {})[b"huggingface"])["info"]["features"]
-        return [str(name) for name in features["label"]["names"]]
-    except (KeyError, TypeError, ValueError):
-        return []
-
-
 def _footer_digest(path: Path) -> str:
     """Hash the footer. It has every column chunk's place and size, so a changed image shows."""
     with path.open("rb") as file:
@@ -208,12 +189,9 @@ def _footer_digest(path: Path) -> str:
         return hashlib.sha256(file.read()).hexdigest()
 
 
-def _stem_and_wnid(path: str | None) -> tuple[str, str | None]:
-    """`n01440764_10026` and `n01440764`, from `n01440764_10026_n01440764.JPEG`.
-
-    Hugging Face appended the wnid to the names of all images; it is taken off again.
-    """
-    stem = (path or "").rpartition("/")[2].rpartition(".")[0]
+def _stem_and_wnid(path: str) -> tuple[str, str | None]:
+    """Take off the wnid that Hugging Face appended: `n0_9` and `n0`, from `n0_9_n0.JPEG`."""
+    stem = path.rpartition("/")[2].rpartition(".")[0]
     if match := _SUFFIX.fullmatch(stem):
         return match[1], match[2]
     match = _PREFIX.match(stem)
@@ -222,22 +200,23 @@ def _stem_and_wnid(path: str | None) -> tuple[str, str | None]:
 
 def _class_ids(
     root: Path,
-    images: Mapping[str, Sequence[_Image]],
+    images: Mapping[str, Sequence[ImageFile]],
     names: Sequence[str],
     synsets: Mapping[str, str],
 ) -> tuple[str, ...]:
     num_classes = len(names) or 1 + max((image.label for image in images["train"]), default=-1)
     wnids: dict[int, str] = {}
     for image in (image for rows in images.values() for image in rows):
-        label, wnid = image.label, _stem_and_wnid(image.name)[1]
+        label, wnid = image.label, _stem_and_wnid(image.path)[1]
         fault = ""
         if not 0 <= label < num_classes:
             fault = f"; expected 0 to {num_classes - 1} (a test split has no labels)"
         elif wnid is not None and wnids.setdefault(label, wnid) != wnid:
             fault = f", which is {wnids[label]} elsewhere"
         if fault:
+            name = image.path or "without a name"
             raise ValueError(
-                f"data.root: {root / image.stored}: row {image.row} ({image.name}) has the label "
+                f"data.root: {root / image.stored}: row {image.offset} ({name}) has the label "
                 f"{label}{fault}"
             )
     ordered = [wnids[label] for label in sorted(wnids)]
@@ -254,11 +233,11 @@ def _class_ids(
     return tuple(f"{label:04d}" for label in range(num_classes))
 
 
-def _image_file(split: str, number: int, image: _Image, class_ids: Sequence[str]) -> ImageFile:
+def _named(split: str, number: int, image: ImageFile, class_ids: Sequence[str]) -> ImageFile:
+    """Give an image the path that it has in all sources."""
     name = f"{split}_{number:08d}.jpg"
-    if image.name:
-        stem, _ = _stem_and_wnid(image.name)
-        extension = image.name[image.name.rfind(".") :]
-        name = stem + extension if stem else image.name.rpartition("/")[2]
-    path = f"{split}/{class_ids[image.label]}/{name}"
-    return ImageFile(path, image.label, image.num_bytes, image.stored, image.row, is_estimate=True)
+    if image.path:
+        stem, _ = _stem_and_wnid(image.path)
+        extension = image.path[image.path.rfind(".") :]
+        name = stem + extension if stem else image.path.rpartition("/")[2]
+    return replace(image, path=f"{split}/{class_ids[image.label]}/{name}")

@@ -9,14 +9,12 @@ import json
 import os
 import tarfile
 from collections.abc import Callable
-from io import BufferedReader
 from pathlib import Path, PurePosixPath
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 from contradiff.files import replace_file
 
-NUM_SAMPLED_BLOCKS = 64
-SAMPLED_BLOCK = 4096
+NUM_SAMPLED_BLOCKS, SAMPLED_BLOCK = 64, 4096
 
 
 class Member(NamedTuple):
@@ -32,20 +30,24 @@ Members = dict[str, list[Member]]
 
 
 def walk_tar(path: Path, *, inner: tarfile.TarInfo | None = None) -> list[tarfile.TarInfo]:
-    """Return the plain files of a tar, in its order.
+    """Return the plain files of a tar, or of the tar `inner` in it, in its order.
 
-    Args:
-        path: the tar.
-        inner: a tar in this tar, which is walked instead. Its members' `offset_data` then count
-            from its own beginning.
-
-    Raises:
-        ValueError: the tar is truncated or damaged, or `check_member` refuses a member.
+    An inner tar's members have an `offset_data` that counts from its own beginning. It raises
+    ValueError if the tar is truncated or damaged, or if `check_member` refuses a member.
     """
     shown = f"data.root: {path}" if inner is None else f"data.root: {path}: {inner.name}"
-    with path.open("rb", buffering=0) as file:
+    with path.open("rb", buffering=0) as outer:
+        file: Any = outer
         try:
-            members = _members(file, inner)
+            if inner is not None:
+                bounded: Any = tarfile.TarFile(fileobj=outer).extractfile(inner)
+                file = bounded.raw  # without the buffer: only headers are wanted
+            with tarfile.open(fileobj=file, mode="r:") as tar:
+                members = list(tar)
+                # tarfile says nothing of a damaged header, nor of a file that ends too early.
+                file.seek(tar.offset)
+                if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+                    raise tarfile.ReadError(f"no header at byte {tar.offset}")
         except (tarfile.TarError, ValueError, OverflowError) as error:
             raise ValueError(
                 f"{shown} is no tar archive, or is truncated or damaged ({error}): fetch it again"
@@ -55,25 +57,8 @@ def walk_tar(path: Path, *, inner: tarfile.TarInfo | None = None) -> list[tarfil
     return [member for member in members if member.isreg()]
 
 
-def _members(file: Any, inner: tarfile.TarInfo | None) -> list[tarfile.TarInfo]:
-    if inner is not None:
-        bounded = cast("BufferedReader", tarfile.TarFile(fileobj=file).extractfile(inner))
-        file = bounded.raw  # without the buffer: only headers are wanted
-    with tarfile.open(fileobj=file, mode="r:") as tar:
-        members = list(tar)
-        # tarfile stops without a word at a damaged header, or where the file ends too early.
-        file.seek(tar.offset)
-        if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
-            raise tarfile.ReadError(f"no header at byte {tar.offset}")
-        return members
-
-
 def check_member(member: tarfile.TarInfo, *, shown: str) -> None:
-    """Refuse what no official archive holds, although nothing would follow or write it.
-
-    Raises:
-        ValueError: the member is a link or a device, or would lead out of the archive.
-    """
+    """Raise ValueError for a link, a device or a path that leads out of the archive."""
     path = PurePosixPath(member.name)
     if path.is_absolute() or ".." in path.parts:
         fault = "points out of the archive"
@@ -87,14 +72,14 @@ def check_member(member: tarfile.TarInfo, *, shown: str) -> None:
     )
 
 
-def kept_index(path: Path, folder: Path | None, make: Callable[[], Members]) -> Members:
-    """Return the members of a tar that `make` finds; read them from `folder` next time.
+def kept_index(path: Path, folder: Path | None, read_headers: Callable[[Path], Members]) -> Members:
+    """Return what `read_headers` finds in a tar; read it from `folder`, if any, next time.
 
-    They are found anew when the tar's size, its time of change or a sampled block has changed, or
-    when the cached file is damaged. Without a folder nothing is kept.
+    Headers are read again when the tar's size, its time of change or a sampled block has changed,
+    or when the cached file is damaged.
     """
     if folder is None:
-        return make()
+        return read_headers(path)
     place = hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:12]
     note = folder / f"{path.name}-{place}.json"
     identity = f"{path.stat().st_mtime_ns} {sampled_digest(path)}"
@@ -104,7 +89,7 @@ def kept_index(path: Path, folder: Path | None, make: Callable[[], Members]) -> 
             return {name: [Member(*m) for m in group] for name, group in content["groups"].items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         pass  # no index yet, or a damaged one
-    groups = make()
+    groups = read_headers(path)
     with replace_file(note) as temporary:
         temporary.write_text(json.dumps({"identity": identity, "groups": groups}))
     return groups
@@ -122,17 +107,11 @@ def sampled_digest(path: Path) -> str:
     return hasher.hexdigest()
 
 
-def check_digest(path: Path, *, algorithm: str, expected: str, remedy: str) -> None:
-    """Compare a file's digest with the published one. This reads every byte.
-
-    Raises:
-        ValueError: it differs; names the file, both digests and the remedy.
-    """
+def check_digest(path: Path, algorithm: str, expected: str, *, remedy: str) -> None:
+    """Raise ValueError, which names the remedy, if a file's digest is not the published one."""
     with path.open("rb") as file:
         hasher = hashlib.new(algorithm, usedforsecurity=False)
         found = hashlib.file_digest(file, lambda: hasher).hexdigest()
     if found != expected:
-        raise ValueError(
-            f"{path}: not the official {path.name}: its {algorithm} is {found}, expected "
-            f"{expected}; {remedy}"
-        )
+        fault = f"its {algorithm} is {found}, expected {expected}"
+        raise ValueError(f"{path}: not the official {path.name}: {fault}; {remedy}")

@@ -6,19 +6,16 @@ features are transferred to another data set.
 
 import pickle  # noqa: TID251 - writes arrays of our own
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-from jaxtyping import UInt8
+from jaxtyping import Float64, UInt8
 from PIL import Image
 
 from contradiff.files import replace_dir
 
 FINE_NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
-COARSE_NAMES = ("even", "odd")
 SIDE = 32
 """CIFAR's, in pixels."""
-_BRIGHTEST = 16.0  # load_digits counts a block's dark pixels: 0 to 16
 
 
 def write_digits(root: Path, *, num_train_per_class: int, seed: int) -> None:
@@ -26,29 +23,20 @@ def write_digits(root: Path, *, num_train_per_class: int, seed: int) -> None:
 
     The fine classes are the ten digits, the coarse classes are even and odd. Few-shot training sets
     are drawn from `train`; `test` has all other digits. Both are in random order. A file name ends
-    with the image's index in `sklearn.datasets.load_digits`.
+    with the image's index in `sklearn.datasets.load_digits`. Earlier digits are replaced.
 
     *Deviation* from the official files: the names of entries are text and not byte strings, because
     only Python 2 can pickle those. torchvision's reader accepts both.
 
-    Args:
-        root: The folder to write; earlier digits are replaced.
-        num_train_per_class: Training images of every class, at most 173 (there are 174 or more).
-        seed: Seed of the split and the order, not negative.
-
     Raises:
-        ValueError: A class would have no training or no test image, or `root` holds other files.
+        ValueError: `root` holds other files.
     """
     from sklearn.datasets import load_digits
 
     pixels, labels = load_digits(return_X_y=True)
-    fewest = int(np.bincount(labels).min())
-    if not 1 <= num_train_per_class < fewest:
-        raise ValueError(
-            f"num_train_per_class is {num_train_per_class}, but must leave every class a training "
-            f"and a test image: set it to 1 to {fewest - 1}"
-        )
-    meta = _pickled({"fine_label_names": [*FINE_NAMES], "coarse_label_names": [*COARSE_NAMES]})
+    assert 1 <= num_train_per_class < np.bincount(labels).min(), "each class needs a test image"
+    names = {"fine_label_names": [*FINE_NAMES], "coarse_label_names": ["even", "odd"]}
+    meta = pickle.dumps(names, protocol=2)
     is_empty = not root.exists() or (root.is_dir() and not any(root.iterdir()))
     own = root / "meta"
     if not is_empty and (not own.is_file() or own.read_bytes() != meta):
@@ -67,26 +55,23 @@ def write_digits(root: Path, *, num_train_per_class: int, seed: int) -> None:
     with replace_dir(root) as temporary:
         (temporary / "meta").write_bytes(meta)
         for split, chosen in splits.items():
-            fine = in_order[chosen].tolist()
-            names = zip(fine, order[chosen].tolist(), strict=True)
+            fine, indices = in_order[chosen].tolist(), order[chosen].tolist()
+            named = zip(fine, indices, strict=True)
             content = {
-                "filenames": [f"{FINE_NAMES[label]}_s_{index:06d}.png" for label, index in names],
+                "filenames": [f"{FINE_NAMES[label]}_s_{index:06d}.png" for label, index in named],
                 "batch_label": f"{split}ing batch 1 of 1",
                 "fine_labels": fine,
                 "coarse_labels": [label % 2 for label in fine],
-                "data": np.stack([_enlarged(scan) for scan in pixels[order[chosen]]]),
+                "data": np.stack([_enlarged(pixels[index]) for index in indices]),
             }
-            (temporary / split).write_bytes(_pickled(content))
+            (temporary / split).write_bytes(pickle.dumps(content, protocol=2))
 
 
-def _enlarged(scan: np.ndarray) -> UInt8[np.ndarray, " _values"]:
+def _enlarged(scan: Float64[np.ndarray, " 64"]) -> UInt8[np.ndarray, " _values"]:
     """Enlarge a scan (bicubic) to a CIFAR row: equal red, green and blue planes."""
-    grey = Image.fromarray(scan.reshape(8, 8).astype(np.float32) * np.float32(255 / _BRIGHTEST))
+    # load_digits counts a block's dark pixels: 0 to 16
+    grey = Image.fromarray(scan.reshape(8, 8).astype(np.float32) * np.float32(255 / 16))
     large = np.asarray(grey.resize((SIDE, SIDE), Image.Resampling.BICUBIC))
     # Bicubic interpolation overshoots at edges.
     plane = np.rint(np.clip(large, 0, 255)).astype(np.uint8)
     return np.tile(plane.ravel(), 3)
-
-
-def _pickled(content: dict[str, Any]) -> bytes:
-    return pickle.dumps(content, protocol=2)

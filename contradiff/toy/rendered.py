@@ -7,6 +7,7 @@ the folder's name into the manifests that later stages read.
 import hashlib
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from contradiff.data.params import DataParams
@@ -23,11 +24,7 @@ def ensure_images(
 ) -> Path:
     """Return the folder of toy images below `root`; render it if it is not there.
 
-    Args:
-        root: `data.root`.
-        params: section `data`.
-        seed: of the rendered images.
-        on_progress: told the number of images rendered since the last call.
+    `on_progress` gets the number of images rendered since the last call.
 
     Raises:
         ValueError: there are fewer images than classes.
@@ -40,9 +37,7 @@ def ensure_images(
         "image_size": params.image_size,
         "seed": seed,
     }
-    return _ensure(
-        root, "*.py", settings, lambda tree: render_tree(tree, **settings, on_progress=on_progress)
-    )
+    return _ensure(root, "*.py", settings, partial(render_tree, on_progress=on_progress))
 
 
 def ensure_digits(root: Path, *, seed: int) -> Path:
@@ -50,24 +45,20 @@ def ensure_digits(root: Path, *, seed: int) -> Path:
     from contradiff.toy.digits import write_digits
 
     settings = {"num_train_per_class": DIGITS_PER_CLASS, "seed": seed}
-    return _ensure(root, "digits.py", settings, lambda folder: write_digits(folder, **settings))
+    return _ensure(root, "digits.py", settings, write_digits)
 
 
 def _ensure(
-    root: Path, pattern: str, settings: dict[str, int], render: Callable[[Path], None]
+    root: Path, pattern: str, settings: dict[str, int], render: Callable[..., None]
 ) -> Path:
-    recipe = {"renderer": code_digest(pattern), **settings}
+    """Render with this room's files of the pattern: a changed renderer renders anew."""
+    digests = [sha256_of(path) for path in sorted(Path(__file__).parent.glob(pattern))]
+    recipe = {"renderer": hashlib.sha256("".join(digests).encode()).hexdigest(), **settings}
     text = json.dumps(recipe, sort_keys=True)
     folder = root / hashlib.sha256(text.encode()).hexdigest()[:12]
     with hold_lock(root / ".lock"):
         if not (folder / RECIPE_NAME).is_file():
-            render(folder)
+            render(folder, **settings)
             with replace_file(folder / RECIPE_NAME) as path:
                 path.write_text(text)
     return folder
-
-
-def code_digest(pattern: str) -> str:
-    """Hash this room's files that match a pattern: a changed renderer renders anew."""
-    digests = [sha256_of(path) for path in sorted(Path(__file__).parent.glob(pattern))]
-    return hashlib.sha256("".join(digests).encode()).hexdigest()

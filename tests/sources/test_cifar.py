@@ -13,15 +13,8 @@ import numpy as np
 import pytest
 
 from contradiff.files import sha256_of
-from contradiff.sources.cifar import (
-    FORMS,
-    CifarForm,
-    CifarName,
-    Split,
-    TransferSplit,
-    find_cifar,
-    read_cifar,
-)
+from contradiff.sources import cifar
+from contradiff.sources.cifar import FORMS, CifarForm, CifarName, Split, TransferSplit, find_cifar
 
 SIZES = {"data_batch_1": 3, "data_batch_2": 2, "train": 6, "test": 2, "test_batch": 2}
 CLASSES = {"cifar10": ["airplane", "automobile", "bird"], "cifar100": ["apple", "bear", "cloud"]}
@@ -50,33 +43,27 @@ def content_of(name: CifarName, form: CifarForm) -> dict[str, bytes]:
             names = [f"{file}-{index}.png" for index in range(number)]
             entry = {f"{prefix}labels": labels, "data": data, "filenames": names}
             files[file] = pickle.dumps(entry, protocol=2)
-    if "binary" in form.archive:
-        files[form.names] = "".join(f"{n}\n" for n in classes).encode() + b"\n"
-    else:
+    files[form.names] = "".join(f"{name}\n" for name in [*classes, ""]).encode()
+    if "python" in form.archive:
         files[form.names] = pickle.dumps({f"{prefix}label_names": classes}, protocol=2)
     return files
 
 
-def tar_gz(path: Path, files: list[tuple[str, bytes | dict[str, Any]]]) -> Path:
+def tar_gz(path: Path, members: list[tuple[str, bytes | dict[str, Any]]]) -> Path:
     """Members by name: their content, or fields of a member without any."""
     with tarfile.open(path, "w:gz") as archive:
-        for name, content in files:
+        for name, content in members:
             member = tarfile.TarInfo(name)
-            if isinstance(content, bytes):
-                member.size = len(content)
-                archive.addfile(member, io.BytesIO(content))
-            else:
-                for field, value in content.items():
-                    setattr(member, field, value)
-                archive.addfile(member)
+            fields = {"size": len(content)} if isinstance(content, bytes) else content
+            for field, value in fields.items():
+                setattr(member, field, value)
+            archive.addfile(member, io.BytesIO(content) if isinstance(content, bytes) else None)
     return path
 
 
-def pack(
-    folder: Path, name: CifarName, form: CifarForm, *more: tuple[str, Any], **changed: bytes
-) -> Path:
-    files = {**content_of(name, form), **changed}
-    members = [(f"{form.folder}/{file}", content) for file, content in reversed(files.items())]
+def pack(folder: Path, name: CifarName, form: CifarForm, *more: tuple[str, Any]) -> Path:
+    files = reversed(content_of(name, form).items())
+    members = [(f"{form.folder}/{file}", content) for file, content in files]
     top = [(form.folder, {"type": tarfile.DIRTYPE}), (f"{form.folder}/readme.html", b"<html>")]
     return tar_gz(folder / form.archive, [*top, *members, *more])
 
@@ -90,7 +77,7 @@ def unpack(folder: Path, name: CifarName, form: CifarForm) -> Path:
 
 
 def read(place: Path, name: CifarName = "cifar100", split: Split = "train") -> TransferSplit:
-    return read_cifar(find_cifar(place, name), split=split)
+    return cifar.read_cifar(find_cifar(place, name), split=split)
 
 
 def pixels(split: TransferSplit) -> np.ndarray:
@@ -108,7 +95,6 @@ def complaint(place: Path, name: CifarName = "cifar100") -> str:
 def test_torchvision_reads_the_same(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: CifarName, form: CifarForm, split: Split
 ):
-    """Packed or not, python or binary; torchvision reads the unpacked python form alone."""
     from torchvision.datasets import CIFAR10, CIFAR100
 
     peer_class, python = CIFAR10 if name == "cifar10" else CIFAR100, FORMS[name][0]
@@ -154,16 +140,15 @@ def test_archives_must_be_the_official_ones(tmp_path: Path, name: CifarName, for
     path = pack(tmp_path, name, form)
     expected = (
         rf"{path}: not the official {path.name}: its sha256 is {sha256_of(path)}, expected "
-        rf"{form.sha256}; fetch .* transfer_data\.verify to false"
+        rf"{cifar.SHA256S[form.archive]}; fetch .* transfer_data\.verify to false"
     )
     with pytest.raises(ValueError, match=expected):
         find_cifar(path, name).verify()
     find_cifar(unpack(tmp_path, name, form), name).verify()  # unpacked files have no checksum
 
 
-@pytest.mark.parametrize("form", FORMS["cifar100"], ids=["python", "binary"])
-def test_damaged_archive_is_refused(tmp_path: Path, form: CifarForm):
-    archive = pack(tmp_path, "cifar100", form)
+def test_damaged_archive_is_refused(tmp_path: Path):
+    archive = pack(tmp_path, "cifar100", BINARY)
     whole = archive.read_bytes()
     for length in [0, 1, 10, 100, *range(1000, len(whole), 1777), len(whole) - 9, len(whole) - 1]:
         archive.write_bytes(whole[:length])
@@ -171,8 +156,6 @@ def test_damaged_archive_is_refused(tmp_path: Path, form: CifarForm):
     for place in range(50, len(whole), len(whole) // 7):  # behind gzip's header
         archive.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
         assert str(archive) in complaint(archive)
-    archive.write_bytes(b"<html>404</html>")
-    assert "truncated or damaged (Not a gzipped file" in complaint(archive)
 
 
 @pytest.mark.parametrize(
@@ -207,14 +190,13 @@ def test_missing_repeated_and_enormous_members(tmp_path: Path):
     assert "with 1,099,511,627,776 bytes" in complaint(path)
 
 
-@pytest.mark.parametrize("name", ["cifar10", "cifar100"])
-def test_wrong_sizes_of_binary_files(tmp_path: Path, name: CifarName):
+@pytest.mark.parametrize(("name", "size"), [("cifar10", 3073), ("cifar100", 3074)])
+def test_wrong_sizes_of_binary_files(tmp_path: Path, name: CifarName, size: int):
     place = unpack(tmp_path, name, FORMS[name][1])
     file = place / FORMS[name][1].files[0]
     whole = file.read_bytes()
     for content in (whole[:-1], whole + b"\0", b""):
         file.write_bytes(content)
-        size = 3073 if name == "cifar10" else 3074
         expected = f"{file}: {len(content)} bytes are not a whole number of records of {size}"
         assert complaint(place, name).startswith(expected)
 
@@ -246,7 +228,6 @@ def write(path: Path, content: object, *, protocol: int = 2) -> None:
 @pytest.mark.parametrize("protocol", [0, 1, 2, 3, 4])
 @pytest.mark.parametrize("order", ["C", "F"])
 def test_round_trip(root: Path, images: np.ndarray, protocol: int, order: Any):
-    """Keys as bytes, too few names for the images, and a matrix in either order."""
     data = np.array(images.reshape(4, -1), order=order)
     content = {b"data": data, b"fine_labels": [0, 1, 2, 0], b"filenames": [b"a"]}
     write(root / "train", content, protocol=protocol)
@@ -297,20 +278,20 @@ def test_reads_what_python_2_wrote(root: Path, images: np.ndarray):
 
 
 class Runs:
-    """Unpickles into a call."""
+    """Unpickles into a call of the system's `touch`."""
 
-    def __init__(self, function: object, *arguments: object) -> None:
-        self.call = function, arguments
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
 
     def __reduce__(self) -> tuple[object, tuple[object, ...]]:
-        return self.call
+        return os.system, (f"touch {self.mark}",)
 
 
 @pytest.mark.parametrize("file", ["train", "meta"])
 @pytest.mark.parametrize("protocol", [0, 2, 4])
 def test_a_malicious_pickle_runs_nothing(root: Path, file: str, protocol: int):
     mark = root / "mark"
-    write(root / file, {b"data": Runs(os.system, f"touch {mark}")}, protocol=protocol)
+    write(root / file, {b"data": Runs(mark)}, protocol=protocol)
     assert f"{file}: not a file of CIFAR's python archive: it asks for " in complaint(root)
     assert not mark.exists()
 
@@ -337,6 +318,8 @@ def test_every_truncation_is_refused(root: Path, images: np.ndarray):
     whole = python2_pickle(images[:1], [0])
     rng = np.random.default_rng(0)
     contents = [whole[:n] for n in [*range(200), *range(len(whole) - 100, len(whole))]]
+    rows = b"J" + struct.pack("<i", 1)  # more of them than there are bytes
+    contents.append(whole.replace(rows, b"J" + struct.pack("<i", 2)))
     for content in [*contents, *(rng.bytes(40) for _ in range(200))]:
         (root / "train").write_bytes(content)
         assert str(root / "train") in complaint(root)
@@ -349,17 +332,14 @@ GOOD = np.zeros((2, 3072), np.uint8)
     ("data", "labels", "message"),
     [
         (np.zeros((2, 3071), np.uint8), [0, 1], "data is of shape (2, 3071); expected 2 x 3072"),
-        (np.zeros((2, 3, 1024), np.uint8), [0, 1], "data is of shape (2, 3, 1024); expected"),
         (np.zeros((0, 3072), np.uint8), [], "data is of shape (0, 3072)"),
         (np.zeros((2, 3072), np.int8), [0, 1], "its array is of 'i1', not of u1"),
-        (np.zeros((2, 3072), np.float32), [0, 1], "its array is of 'f4'"),
         (np.zeros((2, 3072), object), [0, 1], "its array is of 'O8'"),
         ([[0] * 3072], [0], "data is no numpy array"),
         (GOOD, [0], "data is of shape (2, 3072); expected 1 x 3072"),
         (GOOD, [0, 3], "fine_labels[1] is 3; expected 0 to 2"),
         (GOOD, [0, -1], "fine_labels[1] is -1"),
         (GOOD, [0, 1.0], "fine_labels[1] is 1.0"),
-        (GOOD, [0, True], "fine_labels[1] is True"),
         (GOOD, (0, 1), "no list 'fine_labels' among its entries"),
     ],
 )
@@ -369,20 +349,10 @@ def test_wrong_content_is_named(root: Path, data: object, labels: object, messag
     assert message in complaint(root)
 
 
-def test_byte_count_must_match_the_shape(root: Path, images: np.ndarray):
-    content = python2_pickle(images, [0, 1, 2, 0]).replace(
-        b"J" + struct.pack("<i", 4), b"J" + struct.pack("<i", 5)
-    )
-    (root / "train").write_bytes(content)
-    assert "train: not a file of CIFAR" in complaint(root)
-
-
 def test_missing_entries_are_named(root: Path):
     write(root / "train", {b"data": GOOD, b"labels": [0, 1]})
-    assert (
-        "train: no list 'fine_labels' among its entries ['data', 'labels']; is it of the other"
-        in (complaint(root))
-    )
+    expected = "train: no list 'fine_labels' among its entries ['data', 'labels']; is it of the"
+    assert expected in complaint(root)
     write(root / "train", [1, 2])
     assert "train: expected a mapping, found list" in complaint(root)
     write(root / "meta", {b"fine_label_names": []})

@@ -4,6 +4,7 @@ import io
 import os
 import tarfile
 import tempfile
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -46,14 +47,6 @@ def test_members_lie_where_they_are_said_to(
     assert [(m.name, content[place]) for m, place in zip(members, places, strict=True)] == files
 
 
-def test_folders_are_passed_over(tmp_path: Path):
-    (tmp_path / "in").mkdir()
-    (tmp_path / "in/a.jpg").write_bytes(b"pixels")
-    with tarfile.open(tmp_path / "a.tar", "w") as archive:
-        archive.add(tmp_path / "in", "folder")
-    assert [member.name for member in walk_tar(tmp_path / "a.tar")] == ["folder/a.jpg"]
-
-
 def test_only_headers_are_read(tmp_path: Path):
     """Three members of 1 TB in a sparse file, in a tar within a tar: reading them takes hours."""
     path, size = tmp_path / "a.tar", 1 << 40
@@ -82,6 +75,11 @@ def with_member(name: str, **fields: Any) -> bytes:
     return buffer.getvalue()
 
 
+def test_folders_are_passed_over(tmp_path: Path):
+    (tmp_path / "a.tar").write_bytes(with_member("folder", type=tarfile.DIRTYPE))
+    assert walk_tar(tmp_path / "a.tar") == []
+
+
 OUT = "points out of the archive"
 LINK = "is a link or a device"
 
@@ -90,11 +88,9 @@ LINK = "is a link or a device"
     ("content", "fault"),
     [
         (with_member("../a.jpg"), rf"'\.\./a\.jpg' {OUT}"),
-        (with_member("x/../a.jpg"), rf"'x/\.\./a\.jpg' {OUT}"),
         (with_member("/etc/a.jpg"), rf"'/etc/a\.jpg' {OUT}"),
         (with_member(f"/{'long' * 60}.jpg"), rf"long\.jpg' {OUT}"),
         (with_member("a.jpg", type=tarfile.SYMTYPE, linkname="b"), rf"'a\.jpg' {LINK}"),
-        (with_member("a.jpg", type=tarfile.LNKTYPE, linkname="b"), rf"'a\.jpg' {LINK}"),
         (with_member("a.jpg", type=tarfile.FIFOTYPE), rf"'a\.jpg' {LINK}"),
         (with_member("a.jpg", type=tarfile.GNUTYPE_SPARSE), rf"'a\.jpg' {LINK}"),
         (b"no tar " * 200, "is no tar archive, or"),
@@ -133,40 +129,31 @@ def test_index_is_found_again_until_the_file_changes(tmp_path: Path):
     tar, cache = tmp_path / "a.tar", tmp_path / "cache"
     tar.write_bytes(tar_of([("a.jpg", b"a")]))
     groups = {"x": [Member("a.jpg", 512, 1)], "y": [], "": [Member("é\udcff", 3, 4)]}
-    made: list[int] = []
+    read: list[Path] = []
 
-    def make() -> tars.Members:
-        made.append(1)
+    def read_headers(path: Path) -> tars.Members:
+        read.append(path)
         return groups
 
-    for change, number in (
-        (lambda: None, 1),
-        (lambda: None, 1),
-        (lambda: os.utime(tar, ns=(1, 1)), 2),
-        (lambda: overwrite(tar), 3),  # same size and time
-        *((lambda text=text: damage(cache, text), n) for n, text in enumerate(DAMAGED, start=4)),
-        (lambda: None, 3 + len(DAMAGED)),
-    ):
+    def damage(text: str) -> None:
+        [note] = cache.iterdir()
+        identity = '"identity": ' + note.read_text().split('"identity": ')[1].split(",")[0]
+        note.write_text(text.replace('"identity": "1"', identity))
+
+    def overwrite() -> None:
+        status = tar.stat()
+        tar.write_bytes(b"b" + tar.read_bytes()[1:])
+        os.utime(tar, ns=(status.st_atime_ns, status.st_mtime_ns))
+
+    damaged = ("", "[]", "{}", '{"identity": "1"}', '{"identity": "1", "groups": {"a": [1]}}')
+    changes = [lambda: os.utime(tar, ns=(1, 1)), overwrite, *(partial(damage, t) for t in damaged)]
+    for number, change in enumerate([lambda: None, *changes], start=1):
         change()
-        assert kept_index(tar, cache, make) == groups
-        assert len(made) == number
-    kept_index(tar, None, make)
-    assert len(made) == number + 1
-
-
-DAMAGED = ("", "[]", "{}", '{"identity": "1"}', '{"identity": "1", "groups": {"a": [1]}}')
-
-
-def damage(cache: Path, text: str) -> None:
-    [note] = cache.iterdir()
-    identity = '"identity": ' + note.read_text().split('"identity": ')[1].split(",")[0]
-    note.write_text(text.replace('"identity": "1"', identity))
-
-
-def overwrite(path: Path) -> None:
-    status = path.stat()
-    path.write_bytes(b"b" + path.read_bytes()[1:])
-    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+        for _ in range(2):
+            assert kept_index(tar, cache, read_headers) == groups
+            assert read == [tar] * number
+    kept_index(tar, None, read_headers)
+    assert len(read) == 2 + len(changes)
 
 
 def test_sampled_digest_sees_both_ends_and_the_size(tmp_path: Path):

@@ -50,14 +50,10 @@ def test_torchvision_lists_and_shows_the_same(root: Path, split: str):
         (root / "train/dog" / name).unlink()
     # test/ has no dog: torchvision would then number the other classes anew
     (root / "test/dog").mkdir(exist_ok=True)
-    size = v2.Compose(
-        [
-            v2.PILToTensor(),
-            v2.Lambda(lambda x: v2.functional.center_crop(x, [min(x.shape[1:])] * 2)),
-            v2.Resize(16, interpolation=v2.InterpolationMode.BICUBIC, antialias=True),
-        ]
-    )
-    peer = Peer(str(root / split), transform=size, allow_empty=True)
+    crop = v2.Lambda(lambda x: v2.functional.center_crop(x, [min(x.shape[1:])] * 2))
+    resize = v2.Resize(16, interpolation=v2.InterpolationMode.BICUBIC, antialias=True)
+    transform = v2.Compose([v2.PILToTensor(), crop, resize])
+    peer = Peer(str(root / split), transform=transform, allow_empty=True)
     ours = read(root, split)
     assert list(ours.class_names) == peer.classes == ["bee", "cat", "dog"]
     assert ours.labels.tolist() == peer.targets
@@ -91,18 +87,7 @@ def test_faults_of_folders_are_named(root: Path):
         (root / "test" / name).unlink()
     assert f"{root}/test holds no images" in complaint()
     (root / "test").rename(root / "rest")
-    assert "must hold train/<class>/* and test/<class>/*" in complaint()
-    (root / "val").mkdir()
-    (root / "train").rename(root / "x")
-    (root / "train").mkdir()
-    assert f"{root}/train has no class folders" in complaint()
-
-
-def test_unreadable_image_is_named(root: Path):
-    (root / "train/cat/1.PNG").write_text("no image")
-    split = read(root, "train")
-    with pytest.raises(ValueError, match=r"train/cat/1\.PNG: not a readable image"):
-        split.read([1])
+    assert f"no folder {root}/test; expected one with a folder of images for" in complaint()
 
 
 def reopened(images: TransferSet, project: Path) -> TransferSet:
@@ -145,13 +130,14 @@ def test_manifest_of_cifar_covers_every_file(tmp_path: Path, source: Source):
 
 def test_check_reads_all_and_counts(root: Path, tmp_path: Path):
     images = TransferSet(root, "imagefolder")
-    counts = [
-        f"{number} {name} images of 3 classes in {root}"
-        for number, name in ((4, "train"), (2, "test"))
-    ]
-    assert list(images.check([1, "full"], verify=True)) == counts
+    counts = ("4 train", "2 test")
+    expected = [f"{count} images of 3 classes in {root}" for count in counts]
+    assert list(images.check([1, "full"], verify=True)) == expected
     with pytest.raises(ValueError, match=r"^transfer\.shots: 2, but class 0 has only 1 images"):
         list(images.check([2, 1], verify=True))
+    (root / "train/cat/1.PNG").write_text("no image")
+    with pytest.raises(ValueError, match=r"train/cat/1\.PNG: not a readable image"):
+        read(root, "train").read([1])
     archive = TransferSet(pack(tmp_path, "cifar10", FORMS["cifar10"][0]), "cifar10")
     with pytest.raises(ValueError, match="not the official cifar-10-python"):
         list(archive.check([], verify=True))

@@ -8,7 +8,6 @@ import os
 import signal
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from contradiff import files as disk
 from contradiff.config import read_params
 from contradiff.data.shard_info import ImageInfo
 from contradiff.data.shards import ShardIndex, read_images
@@ -107,6 +107,14 @@ def test_unreadable_images_are_left_out_up_to_a_share(
     assert "shards were there already" in told  # the threshold is no reason to begin anew
 
 
+def test_too_little_space_is_told_before_the_work(project: Path, monkeypatch: pytest.MonkeyPatch):
+    usage = type("Usage", (), {"free": 1000})
+    monkeypatch.setattr(disk.shutil, "disk_usage", lambda _: usage)
+    with pytest.raises(ValueError, match=rf"^{project}/\.work/shard/.*: 4.\.\d kB are to"):
+        run_stage(project)
+    assert not list((project / ".work/shard").glob("*/*.tar"))
+
+
 def test_changed_images_are_noticed(project: Path):
     (project / "raw/val/n01/n01_16.JPEG").write_bytes(encoded(99, "PNG"))
     expected = rf"^data\.root: {project}/raw has changed since .*images\.json"
@@ -151,7 +159,7 @@ def test_killed_run_goes_on_with_the_same_bytes(project: Path):
 def test_every_layout_gives_the_same_samples(workplace: Path):
     """A whole stage each, so that planning by size works where parquet knows only means."""
     drawn = make_photos(seed=0, num_train=5, num_val=2)
-    photos = [replace(photo, content=encoded(number)) for number, photo in enumerate(drawn)]
+    photos = [photo._replace(content=encoded(number)) for number, photo in enumerate(drawn)]
     samples: dict[str, set[tuple[str, bytes, int]]] = {}
     for layout, write in WRITERS.items():
         project = workplace / layout

@@ -86,9 +86,3 @@ def test_an_earlier_archive_is_replaced_but_other_data_are_not(tmp_path: Path):
     with pytest.raises(ValueError, match=r"transfer_data\.source"):
         write_digits(tmp_path, num_train_per_class=5, seed=0)
     assert (tmp_path / "meta").read_bytes() == b"precious"
-
-
-@pytest.mark.parametrize("number", [0, 174])
-def test_a_class_without_training_or_test_images_is_refused(tmp_path: Path, number: int):
-    with pytest.raises(ValueError, match="1 to 173"):
-        write_digits(tmp_path / "digits", num_train_per_class=number, seed=0)

@@ -1,5 +1,6 @@
 """Rendered once, anew when the recipe changes, never over something else."""
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,7 @@ import pytest
 from contradiff.data.params import DataParams
 from contradiff.sources.imagenet import scan_images
 from contradiff.sources.transfer_set import TransferSet
-from contradiff.toy import rendered, tree
+from contradiff.toy import rendered
 from contradiff.toy.classes import CLASSES
 from contradiff.toy.rendered import DIGITS_PER_CLASS, ensure_digits, ensure_images
 
@@ -24,17 +25,21 @@ TOY: dict[str, Any] = {
 
 def render(root: Path, *, seed: int = 0, told: Any = None, **changes: int) -> Path:
     params = DataParams.model_validate(TOY | changes)
-    return ensure_images(root, params, seed=seed, on_progress=(told or []).append)
+    return ensure_images(root, params, seed=seed, on_progress=[].append if told is None else told)
 
 
-def test_images_are_rendered_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    told = [0]
-    folder = render(tmp_path, told=told)
-    assert told[1:] == [1] * (2 * NUM_CLASSES)
+def test_images_are_rendered_once(tmp_path: Path):
+    """An unfinished rendering is none."""
+    told: list[int] = []
+    folder = render(tmp_path, told=told.append)
+    assert told == [1] * (2 * NUM_CLASSES)
     splits = scan_images(folder).listing.splits
     assert [len(files) for files in splits.values()] == [NUM_CLASSES, NUM_CLASSES]
-    monkeypatch.setattr(tree, "render_tree", None)
-    assert render(tmp_path) == folder
+    assert render(tmp_path, told=told.append) == folder
+    assert len(told) == 2 * NUM_CLASSES
+    (folder / rendered.RECIPE_NAME).unlink()
+    assert render(tmp_path, told=told.append) == folder
+    assert len(told) == 4 * NUM_CLASSES
 
 
 @pytest.mark.parametrize(
@@ -48,40 +53,20 @@ def test_images_are_rendered_anew_when_the_recipe_changes(tmp_path: Path, change
     assert scan_images(first).digest == before
 
 
-def test_an_unfinished_rendering_is_no_rendering(tmp_path: Path):
-    folder = render(tmp_path)
-    (folder / rendered.RECIPE_NAME).unlink()
-    told = [0]
-    assert render(tmp_path, told=told) == folder
-    assert len(told) == 1 + 2 * NUM_CLASSES
-
-
-@pytest.mark.parametrize("pattern", ["*.py", "digits.py"])
-def test_every_file_of_a_renderer_counts(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pattern: str
-):
-    sources = sorted(Path(rendered.__file__).parent.glob(pattern))
-    monkeypatch.setattr(rendered, "__file__", str(tmp_path / "rendered.py"))
-    for source in sources:
+def test_every_file_of_a_renderer_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    for source in Path(rendered.__file__).parent.glob("*.py"):
         (tmp_path / source.name).write_bytes(source.read_bytes())
-    before = rendered.code_digest(pattern)
-    for source in sources:
-        copy = tmp_path / source.name
-        copy.write_bytes(source.read_bytes() + b"#")
-        assert rendered.code_digest(pattern) != before
-        copy.write_bytes(source.read_bytes())
-    assert rendered.code_digest(pattern) == before
-    first = render(tmp_path)
-    (tmp_path / "digits.py").write_text("changed")
-    assert render(tmp_path) != first
-
-
-def test_real_images_are_never_replaced(tmp_path: Path):
-    photo = tmp_path / "train" / "cat" / "1.jpg"
-    photo.parent.mkdir(parents=True)
-    photo.write_text("precious")
-    render(tmp_path)
-    assert photo.read_text() == "precious"
+    monkeypatch.setattr(rendered, "__file__", str(tmp_path / "rendered.py"))
+    renderers = (render, partial(ensure_digits, seed=0))
+    before = [make(tmp_path / "root") for make in renderers]
+    for name, are_digits in (("tree.py", False), ("colours.py", False), ("digits.py", True)):
+        content = (tmp_path / name).read_bytes()
+        (tmp_path / name).write_bytes(content + b"#")
+        images, digits = (make(tmp_path / "root") for make in renderers)
+        assert images != before[0]
+        assert (digits != before[1]) == are_digits
+        (tmp_path / name).write_bytes(content)
+    assert [make(tmp_path / "root") for make in renderers] == before
 
 
 def test_digits_are_written_once(tmp_path: Path):
