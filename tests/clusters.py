@@ -1,7 +1,15 @@
-"""Labelled clusters, for tests of classifiers."""
+"""Labelled clusters, and one probe of them, for tests of classifiers."""
+
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from contradiff.downstream.probe import train_probes
+from contradiff.training.optim import SgdSchedule, SgdSetting
+
+SETTING = SgdSetting(lr=0.01, momentum=0.9, weight_decay=0.0)
+SCHEDULE = SgdSchedule(batch_size=64, epochs=10, warmup_epochs=1.0)
 
 
 def clusters(
@@ -14,3 +22,11 @@ def clusters(
     noise = torch.randn(num_samples, dim, generator=generator)
     scale = torch.logspace(-2, 2, dim)
     return (centres[labels] + spread * noise) * scale + 3 * scale, labels
+
+
+def train_one(features: Tensor, labels: Tensor, **changes: Any) -> Any:
+    """Train a single probe on the CPU."""
+    setting = changes.pop("setting", SETTING)
+    shared = {"num_classes": 4, "schedule": SCHEDULE, "seed": 0, "device": torch.device("cpu")}
+    [probe] = train_probes(features, labels, settings=[setting], **(shared | changes))
+    return probe

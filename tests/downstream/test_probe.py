@@ -13,37 +13,14 @@ from torch.utils.data import ConcatDataset
 
 from contradiff.downstream.probe import TABLE_2, LinearProbe, ProbeParams, evaluate, train_probes
 from contradiff.training.optim import SgdSchedule, SgdSetting
-from tests.clusters import clusters
+from tests.clusters import SCHEDULE, SETTING, clusters, train_one
 from tests.settings import TINY
 
-CPU = torch.device("cpu")
-SETTING = SgdSetting(lr=0.01, momentum=0.9, weight_decay=0.0)
-SCHEDULE = SgdSchedule(batch_size=64, epochs=10, warmup_epochs=1.0)
-
-SETTINGS = [
-    SgdSetting(lr=0.1, momentum=0.9, weight_decay=0.0),
-    TABLE_2,
-    SgdSetting(lr=0.03, momentum=0.5, weight_decay=0.001),
-]
+SETTINGS = [SgdSetting(0.1, 0.9, 0.0), TABLE_2, SgdSetting(0.03, 0.5, 0.001)]
 SHORT = SgdSchedule(batch_size=16, epochs=6, warmup_epochs=1.0)
-SHARED = {"num_classes": 4, "schedule": SHORT, "seed": 3, "device": CPU}
+SHARED = {"num_classes": 4, "schedule": SHORT, "seed": 3, "device": torch.device("cpu")}
 PARAMS = TINY["probe"] | {"split": "val", "head": "linear", "lr": 0.1, "weight_decay": 0.0}
 PARAMS |= {"lrs": [0.3, 0.1], "weight_decays": [0.001], "momentum": 0.9}
-
-
-def train_one(
-    features: Tensor,
-    labels: Tensor,
-    *,
-    num_classes: int,
-    setting: SgdSetting = SETTING,
-    schedule: SgdSchedule = SCHEDULE,
-    seed: int = 0,
-    **more: Any,
-) -> Any:
-    shared = {"num_classes": num_classes, "schedule": schedule, "seed": seed, "device": CPU}
-    [probe] = train_probes(features, labels, settings=[setting], **shared, **more)
-    return probe
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
@@ -136,7 +113,7 @@ def test_each_head_is_the_one_trained_alone():
     probes = train_probes(features, labels, settings=SETTINGS, on_epoch=report, **SHARED)
     test_features, test_labels = clusters(200, dim=7, seed=1)
     for probe, setting in zip(probes, SETTINGS, strict=True):
-        [alone] = train_probes(features, labels, settings=[setting], on_epoch=report, **SHARED)
+        alone = train_one(features, labels, setting=setting, on_epoch=report, **SHARED)
         assert not probe.training
         for name, value in alone.state_dict().items():
             torch.testing.assert_close(probe.state_dict()[name], value, atol=2e-6, rtol=2e-4)
@@ -153,7 +130,7 @@ def test_a_head_that_diverges_leaves_the_others_alone():
     settings = [SETTINGS[0], SgdSetting(lr=1e30, momentum=0.9, weight_decay=0.9)]
     fine, diverged = train_probes(features, labels, settings=settings, **SHARED)
     assert not diverged.linear.weight.isfinite().all()
-    [alone] = train_probes(features, labels, settings=settings[:1], **SHARED)
+    alone = train_one(features, labels, setting=settings[0], **SHARED)
     torch.testing.assert_close(fine.linear.weight, alone.linear.weight)
 
 
@@ -181,7 +158,7 @@ def test_attentive_heads_are_trained_copies_as_if_alone_and_maps_may_lie_in_file
     # after a look at the features' width: one graph at a time
     assert calls[1:] == ["forward", "backward"] * (4 * 6 * len(SETTINGS))
     for probe, setting in zip(probes, SETTINGS, strict=True):
-        [alone] = train_probes(maps, labels, attention_head=head, settings=[setting], **SHARED)
+        alone = train_one(maps, labels, attention_head=head, setting=setting, **SHARED)
         for name, value in alone.state_dict().items():
             assert torch.equal(probe.state_dict()[name], value)
         assert not probe.training

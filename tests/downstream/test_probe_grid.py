@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 from contradiff.data.subsets import is_dev
-from contradiff.downstream.probe import ProbeParams, evaluate, train_probes
+from contradiff.downstream.probe import ProbeParams, evaluate
 from contradiff.downstream.probe_grid import GridHead, train_grid, write_grid
 from contradiff.features.cache import CacheIndex, FeatureCache
 from contradiff.features.params import FeatureSpec
 from contradiff.features.write_cache import write_table
-from tests.clusters import clusters
+from tests.clusters import clusters, train_one
 from tests.settings import TINY
 
 PARAMS = TINY["probe"] | {"split": "val", "head": "linear", "lr": 0.1, "weight_decay": 0.0}
@@ -30,18 +30,9 @@ def cache_of(
     for split, tensors in splits.items():
         keys = [f"{split}{number}" for number in range(len(tensors["labels"]))]
         shards[split] = (write_table(folder / f"{split}-00000.safetensors", tensors, keys=keys),)
-    index = CacheIndex(
-        model="timm",
-        checkpoint="0" * 8,
-        dtype="fp16",
-        num_classes=4,
-        columns=columns,
-        head=None,
-        shards=shards,
-        maps={},
-        made_with={},
-    )
-    return FeatureCache(folder, index)
+    facts = {"model": "timm", "checkpoint": "0" * 8, "dtype": "fp16", "num_classes": 4}
+    stored = {"columns": columns, "head": None, "shards": shards, "maps": {}, "made_with": {}}
+    return FeatureCache(folder, CacheIndex(**facts, **stored))
 
 
 @pytest.fixture
@@ -69,16 +60,7 @@ def grid_of(cache: FeatureCache, **changes: object) -> list[GridHead]:
 def train_alone(features: Tensor, labels: Tensor) -> Any:
     """The configured probe, without a grid."""
     params = ProbeParams.model_validate(PARAMS)
-    [probe] = train_probes(
-        features,
-        labels,
-        num_classes=4,
-        settings=[params.setting],
-        schedule=params.schedule,
-        seed=0,
-        device=torch.device("cpu"),
-    )
-    return probe
+    return train_one(features, labels, setting=params.setting, schedule=params.schedule)
 
 
 def test_the_grid_names_the_headline_and_table_2(cache: FeatureCache, tmp_path: Path):
@@ -108,9 +90,8 @@ def test_dev_holds_out_training_images_and_never_reads_val(cache: FeatureCache, 
 
 
 def test_a_headline_that_diverges_is_refused(cache: FeatureCache):
-    with pytest.raises(
-        ValueError, match=r"^probe\.lr: the probe diverges \(got 1e\+30\); lower it"
-    ):
+    fault = r"^probe\.lr: the probe diverges \(got 1e\+30\); lower it"
+    with pytest.raises(ValueError, match=fault):
         grid_of(cache, lr=1e30, weight_decay=0.9)
 
 

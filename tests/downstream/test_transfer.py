@@ -12,21 +12,15 @@ from torch import Tensor
 
 from contradiff.data.map_shards import Processes
 from contradiff.data.transforms import Crop
-from contradiff.downstream.probe import train_probes
-from contradiff.downstream.transfer import (
-    FewShots,
-    TransferParams,
-    TransferTask,
-    ridge_top1,
-    transfer_metrics,
-)
+from contradiff.downstream import transfer
+from contradiff.downstream.transfer import FewShots, TransferParams, TransferTask, ridge_top1
 from contradiff.features.batches import CleanBatch, resized_batch
 from contradiff.features.models import LabelledFeatures
 from contradiff.features.params import FeatureSpec
 from contradiff.features.timm_backbone import TimmFeatures
 from contradiff.sources.transfer_set import TransferSplit
 from contradiff.types import to_pixels
-from tests.clusters import clusters
+from tests.clusters import clusters, train_one
 from tests.settings import TINY, features_params
 
 
@@ -128,15 +122,8 @@ def test_each_split_is_scored_on_the_whole_test_set():
     for split, score in zip(task.splits, scores, strict=True):
         own = pool[torch.tensor(split.rows)]
         assert score["ridge"] == ridge_top1(own, test, ridge=1.0) > 0.5
-        [probe] = train_probes(
-            own.features,
-            own.labels,
-            num_classes=4,
-            settings=[task.params.setting],
-            schedule=task.params.schedule,
-            seed=split.seed,
-            device=torch.device("cpu"),
-        )
+        settings = {"setting": task.params.setting, "schedule": task.params.schedule}
+        probe = train_one(own.features, own.labels, seed=split.seed, **settings)
         correct = (probe(test.features).argmax(1) == test.labels).sum().item()
         assert score["sgd"] == correct / 301 > 0.5
 
@@ -149,7 +136,7 @@ def test_metrics_are_means_and_deviations_over_splits():
     few = {"ridge": {"mean": 0.5, "std": deviation}, "sgd": {"mean": 0.5, "std": 0.0}}
     full = {"ridge": {"mean": 0.9, "std": None}, "finetuned": {"mean": 0.7, "std": None}}
     expected = {"25": few | {"num_splits": 3}, "full": full | {"num_splits": 1}}
-    assert transfer_metrics(splits, scores) == expected
+    assert transfer.transfer_metrics(splits, scores) == expected
 
 
 def test_shots_are_counts_or_full():

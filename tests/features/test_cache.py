@@ -35,17 +35,12 @@ def folder(tmp_path: Path) -> Path:
         shards.append(write_table(path, tensors, keys=keys))
         file = features / f"train-{number:05d}.maps.safetensors"
         map_shards.append(write_table(file, {"maps": maps[part]}, keys=[]))
-    CacheIndex(
-        model="contradiff",
-        checkpoint=folders_in(tmp_path).fingerprint("contradiff"),
-        dtype="fp16",
-        num_classes=5,
-        columns=(COLUMN,),
-        head={"width": 2},
-        shards={"train": tuple(shards)},
-        maps={"train": tuple(map_shards)},
-        made_with={"seed": 0},
-    ).write(features)
+    files = {"shards": {"train": tuple(shards)}, "maps": {"train": tuple(map_shards)}}
+    facts = {"model": "contradiff", "dtype": "fp16", "num_classes": 5, "head": {"width": 2}}
+    digest = folders_in(tmp_path).fingerprint("contradiff")
+    made_with = {"seed": 0}
+    index = CacheIndex(checkpoint=digest, columns=(COLUMN,), made_with=made_with, **facts, **files)
+    index.write(features)
     return tmp_path
 
 
