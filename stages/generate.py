@@ -51,31 +51,23 @@ def main(params: Params, run: Run) -> None:
     )
     if section.precision == "bf16":
         cast_frozen_weights(model.unet)
+
+    def images_of(indices: range) -> Iterator[ByteImages]:
+        return generate(
+            model, vae, solver, indices, conditioning, params=section, image_size=size, seed=seed
+        )
+
     own_inputs = {"noise": [], "class": [CLASSES], "image": [CONDITIONS]}[section.condition]
     inputs, version = [BASE, CHECKPOINT, *own_inputs], map_shards.STATE_VERSION
     with run.work_dir(params, inputs, state_version=version) as work:
         plan = samples.plan_samples(section.num_samples, params.shard)
         preview = LiveGrid(work / "preview.png")
 
-        def images_of(indices: range) -> Iterator[ByteImages]:
-            for images in generate(
-                model,
-                vae,
-                solver,
-                indices,
-                conditioning,
-                params=section,
-                image_size=size,
-                seed=seed,
-            ):
-                yield images
-                if run.is_main:
-                    preview.add(images)
-
         def make(name: str, tick: map_shards.Tick) -> map_shards.Made:
-            records = samples.sample_records(
-                plan[name], images_of(plan[name]), num_classes=conditioning.num_classes
-            )
+            batches = images_of(plan[name])
+            batches = map(preview.add, batches) if run.is_main else batches
+            num_classes = conditioning.num_classes
+            records = samples.sample_records(plan[name], batches, num_classes=num_classes)
             written = write_shard(
                 work / name, records, compression=params.shard.compression, on_progress=tick
             )

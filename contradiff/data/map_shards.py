@@ -69,12 +69,8 @@ def map_shards(
     then be picklable. They report no progress: `size_of` says how many samples an item has.
     `on_progress` is called in process 0 with the number of new samples of all processes.
 
-    Returns:
-        The results in the order of `items`, in every process.
-
-    Raises:
-        ChildProcessError: Another process failed, or a worker was killed.
-        ValueError: The disk is full.
+    Every process returns the results in the order of `items`. A ChildProcessError says that another
+    process failed or that a worker was killed, a ValueError that the disk is full.
     """
     processes = processes or Processes()
     processes.barrier()  # process 0 holds the folder's lock now: no other run writes to it

@@ -55,8 +55,8 @@ class LiveGrid:
         self.images: deque[Tensor] = deque(maxlen=max_images)
         self.written_at = -math.inf
 
-    def add(self, images: ByteImages) -> None:
-        """Add images, and write the PNG if enough time has passed."""
+    def add(self, images: ByteImages) -> ByteImages:
+        """Add images, write the PNG if enough time has passed, and return the images."""
         self.images.extend(images)
         now = time.monotonic()
         if now - self.written_at >= self.seconds:
@@ -64,3 +64,4 @@ class LiveGrid:
             shown = torch.stack(list(self.images))
             with replace_file(self.path) as temporary:
                 temporary.write_bytes(image_grid(shown, columns=self.columns))
+        return images

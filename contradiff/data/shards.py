@@ -81,17 +81,14 @@ class ShardIndex(Generic[InfoT]):
     def read(cls, folder: Location, kind: type[InfoT]) -> "ShardIndex[InfoT]":
         """Read a folder's index and check that its shards are there and whole.
 
-        Raises:
-            ValueError: The index or a shard is missing, of another kind, or has a wrong size.
-            OSError: A server could not be reached.
+        A ValueError says what is missing, of another kind or of a wrong size; an OSError says that
+        a server could not be reached.
         """
         path = join(folder, INDEX_NAME)
         try:
             content = json.loads(read_bytes(path))
-            splits = {
-                split: tuple(Shard(**shard) for shard in shards)
-                for split, shards in content["splits"].items()
-            }
+            named = content["splits"].items()
+            splits = {split: tuple(Shard(**shard) for shard in shards) for split, shards in named}
             info = kind.model_validate(content["facts"])
         except FileNotFoundError as error:
             raise _fault(path, "missing") from error

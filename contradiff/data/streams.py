@@ -40,16 +40,14 @@ class PairedShards:
     def open(cls, images: Location, latents: Location, *, split: str) -> "PairedShards":
         """Read both indices; each place is a local folder or a URL (s3://, gs://, http://, ...).
 
-        Raises:
-            ValueError: Shards are missing or damaged, or the latents belong to other images.
+        A ValueError says that shards are missing or damaged, or that the latents do not belong.
         """
         image_index = ShardIndex.read(images, ImageInfo)
         latent_index = ShardIndex.read(latents, LatentInfo)
         pairs = cls(images, latents, split, image_index, latent_index)
         if pairs.sizes != tuple(shard.num_samples for shard in latent_index.shards(split)):
-            raise ValueError(
-                f"{latents}: made from other shards than {images}; run `dvc repro latents`"
-            )
+            what = f"made from other shards than {images}"
+            raise ValueError(f"{latents}: {what}; run `dvc repro latents`")
         return pairs
 
     @property
@@ -83,10 +81,7 @@ class PairedShards:
         yield from islice(self.read(wanted.shard, with_images=with_images), wanted.first, stop)
 
     def read(self, number: int, *, with_images: bool = True) -> Iterator[Pair]:
-        """Yield the pairs of one shard; without images, the image shard is not read.
-
-        A ValueError says that the two shards' keys differ.
-        """
+        """Yield the pairs of one shard, whose keys are the same; the images only if wanted."""
         image_shard = self.image_index.shards(self.split)[number]
         latent_shard = self.latent_index.shards(self.split)[number]
         latent_records = read_shard(join(self.latents, latent_shard.name), latent_shard)
@@ -107,14 +102,12 @@ class TrainingStream(IterableDataset["dict[str, Tensor] | Exception"]):
     """An endless stream of one process's batches; it can start at any step.
 
     The samples of every global batch, and their order, depend only on the seed, the batch size and
-    the shards, and not on the number of processes and workers: see `TrainingOrder`. Nothing is read
-    until the stream is iterated, and a later start does not read earlier epochs.
+    the shards, and not on the number of processes and workers: see `TrainingOrder`. A later start
+    does not read earlier epochs. A ValueError says that there are fewer images than a batch of all
+    processes needs; `batch_size` is that of one process.
 
     `make_batch` runs in the workers and must be picklable; `with_images` says whether it needs the
-    images, which are not read otherwise. `batch_size` is that of this process.
-
-    Raises:
-        ValueError: A batch of all processes needs more images than there are.
+    images, which are not read otherwise.
     """
 
     pairs: PairedShards
@@ -182,11 +175,8 @@ def training_batches(stream: TrainingStream, *, num_workers: int) -> Iterator[Ma
     """Run the stream in worker processes; their number does not change the batches.
 
     If the split has 64 shards for each process, 1, 2, 4 or 8 workers together read the data once.
-    With other numbers of workers, or fewer shards, some shards are read twice.
-
-    Raises:
-        ValueError: The data are damaged.
-        OSError: A server cannot be reached.
+    With other numbers of workers, or fewer shards, some shards are read twice. A ValueError says
+    that the data are damaged, an OSError that a server cannot be reached.
     """
     loader = DataLoader(
         stream,

@@ -37,9 +37,8 @@ def write_conditions(
         )
     )
     records = islice(records, num_images)
-    written = shards.write_split(
-        folder, SPLIT, records, **params.model_dump(), on_progress=on_progress
-    )
+    size = params.model_dump()
+    written = shards.write_split(folder, SPLIT, records, **size, on_progress=on_progress)
     shards.ShardIndex({SPLIT: written}, ConditionInfo()).write(folder)
 
 

@@ -47,11 +47,8 @@ def load_conditioning(
 ) -> Conditioning:
     """Load the conditions that `generate.condition` names, and prepare the model's LoRA for them.
 
-    The LoRA is merged, or disabled if the class table was trained without it. `images`, `table`
-    and `checkpoint` are the folders of `conditions`, `class_condition` and the model.
-
-    Raises:
-        ValueError: The images or the table are missing, or the table belongs to another model.
+    The LoRA is merged, or disabled if the class table was trained without it. A ValueError says
+    that the images or the table are missing, or that the table belongs to another model.
     """
     if condition == "class":
         loaded = class_table.load_class_table(table, checkpoint=checkpoint)

@@ -20,10 +20,7 @@ if TYPE_CHECKING:
 
 
 class GenerateParams(Section):
-    """Section `generate`. Paper: 50,000 images, 100 steps.
-
-    Deviation: the paper does not mention guidance.
-    """
+    """Section `generate`. Paper: 50,000 images, 100 steps; deviation: it mentions no guidance."""
 
     condition: Condition = Field(
         description="noise: unconditional (App. A) | image: of the val split (Fig. 4) | "
@@ -50,10 +47,8 @@ class GenerateParams(Section):
             )
         low, high = self.guidance_interval
         if not 0 <= low < high <= 1:
-            raise ValueError(
-                "generate.guidance_interval must be two rising numbers between 0 and 1 "
-                f"(got {low:g}, {high:g})"
-            )
+            must = "must be two rising numbers between 0 and 1"
+            raise ValueError(f"generate.guidance_interval {must} (got {low:g}, {high:g})")
         if self.guidance == 1 and (low, high) != (0, 1):
             raise ValueError(
                 f"generate.guidance_interval is {low:g} to {high:g}, but generate.guidance is 1, "

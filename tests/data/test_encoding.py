@@ -1,4 +1,4 @@
-"""Every crop is encoded as it would be alone; workers change nothing; sizes are foretold."""
+"""Every crop is encoded as it would be alone; latents that show too little are refused."""
 
 from collections.abc import Iterable
 from dataclasses import replace
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from contradiff.base.loading import load_vae
 from contradiff.base.vae import encode
-from contradiff.data.encoding import LatentEncoder, plan_latents
+from contradiff.data.encoding import LatentEncoder, Reconstruction, plan_latents, reconstruct
 from contradiff.data.latents import LatentsParams, StoredLatents
 from contradiff.data.png import encode_png
 from contradiff.data.shard_info import ImageInfo, LatentInfo
@@ -106,7 +106,10 @@ def test_every_view_is_the_encoding_of_its_crop(
     assert num_mirrored > 0
 
 
-def test_evaluated_images_have_the_centre_crop_alone(tiny_data: Path):
+def test_evaluated_images_have_the_centre_crop_alone(base: LatentEncoder, tiny_data: Path):
+    info = ShardIndex.read(tiny_data / "latents", LatentInfo).info
+    assert info == base.info
+    assert (info.scaling_factor, info.image_size, info.views) == (0.5, 32, 3)
     for record in read_split(tiny_data / "latents", "val"):
         item = StoredLatents.of_record(record)
         assert (item.moments.shape, item.crops) == ((1, 8, 8, 8), (CENTRE,))
@@ -156,12 +159,6 @@ def test_bfloat16_moments_are_rounded_as_torch_rounds(base: LatentEncoder, image
     (item,) = encoded(encoder, images[:1])
     assert torch.from_numpy(item.moments[0]).equal(expected)
     assert encoder.info.dtype == "bfloat16"
-
-
-def test_info_is_that_of_the_base_and_the_parameters(base: LatentEncoder, tiny_data: Path):
-    info = ShardIndex.read(tiny_data / "latents", LatentInfo).info
-    assert info == base.info
-    assert (info.scaling_factor, info.image_size, info.views) == (0.5, 32, 3)
 
 
 def test_workers_change_nothing(base: LatentEncoder, images: list[Sample]):
@@ -223,7 +220,38 @@ def test_sizes_are_those_of_written_shards(base: LatentEncoder, tiny_data: Path)
     assert list(plan)[3:5] == ["train-00003.tar.gz", "val-00000.tar.gz"]
 
 
-def test_imagenet_takes_21_gb_a_view(base: LatentEncoder):
-    """16 KB of moments (8 x 32 x 32) an image, and a tenth of tar and crops."""
-    encoder = replace(changed(base, views=1), image_size=128)
-    assert 21e9 < 313 * encoder.shard_bytes("train", 4096) < 24e9
+def of_val(base: LatentEncoder, data: Path) -> Reconstruction:
+    images = read_images(data / "images", "val")
+    return reconstruct(base, images, read_split(data / "latents", "val"))
+
+
+def test_reconstruction_is_diffusers_own(base: LatentEncoder, tiny_data: Path):
+    found = of_val(base, tiny_data)
+    pixels = found.originals.float() / 127.5 - 1
+    with torch.no_grad():
+        mean = base.vae.encode(pixels).latent_dist.mean
+        decoded = base.vae.decode(mean).sample.clamp(-1, 1)
+    error = (found.decoded / 127.5 - 1 - decoded).abs()
+    assert error.max() <= 1 / 127.5 + 1e-3  # rounding to bytes, and float16
+    assert found.std == pytest.approx(0.5 * mean.std().item(), rel=1e-3)
+    squares = (found.originals.double() - found.decoded).square().mean(dim=(1, 2, 3))
+    expected = (10 * torch.log10(255**2 / squares)).mean().item()
+    assert found.psnr == pytest.approx(expected, rel=1e-5)
+
+
+def test_latents_that_show_too_little_are_refused(base: LatentEncoder, tiny_data: Path):
+    quality = of_val(base, tiny_data).psnr
+    assert of_val(changed(base, min_psnr=quality - 0.01), tiny_data).psnr == quality
+    with pytest.raises(ValueError, match=r"^latents\.min_psnr: .* dB where .* factor"):
+        of_val(changed(base, min_psnr=quality + 0.01), tiny_data)
+
+
+def test_another_scaling_factor_than_the_bases_shows(
+    base: LatentEncoder, tiny_data: Path, monkeypatch: pytest.MonkeyPatch
+):
+    right = of_val(base, tiny_data)
+    other = base.info.model_copy(update={"scaling_factor": 1.0})
+    monkeypatch.setattr(LatentEncoder, "info", other)
+    wrong = of_val(base, tiny_data)
+    assert wrong.std == pytest.approx(2 * right.std)
+    assert not wrong.decoded.equal(right.decoded)

@@ -98,44 +98,31 @@ def assert_same_images(actual: Tensor, expected: Tensor) -> None:
 
 @pytest.mark.parametrize("solver", ["ddim", "dpmsolver++", "unipc"])
 def test_samples_do_not_depend_on_the_batch_size(model: ContraDiff, tiny_base: Path, solver: str):
-    [whole] = generate_unconditional(
-        model, tiny_base, indices=range(7), batch_size=7, solver=solver
-    )
+    sample = partial(generate_unconditional, model, tiny_base, indices=range(7), solver=solver)
+    [whole] = sample(batch_size=7)
     assert whole.shape == (7, 3, 32, 32)
     assert whole.dtype == torch.uint8
     assert len(whole.flatten(1).unique(dim=0)) == 7
     for batch_size, sizes in ((3, [3, 3, 1]), (1, [1] * 7)):
-        parts = generate_unconditional(
-            model, tiny_base, indices=range(7), batch_size=batch_size, solver=solver
-        )
-        assert [len(batch) for batch in parts] == sizes
-        assert_same_images(torch.cat(parts), whole)
+        batches = sample(batch_size=batch_size)
+        assert [len(batch) for batch in batches] == sizes
+        assert_same_images(torch.cat(batches), whole)
 
 
 def test_samples_do_not_depend_on_those_before_them(model: ContraDiff, tiny_base: Path):
     """As shards need it, which are made by any process; batches begin with each shard."""
-    first, second, third = generate_unconditional(
-        model, tiny_base, indices=range(6), batch_size=2, solver="unipc"
-    )
-    alone = generate_unconditional(
-        model, tiny_base, indices=range(2, 6), batch_size=2, solver="unipc"
-    )
+    sample = partial(generate_unconditional, model, tiny_base, batch_size=2, solver="unipc")
+    first, second, third = sample(indices=range(6))
+    alone = sample(indices=range(2, 6))
     assert torch.equal(torch.cat(alone), torch.cat([second, third]))
     assert not torch.equal(first, second)
-
-
-def test_samples_depend_on_the_seed(model: ContraDiff, tiny_base: Path):
-    first = generate_unconditional(model, tiny_base, seed=0)
-    again = generate_unconditional(model, tiny_base, seed=0)
-    other = generate_unconditional(model, tiny_base, seed=1)
-    assert torch.equal(first[0], again[0])
-    assert not torch.equal(first[0], other[0])
 
 
 @torch.no_grad()
 def test_a_sample_is_made_of_its_own_noises(model: ContraDiff, tiny_base: Path):
     """Sample 3 by hand: c(Gaussian pixels), DDIM, the VAE."""
     whole = generate_unconditional(model, tiny_base, seed=7)
+    assert torch.equal(whole[0], generate_unconditional(model, tiny_base, seed=7)[0])
     latents = seeded_noise((4, 8, 8), seed=7, indices=range(3, 4), stream="latent")
     pixels = seeded_noise((3, 32, 32), seed=7, indices=range(3, 4), stream="condition")
     tokens = model.encode_condition(pixels)
@@ -145,35 +132,6 @@ def test_a_sample_is_made_of_its_own_noises(model: ContraDiff, tiny_base: Path):
 
     expected = decode_latents(load_vae(tiny_base), slow_ddim(model, latents, 3, predict))
     torch.testing.assert_close(whole[0][3].float(), expected[0].float(), rtol=0, atol=1)
-
-
-@pytest.mark.parametrize("guidance", [0.0, 1.5])
-@torch.no_grad()
-def test_guidance_equals_two_passes_written_out(
-    model: ContraDiff, tiny_base: Path, guidance: float
-):
-    latents, null = draw(2, 4, 8, 8, seed=0), draw(2, 16, 16, seed=2)
-    tokens = draw(2, 16, 16, seed=1)
-
-    def predict(noisy: Tensor, timestep: int) -> Tensor:
-        conditional = model.unet(noisy, timestep, encoder_hidden_states=tokens).sample
-        unguided = model.unet(noisy, timestep, encoder_hidden_states=null).sample
-        return (1 - guidance) * unguided + guidance * conditional
-
-    ours = denoise(
-        model,
-        load_scheduler(tiny_base, num_inference_steps=7),
-        latents,
-        tokens,
-        null_tokens=null,
-        guidance=guidance,
-    )
-    expected = slow_ddim(model, latents, 7, predict)
-    torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-4)
-    alone = slow_ddim(
-        model, latents, 7, lambda x, t: model.unet(x, t, encoder_hidden_states=tokens).sample
-    )
-    assert not torch.allclose(ours, alone, rtol=1e-2, atol=1e-2)
 
 
 @torch.no_grad()
@@ -198,17 +156,17 @@ def test_guidance_outside_its_interval_is_none(model: ContraDiff, tiny_base: Pat
     assert not torch.allclose(ours, guided(), rtol=1e-2, atol=1e-2)
 
 
-@pytest.mark.parametrize("guided", [True, False])
+@pytest.mark.parametrize("guidance", [0.0, 1.0, 1.5])
 @pytest.mark.parametrize("solver", ["ddim", "dpmsolver++", "unipc"])
 @torch.no_grad()
 def test_denoise_equals_diffusers_loop(
-    model: ContraDiff, tiny_base: Path, solver: Any, guided: bool
+    model: ContraDiff, tiny_base: Path, solver: Any, guidance: float
 ):
     """StableDiffusionPipeline's own, written plainly, with the UNet's own forward."""
     latents, tokens = draw(2, 4, 8, 8, seed=0), draw(2, 16, 16, seed=1)
+    guided = guidance != 1
     null = draw(2, 16, 16, seed=2) if guided else None
     scheduler: Any = load_solver(tiny_base, solver=solver, num_inference_steps=7)
-    guidance = 1.5 if guided else 1.0
     ours = [
         denoise(model, scheduler, latents, tokens, null_tokens=null, guidance=guidance)
         for _ in range(2)

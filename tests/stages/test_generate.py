@@ -38,15 +38,10 @@ SECTION: dict[str, Any] = {
 
 
 def content_with(**changes: Any) -> dict[str, Any]:
+    counts = {"image_size": 32, "num_train": 24, "num_val": 8}
     return {
         "seed": 0,
-        "data": {
-            "source": "toy",
-            "root": "data/raw/toy",
-            "image_size": 32,
-            "num_train": 24,
-            "num_val": 8,
-        },
+        "data": {"source": "toy", "root": "data/raw/toy", **counts},
         "shard": {"samples_per_shard": 4, "compression": "none"},
         "generate": SECTION | changes,
     }
