@@ -6,6 +6,7 @@ number. An interrupted run goes on with the shards that are left.
 
 from stages.runtime.run import Run, execute
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
@@ -15,7 +16,7 @@ from contradiff.config import Section, Seed
 from contradiff.data.map_shards import STATE_VERSION
 from contradiff.features.batches import StoredImages
 from contradiff.features.cache import ModelFolders
-from contradiff.features.models import load_feature_model
+from contradiff.features.models import DiffusionFeatures, load_feature_model
 from contradiff.features.params import FeaturesParams
 from contradiff.features.write_cache import bytes_of_features, write_cache
 from contradiff.files import check_free_space, describe_bytes
@@ -35,8 +36,9 @@ class Params(Section):
 def main(params: Params, run: Run) -> None:
     settings, seed, processes = params.features, params.seed, run.processes(run.accelerator())
     models = ModelFolders(PRETRAIN, BASE, run.root)
-    keep_maps = params.head == "attentive"
-    model = load_feature_model(settings, models, seed=seed, device=run.device, keep_maps=keep_maps)
+    model = load_feature_model(settings, models, seed, run.device)
+    if isinstance(model, DiffusionFeatures):
+        model = replace(model, keep_maps=params.head == "attentive")
     images = StoredImages(IMAGES, LATENTS, settings.batch_size, run.runtime.num_workers)
     inputs = [BASE, PRETRAIN, IMAGES / "index.json", LATENTS / "index.json"]
     if settings.model == "timm" and settings.timm_weights is not None:

@@ -44,7 +44,7 @@ def main(params: Params, run: Run) -> None:
     ):
         changes = {"model": kind, "pool": pool, "more_triples": [], "more_blocks": []}
         own = features.model_copy(update=changes)
-        model = load_feature_model(own, models, seed=seed, device=run.device)
+        model = load_feature_model(own, models, seed, run.device)
         if kind == "base" and isinstance(model, DiffusionFeatures):
             model.model.block = "mid"
         size = features.batch_size

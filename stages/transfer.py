@@ -35,13 +35,13 @@ def main(params: Params, run: Run) -> None:
     processes, settings, device = run.processes(run.accelerator()), params.transfer, run.device
     features = params.features.model_copy(update={"more_triples": [], "more_blocks": []})
     models = ModelFolders(CHECKPOINT, BASE, run.root)
-    model = load_feature_model(features, models, seed=params.seed, device=device)
+    model = load_feature_model(features, models, params.seed, device)
     if isinstance(model, TimmFeatures):
         encode, size = model.show, model.uncropped_size
     else:
         size = params.data.image_size
         vae = load_vae(BASE).to(device)  # pyright: ignore[reportArgumentType]
-        encode = partial(encode_images, vae, image_size=size, device=device)
+        encode = partial(encode_images, vae, size=size)
     images = TransferSet.reopen(MANIFEST, project=run.root)
     pool, judged = (images.split(name, image_size=size) for name in ("train", "test"))
     task = TransferTask(pool, judged, encode, settings, features, params.seed, processes)

@@ -15,7 +15,7 @@ from jaxtyping import Int64
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from contradiff.data.map_shards import Processes
+from contradiff.data.map_shards import Processes, Tick
 from contradiff.data.subsets import k_shot_split
 from contradiff.downstream.finetuning import EncodedImages, finetune, finetuned_top1, weights_kept
 from contradiff.downstream.probe import OnEpoch, evaluate, train_probes
@@ -116,11 +116,7 @@ class TransferTask:
             yield replace(batch, indices=tuple(own), keys=tuple(images.keys[row] for row in own))
 
     def compute_features(
-        self,
-        model: FeatureModel,
-        images: TransferSplit,
-        rows: Sequence[int],
-        on_progress: Callable[[int], None] = lambda _: None,
+        self, model: FeatureModel, images: TransferSplit, rows: Sequence[int], on_progress: Tick
     ) -> LabelledFeatures:
         """Compute features of some images, in order; each process does some and gets all.
 

@@ -112,16 +112,11 @@ def stored_batches(
 
 @torch.no_grad()
 def encode_images(
-    vae: "AutoencoderKL",
-    images: ByteImages,
-    labels: Int64[Tensor, " num_images"],
-    *,
-    image_size: int,
-    device: torch.device,
+    vae: "AutoencoderKL", images: ByteImages, labels: Int64[Tensor, " n"], *, size: int
 ) -> CleanBatch:
     """Make one batch of square images in memory: resize (bicubic, Table 6's 32 to 256), encode."""
-    batch = resized_batch(images, labels, centre_crop(*images.shape[2:]), size=image_size)
-    moments = encode(vae, batch.pixels.to(device))
+    batch = resized_batch(images, labels, centre_crop(*images.shape[2:]), size=size)
+    moments = encode(vae, batch.pixels.to(vae.device))
     return replace(batch, latents=mode(moments, scaling_factor=scaling_factor(vae)).cpu())
 
 

@@ -3,7 +3,7 @@
 images => clean latents => three noise levels => the UNet's maps => h (Eq. 4), or their means
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
+from contradiff.data.map_shards import Tick
 from contradiff.features.batches import CleanBatch, StoredImages
 from contradiff.features.cache import MAPS, ModelFolders
 from contradiff.features.diffeed import feedback_maps
@@ -129,12 +130,7 @@ FeatureModel: TypeAlias = DiffusionFeatures | TimmFeatures
 
 
 def load_feature_model(
-    params: FeaturesParams,
-    models: ModelFolders,
-    *,
-    seed: int,
-    device: torch.device,
-    keep_maps: bool = False,
+    params: FeaturesParams, models: ModelFolders, seed: int, device: torch.device
 ) -> FeatureModel:
     """Load the model that features.model names; ValueError if weights are missing or do not fit.
 
@@ -142,7 +138,7 @@ def load_feature_model(
     in the place of CLIP's empty prompt, which the method does not use.
 
     Example:
-        model = load_feature_model(params, ModelFolders(...), seed=0, device=torch.device("cuda"))
+        model = load_feature_model(params, ModelFolders(...), 0, torch.device("cuda"))
         batches = stored_batches(images, latents, split="val", batch_size=64)
         h = compute_features(model, batches).features  # (num_images, width)
     """
@@ -157,7 +153,7 @@ def load_feature_model(
         model.self_condition = None
     if params.precision == "bf16":
         cast_frozen_weights(model.unet)
-    return DiffusionFeatures(model.to(device), params, seed, device, keep_maps)
+    return DiffusionFeatures(model.to(device), params, seed, device)
 
 
 @dataclass(frozen=True)
@@ -184,10 +180,7 @@ class LabelledFeatures:
 
 
 def compute_features(
-    model: FeatureModel,
-    batches: Iterable[CleanBatch],
-    *,
-    on_progress: Callable[[int], None] = lambda _: None,
+    model: FeatureModel, batches: Iterable[CleanBatch], *, on_progress: Tick = lambda _: None
 ) -> LabelledFeatures:
     """Compute the main feature of every batch, float32; some ten thousand images fit in memory."""
     found: list[LabelledFeatures] = []

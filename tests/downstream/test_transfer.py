@@ -103,7 +103,7 @@ def test_processes_share_whole_batches(num_processes: int):
     for rank in range(min(num_processes, 3)):  # alone, one without a batch has nothing to join
         model = MeanColour()
         task = task_of([n % 3 for n in range(11)], processes=Processes(rank, num_processes))
-        found.append(task.compute_features(model, task.pool, rows))
+        found.append(task.compute_features(model, task.pool, rows, lambda _: None))
         shown += model.shown
     assert shown == [(10, 0, 3), (4, 5, 6), (9, 1)]  # rows of the split, which seed the noise
     whole = LabelledFeatures.joined(found)

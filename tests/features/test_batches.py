@@ -19,8 +19,6 @@ from contradiff.features.batches import (
 )
 from contradiff.types import to_pixels
 
-CPU = torch.device("cpu")
-
 
 def batches_of(tiny_data: Path, *, split: str = "train", batch_size: int = 24) -> list[CleanBatch]:
     folders = tiny_data / "images", tiny_data / "latents"
@@ -85,9 +83,7 @@ def test_only_the_centre_is_seen(tiny_data: Path):
 def test_images_in_memory_are_encoded_as_stored_ones(tiny_base: Path, tiny_data: Path):
     (stored,) = batches_of(tiny_data, split="val")
     centres = [decode(i.image, name="")[:, 2:38] for i in read_images(tiny_data / "images", "val")]
-    batch = encode_images(
-        load_vae(tiny_base), torch.stack(centres), stored.labels, image_size=32, device=CPU
-    )
+    batch = encode_images(load_vae(tiny_base), torch.stack(centres), stored.labels, size=32)
     assert batch.indices == stored.indices
     assert batch.labels.equal(stored.labels)
     assert batch.pixels.equal(stored.pixels)
