@@ -18,7 +18,6 @@ from contradiff.method.model import Architecture, build_model
 from contradiff.method.parameter_counts import count_parameters, parameter_table
 from contradiff.training.pretraining import pretrain, write_curve
 from contradiff.training.recipe import TrainingRecipe
-from contradiff.training.state import STATE_VERSION
 
 BASE, IMAGES, LATENTS = Path("build/base"), Path("build/shards"), Path("build/latents")
 CHECKPOINT, CURVE = Path("build/pretrain"), Path("metrics/pretrain.csv")
@@ -51,30 +50,12 @@ def main(params: Params, run: Run) -> None:
     if params.warning:
         run.log(params.warning)
     num_steps = params.pretrain.epochs * (pairs.num_samples // params.pretrain.batch_size)
-    shown = params.model_dump(mode="json", by_alias=True)
     with follow_training(
-        run,
-        shown,
-        [BASE],
-        data_digest=pairs.digest,
-        state_version=STATE_VERSION,
-        num_steps=num_steps,
-        prefix="train",
-        files_checkpoint=True,
-    ) as (work, on_step):
+        run, params, [BASE], pairs, num_steps=num_steps, files_checkpoint=True
+    ) as session:
         # The main process holds the folder's lock now: what all resume from no longer changes.
         accelerator.wait_for_everyone()
-        curve = pretrain(
-            model,
-            pairs,
-            recipe=params,
-            accelerator=accelerator,
-            work_dir=work,
-            num_workers=run.runtime.num_workers,
-            log_every=run.runtime.log_every,
-            checkpoint_every=run.runtime.checkpoint_every,
-            on_step=on_step,
-        )
+        curve = pretrain(model, pairs, recipe=params, accelerator=accelerator, **session)
         if accelerator.is_main_process:
             write_curve(CURVE, curve)
             save_checkpoint(
@@ -84,7 +65,7 @@ def main(params: Params, run: Run) -> None:
                 image_size=image_size,
                 num_steps=num_steps,
                 counts=counts,
-                params=shown,
+                params=params.model_dump(mode="json", by_alias=True),
             )
         accelerator.wait_for_everyone()
 

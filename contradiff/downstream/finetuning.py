@@ -5,15 +5,16 @@ Beyond the paper, whose transfer (Sec. 4.2.3) is of frozen features: scores are 
 """
 
 import math
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from collections.abc import Generator, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float, Int64
+from jaxtyping import Int64
 from torch import Tensor, nn
 
 from contradiff.downstream.accuracy import topk_correct
+from contradiff.downstream.probe import OnEpoch
 from contradiff.features.batches import CleanBatch
 from contradiff.features.models import DiffusionFeatures, autocast, compute_features
 from contradiff.features.params import FeaturesParams
@@ -24,54 +25,42 @@ from contradiff.training.loop import train
 from contradiff.training.optim import build_adamw, cosine_with_warmup
 from contradiff.types import ByteImages, Latents, to_bytes, to_pixels
 
-BETAS = (0.9, 0.999)
-"""AdamW's own; steps are too few to average over more."""
-
-OnEpoch = Callable[[int, Mapping[str, float]], None]
-"""Told the epochs done, and the epoch's mean loss."""
-
 
 @dataclass(frozen=True)
 class EncodedImages:
     """Images encoded once and kept in memory: latents, and pixels as bytes, a quarter as large.
 
     At 256 pixels an image takes 0.2 MB: 0.5 GB for 25 shots of 100 classes, 10 GB for all of
-    CIFAR-100's training images.
+    CIFAR-100's training images. `indices` seed the images' noise in testing.
     """
 
-    indices: tuple[int, ...]
+    indices: Int64[Tensor, " batch"]
     latents: Latents
     images: ByteImages
     labels: Int64[Tensor, " batch"]
-    keys: tuple[str, ...]
 
     @classmethod
     def of(cls, batches: Iterable[CleanBatch]) -> "EncodedImages":
         """Keep what batches hold; their pixels are whole bytes in [-1, 1], so nothing is lost."""
         kept = list(batches)
         return cls(
-            tuple(index for batch in kept for index in batch.indices),
+            torch.tensor([index for batch in kept for index in batch.indices]),
             torch.cat([batch.latents for batch in kept]),
             torch.cat([to_bytes(batch.pixels) for batch in kept]),
             torch.cat([batch.labels for batch in kept]),
-            tuple(key for batch in kept for key in batch.keys),
         )
 
     def __getitem__(self, rows: Int64[Tensor, " rows"]) -> "EncodedImages":
         """Some of the images."""
-        indices, keys = (
-            tuple(items[row] for row in rows.tolist()) for items in (self.indices, self.keys)
-        )
-        return EncodedImages(
-            indices, self.latents[rows], self.images[rows], self.labels[rows], keys
-        )
+        fields = self.indices, self.latents, self.images, self.labels
+        return EncodedImages(*(field[rows] for field in fields))
 
     def batches(self, batch_size: int) -> Iterator[CleanBatch]:
-        """The images in order, as they came."""
-        for start in range(0, len(self.labels), batch_size):
-            part = self[torch.arange(start, min(start + batch_size, len(self.labels)))]
-            pixels = to_pixels(part.images)
-            yield CleanBatch(part.indices, part.latents, pixels, part.labels, part.keys)
+        """The images in order, as they came, with their indices as keys."""
+        for rows in torch.arange(len(self.labels)).split(batch_size):
+            some, indices = self[rows], tuple(self.indices[rows].tolist())
+            pixels, keys = to_pixels(some.images), tuple(map(str, indices))
+            yield CleanBatch(indices, some.latents, pixels, some.labels, keys)
 
 
 @contextmanager
@@ -104,32 +93,15 @@ def finetune(
 ) -> nn.Linear:
     """Minimise the cross-entropy of linear(h), in place; base and conditioner stay as they are.
 
-    Of the LoRA only what lies before the maps that h reads learns: with head.block "mid" not that
-    of the up blocks.
-
     h is taken as in evaluation, at the fixed triple of timesteps, but the noise is drawn anew at
-    every step; images are not augmented. AdamW, whose rate falls along half a cosine; the last
-    epoch's weights are the result.
+    every step; images are not augmented. The LoRA behind the maps that h reads gets no gradient.
+    AdamW's rate falls along half a cosine from `lr`; the last epoch's weights are the result. The
+    batches of an epoch differ in size by one at most. The seed is that of the initial classifier,
+    the order and the noise.
 
     With features.precision bf16 the maps and h are computed under autocast, as in testing, and the
     UNet's frozen weights become bfloat16; what is trained, the classifier, the loss, the gradients
     and AdamW's state are float32.
-
-    Args:
-        model: evaluation mode, on `device`.
-        data: the training images.
-        num_classes: of the classifier.
-        features: the timesteps, the condition and the precision; noised directly (Eq. 5).
-        epochs: passes over the images.
-        lr: peak learning rate of all that is trained.
-        weight_decay: AdamW's, of matrices.
-        batch_size: greatest batch; those of an epoch differ in size by one at most.
-        seed: of the initial classifier, the order and the noise.
-        device: where to compute.
-        on_epoch: called after each epoch.
-
-    Returns:
-        The classifier of h, on `device`.
 
     Raises:
         ValueError: the loss is not finite; names transfer.finetune_lr.
@@ -144,7 +116,7 @@ def finetune(
     if features.precision == "bf16":
         cast_frozen_weights(model.unet)
     trained = [*model.named_parameters(), *classifier.named_parameters(prefix="classifier")]
-    optimizer = build_adamw(trained, lr=lr, betas=BETAS, weight_decay=weight_decay)
+    optimizer = build_adamw(trained, lr=lr, betas=(0.9, 0.999), weight_decay=weight_decay)
     num_images = len(data.labels)
     steps_per_epoch = math.ceil(num_images / batch_size)
     total_steps = epochs * steps_per_epoch
@@ -159,16 +131,29 @@ def finetune(
         """Leave the gradient of a batch; return the epoch's mean loss so far."""
         if step % steps_per_epoch == 0:
             loss_sum.zero_()
-        rows = next(batches)
-        h = _features(model, data[rows], features=features, generator=generator, device=device)
-        loss = nn.functional.cross_entropy(classifier(h), data.labels[rows].to(device))
+        batch = data[next(batches)]
+        num_rows = len(batch.labels)
+        if features.condition == "image":
+            pixels = to_pixels(batch.images)
+            conditions = model.conditioner.choose(pixels=pixels, latents=batch.latents)
+        else:
+            conditions = torch.randn(num_rows, *model.conditioner.shape, generator=generator)
+        noise = torch.randn(NUM_LEVELS, *batch.latents.shape, generator=generator)
+        with autocast(device, features.precision):
+            with torch.no_grad():
+                tokens = model.encode_condition(conditions.to(device))
+            maps = model.level_maps(
+                batch.latents.to(device),
+                tokens,
+                timesteps=features.timesteps,
+                noise=noise.to(device),
+                blocks=[model.block],
+            )
+            h = model.attention(maps[model.block]).float()
+        loss = nn.functional.cross_entropy(classifier(h), batch.labels.to(device))
         loss.backward()
-        loss_sum.add_(loss.detach().double() * len(rows))
+        loss_sum.add_(loss.detach().double() * num_rows)
         return {"loss": loss_sum / num_images}
-
-    def tell_epoch(done: int, row: Mapping[str, float] | None) -> None:
-        if row is not None:
-            on_epoch(done // steps_per_epoch, {"loss": row["loss"]})
 
     train(
         take_gradients,
@@ -177,7 +162,7 @@ def finetune(
         lr=lambda step: lr * cosine_with_warmup(step, total_steps=total_steps, warmup_steps=0),
         lr_key="transfer.finetune_lr",
         is_reported=lambda done: done % steps_per_epoch == 0,
-        on_step=tell_epoch,
+        on_step=lambda done, row: on_epoch(done // steps_per_epoch, row) if row else None,
     )
     return classifier.requires_grad_(requires_grad=False)
 
@@ -193,36 +178,7 @@ def finetuned_top1(
     device: torch.device,
 ) -> float:
     """Share of images whose label has the greatest logit, with the noise of frozen features."""
-    main_alone = features.model_copy(update={"more_triples": [], "more_blocks": []})
-    frozen = DiffusionFeatures(model, main_alone, seed, device)
+    frozen = DiffusionFeatures(model, features, seed, device)
     featured = compute_features(frozen, data.batches(features.batch_size))
     logits = classifier(featured.features.to(device)).cpu()
     return topk_correct(logits, data.labels, 1) / len(data.labels)
-
-
-def _features(
-    model: ContraDiff,
-    batch: EncodedImages,
-    *,
-    features: FeaturesParams,
-    generator: torch.Generator,
-    device: torch.device,
-) -> Float[Tensor, "batch width"]:
-    """As `DiffusionFeatures`, with gradient and fresh noise; float32 whatever the precision."""
-    num_images = len(batch.labels)
-    if features.condition == "image":
-        conditions = model.conditioner.choose(pixels=to_pixels(batch.images), latents=batch.latents)
-    else:
-        conditions = torch.randn(num_images, *model.conditioner.shape, generator=generator)
-    noise = torch.randn(NUM_LEVELS, *batch.latents.shape, generator=generator)
-    with autocast(device, features.precision):
-        with torch.no_grad():
-            tokens = model.encode_condition(conditions.to(device))
-        maps = model.level_maps(
-            batch.latents.to(device),
-            tokens,
-            timesteps=features.timesteps,
-            noise=noise.to(device),
-            blocks=[model.block],
-        )
-        return model.attention(maps[model.block]).float()

@@ -29,8 +29,6 @@ from contradiff.training.state import SavedState
 from contradiff.types import Precision, Tokens
 
 TABLE_NAME = "table.safetensors"
-WARMUP_FRACTION = 0.02
-"""The share of all steps that warms the rate up; the paper names none."""
 MICROBATCH_SIZE = 32
 """Images that go through the UNet at once; their gradients add up. Stable Diffusion's activations
 for a batch of 512 fit no GPU."""
@@ -50,22 +48,15 @@ class ClassConditionParams(Section):
 class ClassTable(nn.Module):
     """One embedding a class and one for the null class, mapped to the UNet's width (Sec. 4.2.2).
 
-    With ImageNet's 1000 classes, width 512 and Stable Diffusion's 768 it has 906,496 parameters.
     Like the conditioner's, its last layer starts at zero, so that all tokens are zero at first.
 
-    Deviation: the paper's encoder is "a single learnable embedding layer with a dimensionality of
+    *Deviation*: the paper's encoder is "a single learnable embedding layer with a dimensionality of
     512". The UNet needs 768, so a linear layer follows. Classifier-free guidance needs the null
     class.
     """
 
     def __init__(self, *, num_classes: int, width: int, cross_attention_dim: int) -> None:
-        """Initialise with random embeddings.
-
-        Args:
-            num_classes: Labels are 0 to `num_classes` - 1.
-            width: Width of an embedding.
-            cross_attention_dim: Width of the tokens that the UNet takes.
-        """
+        """Draw the embeddings at random."""
         super().__init__()
         self.embedding = nn.Embedding(num_classes + 1, width)
         self.to_tokens = nn.Linear(width, cross_attention_dim)
@@ -94,8 +85,7 @@ def choose_denoiser(model: ContraDiff, *, lora: bool) -> None:
 def count_steps(params: ClassConditionParams, *, num_samples: int) -> int:
     """Count the optimiser steps of the whole training; an epoch drops its last, smaller batch.
 
-    Raises:
-        ValueError: A batch needs more images than there are.
+    A ValueError says that a batch needs more images than there are.
     """
     steps_per_epoch = num_samples // params.batch_size
     if params.epochs and steps_per_epoch == 0:
@@ -113,57 +103,38 @@ def train_class_table(
     params: ClassConditionParams,
     precision: Precision,
     seed: int,
-    device: torch.device,
     work_dir: Path,
     num_workers: int,
     log_every: int,
     checkpoint_every: int,
     on_step: OnStep,
 ) -> None:
-    """Train the table in place; a second call with the same `work_dir` resumes the training.
+    """Train the table in place, on the model's device; the same `work_dir` resumes the training.
 
     The loss is Eq. 3 for the latents of centre crops at uniform timesteps; each label is replaced
     by the null class with probability `params.drop`. The generator of step s has the seed (seed,
-    s), and the order of the images depends only on the seed. A resumed training therefore ends with
-    the same weights, bit for bit on one machine. One process trains: the table is small, and one
-    GPU is enough.
+    s), and the order of the images depends only on the seed, so a resumed training ends with the
+    same weights, bit for bit on one machine. The model comes with LoRA merged or disabled and is
+    frozen here; `precision` is that of its passes, and the table is float32.
 
-    Deviation: the paper says that "no additional fine-tuning is applied for image generation". An
+    *Deviation*: the paper says that "no additional fine-tuning is applied for image generation". An
     embedding has to be trained, but the model is not.
-
-    Args:
-        model: On `device`, with LoRA merged or disabled as `params.lora` says; frozen here.
-        table: Moved to `device`.
-        pairs: Image and latent shards of the training split.
-        params: Settings of the training.
-        precision: Precision of the model's passes; the table and its optimiser are float32.
-        seed: Seed of the order, the noise and the replaced labels.
-        device: Device to compute on.
-        work_dir: Folder of the saved state.
-        num_workers: Number of data-loading processes.
-        log_every: Steps between two live reports of the loss.
-        checkpoint_every: Steps between two saved states.
-        on_step: Called after every step.
 
     Raises:
         ValueError: A batch needs more images than there are, or the loss is not finite.
     """
     total_steps = count_steps(params, num_samples=pairs.num_samples)
-    if total_steps == 0:
-        return
-    warmup_steps = round(WARMUP_FRACTION * total_steps)
+    warmup_steps = round(0.02 * total_steps)  # the paper names no warm-up
+    device = model.unet.device
     model.requires_grad_(requires_grad=False).eval()
     if precision == "bf16":
         cast_frozen_weights(model.unet)
-    table.to(device).train()
+    table.to(device)
     optimizer = build_adamw(
         table.named_parameters(), lr=params.lr, betas=(0.9, 0.999), weight_decay=0.0
     )
-    saved = SavedState(
-        work_dir / "state.safetensors",
-        {f"table.{name}": tensor for name, tensor in table.state_dict().items()},
-        every=checkpoint_every,
-    )
+    weights = {f"table.{name}": tensor for name, tensor in table.state_dict().items()}
+    saved = SavedState(work_dir / "state.safetensors", weights, every=checkpoint_every)
     start = saved.resume(optimizer)
     info = pairs.latent_index.info
     chooser = ViewChooser(
@@ -200,18 +171,16 @@ def train_class_table(
         labels = labels.masked_fill(dropped, table.null_label)
         num_timesteps = model.schedule.num_train_timesteps
         timesteps = torch.randint(num_timesteps, (batch_size,), generator=generator, device=device)
+        noisy = add_noise(latents, noise, timesteps, model.schedule.alphas_cumprod)
 
         loss = torch.zeros((), device=device)
-        for begin in range(0, batch_size, MICROBATCH_SIZE):
-            rows = slice(begin, min(begin + MICROBATCH_SIZE, batch_size))
-            noisy = add_noise(
-                latents[rows], noise[rows], timesteps[rows], model.schedule.alphas_cumprod
-            )
+        microbatches = (each.split(MICROBATCH_SIZE) for each in (noisy, noise, timesteps, labels))
+        for some_noisy, some_noise, some_timesteps, some_labels in zip(*microbatches, strict=True):
             with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
-                noise_pred = model.noise_pred(noisy, timesteps[rows], table(labels[rows]))
-            share = F.mse_loss(noise_pred.float(), noise[rows]) * ((rows.stop - begin) / batch_size)
-            share.backward()
-            loss += share.detach()
+                noise_pred = model.noise_pred(some_noisy, some_timesteps, table(some_labels))
+            part = F.mse_loss(noise_pred.float(), some_noise) * (len(some_labels) / batch_size)
+            part.backward()
+            loss += part.detach()
         return {"loss": loss}
 
     train(
@@ -226,7 +195,6 @@ def train_class_table(
         on_step=on_step,
         saved=saved,
     )
-    table.eval()
 
 
 def save_class_table(
@@ -238,23 +206,15 @@ def save_class_table(
     num_steps: int,
     params: ClassConditionParams,
 ) -> None:
-    """Write table.safetensors and config.json, whole or not at all.
+    """Write table.safetensors and config.json in place of an earlier folder, whole or not at all.
 
-    Args:
-        folder: Folder to write; an earlier one is replaced.
-        table: The trained table; None where no step was taken, which writes no weights.
-        checkpoint: Folder of the model that the table was trained with.
-        num_classes: Number of classes without the null class.
-        num_steps: Number of optimiser steps taken.
-        params: Settings of the training.
+    The table is None where no step was taken. `checkpoint` is the folder of the model that it was
+    trained with, and `num_classes` counts no null class.
     """
-    config = {
+    config = params.model_dump(include={"drop", "lora", "width"}) | {
         "checkpoint_sha256": sha256_of(checkpoint / WEIGHTS_NAME),
-        "drop": params.drop,
-        "lora": params.lora,
         "num_classes": num_classes,
         "num_steps": num_steps,
-        "width": params.width,
     }
     with replace_dir(folder) as temporary:
         if table is not None:
@@ -264,11 +224,7 @@ def save_class_table(
 
 
 def read_class_config(folder: Path) -> dict[str, Any]:
-    """Read a table's config.json.
-
-    Raises:
-        ValueError: `folder` has none.
-    """
+    """Read a table's config.json; a ValueError says that there is none."""
     path = folder / CONFIG_NAME
     if not path.is_file():
         raise ValueError(
@@ -279,11 +235,7 @@ def read_class_config(folder: Path) -> dict[str, Any]:
 
 
 def load_class_table(folder: Path, *, checkpoint: Path) -> ClassTable:
-    """Rebuild a trained table, in evaluation mode, on the CPU.
-
-    Args:
-        folder: Folder that `save_class_table` wrote.
-        checkpoint: Folder of the model that the table will condition.
+    """Rebuild a trained table on the CPU for the model in `checkpoint`.
 
     Raises:
         ValueError: There is no table, it is untrained, or it was trained with another model.
@@ -306,4 +258,4 @@ def load_class_table(folder: Path, *, checkpoint: Path) -> ClassTable:
         cross_attention_dim=len(weights["to_tokens.bias"]),
     )
     table.load_state_dict(weights)
-    return table.eval()
+    return table

@@ -1,57 +1,79 @@
 """A training as its user follows it: progress on stderr, values in MLflow, work that resumes."""
 
-from stages.runtime.progress import Advance
 from stages.runtime.run import Run
 from stages.runtime.tracking import training_run
 
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING, TypedDict
 
-OnStep = Callable[[int, Mapping[str, float] | None], None]
-"""The callback of `contradiff.training.loop.train`."""
+from contradiff.config import Section
+from contradiff.training.loop import OnStep
+from contradiff.training.state import STATE_VERSION
+
+if TYPE_CHECKING:
+    from contradiff.data.streams import PairedShards
+
+
+class Session(TypedDict):
+    """What a trainer takes by keyword, and what changes no result."""
+
+    work_dir: Path
+    num_workers: int
+    log_every: int
+    checkpoint_every: int
+    on_step: OnStep
 
 
 @contextmanager
 def follow_training(
     run: Run,
-    params: Mapping[str, object],
+    params: Section,
     inputs: Sequence[Path],
+    pairs: "PairedShards",
     *,
-    data_digest: str,
-    state_version: int,
     num_steps: int,
-    prefix: str,
-    files_checkpoint: bool,
-) -> Generator[tuple[Path, OnStep]]:
-    """Open a training's folder, MLflow run and progress bar; yield the folder and the callback.
+    files_checkpoint: bool = False,
+) -> Generator[Session]:
+    """Open a training's folder, MLflow run and progress bar; yield what the trainer needs of them.
 
-    `params`, `inputs` and the training split's `data_digest` decide the result, so they name the
-    folder. Names of metrics begin with `prefix`. `files_checkpoint` is that of `training_run`.
+    The parameters, the `inputs` (files and folders) and the content of the training split name the
+    folder. Pretraining alone says `files_checkpoint` (see `training_run`); its metrics begin with
+    train/ in MLflow, and those of another stage with the stage's name.
     """
-    decisive = {**params, "train": data_digest}
+    shown, runtime = params.model_dump(mode="json", by_alias=True), run.runtime
+    prefix = "train" if files_checkpoint else run.stage
+    decisive = {**shown, "train": pairs.digest}
     with (
-        run.work_dir(decisive, inputs, state_version=state_version) as work,
-        training_run(run, work, params, files_checkpoint=files_checkpoint) as log_metrics,
-        run.progress("train", num_steps, "step") as advance,
+        run.work_dir(decisive, inputs, state_version=STATE_VERSION) as work,
+        training_run(run, work, shown, files_checkpoint=files_checkpoint) as log_metrics,
+        show_steps(run, "train", num_steps) as show,
     ):
-        show = show_steps(advance)
 
         def on_step(step: int, row: Mapping[str, float] | None) -> None:
             show(step, row)
             if row is not None:
                 log_metrics(step, {f"{prefix}/{n}": row[n] for n in row if n != "step"})
 
-        yield work, on_step
+        yield Session(
+            work_dir=work,
+            num_workers=runtime.num_workers,
+            log_every=runtime.log_every,
+            checkpoint_every=runtime.checkpoint_every,
+            on_step=on_step,
+        )
 
 
-def show_steps(advance: Advance) -> OnStep:
-    """Make a callback that moves a bar to each step and shows the loss."""
+@contextmanager
+def show_steps(run: Run, description: str, num_steps: int) -> Generator[OnStep]:
+    """Show a bar; yield a callback that moves it to each step and shows the loss."""
     seen = 0
+    with run.progress(description, num_steps, "step") as advance:
 
-    def on_step(step: int, row: Mapping[str, float] | None) -> None:
-        nonlocal seen
-        advance(step - seen, **({"loss": f"{row['loss']:.3f}"} if row else {}))
-        seen = step
+        def on_step(step: int, row: Mapping[str, float] | None) -> None:
+            nonlocal seen
+            advance(step - seen, **({"loss": f"{row['loss']:.3f}"} if row else {}))
+            seen = step
 
-    return on_step
+        yield on_step

@@ -2,7 +2,7 @@
 
 import os
 import socket
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,59 +15,47 @@ from accelerate import Accelerator
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from contradiff.toy import base_recipe as base_training
-from contradiff.toy.base_recipe import build_scheduler, captions, train_unet, train_vae
+from contradiff.toy import base_recipe
+from contradiff.toy.base_recipe import Recipe, captions, train_unet, train_vae
 
 
 class Killed(BaseException):
     """Stands for a signal."""
 
 
-@pytest.fixture(scope="module")
-def images() -> Tensor:
+def make_images() -> Tensor:
     """24 discs of random colour, place and size, on random plain grounds, at 16 pixels."""
     generator = torch.Generator().manual_seed(0)
     y, x = torch.meshgrid(torch.arange(16.0), torch.arange(16.0), indexing="ij")
-    place = (
-        torch.rand(24, 3, 1, 1, generator=generator)
-        * torch.tensor([10.0, 10.0, 4.0])[:, None, None]
-    )
+    place = torch.rand(24, 3, 1, 1, generator=generator)
+    place *= torch.tensor([10.0, 10.0, 4.0])[:, None, None]
     inside = (x - place[:, :1] - 3).hypot(y - place[:, 1:2] - 3) < place[:, 2:] + 2
     colours = torch.rand(2, 24, 3, 1, 1, generator=generator)
     return (torch.where(inside, colours[0], colours[1]) * 255).to(torch.uint8)
 
 
+images = pytest.fixture(make_images, scope="module")
+
+
 @pytest.fixture(autouse=True)
 def frequent_checkpoints(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(base_training, "CHECKPOINT_EVERY", 2)
+    monkeypatch.setattr(base_recipe, "CHECKPOINT_EVERY", 2)
 
 
-def vae_of(images: Tensor, folder: Path, **changes: Any):
-    settings = {
-        "num_steps": 5,
-        "batch_size": 4,
-        "lr": 2e-3,
-        "kl_weight": 1e-4,
-        "seed": 0,
-        "accelerator": Accelerator(cpu=True),
-        "work_dir": folder,
-        "on_step": lambda *_: None,
-    }
-    return train_vae(images, **(settings | changes))
+def call(trainer: Callable[..., Any], *inputs: Any, folder: Path, **changes: Any) -> Any:
+    """Train by the shorter recipe that `changes` say, unless they change another setting."""
+    on_step = changes.pop("on_step", lambda *_: None)
+    accelerator = changes.pop("accelerator", None) or Accelerator(cpu=True)
+    recipe = Recipe(**({"num_steps": 5, "batch_size": 4} | changes))
+    return trainer(*inputs, accelerator, folder, on_step, recipe=recipe)
 
 
-def unet_of(images: Tensor, vae: Any, folder: Path, **changes: Any):
-    settings = {
-        "num_steps": 5,
-        "batch_size": 4,
-        "lr": 1e-3,
-        "caption_drop": 0.5,
-        "seed": 0,
-        "accelerator": Accelerator(cpu=True),
-        "work_dir": folder,
-        "on_step": lambda *_: None,
-    }
-    return train_unet(images, vae, **(settings | changes))
+def first_values(trainer: Callable[..., Any], *inputs: Any, folder: Path) -> Mapping[str, float]:
+    """Take one step with seed 3; return what it reports."""
+    seen: list[Mapping[str, float]] = []
+    changes: dict[str, Any] = {"on_step": lambda _, row: seen.append(row)}
+    call(trainer, *inputs, folder=folder, seed=3, num_steps=1, **changes)
+    return seen[0]
 
 
 def equal(first: torch.nn.Module, second: torch.nn.Module) -> bool:
@@ -85,13 +73,14 @@ def kill_after(step: int):
 
 def test_autoencoder_learns_and_has_unit_latents(images: Tensor, tmp_path: Path):
     losses: list[float] = []
-    vae = vae_of(
+    vae = call(
+        train_vae,
         images,
-        tmp_path,
+        folder=tmp_path,
         num_steps=80,
         batch_size=8,
         lr=5e-3,  # a third of it is reached: the warm-up is 200 steps
-        on_step=lambda _, parts: losses.append(parts["l1"]),
+        on_step=lambda _, row: losses.append(row["l1"]),
     )
     assert sum(losses[-10:]) < 0.93 * sum(losses[:10])
     with torch.no_grad():
@@ -101,10 +90,9 @@ def test_autoencoder_learns_and_has_unit_latents(images: Tensor, tmp_path: Path)
 
 def test_autoencoders_first_losses_are_those_written_out(images: Tensor, tmp_path: Path):
     """Step 0, seed 3: every random number drawn again in the documented order."""
-    seen: list[Mapping[str, float]] = []
-    vae_of(images, tmp_path, seed=3, num_steps=1, on_step=lambda _, parts: seen.append(parts))
+    found = first_values(train_vae, images, folder=tmp_path)
     torch.manual_seed(3)
-    vae = base_training.build_vae()
+    vae = base_recipe.build_vae()
     generator = torch.Generator().manual_seed(3 * 1_000_003)
     index = torch.randint(24, (4,), generator=generator)
     mirrored = torch.rand(4, 1, 1, 1, generator=generator) < 0.5
@@ -119,61 +107,59 @@ def test_autoencoders_first_losses_are_those_written_out(images: Tensor, tmp_pat
             error += float((decoded - image).abs().mean()) / 4
             terms = mean.square() + log_variance.exp() - 1 - log_variance
             divergence += float(terms.sum()) / 2 / (3 * 16 * 16) / 4
-    assert seen[0]["l1"] == pytest.approx(error, rel=1e-4)
-    assert seen[0]["kl"] == pytest.approx(divergence, rel=1e-4)
+    assert found["l1"] == pytest.approx(error, rel=1e-4)
+    assert found["kl"] == pytest.approx(divergence, rel=1e-4)
 
 
 def test_killed_trainings_resume_to_the_same_weights(images: Tensor, tmp_path: Path):
-    vae = vae_of(images, tmp_path / "whole")
-    with pytest.raises(Killed):
-        vae_of(images, tmp_path / "killed", on_step=kill_after(3))
-    assert equal(vae_of(images, tmp_path / "killed"), vae)
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
 
-    unet = unet_of(images, vae, tmp_path / "whole")
-    with pytest.raises(Killed):
-        unet_of(images, vae, tmp_path / "killed", on_step=kill_after(3))
-    assert equal(unet_of(images, vae, tmp_path / "killed"), unet)
-    assert not equal(unet_of(images, vae, tmp_path / "other", seed=1), unet)
+    def kill(done: int, _: Any) -> None:
+        if done == 3:
+            raise Killed
+
+    vae = call(train_vae, images, folder=whole)
+    unet = call(train_unet, images, vae, folder=whole)
+    for trainer, inputs, model in ((train_vae, [images], vae), (train_unet, [images, vae], unet)):
+        with pytest.raises(Killed):
+            call(trainer, *inputs, folder=killed, on_step=kill)
+        assert equal(call(trainer, *inputs, folder=killed), model)
+        assert not equal(call(trainer, *inputs, folder=tmp_path, seed=1), model)
 
 
 def test_denoisers_first_loss_is_the_weighted_error_written_out(images: Tensor, tmp_path: Path):
-    """Step 0, seed 3, no caption: every random number drawn again in the documented order."""
-    vae = vae_of(images, tmp_path / "vae", num_steps=1)
-    seen: list[Mapping[str, float]] = []
-    unet_of(
-        images,
-        vae,
-        tmp_path,
-        seed=3,
-        num_steps=1,
-        caption_drop=1.0,
-        on_step=lambda _, parts: seen.append(parts),
-    )
+    """Step 0, seed 3: every random number drawn again in the documented order."""
+    vae = call(train_vae, images, folder=tmp_path, num_steps=1)
+    found = first_values(train_unet, images, vae, folder=tmp_path)
     torch.manual_seed(4)
-    unet = base_training.build_unet()
-    alphas = build_scheduler().alphas_cumprod
+    unet = base_recipe.build_unet()
+    alphas = base_recipe.build_scheduler().alphas_cumprod
     clean: list[Tensor] = []
+    both = [version.float() / 127.5 - 1 for version in (images, images.flip(-1))]
     generator = torch.Generator().manual_seed(3)
-    for version in (images, images.flip(-1)):
+    for version in both:
         with torch.no_grad():
-            posterior = vae.encode(version.float() / 127.5 - 1).latent_dist
+            posterior = vae.encode(version).latent_dist
         noise = torch.randn(24, 4, 4, 4, generator=generator)
         clean.append((posterior.mean + posterior.std * noise) * vae.config.scaling_factor)
     generator.manual_seed(3 * 1_000_003)
     index = torch.randint(48, (4,), generator=generator)
     noise = torch.randn(4, 4, 4, 4, generator=generator)
     timesteps = torch.randint(1000, (4,), generator=generator)
+    kept = torch.rand(4, generator=generator) >= 0.5
+    assert 0 < kept.sum() < 4
     total = error = 0.0
-    for latent, eps, t in zip(torch.cat(clean)[index], noise, timesteps, strict=True):
-        noisy = alphas[t].sqrt() * latent + (1 - alphas[t]).sqrt() * eps
+    for number, eps, t, has_caption in zip(index, noise, timesteps, kept, strict=True):
+        noisy = alphas[t].sqrt() * torch.cat(clean)[number] + (1 - alphas[t]).sqrt() * eps
+        tokens = captions(torch.cat(both)[number][None]) if has_caption else torch.zeros(1, 4, 64)
         with torch.no_grad():
-            predicted = unet(noisy[None], t, encoder_hidden_states=torch.zeros(1, 4, 64)).sample
+            predicted = unet(noisy[None], t, encoder_hidden_states=tokens).sample
         squared = float((predicted[0] - eps).square().mean())
         ratio = float(alphas[t] / (1 - alphas[t]))
         total += min(ratio, 5.0) / ratio * squared / 4
         error += squared / 4
-    assert seen[0]["loss"] == pytest.approx(total, rel=1e-4)
-    assert seen[0]["error"] == pytest.approx(error, rel=1e-4)
+    assert found["loss"] == pytest.approx(total, rel=1e-4)
+    assert found["error"] == pytest.approx(error, rel=1e-4)
 
 
 def test_captions_know_colours_and_no_shapes():
@@ -183,40 +169,37 @@ def test_captions_know_colours_and_no_shapes():
     assert not torch.allclose(captions(flat), captions(flat.flip(1)))
 
 
-def _train_in_two(rank: int, folder: Path) -> None:
+def _train_both(folder: Path, **changes: Any) -> dict[str, Tensor]:
+    vae = call(train_vae, make_images(), folder=folder, num_steps=2, **changes)
+    unet = call(train_unet, make_images(), vae, folder=folder, num_steps=2, **changes)
+    states = {"vae": vae.state_dict(), "unet": unet.state_dict()}
+    return {f"{kind}.{k}": v.contiguous() for kind in states for k, v in states[kind].items()}
+
+
+def _train_in_two(rank: int, folder: Path, port: int) -> None:
     torch.set_num_threads(1)
-    environment = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "localhost"}
+    environment = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_PORT": port}
     os.environ |= {name: str(value) for name, value in environment.items()}
-    os.environ["MASTER_PORT"] = (folder / "port").read_text()
-    accelerator = Accelerator(cpu=True)
-    images = load_file(folder / "images.safetensors")["images"]
-    vae = vae_of(images, folder / "two", num_steps=2, accelerator=accelerator)
-    unet = unet_of(images, vae, folder / "two", num_steps=2, accelerator=accelerator)
-    state = {f"vae.{k}": v for k, v in vae.state_dict().items()}
-    state |= {f"unet.{k}": v for k, v in unet.state_dict().items()}
-    save_file({k: v.contiguous() for k, v in state.items()}, folder / f"{rank}.safetensors")
+    os.environ["MASTER_ADDR"] = "localhost"
+    save_file(_train_both(folder / "two"), folder / f"{rank}.safetensors")
     dist.destroy_process_group()
 
 
-def test_two_processes_train_the_model_of_one(images: Tensor, tmp_path: Path):
-    save_file({"images": images}, tmp_path / "images.safetensors")
+def test_two_processes_train_the_model_of_one(tmp_path: Path):
     with socket.socket() as free:
         free.bind(("localhost", 0))
-        (tmp_path / "port").write_text(str(free.getsockname()[1]))
-    mp.spawn(_train_in_two, (tmp_path,), nprocs=2)
+        port = free.getsockname()[1]
+    mp.spawn(_train_in_two, (tmp_path, port), nprocs=2)
     first, second = (load_file(tmp_path / f"{rank}.safetensors") for rank in range(2))
-    vae = vae_of(images, tmp_path / "one", num_steps=2)
-    unet = unet_of(images, vae, tmp_path / "one", num_steps=2)
-    for prefix, model in (("vae", vae), ("unet", unet)):
-        for name, tensor in model.state_dict().items():
-            assert torch.equal(first[f"{prefix}.{name}"], second[f"{prefix}.{name}"])
-            # Adam's first steps are of the size of the learning rate whatever the gradient's, and
-            # its sign, where it is all but zero, is a matter of rounding.
-            close = torch.isclose(first[f"{prefix}.{name}"], tensor, atol=2e-5)
-            assert close.float().mean() > 0.98, name
+    for name, tensor in _train_both(tmp_path / "one").items():
+        assert torch.equal(first[name], second[name])
+        # Adam's first steps are of the size of the learning rate whatever the gradient's, and its
+        # sign, where it is all but zero, is a matter of rounding.
+        close = torch.isclose(first[name], tensor, atol=2e-5)
+        assert close.float().mean() > 0.98, name
 
 
 def test_batch_that_does_not_divide_is_refused(images: Tensor, tmp_path: Path):
     three = SimpleNamespace(num_processes=3, process_index=0, device=torch.device("cpu"))
     with pytest.raises(ValueError, match="4 images do not divide over 3 processes"):
-        vae_of(images, tmp_path, accelerator=three)
+        call(train_vae, images, folder=tmp_path, accelerator=three)
