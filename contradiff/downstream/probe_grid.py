@@ -24,11 +24,6 @@ from contradiff.features.cache import CacheIndex, FeatureCache
 from contradiff.features.params import FeatureSpec
 from contradiff.training.optim import SgdSchedule, SgdSetting
 
-GRID_COLUMNS = (
-    *("name", "model", "head", "triple", "block", "pool", "lr", "momentum", "weight_decay"),
-    *("split", "total", "top1", "top5", "low", "high"),
-)
-
 
 @dataclass(frozen=True)
 class GridHead:
@@ -110,27 +105,30 @@ def write_grid(
     `name` is "configured" for the headline, "table2" for the main feature in Table 2's literal
     setting, or "configured+table2".
     """
+    rows: list[dict[str, object]] = []
+    for number, head in enumerate(grid):
+        is_table_2 = head.feature == grid[0].feature and head.setting == TABLE_2
+        row: dict[str, object] = {
+            "name": "+".join(["configured"] * (number == 0) + ["table2"] * is_table_2),
+            "model": index.model,
+            "head": params.head,
+            "triple": "-".join(map(str, head.feature.triple or ())),
+            "block": head.feature.block or "",
+            "pool": head.feature.pool,
+            **asdict(head.setting),
+            "split": params.split,
+        }
+        if head.accuracy is not None:
+            scores = asdict(head.accuracy)
+            row["total"] = scores.pop("total")
+            scores["low"], scores["high"] = scores.pop("interval")
+            row |= {name: float(f"{score:.6g}") for name, score in scores.items()}
+        rows.append(row)
     with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, GRID_COLUMNS, restval="", lineterminator="\n")
+        # The headline has an accuracy, and so every column.
+        writer = csv.DictWriter(file, list(rows[0]), restval="", lineterminator="\n")
         writer.writeheader()
-        for number, head in enumerate(grid):
-            is_table_2 = head.feature == grid[0].feature and head.setting == TABLE_2
-            row: dict[str, object] = {
-                "name": "+".join(["configured"] * (number == 0) + ["table2"] * is_table_2),
-                "model": index.model,
-                "head": params.head,
-                "triple": "-".join(map(str, head.feature.triple or ())),
-                "block": head.feature.block or "",
-                "pool": head.feature.pool,
-                **asdict(head.setting),
-                "split": params.split,
-            }
-            if head.accuracy is not None:
-                scores = asdict(head.accuracy)
-                row["total"] = scores.pop("total")
-                scores["low"], scores["high"] = scores.pop("interval")
-                row |= {name: float(f"{score:.6g}") for name, score in scores.items()}
-            writer.writerow(row)
+        writer.writerows(rows)
 
 
 def probe_metrics(

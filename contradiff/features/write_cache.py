@@ -79,12 +79,9 @@ def write_cache(
     if processes.rank > 0:
         return
     made_with: dict[str, Any] = {"seed": seed, **params.model_dump()}
-    if isinstance(model, TimmFeatures):
-        fingerprint = model.fingerprint()
-        if params.timm_weights is not None:
-            made_with["timm_weights_sha256"] = sha256_of(models.root / params.timm_weights)
-    else:
-        fingerprint = models.fingerprint(params.model)
+    if params.model == "timm" and params.timm_weights is not None:
+        made_with["timm_weights_sha256"] = sha256_of(models.root / params.timm_weights)
+    is_timm = isinstance(model, TimmFeatures)
     files: dict[str, list[tuple[Shard, ...]]] = {}
     for (split, _), each in zip(images.shards, made, strict=True):
         files.setdefault(split, []).append(each.files)
@@ -96,7 +93,7 @@ def write_cache(
             save_file(state, temporary / HEAD_NAME)
         CacheIndex(
             model=params.model,
-            checkpoint=fingerprint,
+            checkpoint=model.fingerprint() if is_timm else models.fingerprint(params.model),
             dtype=params.dtype,
             num_classes=len(images.index.info.class_ids),
             columns=model.columns,

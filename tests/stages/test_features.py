@@ -27,6 +27,7 @@ from stages import features, probe
 
 ROOT = Path(__file__).resolve().parents[2]
 CACHE, PRETRAIN, BASE = Path("build/features"), Path("build/pretrain"), Path("build/base")
+TIMM = {"model": "timm", "pool": "mean", "timm_name": "test_vit"}
 STORED = {"images": Path("build/shards"), "latents": Path("build/latents")}
 
 
@@ -114,21 +115,18 @@ def test_the_number_of_processes_and_threads_changes_no_bit(
 def test_an_interrupted_run_goes_on_with_the_shards_that_are_left(
     trained_project: Run, monkeypatch: pytest.MonkeyPatch
 ):
-    write, written = write_cache.write_table, []
-
-    def fail_at_third(path: Path, *args: Any, **kwargs: Any) -> Any:
-        if len(written) == 2:
-            raise KeyboardInterrupt
-        return note(path, *args, **kwargs)
+    write, written, limit = write_cache.write_table, [], [2]
 
     def note(path: Path, *args: Any, **kwargs: Any) -> Any:
+        if len(written) == limit[0]:
+            raise KeyboardInterrupt
         written.append(path.name)
         return write(path, *args, **kwargs)
 
-    monkeypatch.setattr(write_cache, "write_table", fail_at_third)
+    monkeypatch.setattr(write_cache, "write_table", note)
     with pytest.raises(KeyboardInterrupt):
         make(trained_project)
-    monkeypatch.setattr(write_cache, "write_table", note)
+    limit[0] = 99
     make(trained_project)
     assert len(written) == len(set(written)) == 6
     kept = digests()
@@ -204,11 +202,10 @@ def test_other_timm_weights_are_refused(trained_project: Run, monkeypatch: pytes
         torch.manual_seed(seed)
         save_file(timm.create_model("test_vit", num_classes=0).state_dict(), "w.safetensors")
 
-    settings = {"model": "timm", "pool": "mean", "timm_name": "test_vit"}
     fingerprints: list[str] = []
     for seed in (0, 1):
         use(seed)
-        cache = make(trained_project, timm_weights="w.safetensors", **settings)
+        cache = make(trained_project, timm_weights="w.safetensors", **TIMM)
         fingerprints.append(cache.index.checkpoint)
     assert len(set(fingerprints)) == 2
     assert judge(trained_project)["model"] == "timm"
@@ -228,7 +225,7 @@ def test_other_timm_weights_are_refused(trained_project: Run, monkeypatch: pytes
         return create(name, num_classes=num_classes)
 
     monkeypatch.setattr(timm, "create_model", fetch)
-    cache = make(trained_project, timm_pretrained=True, **settings)
+    cache = make(trained_project, timm_pretrained=True, **TIMM)
     assert cache.index.checkpoint == fingerprints[1]
     judge(trained_project)
 
@@ -247,9 +244,10 @@ def test_too_little_room_is_found_before_the_work(
     [
         ({"model": "base"}, r"features\.pool: attention is contradiff's .*features\.pool: mean"),
         ({"model": "timm", "pool": "mean"}, r"features\.timm_name: "),
+        (TIMM, r"features\.timm_weights: .*features\.timm_pretrained: true"),
         (
-            {"model": "timm", "pool": "mean", "timm_name": "x"},
-            r"features\.timm_weights: .*features\.timm_pretrained: true",
+            TIMM | {"timm_pretrained": True, "more_triples": [[3, 2, 1]]},
+            r"features\.more_triples: ",
         ),
         ({"model": "diffeed", "pool": "mean", "noising": "ddim_chain"}, r"features\.noising: "),
         ({"model": "diffeed", "pool": "mean", "more_blocks": ["mid"]}, r"features\.more_blocks: "),
