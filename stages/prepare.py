@@ -20,6 +20,12 @@ from contradiff.sources.imagenet import scan_images
 from contradiff.sources.transfer_set import TransferDataParams, TransferSet
 from contradiff.toy.rendered import ensure_digits, ensure_images
 
+HOW_TO_GET = {
+    "extractor.weights": "fetch it (docs/scores.md says where), or set extractor.download: true "
+    "where there is a network, or extractor.kind: classifier",
+    "features.timm_weights": "fetch it, or set features.timm_pretrained: true",
+}
+
 
 class Params(Section):
     seed: Seed
@@ -48,20 +54,10 @@ def main(params: Params, run: Run) -> None:
             version = timm.__version__
             faults.append(f"features.timm_name: timm {version} knows no {params.timm_name!r}")
     inception = None if params.inception_download else params.inception_weights
-    way_out = (
-        "fetch it (docs/scores.md says where), or set extractor.download: true where there is a "
-        "network, or extractor.kind: classifier"
-    )
     makers: dict[str, Callable[[], dict[str, Any]]] = {
         "base": partial(base_manifest, params.base, root=run.root),
-        "extractor": partial(weights_manifest, run, inception, "extractor.weights", way_out),
-        "timm": partial(
-            weights_manifest,
-            run,
-            params.timm_weights,
-            "features.timm_weights",
-            "fetch it, or set features.timm_pretrained: true",
-        ),
+        "extractor": partial(weights_manifest, "extractor.weights", inception, run),
+        "timm": partial(weights_manifest, "features.timm_weights", params.timm_weights, run),
         "images": partial(images_manifest, params, run),
         "transfer": partial(transfer_manifest, params, run),
     }
@@ -77,12 +73,12 @@ def main(params: Params, run: Run) -> None:
         run.write_json(Path(f"build/manifest/{name}.json"), manifest)
 
 
-def weights_manifest(run: Run, given: str | None, key: str, way_out: str) -> dict[str, Any]:
+def weights_manifest(key: str, given: str | None, run: Run) -> dict[str, Any]:
     if given is None:
         return {}
     path = run.resolve(given)
     if not path.is_file():
-        raise ValueError(f"{key}: no file {given}; {way_out}")
+        raise ValueError(f"{key}: no file {given}; {HOW_TO_GET[key]}")
     return {"path": given, "files": file_manifest(path.parent, [path.name])}
 
 
@@ -96,14 +92,22 @@ def images_manifest(params: Params, run: Run) -> dict[str, Any]:
     images = scan_images(
         root, layout=data.layout, index_folder=index, verify=verify, on_message=run.log
     )
+    manifest = images.manifest(project=run.root)
+    num_train = manifest["num_images"]["train"]
     sizes = {
         "pretrain.batch_size": params.batch_size if params.epochs else 0,
         "class_condition.batch_size": params.class_batch_size if params.class_epochs else 0,
     }
-    images.check_batch_sizes(sizes)
-    for line in images.describe():
-        run.log(line)
-    return images.manifest(project=run.root)
+    faults = [
+        f"{key}: {size} is more than the {num_train} training images in {root}; lower it"
+        for key, size in sizes.items()
+        if size > num_train
+    ]
+    if faults:
+        raise ValueError("\n".join(faults))
+    for split, number in manifest["num_images"].items():
+        run.log(f"{number} {split} images of {len(manifest['classes'])} classes in {root}")
+    return manifest
 
 
 def transfer_manifest(params: Params, run: Run) -> dict[str, Any]:

@@ -44,7 +44,8 @@ def scan_folder(
 def scan_kaggle(root: Path) -> Listing:
     """List Kaggle's "ImageNet Object Localization Challenge" as its zip unpacks.
 
-    It raises ValueError as `scan_folder`, or if `LOC_val_solution.csv` is missing or wrong.
+    The images' places are relative to `KAGGLE_IMAGES`. It raises ValueError as `scan_folder`, or if
+    `LOC_val_solution.csv` is missing or does not fit the images.
     """
     train, folder = root / KAGGLE_IMAGES / "train", root / KAGGLE_IMAGES / "val"
     table = root / "LOC_val_solution.csv"
@@ -55,15 +56,13 @@ def scan_kaggle(root: Path) -> Listing:
         label = labels.pop(name.rpartition(".")[0], None)
         if label is None:
             raise ValueError(f"data.root: {table} has no line for {folder / name}")
-        path, stored = f"val/{class_ids[label]}/{name}", f"{KAGGLE_IMAGES}/val/{name}"
-        val.append(ImageFile(path, label, num_bytes, stored))
+        val.append(ImageFile(f"val/{class_ids[label]}/{name}", label, num_bytes, f"val/{name}"))
     if labels:
         shown = ", ".join(sorted(labels)[:5])
         raise ValueError(
             f"data.root: {table} names {len(labels)} images that {folder} lacks: {shown}"
         )
-    files = _by_class(train, class_ids, below=f"{KAGGLE_IMAGES}/")
-    splits = {"train": files, "val": listing.in_order(val)}
+    splits = {"train": _by_class(train, class_ids), "val": listing.in_order(val)}
     return Listing(class_ids, _names(root, class_ids), splits)
 
 
@@ -80,22 +79,16 @@ def _class_folders(folder: Path, key: str = "data.root") -> tuple[str, ...]:
 
 
 def _by_class(
-    folder: Path,
-    class_ids: Sequence[str],
-    key: str = "data.root",
-    *,
-    below: str = "",
-    may_be_empty: bool = False,
+    folder: Path, class_ids: Sequence[str], key: str = "data.root", *, may_be_empty: bool = False
 ) -> tuple[ImageFile, ...]:
     """List the images in the classes' folders, by class and name; several folders at a time."""
     images_in = partial(_images_in, key=key, may_be_empty=may_be_empty)
     with ThreadPoolExecutor(listing.NUM_THREADS) as pool:
         found = pool.map(images_in, (folder / class_id for class_id in class_ids))
         return tuple(
-            ImageFile(path, label, num_bytes, f"{below}{path}" if below else "")
+            ImageFile(f"{folder.name}/{class_ids[label]}/{name}", label, num_bytes)
             for label, images in enumerate(found)
             for name, num_bytes in images
-            for path in (f"{folder.name}/{class_ids[label]}/{name}",)
         )
 
 

@@ -7,7 +7,7 @@ all names and sizes and of sampled contents stands for them.
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -60,23 +60,6 @@ class RawImages:
             "classes": dict(zip(listing.class_ids, listing.class_names, strict=True)),
         }
 
-    def describe(self) -> Iterator[str]:
-        """Yield a line for each split."""
-        for split, files in self.listing.splits.items():
-            number = len(self.listing.class_ids)
-            yield f"{len(files)} {split} images of {number} classes in {self.root}"
-
-    def check_batch_sizes(self, batch_sizes: Mapping[str, int]) -> None:
-        """Raise ValueError if batches, by their dotted key, hold more than the training images."""
-        num_train = len(self.listing.splits["train"])
-        faults = [
-            f"{key}: {size} is more than the {num_train} training images in {self.root}; lower it"
-            for key, size in batch_sizes.items()
-            if size > num_train
-        ]
-        if faults:
-            raise ValueError("\n".join(faults))
-
 
 def scan_images(
     root: Path,
@@ -104,7 +87,7 @@ def scan_images(
         case "imagefolder":
             listing = scan_folder(root)
         case "kaggle":
-            listing = scan_kaggle(root)
+            listing, read = scan_kaggle(root), partial(read_file, root / KAGGLE_IMAGES)
         case "parquet":
             listing, read = parquet.scan_parquet(root), partial(parquet.read_row, root)
         case "archives":

@@ -15,7 +15,6 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from pydantic import Field
@@ -199,19 +198,18 @@ def publish(
             counts.update(dict(enumerate(shard.class_counts)))
         irregularities[split] = dict(sorted(irregular.items()))
         class_counts[split] = [counts[label] for label in range(len(listing.class_ids))]
-        for class_id, count in zip(listing.class_ids, class_counts[split], strict=True):
-            if count == 0:
-                raise ValueError(
-                    f"data.root: all {split} images of class {class_id} are unreadable"
-                )
-    described: dict[str, Any] = {
+        if 0 in class_counts[split]:
+            class_id = listing.class_ids[class_counts[split].index(0)]
+            raise ValueError(f"data.root: all {split} images of class {class_id} are unreadable")
+    described = {
+        "class_ids": listing.class_ids,
         "seed": seed,
         "class_names": listing.class_names,
         "class_counts": class_counts,
         "irregularities": irregularities,
         "num_quarantined": {split: len(items) for split, items in unreadable.items()},
     }
-    info = ImageInfo(class_ids=listing.class_ids, **described)
+    info = ImageInfo.model_validate(described)
     with explain_full_disk(folder):
         for shard in (shard for shards in splits.values() for shard in shards):
             try:

@@ -76,13 +76,10 @@ class TransferSet:
         return content | described | {"sha256": hasher.hexdigest()}
 
     def check(self, shots: Sequence[int | Literal["full"]], *, verify: bool) -> Iterator[str]:
-        """Read the set once; yield a line for each split.
+        """Read the set once; yield a line for each split. `verify` compares archives' checksums.
 
-        With `verify`, CIFAR's archives are compared with their official checksums first.
-
-        Raises:
-            ValueError: data are missing or damaged, an archive is not the official one, or a class
-                has fewer training images than `shots`.
+        It raises ValueError if data are missing or damaged, if an archive is not the official one,
+        or if a class has fewer training images than `shots`.
         """
         if verify and self.source in {"cifar10", "cifar100"}:
             self._find_cifar().verify()
@@ -124,8 +121,8 @@ class TransferSet:
 
     def _list_folders(self) -> Listing:
         """Classes are the folders in train/; the other split is `test/` or else `val/`."""
-        test = "val" if (self.root / "val").is_dir() else "test"
-        test = "test" if (self.root / "test").is_dir() else test
+        has_test = (self.root / "test").is_dir() or not (self.root / "val").is_dir()
+        test = "test" if has_test else "val"
         listing = scan_folder(self.root, test=test, may_be_empty=True, key=KEY)
         if not listing.splits[test]:
             raise ValueError(f"{KEY}: {self.root / test} holds no images")

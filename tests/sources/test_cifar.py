@@ -61,11 +61,11 @@ def tar_gz(path: Path, members: list[tuple[str, bytes | dict[str, Any]]]) -> Pat
     return path
 
 
-def pack(folder: Path, name: CifarName, form: CifarForm, *more: tuple[str, Any]) -> Path:
+def pack(folder: Path, name: CifarName, form: CifarForm) -> Path:
     files = reversed(content_of(name, form).items())
     members = [(f"{form.folder}/{file}", content) for file, content in files]
     top = [(form.folder, {"type": tarfile.DIRTYPE}), (f"{form.folder}/readme.html", b"<html>")]
-    return tar_gz(folder / form.archive, [*top, *members, *more])
+    return tar_gz(folder / form.archive, [*top, *members])
 
 
 def unpack(folder: Path, name: CifarName, form: CifarForm) -> Path:
@@ -158,27 +158,11 @@ def test_damaged_archive_is_refused(tmp_path: Path):
         assert str(archive) in complaint(archive)
 
 
-@pytest.mark.parametrize(
-    ("name", "fields"),
-    [
-        ("/etc/passwd", {}),
-        ("cifar-100-python/../../meta", {}),
-        ("cifar-100-python/x", {"type": tarfile.SYMTYPE, "linkname": "/etc/passwd"}),
-        ("cifar-100-python/x", {"type": tarfile.LNKTYPE, "linkname": "cifar-100-python/train"}),
-        ("cifar-100-python/x", {"type": tarfile.CHRTYPE}),
-    ],
-)
-def test_hostile_members_are_refused(tmp_path: Path, name: str, fields: dict[str, Any]):
-    path = pack(tmp_path, "cifar100", PYTHON, (name, fields))
-    message = complaint(path)
-    fault = "is a link or a device" if fields else "points out of the archive"
-    assert f"{name!r} {fault}" in message
-    assert "do not unpack it" in message
-    assert list(tmp_path.iterdir()) == [path]
-
-
-def test_missing_repeated_and_enormous_members(tmp_path: Path):
+def test_hostile_missing_repeated_and_enormous_members(tmp_path: Path):
     path, meta = tmp_path / PYTHON.archive, ("cifar-100-python/meta", b"")
+    for name, fields in (("/etc/passwd", {}), ("x", {"type": tarfile.SYMTYPE, "linkname": "y"})):
+        assert f"{path}: {name!r} " in (fault := complaint(tar_gz(path, [(name, fields)])))
+        assert "do not unpack it" in fault
     assert f"{path}: lacks cifar-100-python/train" in complaint(
         tar_gz(path, [meta, ("other/train", b"")])
     )
@@ -190,22 +174,15 @@ def test_missing_repeated_and_enormous_members(tmp_path: Path):
     assert "with 1,099,511,627,776 bytes" in complaint(path)
 
 
-@pytest.mark.parametrize(("name", "size"), [("cifar10", 3073), ("cifar100", 3074)])
-def test_wrong_sizes_of_binary_files(tmp_path: Path, name: CifarName, size: int):
-    place = unpack(tmp_path, name, FORMS[name][1])
-    file = place / FORMS[name][1].files[0]
+def test_wrong_sizes_and_labels_of_binary_files(tmp_path: Path):
+    place = unpack(tmp_path, "cifar100", BINARY)
+    file = place / "train.bin"
     whole = file.read_bytes()
     for content in (whole[:-1], whole + b"\0", b""):
         file.write_bytes(content)
-        expected = f"{file}: {len(content)} bytes are not a whole number of records of {size}"
-        assert complaint(place, name).startswith(expected)
-
-
-def test_wrong_label_of_a_binary_file(tmp_path: Path):
-    place = unpack(tmp_path, "cifar100", BINARY)
-    content = bytearray((place / "train.bin").read_bytes())
-    content[3074 + 1] = 3
-    (place / "train.bin").write_bytes(content)
+        expected = f"{file}: {len(content)} bytes are not a whole number of records of 3074"
+        assert complaint(place).startswith(expected)
+    file.write_bytes(whole[:3075] + b"\3" + whole[3076:])
     assert complaint(place).endswith("train.bin: fine_labels[1] is 3; expected 0 to 2")
     (place / "fine_label_names.txt").write_text("\n")
     assert complaint(place).endswith("fine_label_names.txt: fine_label_names is empty")
@@ -235,7 +212,6 @@ def test_round_trip(root: Path, images: np.ndarray, protocol: int, order: Any):
     np.testing.assert_array_equal(pixels(split), images)
     np.testing.assert_array_equal(split.labels, [0, 1, 2, 0])
     assert type(pixels(split)) is np.ndarray
-    assert pixels(split).flags.c_contiguous
     assert split.keys == tuple(f"train-{index:05d}" for index in range(4))
     names = [b"apple_s_000.png", b"b.png", b"c.png", b"d.png"]
     write(root / "train", content | {b"filenames": names})
@@ -268,8 +244,7 @@ def python2_pickle(images: np.ndarray, labels: list[int]) -> bytes:
 
 def test_reads_what_python_2_wrote(root: Path, images: np.ndarray):
     content = python2_pickle(images, [2, 1, 0, 2])
-    # The hand-written bytes are a true pickle: numpy itself restores them.
-    theirs = pickle.loads(content, encoding="bytes")
+    theirs = pickle.loads(content, encoding="bytes")  # what we wrote by hand is a true pickle
     np.testing.assert_array_equal(theirs[b"data"].reshape(images.shape), images)
     (root / "train").write_bytes(content)
     split = read(root)
@@ -303,7 +278,6 @@ def test_a_malicious_pickle_runs_nothing(root: Path, file: str, protocol: int):
         b"cnumpy\nload\n.",
         b"cnumpy.core.multiarray\nscalar\n.",
         b"\x80\x04\x8c\x05numpy\x8c\x10ndarray.__base__\x93.",
-        b"i__builtin__\neval\n.",
         b"c_codecs\nencode\n(X\x01\x00\x00\x00aX\x05\x00\x00\x00rot13tR.",
         # an array whose dtype a file would make: the state of one is no dtype
         b"cnumpy\nndarray\n(K\x01tR(K\x01(K\x01tcnumpy\ndtype\nI00\nU\x01atb.",

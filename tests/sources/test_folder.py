@@ -8,6 +8,7 @@ import pytest
 from torchvision.datasets import ImageFolder
 
 from contradiff.sources.folder import scan_folder, scan_kaggle
+from contradiff.sources.imagenet import scan_images
 from contradiff.sources.listing import ImageFile
 from tests.sources.imagenet_layouts import make_photos, write_folder, write_kaggle
 
@@ -37,15 +38,12 @@ def test_torchvision_lists_the_same(root: Path):
         assert [f.num_bytes for f in files] == [Path(p).stat().st_size for p, _ in peer.samples]
 
 
-def test_hidden_files_are_no_images(root: Path):
+def test_hidden_files_are_no_images_and_classes_have_names(root: Path):
     """MacOS leaves `._name.JPEG` beside each file that it packs."""
     before = scan_folder(root)
     for name in ("._ILSVRC2012_val_00000001.JPEG", ".png"):
         (root / "val/n02119789" / name).touch()
     assert scan_folder(root) == before
-
-
-def test_classes_have_their_names_if_the_list_is_there(root: Path):
     (root / "LOC_synset_mapping.txt").write_text("n02119789 tench, Tinca tinca\nn03 other\n\n")
     assert scan_folder(root).class_names == ("n01440764", "tench", "n04557648")
 
@@ -53,11 +51,9 @@ def test_classes_have_their_names_if_the_list_is_there(root: Path):
 @pytest.mark.parametrize(
     ("command", "fault"),
     [
-        ("mv train other", "no folder {}/train; expected"),
         ("mv val other", "no folder {}/val; expected"),
         ("rm -r train/*", "{}/train has no class folders"),
         ("rm train/n02119789/*", "{}/train/n02119789 holds no images"),
-        ("rm val/n02119789/*", "{}/val/n02119789 holds no images"),
         ("mv val/n02119789 other", "{}/val/n02119789 holds no images"),
         ("mkdir val/n03", r"{}/val has classes that train/ lacks: \['n03'\]"),
         ("ln -s nowhere val/n02119789/x.JPEG", "{}/val/n02119789/x.JPEG cannot be read: No such"),
@@ -69,7 +65,7 @@ def test_whatever_is_wrong_is_named(root: Path, command: str, fault: str):
         scan_folder(root)
 
 
-@pytest.mark.parametrize("folder", ["train", "train/n02119789", "val/n02119789"])
+@pytest.mark.parametrize("folder", ["train", "val/n02119789"])
 def test_unreadable_folder_is_named(root: Path, monkeypatch: pytest.MonkeyPatch, folder: str):
     """By a stand-in for the system's refusal: these tests may run as root, who may read all."""
     real = os.scandir
@@ -89,7 +85,6 @@ def test_unreadable_folder_is_named(root: Path, monkeypatch: pytest.MonkeyPatch,
     ("path", "key"),
     [
         ("train/n01/n01_5.JPEG", "n01_5"),
-        ("train/cat/5.jpg", "cat_5"),
         ("val/n01/ILSVRC2012_val_5.JPEG", "n01_ILSVRC2012_val_5"),
         ("train/cat/a.b.jpg", "cat_a_b"),
         ("train/v1.0 cats/5.jpg", "v1_0 cats_5"),
@@ -101,12 +96,7 @@ def test_key_names_class_and_file(path: str, key: str):
 
 
 @pytest.mark.parametrize(
-    ("first", "second"),
-    [
-        ("n01/n01_9.JPEG", "n01/n01_9.png"),
-        ("n01/a.b.jpg", "n01/a_b.jpg"),
-        ("n/n01_9.jpg", "n01/n01_9.JPEG"),
-    ],
+    ("first", "second"), [("n01/a.b.jpg", "n01/a_b.jpg"), ("n/n01_9.jpg", "n01/n01_9.JPEG")]
 )
 def test_two_images_of_one_key_are_named(root: Path, first: str, second: str):
     for path in (root / split / name for name in (first, second) for split in ("train", "val")):
@@ -114,13 +104,13 @@ def test_two_images_of_one_key_are_named(root: Path, first: str, second: str):
         path.write_text("x")
     expected = rf"^data\.root: train/{first} .* and train/{second} .* would both be .*: rename one"
     with pytest.raises(ValueError, match=expected):
-        scan_folder(root).check(root)
+        scan_images(root)
 
 
 def test_name_that_is_not_utf8_is_refused(root: Path):
     (root / "train/n02119789" / os.fsdecode(b"\xff.png")).touch()
     with pytest.raises(ValueError, match=r"^data\.root: .* is not named in UTF-8: rename it"):
-        scan_folder(root).check(root)
+        scan_images(root)
 
 
 def test_kaggles_validation_labels_come_from_the_table(kaggle: Path):
@@ -139,7 +129,6 @@ def test_kaggles_validation_labels_come_from_the_table(kaggle: Path):
         ("ILSVRC2012_val_00000099,n09999999 1 2 3 4", r"line 8 names the class n09999999, which"),
         ("ILSVRC2012_val_00000001,n01440764 1 2 3 4", r"line 8 names .*_00000001 a second time"),
         ("ILSVRC2012_val_00000001", r"line 8 is not `image,class box \.\.\.`: 'ILSVRC2012_val_0"),
-        ("ILSVRC2012_val_00000001,", r"line 8 is not `image,class box"),
         ("", r"line 8 is not `image,class box"),
     ],
 )

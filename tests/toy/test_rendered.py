@@ -1,6 +1,5 @@
 """Rendered once, anew when the recipe changes, never over something else."""
 
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -54,19 +53,19 @@ def test_images_are_rendered_anew_when_the_recipe_changes(tmp_path: Path, change
 
 
 def test_every_file_of_a_renderer_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    for source in Path(rendered.__file__).parent.glob("*.py"):
-        (tmp_path / source.name).write_bytes(source.read_bytes())
+    room = Path(rendered.__file__).parent
     monkeypatch.setattr(rendered, "__file__", str(tmp_path / "rendered.py"))
-    renderers = (render, partial(ensure_digits, seed=0))
-    before = [make(tmp_path / "root") for make in renderers]
-    for name, are_digits in (("tree.py", False), ("colours.py", False), ("digits.py", True)):
-        content = (tmp_path / name).read_bytes()
-        (tmp_path / name).write_bytes(content + b"#")
-        images, digits = (make(tmp_path / "root") for make in renderers)
-        assert images != before[0]
-        assert (digits != before[1]) == are_digits
+    contents = {path.name: path.read_bytes() for path in room.glob("*.py")}
+    for name, content in contents.items():
         (tmp_path / name).write_bytes(content)
-    assert [make(tmp_path / "root") for make in renderers] == before
+    images, digits = render(tmp_path / "root"), ensure_digits(tmp_path / "root", seed=0)
+    for name, content in contents.items():
+        (tmp_path / name).write_bytes(content + b"#")
+        assert render(tmp_path / "root") != images
+        changed = ensure_digits(tmp_path / "root", seed=0)
+        assert (changed != digits) == (name == "digits.py")
+        (tmp_path / name).write_bytes(content)
+    assert render(tmp_path / "root") == images
 
 
 def test_digits_are_written_once(tmp_path: Path):
