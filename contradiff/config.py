@@ -63,11 +63,10 @@ def parse(schema: type[S], content: Mapping[str, Any], *, source: str) -> S:
     chosen: dict[str, Any] = {}
     for field_name, field in schema.model_fields.items():
         name = field.alias or field_name
-        section, _, key = name.partition(".")
-        if not key and name in content:
-            chosen[name] = content[name]
-        elif key and isinstance(content.get(section), Mapping) and key in content[section]:
-            chosen[name] = content[section][key]
+        section, _, key = name.rpartition(".")
+        place = content.get(section) if section else content
+        if isinstance(place, Mapping) and key in place:
+            chosen[name] = place[key]
     return parse_exactly(schema, chosen, source=source)
 
 
@@ -95,10 +94,9 @@ def _describe(fault: ErrorDetails) -> str:
     """Turn a fault that pydantic found into one line: `dotted.key: what is wrong (got value)`."""
     key = ".".join(str(part) for part in fault["loc"]) or "(whole file)"
     match fault["type"]:
-        case "extra_forbidden":
-            text = "unknown key; see presets/tiny.yaml for the keys that there are"
-        case "missing":
-            text = "missing; see presets/tiny.yaml for the keys that there are"
+        case "extra_forbidden" | "missing" as kind:
+            text = "missing" if kind == "missing" else "unknown key"
+            text += "; see presets/tiny.yaml for the keys that there are"
         case _:
             text = fault["msg"].removeprefix("Value error, ")
             if not isinstance(fault["input"], dict):

@@ -57,16 +57,12 @@ class AllParams(TrainingRecipe, Architecture):
 
 def between_sections(params: AllParams) -> Iterator[str]:
     """Yield what is wrong between sections, from the parameter file alone."""
-    for rule in (
-        images_have_the_size_they_need,
-        crops_are_stored,
-        colours_are_distorted_in_crops_alone,
-        batches_fit_the_rendered_images,
-        features_serve_their_users,
-        conditions_are_trained,
-        scores_have_enough_images,
-    ):
-        yield from rule(params)
+    yield from images_have_the_size_they_need(params)
+    yield from random_crops_are_stored_where_needed(params)
+    yield from batches_fit_the_rendered_images(params)
+    yield from features_serve_their_users(params)
+    yield from conditions_are_trained(params)
+    yield from scores_have_enough_images(params)
 
 
 def images_have_the_size_they_need(params: AllParams) -> Iterator[str]:
@@ -78,28 +74,23 @@ def images_have_the_size_they_need(params: AllParams) -> Iterator[str]:
         yield f"conditioner.patch_size: {patch_size} must divide data.image_size, {image_size}"
 
 
-def crops_are_stored(params: AllParams) -> Iterator[str]:
+def random_crops_are_stored_where_needed(params: AllParams) -> Iterator[str]:
     """The first stored view is the centre crop; random crops are the further ones."""
-    if params.latents.views > 1:
-        return
-    if params.conditioner.input == "latents" and params.conditioner.cond_view == "crop":
+    conditioner, loss = params.conditioner, params.loss
+    is_alone, is_jittered = params.latents.views == 1, params.latents.colour_jitter != 0
+    if is_alone and conditioner.input == "latents" and conditioner.cond_view == "crop":
         yield (
             "conditioner.cond_view: crop needs stored random crops when conditioner.input is "
             "latents; set latents.views to 2 or more"
         )
-    if params.loss.latent_views == "two":
+    if is_alone and loss.latent_views == "two":
         yield "loss.latent_views: two needs stored random crops; set latents.views to 2 or more"
-
-
-def colours_are_distorted_in_crops_alone(params: AllParams) -> Iterator[str]:
-    if params.latents.colour_jitter == 0:
-        return
-    if params.latents.views == 1:
+    if is_alone and is_jittered:
         yield (
             "latents.colour_jitter: distorts random crops, and latents.views 1 stores none; set it "
             "to 0"
         )
-    elif params.loss.latent_views == "same" or params.loss.recon_passes > 3:
+    elif is_jittered and (loss.latent_views == "same" or loss.recon_passes > 3):
         yield (
             "latents.colour_jitter: loss.latent_views: same and loss.recon_passes over 3 would "
             "teach the model to reconstruct distorted colours; set it to 0"
@@ -163,16 +154,14 @@ def conditions_are_trained(params: AllParams) -> Iterator[str]:
 
 
 def scores_have_enough_images(params: AllParams) -> Iterator[str]:
-    num_samples = params.generate.num_samples
-    images = {"generate.num_samples": num_samples, "reference.num_kept": params.reference.num_kept}
-    for key, value, sets in (
-        ("score.splits", params.score.splits, ["generate.num_samples"]),
-        ("score.kid_subset_size", params.score.kid_subset_size, list(images)),
+    num_samples, score, extractor = params.generate.num_samples, params.score, params.extractor
+    for key, value, name, number in (
+        ("splits", score.splits, "generate.num_samples", num_samples),
+        ("kid_subset_size", score.kid_subset_size, "generate.num_samples", num_samples),
+        ("kid_subset_size", score.kid_subset_size, "reference.num_kept", params.reference.num_kept),
     ):
-        for name in sets:
-            if value > images[name]:
-                yield f"{key}: {value} is more than {name}, {images[name]}; lower it"
-    extractor = params.extractor
+        if value > number:
+            yield f"score.{key}: {value} is more than {name}, {number}; lower it"
     if num_samples < extractor.num_features:
         yield (
             f"generate.num_samples: FID needs {extractor.num_features} images or more, one for "
@@ -199,10 +188,10 @@ def lora_has_targets(params: AllParams, unet: "UNet2DConditionModel") -> Iterato
 
 def blocks_are_there(params: AllParams, unet: "UNet2DConditionModel") -> Iterator[str]:
     num_up_blocks = len(unet.config["up_block_types"])
-    asked = [("features.more_blocks", block) for block in params.features.more_blocks]
-    if params.features.model == "diffeed":
-        asked.append(("features.model", "diffeed"))
-    for key, value in [("head.block", params.head.block), *asked]:
+    asked = [("head.block", params.head.block)]
+    asked += [("features.more_blocks", block) for block in params.features.more_blocks]
+    asked += [("features.model", "diffeed")] * (params.features.model == "diffeed")
+    for key, value in asked:
         if value != "mid" and num_up_blocks < 2:
             yield (
                 f"{key}: {value} reads the UNet's second up block, but the base has "

@@ -7,7 +7,7 @@ other stage run.
 
 from stages.runtime.run import PARAMS_FILE, Run, RuntimeParams, execute
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ class WholeFile(rules.AllParams):
 
 def main(_params: Params, run: Run) -> None:
     content = read_params(PARAMS_FILE)
-    check(content, source=str(PARAMS_FILE), root=run.root, log=run.log)
+    check(content, source=str(PARAMS_FILE), run=run)
     with replace_file(Path("build/validated")) as temporary:
         temporary.write_text("params.yaml is valid\n", encoding="utf-8")
 
@@ -38,25 +38,18 @@ def describe(_params: Params) -> str:
     return f"{PARAMS_FILE}: {len(content)} sections are valid"
 
 
-def check(
-    content: Mapping[str, Any],
-    *,
-    source: str,
-    root: Path | None = None,
-    log: Callable[[str], None] = print,
-) -> None:
+def check(content: Mapping[str, Any], *, source: str, run: Run | None = None) -> None:
     """Refuse a parameter file that some stage cannot use; the ValueError has a line for each fault.
 
-    What needs the base is checked only if `root`, the project's folder, is given. `log` hears if
-    the base's configuration cannot be fetched.
+    Only within a run is it checked against the base, unless the hub cannot be reached.
     """
     params = parse_exactly(WholeFile, content, source=source)
     faults = list(rules.between_sections(params))
-    if root is not None:
+    if run is not None:
         try:
-            faults += rules.with_base(params, config_folder(params.base, root=root))
+            faults += rules.with_base(params, config_folder(params.base, root=run.root))
         except ConnectionError as error:
-            log(f"the parameters are not checked against the base yet: {error}")
+            run.log(f"the parameters are not checked against the base yet: {error}")
         except ValueError as error:
             faults += str(error).splitlines()
     if faults:

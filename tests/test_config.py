@@ -16,7 +16,7 @@ class Loss(Section):
 
 
 class Train(Section):
-    lr: float = Field(gt=0)
+    lr: float
     epochs: int = Field(ge=1)
     warmup_epochs: int = Field(ge=0)
 
@@ -44,31 +44,18 @@ def changed(section: str, **values: object) -> dict[str, Any]:
     return VALID | {section: VALID[section] | values}
 
 
-def complaint(content: dict[str, Any]) -> str:
+def complaint(content: dict[str, Any], schema: type[Section] = Params) -> str:
     with pytest.raises(ValueError, match=r"params\.yaml") as caught:
-        parse(Params, content, source="params.yaml")
+        parse(schema, content, source="params.yaml")
     return str(caught.value)
 
 
-def test_valid_values_come_through():
+def test_valid_values_come_through_and_whole_numbers_are_floats():
     params = parse(Params, VALID, source="params.yaml")
     assert params.loss.weight == 0.1
     assert params.model_dump(by_alias=True) == VALID
-
-
-def test_a_key_is_named_as_in_the_file():
-    message = complaint(changed("loss", **{"lambda": -1.0}))
-    assert message.startswith("params.yaml: loss.lambda: ")
-    assert message.endswith("(got -1.0)")
-    assert "params.yaml: train.epocs: unknown key" in complaint(changed("train", epocs=3))
-
-
-def test_what_is_missing_is_named():
-    content = VALID | {"loss": {"lambda": 0.1, "levels": []}}
-    del content["train"]
-    loss, train = complaint(content).splitlines()
-    assert loss.startswith("params.yaml: loss.kind: missing")
-    assert train.startswith("params.yaml: train: missing")
+    weight = parse(Params, changed("loss", **{"lambda": 0}), source="").loss.weight
+    assert (weight, type(weight)) == (0.0, float)
 
 
 @pytest.mark.parametrize(
@@ -85,21 +72,18 @@ def test_wrong_value_is_named_and_shown(key: str, value: object):
     assert message.count("\n") == 0
 
 
-def test_every_fault_has_its_line():
-    content = changed("loss", kind="l2", levels=[3, "2"], **{"lambda": "0.1"}) | {"seed": "0"}
-    keys = [line.split(": ")[1] for line in complaint(content).splitlines()]
-    assert keys == ["seed", "loss.lambda", "loss.kind", "loss.levels.1"]
+def test_every_fault_has_its_line_with_the_key_as_in_the_file():
+    content = {"seed": "0", "loss": {"lambda": -1.0, "levels": [3, "2"], "lamda": 1}}
+    faults = [line.split(": ", 2)[1:] for line in complaint(content).splitlines()]
+    assert [(key, text.split(";")[0].rpartition(" ")[2]) for key, text in faults] == [
+        *(("seed", "'0')"), ("loss.lambda", "-1.0)"), ("loss.kind", "missing")),
+        *(("loss.levels.1", "'2')"), ("loss.lamda", "key"), ("train", "missing")),
+    ]
 
 
 def test_contradiction_names_both_keys():
     message = complaint(changed("train", warmup_epochs=2))
-    expected = "params.yaml: train.warmup_epochs must be less than train.epochs"
-    assert message == expected
-
-
-def test_whole_number_is_a_float():
-    weight = parse(Params, changed("loss", **{"lambda": 0}), source="").loss.weight
-    assert (weight, type(weight)) == (0.0, float)
+    assert message == "params.yaml: train.warmup_epochs must be less than train.epochs"
 
 
 def test_sections_of_other_stages_are_no_fault_of_this_one():
@@ -115,11 +99,9 @@ class OneKey(Section):
 def test_a_stage_may_depend_on_one_key_of_a_section():
     """As `params: [loss.kind]` in dvc.yaml."""
     assert parse(OneKey, VALID, source="params.yaml").kind == "ntxent"
-    with pytest.raises(ValueError, match=r"^params\.yaml: loss\.kind: .*\(got 'l2'\)$"):
-        parse(OneKey, changed("loss", kind="l2"), source="params.yaml")
+    assert complaint(changed("loss", kind="l2"), OneKey).endswith("(got 'l2')")
     for content in ({}, {"loss": {}}, {"loss": 1}):
-        with pytest.raises(ValueError, match=r"^params\.yaml: loss\.kind: missing"):
-            parse(OneKey, content, source="params.yaml")
+        assert complaint(content, OneKey).startswith("params.yaml: loss.kind: missing")
 
 
 def written(folder: Path, text: str) -> Path:
@@ -129,7 +111,6 @@ def written(folder: Path, text: str) -> Path:
 
 
 def test_numbers_and_words_are_those_of_yaml_1_2(tmp_path: Path):
-    """DVC writes 1e-05."""
     for number in ("1e-05", "1.0e-05", "0.00001", "1E-5"):
         assert read_params(written(tmp_path, f"lr: {number}\n")) == {"lr": 1e-05}
     words = read_params(written(tmp_path, "a: no\nb: on\nc: 010\n"))

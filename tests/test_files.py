@@ -9,15 +9,8 @@ from typing import Any
 
 import pytest
 
-from contradiff.files import (
-    SPARE_BYTES,
-    check_free_space,
-    describe_bytes,
-    explain_full_disk,
-    replace_dir,
-    replace_file,
-    sha256_of,
-)
+from contradiff import files
+from contradiff.files import replace_dir, replace_file
 
 
 def names(folder: Path) -> list[str]:
@@ -55,13 +48,10 @@ def test_a_folder_replaces_the_earlier_one_whole(tmp_path: Path):
     interrupted(replace_dir(path), lambda temporary: (temporary / "half").touch())
     assert names(path) == ["second"]
     assert names(path.parent) == ["folder"]
-
-
-def test_leftovers_of_a_killed_writer_do_not_enter_the_next_folder(tmp_path: Path):
-    path = tmp_path / "folder"
+    # What SIGKILL leaves does not enter the next folder if the process id comes round again.
     with replace_dir(path) as temporary:
         pass
-    temporary.mkdir()  # as SIGKILL leaves it, and the process id comes round again
+    temporary.mkdir()
     (temporary / "stale").touch()
     with replace_dir(path) as temporary:
         assert names(temporary) == []
@@ -70,7 +60,9 @@ def test_leftovers_of_a_killed_writer_do_not_enter_the_next_folder(tmp_path: Pat
 def test_sha256_is_that_of_the_standard(tmp_path: Path):
     path = tmp_path / "abc"
     path.write_bytes(b"abc")  # FIPS 180-2, appendix B.1
-    assert sha256_of(path) == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+    assert (
+        files.sha256_of(path) == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+    )
 
 
 @pytest.mark.parametrize(
@@ -78,26 +70,26 @@ def test_sha256_is_that_of_the_standard(tmp_path: Path):
     [(0, "0.0 kB"), (999_949, "999.9 kB"), (1_000_000, "1.0 MB"), (163_840_000_000, "163.8 GB")],
 )
 def test_sizes_are_in_decimal_units(num_bytes: int, shown: str):
-    assert describe_bytes(num_bytes) == shown
+    assert files.describe_bytes(num_bytes) == shown
 
 
 def test_what_fits_with_some_to_spare_may_begin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    usage = shutil.disk_usage(".")._replace(free=SPARE_BYTES + 5_000_000)
+    usage = shutil.disk_usage(".")._replace(free=files.SPARE_BYTES + 5_000_000)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
-    check_free_space(tmp_path, 5_000_000)
+    files.check_free_space(tmp_path, 5_000_000)
     with pytest.raises(ValueError, match=r"5\.1 MB are to be .* free 100\.0 kB more") as error:
-        check_free_space(tmp_path, 5_100_000)
+        files.check_free_space(tmp_path, 5_100_000)
     assert str(error.value).startswith(str(tmp_path.resolve()))
     with pytest.raises(ValueError, match=r"larger disk, or lower latents\.views$"):
-        check_free_space(tmp_path, 5_100_000, ways_out="lower latents.views")
+        files.check_free_space(tmp_path, 5_100_000, ways_out="lower latents.views")
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=0))
-    check_free_space(tmp_path, 0)
+    files.check_free_space(tmp_path, 0)
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
 def test_a_full_disk_is_explained(tmp_path: Path, number: int):
     fault = rf"^{tmp_path}: no space is left .*run the same command again"
-    with pytest.raises(ValueError, match=fault), explain_full_disk(tmp_path):
+    with pytest.raises(ValueError, match=fault), files.explain_full_disk(tmp_path):
         raise OSError(number, os.strerror(number))
-    with pytest.raises(PermissionError), explain_full_disk(tmp_path):
+    with pytest.raises(PermissionError), files.explain_full_disk(tmp_path):
         raise PermissionError(errno.EACCES, "no")

@@ -1,10 +1,9 @@
 """What every stage shares, and the only place that knows DVC and MLflow.
 
-`run` reads the parameters, reports and fails clearly; `launch` starts several processes; `progress`
-shows how far the work is; `work_dir` keeps unfinished work; `tracking` and `experiments` write to
-MLflow. May import `contradiff.config`, `.files`, `.processes` and `.types`, so nothing here changes
-a result, and no stage in dvc.yaml depends on it. Stages import it before torch, which reads the
-settings for threads and memory below.
+`run` reads the parameters, reports and fails clearly; `launch` starts several processes; `work_dir`
+keeps unfinished work; `tracking`, `training` and `experiments` write to MLflow. May import
+`contradiff.config`, `.files`, `.processes` and `.types`, so nothing here changes a result, and no
+stage in dvc.yaml depends on it. Stages import it before torch, which reads the settings below.
 """
 
 import ctypes

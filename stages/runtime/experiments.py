@@ -48,9 +48,18 @@ def upsert_row(
                 tags = {"contradiff.key": key}
                 run_id = store.create_run(EXPERIMENT, run=run, params=params, **tags)
                 store.log(run_id, points=points)
-            _finish(store, run_id, artifacts)
-    except (ValueError, OSError):
-        raise
+            if name := os.environ.get("DVC_EXP_NAME"):
+                names = client.get_run(run_id).data.tags.get("dvc.exp_names", "").split()
+                client.set_tag(run_id, "dvc.exp_names", " ".join(sorted({*names, name})))
+            if training := tracking.read_note(tracking.note_of_checkpoint(store.root), store):
+                client.set_tag(run_id, "train_run_id", training["run_id"])
+                client.set_tag(training["run_id"], "mlflow.parentRunId", run_id)
+            for path in artifacts:
+                if path.is_dir():
+                    client.log_artifacts(run_id, str(path), artifact_path=path.name)
+                elif path.is_file():
+                    client.log_artifact(run_id, str(path))
+            client.set_terminated(run_id)
     except Exception as error:  # each kind of store has its own errors
         raise ValueError(
             f"MLflow's store {store.uri}: the results could not be recorded: {error}"
@@ -69,19 +78,3 @@ def _points(metrics: list[Path], curve: Path) -> Iterator[tracking.Point]:
             for name, text in row.items():
                 if name != "step" and text and math.isfinite(value := float(text)):
                     yield f"pretrain.{name}", value, int(float(row["step"]))
-
-
-def _finish(store: tracking.Store, run_id: str, artifacts: list[Path]) -> None:
-    client = store.client
-    if name := os.environ.get("DVC_EXP_NAME"):
-        names = client.get_run(run_id).data.tags.get("dvc.exp_names", "").split()
-        client.set_tag(run_id, "dvc.exp_names", " ".join(sorted({*names, name})))
-    if training := tracking.read_note(tracking.note_of_checkpoint(store.root), store):
-        client.set_tag(run_id, "train_run_id", training["run_id"])
-        client.set_tag(training["run_id"], "mlflow.parentRunId", run_id)
-    for path in artifacts:
-        if path.is_dir():
-            client.log_artifacts(run_id, str(path), artifact_path=path.name)
-        elif path.is_file():
-            client.log_artifact(run_id, str(path))
-    client.set_terminated(run_id)

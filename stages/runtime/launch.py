@@ -12,29 +12,23 @@ import os
 import signal
 import sys
 import tempfile
-import uuid
 from pathlib import Path
 
 VARIABLE = "CONTRADIFF_NUM_PROCESSES"
 _MESSAGES = "CONTRADIFF_MESSAGES"
 """Names a folder that the processes of one stage share, so that each message is printed once."""
-_DRIVERS = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")
-"""Devices of NVIDIA, AMD and WSL; without one there is no GPU, and torch need not be loaded."""
 
 
 def num_processes() -> int:
-    """Return how many processes to start; 1 in a process that a launcher has started.
-
-    Raises:
-        ValueError: CONTRADIFF_NUM_PROCESSES is not an integer of at least 1.
-    """
+    """Return how many processes to start; 1 in a process that a launcher has started."""
     if "WORLD_SIZE" in os.environ:
         return 1
     if text := os.environ.get(VARIABLE, ""):
         if not text.isdecimal() or int(text) < 1:
             raise ValueError(f"{VARIABLE}={text}: must be an integer of at least 1")
         return int(text)
-    if not any(Path(driver).exists() for driver in _DRIVERS):
+    # Without a device of NVIDIA, AMD or WSL there is no GPU, and torch need not be loaded.
+    if not any(Path("/dev", name).exists() for name in ("nvidiactl", "kfd", "dxg")):
         return 1
     import torch
 
@@ -56,13 +50,7 @@ def run_several(module: str, *, count: int) -> int:
     # torchrun sets it too: processes that each use all cores would slow each other down.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     config = LaunchConfig(
-        min_nodes=1,
-        max_nodes=1,
-        nproc_per_node=count,
-        run_id=str(uuid.uuid4()),
-        rdzv_backend="c10d",
-        rdzv_endpoint="localhost:0",
-        max_restarts=0,
+        1, 1, count, run_id=module, rdzv_backend="c10d", rdzv_endpoint="localhost:0", max_restarts=0
     )
     with tempfile.TemporaryDirectory() as folder:
         os.environ[_MESSAGES] = folder

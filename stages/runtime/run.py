@@ -13,7 +13,6 @@ Example of a stage:
 """
 
 from stages.runtime.launch import VARIABLE, is_new_message, num_processes, run_several
-from stages.runtime.progress import Advance, show_progress
 from stages.runtime.work_dir import key_of, take_up
 
 import argparse
@@ -26,13 +25,14 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypeVar
 
 from pydantic import Field
+from tqdm import tqdm
 
 from contradiff.config import Section, parse, read_params
 from contradiff.files import hold_lock, replace_file
@@ -45,6 +45,10 @@ if TYPE_CHECKING:
     from contradiff.types import Precision
 
 PARAMS_FILE = Path("params.yaml")
+SECONDS_BETWEEN_LINES = 10.0
+
+Advance = Callable[..., None]
+"""`advance(n, name=value, ...)`: n more units are done; the values are shown beside them."""
 
 SectionT = TypeVar("SectionT", bound=Section)
 
@@ -67,6 +71,17 @@ class RuntimeSection(Section):
     """The section that every stage reads besides its own."""
 
     runtime: RuntimeParams
+
+
+class _LogFile:
+    """Writes each status as a line of its own; in a terminal, tqdm overwrites the last one."""
+
+    def write(self, text: str) -> None:
+        if status := text.strip():
+            print(status, file=sys.stderr)
+
+    def flush(self) -> None:
+        sys.stderr.flush()
 
 
 @dataclass(frozen=True)
@@ -142,17 +157,31 @@ class Run:
     def log(self, message: str) -> None:
         """Print one line on stderr, without breaking a progress bar."""
         if self.is_main:
-            from tqdm import tqdm
-
             tqdm.write(f"{self.stage}: {message}", file=sys.stderr)
 
+    @contextmanager
     def progress(
         self, description: str, total: int | None, unit: str = "img"
-    ) -> AbstractContextManager[Advance]:
-        """Show how far the work is and how long it still takes; see `show_progress`."""
-        return show_progress(
-            f"{self.stage}: {description}", total=total, unit=unit, shown=self.is_main
-        )
+    ) -> Generator[Advance]:
+        """Show progress on stderr: a bar in a terminal, a line every ten seconds in a log file."""
+        is_terminal = sys.stderr.isatty()
+        with tqdm(
+            desc=f"{self.stage}: {description}",
+            total=total,
+            unit=unit,
+            disable=not self.is_main,
+            file=sys.stderr if is_terminal else _LogFile(),
+            mininterval=0.1 if is_terminal else SECONDS_BETWEEN_LINES,
+            miniters=1,
+            dynamic_ncols=is_terminal,
+        ) as bar:
+
+            def advance(n: int, /, **postfix: float | str) -> None:
+                if postfix:
+                    bar.set_postfix(postfix, refresh=False)
+                bar.update(n)
+
+            yield advance
 
     def write_json(self, path: Path, content: Mapping[str, object]) -> None:
         """Write `content` whole or not at all: keys sorted, floats to six significant digits.
@@ -193,11 +222,9 @@ class Run:
         if not self.is_main:
             yield folder
             return
-
-        def on_wait(pid: str) -> None:
-            self.log(f"waiting for process {pid}, which does the same work")
-
-        with hold_lock(self.root / ".work/locks" / f"{self.stage}-{key}", on_wait=on_wait):
+        lock = self.root / ".work/locks" / f"{self.stage}-{key}"
+        wait = "waiting for process {}, which does the same work"
+        with hold_lock(lock, on_wait=lambda pid: self.log(wait.format(pid))):
             take_up(folder, state_version=state_version, log=self.log)
             yield folder
             shutil.rmtree(folder, ignore_errors=True)

@@ -68,8 +68,7 @@ class Store:
         tags["baseline_rev"] = os.environ.get("DVC_EXP_BASELINE_REV") or revision() or ""
         tags |= {"mlflow.source.name": f"stages.{run.stage}", "mlflow.source.type": "LOCAL"}
         name = os.environ.get("DVC_EXP_NAME") or revision(short=True) or "workspace"
-        experiment_id = self.experiment_id(experiment)
-        created = self.client.create_run(experiment_id, tags=tags, run_name=name)
+        created = self.client.create_run(self.experiment_id(experiment), tags=tags, run_name=name)
         self.log(created.info.run_id, params=flatten_params(params))
         return created.info.run_id
 
@@ -85,11 +84,7 @@ class Store:
 
 
 def connect(root: Path) -> Store:
-    """Open the store that MLFLOW_TRACKING_URI names, or else mlflow.db in the project's folder.
-
-    Raises:
-        ValueError: the store cannot be used.
-    """
+    """Open the store that MLFLOW_TRACKING_URI names, or else mlflow.db; ValueError if unusable."""
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     from mlflow import MlflowClient

@@ -15,31 +15,31 @@ from ruamel.yaml import YAML
 from contradiff.config import read_params
 from stages import validate
 from stages.validate import check
+from tests.settings import TINY, override
 
 ROOT = Path(__file__).resolve().parents[2]
 HUB = {"source": "hub", "path": "somebody/model", "revision": "a" * 40}
 
 Content = dict[str, Any]
-Changes = dict[str, dict[str, Any]]
 
 
 @pytest.fixture
 def content(tiny_base: Path) -> Content:
     """The embedded default, on the tests' base."""
-    content = copy.deepcopy(read_params(ROOT / "presets/tiny.yaml"))
+    content = copy.deepcopy(TINY)
     content["base"]["path"] = str(tiny_base)
     return content
 
 
-def change(content: Content, changes: Changes) -> None:
-    for section, values in changes.items():
-        content[section] |= values
+@pytest.fixture
+def run(run_of: Callable[[str], Run]) -> Run:
+    return run_of("validate")
 
 
-def faults(content: Content, *, root: Path | None = None) -> list[str]:
+def faults(content: Content, *, run: Run | None = None) -> list[str]:
     """The messages, without the file's name."""
     try:
-        check(content, source="params.yaml", root=root)
+        check(content, source="params.yaml", run=run)
     except ValueError as error:
         lines = str(error).splitlines()
         assert all(line.startswith("params.yaml: ") for line in lines)
@@ -53,9 +53,8 @@ def keys(messages: list[str]) -> list[str]:
 
 def test_all_faults_are_listed_once(content: Content):
     content["lose"] = {"lambda": 0.1}
-    content["seed"] = 2**32
     content["loss"]["lamda"] = 0.5
-    content["runtime"]["device"] = "tpu"
+    override(content, "seed=4294967296 runtime.device=tpu")
     del content["lora"]["rank"], content["data"]
     found = sorted(faults(content))
     assert keys(found) == ["data", "lora.rank", "lose", "loss.lamda", "runtime.device", "seed"]
@@ -65,130 +64,92 @@ def test_all_faults_are_listed_once(content: Content):
 
 
 @pytest.mark.parametrize(
-    ("key", "value"),
+    "change",
     [
-        ("loss.lambda", None),  # as after `dvc exp run -S loss.lambda=null`, which DVC accepts
-        ("loss.lambda", True),
-        ("loss.lambda", "abc"),
-        ("loss.lambda", float("nan")),
-        ("loss.lambda", -0.1),
-        ("loss.temperature", 0.0),
-        ("lora.rank", 0),
-        ("lora.targets", []),
-        ("features.timesteps", [401, 401, 101]),
-        ("features.timesteps", [401, 201]),
-        ("features.timesteps", [401, 201, -1]),
+        *(f"loss.lambda={value}" for value in ("null", "true", "abc", ".nan", "-0.1")),
+        *("loss.temperature=0.0", "lora.rank=0", "lora.targets=[]"),
+        *(
+            f"features.timesteps={value}"
+            for value in ("[401,401,101]", "[401,201]", "[401,201,-1]")
+        ),
     ],
 )
-def test_an_impossible_value_is_refused_by_its_key(content: Content, key: str, value: object):
-    section, name = key.split(".")
-    content[section][name] = value
+def test_an_impossible_value_is_refused_by_its_key(content: Content, change: str):
+    override(content, change)
     [message] = faults(content)
-    assert message.startswith(key)
+    assert message.startswith(change.partition("=")[0])
 
 
 NOISE_UNTRAINED = r"conditioner\.drop: 0 never trains the null condition"
-TIMM = {"model": "timm", "timm_name": "x", "timm_pretrained": True, "pool": "mean"}
-INCEPTION = {"kind": "inception", "weights": "x", "resizers": ["clean"]}
+NO_DROP = "conditioner.drop=0.0"
+CLASSES = "generate.condition=class class_condition.epochs=1 class_condition.drop=0.0"
+ONE_VIEW = "latents.views=1 latents.colour_jitter=0.0"
+TIMM = "features.model=timm features.timm_name=x features.timm_pretrained=true features.pool=mean"
 
 
 @pytest.mark.parametrize(
     ("changes", "fault"),
     [
+        ("ingest.resize=31", r"ingest\.resize: 31 must be null or at least"),
+        ("conditioner.patch_size=5", r"conditioner\.patch_size: 5 must divide data\.image"),
+        (ONE_VIEW, r"loss\.latent_views: two .* set latents\.views to 2 or more"),
         (
-            {"ingest": {"resize": 31}},
-            r"ingest\.resize: 31 must be null or at least",
-        ),
-        ({"conditioner": {"patch_size": 5}}, r"conditioner\.patch_size: 5 must divide data\.image"),
-        (
-            {"latents": {"views": 1, "colour_jitter": 0.0}},
-            r"loss\.latent_views: two .* set latents\.views to 2 or more",
-        ),
-        (
-            {
-                "latents": {"views": 1, "colour_jitter": 0.0},
-                "loss": {"latent_views": "same"},
-                "conditioner": {"input": "latents"},
-            },
+            f"{ONE_VIEW} loss.latent_views=same conditioner.input=latents",
             r"conditioner\.cond_view: crop .* set latents\.views to 2 or more",
         ),
         (
-            {"latents": {"views": 1}, "loss": {"latent_views": "same"}},
+            "latents.views=1 loss.latent_views=same",
             r"latents\.colour_jitter: distorts random crops, .* set it to 0",
         ),
-        ({"loss": {"latent_views": "same"}}, r"latents\.colour_jitter: .* set it to 0"),
-        ({"loss": {"recon_passes": 4}}, r"latents\.colour_jitter: .* set it to 0"),
-        ({"loss": {"recon_passes": 3}}, None),
-        ({"pretrain": {"batch_size": 4002}}, r"pretrain\.batch_size: 4002 .*num_train, 4000"),
+        ("loss.latent_views=same", r"latents\.colour_jitter: .* set it to 0"),
+        ("loss.recon_passes=4", r"latents\.colour_jitter: .* set it to 0"),
+        ("loss.recon_passes=3", None),
+        ("pretrain.batch_size=4002", r"pretrain\.batch_size: 4002 .*num_train, 4000"),
         (
-            {"class_condition": {"batch_size": 4002, "epochs": 1}},
+            "class_condition.batch_size=4002 class_condition.epochs=1",
             r"class_condition\.batch_size: 4002 is more than data\.num_train, 4000; lower it",
         ),
-        ({"class_condition": {"batch_size": 4002}}, None),  # with no epochs there are no batches
+        ("class_condition.batch_size=4002", None),  # with no epochs there are no batches
+        (f"{TIMM} probe.head=attentive", r"probe\.head: attentive .* set probe\.head to linear"),
         (
-            {"features": TIMM, "probe": {"head": "attentive"}},
-            r"probe\.head: attentive .* set probe\.head to linear",
-        ),
-        (
-            {"transfer": {"finetune_epochs": 1}, "features": {"pool": "mean"}},
+            "transfer.finetune_epochs=1 features.pool=mean",
             r"transfer\.finetune_epochs: .* set features\.pool to attention, or .* to 0",
         ),
         (
-            {"transfer": {"finetune_epochs": 1}, "features": {"noising": "ddim_chain"}},
+            "transfer.finetune_epochs=1 features.noising=ddim_chain",
             r"transfer\.finetune_epochs: .* set features\.noising to direct, or .* to 0",
         ),
-        ({"features": {"pool": "mean"}}, None),
-        ({"conditioner": {"drop": 0.0}}, NOISE_UNTRAINED),
+        ("features.pool=mean", None),
+        (NO_DROP, NOISE_UNTRAINED),
+        (f"{NO_DROP} generate.condition=image generate.guidance=2.0", NOISE_UNTRAINED),
+        (f"{NO_DROP} generate.condition=image", None),
+        (f"{NO_DROP} pretrain.epochs=0", None),
+        (f"{NO_DROP} conditioner.cond_view=noise", NOISE_UNTRAINED),
         (
-            {
-                "conditioner": {"drop": 0.0},
-                "generate": {"condition": "image", "guidance": 2.0},
-            },
-            NOISE_UNTRAINED,
-        ),
-        ({"conditioner": {"drop": 0.0}, "generate": {"condition": "image"}}, None),
-        ({"conditioner": {"drop": 0.0}, "pretrain": {"epochs": 0}}, None),
-        ({"conditioner": {"drop": 0.0, "cond_view": "noise"}}, NOISE_UNTRAINED),
-        (
-            {
-                "conditioner": {"drop": 0.0, "cond_view": "noise"},
-                "loss": {"recon_passes": 6},
-                "latents": {"colour_jitter": 0.0},
-            },
+            f"{NO_DROP} conditioner.cond_view=noise loss.recon_passes=6 latents.colour_jitter=0.0",
             None,
         ),
         (
-            {
-                "class_condition": {"drop": 0.0, "epochs": 1},
-                "generate": {"condition": "class", "guidance": 2.0},
-            },
-            r"class_condition\.drop: 0 never trains the null class",
+            f"{CLASSES} generate.guidance=2.0",
+            r"class_condition\.drop: 0 never trains the null clas",
         ),
+        (CLASSES, None),
+        ("generate.condition=class", r"generate\.condition: class .* class_condition\.epochs 1 or"),
+        ("generate.num_samples=499", r"score\.kid_subset_size: 500 .*num_samples, 499"),
+        ("reference.num_kept=499", r"score\.kid_subset_size: 500 .*num_kept, 499"),
+        ("score.splits=1001", r"score\.splits: 1001 is more than generate\.num_samples"),
+        ("extractor.width=502", r"generate\.num_samples: FID needs 1004 .* classifier"),
         (
-            {
-                "class_condition": {"drop": 0.0, "epochs": 1},
-                "generate": {"condition": "class"},
-            },
-            None,
+            "extractor.kind=inception extractor.weights=x extractor.resizers=[clean]",
+            r"generate\.num_samples: FID needs 2048 .* inception",
         ),
-        (
-            {"generate": {"condition": "class"}},
-            r"generate\.condition: class .* class_condition\.epochs 1 or more",
-        ),
-        ({"generate": {"num_samples": 499}}, r"score\.kid_subset_size: 500 .*num_samples, 499"),
-        ({"reference": {"num_kept": 499}}, r"score\.kid_subset_size: 500 .*num_kept, 499"),
-        ({"score": {"splits": 1001}}, r"score\.splits: 1001 is more than generate\.num_samples"),
-        ({"extractor": {"width": 502}}, r"generate\.num_samples: FID needs 1004 .* classifier"),
-        ({"extractor": INCEPTION}, r"generate\.num_samples: FID needs 2048 .* inception"),
-        (
-            {"generate": {"guidance": 1.5}},  # within one section, for --dry-run's sake
-            r"generate\.guidance is 1\.5, but generate\.condition: noise",
-        ),
+        # within one section, for --dry-run's sake
+        ("generate.guidance=1.5", r"generate\.guidance is 1\.5, but generate\.condition: noise"),
     ],
 )
-def test_sections_agree(content: Content, changes: Changes, fault: str | None):
+def test_sections_agree(content: Content, changes: str, fault: str | None):
     assert faults(content) == []
-    change(content, changes)
+    override(content, changes)
     if fault is None:
         assert faults(content) == []
     else:
@@ -199,124 +160,112 @@ def test_sections_agree(content: Content, changes: Changes, fault: str | None):
 @pytest.mark.parametrize(
     ("changes", "fault"),
     [
-        ({"lora": {"targets": ["attn3.to_q"]}}, r"lora\.targets: 'attn3\.to_q' .* such as '.*attn"),
-        ({"lora": {"targets": ["o_q"]}}, r"lora\.targets: 'o_q' ends no linear layer"),
-        ({"features": {"timesteps": [401, 201, 1000]}}, r"features\.timesteps: \[1000\] .* 999"),
-        ({"features": {"timesteps": [401, 201, 999]}}, None),
-        ({"features": {"more_triples": [[5, 1, 1000]]}}, r"features\.more_triples: \[1000\] are"),
+        ("lora.targets=[attn3.to_q]", r"lora\.targets: 'attn3\.to_q' .* such as '.*attn"),
+        ("lora.targets=[o_q]", r"lora\.targets: 'o_q' ends no linear layer"),
+        ("features.timesteps=[401,201,1000]", r"features\.timesteps: \[1000\] .* 999"),
+        ("features.timesteps=[401,201,999]", None),
+        ("features.more_triples=[[5,1,1000]]", r"features\.more_triples: \[1000\] are"),
         (
-            {"features": {"timesteps": [401, 201, 100], "noising": "ddim_chain"}},
+            "features.timesteps=[401,201,100] features.noising=ddim_chain",
             r"features\.timesteps: \[401, 201, 100\] .* 20-step grid, .* \[1, 51, ",
         ),
         # Stable Diffusion's steps_offset would make the first of 1000 steps timestep 1000.
-        ({"generate": {"num_inference_steps": 1000}}, r"generate\.num_inference_steps: 1000 is"),
-        ({"generate": {"num_inference_steps": 1001}}, r"generate\.num_inference_steps: 1001 is"),
-        ({"generate": {"num_inference_steps": 999}}, None),
+        ("generate.num_inference_steps=1000", r"generate\.num_inference_steps: 1000 is"),
+        ("generate.num_inference_steps=1001", r"generate\.num_inference_steps: 1001 is"),
+        ("generate.num_inference_steps=999", None),
         # The VAE makes 4x, the UNet 4x smaller: 8 latents a side, 2 at the bottleneck.
-        ({"data": {"image_size": 40}}, r"data\.image_size: 40 is no multiple of 16"),
+        ("data.image_size=40", r"data\.image_size: 40 is no multiple of 16"),
         (
-            {"conditioner": {"input": "latents", "patch_size": 3}},
+            "conditioner.input=latents conditioner.patch_size=3",
             r"conditioner\.patch_size: 3 must divide the latent's side, 8",
         ),
     ],
 )
 def test_the_base_can_serve_the_parameters(
-    content: Content, tmp_path: Path, changes: Changes, fault: str | None
+    content: Content, run: Run, changes: str, fault: str | None
 ):
-    change(content, changes)
-    found = faults(content, root=tmp_path)
+    override(content, changes)
     if fault is None:
-        assert found == []
+        assert faults(content, run=run) == []
     else:
         with pytest.raises(ValueError, match=f"^params.yaml: {fault}[^\n]*$"):
-            check(content, source="params.yaml", root=tmp_path)
+            check(content, source="params.yaml", run=run)
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"head": {"block": "up.1"}},
-        {"features": {"more_blocks": ["mid", "mid+up.1"]}},
-        {"features": {"model": "diffeed", "pool": "mean"}},
-    ],
-)
-def test_the_second_up_block_must_be_there(
-    content: Content, tiny_base: Path, tmp_path: Path, changes: Changes
+def test_the_second_up_block_must_be_there_where_it_is_asked_for(
+    content: Content, tiny_base: Path, run: Run
 ):
-    """But only where it is asked for."""
-    base = Path(shutil.copytree(tiny_base, tmp_path / "base"))
-    path = base / "unet/config.json"
-    unet = json.loads(path.read_text())
-    unet["block_out_channels"] = [16]
+    base = Path(shutil.copytree(tiny_base, run.root / "base"))
+    unet = json.loads((base / "unet/config.json").read_text()) | {"block_out_channels": [16]}
     unet |= {"down_block_types": ["CrossAttnDownBlock2D"], "up_block_types": ["CrossAttnUpBlock2D"]}
-    path.write_text(json.dumps(unet))
+    (base / "unet/config.json").write_text(json.dumps(unet))
     content["base"]["path"] = str(base)
-    assert faults(content, root=tmp_path) == []
-    change(content, changes)
-    [fault] = faults(content, root=tmp_path)
-    assert fault.endswith("has 1; ask for mid alone, or take another base")
+    assert faults(content, run=run) == []
+    for change in (
+        "head.block=up.1",
+        "features.more_blocks=[mid,mid+up.1]",
+        "features.model=diffeed features.pool=mean",
+    ):
+        changed = copy.deepcopy(content)
+        override(changed, change)
+        [fault] = faults(changed, run=run)
+        assert fault.startswith(change.partition("=")[0])
+        assert fault.endswith("has 1; ask for mid alone, or take another base")
 
 
-def test_all_rules_are_asked_at_once(content: Content, run_of: Callable[[str], Run]):
-    run = run_of("validate")
-    content["ingest"]["resize"] = 8
-    content["lora"]["targets"] = ["nothing", "attn2.to_q", "nil"]
-    content["features"]["timesteps"] = [101, 1000, 401]
-    content["generate"]["num_inference_steps"] = 1001
+def test_all_rules_are_asked_at_once_before_the_stage_writes_its_out(content: Content, run: Run):
+    YAML().dump(content, Path("params.yaml"))
+    validate.main(validate.Params(), run)
+    assert Path("build/validated").is_file()
+    assert "sections are valid" in validate.describe(validate.Params())
+    Path("build/validated").unlink()
+    override(content, "ingest.resize=8 lora.targets=[nothing,attn2.to_q,nil]")
+    override(content, "features.timesteps=[101,1000,401] generate.num_inference_steps=1001")
     YAML().dump(content, Path("params.yaml"))
     with pytest.raises(ValueError, match="nothing") as caught:
         validate.main(validate.Params(), run)
     assert [line.split(": ")[1] for line in str(caught.value).splitlines()] == [
-        "ingest.resize",
-        "lora.targets",
-        "lora.targets",
-        "features.timesteps",
+        *("ingest.resize", "lora.targets", "lora.targets", "features.timesteps"),
         "generate.num_inference_steps",
     ]
     assert not Path("build/validated").exists()
 
 
-def test_the_stage_writes_its_out_when_all_is_well(content: Content, run_of: Callable[[str], Run]):
-    YAML().dump(content, Path("params.yaml"))
-    validate.main(validate.Params(), run_of("validate"))
-    assert Path("build/validated").is_file()
-    assert "sections are valid" in validate.describe(validate.Params())
-
-
-def test_a_local_base_that_is_missing_or_broken_is_refused(content: Content, tmp_path: Path):
+def test_a_local_base_that_is_missing_or_broken_is_refused(content: Content, run: Run):
     content["base"]["path"] = "models/nowhere"
-    [fault] = faults(content, root=tmp_path)
+    [fault] = faults(content, run=run)
     assert fault.startswith("base.path: there is no folder models/nowhere")
-    content["base"]["path"] = str(tmp_path)
-    [fault] = faults(content, root=tmp_path)
+    content["base"]["path"] = str(run.root)
+    [fault] = faults(content, run=run)
     assert "has no vae/config.json" in fault
 
 
-def test_the_papers_base_is_known_without_weights(tmp_path: Path):
-    content = copy.deepcopy(read_params(ROOT / "presets/paper.yaml"))
-    assert faults(content, root=tmp_path) == []
-    content["conditioner"] |= {"input": "latents", "patch_size": 3}
-    assert keys(faults(content, root=tmp_path)) == ["conditioner.patch_size"]
+def test_the_papers_base_is_known_without_weights(run: Run):
+    content = read_params(ROOT / "presets/paper.yaml")
+    assert faults(content, run=run) == []
+    override(content, "conditioner.input=latents conditioner.patch_size=3")
+    assert keys(faults(content, run=run)) == ["conditioner.patch_size"]
 
 
 def test_the_configuration_of_another_base_of_the_hub_is_fetched_once(
-    content: Content, tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    content: Content, tiny_base: Path, run: Run, monkeypatch: pytest.MonkeyPatch
 ):
     def download(_name: str, *, local_dir: Path, **_: object) -> None:
         shutil.copytree(tiny_base, local_dir, dirs_exist_ok=True)
 
     content["base"] = HUB
-    content["lora"]["targets"] = ["nothing"]
+    override(content, "lora.targets=[nothing]")
     with monkeypatch.context() as patch:
         patch.setattr("huggingface_hub.snapshot_download", download)
-        assert keys(faults(content, root=tmp_path)) == ["lora.targets"]
-    assert keys(faults(content, root=tmp_path)) == ["lora.targets"]
+        assert keys(faults(content, run=run)) == ["lora.targets"]
+    assert keys(faults(content, run=run)) == ["lora.targets"]
 
 
-def test_a_hub_that_cannot_be_reached_stops_nobody(content: Content, tmp_path: Path):
+def test_a_hub_that_cannot_be_reached_stops_nobody(
+    content: Content, run: Run, capsys: pytest.CaptureFixture[str]
+):
     """The base may come from DVC's cache; the tests have no network."""
     content["base"] = HUB
-    said: list[str] = []
-    check(content, source="params.yaml", root=tmp_path, log=said.append)
-    [message] = said
-    assert message.startswith("the parameters are not checked against the base yet: base.path: so")
+    assert faults(content, run=run) == []
+    message = "validate: the parameters are not checked against the base yet: base.path: somebody"
+    assert capsys.readouterr().err.startswith(message)

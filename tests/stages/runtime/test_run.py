@@ -1,12 +1,13 @@
 """The frame of all stages: command line, failures, several processes, resuming."""
 
-from stages.runtime import progress, work_dir
+from stages.runtime import run as run_module
+from stages.runtime import work_dir
 from stages.runtime.launch import num_processes
-from stages.runtime.progress import show_progress
-from stages.runtime.run import Run, RuntimeParams
+from stages.runtime.run import Run, RuntimeParams, execute
 from stages.runtime.tracking import training_run
 from stages.runtime.work_dir import NOTE_NAME, key_of
 
+import importlib.util
 import json
 import multiprocessing
 import os
@@ -14,8 +15,10 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from io import StringIO
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 
@@ -41,14 +44,14 @@ def describe(params: Params) -> str:
     return f"{params.seed} is the seed"
 
 def main(params: Params, run: Run) -> None:
-    match os.environ.get("ACT"):
-        case "value":
+    match os.environ.get("ACT"), run.is_main:
+        case ("all fail", _) | ("second fails", False):
             raise ValueError("data.root: nothing there")
-        case "file":
-            open("missing.txt")
-        case "bug":
-            raise RuntimeError("a bug")
-        case "wait":
+        case "second is killed", False:
+            os.kill(os.getpid(), signal.SIGKILL)
+        case ("second fails" | "second is killed"), True:
+            time.sleep(60)
+        case "wait", _:
             with run.work_dir(dict(params), [], state_version=1) as folder:
                 try:
                     (folder / "checkpoint").touch()
@@ -56,15 +59,7 @@ def main(params: Params, run: Run) -> None:
                     time.sleep(60)
                 finally:
                     Path("cleaned").touch()
-        case "second fails":
-            if not run.is_main:
-                raise ValueError("data.root: nothing there")
-            time.sleep(60)
-        case "second is killed":
-            if not run.is_main:
-                os.kill(os.getpid(), signal.SIGKILL)
-            time.sleep(60)
-        case "gather":
+        case "gather", _:
             import torch
             numbers = run.accelerator().gather(torch.tensor([int(os.environ["RANK"])]))
             Path(f"seen-by-{os.environ['RANK']}").write_text(str(numbers.tolist()))
@@ -75,114 +70,139 @@ if __name__ == "__main__":
 '''
 
 
+Call = Callable[..., tuple[int, str, str]]
+
+
 @pytest.fixture
 def run(tmp_path: Path) -> Run:
     runtime = RuntimeParams(device="cpu", num_workers=0, log_every=1, checkpoint_every=1)
     return Run(stage="track", root=tmp_path, runtime=runtime)
 
 
-class Project:
-    """A folder with a params.yaml and one stage, run as users and DVC do."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        for name in ("stages", "contradiff"):
-            (folder / name).symlink_to(ROOT / name)
-        (folder / "demo.py").write_text(STAGE)
-        self.params("seed: 3\nloss: {lambda: 1e-05}\nother: 1\n" + RUNTIME)
-
-    def params(self, text: str) -> None:
-        (self.folder / "params.yaml").write_text(text)
-
-    def start(self, *arguments: str, processes: int = 1, **environment: str):
-        return subprocess.Popen(
-            [sys.executable, "-m", "demo", *arguments],
-            cwd=self.folder,
-            env=os.environ | {"CONTRADIFF_NUM_PROCESSES": str(processes)} | environment,
-            text=True,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-        )
-
-    def run(self, *arguments: str, processes: int = 1, **environment: str) -> tuple[int, str, str]:
-        process = self.start(*arguments, processes=processes, **environment)
-        out, err = process.communicate(timeout=120)
-        return process.returncode, out, err
+@pytest.fixture
+def project(tmp_path: Path) -> Path:
+    """A folder with a params.yaml and one stage."""
+    for name in ("stages", "contradiff"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    (tmp_path / "demo.py").write_text(STAGE)
+    (tmp_path / "params.yaml").write_text("seed: 3\nloss: {lambda: 1e-05}\nother: 1\n" + RUNTIME)
+    return tmp_path
 
 
 @pytest.fixture
-def project(tmp_path: Path) -> Project:
-    return Project(tmp_path)
+def call(
+    project: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Call:
+    """Run the stage in this process; return its exit code, output and messages."""
+    spec = importlib.util.spec_from_file_location("demo", project / "demo.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    monkeypatch.setitem(sys.modules, "__main__", module)
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    monkeypatch.chdir(project)
+    monkeypatch.setenv("CONTRADIFF_NUM_PROCESSES", "1")
+
+    def call(
+        *arguments: str, fault: BaseException | None = None, **environment: str
+    ) -> tuple[int, str, str]:
+        def fail(*_: object) -> NoReturn:
+            raise fault
+
+        monkeypatch.setattr(sys, "argv", ["demo", *arguments])
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value)
+        code = 0
+        try:
+            execute(module.Params, fail if fault else module.main, parallel=True)
+        except SystemExit as error:
+            code = error.code
+        return (code, *capsys.readouterr())
+
+    return call
 
 
-def test_a_stage_writes_its_outs(project: Project):
-    main_project = project.folder / "elsewhere"
-    assert project.run(DVC_ROOT=str(main_project))[0] == 0
-    written = json.loads((project.folder / "build/out.json").read_text())
+def start(project: Path, act: str, *, processes: int) -> "subprocess.Popen[str]":
+    """Start the stage as users and DVC do."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "demo"],
+        cwd=project,
+        env=os.environ | {"CONTRADIFF_NUM_PROCESSES": str(processes), "ACT": act},
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+
+
+def test_a_stage_writes_its_outs(project: Path, call: Call):
+    main_project = project / "elsewhere"
+    status, _, err = call(DVC_ROOT=str(main_project))
+    assert (status, err.count("demo: done in")) == (0, 1)
+    written = json.loads((project / "build/out.json").read_text())
     assert written == {"root": str(main_project), "weight": 1e-5}
 
 
-@pytest.mark.parametrize("processes", [1, 2])
-def test_dry_run_shows_parameters_and_does_nothing(project: Project, processes: int):
-    status, out, _ = project.run("--dry-run", processes=processes)
+@pytest.mark.parametrize("processes", ["1", "2"])
+def test_dry_run_shows_parameters_and_does_nothing(project: Path, call: Call, processes: str):
+    status, out, _ = call("--dry-run", CONTRADIFF_NUM_PROCESSES=processes)
     assert (status, out) == (0, "seed: 3\nloss:\n  lambda: 1e-05\n3 is the seed\n")
-    assert not (project.folder / "build").exists()
+    assert not (project / "build").exists()
 
 
-def test_help_says_what_the_stage_does(project: Project):
-    status, out, _ = project.run("--help", processes=2)
+def test_help_says_what_the_stage_does(call: Call):
+    status, out, _ = call("--help")
     assert status == 0
     assert "A stage for tests." in out
     assert "--dry-run" in out
 
 
-NOTHING_THERE = "contradiff: demo: data.root: nothing there\n"
+NOTHING_THERE = "data.root: nothing there"
+KILLED = "process 1 was killed by SIGKILL, perhaps for want of memory"
 
 
 @pytest.mark.parametrize(
-    ("act", "processes", "message"),
+    ("fault", "code", "message"),
     [
-        ("value", 1, NOTHING_THERE),
-        ("file", 1, "contradiff: demo: [Errno 2] No such file or directory: 'missing.txt'\n"),
-        ("value", 2, NOTHING_THERE),
-        ("second fails", 2, NOTHING_THERE),
-        (
-            "second is killed",
-            2,
-            "contradiff: demo: process 1 was killed by SIGKILL, perhaps for want of memory\n",
-        ),
+        (ValueError(NOTHING_THERE), 2, NOTHING_THERE),
+        (FileNotFoundError(2, "No such file", "a.txt"), 2, "[Errno 2] No such file: 'a.txt'"),
+        (KeyboardInterrupt(), 130, "interrupted"),
     ],
 )
-def test_a_fault_gives_one_message(project: Project, act: str, processes: int, message: str):
-    assert project.run(ACT=act, processes=processes) == (2, "", message)
+def test_a_fault_gives_one_message(call: Call, fault: BaseException, code: int, message: str):
+    assert call(fault=fault) == (code, "", f"contradiff: demo: {message}\n")
 
 
-@pytest.mark.parametrize(("act", "processes", "debug"), [("value", 1, "1"), ("bug", 2, "")])
-def test_bugs_keep_their_traceback_and_faults_show_it_on_demand(
-    project: Project, act: str, processes: int, debug: str
-):
-    status, _, err = project.run(ACT=act, processes=processes, CONTRADIFF_TRACEBACK=debug)
-    assert status == 1
-    assert "Traceback" in err
-    assert "done in" not in err
+@pytest.mark.parametrize(
+    ("act", "message"),
+    [("all fail", NOTHING_THERE), ("second fails", NOTHING_THERE), ("second is killed", KILLED)],
+)
+def test_a_fault_of_several_processes_gives_one_message(project: Path, act: str, message: str):
+    process = start(project, act, processes=2)
+    assert process.communicate(timeout=120) == ("", f"contradiff: demo: {message}\n")
+    assert process.returncode == 2
 
 
-def test_wrong_parameters_are_named(project: Project):
-    project.params("seed: true\nloss: {lambda: -1.0, lamda: 2}\n" + RUNTIME)
-    status, _, err = project.run()
+def test_bugs_keep_their_traceback_and_faults_show_it_on_demand(call: Call):
+    with pytest.raises(RuntimeError, match="a bug"):
+        call(fault=RuntimeError("a bug"))
+    with pytest.raises(ValueError, match=NOTHING_THERE):
+        call(fault=ValueError(NOTHING_THERE), CONTRADIFF_TRACEBACK="1")
+
+
+def test_wrong_parameters_are_named(project: Path, call: Call):
+    params = project / "params.yaml"
+    params.write_text("seed: true\nloss: {lambda: -1.0, lamda: 2}\n" + RUNTIME)
+    status, _, err = call()
     assert status == 2
     for key in ("seed", "loss.lambda", "loss.lamda"):
         assert f"params.yaml: {key}: " in err
-    project.params("seed: 1\nloss: {lambda: 1.0}\nruntime: {device: tpu}\n")
-    assert "params.yaml: runtime.device: " in project.run()[2]
+    params.write_text("seed: 1\nloss: {lambda: 1.0}\nruntime: {device: tpu}\n")
+    assert "params.yaml: runtime.device: " in call()[2]
 
 
 @pytest.mark.parametrize(("number", "processes"), [("TERM", 1), ("TERM", 2), ("INT", 2)])
-def test_a_stopped_stage_cleans_up_and_keeps_its_work(
-    project: Project, number: str, processes: int
-):
-    process = project.start(ACT="wait", processes=processes)
-    while len(list(project.folder.glob("started-*"))) < processes:
+def test_a_stopped_stage_cleans_up_and_keeps_its_work(project: Path, number: str, processes: int):
+    process = start(project, "wait", processes=processes)
+    while len(list(project.glob("started-*"))) < processes:
         assert process.poll() is None
         time.sleep(0.05)
     sent = signal.Signals[f"SIG{number}"]
@@ -190,15 +210,16 @@ def test_a_stopped_stage_cleans_up_and_keeps_its_work(
     _, err = process.communicate(timeout=60)
     assert process.returncode == 128 + sent
     assert "Traceback" not in err
-    assert (project.folder / "cleaned").exists()
-    assert len(list(project.folder.glob(".work/demo/*/checkpoint"))) == 1
+    assert (project / "cleaned").exists()
+    assert len(list(project.glob(".work/demo/*/checkpoint"))) == 1
 
 
-def test_two_processes_find_each_other(project: Project):
-    status, _, err = project.run(ACT="gather", processes=2)
-    assert (status, err.count("demo: done in")) == (0, 1)
+def test_two_processes_find_each_other(project: Path):
+    process = start(project, "gather", processes=2)
+    _, err = process.communicate(timeout=120)
+    assert (process.returncode, err.count("demo: done in")) == (0, 1)
     for rank in (0, 1):
-        assert (project.folder / f"seen-by-{rank}").read_text() == "[0, 1]"
+        assert (project / f"seen-by-{rank}").read_text() == "[0, 1]"
 
 
 def test_the_number_of_processes(monkeypatch: pytest.MonkeyPatch):
@@ -212,15 +233,22 @@ def test_the_number_of_processes(monkeypatch: pytest.MonkeyPatch):
     assert num_processes() == 1
 
 
-def test_work_is_kept_on_failure_and_deleted_on_success(run: Run):
+def leave_work(run: Run, params: Mapping[str, object]) -> Path:
+    """Fail after a checkpoint."""
+
     def fail() -> None:
-        with run.work_dir({"seed": 0}, [], state_version=1) as folder:
+        with run.work_dir(params, [], state_version=1) as folder:
             (folder / "checkpoint").touch()
             raise RuntimeError
 
     with pytest.raises(RuntimeError):
         fail()
     [folder] = (run.root / ".work" / run.stage).iterdir()
+    return folder
+
+
+def test_work_is_kept_on_failure_and_deleted_on_success(run: Run):
+    folder = leave_work(run, {"seed": 0})
     with run.work_dir({"seed": 0}, [], state_version=1) as again:
         assert again == folder
         assert (again / "checkpoint").exists()
@@ -229,77 +257,47 @@ def test_work_is_kept_on_failure_and_deleted_on_success(run: Run):
         assert [file.name for file in fresh.iterdir()] == [NOTE_NAME]
 
 
-def test_the_same_work_twice_at_once_waits(run: Run, capfd: pytest.CaptureFixture[str]):
+@pytest.mark.parametrize("killed", [False, True])
+def test_the_same_work_waits_for_the_end_of_another_process(
+    run: Run, capfd: pytest.CaptureFixture[str], *, killed: bool
+):
     context = multiprocessing.get_context("fork")
     ready = context.Event()
 
     def work() -> None:
-        with run.work_dir({"seed": 0}, [], state_version=1):
+        with run.work_dir({"seed": 0}, [], state_version=1) as folder:
+            (folder / "checkpoint").touch()
             ready.set()
-            time.sleep(0.5)
-            (run.root / "done").touch()
+            time.sleep(60 if killed else 0.5)
 
     process = context.Process(target=work)
     process.start()
     assert ready.wait(timeout=60)
+    if killed:
+        process.kill()
+        process.join()
     with run.work_dir({"seed": 0}, [], state_version=1) as folder:
-        assert (run.root / "done").exists()
-        assert [file.name for file in folder.iterdir()] == [NOTE_NAME]
+        assert (folder / "checkpoint").exists() == killed
     process.join()
-    assert f"waiting for process {process.pid}" in capfd.readouterr().err
+    waited = f"waiting for process {process.pid}" in capfd.readouterr().err
+    assert waited != killed
 
 
-def test_the_work_of_a_killed_process_is_free_again(run: Run):
-    context = multiprocessing.get_context("fork")
-    ready = context.Event()
-
-    def hang() -> None:
-        with run.work_dir({"seed": 0}, [], state_version=1) as folder:
-            (folder / "checkpoint").touch()
-            ready.set()
-            time.sleep(60)
-
-    process = context.Process(target=hang)
-    process.start()
-    assert ready.wait(60)
-    process.kill()
-    process.join()
-    with run.work_dir({"seed": 0}, [], state_version=1) as folder:
-        assert (folder / "checkpoint").exists()
-
-
-@pytest.mark.parametrize(
-    ("state_version", "commit", "kept", "said"),
-    [
-        (1, "commit-1", True, ""),
-        (1, "commit-2", True, "resuming work that commit commit-1 began; this is commit-2"),
-        (2, "commit-1", False, "beginning anew: the unfinished work has STATE_VERSION 1, and this"),
-    ],
-)
 def test_work_goes_on_under_another_commit_but_not_with_another_state(
-    run: Run,
-    monkeypatch: pytest.MonkeyPatch,
-    capfd: pytest.CaptureFixture[str],
-    *,
-    state_version: int,
-    commit: str,
-    kept: bool,
-    said: str,
+    run: Run, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ):
-    def fail() -> None:
-        with run.work_dir({}, [], state_version=1) as folder:
-            (folder / "checkpoint").touch()
-            raise RuntimeError
-
-    monkeypatch.setattr(work_dir, "revision", lambda: "commit-1")
-    with pytest.raises(RuntimeError):
-        fail()
-    monkeypatch.setattr(work_dir, "revision", lambda: commit)
-    with run.work_dir({}, [], state_version=state_version) as folder:
-        assert (folder / "checkpoint").exists() == kept
-    heard = capfd.readouterr().err
-    assert said in heard
-    assert bool(said) == bool(heard)
+    anew = "track: beginning anew: the unfinished work has STATE_VERSION 1, and this code saves "
+    for state_version, commit, said in (
+        (1, "commit-1", ""),
+        (1, "commit-2", "track: resuming work that commit commit-1 began; this is commit-2\n"),
+        (2, "commit-1", f"{anew}version 2\n"),
+    ):
+        monkeypatch.setattr(work_dir, "revision", lambda: "commit-1")
+        leave_work(run, {})
+        monkeypatch.setattr(work_dir, "revision", lambda commit=commit: commit)
+        with run.work_dir({}, [], state_version=state_version) as folder:
+            assert (folder / "checkpoint").exists() == (state_version == 1)
+        assert capfd.readouterr().err == said
 
 
 class TestKey:
@@ -387,20 +385,17 @@ def test_training_reads_shards_from_where_their_copies_are(run: Run):
 
 @pytest.mark.parametrize(("seconds", "num_lines"), [(0.0, 6), (10.0, 2)])
 def test_progress_in_a_log_file_is_lines(
-    monkeypatch: pytest.MonkeyPatch,
-    capfd: pytest.CaptureFixture[str],
-    seconds: float,
-    num_lines: int,
+    run: Run, monkeypatch: pytest.MonkeyPatch, seconds: float, num_lines: int
 ):
     """At the beginning, now and then, and at the end."""
-    monkeypatch.setattr(progress, "SECONDS_BETWEEN_LINES", seconds)
-    with show_progress("pretrain", total=20, unit="img", shown=True) as advance:
+    monkeypatch.setattr(run_module, "SECONDS_BETWEEN_LINES", seconds)
+    monkeypatch.setattr(sys, "stderr", StringIO())
+    with run.progress("train", 20) as advance:
         for _ in range(4):
             advance(5, loss=0.125)
-    text = capfd.readouterr().err
-    assert "\r" not in text
-    lines = text.splitlines()
+    first, *_, last = lines = sys.stderr.getvalue().splitlines()
     assert len(lines) == num_lines
-    assert lines[0].startswith("pretrain:   0%")
-    assert "20/20 [" in lines[-1]
-    assert lines[-1].endswith("loss=0.125]")
+    assert first.startswith("track: train:   0%")
+    assert "20/20 [" in last
+    assert last.endswith("loss=0.125]")
+    assert "\r" not in sys.stderr.getvalue()

@@ -3,10 +3,12 @@
 from stages.runtime import tracking
 from stages.runtime.experiments import upsert_row
 from stages.runtime.run import Run, RuntimeParams
-from stages.runtime.tracking import connect, flatten_params, training_run
+from stages.runtime.tracking import connect, training_run
 
+import itertools
 import json
 import multiprocessing
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +18,7 @@ from stages.track import table
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
-    from mlflow.entities import Run as Record
+    from mlflow.entities import Run as Recorded
 
 PARAMS = {
     "seed": 0,
@@ -34,7 +36,8 @@ FLAT = {
 }
 
 
-Results = dict[str, Any]
+Record = Callable[[], str]
+Train = Callable[..., None]
 
 
 def run_of(root: Path, stage: str) -> Run:
@@ -64,32 +67,45 @@ def client(root: Path) -> "MlflowClient":
 
 
 @pytest.fixture
-def results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Results:
-    """A finished pipeline, in a copy beside the main repository, as in `dvc exp run --temp`."""
+def record(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Record:
+    """Records a finished pipeline that lies beside the main repository, as in `exp run --temp`."""
     files = {
-        "copy/metrics/probe.json": json.dumps({"probe": {"top1": 0.5, "head": "linear"}}),
-        "copy/metrics/score.json": json.dumps({"score": {"fid": 12.5, "is_mean": 3}}),
-        "copy/metrics/pretrain.csv": "step,loss,lr\n0,2.0,0.1\n10,1.0,\n",
-        "copy/build/pretrain/model.safetensors": "weights",
-        "copy/build/report/index.html": "<html>",
-        "copy/build/report/summary.json": json.dumps(
-            {"rows": [["top-1", "50.0 %"], ["FID", "12.5"]], "report": "build/report/index.html"}
-        ),
-        "copy/build/figures/samples.png": "png",
+        "metrics/probe.json": '{"probe": {"top1": 0.5, "head": "linear"}}',
+        "metrics/score.json": '{"score": {"fid": 12.5, "is_mean": 3}}',
+        "metrics/pretrain.csv": "step,loss,lr\n0,2.0,0.1\n10,1.0,\n",
+        "build/pretrain/model.safetensors": "weights",
+        "build/report/index.html": "<html>",
+        "build/figures/samples.png": "png",
     }
     for name, text in files.items():
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).write_text(text)
+        (tmp_path / "copy" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "copy" / name).write_text(text)
     monkeypatch.chdir(tmp_path / "copy")
-    return {
-        "params": PARAMS,
-        "metrics": [Path("metrics/probe.json"), Path("metrics/score.json")],
-        "curve": Path("metrics/pretrain.csv"),
-        "artifacts": [Path("build/figures/samples.png"), Path("build/report")],
-    }
+    return lambda: upsert_row(
+        run_of(root, "track"),
+        params=PARAMS,
+        metrics=[Path("metrics/probe.json"), Path("metrics/score.json")],
+        curve=Path("metrics/pretrain.csv"),
+        artifacts=[Path("build/figures/samples.png"), Path("build/report")],
+    )
 
 
-def records(client: "MlflowClient", experiment: str) -> "list[Record]":
+@pytest.fixture
+def train(root: Path, tmp_path: Path) -> Train:
+    """Logs a training; all of them resume one another."""
+
+    def train(steps: range, *, fails: bool = False) -> None:
+        pretrain = run_of(root, "pretrain")
+        with training_run(pretrain, tmp_path, PARAMS, files_checkpoint=True) as log:
+            for step in steps:
+                log(step, {"loss": 1.0 - step / 8})
+            if fails:
+                raise KeyboardInterrupt
+
+    return train
+
+
+def records(client: "MlflowClient", experiment: str) -> "list[Recorded]":
     found = client.get_experiment_by_name(experiment)
     return list(client.search_runs([found.experiment_id])) if found else []
 
@@ -98,28 +114,21 @@ def curve(client: "MlflowClient", run_id: str, name: str) -> list[tuple[int, flo
     return [(point.step, point.value) for point in client.get_metric_history(run_id, name)]
 
 
-def test_params_are_flat_text_without_runtime():
-    assert flatten_params(PARAMS) == FLAT
-
-
-@pytest.mark.usefixtures("results")
-def test_table():
-    assert table(Path("build/report/summary.json")) == (
+def test_table(tmp_path: Path):
+    summary = {"rows": [["top-1", "50.0 %"], ["FID", "12.5"]], "report": "build/report/index.html"}
+    (tmp_path / "summary.json").write_text(json.dumps(summary))
+    assert table(tmp_path / "summary.json") == (
         "top-1  50.0 %\nFID    12.5\n\nreport: build/report/index.html"
     )
 
 
 class TestRow:
     def test_is_complete(
-        self,
-        results: Results,
-        root: Path,
-        client: "MlflowClient",
-        monkeypatch: pytest.MonkeyPatch,
+        self, record: Record, root: Path, client: "MlflowClient", monkeypatch: pytest.MonkeyPatch
     ):
         monkeypatch.setenv("DVC_EXP_NAME", "tiled-bard")
         monkeypatch.setenv("DVC_EXP_BASELINE_REV", "abc123")
-        run_id = upsert_row(run_of(root, "track"), **results)
+        run_id = record()
         [row] = records(client, "contradiff")
         assert row.info.run_id == run_id
         assert row.info.run_name == "tiled-bard"
@@ -132,88 +141,61 @@ class TestRow:
         assert row.data.tags["dvc.exp_names"] == "tiled-bard"
         assert row.data.tags["baseline_rev"] == "abc123"
         artifacts = root / "mlruns/contradiff" / run_id / "artifacts"
-        assert sorted(str(p.relative_to(artifacts)) for p in artifacts.rglob("*.*")) == [
-            "report/index.html",
-            "report/summary.json",
-            "samples.png",
-        ]
+        kept = sorted(str(path.relative_to(artifacts)) for path in artifacts.rglob("*.*"))
+        assert kept == ["report/index.html", "samples.png"]
 
     def test_same_results_are_one_row_with_both_names(
-        self,
-        results: Results,
-        root: Path,
-        client: "MlflowClient",
-        monkeypatch: pytest.MonkeyPatch,
+        self, record: Record, client: "MlflowClient", monkeypatch: pytest.MonkeyPatch
     ):
         ids: set[str] = set()
         for name in ("ruddy-duck", "azure-cove", "ruddy-duck"):
             monkeypatch.setenv("DVC_EXP_NAME", name)
-            ids.add(upsert_row(run_of(root, "track"), **results))
+            ids.add(record())
         [row] = records(client, "contradiff")
         assert ids == {row.info.run_id}
         assert row.data.tags["dvc.exp_names"] == "azure-cove ruddy-duck"
         assert curve(client, row.info.run_id, "pretrain.loss") == [(0, 2.0), (10, 1.0)]
 
-    def test_other_results_are_another_row(
-        self, results: Results, root: Path, client: "MlflowClient"
-    ):
-        upsert_row(run_of(root, "track"), **results)
+    def test_other_results_are_another_row(self, record: Record, client: "MlflowClient"):
+        record()
         Path("metrics/probe.json").write_text('{"probe": {"top1": 0.6}}')
-        upsert_row(run_of(root, "track"), **results)
-        assert sorted(row.data.metrics["probe.top1"] for row in records(client, "contradiff")) == [
-            0.5,
-            0.6,
-        ]
+        record()
+        rows = records(client, "contradiff")
+        assert sorted(row.data.metrics["probe.top1"] for row in rows) == [0.5, 0.6]
 
     def test_half_written_row_is_replaced(
-        self,
-        results: Results,
-        root: Path,
-        client: "MlflowClient",
-        monkeypatch: pytest.MonkeyPatch,
+        self, record: Record, client: "MlflowClient", monkeypatch: pytest.MonkeyPatch
     ):
         with monkeypatch.context() as patch:
             patch.setattr(tracking.Store, "log", lambda *_, **__: 1 / 0)
             with pytest.raises(ValueError, match="could not be recorded"):
-                upsert_row(run_of(root, "track"), **results)
-        upsert_row(run_of(root, "track"), **results)
+                record()
+        record()
         [row] = records(client, "contradiff")
         assert row.data.params == FLAT
 
     def test_training_is_its_child_while_it_is_there(
-        self, results: Results, root: Path, client: "MlflowClient"
+        self, record: Record, train: Train, client: "MlflowClient"
     ):
-        with training_run(run_of(root, "pretrain"), root, PARAMS, files_checkpoint=True) as log:
-            log(0, {"loss": 2.0})
-        run_id = upsert_row(run_of(root, "track"), **results)
+        train(range(1))
+        run_id = record()
         [training] = records(client, "contradiff-train")
         assert training.data.tags["mlflow.parentRunId"] == run_id
         [row] = records(client, "contradiff")
         assert row.data.tags["train_run_id"] == training.info.run_id
         client.delete_run(training.info.run_id)
         client.delete_run(run_id)
-        upsert_row(run_of(root, "track"), **results)
+        record()
         assert "train_run_id" not in records(client, "contradiff")[0].data.tags
 
 
 class TestTraining:
-    def test_resumed_training_goes_on_in_its_run(
-        self, root: Path, tmp_path: Path, client: "MlflowClient"
-    ):
-        def train(steps: range, *, fails: bool) -> None:
-            with training_run(
-                run_of(root, "pretrain"), tmp_path, PARAMS, files_checkpoint=True
-            ) as log:
-                for step in steps:
-                    log(step, {"loss": 1.0 - step / 8})
-                if fails:
-                    raise KeyboardInterrupt
-
+    def test_resumed_training_goes_on_in_its_run(self, train: Train, client: "MlflowClient"):
         with pytest.raises(KeyboardInterrupt):
             train(range(4), fails=True)
         [record] = records(client, "contradiff-train")
         assert record.info.status == "KILLED"
-        train(range(2, 6), fails=False)  # the checkpoint was older than the last logged step
+        train(range(2, 6))  # the checkpoint was older than the last logged step
         [record] = records(client, "contradiff-train")
         assert record.info.status == "FINISHED"
         assert record.data.params == FLAT
@@ -222,34 +204,35 @@ class TestTraining:
 
     def test_store_that_fails_costs_a_warning(
         self,
-        root: Path,
-        tmp_path: Path,
+        train: Train,
         client: "MlflowClient",
         monkeypatch: pytest.MonkeyPatch,
         capfd: pytest.CaptureFixture[str],
     ):
+        whole, fails_at = tracking.Store.log, {2, 3}
+        calls = itertools.count()
+
+        def log(*args: Any, **given: Any) -> None:
+            if next(calls) in fails_at:
+                raise ConnectionError
+            whole(*args, **given)
+
         monkeypatch.setattr(tracking, "_SECONDS_BETWEEN_BATCHES", 0.0)
         monkeypatch.setattr(tracking, "_SECONDS_BEFORE_RETRY", 0.0)
-        with training_run(run_of(root, "pretrain"), tmp_path, PARAMS, files_checkpoint=True) as log:
-            log(0, {"loss": 3.0})
-            with monkeypatch.context() as patch:
-                patch.setattr(tracking.Store, "log", lambda *_, **__: 1 / 0)
-                log(1, {"loss": 2.0})
-            log(2, {"loss": 1.0})
-        assert "warning: MLflow: 1 values wait to be logged" in capfd.readouterr().err
+        monkeypatch.setattr(tracking.Store, "log", log)
+        train(range(4))  # the first call logs the parameters
+        assert "warning: MLflow: 2 values wait to be logged" in capfd.readouterr().err
         [record] = records(client, "contradiff-train")
-        assert curve(client, record.info.run_id, "loss") == [(0, 3.0), (1, 2.0), (2, 1.0)]
+        expected = [(step, 1.0 - step / 8) for step in range(4)]
+        assert curve(client, record.info.run_id, "loss") == expected
 
     @pytest.mark.parametrize("uri", ["sqlite:////proc/none/mlflow.db", "nonsense://x"])
     def test_wrong_uri_is_seen_at_the_start(
-        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, uri: str
+        self, train: Train, monkeypatch: pytest.MonkeyPatch, uri: str
     ):
         monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
-        with (
-            pytest.raises(ValueError, match=f"MLflow's store {uri} cannot be used"),
-            training_run(run_of(tmp_path, "pretrain"), tmp_path, PARAMS, files_checkpoint=True),
-        ):
-            pass
+        with pytest.raises(ValueError, match=f"MLflow's store {uri} cannot be used"):
+            train(range(0))
 
 
 def _train_once(root: Path, number: int) -> None:
