@@ -15,6 +15,7 @@ from contradiff.config import Section, Seed
 from contradiff.data.streams import PairedShards
 from contradiff.generation import class_table
 from contradiff.method.checkpoint import load_checkpoint, read_config
+from contradiff.training.state import STATE_VERSION
 
 BASE, CHECKPOINT = Path("build/base"), Path("build/pretrain")
 IMAGES, LATENTS = Path("build/shards"), Path("build/latents")
@@ -43,8 +44,9 @@ def main(params: Params, run: Run) -> None:
                 cross_attention_dim=model.unet.config["cross_attention_dim"],
             )
             run.log(f"{sum(p.numel() for p in table.parameters()):,} trainable parameters")
+            inputs, digest = [BASE, CHECKPOINT], pairs.digest
             session = stack.enter_context(
-                follow_training(run, params, [BASE, CHECKPOINT], pairs, num_steps=num_steps)
+                follow_training(run, params, inputs, digest, STATE_VERSION, num_steps=num_steps)
             )
             # pretraining's precision: the same passes of the same model
             precision = read_config(CHECKPOINT)["params"]["pretrain"]["precision"]

@@ -18,6 +18,7 @@ from contradiff.method.model import Architecture, build_model
 from contradiff.method.parameter_counts import count_parameters, parameter_table
 from contradiff.training.pretraining import pretrain, write_curve
 from contradiff.training.recipe import TrainingRecipe
+from contradiff.training.state import STATE_VERSION
 
 BASE, IMAGES, LATENTS = Path("build/base"), Path("build/shards"), Path("build/latents")
 CHECKPOINT, CURVE = Path("build/pretrain"), Path("metrics/pretrain.csv")
@@ -51,7 +52,7 @@ def main(params: Params, run: Run) -> None:
         run.log(params.warning)
     num_steps = params.pretrain.epochs * (pairs.num_samples // params.pretrain.batch_size)
     with follow_training(
-        run, params, [BASE], pairs, num_steps=num_steps, files_checkpoint=True
+        run, params, [BASE], pairs.digest, STATE_VERSION, num_steps=num_steps, files_checkpoint=True
     ) as session:
         # The main process holds the folder's lock now: what all resume from no longer changes.
         accelerator.wait_for_everyone()

@@ -3,17 +3,15 @@
 from stages.runtime.run import Run
 from stages.runtime.tracking import training_run
 
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, TypedDict
+from typing import TypedDict
 
 from contradiff.config import Section
-from contradiff.training.loop import OnStep
-from contradiff.training.state import STATE_VERSION
 
-if TYPE_CHECKING:
-    from contradiff.data.streams import PairedShards
+OnStep = Callable[[int, Mapping[str, float] | None], None]
+"""The callback of `contradiff.training.loop.train`."""
 
 
 class Session(TypedDict):
@@ -31,22 +29,23 @@ def follow_training(
     run: Run,
     params: Section,
     inputs: Sequence[Path],
-    pairs: "PairedShards",
+    data_digest: str,
+    state_version: int,
     *,
     num_steps: int,
     files_checkpoint: bool = False,
 ) -> Generator[Session]:
     """Open a training's folder, MLflow run and progress bar; yield what the trainer needs of them.
 
-    The parameters, the `inputs` (files and folders) and the content of the training split name the
+    The parameters, the `inputs` (files and folders) and the digest of the training split name the
     folder. Pretraining alone says `files_checkpoint` (see `training_run`); its metrics begin with
     train/ in MLflow, and those of another stage with the stage's name.
     """
     shown, runtime = params.model_dump(mode="json", by_alias=True), run.runtime
     prefix = "train" if files_checkpoint else run.stage
-    decisive = {**shown, "train": pairs.digest}
+    decisive = {**shown, "train": data_digest}
     with (
-        run.work_dir(decisive, inputs, state_version=STATE_VERSION) as work,
+        run.work_dir(decisive, inputs, state_version=state_version) as work,
         training_run(run, work, shown, files_checkpoint=files_checkpoint) as log_metrics,
         show_steps(run, "train", num_steps) as show,
     ):
