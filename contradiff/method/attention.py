@@ -51,18 +51,11 @@ class TriTimestepAttention(nn.Module):
     Q comes from the noisiest map, K from the middle one and V from the cleanest. The layers are: a
     shared LayerNorm; W_Q, W_K, W_V without bias; multi-head attention and W_O; an MLP; a class
     token with one ViT block; a final norm. The paper gives only Eq. 4 and the number of parameters
-    (28M with the linear classifier); these layers have that number.
+    (28M with the linear classifier); these layers have that number. `in_channels` are those of the
+    maps, 1280 for Stable Diffusion's mid block; the other arguments are as in `HeadParams`.
     """
 
     def __init__(self, *, in_channels: int, width: int, num_heads: int, mlp_ratio: int) -> None:
-        """Initialise with random weights.
-
-        Args:
-            in_channels: Channels of the maps; 1280 for Stable Diffusion's mid block.
-            width: Width of the attention and of h.
-            num_heads: A divisor of `width`.
-            mlp_ratio: Width of the MLPs' hidden layer divided by `width`.
-        """
         super().__init__()
         self.num_heads = num_heads
         self.norm_in = nn.LayerNorm(in_channels)
@@ -91,14 +84,14 @@ class TriTimestepAttention(nn.Module):
 class Projector(nn.Sequential):
     """Linear, BatchNorm, ReLU, Linear between h and the contrastive loss; probes read h.
 
-    Deviation: the paper mentions no projector, but it follows SimCLR and MAGE, which have one.
+    *Deviation*: the paper mentions no projector, but it follows SimCLR and MAGE, which have one.
+    BatchNorm and cosine similarity would cancel biases, so there are none.
     """
 
-    def __init__(self, *, in_width: int, width: int, out_width: int) -> None:
-        """Initialise with random weights; BatchNorm and cosine similarity would cancel biases."""
+    def __init__(self, head: HeadParams) -> None:
         super().__init__(
-            nn.Linear(in_width, width, bias=False),
-            nn.BatchNorm1d(width),
+            nn.Linear(head.width, head.projector_width, bias=False),
+            nn.BatchNorm1d(head.projector_width),
             nn.ReLU(inplace=True),
-            nn.Linear(width, out_width, bias=False),
+            nn.Linear(head.projector_width, head.projector_out, bias=False),
         )

@@ -7,11 +7,9 @@ from typing import Any
 
 from safetensors.torch import load_file, save_file
 
-from contradiff.base.config import downsampling_of
-from contradiff.base.loading import NoiseSchedule, load_unet
 from contradiff.config import parse
 from contradiff.files import replace_dir, sha256_of
-from contradiff.method.model import Architecture, ContraDiff
+from contradiff.method.model import Architecture, ContraDiff, build_model
 from contradiff.method.parameter_counts import ParameterCounts
 
 WEIGHTS_NAME = "model.safetensors"
@@ -36,14 +34,8 @@ def save_checkpoint(
 ) -> None:
     """Write the trained weights (not the base's) and config.json, whole or not at all.
 
-    Args:
-        folder: to write; an earlier one is replaced.
-        model: after training.
-        base: folder of the base that it was trained on.
-        image_size: side of the conditioner's pixels.
-        num_steps: optimiser steps taken.
-        counts: trainable and frozen parameters.
-        params: the parameters of the run, as JSON; `Architecture` is read back from them.
+    An earlier checkpoint in `folder` is replaced. `params` are those of the run, as JSON;
+    `load_checkpoint` reads the `Architecture` from them.
     """
     config = {
         "base_sha256": base_digest(base),
@@ -52,20 +44,14 @@ def save_checkpoint(
         "parameters": counts,
         "params": dict(params),
     }
-    state = {
-        name: tensor.detach().cpu().contiguous() for name, tensor in model.trained_state().items()
-    }
+    state = {name: value.cpu().contiguous() for name, value in model.trained_state().items()}
     with replace_dir(folder) as temporary:
         save_file(state, temporary / WEIGHTS_NAME)
         (temporary / CONFIG_NAME).write_text(json.dumps(config, indent=1, sort_keys=True) + "\n")
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """A checkpoint's config.json.
-
-    Raises:
-        ValueError: there is no checkpoint in `folder`.
-    """
+    """Read a checkpoint's config.json; ValueError where there is no checkpoint."""
     path = folder / CONFIG_NAME
     if not path.is_file():
         raise ValueError(
@@ -84,12 +70,6 @@ def load_checkpoint(folder: Path, *, base: Path) -> ContraDiff:
     if config["base_sha256"] != base_digest(base):
         raise ValueError(f"{folder}: trained on another base than {base}; run `dvc repro pretrain`")
     architecture = parse(Architecture, config["params"], source=str(folder / CONFIG_NAME))
-    model = ContraDiff(
-        load_unet(base),
-        NoiseSchedule.of_base(base),
-        architecture,
-        image_size=config["image_size"],
-        downsampling=downsampling_of(base),
-    )
+    model = build_model(base, architecture, image_size=config["image_size"], seed=None)
     model.load_trained_state(load_file(folder / WEIGHTS_NAME))
     return model.eval()

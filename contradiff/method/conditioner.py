@@ -3,9 +3,8 @@
 from typing import Literal
 
 import torch
-from jaxtyping import Bool
 from pydantic import Field, model_validator
-from torch import Tensor, nn
+from torch import nn
 
 from contradiff.config import Section
 from contradiff.method.transformer import Block
@@ -40,7 +39,8 @@ class ConditionerParams(Section):
 class Conditioner(nn.Module):
     """A ViT over the clean image: patches, learned positions, pre-norm blocks, a linear layer.
 
-    With `input` "latents" it sees the clean latent instead, and training needs no pixels.
+    It turns (in_channels, size, size) into (size / patch_size)^2 tokens. With conditioner.input
+    "latents" it sees the clean latent instead of the pixels, and training needs no images.
 
     The last linear layer starts at zero, so that all tokens are zero when training starts. For the
     tiny base this is its unconditional mode; for Stable Diffusion, cross-attention then adds only
@@ -48,39 +48,20 @@ class Conditioner(nn.Module):
     """
 
     def __init__(
-        self,
-        *,
-        input: Literal["pixels", "latents"],  # noqa: A002  # the parameter's name
-        in_channels: int,
-        size: int,
-        patch_size: int,
-        width: int,
-        depth: int,
-        num_heads: int,
-        cross_attention_dim: int,
+        self, params: ConditionerParams, *, in_channels: int, size: int, cross_attention_dim: int
     ) -> None:
-        """Initialise with random weights.
-
-        Args:
-            input: Whether `forward` takes pixels or latents.
-            in_channels: Channels of the input, 3 for pixels.
-            size: Side of the input, a multiple of `patch_size`.
-            patch_size: Side of a patch; there are (size / patch_size)^2 tokens.
-            width: Width of the blocks.
-            depth: Number of blocks.
-            num_heads: Heads of each block.
-            cross_attention_dim: Width of the tokens that the UNet takes.
-        """
         super().__init__()
+        width, patch_size = params.width, params.patch_size
         assert size % patch_size == 0, "rules.py refuses other sizes"
-        self.input: Literal["pixels", "latents"] = input
+        self.input = params.input
         self.shape = (in_channels, size, size)
         num_tokens = (size // patch_size) ** 2
         self.to_patches = nn.Conv2d(in_channels, width, kernel_size=patch_size, stride=patch_size)
         self.positions = nn.Parameter(torch.randn(1, num_tokens, width) * 0.02)
-        self.blocks = nn.Sequential(
-            *(Block(width, num_heads=num_heads, mlp_ratio=4) for _ in range(depth))
+        blocks = (
+            Block(width, num_heads=params.num_heads, mlp_ratio=4) for _ in range(params.depth)
         )
+        self.blocks = nn.Sequential(*blocks)
         self.norm = nn.LayerNorm(width)
         self.to_tokens = nn.Linear(width, cross_attention_dim)
         nn.init.zeros_(self.to_tokens.weight)
@@ -94,13 +75,3 @@ class Conditioner(nn.Module):
         """Pixels, scaled latents or Gaussian noise of their shape => encoder_hidden_states."""
         patches = self.to_patches(conditions).flatten(2).transpose(1, 2)
         return self.to_tokens(self.norm(self.blocks(patches + self.positions)))
-
-
-def drop_conditions(
-    conditions: Conditions, *, dropped: Bool[Tensor, " batch"], noise: Conditions
-) -> Conditions:
-    """Replace the images where `dropped` is true by Gaussian noise.
-
-    c(noise) is the paper's unconditional mode (App. A), and the null condition of guidance.
-    """
-    return torch.where(dropped.view(-1, 1, 1, 1), noise, conditions)

@@ -20,10 +20,11 @@ class LoraParams(Section):
     targets: list[str] = Field(min_length=1, description="suffixes of the UNet's linear layers")
 
 
-def add_lora(unet: "UNet2DConditionModel", *, rank: int, alpha: float, targets: list[str]) -> None:
+def add_lora(unet: "UNet2DConditionModel", params: LoraParams) -> None:
     """Insert trainable low-rank updates in place; they start as the identity (B = 0)."""
     from peft import LoraConfig, inject_adapter_in_model
 
+    rank, alpha, targets = params.rank, params.alpha, params.targets
     config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets, lora_dropout=0.0)  # pyright: ignore[reportArgumentType]
     inject_adapter_in_model(config, unet)
     adapted = [name for name, _ in unet.named_modules() if name.endswith(".lora_A")]
@@ -52,8 +53,8 @@ def cast_frozen_weights(unet: nn.Module) -> None:
     """Convert the frozen weights of linear layers and convolutions to bfloat16.
 
     Autocast would convert them to the same values in every pass, and would keep these copies beside
-    the float32 weights until the backward pass. The weights of norms stay float32, because autocast
-    runs norms in float32 on CUDA. Trainable weights stay float32 as well.
+    the float32 weights until the backward pass. Norms, which autocast runs in float32 on CUDA, and
+    trainable weights stay float32.
     """
     for module in unet.modules():
         if isinstance(module, nn.Linear | nn.Conv2d) and not module.weight.requires_grad:

@@ -3,12 +3,13 @@
 Each contrastive loss takes the projected features of two views, row i of both from the same image;
 similarity is the cosine, so they need not be normalised. `anchors` are the images whose loss is
 averaged, all by default: a process passes its own where the views hold those of all processes, and
-the mean over processes is then the loss of the whole batch.
+the mean over processes is then the loss of the whole batch. Fewer than two images are a ValueError.
 """
 
 import math
+from collections.abc import Callable
 from contextlib import nullcontext
-from typing import Literal, Protocol
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -17,9 +18,12 @@ from pydantic import Field
 from torch import Tensor
 
 from contradiff.config import Section
+from contradiff.method.noise import PerTimestep
 from contradiff.types import Latents
 
 View = Float[Tensor, "num_images width"]
+Loss = Float[Tensor, ""]
+ALL = slice(None)
 
 
 class LossParams(Section):
@@ -44,7 +48,7 @@ class LossParams(Section):
 
 def reconstruction_loss(
     noise_pred: Latents, noise: Latents, *, weights: Float[Tensor, " batch"] | None
-) -> Float[Tensor, ""]:
+) -> Loss:
     """Eq. 3: the mean squared error of the predicted noise, each sample times its weight."""
     if weights is None:
         return F.mse_loss(noise_pred.float(), noise.float())
@@ -52,9 +56,7 @@ def reconstruction_loss(
     return (weights * error.mean(dim=(1, 2, 3))).mean()
 
 
-def min_snr_weights(
-    alphas_cumprod: Float[Tensor, " timesteps"], *, gamma: float
-) -> Float[Tensor, " timesteps"]:
+def min_snr_weights(alphas_cumprod: PerTimestep, *, gamma: float) -> PerTimestep:
     """min(SNR, gamma) / SNR of each timestep (Hang et al., 2023), for a predicted noise.
 
     SNR = alpha-bar / (1 - alpha-bar). Nearly clean images weigh less.
@@ -63,18 +65,13 @@ def min_snr_weights(
     return ratio.clamp(max=gamma) / ratio
 
 
-def ntxent(
-    view1: View, view2: View, *, temperature: float, anchors: slice = slice(None)
-) -> Float[Tensor, ""]:
+def ntxent(view1: View, view2: View, *, temperature: float, anchors: slice = ALL) -> Loss:
     """Symmetric NT-Xent (SimCLR): both views are anchors, all 2N - 1 others are candidates.
 
     Example:
         >>> view1 = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
         >>> ntxent(view1, view1, temperature=0.5)  # log(1 + 2 exp(-2))
         tensor(0.2395)
-
-    Raises:
-        ValueError: fewer than two images.
     """
     first, second, rows = _unit(view1, view2, anchors)
     num_images, everything = len(first), torch.cat([first, second])
@@ -84,21 +81,15 @@ def ntxent(
     return F.cross_entropy(logits, (rows + num_images) % (2 * num_images))
 
 
-def dcl_paper(
-    view1: View, view2: View, *, temperature: float, anchors: slice = slice(None)
-) -> Float[Tensor, ""]:
+def dcl_paper(view1: View, view2: View, *, temperature: float, anchors: slice = ALL) -> Loss:
     """Eq. 6 to the letter: anchors of view 1, no positive in the denominator, the factor 2.
 
-    *Deviation*: the mean over images instead of the sum, so that lambda does not depend on the
-    batch.
+    *Deviation*: the mean over images, not the sum, so that lambda does not depend on the batch.
 
     Example:
         >>> view1 = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
         >>> dcl_paper(view1, view1, temperature=0.5)  # log(2 exp(0)) - 1 / 0.5 - log 2
         tensor(-2.)
-
-    Raises:
-        ValueError: fewer than two images.
     """
     first, second, rows = _unit(view1, view2, anchors)
     within = _product(first[rows], first) / temperature
@@ -108,33 +99,19 @@ def dcl_paper(
     return (torch.cat(negatives, dim=1).logsumexp(dim=1) - positive - math.log(2)).mean()
 
 
-def infonce(
-    view1: View, view2: View, *, temperature: float, anchors: slice = slice(None)
-) -> Float[Tensor, ""]:
+def infonce(view1: View, view2: View, *, temperature: float, anchors: slice = ALL) -> Loss:
     """InfoNCE (Oord et al., 2018), one direction: view 1 finds its partner among all of view 2.
 
     Example:
         >>> view1 = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
         >>> infonce(view1, view1, temperature=0.5)  # log(1 + exp(-2))
         tensor(0.1269)
-
-    Raises:
-        ValueError: fewer than two images.
     """
     first, second, rows = _unit(view1, view2, anchors)
     return F.cross_entropy(_product(first[rows], second) / temperature, rows)
 
 
-class ContrastiveLoss(Protocol):
-    """One of the losses above."""
-
-    def __call__(
-        self, view1: View, view2: View, *, temperature: float, anchors: slice = ...
-    ) -> Float[Tensor, ""]:
-        """Two views => the mean loss of the anchors."""
-        ...
-
-
+ContrastiveLoss = Callable[..., Loss]
 CONTRASTIVE_LOSSES: dict[str, ContrastiveLoss] = {
     "ntxent": ntxent,
     "dcl_paper": dcl_paper,
@@ -154,8 +131,8 @@ def _unit(view1: View, view2: View, anchors: slice) -> tuple[View, View, Int[Ten
 
 
 def _product(
-    first: Float[Tensor, "anchors width"], second: Float[Tensor, "others width"]
-) -> Float[Tensor, "anchors others"]:
+    first: View, second: Float[Tensor, "others width"]
+) -> Float[Tensor, "num_images others"]:
     """Cosines in float32: autocast would round them to bfloat16, which 1 / tau then magnifies."""
     device = first.device.type
     known = torch.amp.is_autocast_available(device)  # not to the meta device

@@ -23,16 +23,10 @@ def mean_in_microbatches(
     Each microbatch's gradient is taken as soon as its loss is known, and its activations are freed
     before the next one runs. The backward pass only hands on what was found. Unlike checkpointing
     it computes nothing twice; the gradient is the same up to the order of its sum. What computed
-    `inputs` keeps its activations as always.
+    `inputs` keeps its activations as always. The mean can be differentiated once.
 
-    Args:
-        loss_of: called with a slice of rows and, detached, these rows of `inputs`.
-        inputs: tensors with the same number of rows; the gradient flows on to them.
-        parameters: all that `loss_of` trains; others would get no gradient.
-        microbatch_size: rows at once; the last microbatch may have fewer.
-
-    Returns:
-        A scalar that can be differentiated once.
+    `loss_of` gets a slice of rows and, detached, these rows of each input. Gradients flow on to
+    `inputs` and to `parameters`, which must hold all that `loss_of` trains.
     """
     return _Mean.apply(loss_of, microbatch_size, len(inputs), *inputs, *parameters)  # pyright: ignore[reportReturnType]
 
@@ -47,15 +41,13 @@ class _Mean(torch.autograd.Function):
 
         def add_microbatch(rows: slice) -> Tensor:
             """Add its gradient; return its share of the mean. All else is freed on return."""
-            leaves = [
-                t[rows].detach().requires_grad_(t.requires_grad) for t in tensors[:num_inputs]
-            ]
+            inputs = tensors[:num_inputs]
+            leaves = [t[rows].detach().requires_grad_(t.requires_grad) for t in inputs]
             given = (*leaves, *tensors[num_inputs:])
             with torch.enable_grad():
                 share = loss_of(rows, *leaves) * ((rows.stop - rows.start) / num_rows)
-            found = torch.autograd.grad(
-                share, [given[i] for i in gradients], materialize_grads=True
-            )
+            wanted = [given[i] for i in gradients]
+            found = torch.autograd.grad(share, wanted, materialize_grads=True)
             for (i, gradient), part in zip(gradients.items(), found, strict=True):
                 (gradient[rows] if i < num_inputs else gradient).add_(part)
             return share.detach()
@@ -72,6 +64,5 @@ class _Mean(torch.autograd.Function):
         ctx: Any, grad_output: Tensor
     ) -> tuple[Tensor | None, ...]:
         gradients = dict(zip(ctx.given, ctx.saved_tensors, strict=True))
-        num_tensors = len(ctx.needs_input_grad) - 3
-        found = (gradients.get(i) for i in range(num_tensors))
+        found = (gradients.get(i) for i in range(len(ctx.needs_input_grad) - 3))
         return (None, None, None, *(None if g is None else grad_output * g for g in found))

@@ -34,12 +34,12 @@ class Architecture(Section):
 
 
 class ContraDiff(nn.Module):
-    """One model that classifies and generates.
+    """One model that classifies and generates: a frozen UNet and random trainable modules.
 
-    Trainable are the LoRA within `unet`, `conditioner`, `attention`, `projector` and, where there
-    is one, `self_condition`; the base's own weights never change. `noise_pred`,
-    `level_maps` and `attention` are what generation and classification use; `TrainingStep` is the
-    loss.
+    Trainable are the LoRA within `unet`, whose layers are added in place, `conditioner`,
+    `attention`, `projector` and, where there is one, `self_condition`; the base's own weights never
+    change. `noise_pred`, `level_maps` and `attention` are what generation and classification use;
+    `TrainingStep` is the loss. `downsampling` is an image's side over its latent's.
     """
 
     def __init__(
@@ -51,33 +51,14 @@ class ContraDiff(nn.Module):
         image_size: int,
         downsampling: int,
     ) -> None:
-        """Add trainable modules to a frozen UNet; their weights are random, LoRA's update is zero.
-
-        Args:
-            unet: the base's denoiser; gets LoRA layers in place.
-            schedule: the base's alpha-bars.
-            architecture: LoRA's rank and targets, shapes of the modules.
-            image_size: side of the images.
-            downsampling: of the base's VAE, an image's side over its latent's.
-
-        Raises:
-            ValueError: a LoRA target matches nothing, patches do not tile the image, or the UNet
-                has no block of head.block.
-        """
         super().__init__()
-        lora, conditioner, head = architecture.lora, architecture.conditioner, architecture.head
-        add_lora(unet, rank=lora.rank, alpha=lora.alpha, targets=lora.targets)
-        self.unet = unet
-        self.schedule = schedule
-        pixels = conditioner.input == "pixels"
+        head, sees_pixels = architecture.head, architecture.conditioner.input == "pixels"
+        add_lora(unet, architecture.lora)
+        self.unet, self.schedule = unet, schedule
         self.conditioner = Conditioner(
-            input=conditioner.input,
-            in_channels=3 if pixels else unet.config["in_channels"],
-            size=image_size if pixels else image_size // downsampling,
-            patch_size=conditioner.patch_size,
-            width=conditioner.width,
-            depth=conditioner.depth,
-            num_heads=conditioner.num_heads,
+            architecture.conditioner,
+            in_channels=3 if sees_pixels else unet.config["in_channels"],
+            size=image_size if sees_pixels else image_size // downsampling,
             cross_attention_dim=unet.config["cross_attention_dim"],
         )
         self.self_condition = SelfCondition(unet) if head.self_conditioning else None
@@ -88,9 +69,7 @@ class ContraDiff(nn.Module):
             num_heads=head.num_heads,
             mlp_ratio=head.mlp_ratio,
         )
-        self.projector = Projector(
-            in_width=head.width, width=head.projector_width, out_width=head.projector_out
-        )
+        self.projector = Projector(head)
 
     def encode_condition(self, conditions: Conditions) -> Tokens:
         """Images, or Gaussian noise for the null condition => encoder_hidden_states."""
@@ -117,12 +96,8 @@ class ContraDiff(nn.Module):
     ) -> dict[MapBlock, LevelMaps]:
         """Maps of clean latents noised to a fixed triple (Eq. 5): noisiest, middle, cleanest.
 
-        Args:
-            latents: clean, at unit scale.
-            tokens: their conditions.
-            timesteps: the triple, in any order.
-            noise: of each level, noisiest first.
-            blocks: whose maps; one pass serves all of them.
+        The timesteps may stand in any order; the noise is that of the noisiest level first. One
+        pass serves all `blocks`.
         """
         levels = torch.tensor(sorted(timesteps, reverse=True), device=latents.device)
         steps = levels.repeat_interleave(len(latents))
@@ -144,11 +119,7 @@ class ContraDiff(nn.Module):
         }
 
     def load_trained_state(self, state: Mapping[str, Tensor]) -> None:
-        """Inverse of `trained_state`.
-
-        Raises:
-            ValueError: the weights are not exactly those of this model's trainable modules.
-        """
+        """Inverse of `trained_state`; ValueError unless names and shapes are exactly the same."""
         expected = {(name, tensor.shape) for name, tensor in self.trained_state().items()}
         given = {(name, tensor.shape) for name, tensor in state.items()}
         if expected != given:
@@ -167,16 +138,10 @@ class ContraDiff(nn.Module):
 
 
 def build_model(
-    base: Path, architecture: Architecture, *, image_size: int, seed: int
+    base: Path, architecture: Architecture, *, image_size: int, seed: int | None
 ) -> ContraDiff:
-    """Load the frozen base from a folder and add trainable modules, initialised from `seed`."""
-    unet = load_unet(base)
-    schedule = NoiseSchedule.of_base(base)
-    torch.manual_seed(seed)
-    return ContraDiff(
-        unet,
-        schedule,
-        architecture,
-        image_size=image_size,
-        downsampling=downsampling_of(base),
-    )
+    """Load the frozen base and add trainable modules; None leaves torch's generator as it is."""
+    unet, schedule, factor = load_unet(base), NoiseSchedule.of_base(base), downsampling_of(base)
+    if seed is not None:
+        torch.manual_seed(seed)
+    return ContraDiff(unet, schedule, architecture, image_size=image_size, downsampling=factor)

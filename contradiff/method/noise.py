@@ -11,6 +11,8 @@ from torch import Tensor
 from contradiff.config import Section
 from contradiff.types import Latents, Timesteps
 
+PerTimestep = Float[Tensor, " timesteps"]
+"""One number for each timestep of the base's training grid."""
 NUM_VIEWS = 2
 NUM_LEVELS = 3
 """A view has three noise levels, one each for query, key and value (Eq. 4)."""
@@ -25,34 +27,24 @@ class NoiseParams(Section):
     )
 
 
-def timestep_probabilities(
-    alphas_cumprod: Float[Tensor, " timesteps"], *, schedule: str
-) -> Float[Tensor, " timesteps"]:
-    """Compute the probability of each training timestep.
+def timestep_probabilities(alphas_cumprod: PerTimestep, *, schedule: str) -> PerTimestep:
+    """Compute the probability of each training timestep, in float64.
 
     SODA (Hudson et al., 2024) draws u uniformly and adds noise until alpha-bar is
     (2/pi) arccos(sqrt(u)), so that P(alpha-bar <= a) = 1 - cos^2(pi a / 2). The base has a grid of
     alpha-bars: each timestep gets the probability between the midpoints to its two neighbours, and
-    the outermost intervals end at 1 and 0.
-
-    Args:
-        alphas_cumprod: alpha-bar of the base's grid, falling from near 1 to near 0.
-        schedule: "inverse_cosine" or "uniform".
-
-    Returns:
-        Float64 probabilities that sum to 1.
+    the outermost intervals end at 1 and 0. With schedule "uniform" all timesteps are as likely.
     """
     alphas = alphas_cumprod.double()
     if schedule == "uniform":
         return torch.full_like(alphas, 1.0 / len(alphas))
     middles = (alphas[1:] + alphas[:-1]) / 2
     edges = torch.cat([alphas.new_ones(1), middles, alphas.new_zeros(1)])
-    survival = torch.cos(math.pi * edges / 2).square()
-    return survival.diff()
+    return torch.cos(math.pi * edges / 2).square().diff()
 
 
 def draw_timesteps(
-    probabilities: Float[Tensor, " timesteps"],
+    probabilities: PerTimestep,
     *,
     batch_size: int,
     recon_passes: int,
@@ -62,13 +54,11 @@ def draw_timesteps(
     """Draw two independent triples of timesteps for each image (Eqs. 4, 5).
 
     The reconstruction loss uses the first `recon_passes` of the six draws, in the order (view,
-    level). Each of these is replaced by a uniform draw with probability `uniform_mix`. The draws
-    are not sorted, so that each one follows the schedule.
+    level). Each of these is replaced by a uniform draw with probability `uniform_mix`; it also
+    belongs to its view's triple, so the contrastive loss sees it too. The draws are not sorted, so
+    that each one follows the schedule.
 
-    A uniform draw also belongs to its view's triple, so the contrastive loss sees it too. With one
-    reconstruction pass this concerns only the first view.
-
-    Deviation: the paper draws no timesteps uniformly (uniform_mix 0). Timesteps above 700, which
+    *Deviation*: the paper draws no timesteps uniformly (uniform_mix 0). Timesteps above 700, which
     generation needs, are then only 1.7% of the draws.
     """
     num_draws = NUM_VIEWS * NUM_LEVELS * batch_size
@@ -83,10 +73,7 @@ def draw_timesteps(
 
 
 def add_noise(
-    latents: Latents,
-    noise: Latents,
-    timesteps: Timesteps,
-    alphas_cumprod: Float[Tensor, " timesteps"],
+    latents: Latents, noise: Latents, timesteps: Timesteps, alphas_cumprod: PerTimestep
 ) -> Latents:
     """Compute z_t = sqrt(alpha-bar_t) z + sqrt(1 - alpha-bar_t) noise (Eqs. 1, 5)."""
     alphas = alphas_cumprod.to(latents)[timesteps].view(-1, 1, 1, 1)

@@ -2,19 +2,15 @@
 
 from dataclasses import dataclass
 
+import torch
 import torch.distributed as dist
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.distributed._functional_collectives import all_gather_single_autograd
 
+from contradiff.method import losses
 from contradiff.method.attention import order_by_noise
-from contradiff.method.conditioner import drop_conditions
-from contradiff.method.losses import (
-    CONTRASTIVE_LOSSES,
-    LossParams,
-    min_snr_weights,
-    reconstruction_loss,
-)
+from contradiff.method.losses import Loss, LossParams
 from contradiff.method.model import ContraDiff
 from contradiff.method.noise import NUM_LEVELS, NUM_VIEWS, add_noise
 from contradiff.method.unet import UNetState
@@ -42,29 +38,22 @@ class TrainingStep(nn.Module):
     Example:
         step = TrainingStep(model, loss=params.loss, decode_batch_size=0)
         step(batch)["loss"].backward()
+
+    At most `decode_batch_size` draws go at once through the up blocks that the head does not read;
+    see `SplitUNet.mean_loss`.
     """
 
     def __init__(self, model: ContraDiff, *, loss: LossParams, decode_batch_size: int) -> None:
-        """Choose the loss.
-
-        Args:
-            model: whose parameters are trained; it is not copied.
-            loss: kind, weight and temperature.
-            decode_batch_size: reconstructed draws of a batch that go at once through the up blocks
-                that the head does not read; see `SplitUNet.mean_loss`.
-        """
         super().__init__()
         self.model, self.loss, self.decode_batch_size = model, loss, decode_batch_size
 
-    def forward(self, batch: TrainingBatch) -> dict[str, Float[Tensor, ""]]:
-        """Eq. 7 of one batch, this process's images.
+    def forward(self, batch: TrainingBatch) -> dict[str, Loss]:
+        """Eq. 7 of this process's images: "loss", "reconstruction" and "contrastive".
 
         All six draws go through down and mid blocks as one batch, and through as many up blocks as
         `head.block` reads; only the first `recon_passes` of them, in the order (view, level), go on
-        to predict their noise (Eq. 3). With lambda = 0 the other draws are not computed at all.
-
-        Returns:
-            "loss", "reconstruction" and, unless lambda is 0, "contrastive".
+        to predict their noise (Eq. 3). With lambda = 0 the other draws are not computed at all, and
+        there is no "contrastive".
         """
         model, loss, unet = self.model, self.loss, self.model.split_unet
         num_images, has_contrast = batch.latents.shape[1], loss.weight > 0
@@ -93,7 +82,7 @@ class TrainingStep(nn.Module):
         h, own = gather_views(model.attention(levels))
         # Eq. 6
         view1, view2 = model.projector(h).chunk(NUM_VIEWS)
-        contrast = CONTRASTIVE_LOSSES[loss.contrastive]
+        contrast = losses.CONTRASTIVE_LOSSES[loss.contrastive]
         contrastive = contrast(view1, view2, temperature=loss.temperature, anchors=own)
         # Eq. 7
         total = reconstruction + loss.weight * contrastive
@@ -102,41 +91,34 @@ class TrainingStep(nn.Module):
     def _encode_conditions(self, batch: TrainingBatch, draws: slice) -> Tokens:
         """encoder_hidden_states of the draws; each view's are encoded once, shared ones too."""
         num_views = -(-draws.stop // NUM_LEVELS)
-        conditions = drop_conditions(
-            batch.conditions[:num_views].flatten(0, 1),
-            dropped=batch.dropped[:num_views].flatten(),
-            noise=batch.condition_noise[:num_views].flatten(0, 1),
-        )
-        tokens = self.model.conditioner(conditions).unflatten(0, (-1, batch.latents.shape[1]))
-        tokens = tokens.expand(num_views, -1, -1, -1)
+        # c(noise) is the unconditional mode (App. A), and the null condition of guidance
+        is_dropped = batch.dropped[:num_views, :, None, None, None]
+        clean, noise = batch.conditions[:num_views], batch.condition_noise[:num_views]
+        tokens = self.model.conditioner(torch.where(is_dropped, noise, clean).flatten(0, 1))
+        tokens = tokens.unflatten(0, (-1, batch.latents.shape[1])).expand(num_views, -1, -1, -1)
         return tokens.repeat_interleave(NUM_LEVELS, dim=0)[draws].flatten(0, 1)
 
-    def _reconstruct(
-        self, state: UNetState, noise: Latents, timesteps: Timesteps
-    ) -> Float[Tensor, ""]:
+    def _reconstruct(self, state: UNetState, noise: Latents, timesteps: Timesteps) -> Loss:
         """Eq. 3, weighted by min-SNR if asked."""
         weights = None
         if self.loss.min_snr_gamma > 0:
             alphas_cumprod = self.model.schedule.alphas_cumprod.to(timesteps.device)
-            weights = min_snr_weights(alphas_cumprod, gamma=self.loss.min_snr_gamma)[timesteps]
+            weights = losses.min_snr_weights(alphas_cumprod, gamma=self.loss.min_snr_gamma)
+            weights = weights[timesteps]
 
         def loss_of(noise_pred: Latents, rows: slice) -> Tensor:
             of_rows = None if weights is None else weights[rows]
-            return reconstruction_loss(noise_pred, noise[rows], weights=of_rows)
+            return losses.reconstruction_loss(noise_pred, noise[rows], weights=of_rows)
 
-        return self.model.split_unet.mean_loss(
-            state, loss_of, microbatch_size=self.decode_batch_size
-        )
+        return self.model.split_unet.mean_loss(state, loss_of, self.decode_batch_size)
 
 
 def gather_views(h: Features) -> tuple[Features, slice]:
     """Gather h of all processes, with gradient; also return which images are this process's own.
 
-    Every process then has the same projector inputs, so that its BatchNorm sees the global batch,
-    and its own images as anchors: DDP's average is the gradient of one process.
-
-    Args:
-        h: this process's images of view 1, then those of view 2.
+    All images of view 1 stand before those of view 2. Every process then has the same projector
+    inputs, so that its BatchNorm sees the global batch, and its own images as anchors: DDP's
+    average is the gradient of one process.
     """
     num_images = len(h) // NUM_VIEWS
     group = dist.group.WORLD if dist.is_initialized() else None

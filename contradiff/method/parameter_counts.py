@@ -1,7 +1,7 @@
 """The parameters of each module, counted, and shown beside the paper's numbers (Tables 3, 7, 9)."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypedDict
+from typing import TypedDict
 
 import torch
 from torch import nn
@@ -10,21 +10,8 @@ from contradiff.base.config import downsampling_of
 from contradiff.base.loading import NoiseSchedule, unet_without_weights, vae_without_weights
 from contradiff.method.model import TRAINED_MODULES, Architecture, ContraDiff
 
-if TYPE_CHECKING:
-    from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
-
-PAPER_UNET: dict[str, Any] = {
-    "block_out_channels": [320, 640, 1280, 1280],
-    "layers_per_block": 2,
-    "attention_head_dim": 8,
-    "cross_attention_dim": 768,
-    "in_channels": 4,
-    "out_channels": 4,
-    "down_block_types": [*["CrossAttnDownBlock2D"] * 3, "DownBlock2D"],
-    "up_block_types": ["UpBlock2D", *["CrossAttnUpBlock2D"] * 3],
-    "use_linear_projection": False,
-}
-"""The configuration of Stable Diffusion v1's UNet, the paper's base."""
+PAPER_UNET_SIZE = 859_520_964
+"""The parameters of Stable Diffusion v1's UNet: by them the paper's base is known."""
 
 NAMES = {
     "lora": "LoRA",
@@ -32,13 +19,8 @@ NAMES = {
     "self_condition": "self-conditioning",
     "attention": "tri-timestep attention",
     "projector": "projector",
-    "unet": "UNet",
-    "vae": "VAE",
 }
 """The paper's names of the modules, where it has any."""
-
-PAPER_CLASSES = 1000
-"""ImageNet-1K's classes: the paper counts a linear classifier over them."""
 
 NOTES = """
 28M and 68M hold the linear classifier over 1000 classes, which the probe stage trains.
@@ -57,11 +39,8 @@ class ParameterCounts(TypedDict):
 def count_parameters(model: ContraDiff, *, num_vae_parameters: int) -> ParameterCounts:
     """Count the parameters; LoRA stands apart from the UNet that it adapts."""
     lora = sum(p.numel() for name, p in model.unet.named_parameters() if "lora_" in name)
-    modules = {
-        "unet": (0, _size(model.unet) - lora),
-        "vae": (0, num_vae_parameters),
-        "lora": (lora, 0),
-    }
+    unet = _size(model.unet) - lora
+    modules = {"unet": (0, unet), "vae": (0, num_vae_parameters), "lora": (lora, 0)}
     for name in TRAINED_MODULES:
         module: nn.Module | None = getattr(model, name)
         if module is not None:
@@ -74,60 +53,38 @@ def parameter_table(folder: Path, architecture: Architecture, *, image_size: int
     """Show the parameters of each module and, on the paper's base, the paper's sums beside them.
 
     Everything is built on the meta device: this takes seconds and needs neither weights nor
-    network. The paper gives only a few sums, by which our modules were chosen. They hold the linear
-    classifier over the paper's 1000 classes, so it has a line there.
-
-    Args:
-        folder: configuration of the base in diffusers' format.
-        architecture: LoRA's rank and targets, shapes of the modules.
-        image_size: side of the images in pixels.
-
-    Raises:
-        ValueError: the parameters do not fit this base.
+    network, only the base's configuration in `folder`. The paper gives few sums, by which our
+    modules were chosen. They hold the linear classifier over ImageNet-1K's 1000 classes, so it has
+    a line there.
     """
-    unet = unet_without_weights(folder)
-    is_papers = is_papers_base(unet)
+    unet, schedule = unet_without_weights(folder), NoiseSchedule.of_base(folder)
+    is_papers, factor = _size(unet) == PAPER_UNET_SIZE, downsampling_of(folder)
     with torch.device("meta"):
-        model = ContraDiff(
-            unet,
-            NoiseSchedule.of_base(folder),
-            architecture,
-            image_size=image_size,
-            downsampling=downsampling_of(folder),
-        )
+        model = ContraDiff(unet, schedule, architecture, image_size=image_size, downsampling=factor)
     counts = count_parameters(model, num_vae_parameters=_size(vae_without_weights(folder)))
     modules = counts["modules"]
-    classifier = (architecture.head.width + 1) * PAPER_CLASSES if is_papers else 0
+    classifier = (architecture.head.width + 1) * 1000 if is_papers else 0
     trainable, frozen = counts["trainable"] + classifier, counts["frozen"]
     extraction = modules["attention"][0] + modules["projector"][0] + classifier
+    papers = ("paper", "28M", "68M, 980M; together 1048M") if is_papers else ("", "", "")
 
-    lines = [_line("parameters", "trainable", "frozen", "paper" if is_papers else "")]
-    lines += [_line(NAMES[n], modules[n][0]) for n in NAMES if n in modules and modules[n][0]]
-    lines += [_line("linear classifier", classifier)] if is_papers else []
-    lines += [_line(NAMES[name], "", modules[name][1]) for name in ("unet", "vae")]
-    lines += [
-        _line("feature extraction", extraction, "", "28M" if is_papers else ""),
-        _line("sum", trainable, frozen, "68M, 980M; together 1048M" if is_papers else ""),
-        "",
-        f"Trainable and frozen together: {trainable + frozen:,}.",
+    rows: list[tuple[str, int | str, int | str, str]] = [
+        ("parameters", "trainable", "frozen", papers[0]),
+        *((NAMES[name], modules[name][0], "", "") for name in NAMES if name in modules),
+        *([("linear classifier", classifier, "", "")] if is_papers else []),
+        *((name, "", modules[key][1], "") for key, name in (("unet", "UNet"), ("vae", "VAE"))),
+        ("feature extraction", extraction, "", papers[1]),
+        ("sum", trainable, frozen, papers[2]),
     ]
-    return "\n".join([*lines, *([NOTES.lstrip()] if is_papers else [])])
-
-
-def is_papers_base(unet: "UNet2DConditionModel") -> bool:
-    """Whether a UNet is built as Stable Diffusion v1's, whatever its name."""
-    # from_config keeps lists or makes tuples of them, as the file or the default has them
-    given = {key: unet.config[key] for key in PAPER_UNET}
-    return all(
-        list(given[key]) == value if isinstance(value, list) else given[key] == value
-        for key, value in PAPER_UNET.items()
-    )
+    together = f"\nTrainable and frozen together: {trainable + frozen:,}."
+    return "\n".join([*map(_line, rows), together, *([NOTES.lstrip()] if is_papers else [])])
 
 
 def _size(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
 
-def _line(name: str, trainable: int | str, frozen: int | str = "", paper: str = "") -> str:
-    shown = (f"{n:,}" if isinstance(n, int) else n for n in (trainable, frozen))
+def _line(row: tuple[str, int | str, int | str, str]) -> str:
+    name, *numbers, paper = row
+    shown = (f"{n:,}" if isinstance(n, int) else n for n in numbers)
     return "  ".join([f"{name:22}", *(f"{n:>14}" for n in shown), paper]).rstrip()

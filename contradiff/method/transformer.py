@@ -11,25 +11,15 @@ class Mlp(nn.Sequential):
     """Linear, GELU, Linear with a hidden layer of `ratio * width`."""
 
     def __init__(self, width: int, *, ratio: int) -> None:
-        """Random weights, PyTorch's initialisation."""
         super().__init__(
             nn.Linear(width, ratio * width), nn.GELU(), nn.Linear(ratio * width, width)
         )
 
 
-def attend(
-    query: Sequence,
-    key: Float[Tensor, "batch others width"],
-    value: Float[Tensor, "batch others width"],
-    *,
-    num_heads: int,
-) -> Sequence:
+def attend(query: Sequence, key: Sequence, value: Sequence, *, num_heads: int) -> Sequence:
     """Compute multi-head scaled dot-product attention; `width` holds the heads side by side."""
-
-    def split(tokens: Tensor) -> Tensor:
-        return tokens.unflatten(-1, (num_heads, -1)).transpose(1, 2)
-
-    attended = F.scaled_dot_product_attention(split(query), split(key), split(value))
+    heads = (t.unflatten(-1, (num_heads, -1)).transpose(1, 2) for t in (query, key, value))
+    attended = F.scaled_dot_product_attention(*heads)
     return attended.transpose(1, 2).flatten(2)
 
 
@@ -37,7 +27,6 @@ class Block(nn.Module):
     """Pre-norm ViT block: self-attention (q, k, v without bias), then an MLP."""
 
     def __init__(self, width: int, *, num_heads: int, mlp_ratio: int) -> None:
-        """Random weights, PyTorch's initialisation."""
         super().__init__()
         self.num_heads = num_heads
         self.norm_attention = nn.LayerNorm(width)
@@ -47,7 +36,7 @@ class Block(nn.Module):
         self.mlp = Mlp(width, ratio=mlp_ratio)
 
     def forward(self, tokens: Sequence) -> Sequence:
-        """Same shape in and out."""
+        """Attend, then transform each token."""
         query, key, value = self.to_qkv(self.norm_attention(tokens)).chunk(3, dim=-1)
         tokens = tokens + self.to_out(attend(query, key, value, num_heads=self.num_heads))
         return tokens + self.mlp(self.norm_mlp(tokens))

@@ -25,34 +25,23 @@ _NUM_UP_BLOCKS: dict[MapBlock, int] = {"mid": 0, "up.1": 2, "mid+up.1": 2}
 
 @dataclass(frozen=True)
 class UNetState:
-    """A pass of the UNet, paused after the mid block or a later one.
-
-    Attributes:
-        bottleneck: the mid block's output.
-        hidden: the output of the last block that has run.
-        skips: inputs of the up blocks that have not run yet.
-        time_embedding: what these blocks see of the timestep.
-        encoder_hidden_states: what their cross-attention sees.
-        num_up_blocks: how many up blocks have run.
-    """
+    """A pass of the UNet, paused after the mid block or after `num_up_blocks` up blocks."""
 
     bottleneck: Maps
+    """Output of the mid block."""
     hidden: Float[Tensor, "batch width_h h_h w_h"]
+    """Output of the last block that has run."""
     skips: tuple[Tensor, ...]
+    """Inputs of the up blocks that have not run yet."""
     time_embedding: Float[Tensor, "batch width_t"]
     encoder_hidden_states: Tokens
     num_up_blocks: int = 0
 
     def __getitem__(self, rows: slice) -> "UNetState":
         """The state of some of the batch's rows."""
-        return UNetState(
-            self.bottleneck[rows],
-            self.hidden[rows],
-            tuple(skip[rows] for skip in self.skips),
-            self.time_embedding[rows],
-            self.encoder_hidden_states[rows],
-            self.num_up_blocks,
-        )
+        skips = tuple(skip[rows] for skip in self.skips)
+        seen = self.time_embedding[rows], self.encoder_hidden_states[rows]
+        return UNetState(self.bottleneck[rows], self.hidden[rows], skips, *seen, self.num_up_blocks)
 
 
 class SplitUNet:
@@ -67,7 +56,6 @@ class SplitUNet:
     def __init__(
         self, unet: "UNet2DConditionModel", self_condition: "SelfCondition | None" = None
     ) -> None:
-        """Split a denoiser, with self-conditioning where there is any."""
         self.unet, self.self_condition = unet, self_condition
 
     def down(
@@ -82,24 +70,17 @@ class SplitUNet:
 
         The up blocks are 68% of a pass of Stable Diffusion's UNet; "mid" needs none of them.
         """
-        unet = self.unet
+        unet, tokens = self.unet, encoder_hidden_states
         time_embedding = unet.time_embedding(unet.get_time_embed(noisy_latents, timesteps))
         hidden = unet.conv_in(noisy_latents)
         skips = (hidden,)
         for block in unet.down_blocks:
-            if getattr(block, "has_cross_attention", False):
-                hidden, states = block(
-                    hidden, temb=time_embedding, encoder_hidden_states=encoder_hidden_states
-                )
-            else:
-                hidden, states = block(hidden, temb=time_embedding)
+            hidden, states = block(hidden, temb=time_embedding, **_attended(block, tokens))
             skips += states
-        bottleneck = unet.mid_block(
-            hidden, time_embedding, encoder_hidden_states=encoder_hidden_states
-        )
+        bottleneck = unet.mid_block(hidden, time_embedding, encoder_hidden_states=tokens)
         if self.self_condition is not None:
             time_embedding = time_embedding + self.self_condition(bottleneck)
-        state = UNetState(bottleneck, bottleneck, skips, time_embedding, encoder_hidden_states)
+        state = UNetState(bottleneck, bottleneck, skips, time_embedding, tokens)
         return self._up(state, max((_NUM_UP_BLOCKS[block] for block in blocks), default=0))
 
     def maps(self, state: UNetState, block: MapBlock) -> Maps:
@@ -107,20 +88,13 @@ class SplitUNet:
 
         *Deviation*: the paper reads the mid block alone. `up.1` has a finer grid (for Stable
         Diffusion four times the bottleneck's sides, 1280 channels) and is averaged down to it, so
-        that the attention has as many positions.
-
-        Args:
-            state: of `down` with this block among its `blocks`.
-            block: "mid+up.1" stacks the channels of both, the mid block's first.
-
-        Returns:
-            As many channels as `block_channels` says.
+        that the attention has as many positions. "mid+up.1" stacks the channels of both, the mid
+        block's first. `down` must have had this block among its `blocks`.
         """
         if block == "mid":
             return state.bottleneck
         assert state.num_up_blocks == _NUM_UP_BLOCKS[block], "down runs the blocks that it is told"
-        height, width = state.bottleneck.shape[2:]
-        maps = F.adaptive_avg_pool2d(state.hidden, (height, width))
+        maps = F.adaptive_avg_pool2d(state.hidden, list(state.bottleneck.shape[2:]))
         return maps if block == "up.1" else torch.cat([state.bottleneck, maps], dim=1)
 
     def noise_pred(self, state: UNetState) -> Latents:
@@ -129,19 +103,13 @@ class SplitUNet:
         return self.unet.conv_out(self.unet.conv_act(self.unet.conv_norm_out(hidden)))  # pyright: ignore[reportOptionalCall]
 
     def mean_loss(
-        self,
-        state: UNetState,
-        loss_of: Callable[[Latents, slice], Tensor],
-        *,
-        microbatch_size: int,
+        self, state: UNetState, loss_of: Callable[[Latents, slice], Tensor], microbatch_size: int
     ) -> Float[Tensor, ""]:
         """The mean of a loss of `noise_pred`, computed some rows at a time to save memory.
 
-        Args:
-            state: paused passes.
-            loss_of: predicted noise of some rows, and which rows they are => their mean loss.
-            microbatch_size: rows that go at once through the up blocks, their gradient taken before
-                the next rows go; 0: all.
+        `loss_of` takes the predicted noise of some rows, and which rows they are => their mean
+        loss. `microbatch_size` rows go at once through the up blocks, and their gradient is taken
+        before the next rows go; 0: all.
         """
         num_rows = len(state.hidden)
         if not 0 < microbatch_size < num_rows or not torch.is_grad_enabled():
@@ -150,24 +118,15 @@ class SplitUNet:
         def loss_of_rows(
             rows: slice, hidden: Tensor, time_embedding: Tensor, tokens: Tensor, *skips: Tensor
         ) -> Tensor:
-            part = replace(
-                state[rows],
-                hidden=hidden,
-                skips=skips,
-                time_embedding=time_embedding,
-                encoder_hidden_states=tokens,
-            )
-            return loss_of(self.noise_pred(part), rows)
+            mid, ran = state.bottleneck[rows], state.num_up_blocks
+            paused = UNetState(mid, hidden, skips, time_embedding, tokens, ran)
+            return loss_of(self.noise_pred(paused), rows)
 
         to_run = list(self.unet.up_blocks)[state.num_up_blocks :]
         modules = [*to_run, self.unet.conv_norm_out, self.unet.conv_out]
         trained = [p for m in modules if m is not None for p in m.parameters() if p.requires_grad]
-        return mean_in_microbatches(
-            loss_of_rows,
-            (state.hidden, state.time_embedding, state.encoder_hidden_states, *state.skips),
-            trained,
-            microbatch_size=microbatch_size,
-        )
+        inputs = (state.hidden, state.time_embedding, state.encoder_hidden_states, *state.skips)
+        return mean_in_microbatches(loss_of_rows, inputs, trained, microbatch_size=microbatch_size)
 
     def _up(self, state: UNetState, num_up_blocks: int) -> UNetState:
         """Run up blocks until `num_up_blocks` have run in all."""
@@ -176,15 +135,20 @@ class SplitUNet:
             resnets = block.resnets
             assert isinstance(resnets, nn.ModuleList)
             states, skips = skips[-len(resnets) :], skips[: -len(resnets)]
-            arguments = {
-                "temb": state.time_embedding,
-                "res_hidden_states_tuple": states,
-                "upsample_size": skips[-1].shape[2:] if skips else None,
-            }
-            if getattr(block, "has_cross_attention", False):
-                arguments["encoder_hidden_states"] = state.encoder_hidden_states
-            hidden = block(hidden, **arguments)
+            hidden = block(
+                hidden,
+                temb=state.time_embedding,
+                res_hidden_states_tuple=states,
+                upsample_size=skips[-1].shape[2:] if skips else None,
+                **_attended(block, state.encoder_hidden_states),
+            )
         return replace(state, hidden=hidden, skips=skips, num_up_blocks=num_up_blocks)
+
+
+def _attended(block: nn.Module, tokens: Tokens) -> dict[str, Tokens]:
+    """Only blocks with cross-attention take the tokens."""
+    has_attention = getattr(block, "has_cross_attention", False)
+    return {"encoder_hidden_states": tokens} if has_attention else {}
 
 
 def block_channels(unet: "UNet2DConditionModel", block: MapBlock) -> int:
@@ -205,7 +169,6 @@ class SelfCondition(nn.Module):
     """
 
     def __init__(self, unet: "UNet2DConditionModel") -> None:
-        """Make the layer that fits a UNet's bottleneck and time embedding."""
         super().__init__()
         widths = unet.config["block_out_channels"]
         self.to_time = nn.Linear(widths[-1], 4 * widths[0])

@@ -5,21 +5,22 @@ loaded batch => `draw_batch`, on the device => latents, noise, timesteps, droppe
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import KW_ONLY, dataclass
 from typing import TYPE_CHECKING, Literal
 from zlib import crc32
 
 import numpy as np
 import torch
-from jaxtyping import Float, Shaped, UInt8
+from jaxtyping import Float, Shaped
 from torch import Tensor
 
 from contradiff.base.vae import mode, sample
 from contradiff.data.latents import StoredLatents
 from contradiff.data.shards import image_of
 from contradiff.data.streams import Pair, PairedShards
-from contradiff.data.transforms import Crop, apply_crop, decode, random_crop
+from contradiff.data.transforms import apply_crop, decode, random_crop
 from contradiff.method.model import ContraDiff
-from contradiff.method.noise import NUM_LEVELS, NUM_VIEWS, draw_timesteps
+from contradiff.method.noise import NUM_LEVELS, NUM_VIEWS, PerTimestep, draw_timesteps
 from contradiff.method.objective import TrainingBatch
 from contradiff.training.recipe import TrainingRecipe
 from contradiff.types import to_pixels
@@ -28,49 +29,31 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 
+@dataclass
 class ViewChooser:
     """Chooses each image's two stored views and their conditions; made for `TrainingStream`.
 
-    Random numbers depend on the seed, the epoch and the image's key, not on who reads the image.
+    `condition` says what comes beside the latents: conditioner.input, or "labels" for a class
+    table. Only pixels are decoded. Random numbers depend on the seed, the epoch and the image's
+    key, not on who reads the image. ValueError: two views are asked for where one is stored.
     """
 
-    def __init__(
-        self,
-        pairs: PairedShards,
-        *,
-        latent_views: Literal["same", "two"],
-        cond_view: Literal["same", "crop", "noise"],
-        condition: Literal["pixels", "latents", "labels"],
-        seed: int,
-    ) -> None:
-        """Decide how to choose.
+    pairs: PairedShards
+    _: KW_ONLY
+    latent_views: Literal["same", "two"]
+    cond_view: Literal["same", "crop", "noise"]
+    condition: Literal["pixels", "latents", "labels"]
+    seed: int
 
-        Args:
-            pairs: whose latents are chosen from.
-            latent_views: loss.latent_views.
-            cond_view: conditioner.cond_view.
-            condition: what comes beside the latents: conditioner.input, or "labels" for a class
-                table. Only pixels are decoded.
-            seed: of views and crops.
-
-        Raises:
-            ValueError: two views are asked for where one is stored.
-        """
-        info = pairs.latent_index.info
-        if latent_views == "two" and info.views < 2:
-            raise ValueError(
-                "loss.latent_views: two needs latents.views of 2 or more; set it to same"
-            )
-        if condition == "latents" and cond_view == "crop" and info.views < 2:
-            raise ValueError(
-                "conditioner.cond_view: crop of conditioner.input latents needs latents.views of 2 "
-                "or more; set it to same"
-            )
-        self.latent_views, self.cond_view, self.seed = latent_views, cond_view, seed
-        self.condition: Literal["pixels", "latents", "labels"] = condition
-        self.flips = info.flips
-        self.crop_scale_min = info.crop_scale_min
-        self.image_size = info.image_size
+    def __post_init__(self) -> None:
+        self.info = self.pairs.latent_index.info
+        crops_latents = self.condition == "latents" and self.cond_view == "crop"
+        for setting, needs_two in (
+            ("loss.latent_views: two", self.latent_views == "two"),
+            ("conditioner.cond_view: crop of conditioner.input latents", crops_latents),
+        ):
+            if needs_two and self.info.views < 2:
+                raise ValueError(f"{setting} needs latents.views of 2 or more; set it to same")
 
     def __call__(self, epoch: int, batch: Sequence[Pair]) -> dict[str, Tensor]:
         """Stack a batch: "moments" (2 batch 2c h w) and what conditions them.
@@ -79,17 +62,18 @@ class ViewChooser:
         "conditions" (2 batch 3 s s), "condition_moments" (2 batch 2c h w) or "labels" (batch).
         """
         chosen = [self._choose(epoch, pair) for pair in batch]
-        moments = torch.stack([views for views, _ in chosen], dim=1)
+        stacked = {"moments": torch.stack([views for views, _ in chosen], dim=1)}
         conditions = [condition for _, condition in chosen]
         match self.condition:
             case "pixels":  # one image, shown twice without a copy, or two
                 images = torch.stack(conditions, dim=1)
                 pixels = to_pixels(images.flatten(0, 1)).unflatten(0, images.shape[:2])
-                return {"moments": moments, "conditions": pixels.expand(2, -1, -1, -1, -1)}
+                stacked["conditions"] = pixels.expand(2, -1, -1, -1, -1)
             case "latents":
-                return {"moments": moments, "condition_moments": torch.stack(conditions, dim=1)}
+                stacked["condition_moments"] = torch.stack(conditions, dim=1)
             case "labels":
-                return {"moments": moments, "labels": torch.stack(conditions)}
+                stacked["labels"] = torch.stack(conditions)
+        return stacked
 
     def _choose(
         self, epoch: int, pair: Pair
@@ -98,40 +82,30 @@ class ViewChooser:
         stored = StoredLatents.of_record(pair[1])
         rng = np.random.default_rng([self.seed, epoch, crc32(stored.key.encode())])
         num_stored = len(stored.crops)
-        num_views = num_stored // 2 if self.flips else num_stored
+        num_views = num_stored // 2 if self.info.flips else num_stored
         if self.latent_views == "same":
             first = second = int(rng.integers(num_views))
         else:
             first, second = 0, int(rng.integers(1, num_views))
-        if self.flips:  # the mirrored views stand behind all others, in the same order
+        if self.info.flips:  # the mirrored views stand behind all others, in the same order
             mirrored = rng.integers(2, size=2) * num_views
             first += int(mirrored[0])
             second += int(mirrored[0 if self.latent_views == "same" else 1])
         moments = torch.from_numpy(stored.moments)
-        match self.condition:
-            case "pixels":
-                condition = self._images(pair, stored.crops[first], rng)
-            case "latents" if self.cond_view == "crop":
-                condition = moments[rng.integers(num_stored, size=2)]
-            case "latents":
-                condition = moments[[first, first]]
-            case "labels":
-                condition = torch.tensor(image_of(pair[0]).label)
+        if self.condition == "labels":
+            condition = torch.tensor(image_of(pair[0]).label)
+        elif self.condition == "latents":
+            is_cropped = self.cond_view == "crop"
+            condition = moments[rng.integers(num_stored, size=2) if is_cropped else [first, first]]
+        else:
+            shown = image_of(pair[0])
+            image, crops = decode(shown.image, name=shown.key), [stored.crops[first]]
+            if self.cond_view == "crop":
+                size, scale_min = image.shape[1:], self.info.crop_scale_min
+                crops = [random_crop(rng, *size, scale_min=scale_min) for _ in range(2)]
+            side = self.info.image_size
+            condition = torch.stack([apply_crop(image, crop, size=side) for crop in crops])
         return moments[[first, second]], condition
-
-    def _images(
-        self, pair: Pair, crop: Crop, rng: np.random.Generator
-    ) -> UInt8[Tensor, "crops 3 s s"]:
-        """Two new crops of the image, or the given one alone."""
-        sample = image_of(pair[0])
-        image = decode(sample.image, name=sample.key)
-        crops = [crop]
-        if self.cond_view == "crop":
-            height, width = image.shape[1:]
-            crops = [
-                random_crop(rng, height, width, scale_min=self.crop_scale_min) for _ in range(2)
-            ]
-        return torch.stack([apply_crop(image, c, size=self.image_size) for c in crops])
 
 
 def draw_batch(
@@ -140,32 +114,22 @@ def draw_batch(
     number: int,
     model: ContraDiff,
     recipe: TrainingRecipe,
-    probabilities: Float[Tensor, " timesteps"],
+    probabilities: PerTimestep,
     scaling_factor: float,
     accelerator: "Accelerator",
 ) -> TrainingBatch:
-    """Add to a loaded batch all that is random in it.
+    """Add to a batch that `ViewChooser` stacked all that is random in it.
 
-    Every process draws the random numbers of the whole batch and takes its own rows, so they do not
-    depend on the number of processes.
-
-    Args:
-        loaded: this process's images, as `ViewChooser` stacks them.
-        number: of the batch in the training, from 0; it seeds the random numbers.
-        model: knows what its conditioner takes.
-        recipe: how to draw.
-        probabilities: of the timesteps, on the accelerator's device.
-        scaling_factor: the VAE's.
-        accelerator: this process's rank and device.
+    The batch's `number` in the training, from 0, seeds the random numbers. Every process draws
+    those of the whole batch and takes its own rows, so they do not depend on the number of
+    processes. `probabilities` are those of the timesteps.
     """
     device = accelerator.device
     generator = torch.Generator(device).manual_seed(recipe.seed * 1_000_003 + number)
     moments = loaded["moments"].to(device, non_blocking=True)
     _, num_images, channels, height, width = moments.shape
-    whole = num_images * accelerator.num_processes
-    start = num_images * accelerator.process_index
-    mine = slice(start, start + num_images)
-    latent_shape = (channels // 2, height, width)
+    whole, start = (num_images * n for n in (accelerator.num_processes, accelerator.process_index))
+    mine, latent_shape = slice(start, start + num_images), (channels // 2, height, width)
 
     def gaussian(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator, device=device)
@@ -190,11 +154,8 @@ def draw_batch(
         dropped[1] = True
     # One condition that both views share is encoded once.
     cond_views = slice(1 if recipe.conditioner.cond_view == "same" else NUM_VIEWS)
-    latents = sample(
-        moments.flatten(0, 1),
-        noise=posterior_noise.flatten(0, 1),
-        scaling_factor=scaling_factor,
-    )
+    posterior_noise = posterior_noise.flatten(0, 1)
+    latents = sample(moments.flatten(0, 1), noise=posterior_noise, scaling_factor=scaling_factor)
     if recipe.conditioner.input == "pixels":
         conditions = loaded["conditions"].to(device, non_blocking=True)
     else:

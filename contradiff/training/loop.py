@@ -37,7 +37,13 @@ def train(
     """Take the steps; values are read, reported and checked now and then, states saved every n.
 
     Reading a value makes the CPU wait for the GPU, so only reported steps do it, the last step, and
-    those after which the state is saved: no training that has diverged is ever saved.
+    those after which the state is saved: no training that has diverged is ever saved. A value that
+    is not finite is a ValueError that names `lr_key`, the rate's dotted parameter.
+
+    `step_function` finds the gradients at zero and leaves its own. `lr` gives a step's rate. A
+    report holds step, lr, the step function's values (means over processes) and grad_norm where
+    gradients are clipped: `clipped` together, to `max_grad_norm`. `update_average` is called after
+    every optimiser step with the number of steps done.
 
     Example:
         >>> model = nn.Linear(2, 1)
@@ -57,24 +63,6 @@ def train(
         ... )
         25
         50
-
-    Args:
-        step_function: leaves gradients in the parameters; they are zero before.
-        steps: from the first step not yet done to the end of the training.
-        optimizer: its learning rate is set before every step.
-        lr: the learning rate of a step.
-        lr_key: the rate's dotted parameter, which the error names.
-        is_reported: whether to report after so many steps; the last step always is.
-        on_step: called after every step. A report holds step, lr, the step function's values
-            (means over processes) and grad_norm where gradients are clipped.
-        clipped: parameters whose gradients are clipped together.
-        max_grad_norm: to this norm; None: no clipping.
-        update_average: called after every optimiser step with the number of steps done.
-        saved: writes the state; None: nothing is saved.
-        accelerator: the processes that train together; None: this one alone.
-
-    Raises:
-        ValueError: a value is not finite; names `lr_key`.
     """
     clipped = list(clipped)
     for step in steps:
@@ -93,7 +81,12 @@ def train(
         row = None
         if due is not None or is_reported(done) or done == steps.stop:
             row = {name: _read(value, accelerator) for name, value in values.items()}
-            _check_finite(row, step=done, lr_key=lr_key)
+            for name, value in row.items():
+                if not math.isfinite(value):
+                    raise ValueError(
+                        f"{lr_key}: {name} is {value} at step {done}: the training diverged; "
+                        "lower it"
+                    )
         on_step(done, row)
         if due is not None and (accelerator is None or accelerator.is_main_process):
             due.save(done, optimizer)
@@ -105,11 +98,3 @@ def _read(value: Tensor | float, accelerator: "Accelerator | None") -> float:
     mean = value.detach() if accelerator is None else accelerator.reduce(value.detach(), "mean")
     assert isinstance(mean, Tensor)
     return mean.item()
-
-
-def _check_finite(row: Mapping[str, float], *, step: int, lr_key: str) -> None:
-    for name, value in row.items():
-        if not math.isfinite(value):
-            raise ValueError(
-                f"{lr_key}: {name} is {value} at step {step}: the training diverged; lower it"
-            )

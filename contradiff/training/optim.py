@@ -1,4 +1,4 @@
-"""Learning-rate schedule and optimisers (Tables 1 and 2)."""
+"""Optimisers, the learning-rate schedule (Tables 1 and 2), and the average of the weights."""
 
 import math
 from collections.abc import Iterable
@@ -7,23 +7,16 @@ from typing import ClassVar
 
 import torch
 from pydantic import Field, model_validator
-from torch import nn
+from torch import Tensor, nn
 
 from contradiff.config import Section
 
-REFERENCE_BATCH_SIZE = 256
-"""The batch size that a base learning rate refers to, as in MAE."""
+NamedParameters = Iterable[tuple[str, nn.Parameter]]
 
 
 @dataclass(frozen=True)
 class SgdSetting:
-    """The settings in which classifiers may differ when they are trained together.
-
-    Attributes:
-        lr: Peak learning rate.
-        momentum: SGD's momentum.
-        weight_decay: L2 penalty of weights and biases.
-    """
+    """The settings in which classifiers may differ when they are trained together."""
 
     lr: float
     momentum: float
@@ -32,15 +25,10 @@ class SgdSetting:
 
 @dataclass(frozen=True)
 class SgdSchedule:
-    """The settings that classifiers share when they are trained together.
-
-    Attributes:
-        batch_size: Largest batch; the batches of an epoch differ by at most one in size.
-        epochs: Passes over all the samples.
-        warmup_epochs: Length of the linear warm-up, after which the rate falls along half a cosine.
-    """
+    """The settings that classifiers share when they are trained together."""
 
     batch_size: int
+    """Largest batch; the batches of an epoch differ by at most one in size."""
     epochs: int
     warmup_epochs: float
 
@@ -82,27 +70,15 @@ class SgdParams(Section):
 def cosine_with_warmup(step: int, *, total_steps: int, warmup_steps: int) -> float:
     """Multiplier of the learning rate: linear from 0 to 1, then half a cosine to 0.
 
-    As in MAE, the first step of a run with warm-up has the rate 0, and step `total_steps`, which
-    a run of that many steps does not take, would have it again.
-
-    Args:
-        step: optimiser steps taken before this one, in [0, total_steps].
-        total_steps: steps of the whole run.
-        warmup_steps: steps of the linear part.
+    `step` counts the optimiser steps before this one. As in MAE, the first step of a run with
+    warm-up has the rate 0.
     """
-    assert 0 <= step <= total_steps, "the cosine would rise again beyond its end"
+    assert 0 <= step < total_steps, "the cosine would rise again beyond its end"
     assert 0 <= warmup_steps <= total_steps, "parameters refuse longer warm-ups"
     if step < warmup_steps:
         return step / warmup_steps
-    if warmup_steps == total_steps:
-        return 1.0
     progress = (step - warmup_steps) / (total_steps - warmup_steps)
     return 0.5 * (1.0 + math.cos(math.pi * progress))
-
-
-def scaled_lr(lr: float, *, batch_size: int, enabled: bool) -> float:
-    """Return the rate for a global batch: lr · batch / 256 as in MAE if enabled, else lr."""
-    return lr * batch_size / REFERENCE_BATCH_SIZE if enabled else lr
 
 
 def is_decayed(name: str, parameter: nn.Parameter) -> bool:
@@ -111,41 +87,48 @@ def is_decayed(name: str, parameter: nn.Parameter) -> bool:
 
 
 def build_adamw(
-    named_parameters: Iterable[tuple[str, nn.Parameter]],
-    *,
-    lr: float,
-    betas: tuple[float, float],
-    weight_decay: float,
+    named_parameters: NamedParameters, *, lr: float, betas: tuple[float, float], weight_decay: float
 ) -> torch.optim.AdamW:
-    """Build AdamW (Table 1) for the trainable parameters.
+    """Build AdamW (Table 1) for those of `module.named_parameters()` that are trainable.
 
-    Weight decay leaves out biases, norms, class tokens and position embeddings; the paper does not
-    say whether it should.
-
-    Args:
-        named_parameters: From `module.named_parameters()`; frozen ones are ignored.
-        lr: Initial learning rate of both groups.
-        betas: Decay rates of the moments; the paper's "momentum 0.9" is the first.
-        weight_decay: Decoupled weight decay of the decayed group.
-
-    Returns:
-        An optimiser with one or two groups: first the decayed parameters, then the others.
-
-    Raises:
-        ValueError: No parameter is trainable.
+    The paper's "momentum 0.9" is the first beta. Weight decay leaves out biases, norms, class
+    tokens and position embeddings; the paper does not say whether it should. The decayed parameters
+    are the first group. ValueError: no parameter is trainable.
     """
     trainable = [(name, param) for name, param in named_parameters if param.requires_grad]
     if not trainable:
         raise ValueError(
             "no trainable parameters: check lora.targets, and that not all modules are frozen"
         )
-    decayed = [param for name, param in trainable if is_decayed(name, param)]
-    plain = [param for name, param in trainable if not is_decayed(name, param)]
     groups = [
-        {"params": params, "weight_decay": decay}
-        for params, decay in ((decayed, weight_decay), (plain, 0.0))
-        if params
+        {"params": [p for n, p in trainable if is_decayed(n, p)], "weight_decay": weight_decay},
+        {"params": [p for n, p in trainable if not is_decayed(n, p)], "weight_decay": 0.0},
     ]
+    groups = [group for group in groups if group["params"]]
     # One kernel a step instead of several a tensor; on MPS or XLA torch decides.
     fused = all(param.device.type in ("cpu", "cuda") for _, param in trainable)
     return torch.optim.AdamW(groups, lr=lr, betas=betas, fused=fused or None)
+
+
+class WeightAverage:
+    """The exponential moving average (EMA) of trainable weights: diffusers', with its warm-up.
+
+    `tensors` holds the live average by parameter name; `decay` is that of one optimiser step.
+    """
+
+    def __init__(self, model: nn.Module, *, decay: float) -> None:
+        from diffusers.training_utils import EMAModel
+
+        named = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self.parameters = list(named.values())
+        self.ema = EMAModel(self.parameters, decay=decay, foreach=True)
+        self.tensors: dict[str, Tensor] = dict(zip(named, self.ema.shadow_params, strict=True))
+
+    def update(self, done: int) -> None:
+        """Follow step `done`: decay 0 after the first, then min(decay, done / (done + 9))."""
+        self.ema.optimization_step = done - 1
+        self.ema.step(self.parameters)
+
+    def copy_to_model(self) -> None:
+        """Replace the weights by their average."""
+        self.ema.copy_to(self.parameters)

@@ -15,10 +15,9 @@ from contradiff.method.losses import LossParams
 from contradiff.method.model import ContraDiff
 from contradiff.method.noise import timestep_probabilities
 from contradiff.method.objective import TrainingStep
-from contradiff.training.average import WeightAverage
 from contradiff.training.batch import ViewChooser, draw_batch
 from contradiff.training.loop import OnStep, train
-from contradiff.training.optim import build_adamw, cosine_with_warmup, scaled_lr
+from contradiff.training.optim import WeightAverage, build_adamw, cosine_with_warmup
 from contradiff.training.recipe import Checkpointing, TrainingRecipe
 from contradiff.training.state import SavedState
 from contradiff.types import Precision
@@ -26,15 +25,7 @@ from contradiff.types import Precision
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-CURVE_COLUMNS: Sequence[str] = (
-    "step",
-    "epoch",
-    "lr",
-    "loss",
-    "reconstruction",
-    "contrastive",
-    "grad_norm",
-)
+CURVE_COLUMNS = ("step", "epoch", "lr", "loss", "reconstruction", "contrastive", "grad_norm")
 CURVE_ROWS = 200
 """The stored curve has about this many rows; live logging is as dense as the caller asks."""
 
@@ -58,26 +49,17 @@ def pretrain(
     ends with the same weights, bit for bit on one machine with as many processes; with others, up
     to the order of float sums.
 
-    Args:
-        model: on any device; moved to the accelerator's.
-        pairs: image and latent shards of the training split.
-        recipe: what to do.
-        accelerator: processes, device and precision.
-        work_dir: where the state to resume from is kept.
-        num_workers: data-loading processes.
-        log_every: steps between two reports of losses.
-        checkpoint_every: steps between two saved states.
-        on_step: hears of every step, see `train`.
-
-    Returns:
-        The curve: rows of step, epoch, lr, loss, reconstruction, contrastive, grad_norm.
-
-    Raises:
-        ValueError: the batch does not divide over the processes or is larger than the data, or the
-            loss or its gradient is not finite.
+    Returns the curve, rows of `CURVE_COLUMNS`. ValueError: the batch does not divide over the
+    processes or is larger than the data, or the loss or its gradient is not finite.
     """
-    params, microbatches = recipe.pretrain, recipe.pretrain.grad_accumulation
-    local_batch = _local_batch(params.batch_size, accelerator.num_processes, microbatches)
+    params, microbatches, seed = recipe.pretrain, recipe.pretrain.grad_accumulation, recipe.seed
+    num_processes = accelerator.num_processes
+    if params.batch_size % (num_processes * microbatches):
+        more = f" and {microbatches} microbatches (pretrain.grad_accumulation)"
+        raise ValueError(
+            f"pretrain.batch_size: {params.batch_size} images do not divide over {num_processes} "
+            f"processes{more if microbatches > 1 else ''}"
+        )
     steps_per_epoch = pairs.num_samples // params.batch_size
     if steps_per_epoch == 0:
         raise ValueError(
@@ -87,20 +69,13 @@ def pretrain(
     if total_steps == 0:
         return []
     warmup_steps = round(params.warmup_epochs * steps_per_epoch)
-    lr = scaled_lr(params.lr, batch_size=params.batch_size, enabled=params.scale_lr)
+    lr = params.lr * params.batch_size / 256 if params.scale_lr else params.lr
 
-    set_up(
-        model,
-        loss=recipe.loss,
-        gradient_checkpointing=params.gradient_checkpointing,
-        precision=params.precision,
-    )
-    model.to(accelerator.device)
+    checkpointing, precision = params.gradient_checkpointing, params.precision
+    set_up(model, loss=recipe.loss, gradient_checkpointing=checkpointing, precision=precision)
+    betas, decay = (params.beta1, params.beta2), params.weight_decay
     optimizer = build_adamw(
-        model.named_parameters(),
-        lr=lr,
-        betas=(params.beta1, params.beta2),
-        weight_decay=params.weight_decay,
+        model.to(accelerator.device).named_parameters(), lr=lr, betas=betas, weight_decay=decay
     )
     tensors = {f"model.{name}": tensor for name, tensor in model.trained_state().items()}
     average = WeightAverage(model, decay=params.ema_decay) if params.ema_decay else None
@@ -108,30 +83,20 @@ def pretrain(
         tensors |= {f"average.{name}": tensor for name, tensor in average.tensors.items()}
     saved = SavedState(work_dir / "state.safetensors", tensors, every=checkpoint_every)
     start = saved.resume(optimizer)
-    objective, optimizer = accelerator.prepare(
-        TrainingStep(
-            model,
-            loss=recipe.loss,
-            decode_batch_size=params.decode_batch_size,
-        ).train(),
-        optimizer,
-    )
-    chooser = ViewChooser(
-        pairs,
-        latent_views=recipe.loss.latent_views,
-        cond_view=recipe.conditioner.cond_view,
-        condition=recipe.conditioner.input,
-        seed=recipe.seed,
-    )
+    objective = TrainingStep(model, loss=recipe.loss, decode_batch_size=params.decode_batch_size)
+    objective, optimizer = accelerator.prepare(objective.train(), optimizer)
+    views, cond = recipe.loss.latent_views, recipe.conditioner
     stream = TrainingStream(
         pairs,
-        make_batch=chooser,
-        with_images=recipe.conditioner.input == "pixels",
-        batch_size=local_batch,
+        make_batch=ViewChooser(
+            pairs, latent_views=views, cond_view=cond.cond_view, condition=cond.input, seed=seed
+        ),
+        with_images=cond.input == "pixels",
+        batch_size=params.batch_size // (num_processes * microbatches),
         start_step=start * microbatches,
-        seed=recipe.seed,
+        seed=seed,
         rank=accelerator.process_index,
-        world_size=accelerator.num_processes,
+        world_size=num_processes,
     )
     batches = training_batches(stream, num_workers=num_workers)
     probabilities = timestep_probabilities(
@@ -224,15 +189,3 @@ def set_up(
         for module in set(model.unet.modules()) - checkpointed:
             if hasattr(module, "gradient_checkpointing"):
                 module.gradient_checkpointing = False  # pyright: ignore[reportArgumentType]
-
-
-def _local_batch(batch_size: int, num_processes: int, microbatches: int) -> int:
-    """Images that one process takes at once."""
-    if batch_size % (num_processes * microbatches):
-        msg = (
-            f"pretrain.batch_size: {batch_size} images do not divide over {num_processes} processes"
-        )
-        if microbatches > 1:
-            msg += f" and {microbatches} microbatches (pretrain.grad_accumulation)"
-        raise ValueError(msg)
-    return batch_size // (num_processes * microbatches)

@@ -43,17 +43,13 @@ class PretrainParams(Section):
     precision: Precision = Field(description="precision of the passes; trained weights stay fp32")
 
     @model_validator(mode="after")
-    def _microbatches_hold_pairs(self) -> "PretrainParams":
+    def _microbatches_hold_pairs_and_warmup_ends(self) -> "PretrainParams":
         number, batch = self.grad_accumulation, self.batch_size
         if batch % number or batch < 2 * number:
             raise ValueError(
                 f"pretrain.grad_accumulation: {number} microbatches must share the {batch} images "
                 "of pretrain.batch_size equally, two or more each; change one of the two"
             )
-        return self
-
-    @model_validator(mode="after")
-    def _warmup_ends_within_training(self) -> "PretrainParams":
         if self.epochs and self.warmup_epochs >= self.epochs:
             raise ValueError(
                 f"pretrain.warmup_epochs is {self.warmup_epochs:g}, but must be less than "

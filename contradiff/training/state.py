@@ -18,24 +18,16 @@ STATE_VERSION = 1
 class SavedState:
     """One safetensors file that holds a training as it was after some steps.
 
+    `tensors` are the live weights, as `state_dict()` gives them: they share memory with the module,
+    so `save` writes its values and `resume` overwrites them. `every` is the number of optimiser
+    steps between two saved states. `curve` holds rows to plot later, saved with the weights.
+
     Example:
         saved = SavedState(work_dir / "state.safetensors", model.state_dict(), every=500)
         start = saved.resume(optimizer)  # 0 where nothing was saved
-
-    Attributes:
-        every: optimiser steps between two saved states.
-        curve: rows to plot later; saved and resumed with the weights.
     """
 
     def __init__(self, file: Path, tensors: Mapping[str, Tensor], *, every: int) -> None:
-        """Read and write nothing yet.
-
-        Args:
-            file: where the state is saved.
-            tensors: the live weights, as `state_dict()` gives them: they share memory with the
-                module. `save` writes their values and `resume` overwrites them.
-            every: optimiser steps between two saved states.
-        """
         assert not any(name.startswith("optimizer.") for name in tensors)
         self.file, self.tensors, self.every = file, tensors, every
         self.curve: list[dict[str, float]] = []

@@ -1,4 +1,4 @@
-"""Random batches for a small model, and what its UNet's blocks give."""
+"""A loss and random batches for a small model, and what its UNet's blocks give."""
 
 from typing import Any
 
@@ -6,8 +6,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from contradiff.method.losses import LossParams
 from contradiff.method.model import ContraDiff
 from contradiff.method.objective import TrainingBatch
+
+
+def loss_params(**changes: Any) -> LossParams:
+    loss = {"lambda": 0.3, "contrastive": "ntxent", "temperature": 0.2, "latent_views": "two"}
+    return LossParams.model_validate(loss | {"recon_passes": 1, "min_snr_gamma": 0.0} | changes)
 
 
 def watch_maps(model: ContraDiff, block: str) -> list[Tensor]:

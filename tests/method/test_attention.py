@@ -1,5 +1,7 @@
 """Against Eq. 4 written out."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -17,15 +19,6 @@ def test_order_by_noise_sorts_each_image_from_noisiest_to_cleanest():
     assert ordered[:, :, 0, 0, 0].tolist() == [[401, 201, 101], [900, 8, 7], [5, 5, 3]]
     # Equal timesteps keep the order in which they were drawn.
     assert ordered[:, :, 1, 1, 1].tolist() == [[1, 2, 0], [2, 1, 0], [0, 1, 2]]
-
-
-def build_attention(*, seed: int = 0) -> TriTimestepAttention:
-    torch.manual_seed(seed)
-    return TriTimestepAttention(in_channels=6, width=8, num_heads=2, mlp_ratio=2)
-
-
-def draw_maps(*, seed: int = 1) -> Tensor:
-    return torch.randn(2, 3, 6, 2, 3, generator=torch.Generator().manual_seed(seed))
 
 
 def slow_attention(head: TriTimestepAttention, maps: Tensor) -> Tensor:
@@ -63,41 +56,12 @@ def slow_attention(head: TriTimestepAttention, maps: Tensor) -> Tensor:
 
 @torch.no_grad()
 def test_attention_equals_equation_4_written_out():
-    head, maps = build_attention(), draw_maps()
+    torch.manual_seed(0)
+    head = TriTimestepAttention(in_channels=6, width=8, num_heads=2, mlp_ratio=2)
+    maps = torch.randn(2, 3, 6, 2, 3)
     torch.testing.assert_close(head(maps), slow_attention(head, maps))
 
 
-@pytest.mark.parametrize(("level", "weight"), [(0, "to_q"), (1, "to_k"), (2, "to_v")])
-def test_noisiest_feeds_the_query_middle_the_key_cleanest_the_value(level: int, weight: str):
-    """With its projection at zero, a level no longer reaches h."""
-    head, maps = build_attention(), draw_maps().requires_grad_()
-    with torch.no_grad():
-        getattr(head, weight).weight.zero_()
-    (gradient,) = torch.autograd.grad(head(maps)[:, 0].sum(), maps)
-    assert not gradient[:, level].any()
-    # Query or key at zero: attention is equal everywhere, so that only the values are left.
-    assert gradient[:, 2].any() == (weight != "to_v")
-
-
-@torch.no_grad()
-def test_h_does_not_depend_on_where_the_query_positions_stand():
-    """No positions are added: moving all three maps alike leaves h as it is."""
-    head, maps = build_attention(), draw_maps()
-    torch.testing.assert_close(head(maps.flip(-1)), head(maps))
-
-
-HEAD = {
-    "block": "mid",
-    "self_conditioning": False,
-    "width": 16,
-    "num_heads": 2,
-    "mlp_ratio": 4,
-    "projector_width": 8,
-    "projector_out": 4,
-}
-
-
-def test_heads_must_divide_the_width():
-    HeadParams.model_validate(HEAD)
+def test_heads_must_divide_the_width(tiny_params: dict[str, Any]):
     with pytest.raises(ValueError, match=r"head\.width must be a multiple of head\.num_heads"):
-        HeadParams.model_validate(HEAD | {"num_heads": 3})
+        HeadParams.model_validate(tiny_params["head"] | {"num_heads": 3})

@@ -9,14 +9,7 @@ import torch
 from torch import Tensor
 
 from contradiff.method import losses
-from contradiff.method.losses import (
-    CONTRASTIVE_LOSSES,
-    ContrastiveLoss,
-    dcl_paper,
-    infonce,
-    min_snr_weights,
-    ntxent,
-)
+from contradiff.method.losses import CONTRASTIVE_LOSSES, ContrastiveLoss, min_snr_weights
 from contradiff.toy.base_recipe import build_scheduler
 
 EACH = pytest.mark.parametrize("loss", CONTRASTIVE_LOSSES.values(), ids=CONTRASTIVE_LOSSES.keys())
@@ -83,40 +76,15 @@ def slow_infonce(views: Tensor, tau: float) -> float:
 
 
 @pytest.mark.parametrize(
-    ("loss", "slow"), [(ntxent, slow_ntxent), (dcl_paper, slow_dcl_paper), (infonce, slow_infonce)]
+    ("name", "slow"),
+    [("ntxent", slow_ntxent), ("dcl_paper", slow_dcl_paper), ("infonce", slow_infonce)],
 )
 @pytest.mark.parametrize("num_images", [2, 7])
 @pytest.mark.parametrize("temperature", [0.1, 1.0])
-def test_equals_the_formula_written_out(
-    loss: ContrastiveLoss, slow: Any, num_images: int, temperature: float
-):
+def test_equals_the_formula_written_out(name: str, slow: Any, num_images: int, temperature: float):
     views = draw_views(num_images)
     expected = pytest.approx(slow(views, temperature), rel=1e-5, abs=1e-5)
-    assert loss(*views, temperature=temperature).item() == expected
-
-
-@pytest.mark.parametrize(
-    ("loss", "candidates"), [(ntxent, 2 * 5 - 1), (dcl_paper, 5 - 1), (infonce, 5)]
-)
-def test_of_identical_features_is_the_log_of_the_number_of_candidates(
-    loss: ContrastiveLoss, candidates: int
-):
-    # dcl_paper has 2 (N - 1) candidates, and the factor 2 takes log 2 off.
-    value = loss(*torch.ones(2, 5, 3), temperature=0.1).item()
-    assert value == pytest.approx(math.log(candidates), rel=1e-5)
-
-
-@pytest.mark.parametrize(
-    ("loss", "expected"),
-    [
-        (ntxent, math.log(math.exp(2) + 2 * 4 - 2) - 2),
-        (dcl_paper, math.log(4 - 1) - 2),
-        (infonce, math.log(math.exp(2) + 4 - 1) - 2),
-    ],
-)
-def test_of_orthogonal_images_with_equal_views(loss: ContrastiveLoss, expected: float):
-    value = loss(torch.eye(4), torch.eye(4), temperature=0.5).item()
-    assert value == pytest.approx(expected, rel=1e-5)
+    assert CONTRASTIVE_LOSSES[name](*views, temperature=temperature).item() == expected
 
 
 @EACH

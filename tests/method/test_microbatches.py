@@ -32,12 +32,8 @@ def test_mean_and_gradients_are_those_of_one_piece(microbatch_size: int):
 
     expected = loss_of(slice(None), inputs * source, constant)
     lengths.clear()
-    mean = mean_in_microbatches(
-        loss_of,
-        [inputs * source, constant],
-        list(layer.parameters()),
-        microbatch_size=microbatch_size,
-    )
+    given, trained = [inputs * source, constant], list(layer.parameters())
+    mean = mean_in_microbatches(loss_of, given, trained, microbatch_size=microbatch_size)
     assert sum(lengths) == 5
     assert max(lengths) == min(microbatch_size, 5)
     torch.testing.assert_close(mean, expected)
@@ -64,13 +60,8 @@ def test_a_microbatch_is_freed_before_the_next_one_runs():
 def test_what_the_loss_does_not_use_gets_no_gradient():
     used, unused = draw(3, 2, seed=0).requires_grad_(), draw(3, 2, seed=1).requires_grad_()
     frozen, spare = draw(3, 2, seed=2), nn.Parameter(draw(2, seed=3))
-    mean = mean_in_microbatches(
-        lambda _, used, __, frozen: (used * frozen).mean(),
-        [used, unused, frozen],
-        [spare],
-        microbatch_size=2,
-    )
-    mean.backward()
+    given, loss_of = [used, unused, frozen], lambda _, used, __, frozen: (used * frozen).mean()
+    mean_in_microbatches(loss_of, given, [spare], microbatch_size=2).backward()
     torch.testing.assert_close(used.grad, frozen / 6)
     for tensor in (unused, spare):
         assert tensor.grad is not None
@@ -80,9 +71,8 @@ def test_what_the_loss_does_not_use_gets_no_gradient():
 
 def test_it_is_differentiated_once():
     given = draw(3, seed=0).requires_grad_()
-    mean = mean_in_microbatches(
-        lambda _, rows: rows.square().mean(), [given], [], microbatch_size=1
-    )
+    loss_of = lambda _, rows: rows.square().mean()  # noqa: E731
+    mean = mean_in_microbatches(loss_of, [given], [], microbatch_size=1)
     [gradient] = torch.autograd.grad(mean * given.sum(), [given], create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         gradient.sum().backward()

@@ -1,6 +1,7 @@
 """Its parts' wiring, what of it is trained, and its maps."""
 
 from collections.abc import Callable
+from itertools import product
 
 import pytest
 import torch
@@ -16,7 +17,6 @@ def test_self_conditioning_starts_as_nothing_and_feeds_the_up_blocks_alone(build
     model, plain = build_tiny(head={"self_conditioning": True}), build_tiny()
     assert model.self_condition is not None
     linear = model.self_condition.to_time
-    assert (linear.in_features, linear.out_features) == (32, 64)  # bottleneck, time embedding
     counts = count_parameters(model, num_vae_parameters=0)["modules"]
     assert counts["self_condition"] == (32 * 64 + 64, 0)
     assert not model.load_state_dict(plain.state_dict(), strict=False).unexpected_keys
@@ -50,26 +50,15 @@ def test_self_conditioning_starts_as_nothing_and_feeds_the_up_blocks_alone(build
 def test_trained_state_is_exactly_what_training_may_change(build_tiny: Build):
     model = build_tiny()
     state = set(model.trained_state())
-    lora = {name for name in state if name.startswith("unet.")}
     attentions = [name for name, _ in model.named_modules() if name.endswith("attn2")]
-    assert lora == {
-        f"{attention}.to_{target}.lora_{factor}.default.weight"
-        for attention in attentions
-        for target in "qkv"
-        for factor in "AB"
-    }
-    rest = {
-        f"{part}.{name}"
-        for part in ("conditioner", "attention", "projector")
-        for name in getattr(model, part).state_dict()
-    }
+    layers = product(attentions, "qkv", "AB")
+    lora = {f"{attention}.to_{t}.lora_{factor}.default.weight" for attention, t, factor in layers}
+    rest = {name for name in model.state_dict() if not name.startswith("unet.")}
+    assert len(lora) == 7 * 3 * 2
     assert state == lora | rest
     trainable = {name for name, p in model.named_parameters() if p.requires_grad}
-    assert state - trainable == {
-        "projector.1.running_mean",
-        "projector.1.running_var",
-        "projector.1.num_batches_tracked",
-    }
+    statistics = ("running_mean", "running_var", "num_batches_tracked")
+    assert state - trainable == {f"projector.1.{name}" for name in statistics}
 
 
 def test_a_trained_state_that_does_not_fit_is_refused(build_tiny: Build):
@@ -97,17 +86,12 @@ def test_training_mode_leaves_the_base_in_evaluation_mode(build_tiny: Build):
 def test_level_maps_are_those_of_single_passes(build_tiny: Build, block: str):
     """Noisiest first, whatever the order in which the timesteps are listed."""
     model, batch = build_tiny(head={"block": block}), draw_batch(2)
-    tokens, latents, noise = (
-        model.encode_condition(batch.conditions[0]),
-        batch.latents[0],
-        batch.noise[0],
-    )
-    maps = model.level_maps(
-        latents, tokens, timesteps=[101, 401, 201], noise=noise, blocks=[block]
-    )[block]
+    tokens, latents = model.encode_condition(batch.conditions[0]), batch.latents[0]
+    options = {"timesteps": [101, 401, 201], "noise": batch.noise[0], "blocks": [block]}
+    maps = model.level_maps(latents, tokens, **options)[block]
     seen = watch_maps(model, block)
     for level, timestep in enumerate((401, 201, 101)):
         alpha = model.schedule.alphas_cumprod[timestep]
-        noisy = alpha.sqrt() * latents + (1 - alpha).sqrt() * noise[level]
+        noisy = alpha.sqrt() * latents + (1 - alpha).sqrt() * batch.noise[0, level]
         model.unet(noisy, timestep, encoder_hidden_states=tokens)
     torch.testing.assert_close(maps, torch.stack(seen, dim=1), rtol=1e-4, atol=1e-5)

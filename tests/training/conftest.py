@@ -7,41 +7,27 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from contradiff.data.streams import PairedShards
-from contradiff.method.checkpoint import Architecture
-from contradiff.method.losses import LossParams
-from contradiff.method.model import ContraDiff
+from contradiff.method.model import Architecture, ContraDiff
 from contradiff.method.noise import NoiseParams
 from contradiff.training.pretraining import pretrain
 from contradiff.training.recipe import PretrainParams, TrainingRecipe
+from tests.method.batches import loss_params
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-PRETRAIN: dict[str, Any] = {
-    "epochs": 2,
-    "warmup_epochs": 0.5,
-    "batch_size": 6,
-    "lr": 0.01,
-    "scale_lr": False,
-    "beta1": 0.9,
-    "beta2": 0.95,
-    "weight_decay": 0.05,
-    "max_grad_norm": 1.0,
-    "grad_accumulation": 1,
-    "ema_decay": 0.0,
-    "decode_batch_size": 0,
-    "gradient_checkpointing": "none",
-    "precision": "fp32",
-}
-LOSS: dict[str, Any] = {
-    "lambda": 0.1,
-    "contrastive": "ntxent",
-    "temperature": 0.1,
-    "latent_views": "two",
-    "recon_passes": 1,
-    "min_snr_gamma": 0.0,
-}
+PRETRAIN: dict[str, Any] = (
+    {"epochs": 2, "warmup_epochs": 0.5, "batch_size": 6, "lr": 0.01, "scale_lr": False}
+    | {"beta1": 0.9, "beta2": 0.95, "weight_decay": 0.05, "max_grad_norm": 1.0, "ema_decay": 0.0}
+    | {"grad_accumulation": 1, "decode_batch_size": 0}
+    | {"gradient_checkpointing": "none", "precision": "fp32"}
+)
 NOISE: dict[str, Any] = {"schedule": "inverse_cosine", "uniform_mix": 0.25}
+
+
+@pytest.fixture
+def pairs(tiny_data: Path) -> PairedShards:
+    return PairedShards.open(tiny_data / "images", tiny_data / "latents", split="train")
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +48,7 @@ def recipe_of(tiny_params: dict[str, Any]) -> Callable[..., TrainingRecipe]:
             seed=seed,
             noise=NoiseParams.model_validate(NOISE | changes.get("noise", {})),
             conditioner=conditioner.model_copy(update=default | changes.get("conditioner", {})),
-            loss=LossParams.model_validate(LOSS | changes.get("loss", {})),
+            loss=loss_params(**changes.get("loss", {})),
             pretrain=PretrainParams.model_validate(PRETRAIN | changes.get("pretrain", {})),
         )
 
@@ -71,7 +57,7 @@ def recipe_of(tiny_params: dict[str, Any]) -> Callable[..., TrainingRecipe]:
 
 @pytest.fixture
 def train(
-    tiny_data: Path,
+    pairs: PairedShards,
     recipe_of: Callable[..., TrainingRecipe],
     accelerator: "Accelerator",
     tmp_path: Path,
@@ -79,24 +65,12 @@ def train(
     """Call `pretrain` with small settings; keywords change them, and the recipe's sections."""
 
     def run(model: ContraDiff, **changes: Any) -> list[dict[str, float]]:
-        settings: dict[str, Any] = {
-            "work_dir": tmp_path,
-            "num_workers": 0,
-            "log_every": 5,
-            "checkpoint_every": 1000,
-            "on_step": lambda *_: None,
-        }
+        settings: dict[str, Any] = {"work_dir": tmp_path, "num_workers": 0, "log_every": 5}
+        settings |= {"checkpoint_every": 1000, "on_step": lambda *_: None}
         sections = {name: changes.pop(name) for name in set(changes) - set(settings)}
-        sections["conditioner"] = sections.get("conditioner", {}) | {
-            "input": model.conditioner.input
-        }
-        pairs = PairedShards.open(tiny_data / "images", tiny_data / "latents", split="train")
-        return pretrain(
-            model,
-            pairs,
-            recipe=recipe_of(**sections),
-            accelerator=accelerator,
-            **(settings | changes),
-        )
+        conditioner = sections.get("conditioner", {}) | {"input": model.conditioner.input}
+        recipe = recipe_of(**sections | {"conditioner": conditioner})
+        settings |= {"recipe": recipe, "accelerator": accelerator} | changes
+        return pretrain(model, pairs, **settings)
 
     return run

@@ -1,7 +1,7 @@
 """Which views an image gets, and the random numbers of a step."""
 
 from collections.abc import Callable
-from dataclasses import fields, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,7 +17,6 @@ from contradiff.data.streams import PairedShards
 from contradiff.data.transforms import apply_crop, decode
 from contradiff.method.model import ContraDiff
 from contradiff.method.noise import timestep_probabilities
-from contradiff.method.objective import TrainingBatch
 from contradiff.training.batch import ViewChooser, draw_batch
 from contradiff.training.recipe import TrainingRecipe
 from contradiff.types import to_pixels
@@ -26,11 +25,6 @@ NUM_IMAGES = 24
 Views = dict[bytes, tuple[str, int]]
 Build = Callable[..., ContraDiff]
 Recipe = Callable[..., TrainingRecipe]
-
-
-@pytest.fixture
-def pairs(tiny_data: Path) -> PairedShards:
-    return PairedShards.open(tiny_data / "images", tiny_data / "latents", split="train")
 
 
 def chooser_of(pairs: PairedShards, **changes: Any) -> ViewChooser:
@@ -51,14 +45,16 @@ def chosen(pairs: PairedShards, *, epochs: int = 1, **changes: Any) -> dict[str,
 
 
 @pytest.fixture(scope="module")
-def views(tiny_data: Path) -> Views:
+def stored(tiny_data: Path) -> dict[str, StoredLatents]:
+    items = map(StoredLatents.of_record, read_split(tiny_data / "latents", "train"))
+    return {item.key: item for item in items}
+
+
+@pytest.fixture(scope="module")
+def views(stored: dict[str, StoredLatents]) -> Views:
     """Which image's which view some moments are."""
-    stored = map(StoredLatents.of_record, read_split(tiny_data / "latents", "train"))
-    found = {
-        moments.tobytes(): (item.key, view)
-        for item in stored
-        for view, moments in enumerate(item.moments)
-    }
+    items = stored.items()
+    found = {m.tobytes(): (key, view) for key, i in items for view, m in enumerate(i.moments)}
     assert len(found) == 3 * NUM_IMAGES
     return found
 
@@ -106,14 +102,17 @@ def test_choices_depend_on_seed_epoch_and_image_alone(pairs: PairedShards):
 @pytest.mark.parametrize("latent_views", ["same", "two"])
 @pytest.mark.parametrize("cond_view", ["same", "noise"])
 def test_same_condition_is_the_first_views_crop(
-    pairs: PairedShards, views: Views, tiny_data: Path, latent_views: str, cond_view: str
+    pairs: PairedShards,
+    views: Views,
+    stored: dict[str, StoredLatents],
+    *,
+    latent_views: str,
+    cond_view: str,
 ):
-    images = {image.key: image.image for image in read_images(tiny_data / "images", "train")}
-    stored = map(StoredLatents.of_record, read_split(tiny_data / "latents", "train"))
-    crops = {item.key: item.crops for item in stored}
+    images = {image.key: image.image for image in read_images(pairs.images, "train")}
     batch = chosen(pairs, latent_views=latent_views, cond_view=cond_view)
     for index, ((key, view), _) in enumerate(shown(batch["moments"], views)):
-        crop = apply_crop(decode(images[key], name=key), crops[key][view], size=32)
+        crop = apply_crop(decode(images[key], name=key), stored[key].crops[view], size=32)
         for condition in batch["conditions"][:, index]:
             assert condition.equal(to_pixels(crop[None])[0])
 
@@ -143,8 +142,8 @@ def test_latent_conditions_are_stored_views_and_need_no_images(
         assert {(c, d) for _, c, d in drawn} == {(i, j) for i in range(3) for j in range(3)}
 
 
-def test_labels_are_those_of_the_images(pairs: PairedShards, views: Views, tiny_data: Path):
-    labels = {image.key: image.label for image in read_images(tiny_data / "images", "train")}
+def test_labels_are_those_of_the_images(pairs: PairedShards, views: Views):
+    labels = {image.key: image.label for image in read_images(pairs.images, "train")}
     batch = chosen(pairs, condition="labels")
     keys = [first[0] for first, _ in shown(batch["moments"], views)]
     assert batch["labels"].tolist() == [labels[key] for key in keys]
@@ -153,14 +152,11 @@ def test_labels_are_those_of_the_images(pairs: PairedShards, views: Views, tiny_
 
 @pytest.mark.parametrize("latent_views", ["same", "two"])
 def test_mirrored_views_are_drawn_as_often_as_the_others(
-    tiny_data: Path, pairs: PairedShards, tmp_path: Path, latent_views: str
+    stored: dict[str, StoredLatents], pairs: PairedShards, tmp_path: Path, latent_views: str
 ):
     """Views 0 to 2 and, behind them, their mirror images 3 to 5, here marked by their numbers."""
-    marked = []
-    for record in read_split(tiny_data / "latents", "train"):
-        stored = StoredLatents.of_record(record)
-        moments = np.stack([np.full((8, 8, 8), view, np.float16) for view in range(6)])
-        marked.append(StoredLatents(stored.key, moments, stored.crops * 2).to_record())
+    moments = np.stack([np.full((8, 8, 8), view, np.float16) for view in range(6)])
+    marked = [StoredLatents(key, moments, i.crops * 2).to_record() for key, i in stored.items()]
     shards = write_split(tmp_path, "train", marked, samples_per_shard=6, compression="none")
     info = pairs.latent_index.info.model_copy(update={"flips": True})
     ShardIndex({"train": shards}, info).write(tmp_path)
@@ -198,39 +194,24 @@ def draw(build_tiny: Build, pairs: PairedShards, recipe_of: Recipe) -> Callable[
     model = build_tiny()
 
     def run(
-        *,
-        num_batches: int = 4,
-        num_images: int = 12,
-        rank: int = 0,
-        world_size: int = 1,
-        **changes: dict[str, Any],
+        *, num_batches: int = 4, rank: int = 0, world_size: int = 1, **changes: dict[str, Any]
     ) -> dict[str, Tensor]:
         recipe = recipe_of(**changes)
-        chooser = chooser_of(
-            pairs,
-            latent_views=recipe.loss.latent_views,
-            cond_view=recipe.conditioner.cond_view,
-        )
-        mine = slice(rank * num_images // world_size, (rank + 1) * num_images // world_size)
-        probabilities = timestep_probabilities(
-            model.schedule.alphas_cumprod, schedule=recipe.noise.schedule
-        )
-        batches = [
-            draw_batch(
-                chooser(0, records(pairs)[:num_images][mine]),
-                number=number,
-                model=model,
-                recipe=recipe,
-                probabilities=probabilities,
-                scaling_factor=0.5,
-                accelerator=SimpleNamespace(
-                    device=torch.device("cpu"), process_index=rank, num_processes=world_size
-                ),
-            )
-            for number in range(num_batches)
-        ]
-        names = [field.name for field in fields(TrainingBatch)]
-        return {name: torch.stack([getattr(b, name) for b in batches]) for name in names}
+        views, cond_view = recipe.loss.latent_views, recipe.conditioner.cond_view
+        chooser = chooser_of(pairs, latent_views=views, cond_view=cond_view)
+        mine = records(pairs)[rank * 12 // world_size : (rank + 1) * 12 // world_size]
+        alphas, schedule = model.schedule.alphas_cumprod, recipe.noise.schedule
+        process = {"process_index": rank, "num_processes": world_size}
+        settings = {
+            "model": model,
+            "recipe": recipe,
+            "probabilities": timestep_probabilities(alphas, schedule=schedule),
+            "scaling_factor": 0.5,
+            "accelerator": SimpleNamespace(device=torch.device("cpu"), **process),
+        }
+        numbers = range(num_batches)
+        batches = [asdict(draw_batch(chooser(0, mine), number=n, **settings)) for n in numbers]
+        return {name: torch.stack([batch[name] for batch in batches]) for name in batches[0]}
 
     return run
 
@@ -258,31 +239,32 @@ def test_every_image_view_and_level_has_its_own_random_numbers(draw: Draw):
     assert len(timesteps.unique(dim=0)) == len(timesteps) == 24
 
 
-def test_noise_alone_conditions_the_second_view(draw: Draw):
-    first, second = draw(conditioner={"cond_view": "noise", "drop": 0.3})["dropped"].unbind(1)
+@pytest.mark.parametrize("latent_views", ["same", "two"])
+def test_views_share_latents_if_asked_to_and_noise_alone_conditions_the_second(
+    draw: Draw, latent_views: str
+):
+    conditioner = {"cond_view": "noise", "drop": 0.3}
+    seen = draw(loss={"latent_views": latent_views}, conditioner=conditioner)
+    shared = (seen["latents"][:, 0] == seen["latents"][:, 1]).flatten(2).all(-1)
+    assert shared.all() if latent_views == "same" else not shared.any()
+    first, second = seen["dropped"].unbind(1)
     assert second.all()
     assert first.float().mean() == pytest.approx(0.3, abs=0.2)
 
 
-@pytest.mark.parametrize("latent_views", ["same", "two"])
-def test_views_share_their_latents_only_if_asked_to(draw: Draw, latent_views: str):
-    first, second = draw(loss={"latent_views": latent_views})["latents"].unbind(1)
-    shared = (first == second).flatten(2).all(-1)
-    assert shared.all() if latent_views == "same" else not shared.any()
-
-
 @pytest.mark.parametrize(
-    ("noise", "shares"),
+    ("schedule", "mix", "shares"),
     [
-        ({"schedule": "uniform", "uniform_mix": 0.0}, (0.3, 0.3)),
-        ({"schedule": "inverse_cosine", "uniform_mix": 0.0}, (0.017, 0.017)),
-        ({"schedule": "inverse_cosine", "uniform_mix": 0.5}, (0.158, 0.017)),
+        ("uniform", 0.0, (0.3, 0.3)),
+        ("inverse_cosine", 0.0, (0.017, 0.017)),
+        ("inverse_cosine", 0.5, (0.158, 0.017)),
     ],
 )
 def test_timesteps_follow_the_schedule(
-    draw: Draw, noise: dict[str, Any], shares: tuple[float, float]
+    draw: Draw, schedule: str, mix: float, shares: tuple[float, float]
 ):
     """Shares above 700 in the views; the first one's three draws are those of reconstruction."""
+    noise = {"schedule": schedule, "uniform_mix": mix}
     seen = draw(num_batches=8, noise=noise, loss={"recon_passes": 3})
     late = (seen["timesteps"] > 700).float().mean(dim=(0, 2, 3))
     assert late.tolist() == pytest.approx(shares, abs=0.09)

@@ -1,28 +1,13 @@
 """Against closed forms and torch's own schedulers."""
 
+from copy import deepcopy
+
 import pytest
 import torch
 from pydantic import ValidationError
 from torch import nn
 
-from contradiff.training.optim import (
-    SgdParams,
-    build_adamw,
-    cosine_with_warmup,
-    is_decayed,
-    scaled_lr,
-)
-
-
-def test_schedule_at_its_corners():
-    def at(step: int) -> float:
-        return cosine_with_warmup(step, total_steps=110, warmup_steps=10)
-
-    assert at(0) == 0.0
-    assert at(5) == 0.5
-    assert at(10) == 1.0
-    assert at(60) == pytest.approx(0.5)
-    assert at(110) == pytest.approx(0)
+from contradiff.training.optim import SgdParams, build_adamw, cosine_with_warmup, is_decayed
 
 
 def test_schedule_equals_torch_linear_then_cosine():
@@ -42,17 +27,6 @@ def test_schedule_equals_torch_linear_then_cosine():
         assert ours == pytest.approx(reference.get_last_lr()[0], abs=1e-8)
         optimizer.step()
         reference.step()
-
-
-@pytest.mark.parametrize(("step", "warmup"), [(-1, 2), (11, 2), (0, 11), (0, -1)])
-def test_schedule_refuses_steps_outside_the_run(step: int, warmup: int):
-    with pytest.raises(AssertionError):
-        cosine_with_warmup(step, total_steps=10, warmup_steps=warmup)
-
-
-def test_scaled_lr():
-    assert scaled_lr(1.5e-4, batch_size=512, enabled=True) == pytest.approx(3e-4)
-    assert scaled_lr(1.5e-4, batch_size=512, enabled=False) == 1.5e-4
 
 
 @pytest.mark.parametrize(
@@ -75,10 +49,7 @@ def test_adamw_takes_trainable_parameters_only_and_steps_as_torch():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(3, 5), nn.LayerNorm(5), nn.Linear(5, 2))
     model[0].weight.requires_grad_(False)
-    reference_model = nn.Sequential(nn.Linear(3, 5), nn.LayerNorm(5), nn.Linear(5, 2))
-    reference_model.load_state_dict(model.state_dict())
-    reference_model[0].weight.requires_grad_(False)
-
+    reference_model = deepcopy(model)
     ours = build_adamw(model.named_parameters(), lr=0.1, betas=(0.9, 0.95), weight_decay=0.5)
     assert [len(group["params"]) for group in ours.param_groups] == [1, 4]
     decayed = {"params": [reference_model[2].weight], "weight_decay": 0.5}
