@@ -169,19 +169,11 @@ def tiny_data(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     from contradiff.data.png import encode_png
     from contradiff.data.shard_info import ImageInfo
     from contradiff.data.shards import Sample, ShardIndex, image_record, write_split
+    from tests.settings import LATENTS
 
     folder = tmp_path_factory.mktemp("tiny_data")
     vae = load_vae(tiny_base)
-    params = LatentsParams(
-        views=3,
-        flips=False,
-        crop_scale_min=0.4,
-        colour_jitter=0.0,
-        dtype="float16",
-        min_psnr=0.0,
-        batch_size=24,
-    )
-    encoder = LatentEncoder(vae, params, image_size=32, seed=0)
+    encoder = LatentEncoder(vae, LatentsParams.model_validate(LATENTS), image_size=32, seed=0)
     generator = torch.Generator().manual_seed(0)
     y, x = torch.meshgrid(torch.arange(40), torch.arange(36), indexing="ij")
     images, latents = {}, {}

@@ -10,6 +10,9 @@ from contradiff.config import read_params
 from contradiff.features.params import FeaturesParams
 
 TINY: dict[str, Any] = read_params(Path(__file__).resolve().parents[1] / "presets/tiny.yaml")
+GENERATE = TINY["generate"] | {"num_samples": 5, "num_inference_steps": 2, "batch_size": 4}
+LATENTS = TINY["latents"] | {"views": 3, "colour_jitter": 0.0, "min_psnr": 0.0, "batch_size": 24}
+"""As `tiny_data` was made."""
 
 
 def features_params(**changes: Any) -> FeaturesParams:

@@ -15,15 +15,8 @@ _FAULTS = (
 )
 """What Pillow raises for files that are not as they should be; SyntaxError for a broken PNG."""
 
-_UPRIGHT = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
+_TURNS = "FLIP_LEFT_RIGHT ROTATE_180 FLIP_TOP_BOTTOM TRANSPOSE ROTATE_270 TRANSVERSE ROTATE_90"
+_UPRIGHT = {code: Image.Transpose[name] for code, name in enumerate(_TURNS.split(), start=2)}
 """EXIF's orientation => what undoes it; 1 is upright."""
 
 

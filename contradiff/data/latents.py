@@ -19,24 +19,12 @@ from contradiff.data.transforms import Crop
 class LatentsParams(Section):
     """Section `latents`: which crops of an image to encode before training."""
 
-    views: int = Field(
-        ge=1, description="K: the centre crop, and K-1 random crops of training images"
-    )
-    flips: bool = Field(
-        description="each view of a training image also mirrored, encoded from mirrored pixels"
-    )
-    crop_scale_min: float = Field(
-        gt=0, le=1, description="a random crop covers this to 1 of the area"
-    )
-    colour_jitter: float = Field(
-        ge=0, le=1, description="strength of SimCLR's colour distortion of the random crops"
-    )
-    dtype: Literal["float16", "bfloat16"] = Field(
-        description="in which moments are stored; the VAE runs in float32"
-    )
-    min_psnr: float = Field(
-        description="decoded latents must show their images this well, on average, in dB"
-    )
+    views: int = Field(ge=1, description="K: the centre crop; training images: K-1 random crops")
+    flips: bool = Field(description="also encode each training view from mirrored pixels")
+    crop_scale_min: float = Field(gt=0, le=1, description="least area of a random crop; 1: all")
+    colour_jitter: float = Field(ge=0, le=1, description="SimCLR's strength; random crops only")
+    dtype: Literal["float16", "bfloat16"] = Field(description="stored; the VAE runs in float32")
+    min_psnr: float = Field(description="least mean PSNR of decoded latents, in dB")
     batch_size: int = Field(ge=1, description="crops encoded at once")
 
     def views_of(self, split: str) -> tuple[int, bool]:

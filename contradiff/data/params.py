@@ -19,22 +19,18 @@ class DataParams(Section):
         description="toy: rendered where root says; auto: the layout that is found there"
     )
     root: str = Field(min_length=1, description="the raw images, relative to the project's root")
-    image_size: int = Field(
-        ge=8, multiple_of=8, description="side of the model's images, in pixels"
-    )
+    image_size: int = Field(ge=8, multiple_of=8, description="side of the model's images, pixels")
     num_train: int | None = Field(ge=1, description="toy: training images to render")
     num_val: int | None = Field(ge=1, description="toy: validation images to render")
 
     @model_validator(mode="after")
     def _counts_belong_to_toy(self) -> "DataParams":
         for name in ("num_train", "num_val"):
-            is_given = getattr(self, name) is not None
+            is_given, where = getattr(self, name) is not None, f"when data.source is {self.source}"
             if self.source == "toy" and not is_given:
-                raise ValueError(f"data.{name} is needed when data.source is toy")
+                raise ValueError(f"data.{name} is needed {where}")
             if self.source != "toy" and is_given:
-                raise ValueError(
-                    f"data.{name} has no meaning when data.source is {self.source}; set it to null"
-                )
+                raise ValueError(f"data.{name} has no meaning {where}; set it to null")
         return self
 
     @property

@@ -3,6 +3,7 @@
 import io
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -64,10 +65,8 @@ class _Blocks(io.RawIOBase):
     def readinto(self, buffer: Any) -> int:
         start, stop = self.position, min(self.position + len(buffer), self.num_bytes)
         if start < stop:
-            content = self.whole[start:stop] or _persist(
-                lambda: self._request(start, stop), self.url
-            )
-            buffer[: len(content)] = content
+            request = partial(self._request, start, stop)
+            buffer[: stop - start] = self.whole[start:stop] or _persist(request, self.url)
         self.position = stop
         return stop - start
 
@@ -109,9 +108,8 @@ def _persist(action: Callable[[], T], url: str) -> T:
             if not _is_passing(cause):
                 raise
             if attempt == ATTEMPTS - 1:
-                raise OSError(
-                    f"{url}: {ATTEMPTS} attempts failed, the last by {cause!r}"
-                ) from error
+                failure = f"{ATTEMPTS} attempts failed, the last by {cause!r}"
+                raise OSError(f"{url}: {failure}") from error
             time.sleep(FIRST_PAUSE * 2**attempt)
     raise AssertionError
 

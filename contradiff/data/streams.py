@@ -8,7 +8,8 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import KW_ONLY, asdict, dataclass
-from itertools import count, islice
+from functools import partial
+from itertools import chain, count, islice
 from typing import Any
 
 import torch
@@ -91,9 +92,9 @@ class PairedShards:
         image_records = read_shard(join(self.images, image_shard.name), image_shard)
         for image, latent in zip(image_records, latent_records, strict=True):
             if image["__key__"] != latent["__key__"]:
-                keys = [record["__key__"].decode() for record in (latent, image)]
+                keys = " beside ".join(record["__key__"].decode() for record in (latent, image))
                 path = join(self.latents, latent_shard.name)
-                raise ValueError(f"{path}: key {keys[0]} beside {keys[1]}; run `dvc repro latents`")
+                raise ValueError(f"{path}: key {keys}; run `dvc repro latents`")
             yield image, latent
 
 
@@ -124,10 +125,8 @@ class TrainingStream(IterableDataset["dict[str, Tensor] | Exception"]):
         pairs, batch_size = self.pairs, self.batch_size * self.world_size
         self.order = TrainingOrder(pairs.sizes, batch_size, self.seed)
         if self.order.steps_per_epoch == 0:
-            raise ValueError(
-                f"{pairs.images}: split {pairs.split!r} has {pairs.num_samples} images, fewer than "
-                f"a batch of {batch_size}"
-            )
+            has = f"split {pairs.split!r} has {pairs.num_samples} images"
+            raise ValueError(f"{pairs.images}: {has}, fewer than a batch of {batch_size}")
 
     def __iter__(self) -> Iterator[dict[str, Tensor] | Exception]:
         """Yield batches, and an error as the last item: raised, it would print a traceback."""
@@ -163,11 +162,8 @@ class TrainingStream(IterableDataset["dict[str, Tensor] | Exception"]):
 
     def _read(self, epoch: int, row_group: int, step_group: int) -> Iterator[Pair]:
         place = {"epoch": epoch, "row_group": row_group, "step_group": step_group}
-        pairs = (
-            pair
-            for wanted in self.order.ranges(**place)
-            for pair in self.pairs.read_range(wanted, with_images=self.with_images)
-        )
+        read = partial(self.pairs.read_range, with_images=self.with_images)
+        pairs = chain.from_iterable(map(read, self.order.ranges(**place)))
         return self.order.shuffled(pairs, **place)
 
 
@@ -178,14 +174,8 @@ def training_batches(stream: TrainingStream, *, num_workers: int) -> Iterator[Ma
     With other numbers of workers, or fewer shards, some shards are read twice. A ValueError says
     that the data are damaged, an OSError that a server cannot be reached.
     """
-    loader = DataLoader(
-        stream,
-        batch_size=None,
-        num_workers=num_workers,
-        pin_memory=torch.cuda.is_available(),
-        persistent_workers=num_workers > 0,
-    )
-    for batch in loader:
+    pinned = torch.cuda.is_available()
+    for batch in DataLoader(stream, None, num_workers=num_workers, pin_memory=pinned):
         if isinstance(batch, Exception):
             raise batch
         yield batch

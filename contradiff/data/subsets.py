@@ -18,10 +18,8 @@ def k_shot_split(labels: Sequence[int], *, shots: int, seed: int) -> list[int]:
     chosen: list[int] = []
     for label, indices in members.items():
         if len(indices) < shots:
-            raise ValueError(
-                f"transfer.shots: {shots}, but class {label} has only {len(indices)} images: "
-                "lower it"
-            )
+            has = f"class {label} has only {len(indices)} images"
+            raise ValueError(f"transfer.shots: {shots}, but {has}: lower it")
         order = np.random.default_rng([seed, label]).permutation(len(indices))
         chosen += [indices[position] for position in order[:shots].tolist()]
     return sorted(chosen)

@@ -39,13 +39,10 @@ def describe_samples(
 
 def plan_samples(num_samples: int, params: shards.ShardParams) -> dict[str, range]:
     """Divide the samples into shards, in order: name of a shard => indices of its samples."""
-    size = params.samples_per_shard
-    return {
-        shards.shard_name(SPLIT, start // size, params.compression): range(
-            start, min(start + size, num_samples)
-        )
-        for start in range(0, num_samples, size)
-    }
+    size, kind = params.samples_per_shard, params.compression
+    starts = enumerate(range(0, num_samples, size))
+    whole = range(num_samples)
+    return {shards.shard_name(SPLIT, n, kind): whole[start : start + size] for n, start in starts}
 
 
 def sample_records(

@@ -22,15 +22,10 @@ if TYPE_CHECKING:
 class GenerateParams(Section):
     """Section `generate`. Paper: 50,000 images, 100 steps; deviation: it mentions no guidance."""
 
-    condition: Condition = Field(
-        description="noise: unconditional (App. A) | image: of the val split (Fig. 4) | "
-        "class: balanced labels (Table 5)"
-    )
+    condition: Condition = Field(description="noise (App. A) | image (Fig. 4) | class (Table 5)")
     guidance: float = Field(ge=0, description="classifier-free; 1: none")
     guidance_interval: list[float] = Field(
-        min_length=2,
-        max_length=2,
-        description="part of the schedule that is guided: 0 is clean, 1 noise; 0 to 1: all",
+        min_length=2, max_length=2, description="where to guide: 0 is clean, 1 noise; 0 to 1: all"
     )
     num_samples: int = Field(ge=1)
     solver: Solver = Field(description="ddim (paper, eta = 0) | dpmsolver++ | unipc: fewer steps")

@@ -20,28 +20,20 @@ from contradiff.data.shard_info import ImageInfo, LatentInfo
 from contradiff.data.shards import Sample, ShardIndex, read_images, read_split
 from contradiff.data.transforms import Crop, apply_crop, centre_crop, decode
 from contradiff.types import to_pixels
+from tests.settings import LATENTS
 
 CENTRE = Crop(2, 0, 36, 36, mirrored=False)
-SETTINGS: dict[str, Any] = {
-    "views": 3,
-    "flips": False,
-    "crop_scale_min": 0.4,
-    "colour_jitter": 0.0,
-    "dtype": "float16",
-    "min_psnr": 0.0,
-    "batch_size": 24,
-}
 
 
 @pytest.fixture(scope="module")
 def base(tiny_base: Path) -> LatentEncoder:
     """An encoder as `tiny_data` was made by."""
-    params = LatentsParams.model_validate(SETTINGS)
+    params = LatentsParams.model_validate(LATENTS)
     return LatentEncoder(load_vae(tiny_base), params, 32, 0)
 
 
 def changed(encoder: LatentEncoder, **changes: Any) -> LatentEncoder:
-    return replace(encoder, params=LatentsParams.model_validate(SETTINGS | changes))
+    return replace(encoder, params=LatentsParams.model_validate(LATENTS | changes))
 
 
 @pytest.fixture(scope="module")
@@ -169,31 +161,21 @@ def test_workers_change_nothing(base: LatentEncoder, images: list[Sample]):
     assert [item.key for item in alone] == [image.key for image in images]
 
 
-@pytest.mark.parametrize(
-    ("split", "batch_size", "sizes"),
-    [
-        ("train", 24, [4] * 6),
-        ("train", 1, [1] * 24),
-        ("train", 60, [10, 10, 4]),
-        ("val", 5, [5, 3]),
-    ],
-)
-def test_a_batch_of_crops_is_encoded_at_once(  # noqa: PLR0917
-    base: LatentEncoder,
-    tiny_data: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    split: str,
-    batch_size: int,
-    sizes: list[int],
+def test_a_batch_of_crops_is_encoded_at_once(
+    base: LatentEncoder, tiny_data: Path, monkeypatch: pytest.MonkeyPatch
 ):
     """Three views and their mirror images of each training image."""
     found: list[int] = []
     monkeypatch.setattr(
         LatentEncoder, "encode_cut", lambda _, cut: found.append(len(cut.keys)) or iter(())
     )
-    samples = read_images(tiny_data / "images", split)
-    assert not list(changed(base, flips=True, batch_size=batch_size).encode(samples, split=split))
-    assert found == sizes
+    expected = {("train", 24): [4] * 6, ("train", 1): [1] * 24, ("train", 60): [10, 10, 4]}
+    for (split, batch_size), sizes in (expected | {("val", 5): [5, 3]}).items():
+        found.clear()
+        samples = read_images(tiny_data / "images", split)
+        encoder = changed(base, flips=True, batch_size=batch_size)
+        assert not list(encoder.encode(samples, split=split))
+        assert found == sizes
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])

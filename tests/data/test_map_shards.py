@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from contradiff.data.map_shards import Made, Processes, Tick, map_shards, missing_items
-from contradiff.data.shards import Shard, write_shard
+from contradiff.data.shards import write_shard
 
 ITEMS = list(range(7))
 
@@ -32,7 +32,7 @@ class Maker:
         self.asked.append(item)
         if item in self.faults:
             raise self.faults[item]
-        records = [{"__key__": b"%d" % number, "txt": b"x"} for number in range(item + 1)]
+        records = [{"__key__": b"%d" % number, "cls": b"%d" % item} for number in range(item + 1)]
         shard = write_shard(self.folder / f"{name_of(item)}.tar", records, compression="none")
         for _ in records:
             tick(1)
@@ -247,18 +247,3 @@ def test_workers_end_with_the_one_that_started_them(
     process.send_signal(how)
     process.communicate(timeout=30)
     wait_for(lambda: not any(map(is_alive, workers)))
-
-
-def test_made_survives_its_note(tmp_path: Path):
-    """All that a shard says is there again, class counts as a tuple."""
-    (tmp_path / "x.tar").write_bytes(b"12345")
-    made = Made((Shard("x.tar", 2, 5, "00", (0, 2)),), {"a": [1, {"b": None}]})
-    asked: list[str] = []
-
-    def make(item: str, _: Tick) -> Made:
-        asked.append(item)
-        return made
-
-    for _ in range(2):
-        assert map_shards(["x"], make, tmp_path, name_of=str) == [made]
-    assert asked == ["x"]

@@ -1,7 +1,5 @@
 """Against a closed form, and against diffusers' classes used plainly."""
 
-import json
-import shutil
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -98,18 +96,6 @@ def test_solvers_are_diffusers_own(tiny_base: Path, solver: str, base: str):
         steps_of(ours, noise, plain.alphas_cumprod)[-1],
         steps_of(plain, noise, plain.alphas_cumprod)[-1],
     )
-
-
-@pytest.mark.parametrize("solver", FAST)
-def test_the_bases_own_betas_are_kept(tiny_base: Path, tmp_path: Path, solver: Any):
-    base = Path(shutil.copytree(tiny_base / "scheduler", tmp_path / "scheduler")).parent
-    path = base / "scheduler" / "scheduler_config.json"
-    content = json.loads(path.read_text()) | {"beta_end": 0.02, "num_train_timesteps": 500}
-    path.write_text(json.dumps(content))
-    scheduler: Any = load_solver(base, solver=solver, num_inference_steps=4)
-    expected = load_scheduler(base, num_inference_steps=4).alphas_cumprod
-    assert torch.equal(scheduler.alphas_cumprod, expected)
-    assert scheduler.timesteps[0] == 499
 
 
 def test_ddim_is_the_bases_own(tiny_base: Path):

@@ -10,24 +10,12 @@ from contradiff.config import parse
 from contradiff.data.shard_info import ConditionInfo
 from contradiff.data.shards import ShardIndex
 from stages import conditions
-
-GENERATE: dict[str, Any] = {
-    "condition": "noise",
-    "guidance": 1.0,
-    "guidance_interval": [0.0, 1.0],
-    "num_samples": 5,
-    "solver": "ddim",
-    "num_inference_steps": 2,
-    "batch_size": 4,
-    "precision": "fp32",
-}
+from tests.settings import GENERATE
 
 
 def call(run: Run, **changes: Any) -> ShardIndex[ConditionInfo]:
-    content = {
-        "shard": {"samples_per_shard": 4, "compression": "none"},
-        "generate": GENERATE | changes,
-    }
+    size = {"samples_per_shard": 4, "compression": "none"}
+    content = {"shard": size, "generate": GENERATE | changes}
     conditions.main(parse(conditions.Params, content, source="params.yaml"), run)
     return ShardIndex.read(conditions.CONDITIONS, ConditionInfo)
 
