@@ -3,8 +3,8 @@
 It runs at the end of every reproduction, even if all other stages came from DVC's cache.
 """
 
-from stages.runtime.experiments import upsert_row
 from stages.runtime.run import PARAMS_FILE, Run, execute
+from stages.runtime.tracking import upsert_row
 
 import json
 import textwrap

@@ -93,7 +93,7 @@ def base_manifest(base: BaseParams, *, root: Path) -> dict[str, Any]:
     folder = local_base(base, root=root)
     check_base(folder)
     files = [path for name in COMPONENTS for path in (folder / name).rglob("*") if path.is_file()]
-    names = [path.relative_to(folder).as_posix() for path in files]
+    names = (path.relative_to(folder).as_posix() for path in files)
     return {"path": base.path, "files": file_manifest(folder, names)}
 
 

@@ -1,14 +1,16 @@
-"""The connection to MLflow, and the live record of a training.
+"""The record in MLflow: live curves of trainings, and one row for each experiment.
 
-MLflow holds two experiments of ours: `contradiff-train` has the live curves of trainings, and
-`contradiff` one row for each experiment, which `experiments` writes when all stages are done.
+The rows are complete even where every stage came from DVC's cache.
 """
 
 from stages.runtime.run import Run
 from stages.runtime.work_dir import revision
 
+import csv
+import hashlib
 import json
 import logging
+import math
 import os
 import sys
 import time
@@ -23,6 +25,8 @@ from contradiff.files import hold_lock, replace_file, sha256_of
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
+TRAININGS, EXPERIMENTS = "contradiff-train", "contradiff"
+"""The names of our two experiments in MLflow."""
 CHECKPOINT = Path("build/pretrain/model.safetensors")
 
 # Unless users set them: MLflow does not phone home, does not warn about git, and a server that is
@@ -182,13 +186,13 @@ def training_run(
         return
     store, note = connect(run.root), work_dir / "mlflow.json"
     try:
-        if known := read_note(note, store):
+        if known := _read_note(note, store):
             store.client.update_run(known["run_id"], status="RUNNING")
             log = _TrainingLog(store, note, known["run_id"], known["last_step"])
         else:
             tags = {"world_size": os.environ.get("WORLD_SIZE", "1")}
             with store.locked():
-                run_id = store.create_run("contradiff-train", run=run, params=params, **tags)
+                run_id = store.create_run(TRAININGS, run=run, params=params, **tags)
             log = _TrainingLog(store, note, run_id)
             log.remember(log.last_step)
     except Exception as error:  # each kind of store has its own errors
@@ -207,11 +211,74 @@ def training_run(
         except Exception as error:  # noqa: BLE001  # as in `send`
             _warn(f"the training's end could not be logged: {error}")
     if files_checkpoint and CHECKPOINT.is_file():
-        log.note = note_of_checkpoint(run.root)
+        log.note = _note_of_checkpoint(run.root)
         log.remember(log.last_step)
 
 
-def read_note(note: Path, store: Store) -> dict[str, Any] | None:
+def upsert_row(
+    run: Run, *, params: dict[str, Any], metrics: list[Path], curve: Path, artifacts: list[Path]
+) -> str:
+    """Write the experiment's row, or add DVC's name to the row that is there; return its run id.
+
+    The same parameters (without `runtime`) and results are the same row. A row that an interrupted
+    process left incomplete is replaced. `metrics` are files of nested JSON; each column of the CSV
+    file `curve` but `step` becomes a metric `pretrain.<column>`; copies of `artifacts` are kept.
+
+    Raises:
+        ValueError: MLflow's store cannot be used.
+    """
+    store = connect(run.root)
+    client = store.client
+    hashes = {str(path): sha256_of(path) for path in (*metrics, CHECKPOINT)}
+    content = {"params": flatten_params(params), "files": hashes}
+    key = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:32]
+    points = list(_points(metrics, curve))
+    try:
+        with store.locked():
+            run_id = None
+            places = [store.experiment_id(EXPERIMENTS)]
+            for found in client.search_runs(places, f"tags.`contradiff.key` = '{key}'"):
+                if found.info.status == "FINISHED":
+                    run_id = found.info.run_id
+                else:
+                    client.delete_run(found.info.run_id)
+            if run_id is None:
+                tags = {"contradiff.key": key}
+                run_id = store.create_run(EXPERIMENTS, run=run, params=params, **tags)
+                store.log(run_id, points=points)
+            if name := os.environ.get("DVC_EXP_NAME"):
+                names = client.get_run(run_id).data.tags.get("dvc.exp_names", "").split()
+                client.set_tag(run_id, "dvc.exp_names", " ".join(sorted({*names, name})))
+            if training := _read_note(_note_of_checkpoint(store.root), store):
+                client.set_tag(run_id, "train_run_id", training["run_id"])
+                client.set_tag(training["run_id"], "mlflow.parentRunId", run_id)
+            for path in artifacts:
+                if path.is_dir():
+                    client.log_artifacts(run_id, str(path), artifact_path=path.name)
+                elif path.is_file():
+                    client.log_artifact(run_id, str(path))
+            client.set_terminated(run_id)
+    except Exception as error:  # each kind of store has its own errors
+        raise ValueError(
+            f"MLflow's store {store.uri}: the results could not be recorded: {error}"
+        ) from error
+    return run_id
+
+
+def _points(metrics: list[Path], curve: Path) -> Iterator[Point]:
+    """Yield all numbers of the metric files, and those of the training curve step by step."""
+    for path in metrics:
+        for key, value in flatten(json.loads(path.read_text(encoding="utf-8"))):
+            if isinstance(value, int | float) and not isinstance(value, bool):
+                yield key, float(value), 0
+    with curve.open(encoding="utf-8", newline="") as file:
+        for row in csv.DictReader(file):
+            for name, text in row.items():
+                if name != "step" and text and math.isfinite(value := float(text)):
+                    yield f"pretrain.{name}", value, int(float(row["step"]))
+
+
+def _read_note(note: Path, store: Store) -> dict[str, Any] | None:
     """Return what a note says of a run, if the run is in this store and not deleted."""
     from mlflow.exceptions import MlflowException
 
@@ -225,7 +292,7 @@ def read_note(note: Path, store: Store) -> dict[str, Any] | None:
     return known if is_here and is_here.info.lifecycle_stage == "active" else None
 
 
-def note_of_checkpoint(root: Path) -> Path:
+def _note_of_checkpoint(root: Path) -> Path:
     """Return the path of the note that names the training of the checkpoint as it is now."""
     return root / ".work/runs" / f"{sha256_of(CHECKPOINT)}.json"
 

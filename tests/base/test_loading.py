@@ -3,45 +3,32 @@
 import json
 import shutil
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from diffusers import PNDMScheduler
 from safetensors.torch import load_file
 
-from contradiff.base.loading import (
-    NoiseSchedule,
-    load_scheduler,
-    load_unet,
-    load_vae,
-    unet_without_weights,
-    vae_without_weights,
-)
+from contradiff.base import loading
+from contradiff.base.loading import NoiseSchedule, load_scheduler
 
 STABLE_DIFFUSION = Path(__file__).resolve().parents[2] / "presets/stable-diffusion-v1-4"
 
 
-@pytest.mark.parametrize(
-    ("component", "build"), [("unet", unet_without_weights), ("vae", vae_without_weights)]
-)
-def test_the_configuration_has_the_shapes_of_the_weights(
-    tiny_base: Path, component: str, build: Any
+@pytest.mark.parametrize("component", ["unet", "vae"])
+def test_the_base_is_frozen_in_float32_and_its_configuration_has_its_shapes(
+    tiny_base: Path, component: str
 ):
-    module = build(tiny_base)
-    assert {p.device.type for p in module.parameters()} == {"meta"}
-    assert not any(p.requires_grad for p in module.parameters())
+    loaded = getattr(loading, f"load_{component}")(tiny_base)
+    assert not loaded.training
+    assert {p.dtype for p in loaded.parameters()} == {torch.float32}
+    built = getattr(loading, f"{component}_without_weights")(tiny_base)
+    assert {p.device.type for p in built.parameters()} == {"meta"}
+    assert not any(p.requires_grad for p in (*loaded.parameters(), *built.parameters()))
     (weights,) = (tiny_base / component).glob("*.safetensors")
     shapes = {name: tensor.shape for name, tensor in load_file(weights).items()}
-    assert {name: tensor.shape for name, tensor in module.state_dict().items()} == shapes
-
-
-@pytest.mark.parametrize("load", [load_vae, load_unet])
-def test_the_base_is_loaded_frozen_in_float32(tiny_base: Path, load: Any):
-    module = load(tiny_base)
-    assert not module.training
-    assert {p.dtype for p in module.parameters()} == {torch.float32}
-    assert not any(p.requires_grad for p in module.parameters())
+    for module in (loaded, built):
+        assert {name: tensor.shape for name, tensor in module.state_dict().items()} == shapes
 
 
 def test_noise_schedule_is_the_bases_own(tiny_base: Path):

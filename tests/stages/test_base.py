@@ -2,7 +2,6 @@
 
 from stages.runtime.run import Run
 
-import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -21,26 +20,20 @@ def run(run_of: Callable[[str], Run]) -> Run:
 
 
 @pytest.fixture
-def served(tiny_base: Path) -> list[Path]:
-    """The folder that the hub serves is the last."""
-    return [tiny_base]
-
-
-@pytest.fixture
-def fetched(served: list[Path], monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """A hub; the names of the files that were asked of it."""
+def fetched(tiny_base: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """A hub that serves `other`, if it is there, or else the tests' base; what was asked of it."""
     names: list[str] = []
 
     def snapshot_download(
         name: str, *, revision: str, allow_patterns: list[str], local_dir: Path
     ) -> None:
         assert (name, revision) == (HUB.path, HUB.revision)
+        served = run.root / "other" if (run.root / "other").exists() else tiny_base
         for pattern in allow_patterns:
-            for path in served[-1].glob(pattern):
-                target = Path(local_dir) / path.relative_to(served[-1])
-                target.parent.mkdir(parents=True, exist_ok=True)
-                shutil.copy(path, target)
-                names.append(str(path.relative_to(served[-1])))
+            for path in served.glob(pattern):
+                names.append(str(path.relative_to(served)))
+                (local_dir / names[-1]).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy(path, local_dir / names[-1])
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
     return names
@@ -64,13 +57,11 @@ def test_a_local_base_is_copied_and_a_hub_s_is_fetched(
 
 
 def test_what_cannot_be_used_is_refused_before_weights(
-    tiny_base: Path, run: Run, served: list[Path], fetched: list[str], tmp_path: Path
+    tiny_base: Path, run: Run, fetched: list[str]
 ):
-    scheduler = json.loads((tiny_base / "scheduler/scheduler_config.json").read_text())
-    other = Path(shutil.copytree(tiny_base, tmp_path / "other"))
-    scheduler["prediction_type"] = "v_prediction"
-    (other / "scheduler/scheduler_config.json").write_text(json.dumps(scheduler))
-    served.append(other)
+    other = Path(shutil.copytree(tiny_base, run.root / "other"))
+    scheduler = other / "scheduler/scheduler_config.json"
+    scheduler.write_text(scheduler.read_text().replace('"epsilon"', '"v_prediction"'))
     for params in (local(other), HUB):
         with pytest.raises(ValueError, match=r"^base\.path: .*v_prediction"):
             base.main(base.Params(base=params), run)

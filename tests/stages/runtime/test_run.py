@@ -300,30 +300,24 @@ def test_work_goes_on_under_another_commit_but_not_with_another_state(
         assert capfd.readouterr().err == said
 
 
-class TestKey:
-    @pytest.fixture
-    def inputs(self, tmp_path: Path) -> list[Path]:
-        (tmp_path / "latents").mkdir()
-        (tmp_path / "latents/a.tar").write_bytes(b"1234")
-        (tmp_path / "index.json").write_text("{}")
-        return [tmp_path / "latents", tmp_path / "index.json"]
+def test_the_key_sees_what_decides_the_result(tmp_path: Path):
+    (tmp_path / "latents").mkdir()
+    (tmp_path / "latents/a.tar").write_bytes(b"1234")
+    (tmp_path / "index.json").write_text("{}")
+    inputs = [tmp_path / "latents", tmp_path / "index.json"]
 
-    @staticmethod
-    def key(inputs: list[Path], params: Mapping[str, object] | None = None) -> str:
-        return key_of("track", params=params or {"seed": 0, "lr": 0.1}, inputs=inputs)
+    def key(inputs: list[Path], **params: object) -> str:
+        return key_of("track", params=params, inputs=inputs)
 
-    def test_sees_what_decides_the_result(self, inputs: list[Path]):
-        before = self.key(inputs)
-        assert self.key(inputs[::-1], {"lr": 0.1, "seed": 0}) == before
-        assert self.key(inputs, {"seed": 1, "lr": 0.1}) != before
-        (inputs[0] / "a.tar").write_bytes(b"4321")  # of the same size
-        edited = self.key(inputs)
-        (inputs[0] / "a.tar").rename(inputs[0] / "b.tar")
-        assert len({before, edited, self.key(inputs)}) == 3
-
-    def test_a_missing_input_is_an_error(self, tmp_path: Path):
-        with pytest.raises(FileNotFoundError, match="missing"):
-            self.key([tmp_path / "missing"])
+    before = key(inputs, seed=0, lr=0.1)
+    assert key(inputs[::-1], lr=0.1, seed=0) == before
+    assert key(inputs, seed=1, lr=0.1) != before
+    (tmp_path / "latents/a.tar").write_bytes(b"4321")  # of the same size
+    edited = key(inputs, seed=0, lr=0.1)
+    (tmp_path / "latents/a.tar").rename(tmp_path / "latents/b.tar")
+    assert len({before, edited, key(inputs, seed=0, lr=0.1)}) == 3
+    with pytest.raises(FileNotFoundError, match="missing"):
+        key([tmp_path / "missing"])
 
 
 def test_json_is_sorted_rounded_and_whole(run: Run, tmp_path: Path):

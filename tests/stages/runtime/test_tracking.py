@@ -1,9 +1,8 @@
 """The record of experiments, in a real MLflow store."""
 
 from stages.runtime import tracking
-from stages.runtime.experiments import upsert_row
 from stages.runtime.run import Run, RuntimeParams
-from stages.runtime.tracking import connect, training_run
+from stages.runtime.tracking import connect, training_run, upsert_row
 
 import itertools
 import json
