@@ -95,16 +95,11 @@ def finetune(
 
     h is taken as in evaluation, at the fixed triple of timesteps, but the noise is drawn anew at
     every step; images are not augmented. The LoRA behind the maps that h reads gets no gradient.
-    AdamW's rate falls along half a cosine from `lr`; the last epoch's weights are the result. The
-    batches of an epoch differ in size by one at most. The seed is that of the initial classifier,
-    the order and the noise.
-
-    With features.precision bf16 the maps and h are computed under autocast, as in testing, and the
-    UNet's frozen weights become bfloat16; what is trained, the classifier, the loss, the gradients
-    and AdamW's state are float32.
-
-    Raises:
-        ValueError: the loss is not finite; names transfer.finetune_lr.
+    AdamW's rate falls along half a cosine from `lr`. The batches of an epoch differ in size by one
+    at most. The seed decides the initial classifier, the order and the noise. With
+    features.precision bf16 the UNet's frozen weights become bfloat16 and the passes run under
+    autocast, as in testing; what is trained, the loss and AdamW's state are float32. A ValueError
+    names transfer.finetune_lr if the loss is not finite.
     """
     generator = torch.Generator().manual_seed(seed)
     classifier = nn.Linear(model.attention.norm_out.normalized_shape[0], num_classes)
@@ -128,7 +123,7 @@ def finetune(
     loss_sum = torch.zeros((), dtype=torch.float64, device=device)
 
     def take_gradients(step: int) -> dict[str, Tensor]:
-        """Leave the gradient of a batch; return the epoch's mean loss so far."""
+        """Return the epoch's mean loss so far."""
         if step % steps_per_epoch == 0:
             loss_sum.zero_()
         batch = data[next(batches)]

@@ -111,17 +111,13 @@ def train_class_table(
 ) -> None:
     """Train the table in place, on the model's device; the same `work_dir` resumes the training.
 
-    The loss is Eq. 3 for the latents of centre crops at uniform timesteps; each label is replaced
-    by the null class with probability `params.drop`. The generator of step s has the seed (seed,
-    s), and the order of the images depends only on the seed, so a resumed training ends with the
-    same weights, bit for bit on one machine. The model comes with LoRA merged or disabled and is
-    frozen here; `precision` is that of its passes, and the table is float32.
+    The loss is Eq. 3 for the latents of centre crops at uniform timesteps. A resumed training ends
+    with the same weights, bit for bit on one machine: all that is random in step s is seeded by
+    (seed, s). The model comes with LoRA merged or disabled and is frozen here; `precision` is that
+    of its passes, and the table is float32. A ValueError says that the loss is not finite.
 
     *Deviation*: the paper says that "no additional fine-tuning is applied for image generation". An
     embedding has to be trained, but the model is not.
-
-    Raises:
-        ValueError: A batch needs more images than there are, or the loss is not finite.
     """
     total_steps = count_steps(params, num_samples=pairs.num_samples)
     warmup_steps = round(0.02 * total_steps)  # the paper names no warm-up

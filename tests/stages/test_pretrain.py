@@ -63,9 +63,6 @@ def test_paper_scale_counts(paper: dict[str, Any]):
     assert "together: 1,011,279,763." in text
     assert "CLIP's text encoder, which the method does not use" in text
     assert "linear classifier over 1000 classes, which the probe stage trains" in text
-
-
-def test_conditioner_over_latents_counts(paper: dict[str, Any]):
     paper["conditioner"] |= {"input": "latents", "patch_size": 2}
     assert read_table(describe(paper))["conditional encoder"][0] == "38,344,960"
 
@@ -85,6 +82,9 @@ def test_papers_numbers_stand_beside_the_papers_base_alone(paper: dict[str, Any]
     assert f"together: {together:,}." in text
 
 
+Start = Callable[..., str]
+
+
 class Started(BaseException):
     """The training would begin here."""
 
@@ -99,9 +99,7 @@ def tiny(tiny_params: dict[str, Any]) -> dict[str, Any]:
 
 
 @pytest.fixture
-def start(
-    trained_project: Run, tiny: dict[str, Any], monkeypatch: pytest.MonkeyPatch
-) -> Callable[..., str]:
+def start(trained_project: Run, tiny: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> Start:
     """Run the stage up to the training, sections changed by keywords; returns its precision."""
     from accelerate.state import AcceleratorState
 
@@ -129,17 +127,13 @@ def start(
 
 
 @pytest.mark.parametrize(("precision", "mixed"), [("fp32", "no"), ("bf16", "bf16")])
-def test_the_precision_reaches_accelerate(start: Callable[..., str], precision: str, mixed: str):
+def test_the_precision_reaches_accelerate(start: Start, precision: str, mixed: str):
     assert start(pretrain={"precision": precision}) == mixed
 
 
 @pytest.mark.parametrize(("number", "weight", "warned"), [(2, 0.1, 1), (1, 0.1, 0), (2, 0.0, 0)])
 def test_negatives_of_one_microbatch_are_warned_of(
-    start: Callable[..., str],
-    capsys: pytest.CaptureFixture[str],
-    number: int,
-    weight: float,
-    warned: int,
+    start: Start, capsys: pytest.CaptureFixture[str], number: int, weight: float, warned: int
 ):
     start(pretrain={"grad_accumulation": number}, loss={"lambda": weight})
     warning = "pretrain.grad_accumulation: the contrastive loss and the projector's BatchNorm see "

@@ -59,8 +59,7 @@ def first_values(trainer: Callable[..., Any], *inputs: Any, folder: Path) -> Map
 
 
 def equal(first: torch.nn.Module, second: torch.nn.Module) -> bool:
-    ours, others = first.state_dict(), second.state_dict()
-    return ours.keys() == others.keys() and all(torch.equal(ours[k], others[k]) for k in ours)
+    return all(map(torch.equal, first.state_dict().values(), second.state_dict().values()))
 
 
 def kill_after(step: int):
