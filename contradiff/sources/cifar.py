@@ -118,12 +118,12 @@ def find_cifar(root: Path, name: CifarName) -> CifarFiles:
     """Find an archive, or the files or the archive in a folder; ValueError names what it lacks."""
     forms = FORMS[name]
     archives = " or ".join(form.archive for form in forms)
-    packed = {form: root if root.is_file() else root / form.archive for form in forms}
     absent = {form: [n for n in form.files if not (root / n).is_file()] for form in forms}
-    for form in forms:
-        if not absent[form]:
+    for form, missing in absent.items():
+        if not missing:
             return CifarFiles(form, root)
-    for form, path in packed.items():
+    for form in forms:
+        path = root if root.is_file() else root / form.archive
         if path.is_file() and path.name == form.archive:
             return CifarFiles(form, path)
     if root.is_file():

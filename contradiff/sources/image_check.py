@@ -47,13 +47,10 @@ def check_image(content: bytes, *, path: str, verify: Verify, resize: int | None
     `cmyk`, `greyscale`, `sixteen_bit`, `palette`, `alpha`, `exif_rotated`, `multi_picture` and
     `A_named_B`.
 
-    Full verification decodes every scan line (a JPEG at an eighth of the size, which reads all the
-    data for little arithmetic); header reads the header and looks for the end mark. Larger images
-    get a shorter side of `resize` pixels (Pillow's bicubic). They become upright RGB and are
-    encoded anew, JPEG as JPEG and all else as PNG.
-
-    Raises:
-        ValueError: the image cannot be read; names the file and says why.
+    `verify` full decodes every scan line (a JPEG at an eighth of the size, which reads all the data
+    for little arithmetic); header reads the header and looks for the end mark. Larger images get a
+    shorter side of `resize` pixels (bicubic). They become upright RGB and are encoded anew, JPEG as
+    JPEG and all else as PNG. It raises ValueError, which names the file, for an unreadable image.
     """
     with opened(content, name=path) as image:
         kind = image.format or "unknown"
@@ -91,20 +88,15 @@ def check_image(content: bytes, *, path: str, verify: Verify, resize: int | None
 
 
 def _has_end(content: bytes, kind: str) -> bool:
-    if kind in {"JPEG", "MPO"}:
-        # The data behind the header escapes 0xFF, so these bytes can be nothing but the end mark.
-        return content.rfind(b"\xff\xd9", _start_of_scan(content)) >= 0
     if kind == "PNG":
         return b"IEND\xaeB`\x82" in content[-4096:]
-    return len(content) >= 8 + int.from_bytes(content[4:8], "little")  # RIFF: its header says
-
-
-def _start_of_scan(content: bytes) -> int:
-    """Where a JPEG's data begin: behind its segments and the thumbnails in them."""
+    if kind == "WEBP":
+        return len(content) >= 8 + int.from_bytes(content[4:8], "little")  # RIFF: its header says
+    # A JPEG's data begin behind its segments and the thumbnails in them.
     place = 2
     while place + 4 <= len(content) and content[place] == 0xFF and content[place + 1] != 0xDA:
-        if content[place + 1] == 0xFF:  # a fill byte
-            place += 1
-        else:
-            place += 2 + int.from_bytes(content[place + 2 : place + 4], "big")
-    return place
+        is_fill_byte = content[place + 1] == 0xFF
+        size = int.from_bytes(content[place + 2 : place + 4], "big")
+        place += 1 if is_fill_byte else 2 + size
+    # The data escape 0xFF, so these bytes can be nothing but the end mark.
+    return content.rfind(b"\xff\xd9", place) >= 0
