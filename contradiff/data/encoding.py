@@ -75,10 +75,10 @@ class LatentEncoder:
     def encode(
         self, samples: Iterable[Sample], *, split: str, num_workers: int = 0
     ) -> Iterator[StoredLatents]:
-        """Encode images in order; the split decides how many crops an image has.
+        """Encode images in order, each with the crops of its split.
 
-        This process reads some images ahead. `num_workers` others decode and crop them; if it is
-        0, this process does it. A ValueError names an image that cannot be decoded.
+        This process reads some images ahead; `num_workers` others, if any, decode and crop them. A
+        ValueError names an image that cannot be decoded.
         """
         views, flips = self.params.views_of(split)
         samples, size = iter(samples), max(1, self.params.batch_size // (views * (1 + flips)))

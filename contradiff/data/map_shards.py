@@ -80,11 +80,10 @@ def map_shards(
     own = missing[processes.rank :: processes.size]
     try:
         with explain_full_disk(work_dir):
-            for item, made in (
-                _in_workers(make, own, num_workers, size_of, crew.advance)
-                if num_workers and own
-                else ((item, make(item, crew.advance)) for item in own)
-            ):
+            results = ((item, make(item, crew.advance)) for item in own)
+            if num_workers and own:
+                results = _in_workers(make, own, num_workers, size_of, crew.advance)
+            for item, made in results:
                 crew.tell()  # before the note: whoever has seen all notes has seen all progress
                 with replace_file(work_dir / f"{name_of(item)}.json") as path:
                     path.write_text(json.dumps(asdict(made)), encoding="utf-8")
@@ -200,10 +199,9 @@ def _in_workers(
         for child in set(multiprocessing.active_children()) - others:
             child.terminate()
         if isinstance(error, BrokenProcessPool):
-            raise ChildProcessError(
-                "a worker process was killed, perhaps for want of memory: lower "
-                "runtime.num_workers, then run the same command again; what is whole is kept"
-            ) from error
+            what = "a worker process was killed, perhaps for want of memory: lower "
+            remedy = "runtime.num_workers, then run the same command again; what is whole is kept"
+            raise ChildProcessError(what + remedy) from error
         raise
     finally:
         pool.shutdown(cancel_futures=True)

@@ -1,7 +1,6 @@
 """Shards: the form in which images, latents and samples are stored and read.
 
-A folder holds `<split>-00000.tar` (or .tar.gz) files that any WebDataset reader takes, and
-`index.json` with each shard's sample count, size, sha256 and class counts.
+A folder holds an index, and files `<split>-00000.tar` (or .tar.gz) for any WebDataset reader.
 """
 
 import gzip
@@ -66,7 +65,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class ShardIndex(Generic[InfoT]):
-    """The index of a folder: the shards of each split, and what is true of all shards.
+    """The content of `index.json`: the shards of each split, and what is true of all shards.
 
     Example:
         >>> index = ShardIndex.read(Path("build/latents"), LatentInfo)  # doctest: +SKIP
