@@ -14,14 +14,9 @@ def data(*, weight: float, top1: float | None) -> dict[str, Any]:
 
 
 def test_rows_are_named_by_their_changes():
-    commit = {
-        "rev": "0123456789",
-        "data": data(weight=0.1, top1=0.695),
-        "experiments": [
-            {"revs": [{"data": data(weight=0.01, top1=None)}]},
-            {"revs": [{"data": None}]},
-        ],
-    }
+    experiments = [{"revs": [{"data": run}]} for run in (data(weight=0.01, top1=None), None)]
+    own = {"data": data(weight=0.1, top1=0.695), "experiments": experiments}
+    commit = {"rev": "0123456789", **own}
     lines = list(table([{"rev": "workspace", "data": data(weight=9.0, top1=1.0)}, commit]))
     assert lines[0].startswith("| commit | parameters | probe top-1 | FID | IS |")
     assert lines[2:] == [

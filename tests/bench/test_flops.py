@@ -88,12 +88,10 @@ def test_half_precision_keeps_one_copy_of_the_frozen_weights(
     """Without the cast to bf16, autocast adds copies to float32 weights: four bytes a weight."""
     monkeypatch.setattr(flops, "BATCH_SIZES", (4, 8))
     params = preset({"pretrain.precision": "bf16"})
-    num_cast = sum(
-        parameter.numel()
-        for module in flops.build(params, tiny_base).unet.modules()
-        if isinstance(module, nn.Linear | nn.Conv2d) and not module.weight.requires_grad
-        for parameter in module.parameters(recurse=False)
-    )
+    modules = flops.build(params, tiny_base).unet.modules()
+    layers = [layer for layer in modules if isinstance(layer, nn.Linear | nn.Conv2d)]
+    frozen = [layer for layer in layers if not layer.weight.requires_grad]
+    num_cast = sum(p.numel() for layer in frozen for p in layer.parameters(recurse=False))
     other = flops.peak_bytes(params, tiny_base)[1]
     monkeypatch.setattr(pretraining, "cast_frozen_weights", lambda _: None)
     difference = flops.peak_bytes(params, tiny_base)[1] - other
@@ -105,8 +103,8 @@ def test_norms_are_counted_as_cuda_takes_them(
     tiny_base: Path, monkeypatch: pytest.MonkeyPatch, *, blocks: str, size: int, factor: float
 ):
     """In a block that is computed again, too."""
-    changes = {"pretrain.precision": "bf16", "pretrain.gradient_checkpointing": blocks}
-    changes["pretrain.decode_batch_size"] = size
-    on_cuda = flops._peak(preset(changes), tiny_base, num_images=8)
+    changes = {"precision": "bf16", "gradient_checkpointing": blocks, "decode_batch_size": size}
+    params = preset({f"pretrain.{key}": value for key, value in changes.items()})
+    on_cuda = flops._peak(params, tiny_base, num_images=8)
     monkeypatch.setattr(flops, "cuda_norms", nullcontext)
-    assert on_cuda > factor * flops._peak(preset(changes), tiny_base, num_images=8)
+    assert on_cuda > factor * flops._peak(params, tiny_base, num_images=8)

@@ -22,7 +22,7 @@ def test_sampling_compares_equal_work(tmp_path: Path, monkeypatch: pytest.Monkey
     """All but the labelled solver make the first's images."""
     monkeypatch.chdir(Path(__file__).parents[2])
     with torch.random.fork_rng(devices=[]):
-        rows = sampling.measure(sampling.write_base(tmp_path), images=2, steps=5, rounds=1)
+        rows = sampling.measure(tmp_path, images=2, steps=5, rounds=1)
     assert [difference for _, _, difference in rows[:3]] in (
         ["", f"{a} of 255 away", f"{b} of 255 away"] for a in (0, 1) for b in (0, 1)
     )

@@ -25,8 +25,8 @@ class StandIn(nn.Module):
     def forward(
         self, img: Tensor, return_features: bool = False, no_output_bias: bool = False
     ) -> Tensor:
-        theta = torch.eye(2, 3)
         # TensorFlow 1: the centres of the first pixels coincide, not those of the images
+        theta = torch.eye(2, 3)
         theta[0, 2] += 1.0 / img.shape[3] - 1.0 / 299
         theta[1, 2] += 1.0 / img.shape[2] - 1.0 / 299
         size = [img.shape[0], img.shape[1], 299, 299]

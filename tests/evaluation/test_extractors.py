@@ -20,26 +20,22 @@ INCEPTION = {"kind": "inception", "weights": "x", "resizers": ["clean"]}
 
 
 @pytest.mark.parametrize(
-    ("changes", "messages"),
+    ("changes", "message"),
     [
-        ({"weights": "x.pt"}, ["extractor.weights is set"]),
-        ({"download": True}, ["extractor.download is for Inception"]),
-        ({"resizers": ["clean"]}, ["sees images as they are"]),
-        ({"resizers": []}, ["at least 1 item"]),
-        (
-            INCEPTION | {"weights": None},
-            ["extractor.weights is null", "extractor.download", INCEPTION_URL],
-        ),
-        (INCEPTION | {"resizers": ["none"]}, ["needs a resizer"]),
-        (INCEPTION | {"resizers": ["clean", "clean"]}, ["names one twice"]),
-        (INCEPTION | {"resizers": ["bilinear"]}, ["legacy_pytorch"]),
+        ({"weights": "x.pt"}, "extractor.weights is set"),
+        ({"download": True}, "extractor.download is for Inception"),
+        ({"resizers": ["clean"]}, "sees images as they are"),
+        ({"resizers": []}, "at least 1 item"),
+        (INCEPTION | {"weights": None}, f"weights is null.*{INCEPTION_URL}.*extractor.download"),
+        (INCEPTION | {"resizers": ["none"]}, "needs a resizer"),
+        (INCEPTION | {"resizers": ["clean", "clean"]}, "names one twice"),
+        (INCEPTION | {"resizers": ["bilinear"]}, "legacy_pytorch"),
     ],
 )
-def test_contradictory_params_are_refused(changes: dict[str, Any], messages: list[str]):
+def test_contradictory_params_are_refused(changes: dict[str, Any], message: str):
     assert ExtractorParams.model_validate(PARAMS).num_features == 64
-    with pytest.raises(ValidationError) as error:
+    with pytest.raises(ValidationError, match=message):
         ExtractorParams.model_validate(PARAMS | changes)
-    assert [message for message in messages if message not in str(error.value)] == []
 
 
 def test_the_classifier_survives_saving_and_refuses_other_sizes(
@@ -63,11 +59,9 @@ def test_load_refuses_wrong_files(tmp_path: Path):
     with pytest.raises(ValueError, match="run the stage extractor first"):
         load_extractor(tmp_path / "absent", device=CPU)
     folder = tmp_path / "extractor"
-    card = folder / "extractor.json"
-    content = json.loads(card.read_text())
-    card.write_text(json.dumps(content | {"weights_sha256": "0" * 64}))
-    with pytest.raises(ValueError, match=r"not the weights that extractor.json describes"):
-        load_extractor(folder, device=CPU)
-    card.write_text(json.dumps(content | {"more": 1}))
-    with pytest.raises(ValueError, match="more: unknown key"):
-        load_extractor(folder, device=CPU)
+    card = json.loads((folder / "extractor.json").read_text())
+    other = {"weights_sha256": "0" * 64}, "not the weights that extractor.json describes"
+    for change, message in (other, ({"more": 1}, "more: unknown key")):
+        (folder / "extractor.json").write_text(json.dumps(card | change))
+        with pytest.raises(ValueError, match=message):
+            load_extractor(folder, device=CPU)

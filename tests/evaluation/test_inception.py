@@ -28,10 +28,9 @@ def load(weights: Path, folder: Path) -> Extractor:
 
 def write_pngs(folder: Path, images: Tensor) -> list[Path]:
     folder.mkdir()
-    paths = [folder / f"{number}.png" for number in range(len(images))]
-    for path, image in zip(paths, images, strict=True):
-        path.write_bytes(encode_png(image))
-    return paths
+    for number, image in enumerate(images):
+        (folder / f"{number}.png").write_bytes(encode_png(image))
+    return sorted(folder.iterdir())
 
 
 def test_script_gives_clean_fids_features_and_its_own_logits(script: Path, tmp_path: Path):
@@ -100,17 +99,11 @@ def test_refuses_missing_and_other_files(tmp_path: Path, script: Path):
     assert not folder.exists()
 
 
-class Harmful:
-    """Unpickled, it would write a file."""
-
-    def __reduce__(self):
-        return Path.touch, (Path("touched"),)
-
-
 def test_a_state_dict_executes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(tmp_path)
     weights = tmp_path / inception.STATE_DICT_NAME
-    torch.save({"fc.weight": Harmful()}, weights)
+    harmful = type("Harmful", (), {"__reduce__": lambda _: (Path.touch, (Path("touched"),))})()
+    torch.save({"fc.weight": harmful}, weights)
     with pytest.raises(Exception, match="Weights only load failed"):
         inception.Inception(weights)
     assert not Path("touched").exists()

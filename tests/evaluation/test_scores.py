@@ -21,9 +21,6 @@ def features(n: int, d: int, *, seed: int, scale: float = 1.0, shift: float = 0.
     return torch.randn(n, d, generator=generator, dtype=torch.float64) * scale + shift
 
 
-# --- KID ----------------------------------------------------------------------------------------
-
-
 def transcribed_kid(xs: Points, ys: Points) -> float:
     """The unbiased estimate (Gretton et al., 2012, Eq. 3), one kernel value at a time."""
 
@@ -60,18 +57,6 @@ def test_kid_equals_torch_fidelitys_and_leaves_the_global_generator_alone():
     assert found == pytest.approx(tuple(peer.values()), rel=1e-9)
 
 
-def test_kid_is_unbiased_where_fid_is_not():
-    """Small sets of one distribution: zero in the mean."""
-    sets = [features(20, 8, seed=seed) for seed in range(400)]
-    options = {"num_subsets": 1, "subset_size": 20, "seed": 0}
-    estimates = [kid(x, y, **options)[0] for x, y in zip(sets[::2], sets[1::2], strict=True)]
-    assert abs(np.mean(estimates)) < 3 * np.std(estimates) / np.sqrt(200)
-    assert min(estimates) < 0
-
-
-# --- Precision, recall, density and coverage ----------------------------------------------------
-
-
 def radius(points: Points, i: int, k: int) -> float:
     """Distance to the k-th nearest other point."""
     return sorted(math.dist(points[i], p) for j, p in enumerate(points) if j != i)[k - 1]
@@ -87,10 +72,9 @@ def transcribed_prdc(fake: Points, real: Points) -> tuple[float, ...]:
     precision = sum(within(y, real, 3) > 0 for y in fake) / len(fake)
     recall = sum(within(x, fake, 3) > 0 for x in real) / len(real)
     density = sum(within(y, real, 5) for y in fake) / (5 * len(fake))
-    coverage = sum(
-        min(math.dist(x, y) for y in fake) <= radius(real, i, 5) for i, x in enumerate(real)
-    ) / len(real)
-    return precision, recall, density, coverage
+    nearest = [min(math.dist(x, y) for y in fake) for x in real]
+    covered = sum(nearest[i] <= radius(real, i, 5) for i in range(len(real)))
+    return precision, recall, density, covered / len(real)
 
 
 @pytest.mark.parametrize("chunk", [7, 1024])
@@ -103,18 +87,6 @@ def test_prdc_equals_the_transcription(
     found = prdc(fake, real)
     assert tuple(found.values()) == pytest.approx(transcribed_prdc(fake.tolist(), real.tolist()))
     assert prdc(fake + 1e6, real + 1e6) == found  # a far mean costs no digits
-
-
-def test_far_apart_is_nothing_and_collapse_costs_recall_alone():
-    real = features(60, 4, seed=0)
-    assert set(prdc(real + 1000, real).values()) == {0}
-    collapsed = prdc(real[:1] + features(60, 4, seed=1, scale=1e-3), real)
-    assert collapsed["precision"] == 1
-    assert collapsed["recall"] < 0.1
-    assert collapsed["coverage"] < 0.5
-
-
-# --- Inception score ----------------------------------------------------------------------------
 
 
 def inception_score(logits: Tensor, *, splits: int = 3) -> tuple[float, float]:
@@ -134,25 +106,10 @@ def test_inception_score_equals_the_transcription(splits: int):
     for i in range(splits):
         rows = logits.double().softmax(1)[i * 47 // splits : (i + 1) * 47 // splits].tolist()
         marginal = [sum(row[c] for row in rows) / len(rows) for c in range(5)]
-        divergences = [
-            sum(p * (math.log(p) - math.log(q)) for p, q in zip(row, marginal, strict=True))
-            for row in rows
-        ]
-        parts.append(math.exp(sum(divergences) / len(divergences)))
-    expected = float(np.mean(parts)), float(np.std(parts))
-    assert inception_score(logits, splits=splits) == pytest.approx(expected, rel=1e-9)
-
-
-@pytest.mark.parametrize(
-    ("logits", "expected"),
-    [
-        (torch.zeros(60, 6), 1.0),  # uniform
-        (100 * torch.eye(6).repeat(10, 1), 6.0),  # certain, and balanced within each split
-        (100 * torch.eye(6)[:1].repeat(60, 1), 1.0),  # certain of one class
-    ],
-)
-def test_inception_score_in_closed_form(logits: Tensor, expected: float):
-    assert inception_score(logits, splits=5) == pytest.approx((expected, 0.0), abs=1e-6)
+        total = sum(p * math.log(p / marginal[c]) for row in rows for c, p in enumerate(row))
+        parts.append(math.exp(total / len(rows)))
+    expected = pytest.approx((float(np.mean(parts)), float(np.std(parts))), rel=1e-9)
+    assert inception_score(logits, splits=splits) == expected
 
 
 def test_logits_that_are_not_finite_are_refused():

@@ -36,11 +36,11 @@ VALUES |= {"inception_score", "inception_score_std"}
 def write_images(name: str, split: str, images: Iterable[Tensor], *, samples_per_shard: int = 16):
     samples = (Sample(f"{i:06d}", encode_png(image), i % 3) for i, image in enumerate(images))
     records = [image_record(sample, extension="png") for sample in samples]
-    shutil.rmtree(BUILD / name, ignore_errors=True)
-    settings = {"samples_per_shard": samples_per_shard, "compression": "none"}
-    shards = write_split(BUILD / name, split, records, **settings)
+    shutil.rmtree(folder := BUILD / name, ignore_errors=True)
+    size = samples_per_shard
+    shards = write_split(folder, split, records, samples_per_shard=size, compression="none")
     info = ShardInfo(class_ids=("a", "b", "c"), condition="unconditional: c(noise)", guidance=1.0)
-    ShardIndex({split: shards}, info).write(BUILD / name)
+    ShardIndex({split: shards}, info).write(folder)
 
 
 @pytest.fixture
@@ -49,9 +49,8 @@ def run(run_of: Callable[[str], Run]) -> Run:
     write_images("shards", "val", pictures(COUNT, side=36, seed=0, contrast=40.0))
     write_images("samples", "sample", pictures(COUNT, side=32, seed=1, contrast=50.0))
     torch.manual_seed(0)
-    classifier = ResidualClassifier(width=4, num_classes=3)
     facts = {"image_size": 32, "val_accuracy": 0.9, "val_count": COUNT}
-    save_classifier(BUILD / "extractor", classifier, **facts)
+    save_classifier(BUILD / "extractor", ResidualClassifier(width=4, num_classes=3), **facts)
     return run_of("score")
 
 
@@ -101,23 +100,14 @@ def make_score(run: Run, **changes: Any) -> dict[str, Any]:
 def test_metrics_state_all_that_decides_a_score(run: Run, capsys: pytest.CaptureFixture[str]):
     make_reference(run)
     metrics = make_score(run)
-    facts = {name: value for name, value in metrics.items() if name not in VALUES}
     shards = json.loads((BUILD / "shards/index.json").read_text())["splits"]["val"]
     digests = "\n".join(shard["sha256"] for shard in shards)
-    assert facts == {
-        "biased": True,
-        "num_samples": COUNT,
-        "num_reference": COUNT,
-        "num_kept": 30,
-        "condition": "unconditional: c(noise)",
-        "guidance": 1.0,
-        "reference": "40 val images, centre crop 32 px",
-        "reference_sha256": hashlib.sha256(digests.encode()).hexdigest(),
-        "extractor": "domain-classifier",
-        "extractor_accuracy": 0.9,
-        "resizer": "none",
-        "seed": 0,
-    }
+    facts = {"biased": True, "num_samples": COUNT, "num_reference": COUNT, "num_kept": 30}
+    facts |= {"condition": "unconditional: c(noise)", "guidance": 1.0, "resizer": "none", "seed": 0}
+    facts |= {"extractor": "domain-classifier", "extractor_accuracy": 0.9}
+    facts["reference"] = "40 val images, centre crop 32 px"
+    facts["reference_sha256"] = hashlib.sha256(digests.encode()).hexdigest()
+    assert {name: value for name, value in metrics.items() if name not in VALUES} == facts
     assert metrics["fid"] > 0
     assert "FID is too large" in capsys.readouterr().err
     assert list((run.root / ".work/score").iterdir()) == []
@@ -152,8 +142,10 @@ def test_too_few_images_are_refused_before_any_is_seen(run: Run, monkeypatch: py
         make_reference(run)
 
 
-def test_images_of_other_sizes_are_refused_by_name(run: Run):
+def test_large_kid_subsets_and_images_of_other_sizes_are_refused_by_name(run: Run):
     make_reference(run)
+    with pytest.raises(ValueError, match=r"score.kid_subset_size is 31; it may be 30 at most"):
+        make_score(run, kid_subset_size=31)
     sides = [32] * 30 + [24] * 10
     images = [torch.zeros(3, side, side, dtype=torch.uint8) for side in sides]
     write_images("samples", "sample", images)
@@ -161,24 +153,18 @@ def test_images_of_other_sizes_are_refused_by_name(run: Run):
         make_score(run)
 
 
-def test_kid_subsets_larger_than_what_is_kept_are_refused(run: Run):
-    make_reference(run)
-    with pytest.raises(ValueError, match=r"score.kid_subset_size is 31; it may be 30 at most"):
-        make_score(run, kid_subset_size=31)
-
-
 @pytest.mark.slow
-def test_two_processes_write_the_same_bytes(run: Run):
+@pytest.mark.usefixtures("run")
+def test_two_processes_write_the_same_bytes():
     with Path("params.yaml").open("w") as file:
         YAML().dump(content(), file)
     environment = os.environ | {"PYTHONPATH": str(ROOT), "MLFLOW_TRACKING_URI": ""}
-    results: list[list[bytes]] = []
-    for count in ("1", "2"):
-        environment["CONTRADIFF_NUM_PROCESSES"] = count
+
+    def results_of(count: str) -> list[bytes]:
+        env = environment | {"CONTRADIFF_NUM_PROCESSES": count}
         for stage in ("reference", "score"):
-            command = [sys.executable, "-m", f"stages.{stage}"]
-            subprocess.run(command, check=True, env=environment)
+            subprocess.run([sys.executable, "-m", f"stages.{stage}"], check=True, env=env)
         files = [*sorted((BUILD / "reference").iterdir()), Path("metrics/score.json")]
-        results.append([path.read_bytes() for path in files])
-    assert results[0] == results[1]
-    assert run.is_main
+        return [path.read_bytes() for path in files]
+
+    assert results_of("1") == results_of("2")
