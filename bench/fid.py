@@ -2,7 +2,7 @@
 
     OMP_NUM_THREADS=1 python -m bench fid 24    24 images a set: about two minutes on one core
 
-The weights are random, since there is no network.
+The weights are random.
 """
 
 import tempfile
@@ -83,13 +83,12 @@ def agreement_table(folder: Path, num_images: int) -> None:
         **isc_features_to_metric(logits, splits=2, shuffle=False),
         **prdc(x, y),
     }
-    options = {"isc_splits": 2, "kid_subsets": 100, "kid_subset_size": size, "rng_seed": 0}
-    options |= dict.fromkeys(("fid", "kid", "isc", "prc", "save_cpu_ram"), True)
+    options = dict.fromkeys(("fid", "kid", "isc", "prc", "save_cpu_ram"), True)
     options |= dict.fromkeys(("cuda", "cache", "verbose", "samples_shuffle"), False)
-    options |= {"feature_extractor": "inception-v3-compat"}
-    options |= {"feature_extractor_weights_path": str(weights)}
-    sets = {"input1": str(folder / "samples"), "input2": str(folder / "reference")}
-    theirs = calculate_metrics(**sets, **options)
+    options |= {"isc_splits": 2, "kid_subsets": 100, "kid_subset_size": size, "rng_seed": 0}
+    options |= {"input1": str(folder / "samples"), "input2": str(folder / "reference")}
+    options["feature_extractor"] = "inception-v3-compat"
+    theirs = calculate_metrics(feature_extractor_weights_path=str(weights), **options)
     print("score: contradiff, torch-fidelity, relative difference")
     for key in [key for key in ours if key in theirs]:
         error = abs(ours[key] / theirs[key] - 1)

@@ -6,12 +6,11 @@
 torch's FlopCounterMode counts matrix products, convolutions and attention of a step, forward and
 backward, on the meta device: the numbers are exact and the same on every machine.
 
-Peak memory is the largest sum of the weights and of all tensors that are alive during a step, taken
-at every operation on fake tensors. Under bf16 it follows CUDA: autocast runs norms in float32, and
-attention keeps what flash attention keeps. "peak MB" is for each image. "other MB" does not grow
-with the batch: these are the weights, and the latents that go through the up blocks at once. A GPU
-also needs twelve bytes a trained weight for the optimiser's moments and DDP's buckets, working
-memory for its kernels, and what its allocator wastes.
+Peak memory is the largest sum of all tensors that are alive during a step on fake tensors. Under
+bf16 it follows CUDA: autocast runs norms in float32, and attention keeps what flash attention
+keeps. "peak MB" is for each image. "other MB" does not grow with the batch: the weights, and the
+latents that go through the up blocks at once. A GPU also needs twelve bytes a trained weight for
+the optimiser and DDP, working memory for its kernels, and what its allocator wastes.
 """
 
 import weakref
@@ -44,10 +43,8 @@ from contradiff.types import Precision
 
 NUM_IMAGES = 4
 """Images in a counted step; only the contrastive loss's few FLOPs an image depend on it."""
-
 BATCH_SIZES = (64, 128)
 """Images of two steps, whose difference gives one image: the paper's 512 on 8 and on 4 GPUs."""
-
 VARIANTS: list[dict[str, Any]] = [
     {},
     {"loss.lambda": 0.0},
@@ -89,9 +86,9 @@ def main(arguments: Sequence[str]) -> None:
         step, features = of_training_step(params, folder), of_features(params, folder)
         peak, other = (size / 1e6 for size in peak_bytes(params, folder))
         first = first or (step, features)
-        ratios = f"{step / first[0]:>6.2f}x", f"{features / first[1]:>6.2f}x"
-        numbers = f"{step:>16.3f}{ratios[0]:>8}{features:>12.3f}{ratios[1]:>8}{peak:>10.1f}"
-        print(f"{name:52}{numbers}{other:>12.1f}", flush=True)
+        flops = f"{step:>16.3f}{step / first[0]:>7.2f}x{features:>12.3f}"
+        memory = f"{peak:>10.1f}{other:>12.1f}"
+        print(f"{name:52}{flops}{features / first[1]:>7.2f}x{memory}", flush=True)
 
 
 def changed(content: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
@@ -114,12 +111,6 @@ def build(params: Params, folder: Path, *, precision: Precision = "fp32") -> Con
     return model
 
 
-def latent_shape(model: ContraDiff, params: Params, folder: Path) -> tuple[int, int, int]:
-    """Return channels, height and width of a latent."""
-    side = params.data["image_size"] // downsampling_of(folder)
-    return model.unet.config["in_channels"], side, side
-
-
 def of_training_step(params: Params, folder: Path) -> float:
     """Count GFLOPs an image, forward and backward, in fp32; the precision does not change them."""
     model = build(params, folder)
@@ -133,9 +124,9 @@ def of_training_step(params: Params, folder: Path) -> float:
 def peak_bytes(params: Params, folder: Path) -> tuple[float, float]:
     """Count a training step's peak: bytes an image, and bytes that do not grow with the batch."""
     few, more = BATCH_SIZES
-    peaks = {n: _peak(params, folder, num_images=n) for n in BATCH_SIZES}
-    an_image = (peaks[more] - peaks[few]) / (more - few)
-    return an_image, peaks[few] - few * an_image
+    first, second = (_peak(params, folder, num_images=n) for n in BATCH_SIZES)
+    an_image = (second - first) / (more - few)
+    return an_image, first - few * an_image
 
 
 def _peak(params: Params, folder: Path, *, num_images: int) -> int:
@@ -201,7 +192,8 @@ def empty_batch(
     model: ContraDiff, params: Params, folder: Path, *, num_images: int
 ) -> TrainingBatch:
     """Return a batch without content on torch's default device."""
-    latent = latent_shape(model, params, folder)
+    side = params.data["image_size"] // downsampling_of(folder)
+    latent = model.unet.config["in_channels"], side, side
     views = (1 if params.conditioner.cond_view == "same" else 2), num_images
     return TrainingBatch(
         latents=torch.empty(2, num_images, *latent),
@@ -218,13 +210,12 @@ def of_features(params: Params, folder: Path) -> float:
     model = build(params, folder).eval()
     options = {"timesteps": params.features.timesteps, "blocks": [model.block]}
     with torch.device("meta"), torch.no_grad():
-        latents = torch.empty(NUM_IMAGES, *latent_shape(model, params, folder))
+        batch = empty_batch(model, params, folder, num_images=NUM_IMAGES)
         with FlopCounterMode(display=False) as counter:
-            tokens = model.encode_condition(torch.empty(NUM_IMAGES, *model.conditioner.shape))
+            tokens = model.encode_condition(batch.conditions[0])
             if params.features.noising == "ddim_chain":
-                maps = inverted_maps(model, latents, tokens, **options)
+                maps = inverted_maps(model, batch.latents[0], tokens, **options)
             else:
-                noise = torch.empty(3, *latents.shape)
-                maps = model.level_maps(latents, tokens, noise=noise, **options)
+                maps = model.level_maps(batch.latents[0], tokens, noise=batch.noise[0], **options)
             model.attention(maps[model.block])
     return counter.get_total_flops() / NUM_IMAGES / 1e9

@@ -32,8 +32,7 @@ from contradiff.data.streams import PairedShards, TrainingStream, training_batch
 from contradiff.data.transforms import random_crop
 from contradiff.training.batch import ViewChooser
 
-BATCH_SIZE, ROUNDS = 50, 3
-CROP_SCALE = 0.2
+BATCH_SIZE, ROUNDS, CROP_SCALE = 50, 3, 0.2
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -58,10 +57,10 @@ def main(arguments: Sequence[str]) -> None:
     print(f"{num_images} JPEGs of {size} pixels, {num_bytes / num_images / 1e3:.0f} kB each")
     print(f"{num_workers} workers, {torch.get_num_threads()} threads, best of {ROUNDS} rounds\n")
     print(f"{'':28}{'images/s':>10}{'MB/s':>8}{'/ ImageFolder':>16}{'/ webdataset':>15}")
-    folder_time, minimal_time = list(best.values())[:2]
+    slow, minimal = list(best.values())[:2]
     for loader, seconds in best.items():
         rates = f"{num_images / seconds:>10.0f}{num_bytes / seconds / 1e6:>8.1f}"
-        print(f"{loader:28}{rates}{folder_time / seconds:>15.2f}x{minimal_time / seconds:>14.2f}x")
+        print(f"{loader:28}{rates}{slow / seconds:>15.2f}x{minimal / seconds:>14.2f}x")
 
 
 def write_files(folder: Path, num_images: int, *, size: int) -> int:
@@ -70,7 +69,7 @@ def write_files(folder: Path, num_images: int, *, size: int) -> int:
     images, latents, num_bytes = [], [], 0
     for number in range(num_images):
         sample = Sample(f"{number:06d}", draw_jpeg(rng, size), number % 10)
-        path = folder / "tree" / str(sample.label) / f"{sample.key}.jpg"
+        path = folder / f"tree/{sample.label}/{sample.key}.jpg"
         path.parent.mkdir(parents=True, exist_ok=True)
         num_bytes += path.write_bytes(sample.image)
         moments = rng.normal(size=(2, 8, size // 8, size // 8)).astype(np.float16)
@@ -78,10 +77,10 @@ def write_files(folder: Path, num_images: int, *, size: int) -> int:
         images.append(image_record(sample, extension="jpg"))
         latents.append(StoredLatents(sample.key, moments, crops).to_record())
     stored = {"dtype": "float16", "scaling_factor": 1.0, "image_size": size, "views": 2}
-    cut = {"flips": False, "crop_scale_min": CROP_SCALE, "colour_jitter": 0.0}
-    infos = ImageInfo(class_ids=()), LatentInfo(**stored, **cut)
+    stored |= {"flips": False, "crop_scale_min": CROP_SCALE, "colour_jitter": 0.0}
+    infos = {"shards": ImageInfo(class_ids=()), "latents": LatentInfo(**stored)}
     settings = {"samples_per_shard": 125, "compression": "none"}
-    for name, records, info in zip(("shards", "latents"), (images, latents), infos, strict=True):
+    for (name, info), records in zip(infos.items(), (images, latents), strict=True):
         shards = write_split(folder / name, "train", records, **settings)
         ShardIndex({"train": shards}, info).write(folder / name)
     return num_bytes

@@ -3,9 +3,8 @@
     python -m bench probe                 4,000 x 128 features of 12 classes, 12 settings, 10 epochs
     python -m bench probe 20000 1024 100  images, width, classes
 
-In one run, on the same features: `train_probes` with all settings at once; the same with one
-setting; and scikit-learn's LogisticRegression (L-BFGS to convergence, one setting). Accuracy stands
-beside the time, since they do not stop at the same point.
+In one run, on the same features: `train_probes` with all settings, and with one; scikit-learn's
+LogisticRegression (L-BFGS, one setting). They stop at different points: see the accuracy too.
 """
 
 import time

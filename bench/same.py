@@ -3,11 +3,10 @@
     python -m bench same 85c8b5b          the working tree against a commit
     python -m bench same 85c8b5b HEAD     two commits
 
-Each side runs the whole pipeline in a throw-away copy, with its own code and presets/smoke.yaml, on
-one thread and with 21 steps of pretraining. The losses of every step must be equal bit for bit. A
-metric may differ by 1e-4 of its value, because a library may sum in another order. The exit code is
-1 if any number differs by more. A side takes two minutes; a commit's numbers are kept in .work/same
-for the next comparison. `make same REV=85c8b5b` calls this program.
+Each side runs the whole pipeline in a throw-away copy, with presets/smoke.yaml and 21 steps of
+pretraining. Losses must be equal bit for bit. A metric may differ by 1e-4 of its value, because a
+library may sum in another order. The exit code is 1 if any number differs by more. A side takes two
+minutes; a commit's numbers are kept in .work/same. `make same REV=85c8b5b` calls this program.
 """
 
 import hashlib
@@ -107,6 +106,6 @@ def comparison(first: Numbers, second: Numbers) -> Iterator[tuple[str, bool]]:
             elif a == b:
                 yield f"{name}: {a:.12g}, equal", False
             else:
-                difference = abs(a - b) / max(abs(a), abs(b))
-                line = f"{name}: {a:.12g}, {b:.12g}, relative difference {difference:.1e}"
-                yield line, not difference <= tolerance
+                error = abs(a - b) / max(abs(a), abs(b))
+                line = f"{name}: {a:.12g}, {b:.12g}, relative difference {error:.1e}"
+                yield line, not error <= tolerance

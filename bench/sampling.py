@@ -3,10 +3,9 @@
     python -m bench sampling                       the tiny UNet, 16 samples, 25 steps, guidance 1.5
     python -m bench sampling --images 100 --steps 100
 
-From noise and conditions to uint8 images. The peer is StableDiffusionPipeline as it is, with DDIM,
-on the very same UNet: as peft leaves it after training (LoRA unmerged), and merged. All are run in
-turn, for several rounds; a ratio is the median over the rounds of the first peer's time over the
-row's. A solver in fewer steps is other work, and labelled so. Weights are random: no base is read.
+From noise and conditions to uint8 images. The peer is StableDiffusionPipeline with DDIM, on the
+same UNet with LoRA unmerged, and merged. All run in turn; a ratio is the median over the rounds of
+the first peer's time over the row's. A solver in fewer steps is other work. Weights are random.
 """
 
 import argparse
@@ -33,8 +32,6 @@ from contradiff.method.model import ContraDiff, build_model
 from contradiff.toy.base_recipe import build_scheduler, build_unet, build_vae
 
 GUIDANCE = 1.5
-FEWER = 5
-"""Times fewer steps of the labelled solver: 20 for the paper's 100 of DDIM."""
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -44,18 +41,10 @@ def main(arguments: Sequence[str]) -> None:
         parser.add_argument(f"--{name}", type=int, default=default)
     options = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory() as name:
-        rows = measure(write_base(Path(name)), **vars(options))
+        rows = measure(Path(name), **vars(options))
     print(f"{options.images} images, guidance {GUIDANCE:g}, median of {options.rounds} rounds\n")
     for label, ratio, difference in rows:
         print(f"{label:52}{ratio:>6.2f}x{difference:>24}", flush=True)
-
-
-def write_base(folder: Path) -> Path:
-    """The tiny base's architecture with random weights."""
-    torch.manual_seed(0)
-    for name, build in (("vae", build_vae), ("unet", build_unet), ("scheduler", build_scheduler)):
-        build().save_pretrained(folder / name)
-    return folder
 
 
 def random_model(base: Path) -> ContraDiff:
@@ -71,13 +60,19 @@ def random_model(base: Path) -> ContraDiff:
 
 
 def measure(base: Path, *, images: int, steps: int, rounds: int) -> list[tuple[str, float, str]]:
-    """Rows of a label, how many times faster than the first, and how far from its images."""
+    """Rows of a label, how many times faster than the first, and how far from its images.
+
+    It writes the tiny base, with random weights, to the folder `base`.
+    """
+    torch.manual_seed(0)
+    for name, build in (("vae", build_vae), ("unet", build_unet), ("scheduler", build_scheduler)):
+        build().save_pretrained(base / name)
     unmerged, merged = random_model(base), random_model(base)
     merge_lora(merged.unet)
     vae = load_vae(base)
     side = vae.config["sample_size"] // 4
-    width = merged.unet.config["cross_attention_dim"]
     noise = torch.randn(images, 4, side, side)
+    width = merged.unet.config["cross_attention_dim"]
     tokens, null_tokens = torch.randn(2, images, 16, width)
 
     def ours(solver: Solver, num_steps: int) -> Tensor:
@@ -97,7 +92,7 @@ def measure(base: Path, *, images: int, steps: int, rounds: int) -> list[tuple[s
         images = (pipeline(**options).images * 255).round().astype("uint8")
         return torch.from_numpy(images).permute(0, 3, 1, 2)
 
-    fast = max(1, steps // FEWER)
+    fast = max(1, steps // 5)  # 20 for the paper's 100 of DDIM
     contenders = {
         f"diffusers' pipeline, DDIM {steps}, LoRA unmerged": partial(peer, unmerged.unet),
         f"diffusers' pipeline, DDIM {steps}, LoRA merged": partial(peer, merged.unet),

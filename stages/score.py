@@ -39,26 +39,18 @@ def main(params: Params, run: Run) -> None:
             "reference.num_kept, generate.num_samples or data.num_val"
         )
     inputs = [SAMPLES / "index.json", EXTRACTOR, REFERENCE]
+    load = partial(generated_image, image_size=size)
+    measure = partial(measure_shards, SAMPLES, samples.shards("sample"), load, with_logits=True)
+    measure = partial(measure, images=f"{num_samples} samples", num_kept=reference.num_kept)
+    measure = partial(measure, batch_size=section.batch_size, seed=params.seed)
+    measure = partial(measure, num_workers=run.runtime.num_workers)
     processes = run.processes(run.accelerator())
     with (
         run.work_dir(params, inputs, state_version=STATE_VERSION) as work_dir,
         run.progress("images", num_samples) as advance,
     ):
-        found = measure_shards(
-            SAMPLES,
-            samples.shards("sample"),
-            partial(generated_image, image_size=size),
-            load_extractor(EXTRACTOR, device=run.device),
-            work_dir,
-            images=f"{num_samples} samples",
-            num_kept=reference.num_kept,
-            with_logits=True,
-            batch_size=section.batch_size,
-            num_workers=run.runtime.num_workers,
-            seed=params.seed,
-            processes=processes,
-            on_progress=advance,
-        )
+        network = load_extractor(EXTRACTOR, device=run.device)
+        found = measure(network, work_dir, processes=processes, on_progress=advance)
         if not run.is_main:
             return
         scores: dict[str, dict[str, float]] = {}
@@ -77,22 +69,13 @@ def main(params: Params, run: Run) -> None:
                 f"samples, {reference.num_images} of the reference); see KID"
             )
         main_one, *others = extractor.resizers
-        facts = {
-            "biased": biased,
-            "num_samples": num_samples,
-            "condition": samples.info.condition,
-            "guidance": samples.info.guidance,
-            "num_reference": reference.num_images,
-            "num_kept": num_kept,
-            "reference": reference.description,
-            "reference_sha256": reference.images_sha256,
-            "extractor": extractor.name,
-            "extractor_accuracy": extractor.val_accuracy,
-            "resizer": main_one,
-            "seed": params.seed,
-        }
-        content = scores[main_one] | facts | {resizer: scores[resizer] for resizer in others}
-        run.write_json(Path("metrics/score.json"), {"score": content})
+        facts: dict[str, object] = {"biased": biased, "resizer": main_one, "seed": params.seed}
+        facts |= {"num_samples": num_samples, "num_reference": reference.num_images}
+        facts |= {"condition": samples.info.condition, "guidance": samples.info.guidance}
+        facts |= {"reference": reference.description, "reference_sha256": reference.images_sha256}
+        facts |= {"extractor": extractor.name, "extractor_accuracy": extractor.val_accuracy}
+        facts |= {"num_kept": num_kept, **{resizer: scores[resizer] for resizer in others}}
+        run.write_json(Path("metrics/score.json"), {"score": scores[main_one] | facts})
 
 
 if __name__ == "__main__":

@@ -1,7 +1,6 @@
 """A small residual classifier, trained here on the labels: the extractor for toy-sized images.
 
-Its pooled features stand where Inception's stand for photographs. Distances between them are not
-comparable with published FIDs, so they are always named "FID (domain classifier)".
+Distances between its features are no published FIDs: they are named "FID (domain classifier)".
 
 images (b 3 h w) uint8 -> space to depth -> (b 12 h/2 w/2) -> three residual stages of width/2,
 width and 2·width channels, each but the first halving the sides -> global average ->
@@ -16,8 +15,6 @@ from jaxtyping import Float, Int64, UInt8
 from torch import Tensor, nn
 
 from contradiff.training.loop import train
-
-WEIGHT_DECAY = 0.05
 
 
 class _ResidualBlock(nn.Module):
@@ -47,16 +44,14 @@ class _ResidualBlock(nn.Module):
 class ResidualClassifier(nn.Module):
     """Pre-activation residual network with three stages (He et al., 2016), `channels_last`.
 
-    The convolutions run at half resolution and below, which keeps the training within a minute on
-    one core. The features are few, so that a thousand images give a covariance of full rank.
+    Half resolution keeps the training within a minute on one core. The features are few, so that a
+    thousand images give a covariance of full rank.
     """
 
     def __init__(self, *, width: int, num_classes: int) -> None:
         """Draw the weights from torch's global generator; `width` is even."""
         super().__init__()
-        self.width = width
-        self.num_features = 2 * width
-        self.num_classes = num_classes
+        self.width, self.num_features, self.num_classes = width, 2 * width, num_classes
         self.stem = nn.Conv2d(12, width // 2, 3, padding=1, bias=False)
         self.stages = nn.Sequential(
             _ResidualBlock(width // 2, width // 2, stride=1),
@@ -87,18 +82,14 @@ def augment(
     num_images, _, height, width = images.shape
     shifts = torch.randint(-max_shift, max_shift + 1, (2, num_images, 1), generator=generator)
     flipped = torch.rand((num_images, 1), generator=generator) < 0.5
-    rows = _reflected(torch.arange(height) + shifts[0], height)
-    columns = _reflected(torch.arange(width) + shifts[1], width)
+    sides = [height, width]
+    # Indices beyond a border are mirrored at its pixels' centres, as padding "reflect" does.
+    index = [(torch.arange(side) + shift).abs() for side, shift in zip(sides, shifts, strict=True)]
+    rows, columns = (i.minimum(2 * (n - 1) - i) for n, i in zip(sides, index, strict=True))
     columns = torch.where(flipped, columns.flip(1), columns)
     number = torch.arange(num_images)[:, None, None]
     index = [i.to(images.device) for i in (number, rows[:, :, None], columns[:, None, :])]
     return images.permute(0, 2, 3, 1)[tuple(index)].permute(0, 3, 1, 2)
-
-
-def _reflected(index: Int64[Tensor, "b side"], side: int) -> Int64[Tensor, "b side"]:
-    """Indices outside [0, side) mirrored at the border pixel's centre, as padding "reflect"."""
-    index = index.abs()
-    return torch.minimum(index, 2 * (side - 1) - index)
 
 
 def train_classifier(
@@ -115,18 +106,12 @@ def train_classifier(
     seed: int,
     on_epoch: Callable[[float], None],
 ) -> tuple[ResidualClassifier, float]:
-    """Train the extractor's classifier with AdamW and one cycle of learning rates, at most `lr`.
+    """Train with AdamW and one cycle of learning rates, on the device of `images`.
 
-    Runs on the device of `images`. Equal arguments on one machine give equal weights, and torch's
-    global generator stays as it was. BatchNorm needs full batches: an incomplete last one is left
-    out. `on_epoch` hears the mean loss after every epoch.
-
-    Returns:
-        The classifier in evaluation mode, and its accuracy on `val_images` in [0, 1].
-
-    Raises:
-        ValueError: there are fewer training images than one batch, no validation image, or the
-            image size is odd or below 8 pixels.
+    Return the classifier in evaluation mode, and its accuracy on `val_images` in [0, 1]. Equal
+    arguments on one machine give equal weights, and torch's global generator stays as it was. An
+    incomplete last batch is left out (BatchNorm). `on_epoch` hears the mean loss. A ValueError says
+    if there are too few images, or if their size does not fit.
     """
     side = images.shape[-1]
     if len(images) < batch_size:
@@ -148,7 +133,7 @@ def train_classifier(
     decayed = [p for p in classifier.parameters() if p.ndim > 1]
     others = [p for p in classifier.parameters() if p.ndim <= 1]
     groups = [{"params": decayed}, {"params": others, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=lr, weight_decay=WEIGHT_DECAY)
+    optimizer = torch.optim.AdamW(groups, lr=lr, weight_decay=0.05)
     steps_per_epoch = len(images) // batch_size
     num_steps, num_shown = epochs * steps_per_epoch, steps_per_epoch * batch_size
     schedule = torch.optim.lr_scheduler.OneCycleLR(

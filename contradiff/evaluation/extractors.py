@@ -1,7 +1,7 @@
 """Extractors: the networks whose features and logits the scores use.
 
-The `classifier` is trained here on the data's labels, so that scores need no download. Its scores
-are named "FID (domain classifier)". `inception` is the network of published FIDs.
+The `classifier` is trained here, so that scores need no download. `inception` is the network of
+published FIDs.
 
 images => prepared images (b 3 h w) => features (b d), logits (b classes)
 """
@@ -44,31 +44,25 @@ class ExtractorParams(Section):
 
     @model_validator(mode="after")
     def _settings_fit_the_kind(self) -> "ExtractorParams":
-        resizers, trained = self.resizers, self.kind == "classifier"
+        resizers, fault = self.resizers, ""
         if len(set(resizers)) < len(resizers):
-            raise ValueError(f"extractor.resizers: {resizers} names one twice")
-        if not trained and self.weights is None:
-            raise ValueError(inception.no_weights("extractor.weights is null"))
-        if not trained and "none" in resizers:
-            raise ValueError(
-                "extractor.resizers: extractor.kind inception needs a resizer: "
-                "[clean, legacy_tensorflow]"
-            )
-        if trained and self.weights is not None:
-            raise ValueError(
-                "extractor.weights is set, but extractor.kind classifier is trained here: "
-                "set extractor.weights to null, or extractor.kind to inception"
-            )
-        if trained and self.download:
-            raise ValueError(
-                "extractor.download is for Inception, but extractor.kind classifier is trained "
-                "here: set extractor.download to false"
-            )
-        if trained and resizers != ["none"]:
-            raise ValueError(
-                f"extractor.resizers is {resizers}, but extractor.kind classifier sees images "
-                "as they are: set it to [none]"
-            )
+            fault = f"extractor.resizers: {resizers} names one twice"
+        elif self.kind == "inception" and self.weights is None:
+            fault = inception.no_weights("extractor.weights is null")
+        elif self.kind == "inception" and "none" in resizers:
+            fault = "extractor.resizers: extractor.kind inception needs a resizer: "
+            fault += "[clean, legacy_tensorflow]"
+        elif self.kind == "classifier" and self.weights is not None:
+            fault = "extractor.weights is set, but extractor.kind classifier is trained here: "
+            fault += "set extractor.weights to null, or extractor.kind to inception"
+        elif self.kind == "classifier" and self.download:
+            fault = "extractor.download is for Inception, but extractor.kind classifier is trained "
+            fault += "here: set extractor.download to false"
+        elif self.kind == "classifier" and resizers != ["none"]:
+            fault = f"extractor.resizers is {resizers}, but extractor.kind classifier sees images "
+            fault += "as they are: set it to [none]"
+        if fault:
+            raise ValueError(fault)
         return self
 
     @property
@@ -174,12 +168,10 @@ def save_classifier(
 def save_inception(folder: Path, weights: Path, *, resizers: list[Resizer]) -> None:
     """Check the file `extractor.weights` and copy it to `folder`, which is replaced as a whole.
 
-    Raises:
-        ValueError: the file is missing, or is none of `inception.PINNED`.
+    A ValueError says if the file is missing, or is none of `inception.PINNED`.
     """
     if not weights.is_file():
-        fault = f"extractor.weights: {weights} does not exist"
-        raise ValueError(inception.no_weights(fault))
+        raise ValueError(inception.no_weights(f"extractor.weights: {weights} does not exist"))
     found = sha256_of(weights)
     if found not in inception.PINNED:
         raise ValueError(
@@ -206,11 +198,7 @@ def read_extractor_card(folder: Path) -> ExtractorCard:
 
 
 def load_extractor(folder: Path, *, device: torch.device) -> Extractor:
-    """Load what `save_classifier` or `save_inception` wrote.
-
-    Raises:
-        ValueError: extractor.json is missing or wrong, or describes other weights.
-    """
+    """Load what was saved; ValueError if extractor.json is missing, wrong, or of other weights."""
     from safetensors.torch import load_file
 
     card = read_extractor_card(folder)

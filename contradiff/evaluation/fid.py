@@ -9,9 +9,6 @@ import torch
 from jaxtyping import Float, Float64
 from torch import Tensor
 
-_LEAST_RATIO = 1e-12
-"""Eigenvalues of A B above this part of the largest have roots that are right to 1e-10 of it."""
-
 
 @dataclass(frozen=True)
 class FeatureSource:
@@ -27,8 +24,7 @@ class FeatureSource:
 class FeatureStatistics:
     """Count, mean and scatter matrix Σ (x - mean)(x - mean)ᵀ of features, in float64.
 
-    Sums of them (Chan et al., 1983) take no more memory than one, and a mean far from zero costs no
-    digits.
+    They add up (Chan et al., 1983), and a mean far from zero costs no digits.
 
         statistics = FeatureStatistics.of(first_features, source=source)
         statistics += FeatureStatistics.of(further_features, source=source)
@@ -95,7 +91,8 @@ def frechet_distance(
     lower, failed = torch.linalg.cholesky_ex(covariance_a)
     if not int(failed):
         squared = torch.linalg.eigvalsh(lower.T @ covariance_b @ lower)
-        if bool(squared.min() > _LEAST_RATIO * squared.max()):
+        # Eigenvalues above this part of the largest have roots that are right to 1e-10 of it.
+        if bool(squared.min() > 1e-12 * squared.max()):
             trace_of_root = squared.sqrt().sum()
     if trace_of_root is None:
         product = _factor(covariance_a).T @ _factor(covariance_b)

@@ -1,7 +1,6 @@
-"""The Inception network of 2015, which published FIDs use: its weights, checked and loaded.
+"""The Inception network of 2015, which published FIDs use, from either of two files.
 
-Two files hold the same network. clean-fid runs StyleGAN2-ADA's TorchScript file; torch-fidelity's
-layers take the state dict. Each file is known by its sha256.
+clean-fid runs StyleGAN2-ADA's TorchScript file; torch-fidelity's layers take the state dict.
 
 images (b 3 299 299) from 0 to 255 => features (b 2048), logits without bias (b 1008)
 """
@@ -53,9 +52,8 @@ class Inception(nn.Module):
             content = io.BytesIO()
             torch.save(torch.load(weights, map_location="cpu", weights_only=True), content)
             content.seek(0)
-            module = FeatureExtractorInceptionV3(
-                "", ["2048"], feature_extractor_weights_path=content
-            )
+            options = {"feature_extractor_weights_path": content}
+            module = FeatureExtractorInceptionV3("", ["2048"], **options)
             output = module.fc
             # The children stand in the order in which torch-fidelity's own forward calls them.
             layers = (layer for name, layer in module.named_children() if name != "fc")
@@ -85,9 +83,8 @@ class Inception(nn.Module):
         with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
             if isinstance(self.network, nn.Sequential):
                 if resize:
-                    pixels = tensorflow.interpolate_bilinear_2d_like_tensorflow1x(
-                        pixels, size=(299, 299), align_corners=False
-                    )
+                    like_tensorflow = tensorflow.interpolate_bilinear_2d_like_tensorflow1x
+                    pixels = like_tensorflow(pixels, size=(299, 299), align_corners=False)
                 features = self.network((pixels - 128) / 128).flatten(1)
             else:
                 self.network.resize_inside = resize
@@ -98,10 +95,7 @@ class Inception(nn.Module):
 def download_inception(
     weights: Path, *, url: str = INCEPTION_URL, sha256: str = INCEPTION_SHA256
 ) -> None:
-    """Fetch the TorchScript file (91 MiB) to `weights`, whole and checked, unless it is there.
-
-    It raises a ValueError if the file cannot be fetched, or has another sha256.
-    """
+    """Fetch the TorchScript file to `weights`, unless it is there; ValueError if it fails."""
     if weights.is_file():
         return
     weights.parent.mkdir(parents=True, exist_ok=True)

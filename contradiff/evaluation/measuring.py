@@ -1,7 +1,6 @@
 """What an extractor sees in a set of images: all that the scores need, shard by shard.
 
-images of a shard => threads decode and resize them => extractor => one Measurement a resizer
-=> files; the files of all shards => one Measurement a resizer
+images => threads decode and resize them => extractor => one Measurement a resizer and shard => sums
 """
 
 import json
@@ -27,6 +26,7 @@ from contradiff.processes import Processes
 from contradiff.types import ByteImages
 
 _FORMAT = "contradiff-measurement-1"
+_TENSORS = "mean", "scatter", "kept", "logits"
 
 
 def real_image(record: Record, *, image_size: int) -> Image:
@@ -83,13 +83,13 @@ class Measurement:
         from safetensors.torch import save_file
 
         own = self.statistics
-        tensors = {"mean": own.mean, "scatter": own.scatter}
-        tensors |= {"kept": self.kept, "logits": self.logits}
+        tensors = [own.mean, own.scatter, self.kept, self.logits]
         facts = {"num_samples": own.num_samples, "source": asdict(own.source)}
         with replace_file(path) as temporary:
             # Metadata of one entry: safetensors writes several in any order, and equal measurements
             # would give unequal files.
-            save_file(tensors, temporary, {_FORMAT: json.dumps(facts)})
+            named = dict(zip(_TENSORS, tensors, strict=True))
+            save_file(named, temporary, {_FORMAT: json.dumps(facts)})
 
     @classmethod
     def load(cls, path: Path) -> "Measurement":
@@ -99,8 +99,7 @@ class Measurement:
         try:
             with safe_open(path, framework="pt") as file:
                 facts = json.loads((file.metadata() or {})[_FORMAT])
-                names = ("mean", "scatter", "kept", "logits")
-                mean, scatter, kept, logits = (file.get_tensor(name) for name in names)
+                mean, scatter, kept, logits = map(file.get_tensor, _TENSORS)
         except (OSError, SafetensorError, KeyError) as error:
             raise ValueError(
                 f"{path}: no measurement that this version of ContraDiff reads ({error!r})"
@@ -137,15 +136,11 @@ def measure_shards(
 
     Several processes share the shards through `work_dir`, and an interrupted run goes on where it
     was. Each shard is measured alone, and the shards are joined in their order: so the result is
-    the same, to the last bit, for any number of processes. `num_workers` threads `load` and resize
-    images. `images` describes the images in words.
+    the same, to the last bit, for any number of processes. Only process 0 returns measurements, by
+    resizer. `num_workers` threads `load` and resize images; `images` describes them in words.
 
-    Returns:
-        Measurements by resizer; nothing in other processes than process 0.
-
-    Raises:
-        ValueError: features are not finite, a shard is damaged, or `load` refuses an image.
-        ChildProcessError: another process failed.
+    Raises ValueError if features are not finite, a shard is damaged, or `load` refuses an image,
+    and ChildProcessError if another process failed.
     """
     card = extractor.card
     num_images = sum(shard.num_samples for shard in shards)

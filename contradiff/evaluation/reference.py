@@ -1,7 +1,4 @@
-"""The reference of scores: measurements of real images, and a card that says of which.
-
-build/reference/reference.json: the card; build/reference/<resizer>.safetensors: a Measurement
-"""
+"""The reference of scores: reference.json, and a Measurement `<resizer>.safetensors` for each."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -58,10 +55,9 @@ def write_reference(
 def read_reference(
     folder: Path, *, extractor: ExtractorCard, image_size: int
 ) -> tuple[ReferenceCard, dict[str, Measurement]]:
-    """Read a reference: its card, and its measurements by resizer.
+    """Read a reference's card, and its measurements by resizer.
 
-    A ValueError says which file is missing or wrong, or that the reference was made with another
-    extractor, other resizers or another size.
+    A ValueError says which file is missing or wrong, or made with another extractor or size.
     """
     path = folder / CARD_NAME
     card = read_card(ReferenceCard, path, stage="reference")
@@ -77,10 +73,9 @@ def read_reference(
                 f"{path}: the reference was made with {name} {found}, these scores need {value}: "
                 "run `dvc repro score`, or the stage reference again"
             )
-    measurements: dict[str, Measurement] = {}
-    for resizer in card.resizers:
-        path = folder / f"{resizer}.safetensors"
-        measurements[resizer] = Measurement.load(path)
+    paths = {resizer: folder / f"{resizer}.safetensors" for resizer in card.resizers}
+    measurements = {resizer: Measurement.load(path) for resizer, path in paths.items()}
+    for resizer, path in paths.items():
         described = FeatureSource(card.description, resizer, card.extractor, card.extractor_sha256)
         if measurements[resizer].statistics.source != described:
             raise ValueError(

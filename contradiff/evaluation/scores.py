@@ -1,8 +1,4 @@
-"""All scores of generated images against a reference, from their measurements.
-
-features (n d) and logits (n classes) of both sets => FID, KID, precision, recall, density,
-coverage, inception score
-"""
+"""All scores of generated images against a reference, from both sets' features and logits."""
 
 import numpy as np
 import torch
@@ -15,7 +11,7 @@ from contradiff.evaluation.fid import fid
 from contradiff.evaluation.measuring import Measurement
 
 MIN_UNBIASED_IMAGES = 10_000
-"""Fewer images give an FID that is much too large; the metrics then say that it is biased."""
+"""With fewer images the metrics say that the FID is biased."""
 PRECISION_NEIGHBOUR, DENSITY_NEIGHBOUR = 3, 5
 """k of precision and recall (Kynkäänniemi et al., 2019), of density and coverage (Naeem et al.)."""
 _CHUNK = 1024
@@ -41,9 +37,8 @@ def scores_of(
 ) -> dict[str, float]:
     """Score generated images by one extractor and one resizer; `seed` decides KID's subsets.
 
-    The inception score (Salimans et al., 2016) is torch-fidelity's, over contiguous splits, as in
-    the first implementation: so the images must not come sorted by class. A ValueError says if
-    logits are not finite.
+    The inception score (Salimans et al., 2016) is torch-fidelity's, over contiguous splits: the
+    images must not come sorted by class. A ValueError says if logits are not finite.
     """
     from torch_fidelity.metric_isc import isc_features_to_metric
 
@@ -52,15 +47,11 @@ def scores_of(
         raise ValueError(f"the logits of {samples.statistics.source.images} hold NaN or infinities")
     x, y, size = samples.kept, reference.kept, params.kid_subset_size
     kid_mean, kid_std = kid(x, y, num_subsets=params.kid_subsets, subset_size=size, seed=seed)
-    inception_score = isc_features_to_metric(samples.logits, splits=params.splits, shuffle=False)
-    return {
-        "fid": fid(samples.statistics, reference.statistics),
-        "kid": kid_mean,
-        "kid_std": kid_std,
-        **prdc(x.to(device), y.to(device)),
-        "inception_score": inception_score["inception_score_mean"],
-        "inception_score_std": inception_score["inception_score_std"],
-    }
+    found = isc_features_to_metric(samples.logits, splits=params.splits, shuffle=False)
+    scores = {"fid": fid(samples.statistics, reference.statistics)}
+    scores |= {"kid": kid_mean, "kid_std": kid_std, **prdc(x.to(device), y.to(device))}
+    scores["inception_score"] = found["inception_score_mean"]
+    return scores | {"inception_score_std": found["inception_score_std"]}
 
 
 def kid(
@@ -73,9 +64,9 @@ def kid(
 ) -> tuple[float, float]:
     """The kernel distance (Bińkowski et al., 2018): its mean and deviation over random subsets.
 
-    It is the unbiased squared MMD with the kernel (x·y/d + 1)³, in float64. Unlike the FID, its
-    expectation does not depend on the number of images, and it may come out slightly below 0.
-    clean-fid computes it; torch-fidelity draws the same subsets for this seed.
+    It is the unbiased squared MMD with the kernel (x·y/d + 1)³, in float64. Its expectation does
+    not depend on the number of images, and it may come out slightly below 0. clean-fid computes it;
+    torch-fidelity draws the same subsets for this seed.
     """
     from cleanfid.fid import kernel_distance
 
@@ -121,9 +112,6 @@ def prdc(samples: Float[Tensor, "n d"], reference: Float[Tensor, "m d"]) -> dict
         within = torch.cdist(rows, y) <= radii
         num_within += int(within.sum())
         covered |= within.any(0)
-    return {
-        "precision": found["precision"],
-        "recall": found["recall"],
-        "density": num_within / (DENSITY_NEIGHBOUR * len(x)),
-        "coverage": float(covered.double().mean()),
-    }
+    realism = {"precision": found["precision"], "recall": found["recall"]}
+    density = num_within / (DENSITY_NEIGHBOUR * len(x))
+    return realism | {"density": density, "coverage": float(covered.double().mean())}
