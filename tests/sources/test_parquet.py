@@ -126,18 +126,15 @@ def test_labels_in_another_order_are_refused(tmp_path: Path, monkeypatch: pytest
         scan_parquet(tmp_path)
 
 
-@pytest.mark.parametrize("split", ["train", "validation"])
-def test_missing_split_is_named(root: Path, split: str):
-    for path in root.glob(f"data/{split}-*"):
-        path.unlink()
-    with pytest.raises(ValueError, match=rf"^data\.root: .* has no \w+ shards: .*{split}-\*"):
-        scan_parquet(root)
-
-
-def test_missing_shard_is_named(root: Path):
-    (root / FIRST).unlink()
-    expected = r".* has 1 of 2 shards like train-00001-of-00002\.parquet; missing: 00000"
+@pytest.mark.parametrize(("split", "label"), [("train", "train"), ("validation", "val")])
+def test_missing_shards_are_named(root: Path, split: str, label: str):
+    first, second = sorted(root.glob(f"data/{split}-*"))
+    first.unlink()
+    expected = rf"{root} has 1 of 2 shards like {second.name}; missing: 00000"
     with pytest.raises(ValueError, match=expected):
+        scan_parquet(root)
+    second.unlink()
+    with pytest.raises(ValueError, match=rf"{root} has no {label} shards: .*{split}-\*"):
         scan_parquet(root)
 
 

@@ -30,7 +30,6 @@ names = st.text("abé/_.", min_size=1, max_size=150).filter(
 def test_members_lie_where_they_are_said_to(
     files: list[tuple[str, bytes]], form: int, is_inner: bool
 ):
-    """Long names, names beyond ASCII, empty files; also as a tar within a tar."""
     try:
         content = tar_of(files, format=form)
     except ValueError:  # the oldest format has no long names

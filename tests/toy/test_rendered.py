@@ -28,8 +28,11 @@ def render(root: Path, *, seed: int = 0, told: Any = None, **changes: int) -> Pa
 
 
 def test_images_are_rendered_once(tmp_path: Path):
-    """An unfinished rendering is none."""
+    """An unfinished rendering is none, and nothing else is replaced."""
     told: list[int] = []
+    photo = tmp_path / "train/cat/1.jpg"
+    photo.parent.mkdir(parents=True)
+    photo.write_text("precious")
     folder = render(tmp_path, told=told.append)
     assert told == [1] * (2 * NUM_CLASSES)
     splits = scan_images(folder).listing.splits
@@ -39,6 +42,7 @@ def test_images_are_rendered_once(tmp_path: Path):
     (folder / rendered.RECIPE_NAME).unlink()
     assert render(tmp_path, told=told.append) == folder
     assert len(told) == 4 * NUM_CLASSES
+    assert photo.read_text() == "precious"
 
 
 @pytest.mark.parametrize(
