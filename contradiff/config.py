@@ -29,7 +29,7 @@ class Section(BaseModel):
     )
 
 
-S = TypeVar("S", bound=Section)
+SectionT = TypeVar("SectionT", bound=Section)
 
 
 def read_params(path: Path) -> dict[str, Any]:
@@ -54,7 +54,7 @@ def read_params(path: Path) -> dict[str, Any]:
     return content  # pyright: ignore[reportUnknownVariableType]
 
 
-def parse(schema: type[S], content: Mapping[str, Any], *, source: str) -> S:
+def parse(schema: type[SectionT], content: Mapping[str, Any], *, source: str) -> SectionT:
     """Validate the sections that `schema` has of a whole parameter file, which `source` names.
 
     As DVC has it, a stage may also depend on one key of a section: a field with the alias
@@ -70,7 +70,7 @@ def parse(schema: type[S], content: Mapping[str, Any], *, source: str) -> S:
     return parse_exactly(schema, chosen, source=source)
 
 
-def parse_exactly(schema: type[S], content: Mapping[str, Any], *, source: str) -> S:
+def parse_exactly(schema: type[SectionT], content: Mapping[str, Any], *, source: str) -> SectionT:
     """Validate as `parse` does, but refuse keys that `schema` does not know."""
     try:
         return schema.model_validate(dict(content))
@@ -79,7 +79,7 @@ def parse_exactly(schema: type[S], content: Mapping[str, Any], *, source: str) -
         raise ValueError("\n".join(lines)) from None
 
 
-def read_card(schema: type[S], path: Path, *, stage: str) -> S:
+def read_card(schema: type[SectionT], path: Path, *, stage: str) -> SectionT:
     """Read the JSON file in which a stage describes its outputs; ValueError if it is wrong."""
     if not path.is_file():
         raise ValueError(f"{path}: no such file: run the stage {stage} first")

@@ -6,7 +6,6 @@ fault: it begins with a dotted key and says what to type. The code that relies o
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from torch import nn
 
@@ -29,9 +28,6 @@ from contradiff.method.model import Architecture
 from contradiff.sources.packing import IngestParams
 from contradiff.sources.transfer_set import TransferDataParams
 from contradiff.training.recipe import TrainingRecipe
-
-if TYPE_CHECKING:
-    from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 
 
 class AllParams(TrainingRecipe, Architecture):
@@ -172,21 +168,12 @@ def scores_have_enough_images(params: AllParams) -> Iterator[str]:
 def with_base(params: AllParams, folder: Path) -> Iterator[str]:
     """Yield what the base in `folder` cannot serve, from its configuration files alone."""
     unet = unet_without_weights(folder)
-    yield from lora_has_targets(params, unet)
-    yield from blocks_are_there(params, unet)
-    yield from timesteps_are_in_the_schedule(params, NoiseSchedule.of_base(folder))
-    yield from sizes_divide(params, unet, downsampling_of(folder))
-
-
-def lora_has_targets(params: AllParams, unet: "UNet2DConditionModel") -> Iterator[str]:
     names = [name for name, module in unet.named_modules() if isinstance(module, nn.Linear)]
     example = next((name for name in names if "attn2" in name), names[0])
     for target in params.lora.targets:
         if not any(f".{name}".endswith(f".{target}") for name in names):
             yield f"lora.targets: {target!r} ends no linear layer's name, such as {example!r}"
 
-
-def blocks_are_there(params: AllParams, unet: "UNet2DConditionModel") -> Iterator[str]:
     num_up_blocks = len(unet.config["up_block_types"])
     asked = [("head.block", params.head.block)]
     asked += [("features.more_blocks", block) for block in params.features.more_blocks]
@@ -197,6 +184,22 @@ def blocks_are_there(params: AllParams, unet: "UNet2DConditionModel") -> Iterato
                 f"{key}: {value} reads the UNet's second up block, but the base has "
                 f"{num_up_blocks}; ask for mid alone, or take another base"
             )
+
+    yield from timesteps_are_in_the_schedule(params, NoiseSchedule.of_base(folder))
+
+    image_size, of_vae = params.data.image_size, downsampling_of(folder)
+    of_unet = 2 ** (len(unet.config["block_out_channels"]) - 1)
+    if image_size % (of_vae * of_unet):
+        yield (
+            f"data.image_size: {image_size} is no multiple of {of_vae * of_unet}: the base's VAE "
+            f"makes an image {of_vae} times smaller, and its UNet {of_unet} times more"
+        )
+    patch_size, latent_size = params.conditioner.patch_size, image_size // of_vae
+    if params.conditioner.input == "latents" and latent_size % patch_size:
+        yield (
+            f"conditioner.patch_size: {patch_size} must divide the latent's side, {latent_size}, "
+            "when conditioner.input is latents"
+        )
 
 
 def timesteps_are_in_the_schedule(params: AllParams, schedule: NoiseSchedule) -> Iterator[str]:
@@ -217,22 +220,4 @@ def timesteps_are_in_the_schedule(params: AllParams, schedule: NoiseSchedule) ->
         yield (
             f"generate.num_inference_steps: {num_steps} is more than the base's schedule of {most} "
             "timesteps has room for; lower it"
-        )
-
-
-def sizes_divide(
-    params: AllParams, unet: "UNet2DConditionModel", downsampling: int
-) -> Iterator[str]:
-    image_size, patch_size = params.data.image_size, params.conditioner.patch_size
-    of_unet = 2 ** (len(unet.config["block_out_channels"]) - 1)
-    if image_size % (downsampling * of_unet):
-        yield (
-            f"data.image_size: {image_size} is no multiple of {downsampling * of_unet}: the base's "
-            f"VAE makes an image {downsampling} times smaller, and its UNet {of_unet} times more"
-        )
-    latent_size = image_size // downsampling
-    if params.conditioner.input == "latents" and latent_size % patch_size:
-        yield (
-            f"conditioner.patch_size: {patch_size} must divide the latent's side, {latent_size}, "
-            "when conditioner.input is latents"
         )

@@ -69,7 +69,7 @@ def test_wrong_value_is_named_and_shown(key: str, value: object):
     message = complaint(changed("train", **{key: value}))
     assert message.startswith(f"params.yaml: train.{key}: ")
     assert message.endswith(f"(got {value!r})")
-    assert message.count("\n") == 0
+    assert "\n" not in message
 
 
 def test_every_fault_has_its_line_with_the_key_as_in_the_file():
@@ -104,24 +104,18 @@ def test_a_stage_may_depend_on_one_key_of_a_section():
         assert complaint(content, OneKey).startswith("params.yaml: loss.kind: missing")
 
 
-def written(folder: Path, text: str) -> Path:
-    path = folder / "params.yaml"
-    path.write_text(text)
-    return path
-
-
 def test_numbers_and_words_are_those_of_yaml_1_2(tmp_path: Path):
-    for number in ("1e-05", "1.0e-05", "0.00001", "1E-5"):
-        assert read_params(written(tmp_path, f"lr: {number}\n")) == {"lr": 1e-05}
-    words = read_params(written(tmp_path, "a: no\nb: on\nc: 010\n"))
-    assert words == {"a": "no", "b": "on", "c": 10}
+    path = tmp_path / "params.yaml"
+    path.write_text("a: [1e-05, 1.0e-05, 0.00001, 1E-5]\nb: [no, on, 010]\n")
+    assert read_params(path) == {"a": [1e-5] * 4, "b": ["no", "on", 10]}
 
 
 def test_what_dvc_sets_is_read_as_it_was_meant(tmp_path: Path):
     """`dvc exp run -S train.lr=0.00001` rewrites the file by DVC's own serializer."""
     from dvc.utils.serialize import modify_yaml
 
-    path = written(tmp_path, "train: {lr: 0.1}\n")
+    path = tmp_path / "params.yaml"
+    path.write_text("train: {lr: 0.1}\n")
     with modify_yaml(str(path)) as content:
         content["train"]["lr"] = 0.00001
     assert "e" in path.read_text().split(":")[-1]
@@ -138,7 +132,8 @@ def test_what_dvc_sets_is_read_as_it_was_meant(tmp_path: Path):
     ],
 )
 def test_an_unreadable_or_missing_file_is_named(tmp_path: Path, text: str, fault: str):
-    path = written(tmp_path, text)
+    path = tmp_path / "params.yaml"
+    path.write_text(text)
     with pytest.raises(ValueError, match=f"^{path}: (?s:.*){fault}"):
         read_params(path)
     path.unlink()

@@ -49,11 +49,8 @@ class BaseParams(Section):
 def config_folder(base: BaseParams, *, root: Path) -> Path:
     """Return a folder with the base's configuration files; it need not hold weights.
 
-    Configurations that the project does not ship are fetched once and kept in .work of `root`.
-
-    Raises:
-        ValueError: the base is missing or cannot be used; names base.path.
-        ConnectionError: the hub cannot be reached.
+    Configurations that the project does not ship are fetched once and kept in .work of `root`. A
+    base that is missing or unusable raises ValueError; a hub out of reach, ConnectionError.
     """
     if base.source == "local":
         folder = local_base(base, root=root)
@@ -84,10 +81,7 @@ def local_base(base: BaseParams, *, root: Path) -> Path:
 
 
 def base_manifest(base: BaseParams, *, root: Path) -> dict[str, Any]:
-    """Describe a base for DVC: every file of a local one, or the pinned commit of a hub's.
-
-    A local folder that is missing or cannot be used raises ValueError, which names base.path.
-    """
+    """Describe a base for DVC: every file of a checked local one, or the commit of a hub's."""
     if base.source == "hub":
         return {"path": base.path, "revision": base.revision}
     folder = local_base(base, root=root)
@@ -98,10 +92,9 @@ def base_manifest(base: BaseParams, *, root: Path) -> dict[str, Any]:
 
 
 def check_base(folder: Path, *, weights: bool = True) -> None:
-    """Refuse a folder that is no latent diffusion model which ContraDiff can use.
+    """Refuse (ValueError) a folder that ContraDiff cannot use as its base; one line for each fault.
 
-    Without `weights`, the configuration files are enough. The ValueError has one line for each
-    fault and names base.path.
+    Without `weights`, the configuration files are enough.
     """
     faults = list(_config_faults(folder))
     faults += [
@@ -162,10 +155,7 @@ def downsampling_of(folder: Path) -> int:
 
 
 def fetch_from_hub(base: BaseParams, destination: Path, *, weights: bool) -> None:
-    """Download a base at its pinned commit: configuration, and safetensors if `weights`.
-
-    A failure raises ConnectionError, which names base.path.
-    """
+    """Download a base at its commit, with `weights` or without; failures are ConnectionErrors."""
     from huggingface_hub import snapshot_download
 
     patterns = [f"{name}/*.json" for name in COMPONENTS]

@@ -1,9 +1,9 @@
 """What every stage shares, and the only place that knows DVC and MLflow.
 
 `run` reads the parameters, reports and fails clearly; `launch` starts several processes; `work_dir`
-keeps unfinished work; `training` and `tracking` write to MLflow. May import
-`contradiff.config`, `.files`, `.processes` and `.types`, so nothing here changes a result, and no
-stage in dvc.yaml depends on it. Stages import it before torch, which reads the settings below.
+keeps unfinished work; `training` and `tracking` write to MLflow. May import `contradiff.config`,
+`.files`, `.processes` and `.types`, so nothing here changes a result, and no stage in dvc.yaml
+depends on it. Stages import it before torch, which reads the settings below.
 """
 
 import ctypes

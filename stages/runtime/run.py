@@ -28,13 +28,14 @@ from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from io import StringIO
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, TypeVar
+from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 from tqdm import tqdm
 
-from contradiff.config import Section, parse, read_params
+from contradiff.config import Section, SectionT, parse, read_params
 from contradiff.files import hold_lock, replace_file
 from contradiff.processes import Processes
 
@@ -49,8 +50,6 @@ SECONDS_BETWEEN_LINES = 10.0
 
 Advance = Callable[..., None]
 """`advance(n, name=value, ...)`: n more units are done; the values are shown beside them."""
-
-SectionT = TypeVar("SectionT", bound=Section)
 
 
 class RuntimeParams(Section):
@@ -73,15 +72,13 @@ class RuntimeSection(Section):
     runtime: RuntimeParams
 
 
-class _LogFile:
+class _LogFile(StringIO):
     """Writes each status as a line of its own; in a terminal, tqdm overwrites the last one."""
 
-    def write(self, text: str) -> None:
+    def write(self, text: str) -> int:
         if status := text.strip():
-            print(status, file=sys.stderr)
-
-    def flush(self) -> None:
-        sys.stderr.flush()
+            print(status, file=sys.stderr, flush=True)
+        return len(text)
 
 
 @dataclass(frozen=True)
@@ -107,15 +104,14 @@ class Run:
         """Where to compute; each of several processes has its own CUDA device."""
         import torch
 
-        if self.runtime.device == "cpu":
-            return torch.device("cpu")
-        if torch.cuda.is_available():
-            return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-        if self.runtime.device == "cuda":
+        asked, has_cuda = self.runtime.device, torch.cuda.is_available()
+        if asked == "cuda" and not has_cuda:
             raise ValueError(
                 "runtime.device: torch finds no CUDA device; use auto or cpu (got 'cuda')"
             )
-        return torch.device("cpu")
+        if asked == "cpu" or not has_cuda:
+            return torch.device("cpu")
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
 
     def accelerator(self, *, precision: "Precision" = "fp32") -> "Accelerator":
         """Join the processes that share the stage; ValueError if they do not find each other."""
@@ -184,10 +180,7 @@ class Run:
             yield advance
 
     def write_json(self, path: Path, content: Mapping[str, object]) -> None:
-        """Write `content` whole or not at all: keys sorted, floats to six significant digits.
-
-        A value that is NaN or infinite raises ValueError.
-        """
+        """Write `content` whole, floats to six significant digits; ValueError for NaN, infinity."""
         if not self.is_main:
             return
         text = json.dumps(content)
@@ -203,11 +196,7 @@ class Run:
 
     @contextmanager
     def work_dir(
-        self,
-        params: Mapping[str, object] | Section,
-        inputs: Sequence[Path],
-        *,
-        state_version: int,
+        self, params: Mapping[str, object] | Section, inputs: Sequence[Path], *, state_version: int
     ) -> Generator[Path]:
         """Open a folder for checkpoints, which the same work finds again after an interruption.
 
@@ -249,9 +238,8 @@ def execute(
         epilog=f"Parameters are read from {PARAMS_FILE}; see presets/ for the values there are.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument(
-        "--dry-run", action="store_true", help="validate and print the parameters, do nothing"
-    )
+    dry = "validate and print the parameters, do nothing"
+    parser.add_argument("--dry-run", action="store_true", help=dry)
     is_dry = parser.parse_args().dry_run
     # As after an interrupt, `finally` blocks run and contexts close.
     signal.signal(signal.SIGTERM, lambda number, _frame: sys.exit(128 + number))

@@ -176,10 +176,8 @@ def training_run(
 
     `work_dir` keeps the id of MLflow's run, so a resumed training goes on in the same one and logs
     no step twice. If the block writes build/pretrain (`files_checkpoint`), the id is also filed
-    under the checkpoint's hash; the experiment's row then becomes the parent of MLflow's run.
-
-    Raises:
-        ValueError: MLflow's store cannot be used at the start. Later failures only cause warnings.
+    under the checkpoint's hash; the experiment's row then becomes the parent of MLflow's run. A
+    store that fails raises ValueError at the start and causes warnings later.
     """
     if not run.is_main:
         yield lambda _step, _values: None
@@ -223,9 +221,6 @@ def upsert_row(
     The same parameters (without `runtime`) and results are the same row. A row that an interrupted
     process left incomplete is replaced. `metrics` are files of nested JSON; each column of the CSV
     file `curve` but `step` becomes a metric `pretrain.<column>`; copies of `artifacts` are kept.
-
-    Raises:
-        ValueError: MLflow's store cannot be used.
     """
     store = connect(run.root)
     client = store.client

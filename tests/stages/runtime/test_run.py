@@ -16,6 +16,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from io import StringIO
 from pathlib import Path
 from typing import NoReturn
@@ -322,12 +323,10 @@ def test_the_key_sees_what_decides_the_result(tmp_path: Path):
 
 def test_json_is_sorted_rounded_and_whole(run: Run, tmp_path: Path):
     path = tmp_path / "metrics/probe.json"
-    run.write_json(path, {"probe": {"top1": 1 / 3, "classes": 10}, "a": [12345.678, 2]})
-    assert path.read_text().endswith("}\n")
-    assert list(json.loads(path.read_text()).items()) == [
-        ("a", [12345.7, 2]),
-        ("probe", {"classes": 10, "top1": 0.333333}),
-    ]
+    run.write_json(path, {"probe": {"top1": 1 / 3, "classes": 10}, "a": 12345.678})
+    assert " ".join(path.read_text().split()) == (
+        '{ "a": 12345.7, "probe": { "classes": 10, "top1": 0.333333 } }'
+    )
     for content in ({"top1": float("nan")}, {"top5": 1.0, "top1": [0.5, float("nan")]}):
         with pytest.raises(ValueError, match=r"probe\.json: top1: NaN is no result"):
             run.write_json(path, {"probe": content})
@@ -351,8 +350,7 @@ def test_only_the_main_process_writes(
 
 
 def with_runtime(run: Run, **changes: object) -> Run:
-    runtime = RuntimeParams.model_validate(run.runtime.model_dump() | changes)
-    return Run(stage=run.stage, root=run.root, runtime=runtime)
+    return replace(run, runtime=RuntimeParams(**run.runtime.model_dump() | changes))
 
 
 def test_device(run: Run, monkeypatch: pytest.MonkeyPatch):
