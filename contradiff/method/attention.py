@@ -72,10 +72,8 @@ class TriTimestepAttention(nn.Module):
     def forward(self, maps: LevelMaps) -> Features:
         """Three maps, noisiest first => h."""
         noisiest, middle, cleanest = self.norm_in(maps.flatten(3).transpose(2, 3)).unbind(1)
-        attended = attend(
-            self.to_q(noisiest), self.to_k(middle), self.to_v(cleanest), num_heads=self.num_heads
-        )
-        tokens = self.to_out(attended)
+        query, key, value = self.to_q(noisiest), self.to_k(middle), self.to_v(cleanest)
+        tokens = self.to_out(attend(query, key, value, num_heads=self.num_heads))
         tokens = tokens + self.mlp(self.norm_mlp(tokens))
         tokens = torch.cat([self.class_token.expand(len(tokens), -1, -1), tokens], dim=1)
         return self.norm_out(self.block(tokens)[:, 0])

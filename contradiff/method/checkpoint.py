@@ -37,13 +37,8 @@ def save_checkpoint(
     An earlier checkpoint in `folder` is replaced. `params` are those of the run, as JSON;
     `load_checkpoint` reads the `Architecture` from them.
     """
-    config = {
-        "base_sha256": base_digest(base),
-        "image_size": image_size,
-        "num_steps": num_steps,
-        "parameters": counts,
-        "params": dict(params),
-    }
+    config = {"base_sha256": base_digest(base), "image_size": image_size, "num_steps": num_steps}
+    config |= {"parameters": counts, "params": dict(params)}
     state = {name: value.cpu().contiguous() for name, value in model.trained_state().items()}
     with replace_dir(folder) as temporary:
         save_file(state, temporary / WEIGHTS_NAME)
@@ -63,8 +58,7 @@ def read_config(folder: Path) -> dict[str, Any]:
 def load_checkpoint(folder: Path, *, base: Path) -> ContraDiff:
     """Rebuild the model on its base, in evaluation mode, on the CPU.
 
-    Raises:
-        ValueError: no checkpoint, another base than it was trained on, or weights that do not fit.
+    ValueError: no checkpoint, another base than it was trained on, or weights that do not fit.
     """
     config = read_config(folder)
     if config["base_sha256"] != base_digest(base):

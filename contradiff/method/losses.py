@@ -7,7 +7,6 @@ the mean over processes is then the loss of the whole batch. Fewer than two imag
 """
 
 import math
-from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Literal
 
@@ -111,12 +110,7 @@ def infonce(view1: View, view2: View, *, temperature: float, anchors: slice = AL
     return F.cross_entropy(_product(first[rows], second) / temperature, rows)
 
 
-ContrastiveLoss = Callable[..., Loss]
-CONTRASTIVE_LOSSES: dict[str, ContrastiveLoss] = {
-    "ntxent": ntxent,
-    "dcl_paper": dcl_paper,
-    "infonce": infonce,
-}
+CONTRASTIVE_LOSSES = {"ntxent": ntxent, "dcl_paper": dcl_paper, "infonce": infonce}
 """By their name in loss.contrastive."""
 
 

@@ -7,16 +7,13 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+Tensors = Sequence[Tensor]
 LossOfRows = Callable[..., Tensor]
 """(rows, *these rows of each input) => the mean loss of these rows."""
 
 
 def mean_in_microbatches(
-    loss_of: LossOfRows,
-    inputs: Sequence[Tensor],
-    parameters: Sequence[Tensor],
-    *,
-    microbatch_size: int,
+    loss_of: LossOfRows, inputs: Tensors, parameters: Tensors, *, microbatch_size: int
 ) -> Tensor:
     """The mean of `loss_of` over all rows, with the activations of few rows in memory.
 

@@ -100,10 +100,9 @@ class ContraDiff(nn.Module):
         pass serves all `blocks`.
         """
         levels = torch.tensor(sorted(timesteps, reverse=True), device=latents.device)
-        steps = levels.repeat_interleave(len(latents))
+        steps, unet = levels.repeat_interleave(len(latents)), self.split_unet
         repeated = latents.repeat(NUM_LEVELS, 1, 1, 1)
         noisy = add_noise(repeated, noise.flatten(0, 1), steps, self.schedule.alphas_cumprod)
-        unet = self.split_unet
         state = unet.down(noisy, steps, tokens.repeat(NUM_LEVELS, 1, 1), blocks=blocks)
         return {
             block: unet.maps(state, block).unflatten(0, (NUM_LEVELS, -1)).transpose(0, 1)
@@ -112,11 +111,8 @@ class ContraDiff(nn.Module):
 
     def trained_state(self) -> dict[str, Tensor]:
         """The weights that training may change, and BatchNorm's statistics: not the frozen base."""
-        return {
-            name: tensor
-            for name, tensor in self.state_dict().items()
-            if not name.startswith("unet.") or "lora_" in name
-        }
+        state = self.state_dict().items()
+        return {n: t for n, t in state if not n.startswith("unet.") or "lora_" in n}
 
     def load_trained_state(self, state: Mapping[str, Tensor]) -> None:
         """Inverse of `trained_state`; ValueError unless names and shapes are exactly the same."""

@@ -83,14 +83,13 @@ class ViewChooser:
         rng = np.random.default_rng([self.seed, epoch, crc32(stored.key.encode())])
         num_stored = len(stored.crops)
         num_views = num_stored // 2 if self.info.flips else num_stored
-        if self.latent_views == "same":
-            first = second = int(rng.integers(num_views))
-        else:
-            first, second = 0, int(rng.integers(1, num_views))
+        is_same = self.latent_views == "same"
+        second = int(rng.integers(0 if is_same else 1, num_views))
+        first = second if is_same else 0
         if self.info.flips:  # the mirrored views stand behind all others, in the same order
             mirrored = rng.integers(2, size=2) * num_views
             first += int(mirrored[0])
-            second += int(mirrored[0 if self.latent_views == "same" else 1])
+            second += int(mirrored[0 if is_same else 1])
         moments = torch.from_numpy(stored.moments)
         if self.condition == "labels":
             condition = torch.tensor(image_of(pair[0]).label)

@@ -83,10 +83,8 @@ def train(
             row = {name: _read(value, accelerator) for name, value in values.items()}
             for name, value in row.items():
                 if not math.isfinite(value):
-                    raise ValueError(
-                        f"{lr_key}: {name} is {value} at step {done}: the training diverged; "
-                        "lower it"
-                    )
+                    fault = f"{name} is {value} at step {done}"
+                    raise ValueError(f"{lr_key}: {fault}: the training diverged; lower it")
         on_step(done, row)
         if due is not None and (accelerator is None or accelerator.is_main_process):
             due.save(done, optimizer)

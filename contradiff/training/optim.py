@@ -128,7 +128,3 @@ class WeightAverage:
         """Follow step `done`: decay 0 after the first, then min(decay, done / (done + 9))."""
         self.ema.optimization_step = done - 1
         self.ema.step(self.parameters)
-
-    def copy_to_model(self) -> None:
-        """Replace the weights by their average."""
-        self.ema.copy_to(self.parameters)

@@ -150,7 +150,7 @@ def pretrain(
         accelerator=accelerator,
     )
     if average is not None:
-        average.copy_to_model()
+        average.ema.copy_to(average.parameters)
     return saved.curve
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from contradiff.method import losses
-from contradiff.method.losses import CONTRASTIVE_LOSSES, ContrastiveLoss, min_snr_weights
+from contradiff.method.losses import CONTRASTIVE_LOSSES, min_snr_weights
 from contradiff.toy.base_recipe import build_scheduler
 
 EACH = pytest.mark.parametrize("loss", CONTRASTIVE_LOSSES.values(), ids=CONTRASTIVE_LOSSES.keys())
@@ -88,7 +88,7 @@ def test_equals_the_formula_written_out(name: str, slow: Any, num_images: int, t
 
 
 @EACH
-def test_local_anchors_average_to_the_loss_of_the_whole_batch(loss: ContrastiveLoss):
+def test_local_anchors_average_to_the_loss_of_the_whole_batch(loss: Any):
     """Gradients too: it is what DDP averages."""
     views = draw_views(6).requires_grad_()
     whole = loss(*views, temperature=0.2)
@@ -100,7 +100,7 @@ def test_local_anchors_average_to_the_loss_of_the_whole_batch(loss: ContrastiveL
 
 
 @EACH
-def test_autocast_does_not_round_the_similarities(loss: ContrastiveLoss):
+def test_autocast_does_not_round_the_similarities(loss: Any):
     views = draw_views(16, width=32)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         value = loss(*views, temperature=0.1)
@@ -109,7 +109,7 @@ def test_autocast_does_not_round_the_similarities(loss: ContrastiveLoss):
 
 
 @EACH
-def test_one_image_has_no_negatives(loss: ContrastiveLoss):
+def test_one_image_has_no_negatives(loss: Any):
     with pytest.raises(ValueError, match=r"pretrain\.batch_size: .* at least two images"):
         loss(*draw_views(1), temperature=0.1)
 

@@ -28,9 +28,8 @@ def losses_of(
     model: ContraDiff, batch: TrainingBatch, *, decode_batch_size: int = 0, **changes: Any
 ) -> dict[str, Tensor]:
     """A step with `loss_params` changed."""
-    return TrainingStep(model, loss=loss_params(**changes), decode_batch_size=decode_batch_size)(
-        batch
-    )
+    step = TrainingStep(model, loss=loss_params(**changes), decode_batch_size=decode_batch_size)
+    return step(batch)
 
 
 def in_float64(batch: TrainingBatch) -> TrainingBatch:

@@ -111,22 +111,5 @@ def test_a_training_that_diverged_is_never_saved(tmp_path: Path, every: int):
     assert steps == (2 if every == 1 else 0)
 
 
-def test_a_failed_write_leaves_the_earlier_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    file, model = tmp_path / "state.safetensors", build()
-    optimizer = torch.optim.AdamW(model.parameters())
-    saved = SavedState(file, model.state_dict(), every=1)
-    saved.save(1, optimizer)
-
-    def full(_tensors: object, temporary: Path, *_: object) -> None:
-        temporary.write_bytes(b"half")
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr("contradiff.training.state.save_file", full)
-    with pytest.raises(OSError, match="No space"):
-        saved.save(2, optimizer)
-    assert saved.resume(optimizer) == 1
-    assert [path.name for path in tmp_path.iterdir()] == [file.name]
-
-
 def test_the_example_of_the_docstring_runs():
     assert doctest.testmod(loop) == doctest.TestResults(failed=0, attempted=4)

@@ -33,7 +33,6 @@ def test_schedule_equals_torch_linear_then_cosine():
     ("name", "shape", "expected"),
     [
         ("unet.attn2.to_q.lora_A.default.weight", (4, 4), True),
-        ("embedding.weight", (4, 4), True),
         ("conditioner.to_patches.weight", (4, 3, 2, 2), True),
         ("attention.to_out.bias", (4,), False),
         ("attention.norm_in.weight", (4,), False),

@@ -232,21 +232,15 @@ def test_frozen_weights_in_half_precision_are_autocast_s_own(
     assert any(not tensor.equal(trained[name]) for name, tensor in exact.trained_state().items())
 
 
-def test_average_of_the_weights_is_what_is_kept(
-    build_tiny: Build, train: Train, monkeypatch: pytest.MonkeyPatch
-):
-    """Decay min(0.6, (1 + s) / (10 + s)) after step s, over weights recorded at each step."""
+def test_average_of_the_weights_is_what_is_kept(build_tiny: Build, train: Train):
+    """Decay min(0.3, s / (9 + s)) after step s, over weights recorded at each step."""
     model = build_tiny()
     weights = [model.conditioner.to_tokens.weight.detach().clone()]
-    step = torch.optim.AdamW.step
 
-    def recorded(optimizer: torch.optim.AdamW, *args: Any) -> Any:
-        result = step(optimizer, *args)
+    def record(*_: Any) -> None:
         weights.append(model.conditioner.to_tokens.weight.detach().clone())
-        return result
 
-    monkeypatch.setattr(torch.optim.AdamW, "step", recorded)
-    train(model, pretrain={"ema_decay": 0.3})
+    train(model, pretrain={"ema_decay": 0.3}, on_step=record)
     average = weights[0]
     for number, weight in enumerate(weights[1:], start=1):
         decay = min(0.3, number / (9 + number)) if number > 1 else 0.0
@@ -268,22 +262,16 @@ def test_curve_has_a_row_every_few_steps_and_at_the_end(
 ):
     monkeypatch.setattr(training, "CURVE_ROWS", 2)  # 7 // 2: every third step
     seen: list[tuple[int, Row]] = []
-    curve = train(
-        build_tiny(),
-        log_every=4,
-        pretrain={"epochs": 7, "batch_size": 24, "warmup_epochs": 1.0, "lr": 0.5},
-        loss={"lambda": 0.25},
-        on_step=lambda step, row: seen.append((step, row)),
-    )
+    changes = {"epochs": 7, "batch_size": 24, "warmup_epochs": 1.0, "lr": 0.5}
+    settings = {"log_every": 4, "pretrain": changes, "loss": {"lambda": 0.25}}
+    curve = train(build_tiny(), on_step=lambda step, row: seen.append((step, row)), **settings)
     assert [row["step"] for row in curve] == [3, 6, 7]
     assert [step for step, _ in seen] == list(range(1, 8))
     assert [step for step, row in seen if row is not None] == [3, 4, 6, 7]
     assert [row for _, row in seen if row in curve] == curve
     for row in curve:
-        names = {"step", "epoch", "lr", "loss", "reconstruction", "contrastive", "grad_norm"}
-        assert row.keys() == names
+        assert row.keys() == set(training.CURVE_COLUMNS)
         assert row["epoch"] == row["step"]
-        assert row["grad_norm"] > 0
         total = row["reconstruction"] + 0.25 * row["contrastive"]
         assert row["loss"] == pytest.approx(total, rel=1e-5)
     # half a cosine over the six steps after the warm-up; the third step is the second of them
@@ -320,11 +308,8 @@ def test_a_batch_that_does_not_fit_is_named(
     ("changes", "fault"),
     [
         ({"warmup_epochs": 2.0}, r"pretrain\.warmup_epochs is 2, .* pretrain\.epochs"),
-        ({"batch_size": 1}, "greater than or equal to 2"),
         ({"grad_accumulation": 4}, r"pretrain\.grad_accumulation: 4 microbatches .* equally"),
         ({"grad_accumulation": 6}, r"grad_accumulation: 6 microbatches .* two or more each"),
-        ({"precision": "fp16"}, "'fp32' or 'bf16'"),
-        ({"lr": 0.0}, "greater than 0"),
     ],
 )
 def test_contradicting_parameters_are_refused(
