@@ -1,7 +1,4 @@
-"""Throw-away copies of the project, in which the whole pipeline runs without touching the real one.
-
-A copy is a DVC project without git. It has its own parameters, lock file, cache and MLflow records.
-"""
+"""Throw-away copies of the project: DVC projects without git, with records of their own."""
 
 import os
 import subprocess
@@ -15,10 +12,7 @@ _USERS_RECORDS = ("MLFLOW_TRACKING_URI", "MLFLOW_RUN_ID", "DVC_ROOT", "DVC_STAGE
 
 
 def copy_project(folder: Path, *, revision: str | None = None) -> None:
-    """Copy a commit or, for None, the working tree: edits included, ignored files left out.
-
-    The copy also holds the base model, which comes from the store of the same revision.
-    """
+    """Copy a commit or, for None, the working tree with its edits; pull its base model."""
     folder.mkdir(parents=True)
     names, store = b"", folder / "artifacts"
     pack = ["git", "archive", "--format=tar", str(revision)]
@@ -38,10 +32,7 @@ def copy_project(folder: Path, *, revision: str | None = None) -> None:
 
 
 def run_in(folder: Path, *command: str, environment: Mapping[str, str] | None = None) -> str:
-    """Run a command in a copy, with the copy's own code, and return what it prints on stdout.
-
-    If it fails, SystemExit holds its output.
-    """
+    """Run a command with the copy's own code; return its stdout. SystemExit tells of a failure."""
     kept = {name: value for name, value in os.environ.items() if name not in _USERS_RECORDS}
     cache = str(folder.with_name(f"{folder.name}.site-cache"))
     env = {**kept, "PYTHONPATH": str(folder), "DVC_SITE_CACHE_DIR": cache, **(environment or {})}

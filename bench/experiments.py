@@ -3,8 +3,8 @@
     python -m bench experiments           experiments of the present commit
     python -m bench experiments a1b2c3    experiments of another commit
 
-A row is named by the parameters in which it differs from its commit. An experiment that ran only up
-to some stage (`dvc exp run ... probe`) shows its commit's scores for the later stages.
+A row is named by the parameters in which it differs from its commit. An experiment that stopped at
+a stage (`dvc exp run ... probe`) shows its commit's scores for later stages.
 """
 
 import json

@@ -2,10 +2,9 @@
 
     python -m bench loading [number of images, 1000] [workers, 0] [side of the files, 256]
 
-Each decodes the JPEGs, cuts a random crop of the files' side (bicubic), and stacks batches of 50:
-torchvision's ImageFolder with a DataLoader; webdataset's minimal pipeline (shuffle, decode, batch);
-ours, which also reads and picks the stored latents. `latents alone` is conditioner.input: latents,
-which decodes nothing. The table shows the best of three rounds, since other work only slows.
+Each decodes the JPEGs, cuts random crops (bicubic), and stacks batches of 50: ImageFolder with a
+DataLoader; webdataset's minimal pipeline; ours, which also picks the stored latents. `latents
+alone` decodes nothing. The table shows the best of three rounds, since other work only slows.
 """
 
 import io

@@ -60,7 +60,7 @@ def numbers_of(revision: str) -> Numbers:
     """Return a commit's numbers, measured once and then read from .work/same."""
     commit = run_in(ROOT, "git", "rev-parse", "--verify", f"{revision}^{{commit}}")
     key = hashlib.sha256((commit + repr(OVERRIDES)).encode()).hexdigest()[:16]
-    kept = ROOT / ".work/same" / f"{commit[:12]}-{key}.json"
+    kept = ROOT / f".work/same/{commit[:12]}-{key}.json"
     if not kept.is_file():
         numbers = measure(commit.strip())
         kept.parent.mkdir(parents=True, exist_ok=True)

@@ -49,16 +49,15 @@ def main(params: Params, run: Run) -> None:
     load = partial(real_image, image_size=size)
     measure = partial(measure_shards, IMAGES, shards, load, with_logits=False)
     measure = partial(measure, images=card.description, num_kept=section.num_kept)
-    measure = partial(measure, batch_size=section.batch_size, seed=params.seed)
-    measure = partial(measure, num_workers=run.runtime.num_workers)
+    measure = partial(measure, batch_size=section.batch_size, num_workers=run.runtime.num_workers)
     processes = run.processes(run.accelerator())
     inputs = [IMAGES / "index.json", EXTRACTOR]
     with (
         run.work_dir(params, inputs, state_version=STATE_VERSION) as work_dir,
         run.progress("images", card.num_images) as advance,
     ):
-        network = load_extractor(EXTRACTOR, device=run.device)
-        found = measure(network, work_dir, processes=processes, on_progress=advance)
+        measure = partial(measure, load_extractor(EXTRACTOR, device=run.device), work_dir)
+        found = measure(seed=params.seed, processes=processes, on_progress=advance)
         if run.is_main:
             write_reference(REFERENCE, card, found)
 

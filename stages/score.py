@@ -42,15 +42,14 @@ def main(params: Params, run: Run) -> None:
     load = partial(generated_image, image_size=size)
     measure = partial(measure_shards, SAMPLES, samples.shards("sample"), load, with_logits=True)
     measure = partial(measure, images=f"{num_samples} samples", num_kept=reference.num_kept)
-    measure = partial(measure, batch_size=section.batch_size, seed=params.seed)
-    measure = partial(measure, num_workers=run.runtime.num_workers)
+    measure = partial(measure, batch_size=section.batch_size, num_workers=run.runtime.num_workers)
     processes = run.processes(run.accelerator())
     with (
         run.work_dir(params, inputs, state_version=STATE_VERSION) as work_dir,
         run.progress("images", num_samples) as advance,
     ):
-        network = load_extractor(EXTRACTOR, device=run.device)
-        found = measure(network, work_dir, processes=processes, on_progress=advance)
+        measure = partial(measure, load_extractor(EXTRACTOR, device=run.device), work_dir)
+        found = measure(seed=params.seed, processes=processes, on_progress=advance)
         if not run.is_main:
             return
         scores: dict[str, dict[str, float]] = {}

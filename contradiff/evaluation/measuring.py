@@ -135,12 +135,10 @@ def measure_shards(
     """Measure shards of images with each resizer of the extractor.
 
     Several processes share the shards through `work_dir`, and an interrupted run goes on where it
-    was. Each shard is measured alone, and the shards are joined in their order: so the result is
-    the same, to the last bit, for any number of processes. Only process 0 returns measurements, by
-    resizer. `num_workers` threads `load` and resize images; `images` describes them in words.
-
-    Raises ValueError if features are not finite, a shard is damaged, or `load` refuses an image,
-    and ChildProcessError if another process failed.
+    was. Shards are measured alone and joined in order: the result is the same, to the last bit, for
+    any number of processes. Process 0 returns measurements by resizer, others nothing. `images`
+    describes the images in words. Raises ValueError if features are not finite, a shard is damaged,
+    or `load` refuses an image, and ChildProcessError if another process failed.
     """
     card = extractor.card
     num_images = sum(shard.num_samples for shard in shards)

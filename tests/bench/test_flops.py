@@ -20,6 +20,7 @@ from contradiff.method.unet import SplitUNet
 from contradiff.training import pretraining
 from contradiff.training.pretraining import set_up
 
+Build = Callable[..., ContraDiff]
 CONTENT = read_params(Path(__file__).parents[2] / "presets/tiny.yaml")
 
 
@@ -57,10 +58,7 @@ def test_switches_cost_what_they_add(tiny_base: Path):
 
 @pytest.mark.parametrize("values", [("mid", 0, "none"), ("mid", 4, "none"), ("mid+up.1", 4, "all")])
 def test_peak_is_what_torch_allocates_in_a_real_step(
-    tiny_base: Path,
-    build_tiny: Callable[..., ContraDiff],
-    tmp_path: Path,
-    values: tuple[str, int, str],
+    tiny_base: Path, build_tiny: Build, tmp_path: Path, values: tuple[str, int, str]
 ):
     """The CPU allocator also counts the working memory of kernels: one percent at most."""
     keys = "head.block", "pretrain.decode_batch_size", "pretrain.gradient_checkpointing"

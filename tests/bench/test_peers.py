@@ -12,9 +12,8 @@ def test_probe_bench_measures_probes_of_equal_accuracy(capsys: pytest.CaptureFix
     probe.main(["600", "16", "3"])
     rows = capsys.readouterr().out.splitlines()[3:]
     assert len(rows) == 3
-    accuracies = [float(row.split()[-1].rstrip("%")) for row in rows]
-    assert min(accuracies) > 60
-    assert max(accuracies) - min(accuracies) < 6
+    worst, _, best = sorted(float(row.split()[-1].rstrip("%")) for row in rows)
+    assert 60 < worst <= best < worst + 6
 
 
 @pytest.mark.slow

@@ -70,9 +70,8 @@ def test_nearly_singular_covariances(smallest: float):
     rotation = torch.linalg.qr(correlated(d, d, seed=0)).Q
     a, b = (rotation @ torch.diag(s**2) @ rotation.T for s in (sigma, tau))
     expected = float(((sigma - tau) ** 2).sum())
-    for pair in ((a, b), (b, a)):
-        found = frechet_distance(zero, pair[0], zero, pair[1])
-        assert found == pytest.approx(expected, rel=2e-6)
+    for x, y in ((a, b), (b, a)):
+        assert frechet_distance(zero, x, zero, y) == pytest.approx(expected, rel=2e-6)
     nothing = torch.zeros(d, d, dtype=torch.float64)
     assert frechet_distance(zero, nothing, zero, nothing) == 0.0
 
