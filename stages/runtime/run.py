@@ -104,12 +104,12 @@ class Run:
         """Where to compute; each of several processes has its own CUDA device."""
         import torch
 
-        asked, has_cuda = self.runtime.device, torch.cuda.is_available()
-        if asked == "cuda" and not has_cuda:
+        has_cuda = self.runtime.device != "cpu" and torch.cuda.is_available()
+        if self.runtime.device == "cuda" and not has_cuda:
             raise ValueError(
                 "runtime.device: torch finds no CUDA device; use auto or cpu (got 'cuda')"
             )
-        if asked == "cpu" or not has_cuda:
+        if not has_cuda:
             return torch.device("cpu")
         return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
 

@@ -81,6 +81,10 @@ def test_an_impossible_value_is_refused_by_its_key(content: Content, change: str
 
 
 NOISE_UNTRAINED = r"conditioner\.drop: 0 never trains the null condition"
+SAME, LATENTS = "loss.latent_views=same", "conditioner.input=latents"
+BATCH, TUNE = "class_condition.batch_size=4002", "transfer.finetune_epochs=1"
+CHAIN, SIX_PASSES = "features.noising=ddim_chain", "loss.recon_passes=6 latents.colour_jitter=0.0"
+INCEPTION = "extractor.kind=inception extractor.weights=x extractor.resizers=[clean]"
 NO_DROP = "conditioner.drop=0.0"
 CLASSES = "generate.condition=class class_condition.epochs=1 class_condition.drop=0.0"
 ONE_VIEW = "latents.views=1 latents.colour_jitter=0.0"
@@ -93,31 +97,25 @@ TIMM = "features.model=timm features.timm_name=x features.timm_pretrained=true f
         ("ingest.resize=31", r"ingest\.resize: 31 must be null or at least"),
         ("conditioner.patch_size=5", r"conditioner\.patch_size: 5 must divide data\.image"),
         (ONE_VIEW, r"loss\.latent_views: two .* set latents\.views to 2 or more"),
-        (
-            f"{ONE_VIEW} loss.latent_views=same conditioner.input=latents",
-            r"conditioner\.cond_view: crop .* set latents\.views to 2 or more",
-        ),
-        (
-            "latents.views=1 loss.latent_views=same",
-            r"latents\.colour_jitter: distorts random crops, .* set it to 0",
-        ),
-        ("loss.latent_views=same", r"latents\.colour_jitter: .* set it to 0"),
+        (f"{ONE_VIEW} {SAME} {LATENTS}", r"conditioner\.cond_view: crop .* latents\.views to 2 or"),
+        (f"latents.views=1 {SAME}", r"latents\.colour_jitter: distorts random .* set it to 0"),
+        (SAME, r"latents\.colour_jitter: .* set it to 0"),
         ("loss.recon_passes=4", r"latents\.colour_jitter: .* set it to 0"),
         ("loss.recon_passes=3", None),
         ("pretrain.batch_size=4002", r"pretrain\.batch_size: 4002 .*num_train, 4000"),
         (
-            "class_condition.batch_size=4002 class_condition.epochs=1",
-            r"class_condition\.batch_size: 4002 is more than data\.num_train, 4000; lower it",
+            f"{BATCH} class_condition.epochs=1",
+            r"class_condition\.batch_size: 4002 .*num_train, 4000",
         ),
-        ("class_condition.batch_size=4002", None),  # with no epochs there are no batches
+        (BATCH, None),  # with no epochs there are no batches
         (f"{TIMM} probe.head=attentive", r"probe\.head: attentive .* set probe\.head to linear"),
         (
-            "transfer.finetune_epochs=1 features.pool=mean",
-            r"transfer\.finetune_epochs: .* set features\.pool to attention, or .* to 0",
+            f"{TUNE} features.pool=mean",
+            r"transfer\.finetune_epochs: .*pool to attention, or .* to 0",
         ),
         (
-            "transfer.finetune_epochs=1 features.noising=ddim_chain",
-            r"transfer\.finetune_epochs: .* set features\.noising to direct, or .* to 0",
+            f"{TUNE} {CHAIN}",
+            r"transfer\.finetune_epochs: .*features\.noising to direct, or .* to 0",
         ),
         ("features.pool=mean", None),
         (NO_DROP, NOISE_UNTRAINED),
@@ -125,10 +123,7 @@ TIMM = "features.model=timm features.timm_name=x features.timm_pretrained=true f
         (f"{NO_DROP} generate.condition=image", None),
         (f"{NO_DROP} pretrain.epochs=0", None),
         (f"{NO_DROP} conditioner.cond_view=noise", NOISE_UNTRAINED),
-        (
-            f"{NO_DROP} conditioner.cond_view=noise loss.recon_passes=6 latents.colour_jitter=0.0",
-            None,
-        ),
+        (f"{NO_DROP} conditioner.cond_view=noise {SIX_PASSES}", None),
         (
             f"{CLASSES} generate.guidance=2.0",
             r"class_condition\.drop: 0 never trains the null clas",
@@ -139,10 +134,7 @@ TIMM = "features.model=timm features.timm_name=x features.timm_pretrained=true f
         ("reference.num_kept=499", r"score\.kid_subset_size: 500 .*num_kept, 499"),
         ("score.splits=1001", r"score\.splits: 1001 is more than generate\.num_samples"),
         ("extractor.width=502", r"generate\.num_samples: FID needs 1004 .* classifier"),
-        (
-            "extractor.kind=inception extractor.weights=x extractor.resizers=[clean]",
-            r"generate\.num_samples: FID needs 2048 .* inception",
-        ),
+        (INCEPTION, r"generate\.num_samples: FID needs 2048 .* inception"),
         # within one section, for --dry-run's sake
         ("generate.guidance=1.5", r"generate\.guidance is 1\.5, but generate\.condition: noise"),
     ],
@@ -166,8 +158,8 @@ def test_sections_agree(content: Content, changes: str, fault: str | None):
         ("features.timesteps=[401,201,999]", None),
         ("features.more_triples=[[5,1,1000]]", r"features\.more_triples: \[1000\] are"),
         (
-            "features.timesteps=[401,201,100] features.noising=ddim_chain",
-            r"features\.timesteps: \[401, 201, 100\] .* 20-step grid, .* \[1, 51, ",
+            f"features.timesteps=[401,201,99] {CHAIN}",
+            r"features\.timesteps: .* 20-step.* \[1, 51, ",
         ),
         # Stable Diffusion's steps_offset would make the first of 1000 steps timestep 1000.
         ("generate.num_inference_steps=1000", r"generate\.num_inference_steps: 1000 is"),
@@ -175,10 +167,7 @@ def test_sections_agree(content: Content, changes: str, fault: str | None):
         ("generate.num_inference_steps=999", None),
         # The VAE makes 4x, the UNet 4x smaller: 8 latents a side, 2 at the bottleneck.
         ("data.image_size=40", r"data\.image_size: 40 is no multiple of 16"),
-        (
-            "conditioner.input=latents conditioner.patch_size=3",
-            r"conditioner\.patch_size: 3 must divide the latent's side, 8",
-        ),
+        (f"{LATENTS} conditioner.patch_size=3", r"conditioner\.patch_size: 3 must .* side, 8"),
     ],
 )
 def test_the_base_can_serve_the_parameters(
