@@ -145,7 +145,7 @@ def write_shard(
             gzip.GzipFile("", "wb", 6, file, mtime=0)
             if compression == "gzip"
             else nullcontext(file) as stream,
-            TarWriter(stream, encoder=False, mtime=0) as writer,
+            TarWriter(stream, encoder=False, mtime=0) as writer,  # pyright: ignore[reportArgumentType]
         ):
             for record in records:
                 writer.write({**record, "__key__": record["__key__"].decode()})

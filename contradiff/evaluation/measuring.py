@@ -88,7 +88,7 @@ class Measurement:
         with replace_file(path) as temporary:
             # Metadata of one entry: safetensors writes several in any order, and equal measurements
             # would give unequal files.
-            named = dict(zip(_TENSORS, tensors, strict=True))
+            named: dict[str, Tensor] = dict(zip(_TENSORS, tensors, strict=True))
             save_file(named, temporary, {_FORMAT: json.dumps(facts)})
 
     @classmethod

@@ -18,8 +18,8 @@ class Mlp(nn.Sequential):
 
 def attend(query: Sequence, key: Sequence, value: Sequence, *, num_heads: int) -> Sequence:
     """Compute multi-head scaled dot-product attention; `width` holds the heads side by side."""
-    heads = (t.unflatten(-1, (num_heads, -1)).transpose(1, 2) for t in (query, key, value))
-    attended = F.scaled_dot_product_attention(*heads)
+    q, k, v = (t.unflatten(-1, (num_heads, -1)).transpose(1, 2) for t in (query, key, value))
+    attended = F.scaled_dot_product_attention(q, k, v)
     return attended.transpose(1, 2).flatten(2)
 
 

@@ -94,7 +94,8 @@ class SplitUNet:
         if block == "mid":
             return state.bottleneck
         assert state.num_up_blocks == _NUM_UP_BLOCKS[block], "down runs the blocks that it is told"
-        maps = F.adaptive_avg_pool2d(state.hidden, list(state.bottleneck.shape[2:]))
+        height, width = state.bottleneck.shape[2:]
+        maps = F.adaptive_avg_pool2d(state.hidden, (height, width))
         return maps if block == "up.1" else torch.cat([state.bottleneck, maps], dim=1)
 
     def noise_pred(self, state: UNetState) -> Latents:

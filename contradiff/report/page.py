@@ -128,10 +128,8 @@ def render(template: str, results: RunResults, **figures: bytes) -> str:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    environment.filters |= {
-        "cell": lambda text: text.replace("|", "\\|").replace("\n", " "),
-        "url": lambda png: f"data:image/png;base64,{base64.b64encode(png).decode()}",
-    }
+    environment.filters["cell"] = _cell
+    environment.filters["url"] = _url
     stages = ("probe", "transfer", "score", "separability")
     records = ((stage, getattr(results, stage).model_dump(exclude_unset=True)) for stage in stages)
     settings = _flatten(results.pretrain.params)
@@ -165,3 +163,11 @@ def _plain(value: object) -> str:
     if isinstance(value, list | tuple):
         return ", ".join(_plain(item) for item in value)
     return value if isinstance(value, str) else json.dumps(value)
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|").replace("\n", " ")
+
+
+def _url(png: bytes) -> str:
+    return f"data:image/png;base64,{base64.b64encode(png).decode()}"

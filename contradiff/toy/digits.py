@@ -62,7 +62,7 @@ def write_digits(root: Path, *, num_train_per_class: int, seed: int) -> None:
                 "batch_label": f"{split}ing batch 1 of 1",
                 "fine_labels": fine,
                 "coarse_labels": [label % 2 for label in fine],
-                "data": np.stack([_enlarged(pixels[index]) for index in indices]),
+                "data": np.stack([_enlarged(np.asarray(pixels)[index]) for index in indices]),
             }
             (temporary / split).write_bytes(pickle.dumps(content, protocol=2))
 
