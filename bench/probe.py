@@ -17,10 +17,8 @@ from torch import Tensor
 from contradiff.downstream.probe import evaluate, train_probes
 from contradiff.training.optim import SgdSchedule, SgdSetting
 
-SETTINGS = [
-    SgdSetting(lr, 0.9, decay)
-    for lr, decay in product((0.01, 0.03, 0.1, 0.3, 1.0, 3.0), (0.0, 1e-4))
-]
+GRID = product((0.01, 0.03, 0.1, 0.3, 1.0, 3.0), (0.0, 1e-4))
+SETTINGS = [SgdSetting(lr, 0.9, decay) for lr, decay in GRID]
 SCHEDULE = SgdSchedule(batch_size=256, epochs=10, warmup_epochs=1.0)
 
 

@@ -43,12 +43,9 @@ def main(params: Params, run: Run) -> None:
         classifier, accuracy = train_classifier(
             *images_and_labels,
             num_classes=len(index.info.class_ids),
-            width=settings.width,
-            epochs=settings.epochs,
-            batch_size=settings.batch_size,
-            lr=settings.lr,
             seed=params.seed,
             on_epoch=lambda loss: advance(epoch_steps, loss=f"{loss:.3f}"),
+            **settings.model_dump(include={"width", "epochs", "batch_size", "lr"}),
         )
     run.log(f"accuracy {accuracy:.1%} on {val_count} val images")
     save_classifier(

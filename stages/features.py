@@ -8,7 +8,7 @@ from stages.runtime.run import Run, execute
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field
 
@@ -55,17 +55,9 @@ def main(params: Params, run: Run) -> None:
             check_free_space(folder, num_bytes, ways_out=ways_out)
         num_images = sum(images.num_samples(*shard) for shard in images.shards)
         with run.progress("features", num_images) as advance:
-            write_cache(
-                FEATURES,
-                folder,
-                model,
-                images,
-                params=settings,
-                seed=seed,
-                models=models,
-                processes=processes,
-                on_progress=advance,
-            )
+            options: dict[str, Any] = {"params": settings, "seed": seed, "models": models}
+            options |= {"processes": processes, "on_progress": advance}
+            write_cache(FEATURES, folder, model, images, **options)
     run.log(f"features: {', '.join(column.name for column in model.columns)}")
 
 

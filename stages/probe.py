@@ -6,7 +6,6 @@ split. build/probe/grid.csv lists the whole grid, Table 2's literal setting in i
 
 from stages.runtime.run import Run, execute
 
-from collections.abc import Mapping
 from pathlib import Path
 
 from safetensors.torch import save_file
@@ -27,16 +26,14 @@ class Params(Section):
 
 
 def main(params: Params, run: Run) -> None:
-    settings = params.probe
+    settings, seed, device = params.probe, params.seed, run.device
     cache = FeatureCache.open(FEATURES, ModelFolders(PRETRAIN, BASE, run.root))
     index = cache.index
     num_passes = 1 if settings.head == "attentive" else len(index.columns)
     with run.progress("train", settings.epochs * num_passes, "epoch") as advance:
-
-        def on_epoch(_: int, row: Mapping[str, float]) -> None:
-            advance(1, loss=f"{row['loss']:.3f}")
-
-        grid = train_grid(cache, settings, params.seed, run.device, on_epoch)
+        grid = train_grid(
+            cache, settings, seed, device, lambda _, row: advance(1, loss=f"{row['loss']:.3f}")
+        )
     metrics = probe_metrics(grid, params=settings, index=index)
     run.log(f"top-1 {metrics['top1']:.1%} on {metrics['total']} {settings.split} images")
     with replace_dir(PROBE) as folder:

@@ -5,6 +5,7 @@ from stages.runtime.run import Run, execute
 import hashlib
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from contradiff.config import Section, Seed
 from contradiff.data.map_shards import STATE_VERSION
@@ -29,17 +30,11 @@ def main(params: Params, run: Run) -> None:
     shards = ShardIndex.read(IMAGES, ImageInfo).shards(section.split)
     extractor = read_extractor_card(EXTRACTOR)
     digests = "\n".join(shard.sha256 for shard in shards)
-    card = ReferenceCard(
-        split=section.split,
-        num_images=sum(shard.num_samples for shard in shards),
-        image_size=size,
-        images_sha256=hashlib.sha256(digests.encode()).hexdigest(),
-        extractor=extractor.name,
-        extractor_sha256=extractor.weights_sha256,
-        resizers=list(extractor.resizers),
-        num_kept=section.num_kept,
-        seed=params.seed,
-    )
+    facts: dict[str, Any] = section.model_dump(include={"split", "num_kept"})
+    facts |= {"num_images": sum(shard.num_samples for shard in shards), "image_size": size}
+    facts |= {"images_sha256": hashlib.sha256(digests.encode()).hexdigest(), "seed": params.seed}
+    facts |= {"extractor": extractor.name, "extractor_sha256": extractor.weights_sha256}
+    card = ReferenceCard(resizers=list(extractor.resizers), **facts)
     if card.num_images < extractor.num_features:
         raise ValueError(
             f"no FID of {card.num_images} samples ({card.description}) with "

@@ -58,12 +58,9 @@ def main(params: Params, run: Run) -> None:
     for path, dark in ((FIGURE, False), (DARK_FIGURE, True)):
         with replace_file(path) as temporary:
             temporary.write_bytes(plot_embeddings(panels, labels, dark=dark))
-    metrics = {
-        **{kind: asdict(each) for kind, each in found.items()},
-        "num_images": len(chosen),
-        "num_classes": len(np.unique(labels)),
-        "num_neighbours": settings.num_neighbours,
-    }
+    metrics: dict[str, object] = {kind: asdict(each) for kind, each in found.items()}
+    metrics |= {"num_images": len(chosen), "num_classes": len(np.unique(labels))}
+    metrics["num_neighbours"] = settings.num_neighbours
     run.write_json(Path("metrics/separability.json"), {"separability": metrics})
 
 

@@ -8,13 +8,10 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Accuracy:
-    """Shares in [0, 1] of `total` samples, and Wilson's 95% interval of `top1`.
-
-    With up to five classes, `top5` is 1.
-    """
+    """Shares in [0, 1] of `total` samples, and Wilson's 95% interval of `top1`."""
 
     top1: float
-    top5: float
+    top5: float  # 1 with up to five classes
     total: int
     interval: tuple[float, float]
 
@@ -33,8 +30,7 @@ def topk_correct(logits: Float[Tensor, "n classes"], labels: Int64[Tensor, " n"]
 def wilson_interval(correct: int, total: int) -> tuple[float, float]:
     """Compute the 95% confidence interval of an accuracy (Wilson, 1927), in [0, 1].
 
-    Unlike the normal approximation it is also right for accuracies near 0 and 1. It describes the
-    random choice of the test images, but not the effect of the training's seed.
+    It is right near 0 and 1 too. It is of the choice of test images, not of the training's seed.
     """
     from scipy.stats import binomtest
 

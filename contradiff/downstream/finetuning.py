@@ -1,7 +1,6 @@
 """Fine-tuning on few labelled images: LoRA, attention head and a linear classifier of h.
 
-Beyond the paper, whose transfer (Sec. 4.2.3) is of frozen features: scores are to be labelled
-`finetuned`.
+Beyond the paper, whose transfer (Sec. 4.2.3) is of frozen features: label scores `finetuned`.
 """
 
 import math
@@ -133,16 +132,13 @@ def finetune(
             conditions = model.conditioner.choose(pixels=pixels, latents=batch.latents)
         else:
             conditions = torch.randn(num_rows, *model.conditioner.shape, generator=generator)
-        noise = torch.randn(NUM_LEVELS, *batch.latents.shape, generator=generator)
+        noise = torch.randn(NUM_LEVELS, *batch.latents.shape, generator=generator).to(device)
+        latents = batch.latents.to(device)
         with autocast(device, features.precision):
             with torch.no_grad():
                 tokens = model.encode_condition(conditions.to(device))
             maps = model.level_maps(
-                batch.latents.to(device),
-                tokens,
-                timesteps=features.timesteps,
-                noise=noise.to(device),
-                blocks=[model.block],
+                latents, tokens, timesteps=features.timesteps, noise=noise, blocks=[model.block]
             )
             h = model.attention(maps[model.block]).float()
         loss = nn.functional.cross_entropy(classifier(h), batch.labels.to(device))

@@ -121,13 +121,6 @@ def train_probes(
 
     Batches of an epoch differ in size by one at most, since BatchNorm's statistics over a small
     last one would be poor. A batch of a single sample is a ValueError.
-
-    Example:
-        [probe] = train_probes(
-            features, labels, num_classes=10, settings=[TABLE_2], schedule=schedule, seed=0,
-            device=torch.device("cpu"),
-        )
-        evaluate(probe, test_features, test_labels).top1
     """
     num_samples = len(labels)
     steps_per_epoch = math.ceil(num_samples / schedule.batch_size)
@@ -136,7 +129,6 @@ def train_probes(
             f"{num_samples} samples in batches of {schedule.batch_size} leave one sample alone, "
             "which BatchNorm cannot normalise: raise batch_size"
         )
-
     generator = torch.Generator().manual_seed(seed)
     example = _batch(inputs, torch.tensor([0]), device)
     if attention_head is None:

@@ -46,10 +46,8 @@ def train_grid(
 
     Linear heads are trained on every stored feature, one after the other, so that one feature at a
     time is in memory; attentive heads on the main triple's maps alone. With probe.split: dev, nine
-    tenths of train are for training, one tenth is judged, and val is not read.
-
-    Raises:
-        ValueError: the headline diverges, or a split or the maps are missing.
+    tenths of train are for training, one tenth is judged, and val is not read. A ValueError says
+    that the headline diverges, or that a split or the maps are missing.
     """
     is_attentive, is_dev_split = params.head == "attentive", params.split == "dev"
     held_out = torch.tensor([is_dev_split and is_dev(key) for key in cache.keys("train")])
@@ -67,23 +65,16 @@ def train_grid(
         return _rows(train, train_rows), judged
 
     train_labels, labels = sides(cache.labels)
+    options: dict[str, Any] = {"settings": params.grid, "schedule": params.schedule, "seed": seed}
+    options |= {"num_classes": cache.index.num_classes, "device": device, "on_epoch": on_epoch}
     grid: list[GridHead] = []
     for column in cache.index.columns[:1] if is_attentive else cache.index.columns:
         if is_attentive:
             train, judged = sides(cache.maps)
+            options["attention_head"] = cache.attention().to(device)
         else:
             train, judged = sides(lambda s, name=column.name: cache.column(s, name).to(device))
-        heads = probes.train_probes(
-            train,
-            train_labels.to(device),
-            num_classes=cache.index.num_classes,
-            settings=params.grid,
-            schedule=params.schedule,
-            seed=seed,
-            device=device,
-            attention_head=cache.attention().to(device) if is_attentive else None,
-            on_epoch=on_epoch,
-        )
+        heads = probes.train_probes(train, train_labels.to(device), **options)
         for setting, head in zip(params.grid, heads, strict=True):
             is_finite = all(bool(parameter.isfinite().all()) for parameter in head.parameters())
             accuracy = probes.evaluate(head, judged, labels) if is_finite else None

@@ -140,17 +140,12 @@ class TransferTask:
         `train` has the features of the used rows.
         """
         scores: list[dict[str, float]] = []
+        options: dict[str, Any] = {"num_classes": len(self.pool.class_names)}
+        options |= {"settings": [self.params.setting], "schedule": self.params.schedule}
+        options["device"] = torch.device("cpu")
         for split in self.splits:
             own = train[self.places(split)]
-            [probe] = train_probes(
-                own.features,
-                own.labels,
-                num_classes=len(self.pool.class_names),
-                settings=[self.params.setting],
-                schedule=self.params.schedule,
-                seed=split.seed,
-                device=torch.device("cpu"),
-            )
+            [probe] = train_probes(own.features, own.labels, seed=split.seed, **options)
             ridge = ridge_top1(own, test, ridge=self.params.ridge)
             sgd = evaluate(probe, test.features, test.labels).top1
             scores.append({"ridge": ridge, "sgd": sgd})
@@ -165,26 +160,16 @@ class TransferTask:
 
         train = EncodedImages.of(self.batches(self.pool, self.used))
         test = EncodedImages.of(self.batches(self.test, range(len(self.test.labels))))
+        own = {k.removeprefix("finetune_"): v for k, v in self.params if k.startswith("finetune_")}
+        own |= {"num_classes": len(self.pool.class_names), "on_epoch": on_epoch}
+        shared: dict[str, Any] = {"features": self.features, "device": device}
         done: list[tuple[int, float]] = []
         for number in range(self.processes.rank, len(self.splits), self.processes.size):
             split = self.splits[number]
             with weights_kept(model):
-                classifier = finetune(
-                    model,
-                    train[self.places(split)],
-                    num_classes=len(self.pool.class_names),
-                    features=self.features,
-                    epochs=self.params.finetune_epochs,
-                    lr=self.params.finetune_lr,
-                    weight_decay=self.params.finetune_weight_decay,
-                    batch_size=self.params.finetune_batch_size,
-                    seed=split.seed,
-                    device=device,
-                    on_epoch=on_epoch,
-                )
-                top1 = finetuned_top1(
-                    model, classifier, test, features=self.features, seed=self.seed, device=device
-                )
+                images = train[self.places(split)]
+                classifier = finetune(model, images, seed=split.seed, **own, **shared)
+                top1 = finetuned_top1(model, classifier, test, seed=self.seed, **shared)
             done.append((number, top1))
         return [top1 for _, top1 in sorted(gather_object(done))]
 

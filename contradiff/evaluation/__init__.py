@@ -1,7 +1,6 @@
-"""Scores of generated images.
+"""Scores of generated images: `fid` is the main one, `scores` has the others and computes all.
 
 `extractors` loads the network that sees the images: a `classifier` trained here, or `inception`.
-`measuring` collects its features and logits from shards, and `reference` keeps those of the real
-images. `fid` is the main score; `scores` has the others, and computes all of them. This room may
-import `training`, `data` and what stands below them.
+`measuring` collects its features and logits from shards; `reference` keeps those of real images.
+This room may import `training`, `data` and what stands below them.
 """

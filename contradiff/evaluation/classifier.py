@@ -79,10 +79,9 @@ def augment(
 
     What a shift uncovers is filled by reflection. All chance comes from `generator`, on the CPU.
     """
-    num_images, _, height, width = images.shape
+    num_images, _, *sides = images.shape
     shifts = torch.randint(-max_shift, max_shift + 1, (2, num_images, 1), generator=generator)
     flipped = torch.rand((num_images, 1), generator=generator) < 0.5
-    sides = [height, width]
     # Indices beyond a border are mirrored at its pixels' centres, as padding "reflect" does.
     index = [(torch.arange(side) + shift).abs() for side, shift in zip(sides, shifts, strict=True)]
     rows, columns = (i.minimum(2 * (n - 1) - i) for n, i in zip(sides, index, strict=True))
@@ -125,7 +124,6 @@ def train_classifier(
         raise ValueError(
             f"data.image_size is {side}: extractor.kind classifier needs an even size from 8 on"
         )
-
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         classifier = ResidualClassifier(width=width, num_classes=num_classes).to(images.device)

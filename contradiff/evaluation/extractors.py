@@ -9,7 +9,7 @@ images => prepared images (b 3 h w) => features (b d), logits (b classes)
 import shutil
 import warnings
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float, Num, UInt8
@@ -87,14 +87,7 @@ class ExtractorCard(Section):
 
 
 class Extractor:
-    """A frozen network that gives features and logits.
-
-        extractor = load_extractor(Path("build/extractor"), device=torch.device("cpu"))
-        prepared = [extractor.prepare(image, resizer="none") for image in images]
-        features, logits = extractor(torch.stack(prepared), resizer="none")
-
-    `load_extractor` makes one.
-    """
+    """A frozen network that gives features and logits; `load_extractor` makes one."""
 
     def __init__(
         self, network: ResidualClassifier | Inception, card: ExtractorCard, *, device: torch.device
@@ -150,18 +143,11 @@ def save_classifier(
     state = {name: tensor.cpu().contiguous() for name, tensor in classifier.state_dict().items()}
     with replace_dir(folder) as temporary:
         save_file(state, weights := temporary / CLASSIFIER_NAME)
-        card = ExtractorCard(
-            kind="classifier",
-            name="domain-classifier",
-            resizers=["none"],
-            num_features=classifier.num_features,
-            num_classes=classifier.num_classes,
-            image_size=image_size,
-            width=classifier.width,
-            val_accuracy=val_accuracy,
-            val_count=val_count,
-            weights_sha256=sha256_of(weights),
-        )
+        names = "num_features", "num_classes", "width"
+        facts: dict[str, Any] = {name: getattr(classifier, name) for name in names}
+        facts |= {"kind": "classifier", "name": "domain-classifier", "resizers": ["none"]}
+        facts |= {"val_accuracy": val_accuracy, "val_count": val_count, "image_size": image_size}
+        card = ExtractorCard(weights_sha256=sha256_of(weights), **facts)
         (temporary / CARD_NAME).write_text(card.model_dump_json(indent=2) + "\n", encoding="utf-8")
 
 
@@ -181,14 +167,9 @@ def save_inception(folder: Path, weights: Path, *, resizers: list[Resizer]) -> N
         )
     with replace_dir(folder) as temporary:
         network = Inception(Path(shutil.copyfile(weights, temporary / inception.PINNED[found])))
-        card = ExtractorCard(
-            kind="inception",
-            name="inception-2015-12-05",
-            resizers=resizers,
-            num_features=network.num_features,
-            num_classes=network.num_classes,
-            weights_sha256=found,
-        )
+        facts: dict[str, Any] = {"kind": "inception", "name": "inception-2015-12-05"}
+        facts |= {"num_features": network.num_features, "num_classes": network.num_classes}
+        card = ExtractorCard(resizers=resizers, weights_sha256=found, **facts)
         (temporary / CARD_NAME).write_text(card.model_dump_json(indent=2) + "\n", encoding="utf-8")
 
 

@@ -24,10 +24,7 @@ class FeatureSource:
 class FeatureStatistics:
     """Count, mean and scatter matrix Σ (x - mean)(x - mean)ᵀ of features, in float64.
 
-    They add up (Chan et al., 1983), and a mean far from zero costs no digits.
-
-        statistics = FeatureStatistics.of(first_features, source=source)
-        statistics += FeatureStatistics.of(further_features, source=source)
+    Those of batches add up (Chan et al., 1983), and a mean far from zero costs no digits.
     """
 
     source: FeatureSource

@@ -99,12 +99,7 @@ class ModelFolders:
 
 @dataclass(frozen=True)
 class FeatureCache:
-    """A folder of features, open for reading.
-
-    Example:
-        cache = FeatureCache.open(folder, ModelFolders(checkpoint, base, root))
-        h, labels = cache.column("val", cache.index.columns[0].name), cache.labels("val")
-    """
+    """A folder of features, open for reading; `index.columns` has the main feature first."""
 
     folder: Path
     index: CacheIndex
@@ -113,10 +108,8 @@ class FeatureCache:
     def open(cls, folder: Path, models: ModelFolders) -> "FeatureCache":
         """Open a cache; all but the maps are checked to the last bit.
 
-        timm's weights may be missing, since the cache may have come by `dvc pull`.
-
-        Raises:
-            ValueError: the cache is missing or damaged, or the weights have changed since.
+        ValueError if it is missing or damaged, or if the weights have changed since. timm's may be
+        missing: the cache may have come by `dvc pull`.
         """
         index = CacheIndex.read(folder)
         if index.model == "timm":

@@ -94,9 +94,8 @@ class DiffusionFeatures:
         latents = batch.latents.to(self.device)
         blocks: list[MapBlock] = list(dict.fromkeys([self.model.block, *self.params.more_blocks]))
         if self.params.noising == "ddim_chain":
-            return {
-                **inverted_maps(self.model, latents, tokens, timesteps=timesteps, blocks=blocks)
-            }
+            found = inverted_maps(self.model, latents, tokens, timesteps=timesteps, blocks=blocks)
+            return {**found}
         shape = (NUM_LEVELS, *latents.shape[1:])
         noise = image_noise(shape, batch.indices, seed=self.seed).transpose(0, 1).to(self.device)
         if self.params.model != "diffeed":
@@ -136,11 +135,6 @@ def load_feature_model(
 
     `base` is Table 3's "SD Features": LoRA off, all-zero tokens, pooled maps. The zero tokens stand
     in the place of CLIP's empty prompt, which the method does not use.
-
-    Example:
-        model = load_feature_model(params, ModelFolders(...), 0, torch.device("cuda"))
-        batches = stored_batches(images, latents, split="val", batch_size=64)
-        h = compute_features(model, batches).features  # (num_images, width)
     """
     if params.model == "timm":
         return TimmFeatures(params, models.root, device)

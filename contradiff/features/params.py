@@ -81,8 +81,7 @@ class FeaturesParams(Section):
         if self.model in ("diffeed", "timm") and self.more_blocks:
             raise ValueError(f"features.more_blocks: {model} fixes its blocks; set it to []")
         if is_timm and self.timm_name is None:
-            example = "(such as vit_base_patch16_224)"
-            raise ValueError(f"features.timm_name: {model} needs it {example}")
+            raise ValueError(f"features.timm_name: {model} needs it (such as vit_base_patch16_224)")
         if is_timm and (self.timm_weights is None) != self.timm_pretrained:
             raise ValueError(
                 f"features.timm_weights: {model} needs one of two: a local .safetensors file here, "

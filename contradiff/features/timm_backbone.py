@@ -20,8 +20,7 @@ class TimmFeatures:
     def __init__(self, params: FeaturesParams, root: Path, device: torch.device) -> None:
         """Build the backbone that `params` names; its weights' path is relative to `root`.
 
-        A ValueError says that timm knows no such model, or that its weights are missing or do not
-        fit.
+        A ValueError says that timm knows no such model, or its weights are missing or do not fit.
         """
         import timm
         from timm.data.config import resolve_model_data_config

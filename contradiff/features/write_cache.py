@@ -43,14 +43,10 @@ def write_cache(
     """Compute the features of every shard that is not finished, then move all beside an index.
 
     All processes share `work_dir`, which survives a kill; process 0 writes the index. `on_progress`
-    is told how many more images are done, those of finished shards first.
-
-    Raises:
-        ValueError: a feature is not finite (the message names the image), or the disk is full.
+    is told how many more images are done, those of finished shards first. A ValueError says that a
+    feature is not finite (it names the image), or that the disk is full.
     """
-
-    def name_of(shard: tuple[str, int]) -> str:
-        return f"{shard[0]}-{shard[1]:05d}"
+    name_of = "{0[0]}-{0[1]:05d}".format
 
     def make(shard: tuple[str, int], tick: Tick) -> Made:
         """Write one shard's features to one file, and its maps, if there are any, to a second."""

@@ -29,7 +29,6 @@ def result_rows(results: RunResults) -> Iterator[TableRow]:
     yield TableRow("λ", settings["loss.lambda"], "Weight of the contrastive loss")
     yield TableRow("LoRA rank", settings["lora.rank"], "")
     yield from _score_rows(results.score)
-
     probe = results.probe
     low, high = probe.interval
     how = (
@@ -40,7 +39,6 @@ def result_rows(results: RunResults) -> Iterator[TableRow]:
     yield TableRow("Probe top-1 ↑", value, f"95% interval; {how}")
     yield TableRow("Probe top-5 ↑", f"{probe.top5:.1%}", how)
     yield from _transfer_rows(results)
-
     found = results.separability
     how = (
         f"In feature space, cosine distance, {found.num_images:,} validation images of "
@@ -49,7 +47,6 @@ def result_rows(results: RunResults) -> Iterator[TableRow]:
     for name, space in (("features", found.contradiff), ("base alone", found.base)):
         shown = "not defined" if space.silhouette is None else f"{space.silhouette:.3f}"
         yield TableRow(f"Separability, {name} ↑", f"kNN {space.knn:.1%}, silhouette {shown}", how)
-
     trainable, frozen = results.pretrain.parameters.trainable, results.pretrain.parameters.frozen
     total = trainable + frozen
     how = f"{trainable / max(total, 1):.1%} of {total:,} in all; {frozen:,} are frozen."

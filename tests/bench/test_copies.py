@@ -19,9 +19,7 @@ Stage 'pretrain_base' is frozen. If there are any changes in dependencies, run i
 NUMBERS: same.Numbers = {"losses": {"loss at step 1": 0.5}, "metrics": {"score.fid": 10.0}}
 
 
-def test_working_tree_has_edits_and_no_ignored_files(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_tree_has_edits_and_no_ignored_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     root, ignored = tmp_path / "root", {".gitignore": "/build/\n"}
     committed = ignored | {"code.py": "old", "gone.py": "old", "artifacts/blob": "store"}
     for name, text in (committed | {"build/out": "ignored"}).items():
@@ -49,9 +47,7 @@ def test_working_tree_has_edits_and_no_ignored_files(
     assert copied("zip") == edits
 
 
-def test_a_copy_runs_apart_from_the_users_records(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_copy_runs_apart_from_the_users_records(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://users.own")
     code = "import os; print(os.environ.get('MLFLOW_TRACKING_URI'), os.environ['PYTHONPATH'])"
     assert _copies.run_in(tmp_path, sys.executable, "-c", code) == f"None {tmp_path}\n"
@@ -63,9 +59,7 @@ def test_a_copy_runs_apart_from_the_users_records(
     ("loss", "fid", "num_different"),
     [(0.5, 10.0009, 0), (0.5, 10.002, 1), (0.5 + 2**-53, 10.0, 1), (nan, nan, 2)],
 )
-def test_losses_are_equal_bit_for_bit_and_metrics_nearly(
-    loss: float, fid: float, num_different: int
-) -> None:
+def test_losses_are_equal_to_the_bit_metrics_nearly(loss: float, fid: float, num_different: int):
     other: same.Numbers = {"losses": {"loss at step 1": loss}, "metrics": {"score.fid": fid}}
     for pair in ((NUMBERS, other), (other, NUMBERS)):
         assert sum(differs for _, differs in same.comparison(*pair)) == num_different
@@ -73,13 +67,13 @@ def test_losses_are_equal_bit_for_bit_and_metrics_nearly(
     assert list(same.comparison(NUMBERS, fewer))[1][1], "a number of one side differs"
 
 
-def test_leaves_are_the_numbers() -> None:
+def test_leaves_are_the_numbers():
     content = {"probe": {"top1": 0.5, "interval": [0.4, 0.6], "split": "val", "biased": True}}
     expected = {"probe.top1": 0.5, "probe.interval[0]": 0.4, "probe.interval[1]": 0.6}
     assert dict(same.leaves(content)) == expected
 
 
-def test_second_run_may_only_repeat_what_always_runs() -> None:
+def test_second_run_may_only_repeat_what_always_runs():
     smoke.check_second_run(REPRO + "Running stage 'track':\n> python -m stages.track\n")
     for more in ("", "Running stage 'track':\nStage 'shard' is cached - skipping run, checking"):
         with pytest.raises(SystemExit, match="nothing had changed"):

@@ -80,9 +80,7 @@ def test_peak_is_what_torch_allocates_in_a_real_step(
     assert peak - weights == pytest.approx(allocated, rel=0.01)
 
 
-def test_half_precision_keeps_one_copy_of_the_frozen_weights(
-    tiny_base: Path, monkeypatch: pytest.MonkeyPatch
-):
+def test_bf16_keeps_one_copy_of_frozen_weights(tiny_base: Path, monkeypatch: pytest.MonkeyPatch):
     """Without the cast to bf16, autocast adds copies to float32 weights: four bytes a weight."""
     monkeypatch.setattr(flops, "BATCH_SIZES", (4, 8))
     params = preset({"pretrain.precision": "bf16"})

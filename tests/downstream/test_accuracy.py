@@ -14,9 +14,8 @@ def test_topk_equals_scikit_learn(k: int):
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(200, 7, generator=generator)
     labels = torch.randint(7, (200,), generator=generator)
-    expected = top_k_accuracy_score(
-        labels.numpy(), logits.numpy(), k=k, normalize=False, labels=range(7)
-    )
+    options = {"k": k, "normalize": False, "labels": range(7)}
+    expected = top_k_accuracy_score(labels.numpy(), logits.numpy(), **options)
     parts = zip(logits.split(32), labels.split(32), strict=True)
     assert topk_correct(logits, labels, k) == expected
     assert sum(topk_correct(x, y, k) for x, y in parts) == expected  # over uneven batches

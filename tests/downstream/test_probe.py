@@ -44,16 +44,10 @@ def test_equals_a_transcription_with_torch_optim():
     """Table 2's recipe written out with nn.Sequential, torch.optim.SGD and LambdaLR."""
     features, labels = clusters(10, dim=5, num_classes=3)
     reports: list[tuple[int, float, float]] = []
-    probe = train_one(
-        features,
-        labels,
-        num_classes=3,
-        setting=replace(SETTING, weight_decay=0.01),
-        schedule=replace(SCHEDULE, batch_size=4, epochs=4),
-        seed=7,
-        on_epoch=lambda epoch, row: reports.append((epoch, row["loss"], row["lr"])),
-    )
-
+    options = {"setting": replace(SETTING, weight_decay=0.01), "num_classes": 3, "seed": 7}
+    options["schedule"] = replace(SCHEDULE, batch_size=4, epochs=4)
+    options["on_epoch"] = lambda epoch, row: reports.append((epoch, row["loss"], row["lr"]))
+    probe = train_one(features, labels, **options)
     generator = torch.Generator().manual_seed(7)
     reference = nn.Sequential(nn.BatchNorm1d(5, affine=False), nn.Linear(5, 3))
     nn.init.trunc_normal_(reference[1].weight, std=0.01, generator=generator)
@@ -78,7 +72,6 @@ def test_equals_a_transcription_with_torch_optim():
             optimizer.step()
             scheduler.step()
         assert reports[epoch] == (epoch + 1, pytest.approx(total / 10), pytest.approx(rate))
-
     torch.testing.assert_close(probe.linear.weight, reference[1].weight)
     torch.testing.assert_close(probe.linear.bias, reference[1].bias)
     torch.testing.assert_close(probe.norm.running_mean, reference[0].running_mean)
@@ -182,23 +175,16 @@ def test_evaluation_counts_every_sample_and_all_classes_if_fewer_than_five():
 
 
 def test_grid_of_params_has_the_configured_setting_first_and_none_twice():
-    params = ProbeParams.model_validate(PARAMS)
-    assert params.grid == (
-        SgdSetting(0.1, 0.9, 0.0),
-        TABLE_2,
-        SgdSetting(0.1, 0.9, 0.001),
-        SgdSetting(0.3, 0.9, 0.0),
-        SgdSetting(0.3, 0.9, 0.001),
-    )
+    pairs = (0.1, 0.0), (0.1, 0.001), (0.3, 0.0), (0.3, 0.001)
+    first, *others = (SgdSetting(lr, 0.9, decay) for lr, decay in pairs)
+    assert ProbeParams.model_validate(PARAMS).grid == (first, TABLE_2, *others)
     attentive = ProbeParams.model_validate(PARAMS | {"head": "attentive"})
     assert attentive.grid == (SgdSetting(0.1, 0.9, 0.0), TABLE_2)
     literal = PARAMS | {"lr": 0.01, "weight_decay": 0.05, "lrs": [], "weight_decays": []}
     assert ProbeParams.model_validate(literal).grid == (TABLE_2,)
 
 
-@pytest.mark.parametrize(
-    ("key", "value"), [("lrs", [0.0]), ("weight_decays", [-0.1]), ("warmup_epochs", 50)]
-)
-def test_params_that_cannot_be_are_refused(key: str, value: object):
-    with pytest.raises(ValidationError, match=rf"probe\.{key}"):
-        ProbeParams.model_validate(PARAMS | {key: value})
+def test_params_that_cannot_be_are_refused():
+    for key, value in (("lrs", [0.0]), ("weight_decays", [-0.1]), ("warmup_epochs", 50)):
+        with pytest.raises(ValidationError, match=rf"probe\.{key}"):
+            ProbeParams.model_validate(PARAMS | {key: value})

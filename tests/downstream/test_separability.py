@@ -3,13 +3,8 @@
 import numpy as np
 import pytest
 
-from contradiff.downstream.separability import (
-    Separability,
-    SeparabilityParams,
-    choose_images,
-    embed,
-    separability,
-)
+from contradiff.downstream import separability as module
+from contradiff.downstream.separability import Separability, choose_images, embed, separability
 
 
 def clusters(*, num_images: int, num_classes: int, spread: float) -> tuple[np.ndarray, np.ndarray]:
@@ -51,7 +46,7 @@ def test_extremes():
 
 def test_choice_of_images():
     labels = [index % 30 for index in range(900)]
-    fifty = SeparabilityParams(num_images=50, num_classes=5, num_neighbours=1)
+    fifty = module.SeparabilityParams(num_images=50, num_classes=5, num_neighbours=1)
     chosen = choose_images(labels, fifty, seed=0)
     assert chosen == sorted(set(chosen))
     assert len(chosen) == 50

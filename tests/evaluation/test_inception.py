@@ -61,9 +61,7 @@ def test_script_gives_clean_fids_features_and_its_own_logits(script: Path, tmp_p
     assert torch.pdist(features, p=torch.inf).min() > 1e-3  # or a score's name would not matter
 
 
-def test_state_dict_gives_torch_fidelitys_and_pytorch_fids_features(
-    state_file: Path, tmp_path: Path
-):
+def test_state_dict_gives_the_features_of_two_peers(state_file: Path, tmp_path: Path):
     from pytorch_fid import fid_score
     from pytorch_fid import inception as theirs
     from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
@@ -77,7 +75,6 @@ def test_state_dict_gives_torch_fidelitys_and_pytorch_fids_features(
     )
     torch.testing.assert_close(found, peer(images), rtol=1e-4, atol=1e-4)
     assert found[0].std() > 0.01  # or the weights would let everything agree
-
     features, _ = fid.features_of(extractor, images, "legacy_pytorch")
     state = torch.load(state_file, weights_only=True)
     with mock.patch.object(theirs, "load_state_dict_from_url", return_value=state):

@@ -56,13 +56,9 @@ def test_both_passes_equal_a_transcription(tiny_base: Path):
     unet = load_unet(tiny_base)
     bottleneck, maps = transcription(unet, *inputs(), None)
     again = transcription(unet, *inputs(), maps[::-1])
-    expected = torch.cat(
-        [
-            torch.nn.functional.adaptive_avg_pool2d(found, bottleneck.shape[2:])
-            for found in (bottleneck, maps[1], again[0], again[1][1])
-        ],
-        dim=1,
-    )
+    pool, size = torch.nn.functional.adaptive_avg_pool2d, bottleneck.shape[2:]
+    fused = bottleneck, maps[1], again[0], again[1][1]
+    expected = torch.cat([pool(found, size) for found in fused], dim=1)
     assert feedback_maps(unet, *inputs()).equal(expected)
     assert (again[0] - bottleneck).abs().max() > 1e-2
     # the UNet is as it was, and each image is for itself

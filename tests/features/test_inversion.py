@@ -33,13 +33,10 @@ def inverted_maps(model: ContraDiff, *inputs: Tensor, timesteps: list[int]) -> T
 
 @pytest.mark.parametrize("timesteps", [[101, 401, 201], [951, 901, 1], [151, 51, 101]])
 @torch.no_grad()
-def test_maps_are_those_of_diffusers_inversion(
-    build_tiny: Build, tiny_base: Path, timesteps: list[int]
-):
+def test_maps_are_diffusers_inversions(build_tiny: Build, tiny_base: Path, timesteps: list[int]):
     """Whole passes; a step of `DDIMInverseScheduler` is named after the level that it reaches."""
     model, (latents, tokens) = build_tiny(), draw_inputs()
     maps = inverted_maps(model, latents, tokens, timesteps=timesteps)
-
     scheduler = DDIMInverseScheduler.from_pretrained(tiny_base / "scheduler")
     scheduler.set_timesteps(CHAIN_STEPS)
     grid = scheduler.timesteps.tolist()
@@ -87,21 +84,17 @@ def test_chain_ends_at_the_noisiest_timestep(build_tiny: Build, block: str):
 
 
 @pytest.mark.parametrize(
-    ("settings", "grid"),
-    [
-        ({"steps_offset": 0}, list(range(0, 1000, 50))),
-        ({"timestep_spacing": "trailing"}, list(range(49, 1000, 50))),
-    ],
+    ("settings", "first"), [({"steps_offset": 0}, 0), ({"timestep_spacing": "trailing"}, 49)]
 )
 @torch.no_grad()
 def test_grid_is_of_the_bases_own_settings(
-    build_tiny: Build, tiny_base: Path, tmp_path: Path, settings: dict[str, Any], grid: list[int]
+    build_tiny: Build, tiny_base: Path, tmp_path: Path, settings: dict[str, Any], first: int
 ):
     shutil.copytree(tiny_base / "scheduler", tmp_path / "scheduler")
     path = tmp_path / "scheduler/scheduler_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | settings))
     model, inputs = build_tiny(), draw_inputs()
     model.schedule = NoiseSchedule.of_base(tmp_path)
-    inverted_maps(model, *inputs, timesteps=[grid[2], grid[0], grid[1]])
+    inverted_maps(model, *inputs, timesteps=[first + 100, first, first + 50])
     with pytest.raises(AssertionError):
         inverted_maps(model, *inputs, timesteps=[401, 201, 101])

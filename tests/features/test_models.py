@@ -11,12 +11,7 @@ from torch import Tensor
 from contradiff.features import models as feature_models
 from contradiff.features.batches import CleanBatch, stored_batches
 from contradiff.features.cache import ModelFolders
-from contradiff.features.models import (
-    DiffusionFeatures,
-    LabelledFeatures,
-    compute_features,
-    load_feature_model,
-)
+from contradiff.features.models import DiffusionFeatures, LabelledFeatures, compute_features
 from contradiff.method.checkpoint import Architecture
 from contradiff.method.model import ContraDiff, build_model
 from tests.settings import features_params
@@ -48,9 +43,7 @@ def features_of(
 @pytest.mark.parametrize(
     ("noising", "condition"), [("direct", "image"), ("direct", "noise"), ("ddim_chain", "image")]
 )
-def test_batch_size_changes_nothing(
-    model: ContraDiff, tiny_data: Path, noising: str, condition: str
-):
+def test_batch_size_has_no_say(model: ContraDiff, tiny_data: Path, noising: str, condition: str):
     settings = {"noising": noising, "condition": condition}
     expected = features_of(model, batches_of(tiny_data, split="train"), **settings)
     assert expected.features.std(dim=0).min() > 1e-2
@@ -61,9 +54,7 @@ def test_batch_size_changes_nothing(
         torch.testing.assert_close(shown.features, expected.features, atol=1e-4, rtol=1e-4)
 
 
-def test_levels_and_condition_are_used_and_the_triple_s_order_is_not(
-    model: ContraDiff, tiny_data: Path
-):
+def test_levels_and_condition_count_and_the_order_does_not(model: ContraDiff, tiny_data: Path):
     """The noisiest level is the query, wherever it stands in the parameters."""
     batches = batches_of(tiny_data)
     first = features_of(model, batches, timesteps=[401, 201, 101]).features
@@ -123,7 +114,8 @@ def test_the_base_alone_is_the_model_before_training(  # noqa: PLR0917
     save_tiny(tmp_path / "c", build_tiny(head=head), head=tiny_params["head"] | head)
     params = features_params(noising=noising, pool="mean", more_blocks=["up.1"])
     folders = ModelFolders(tmp_path / "c", tiny_base, tmp_path)
-    base = load_feature_model(params.model_copy(update={"model": "base"}), folders, 0, CPU)
+    alone = params.model_copy(update={"model": "base"})
+    base = feature_models.load_feature_model(alone, folders, 0, CPU)
     base.model.block = "mid"
     shapes = Architecture.model_validate(tiny_params)
     untrained = build_model(tiny_base, shapes, image_size=32, seed=1).eval()
@@ -151,7 +143,7 @@ def test_frozen_weights_in_half_precision_are_autocast_s_own(  # noqa: PLR0917
     def features(precision: str) -> tuple[torch.dtype, Tensor]:
         params = features_params(model=kind, pool=pool, precision=precision)
         folders = ModelFolders(tmp_path / "checkpoint", tiny_base, tmp_path)
-        model = load_feature_model(params, folders, 0, CPU)
+        model = feature_models.load_feature_model(params, folders, 0, CPU)
         return model.model.unet.conv_in.weight.dtype, model(batch)[model.columns[0].name]
 
     dtype, cast = features("bf16")

@@ -44,10 +44,8 @@ def test_features_are_timms_own(weights: Path, tiny_data: Path):
     images = list(read_images(tiny_data / "images", "val"))[6:]
     assert [key for batch in batches for key in batch.keys] == [image.key for image in images]
     model = timm.create_model(NAME, num_classes=0, checkpoint_path="").eval()
-    state = {
-        k: v for k, v in timm.models.load_state_dict(weights).items() if not k.startswith("head.")
-    }
-    model.load_state_dict(state)
+    state = timm.models.load_state_dict(weights).items()
+    model.load_state_dict({k: v for k, v in state if not k.startswith("head.")})
     config = timm.data.resolve_model_data_config(model)
     config["interpolation"] = "bicubic"
     transform = timm.data.create_transform(**config, is_training=False)

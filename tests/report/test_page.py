@@ -48,10 +48,10 @@ pretrain:
                modules: {unet: [50000, 700000], vae: [0, 50000], head: [200000, 0]}}
   num_steps: 372
 """)
-SCORE, PROBE, TRANSFER, PRETRAIN = (
-    RECORDS[name] for name in ("score", "probe", "transfer", "pretrain")
-)
+NAMES = "score", "probe", "transfer", "pretrain"
+SCORE, PROBE, TRANSFER, PRETRAIN = (RECORDS[name] for name in NAMES)
 SPLIT = {"ridge": {"mean": 0.8, "std": None}, "sgd": {"mean": 0.7, "std": None}, "num_splits": 1}
+HALF = {"ridge": {"mean": 1}}
 ONCE = SPLIT | {"shots": 1, "by_shots": {"1": SPLIT}}
 CURVE = """step,epoch,lr,loss,reconstruction,contrastive,grad_norm
 10,0,0.0005,0.4,0.2,,0.1
@@ -98,7 +98,7 @@ def markdown_of(root: Path) -> str:
     return render("report.md", read_results(root, seed=3))
 
 
-def test_empty_cells_of_the_curve_are_nan(root: Path) -> None:
+def test_empty_cells_of_the_curve_are_nan(root: Path):
     np.testing.assert_equal(read_results(root, seed=3).curve["contrastive"], [np.nan, 0.67])
 
 
@@ -147,7 +147,7 @@ Pretraining steps | 372 | Seed 3.
 """Name, value, and facts in the detail."""
 
 
-def test_every_score_stands_beside_the_way_it_was_measured(root: Path) -> None:
+def test_every_score_stands_beside_the_way_it_was_measured(root: Path):
     rows, expected = rows_of(root), ROWS.strip().splitlines()
     for (name, (value, detail)), line in zip(rows.items(), expected, strict=True):
         assert line.split(" | ")[:2] == [name, value]
@@ -165,9 +165,7 @@ def test_every_score_stands_beside_the_way_it_was_measured(root: Path) -> None:
         ("transfer", ONCE, "Transfer top-1, ridge ↑", "80.0%, One split of digits, "),
     ],
 )
-def test_other_measurements(
-    root: Path, stage: str, changes: dict[str, Any], name: str, row: str
-) -> None:
+def test_other_measurements(root: Path, stage: str, changes: dict[str, Any], name: str, row: str):
     write_json(root / f"metrics/{stage}.json", {stage: RECORDS[stage] | changes})
     assert re.match(row, ", ".join(rows_of(root)[name]))
 
@@ -181,9 +179,7 @@ MAKERS = {
 
 
 @pytest.mark.parametrize(("name", "stage"), MAKERS.items())
-def test_missing_and_broken_files_are_named_with_their_stage(
-    root: Path, name: str, stage: str
-) -> None:
+def test_missing_and_broken_files_are_named_with_their_stage(root: Path, name: str, stage: str):
     for broken in (b"", b"{]", b"[]", (root / name).read_bytes()[:60]):
         (root / name).write_bytes(broken)
         with pytest.raises(ValueError, match=rf"^{name}: .*dvc repro {stage}"):
@@ -200,22 +196,18 @@ def test_missing_and_broken_files_are_named_with_their_stage(
         ("metrics/probe.json", {"probe": PROBE | {"top1": 73.4}}, "probe.top1"),
         ("metrics/probe.json", {"probe": {**PROBE, "head": None}}, "probe.head"),
         ("metrics/separability.json", {}, "separability"),
-        (
-            "metrics/transfer.json",
-            {"transfer": TRANSFER | {"ridge": {"mean": 1}}},
-            "transfer.ridge.std",
-        ),
+        ("metrics/transfer.json", {"transfer": TRANSFER | HALF}, "transfer.ridge.std"),
         ("build/pretrain/config.json", PRETRAIN | {"num_steps": -1}, "num_steps"),
         ("build/pretrain/config.json", PRETRAIN | {"params": {}}, "params.loss.lambda"),
     ],
 )
-def test_wrong_values_are_named(root: Path, name: str, content: dict[str, Any], match: str) -> None:
+def test_wrong_values_are_named(root: Path, name: str, content: dict[str, Any], match: str):
     write_json(root / name, content)
     with pytest.raises(ValueError, match=rf"^{name}: {match}: "):
         page_of(root)
 
 
-def test_page_is_one_file_that_loads_nothing(root: Path) -> None:
+def test_page_is_one_file_that_loads_nothing(root: Path):
     page = page_of(root)
     parsed = PageParser(page)
     assert parsed.unclosed == []
@@ -227,21 +219,21 @@ def test_page_is_one_file_that_loads_nothing(root: Path) -> None:
     assert shown == [SAMPLES, LOSS_DARK, LOSS, TSNE_DARK, TSNE]
 
 
-def test_all_rows_and_parameters_are_in_both_reports(root: Path) -> None:
+def test_all_rows_and_parameters_are_in_both_reports(root: Path):
     texts = [PageParser(page_of(root)).text, markdown_of(root)]
     facts = [text for name, row in rows_of(root).items() for text in (name, *row)]
     facts += ["temperature", "attn2.to_q, attn2.to_k", "0.0005", "false", "700,000", "sgd.std"]
     assert [fact for text in texts for fact in facts if fact not in text] == []
 
 
-def test_text_is_escaped(root: Path) -> None:
+def test_text_is_escaped(root: Path):
     write_json(root / "metrics/score.json", {"score": SCORE | {"reference": "<b>a|b</b>"}})
     assert "&lt;b&gt;a|b" in page_of(root)
     assert "<b>" not in page_of(root)
     assert r"a\|b" in markdown_of(root)
 
 
-def test_tables_of_markdown_have_even_rows_and_list_unknown_keys(root: Path) -> None:
+def test_tables_of_markdown_have_even_rows_and_list_unknown_keys(root: Path):
     write_json(root / "metrics/probe.json", {"probe": PROBE | {"novel": {"key": [1, "two"]}}})
     lines = markdown_of(root).splitlines()
     assert "| metrics/probe.json | novel.key | 1, two |" in lines
@@ -251,7 +243,7 @@ def test_tables_of_markdown_have_even_rows_and_list_unknown_keys(root: Path) -> 
     assert sum(line.startswith("|--") for line in lines) == 4
 
 
-def test_stage_writes_its_outs(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_stage_writes_its_outs(root: Path, monkeypatch: pytest.MonkeyPatch):
     runtime = RuntimeParams(device="cpu", num_workers=0, log_every=1, checkpoint_every=1)
     monkeypatch.chdir(root)
     report.main(report.Params(seed=3), Run(stage="report", root=root, runtime=runtime))

@@ -28,6 +28,7 @@ from stages import features, probe
 ROOT = Path(__file__).resolve().parents[2]
 CACHE, PRETRAIN, BASE = Path("build/features"), Path("build/pretrain"), Path("build/base")
 TIMM = {"model": "timm", "pool": "mean", "timm_name": "test_vit"}
+HUB = TIMM | {"timm_pretrained": True}
 STORED = {"images": Path("build/shards"), "latents": Path("build/latents")}
 
 
@@ -60,9 +61,8 @@ def test_the_cache_holds_what_the_model_gives(trained_project: Run):
         for triple in ("401-201-101", "999-5-300")
         for kind in ("attention:mid", "mean:mid", "mean:up.1")
     ]
-    params = FeaturesParams.model_validate(
-        content_of(timesteps=[999, 5, 300], more_blocks=["mid"])["features"]
-    )
+    content = content_of(timesteps=[999, 5, 300], more_blocks=["mid"])
+    params = FeaturesParams.model_validate(content["features"])
     model = DiffusionFeatures(load_checkpoint(PRETRAIN, base=BASE), params, 0, torch.device("cpu"))
     for split, number in (("train", 24), ("val", 8)):
         [batch] = stored_batches(**STORED, split=split, batch_size=number)
@@ -74,9 +74,7 @@ def test_the_cache_holds_what_the_model_gives(trained_project: Run):
         assert tuple(cache.keys(split)) == batch.keys
 
 
-def test_the_number_of_processes_and_threads_changes_no_bit(
-    trained_project: Run, monkeypatch: pytest.MonkeyPatch
-):
+def test_processes_and_threads_alter_no_bit(trained_project: Run, monkeypatch: pytest.MonkeyPatch):
     """Threads stand for the processes, and load the model one after the other."""
     run = trained_project
     make(run, probing={"head": "attentive"})
@@ -91,9 +89,8 @@ def test_the_number_of_processes_and_threads_changes_no_bit(
             return load(*args, **settings)
 
     def accelerator(_: Run) -> SimpleNamespace:
-        return SimpleNamespace(
-            process_index=own.rank, num_processes=2, wait_for_everyone=barrier.wait
-        )
+        shared = {"num_processes": 2, "wait_for_everyone": barrier.wait}
+        return SimpleNamespace(process_index=own.rank, **shared)
 
     monkeypatch.setattr(Run, "accelerator", accelerator)
     monkeypatch.setattr(Run, "is_main", property(lambda _: own.rank == 0))
@@ -112,9 +109,7 @@ def test_the_number_of_processes_and_threads_changes_no_bit(
     assert list((run.root / ".work" / run.stage).iterdir()) == []
 
 
-def test_an_interrupted_run_goes_on_with_the_shards_that_are_left(
-    trained_project: Run, monkeypatch: pytest.MonkeyPatch
-):
+def test_an_interrupted_run_does_the_rest(trained_project: Run, monkeypatch: pytest.MonkeyPatch):
     write, written, limit = write_cache.write_table, [], [2]
 
     def note(path: Path, *args: Any, **kwargs: Any) -> Any:
@@ -215,7 +210,6 @@ def test_other_timm_weights_are_refused(trained_project: Run, monkeypatch: pytes
         judge(trained_project)
     Path("w.safetensors").unlink()  # a pulled cache is used without them
     judge(trained_project)
-
     # as from the hub: no file to compare, but what the weights are is on record
     create = timm.create_model
 
@@ -225,14 +219,12 @@ def test_other_timm_weights_are_refused(trained_project: Run, monkeypatch: pytes
         return create(name, num_classes=num_classes)
 
     monkeypatch.setattr(timm, "create_model", fetch)
-    cache = make(trained_project, timm_pretrained=True, **TIMM)
+    cache = make(trained_project, **HUB)
     assert cache.index.checkpoint == fingerprints[1]
     judge(trained_project)
 
 
-def test_too_little_room_is_found_before_the_work(
-    trained_project: Run, monkeypatch: pytest.MonkeyPatch
-):
+def test_too_little_room_is_found_first(trained_project: Run, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=32 * (8 + 2 * 16) - 1))
     monkeypatch.setattr(write_cache, "write_table", lambda *_: pytest.fail("it began"))
     with pytest.raises(ValueError, match=r"kB are to be written .* less: probe\.head: linear"):
@@ -245,10 +237,7 @@ def test_too_little_room_is_found_before_the_work(
         ({"model": "base"}, r"features\.pool: attention is contradiff's .*features\.pool: mean"),
         ({"model": "timm", "pool": "mean"}, r"features\.timm_name: "),
         (TIMM, r"features\.timm_weights: .*features\.timm_pretrained: true"),
-        (
-            TIMM | {"timm_pretrained": True, "more_triples": [[3, 2, 1]]},
-            r"features\.more_triples: ",
-        ),
+        (HUB | {"more_triples": [[3, 2, 1]]}, r"features\.more_triples: "),
         ({"model": "diffeed", "pool": "mean", "noising": "ddim_chain"}, r"features\.noising: "),
         ({"model": "diffeed", "pool": "mean", "more_blocks": ["mid"]}, r"features\.more_blocks: "),
         ({"more_triples": [[401, 101, 201]]}, r"features\.more_triples: a triple is repeated"),

@@ -58,9 +58,7 @@ def write_manifest() -> None:
     transfer.MANIFEST.write_text(json.dumps(manifest))
 
 
-def call(
-    run: Run, *, features: dict[str, Any] | None = None, **changes: Any
-) -> tuple[dict[str, Any], dict[str, Any]]:
+def call(run: Run, *, features: dict[str, Any] | None = None, **changes: Any) -> tuple[Any, Any]:
     """Run the stage; returns the metrics and the splits."""
     content = copy.deepcopy(CONTENT)
     content["transfer"] |= changes
