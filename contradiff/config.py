@@ -33,10 +33,9 @@ SectionT = TypeVar("SectionT", bound=Section)
 
 
 def read_params(path: Path) -> dict[str, Any]:
-    """Read a parameter file as DVC reads it.
+    """Read a parameter file as DVC does; ValueError if it is missing, no mapping or repeats a key.
 
-    ruamel reads YAML 1.2, where `1e-05`, which DVC writes, is a float; PyYAML makes it a string. A
-    file that is missing, is no mapping or repeats a key raises ValueError.
+    ruamel reads YAML 1.2, where `1e-05`, which DVC writes, is a float; PyYAML makes it a string.
     """
     from ruamel.yaml import YAML
     from ruamel.yaml.error import YAMLError

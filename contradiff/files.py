@@ -87,10 +87,7 @@ def describe_bytes(num_bytes: int) -> str:
 
 
 def check_free_space(folder: Path, num_bytes: int, *, ways_out: str = "") -> None:
-    """Raise ValueError if `num_bytes` more do not fit into an existing folder.
-
-    The message says how much to free, and which parameters (`ways_out`) would help too.
-    """
+    """Raise ValueError if `num_bytes` more do not fit into a folder; `ways_out` would help too."""
     free = shutil.disk_usage(folder).free
     lacking = num_bytes + SPARE_BYTES - free
     if num_bytes > 0 and lacking > 0:

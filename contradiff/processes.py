@@ -6,10 +6,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Processes:
-    """Which of `size` processes this is; `barrier` returns when every process has called it.
-
-    Process 0 reports the progress of all.
-    """
+    """Which of `size` processes this is; `barrier` returns when every process has called it."""
 
     rank: int = 0
     size: int = 1

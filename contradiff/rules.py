@@ -82,10 +82,8 @@ def random_crops_are_stored_where_needed(params: AllParams) -> Iterator[str]:
     if is_alone and loss.latent_views == "two":
         yield "loss.latent_views: two needs stored random crops; set latents.views to 2 or more"
     if is_alone and is_jittered:
-        yield (
-            "latents.colour_jitter: distorts random crops, and latents.views 1 stores none; set it "
-            "to 0"
-        )
+        none = "latents.views 1 stores none; set it to 0"
+        yield f"latents.colour_jitter: distorts random crops, and {none}"
     elif is_jittered and (loss.latent_views == "same" or loss.recon_passes > 3):
         yield (
             "latents.colour_jitter: loss.latent_views: same and loss.recon_passes over 3 would "
@@ -99,10 +97,8 @@ def batches_fit_the_rendered_images(params: AllParams) -> Iterator[str]:
     sections = {"pretrain": params.pretrain, "class_condition": params.class_condition}
     for name, section in sections.items():
         if num_train is not None and section.epochs and section.batch_size > num_train:
-            yield (
-                f"{name}.batch_size: {section.batch_size} is more than data.num_train, "
-                f"{num_train}; lower it"
-            )
+            more = f"{section.batch_size} is more than data.num_train, {num_train}"
+            yield f"{name}.batch_size: {more}; lower it"
 
 
 def features_serve_their_users(params: AllParams) -> Iterator[str]:
@@ -143,10 +139,8 @@ def conditions_are_trained(params: AllParams) -> Iterator[str]:
             "make it more than 0, such as 0.1, or set generate.guidance to 1"
         )
     if generate.condition == "class" and table.epochs == 0:
-        yield (
-            "generate.condition: class needs a table of classes; make class_condition.epochs 1 or "
-            "more (got 0)"
-        )
+        more = "make class_condition.epochs 1 or more (got 0)"
+        yield f"generate.condition: class needs a table of classes; {more}"
 
 
 def scores_have_enough_images(params: AllParams) -> Iterator[str]:
@@ -180,10 +174,8 @@ def with_base(params: AllParams, folder: Path) -> Iterator[str]:
     asked += [("features.model", "diffeed")] * (params.features.model == "diffeed")
     for key, value in asked:
         if value != "mid" and num_up_blocks < 2:
-            yield (
-                f"{key}: {value} reads the UNet's second up block, but the base has "
-                f"{num_up_blocks}; ask for mid alone, or take another base"
-            )
+            why = f"reads the UNet's second up block, but the base has {num_up_blocks}"
+            yield f"{key}: {value} {why}; ask for mid alone, or take another base"
 
     yield from timesteps_are_in_the_schedule(params, NoiseSchedule.of_base(folder))
 
@@ -196,10 +188,9 @@ def with_base(params: AllParams, folder: Path) -> Iterator[str]:
         )
     patch_size, latent_size = params.conditioner.patch_size, image_size // of_vae
     if params.conditioner.input == "latents" and latent_size % patch_size:
-        yield (
-            f"conditioner.patch_size: {patch_size} must divide the latent's side, {latent_size}, "
-            "when conditioner.input is latents"
-        )
+        when = "when conditioner.input is latents"
+        side = f"the latent's side, {latent_size}, {when}"
+        yield f"conditioner.patch_size: {patch_size} must divide {side}"
 
 
 def timesteps_are_in_the_schedule(params: AllParams, schedule: NoiseSchedule) -> Iterator[str]:
@@ -217,7 +208,5 @@ def timesteps_are_in_the_schedule(params: AllParams, schedule: NoiseSchedule) ->
     num_steps, most = params.generate.num_inference_steps, schedule.num_train_timesteps
     # Stable Diffusion's steps_offset pushes the first of 1000 steps beyond its grid.
     if num_steps > most or schedule.ddim_timesteps(num_steps)[-1] >= most:
-        yield (
-            f"generate.num_inference_steps: {num_steps} is more than the base's schedule of {most} "
-            "timesteps has room for; lower it"
-        )
+        room = f"the base's schedule of {most} timesteps has room for"
+        yield f"generate.num_inference_steps: {num_steps} is more than {room}; lower it"

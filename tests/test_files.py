@@ -60,9 +60,8 @@ def test_a_folder_replaces_the_earlier_one_whole(tmp_path: Path):
 def test_sha256_is_that_of_the_standard(tmp_path: Path):
     path = tmp_path / "abc"
     path.write_bytes(b"abc")  # FIPS 180-2, appendix B.1
-    assert (
-        files.sha256_of(path) == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
-    )
+    digest = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+    assert files.sha256_of(path) == digest
 
 
 @pytest.mark.parametrize(

@@ -16,9 +16,8 @@ PIPELINE: dict[str, dict[str, Any]] = read_params(ROOT / "dvc.yaml")["stages"]
 PRESETS = sorted((ROOT / "presets").glob("*.yaml"))
 
 NEVER_A_RESULT = {
-    *("stages/runtime", "contradiff/report", "contradiff/rules.py"),
+    *("stages/runtime", "contradiff/report", "contradiff/rules.py", "contradiff/processes.py"),
     *("contradiff/config.py", "contradiff/files.py", "contradiff/types.py"),
-    "contradiff/processes.py",
 }
 """Code that decides no stage's result: messages, reports, the reading and writing of files."""
 
@@ -44,11 +43,8 @@ def followers(stages: set[str]) -> set[str]:
     found = set(stages)
     while True:
         made = {out for name in found for out in outs(name)}
-        more = {
-            name
-            for name, stage in PIPELINE.items()
-            if any(is_within(dep, made) for dep in stage.get("deps", []))
-        }
+        users = ((name, stage.get("deps", [])) for name, stage in PIPELINE.items())
+        more = {name for name, deps in users if any(is_within(dep, made) for dep in deps)}
         if more <= found:
             return found
         found |= more
@@ -60,11 +56,8 @@ def touched_by(path: str) -> set[str]:
     Others may run: `validate`, whose out is constant, `prepare`, which always describes what it
     finds, and by hand the frozen `pretrain_base`.
     """
-    direct = {
-        name
-        for name, stage in PIPELINE.items()
-        if any(is_within(path, {dep}) for dep in stage["deps"])
-    }
+    deps = {name: set(stage["deps"]) for name, stage in PIPELINE.items()}
+    direct = {name for name in PIPELINE if is_within(path, deps[name])}
     return followers(direct - {"validate", "prepare", "pretrain_base"})
 
 

@@ -1,6 +1,5 @@
 """The pretrained latent diffusion model that everything starts from, frozen.
 
 `config` finds the base and checks its configuration, `loading` loads its noise schedule, UNet and
-autoencoder, `vae` takes pixels to latents and back. May import `contradiff.config`, `.files` and
-`.types`.
+autoencoder, `vae` takes pixels to latents and back.
 """

@@ -36,13 +36,11 @@ class BaseParams(Section):
     @model_validator(mode="after")
     def _revision_belongs_to_hub(self) -> "BaseParams":
         if self.source == "hub" and len(self.revision or "") != 40:
-            raise ValueError(
-                "base.revision must be a full commit hash (40 digits) when base.source is hub"
-            )
+            needed = "a full commit hash (40 digits) when base.source is hub"
+            raise ValueError(f"base.revision must be {needed}")
         if self.source == "local" and self.revision is not None:
-            raise ValueError(
-                "base.revision has no meaning when base.source is local; set it to null"
-            )
+            fault = "has no meaning when base.source is local"
+            raise ValueError(f"base.revision {fault}; set it to null")
         return self
 
 
@@ -66,10 +64,9 @@ def config_folder(base: BaseParams, *, root: Path) -> Path:
 
 
 def local_base(base: BaseParams, *, root: Path) -> Path:
-    """Return the folder of a base whose source is local.
+    """Return the folder of a base whose source is local; ValueError where there is none.
 
-    A temporary copy that DVC makes of the project holds what DVC tracks; anything else is only in
-    the project's own folder, `root`. A missing folder raises ValueError, which names base.path.
+    DVC's temporary copy of the project holds what DVC tracks; anything else is only in `root`.
     """
     for folder in (Path(base.path), root / base.path):
         if folder.is_dir():
@@ -92,10 +89,7 @@ def base_manifest(base: BaseParams, *, root: Path) -> dict[str, Any]:
 
 
 def check_base(folder: Path, *, weights: bool = True) -> None:
-    """Refuse (ValueError) a folder that ContraDiff cannot use as its base; one line for each fault.
-
-    Without `weights`, the configuration files are enough.
-    """
+    """Refuse (ValueError) an unusable base; without `weights`, configuration files are enough."""
     faults = list(_config_faults(folder))
     faults += [
         f"{name} holds no .safetensors file, and pickled weights are not read"
@@ -125,10 +119,8 @@ def _config_faults(folder: Path) -> Iterator[str]:
     if of_vae != of_unet:
         yield f"unet has in_channels {of_unet}, but its vae has latent_channels {of_vae}"
     if (predicted := unet.get("out_channels", 4)) != of_unet:
-        yield (
-            f"unet has in_channels {of_unet} and out_channels {predicted}; Eq. 3 compares noise "
-            "with noise"
-        )
+        why = "Eq. 3 compares noise with noise"
+        yield f"unet has in_channels {of_unet} and out_channels {predicted}; {why}"
     if (prediction := scheduler.get("prediction_type", "epsilon")) != "epsilon":
         yield f"scheduler predicts {prediction}; Eq. 3 needs epsilon"
 

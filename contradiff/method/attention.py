@@ -51,8 +51,7 @@ class TriTimestepAttention(nn.Module):
     Q comes from the noisiest map, K from the middle one and V from the cleanest. The layers are: a
     shared LayerNorm; W_Q, W_K, W_V without bias; multi-head attention and W_O; an MLP; a class
     token with one ViT block; a final norm. The paper gives only Eq. 4 and the number of parameters
-    (28M with the linear classifier); these layers have that number. `in_channels` are those of the
-    maps, 1280 for Stable Diffusion's mid block; the other arguments are as in `HeadParams`.
+    (28M with the linear classifier); these layers have that number.
     """
 
     def __init__(self, *, in_channels: int, width: int, num_heads: int, mlp_ratio: int) -> None:
@@ -87,9 +86,6 @@ class Projector(nn.Sequential):
     """
 
     def __init__(self, head: HeadParams) -> None:
-        super().__init__(
-            nn.Linear(head.width, head.projector_width, bias=False),
-            nn.BatchNorm1d(head.projector_width),
-            nn.ReLU(inplace=True),
-            nn.Linear(head.projector_width, head.projector_out, bias=False),
-        )
+        hidden, out = head.projector_width, head.projector_out
+        first, last = nn.Linear(head.width, hidden, bias=False), nn.Linear(hidden, out, bias=False)
+        super().__init__(first, nn.BatchNorm1d(hidden), nn.ReLU(inplace=True), last)

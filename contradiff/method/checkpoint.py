@@ -32,11 +32,7 @@ def save_checkpoint(
     counts: ParameterCounts,
     params: Mapping[str, Any],
 ) -> None:
-    """Write the trained weights (not the base's) and config.json, whole or not at all.
-
-    An earlier checkpoint in `folder` is replaced. `params` are those of the run, as JSON;
-    `load_checkpoint` reads the `Architecture` from them.
-    """
+    """Write the trained weights and config.json, with the run's `params`, whole or not at all."""
     config = {"base_sha256": base_digest(base), "image_size": image_size, "num_steps": num_steps}
     config |= {"parameters": counts, "params": dict(params)}
     state = {name: value.cpu().contiguous() for name, value in model.trained_state().items()}
@@ -49,17 +45,13 @@ def read_config(folder: Path) -> dict[str, Any]:
     """Read a checkpoint's config.json; ValueError where there is no checkpoint."""
     path = folder / CONFIG_NAME
     if not path.is_file():
-        raise ValueError(
-            f"{path}: no checkpoint; run `dvc repro pretrain`, or fetch it by `dvc pull {folder}`"
-        )
+        remedy = f"run `dvc repro pretrain`, or fetch it by `dvc pull {folder}`"
+        raise ValueError(f"{path}: no checkpoint; {remedy}")
     return json.loads(path.read_text())
 
 
 def load_checkpoint(folder: Path, *, base: Path) -> ContraDiff:
-    """Rebuild the model on its base, in evaluation mode, on the CPU.
-
-    ValueError: no checkpoint, another base than it was trained on, or weights that do not fit.
-    """
+    """Rebuild the model on its base, in evaluation mode; ValueError if the two do not fit."""
     config = read_config(folder)
     if config["base_sha256"] != base_digest(base):
         raise ValueError(f"{folder}: trained on another base than {base}; run `dvc repro pretrain`")

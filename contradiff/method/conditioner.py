@@ -39,9 +39,6 @@ class ConditionerParams(Section):
 class Conditioner(nn.Module):
     """A ViT over the clean image: patches, learned positions, pre-norm blocks, a linear layer.
 
-    It turns (in_channels, size, size) into (size / patch_size)^2 tokens. With conditioner.input
-    "latents" it sees the clean latent instead of the pixels, and training needs no images.
-
     The last linear layer starts at zero, so that all tokens are zero when training starts. For the
     tiny base this is its unconditional mode; for Stable Diffusion, cross-attention then adds only
     its bias. The paper does not say how its conditioner is initialised.
@@ -51,16 +48,14 @@ class Conditioner(nn.Module):
         self, params: ConditionerParams, *, in_channels: int, size: int, cross_attention_dim: int
     ) -> None:
         super().__init__()
-        width, patch_size = params.width, params.patch_size
+        width, patch_size, heads = params.width, params.patch_size, params.num_heads
         assert size % patch_size == 0, "rules.py refuses other sizes"
         self.input = params.input
         self.shape = (in_channels, size, size)
         num_tokens = (size // patch_size) ** 2
         self.to_patches = nn.Conv2d(in_channels, width, kernel_size=patch_size, stride=patch_size)
         self.positions = nn.Parameter(torch.randn(1, num_tokens, width) * 0.02)
-        blocks = (
-            Block(width, num_heads=params.num_heads, mlp_ratio=4) for _ in range(params.depth)
-        )
+        blocks = (Block(width, num_heads=heads, mlp_ratio=4) for _ in range(params.depth))
         self.blocks = nn.Sequential(*blocks)
         self.norm = nn.LayerNorm(width)
         self.to_tokens = nn.Linear(width, cross_attention_dim)

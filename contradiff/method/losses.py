@@ -56,10 +56,7 @@ def reconstruction_loss(
 
 
 def min_snr_weights(alphas_cumprod: PerTimestep, *, gamma: float) -> PerTimestep:
-    """min(SNR, gamma) / SNR of each timestep (Hang et al., 2023), for a predicted noise.
-
-    SNR = alpha-bar / (1 - alpha-bar). Nearly clean images weigh less.
-    """
+    """min(SNR, gamma) / SNR of each timestep (Hang et al., 2023), for a predicted noise."""
     ratio = alphas_cumprod / (1.0 - alphas_cumprod)
     return ratio.clamp(max=gamma) / ratio
 
@@ -117,9 +114,8 @@ CONTRASTIVE_LOSSES = {"ntxent": ntxent, "dcl_paper": dcl_paper, "infonce": infon
 def _unit(view1: View, view2: View, anchors: slice) -> tuple[View, View, Int[Tensor, " anchors"]]:
     """Both views as unit vectors in float32, and the numbers of the anchors."""
     if len(view1) < 2:
-        raise ValueError(
-            "pretrain.batch_size: a contrastive loss needs at least two images in a batch"
-        )
+        fault = "a contrastive loss needs at least two images in a batch"
+        raise ValueError(f"pretrain.batch_size: {fault}")
     first, second = (F.normalize(view.float(), dim=-1) for view in (view1, view2))
     return first, second, torch.arange(len(first), device=first.device)[anchors]
 

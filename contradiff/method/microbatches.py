@@ -18,12 +18,9 @@ def mean_in_microbatches(
     """The mean of `loss_of` over all rows, with the activations of few rows in memory.
 
     Each microbatch's gradient is taken as soon as its loss is known, and its activations are freed
-    before the next one runs. The backward pass only hands on what was found. Unlike checkpointing
-    it computes nothing twice; the gradient is the same up to the order of its sum. What computed
-    `inputs` keeps its activations as always. The mean can be differentiated once.
-
-    `loss_of` gets a slice of rows and, detached, these rows of each input. Gradients flow on to
-    `inputs` and to `parameters`, which must hold all that `loss_of` trains.
+    before the next one runs; unlike checkpointing, nothing is computed twice. The gradient is the
+    same up to the order of its sum. The mean can be differentiated once. `loss_of` gets a slice of
+    rows and, detached, these rows of each input; `parameters` must hold all that it trains.
     """
     return _Mean.apply(loss_of, microbatch_size, len(inputs), *inputs, *parameters)  # pyright: ignore[reportReturnType]
 

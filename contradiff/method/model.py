@@ -36,10 +36,8 @@ class Architecture(Section):
 class ContraDiff(nn.Module):
     """One model that classifies and generates: a frozen UNet and random trainable modules.
 
-    Trainable are the LoRA within `unet`, whose layers are added in place, `conditioner`,
-    `attention`, `projector` and, where there is one, `self_condition`; the base's own weights never
-    change. `noise_pred`, `level_maps` and `attention` are what generation and classification use;
-    `TrainingStep` is the loss. `downsampling` is an image's side over its latent's.
+    Trainable are the LoRA within `unet`, whose layers are added in place, and TRAINED_MODULES; the
+    base's own weights never change. `downsampling` is an image's side over its latent's.
     """
 
     def __init__(
@@ -63,12 +61,9 @@ class ContraDiff(nn.Module):
         )
         self.self_condition = SelfCondition(unet) if head.self_conditioning else None
         self.block: MapBlock = head.block
-        self.attention = TriTimestepAttention(
-            in_channels=block_channels(unet, head.block),
-            width=head.width,
-            num_heads=head.num_heads,
-            mlp_ratio=head.mlp_ratio,
-        )
+        shape = head.model_dump(include={"width", "num_heads", "mlp_ratio"})
+        shape["in_channels"] = block_channels(unet, head.block)
+        self.attention = TriTimestepAttention(**shape)
         self.projector = Projector(head)
 
     def encode_condition(self, conditions: Conditions) -> Tokens:
@@ -120,10 +115,8 @@ class ContraDiff(nn.Module):
         given = {(name, tensor.shape) for name, tensor in state.items()}
         if expected != given:
             difference = sorted({name for name, _ in expected ^ given})[:3]
-            raise ValueError(
-                "checkpoint: made with other lora, conditioner or head parameters "
-                f"(such as {difference})"
-            )
+            other = "made with other lora, conditioner or head parameters"
+            raise ValueError(f"checkpoint: {other} (such as {difference})")
         self.load_state_dict(state, strict=False)
 
     def train(self, mode: bool = True) -> "ContraDiff":

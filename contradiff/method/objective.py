@@ -35,10 +35,6 @@ class TrainingBatch:
 class TrainingStep(nn.Module):
     """A model's loss on a batch: a module, since DDP averages the gradients of a module's pass.
 
-    Example:
-        step = TrainingStep(model, loss=params.loss, decode_batch_size=0)
-        step(batch)["loss"].backward()
-
     At most `decode_batch_size` draws go at once through the up blocks that the head does not read;
     see `SplitUNet.mean_loss`.
     """
@@ -50,10 +46,9 @@ class TrainingStep(nn.Module):
     def forward(self, batch: TrainingBatch) -> dict[str, Loss]:
         """Eq. 7 of this process's images: "loss", "reconstruction" and "contrastive".
 
-        All six draws go through down and mid blocks as one batch, and through as many up blocks as
-        `head.block` reads; only the first `recon_passes` of them, in the order (view, level), go on
-        to predict their noise (Eq. 3). With lambda = 0 the other draws are not computed at all, and
-        there is no "contrastive".
+        All six draws go through the blocks that `head.block` reads; only the first `recon_passes`,
+        in the order (view, level), go on to predict their noise (Eq. 3). With lambda = 0 the other
+        draws are not computed at all, and there is no "contrastive".
         """
         model, loss, unet = self.model, self.loss, self.model.split_unet
         num_images, has_contrast = batch.latents.shape[1], loss.weight > 0

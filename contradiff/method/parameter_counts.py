@@ -52,10 +52,8 @@ def count_parameters(model: ContraDiff, *, num_vae_parameters: int) -> Parameter
 def parameter_table(folder: Path, architecture: Architecture, *, image_size: int) -> str:
     """Show the parameters of each module and, on the paper's base, the paper's sums beside them.
 
-    Everything is built on the meta device: this takes seconds and needs neither weights nor
-    network, only the base's configuration in `folder`. The paper gives few sums, by which our
-    modules were chosen. They hold the linear classifier over ImageNet-1K's 1000 classes, so it has
-    a line there.
+    Everything is built on the meta device, from the base's configuration alone. The paper's sums
+    hold the linear classifier over ImageNet-1K's 1000 classes, so it has a line there.
     """
     unet, schedule = unet_without_weights(folder), NoiseSchedule.of_base(folder)
     is_papers, factor = _size(unet) == PAPER_UNET_SIZE, downsampling_of(folder)

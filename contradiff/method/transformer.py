@@ -11,16 +11,14 @@ class Mlp(nn.Sequential):
     """Linear, GELU, Linear with a hidden layer of `ratio * width`."""
 
     def __init__(self, width: int, *, ratio: int) -> None:
-        super().__init__(
-            nn.Linear(width, ratio * width), nn.GELU(), nn.Linear(ratio * width, width)
-        )
+        hidden = ratio * width
+        super().__init__(nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, width))
 
 
 def attend(query: Sequence, key: Sequence, value: Sequence, *, num_heads: int) -> Sequence:
     """Compute multi-head scaled dot-product attention; `width` holds the heads side by side."""
     q, k, v = (t.unflatten(-1, (num_heads, -1)).transpose(1, 2) for t in (query, key, value))
-    attended = F.scaled_dot_product_attention(q, k, v)
-    return attended.transpose(1, 2).flatten(2)
+    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
 
 
 class Block(nn.Module):

@@ -15,7 +15,6 @@ from contradiff.types import Latents, Maps, Timesteps, Tokens
 if TYPE_CHECKING:
     from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 
-
 MapBlock = Literal["mid", "up.1", "mid+up.1"]
 """Where in the UNet the maps come from: the mid block, the second up block, or both."""
 
@@ -45,13 +44,7 @@ class UNetState:
 
 
 class SplitUNet:
-    """A UNet whose pass can be paused, read and continued; it owns no weights of its own.
-
-    Example:
-        state = split.down(noisy_latents, timesteps, encoder_hidden_states)
-        maps = split.maps(state, "mid")  # f(z_t)
-        noise_pred = split.noise_pred(state)
-    """
+    """A UNet whose pass can be paused, read and continued; it owns no weights of its own."""
 
     def __init__(
         self, unet: "UNet2DConditionModel", self_condition: "SelfCondition | None" = None
@@ -136,13 +129,10 @@ class SplitUNet:
             resnets = block.resnets
             assert isinstance(resnets, nn.ModuleList)
             states, skips = skips[-len(resnets) :], skips[: -len(resnets)]
-            hidden = block(
-                hidden,
-                temb=state.time_embedding,
-                res_hidden_states_tuple=states,
-                upsample_size=skips[-1].shape[2:] if skips else None,
-                **_attended(block, state.encoder_hidden_states),
-            )
+            given = {"temb": state.time_embedding, "res_hidden_states_tuple": states}
+            size = skips[-1].shape[2:] if skips else None
+            given |= _attended(block, state.encoder_hidden_states)
+            hidden = block(hidden, upsample_size=size, **given)
         return replace(state, hidden=hidden, skips=skips, num_up_blocks=num_up_blocks)
 
 

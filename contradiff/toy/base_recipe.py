@@ -128,9 +128,8 @@ def train_vae(
     """Train the autoencoder on |x - x'| + |grad x - grad x'| + KL_WEIGHT * KL.
 
     The gradient term (finite differences at two scales) keeps edges that a plain L1 loss blurs. The
-    result has the averaged weights, and its scaling factor is 1 / std of the latents, as Stable
-    Diffusion's. The same `work_dir` resumes an interrupted training. A ValueError says that the
-    processes cannot share the batch equally.
+    result has the averaged weights; its scaling factor is 1 / std of the latents. The same
+    `work_dir` resumes. ValueError: the processes cannot share the batch equally.
     """
     device, size = accelerator.device, recipe.batch_size
     torch.manual_seed(recipe.seed)
@@ -142,9 +141,8 @@ def train_vae(
         noise = torch.randn(size, *posterior.mean.shape[1:], generator=generator)[mine].to(device)
         decoded = vae.decode(posterior.mean + posterior.std * noise).sample  # pyright: ignore[reportAttributeAccessIssue]
         reconstruction = F.l1_loss(decoded, batch)
-        edges = _edge_loss(decoded - batch) + _edge_loss(
-            F.avg_pool2d(decoded, 2) - F.avg_pool2d(batch, 2)
-        )
+        coarse = F.avg_pool2d(decoded, 2) - F.avg_pool2d(batch, 2)
+        edges = _edge_loss(decoded - batch) + _edge_loss(coarse)
         kl = posterior.kl().mean() / batch[0].numel()
         return {"loss": reconstruction + edges + KL_WEIGHT * kl, "l1": reconstruction, "kl": kl}
 
@@ -196,9 +194,8 @@ def train_unet(
         noise = torch.randn(size, *latents.shape[1:], generator=generator)
         timesteps = torch.randint(len(weights), (size,), generator=generator)
         kept = torch.rand(size, 1, 1, generator=generator) >= CAPTION_DROP
-        index, noise, timesteps, kept = (
-            drawn[mine].to(device) for drawn in (index, noise, timesteps, kept)
-        )
+        drawn = (index, noise, timesteps, kept)
+        index, noise, timesteps, kept = (tensor[mine].to(device) for tensor in drawn)
         noisy = scheduler.add_noise(latents[index], noise, timesteps)  # pyright: ignore[reportArgumentType]
         prediction = unet(noisy, timesteps, encoder_hidden_states=tokens[index] * kept).sample
         error = F.mse_loss(prediction, noise, reduction="none").mean(dim=(1, 2, 3))

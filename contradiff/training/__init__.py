@@ -2,6 +2,5 @@
 
 In reading order: `loop` (a trainer is its set-up and a step function), `state` (what a stopped
 training resumes from), `optim` (AdamW, learning rates, average of the weights); `recipe` (the
-parameters of pretraining), `batch` (the views and the random numbers of a step), `pretraining`. The
-room may import `data`, `method`, `base`, `types`, `config` and `files`.
+parameters of pretraining), `batch` (the views and the random numbers of a step), `pretraining`.
 """

@@ -49,8 +49,7 @@ def pretrain(
     ends with the same weights, bit for bit on one machine with as many processes; with others, up
     to the order of float sums.
 
-    Returns the curve, rows of `CURVE_COLUMNS`. ValueError: the batch does not divide over the
-    processes or is larger than the data, or the loss or its gradient is not finite.
+    Returns the curve, rows of `CURVE_COLUMNS`. A ValueError names the parameter that is at fault.
     """
     params, microbatches, seed = recipe.pretrain, recipe.pretrain.grad_accumulation, recipe.seed
     num_processes = accelerator.num_processes
@@ -62,9 +61,8 @@ def pretrain(
         )
     steps_per_epoch = pairs.num_samples // params.batch_size
     if steps_per_epoch == 0:
-        raise ValueError(
-            f"pretrain.batch_size: {params.batch_size} is more than the {pairs.num_samples} images"
-        )
+        fault = f"{params.batch_size} is more than the {pairs.num_samples} images"
+        raise ValueError(f"pretrain.batch_size: {fault}")
     total_steps = params.epochs * steps_per_epoch
     if total_steps == 0:
         return []
@@ -73,10 +71,8 @@ def pretrain(
 
     checkpointing, precision = params.gradient_checkpointing, params.precision
     set_up(model, loss=recipe.loss, gradient_checkpointing=checkpointing, precision=precision)
-    betas, decay = (params.beta1, params.beta2), params.weight_decay
-    optimizer = build_adamw(
-        model.to(accelerator.device).named_parameters(), lr=lr, betas=betas, weight_decay=decay
-    )
+    named, betas = model.to(accelerator.device).named_parameters(), (params.beta1, params.beta2)
+    optimizer = build_adamw(named, lr=lr, betas=betas, weight_decay=params.weight_decay)
     tensors = {f"model.{name}": tensor for name, tensor in model.trained_state().items()}
     average = WeightAverage(model, decay=params.ema_decay) if params.ema_decay else None
     if average is not None:
@@ -99,9 +95,8 @@ def pretrain(
         world_size=num_processes,
     )
     batches = training_batches(stream, num_workers=num_workers)
-    probabilities = timestep_probabilities(
-        model.schedule.alphas_cumprod, schedule=recipe.noise.schedule
-    ).to(accelerator.device)
+    alphas, schedule = model.schedule.alphas_cumprod, recipe.noise.schedule
+    probabilities = timestep_probabilities(alphas, schedule=schedule).to(accelerator.device)
 
     def take_gradients(step: int) -> dict[str, Tensor | float]:
         """Leave the mean gradient of the step's microbatches; return their mean losses."""

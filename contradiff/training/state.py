@@ -21,10 +21,6 @@ class SavedState:
     `tensors` are the live weights, as `state_dict()` gives them: they share memory with the module,
     so `save` writes its values and `resume` overwrites them. `every` is the number of optimiser
     steps between two saved states. `curve` holds rows to plot later, saved with the weights.
-
-    Example:
-        saved = SavedState(work_dir / "state.safetensors", model.state_dict(), every=500)
-        start = saved.resume(optimizer)  # 0 where nothing was saved
     """
 
     def __init__(self, file: Path, tensors: Mapping[str, Tensor], *, every: int) -> None:

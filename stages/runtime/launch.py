@@ -62,10 +62,8 @@ def run_several(module: str, *, count: int) -> int:
             rank, failure = error.get_first_failure()
             if failure.exitcode >= 0:
                 return failure.exitcode
-            name = signal.Signals(-failure.exitcode).name
-            raise ChildProcessError(
-                f"process {rank} was killed by {name}, perhaps for want of memory"
-            ) from None
+            killed = f"process {rank} was killed by {signal.Signals(-failure.exitcode).name}"
+            raise ChildProcessError(f"{killed}, perhaps for want of memory") from None
         finally:
             del os.environ[_MESSAGES]
     return 0

@@ -1,16 +1,4 @@
-"""One run of a stage: it reads its parameters, reports, resumes and fails clearly.
-
-Example of a stage:
-
-    class Params(Section):
-        seed: Seed
-
-    def main(params: Params, run: Run) -> None:
-        run.log(f"the seed is {params.seed}")
-
-    if __name__ == "__main__":
-        execute(Params, main)
-"""
+"""One run of a stage: it reads its parameters, reports, resumes and fails clearly."""
 
 from stages.runtime.launch import VARIABLE, is_new_message, num_processes, run_several
 from stages.runtime.work_dir import key_of, take_up
@@ -106,9 +94,8 @@ class Run:
 
         has_cuda = self.runtime.device != "cpu" and torch.cuda.is_available()
         if self.runtime.device == "cuda" and not has_cuda:
-            raise ValueError(
-                "runtime.device: torch finds no CUDA device; use auto or cpu (got 'cuda')"
-            )
+            none = "torch finds no CUDA device"
+            raise ValueError(f"runtime.device: {none}; use auto or cpu (got 'cuda')")
         if not has_cuda:
             return torch.device("cpu")
         return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
@@ -136,9 +123,8 @@ class Run:
 
     def processes(self, accelerator: "Accelerator") -> Processes:
         """Return which of the stage's processes this is, for `map_shards`."""
-        return Processes(
-            accelerator.process_index, accelerator.num_processes, accelerator.wait_for_everyone
-        )
+        rank, size = accelerator.process_index, accelerator.num_processes
+        return Processes(rank, size, accelerator.wait_for_everyone)
 
     def resolve(self, path: str) -> Path:
         """Return a path to raw data; params.yaml gives it relative to the project's folder."""
@@ -185,10 +171,8 @@ class Run:
             return
         text = json.dumps(content)
         if unusable := re.search(r'"([^"]*)": [^"]*?(NaN|-?Infinity)', text):
-            raise ValueError(
-                f"{path}: {unusable[1]}: {unusable[2]} is no result; the computation diverged or "
-                "had no data"
-            )
+            why = "the computation diverged or had no data"
+            raise ValueError(f"{path}: {unusable[1]}: {unusable[2]} is no result; {why}")
         rounded = json.loads(text, parse_float=lambda number: float(f"{float(number):.6g}"))
         with replace_file(path) as temporary:
             text = json.dumps(rounded, indent=2, sort_keys=True)
@@ -201,9 +185,8 @@ class Run:
         """Open a folder for checkpoints, which the same work finds again after an interruption.
 
         `params`, and the content of the files and folders `inputs`, decide the result; work that
-        another STATE_VERSION saved begins anew. The folder is deleted when the block succeeds, and
-        kept when the block fails or is killed. If another run does the same work now (a second
-        experiment, or the child of a killed dvc), this one waits for it.
+        another STATE_VERSION saved begins anew. The folder is deleted when the block succeeds. If
+        another run does the same work now, this one waits for it.
         """
         key = key_of(self.stage, params=params, inputs=inputs)
         folder = self.root / ".work" / self.stage / key
@@ -222,12 +205,11 @@ class Run:
 def execute(
     schema: type[SectionT], main: Callable[[SectionT, Run], None], *, parallel: bool = False
 ) -> None:
-    """Run a stage from the command line, in the project's folder; the example above shows how.
+    """Run a stage from the command line, in the project's folder.
 
-    If the stage's module has a function `describe(params) -> str`, `--dry-run` prints that too. A
-    `parallel` stage is shared by several processes: one for each GPU, or as many as
-    CONTRADIFF_NUM_PROCESSES says. A user's fault (ValueError, OSError) ends with one message and
-    exit code 2; CONTRADIFF_TRACEBACK=1 shows where it arose.
+    `--dry-run` also prints what a function `describe(params) -> str` of the stage's module returns.
+    Several processes share a `parallel` stage (see `launch`). A user's fault (ValueError, OSError)
+    ends with one message and exit code 2; CONTRADIFF_TRACEBACK=1 shows where it arose.
     """
     module = sys.modules["__main__"]
     assert module.__spec__ is not None, "stages are run as `python -m stages.NAME`"

@@ -254,9 +254,8 @@ def upsert_row(
                     client.log_artifact(run_id, str(path))
             client.set_terminated(run_id)
     except Exception as error:  # each kind of store has its own errors
-        raise ValueError(
-            f"MLflow's store {store.uri}: the results could not be recorded: {error}"
-        ) from error
+        fault = f"the results could not be recorded: {error}"
+        raise ValueError(f"MLflow's store {store.uri}: {fault}") from error
     return run_id
 
 

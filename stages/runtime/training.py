@@ -37,9 +37,8 @@ def follow_training(
 ) -> Generator[Session]:
     """Open a training's folder, MLflow run and progress bar; yield what the trainer needs of them.
 
-    The parameters, the `inputs` (files and folders) and the digest of the training split name the
-    folder. Pretraining alone says `files_checkpoint` (see `training_run`); its metrics begin with
-    train/ in MLflow, and those of another stage with the stage's name.
+    The parameters, the `inputs` and the digest of the training split name the folder. Pretraining
+    alone says `files_checkpoint` (see `training_run`); its metrics begin with train/ in MLflow.
     """
     shown, runtime = params.model_dump(mode="json", by_alias=True), run.runtime
     prefix = "train" if files_checkpoint else run.stage

@@ -1,9 +1,8 @@
 """Where an interrupted stage finds its own work again, and never another's.
 
 The folder's name depends on what decides the result: the stage, its parameters and the content of
-its inputs. The code is left out, so that a training survives a corrected comment. Code that would
-read a saved state differently raises its STATE_VERSION, and unfinished work of another version
-begins anew. A note names the commit that began the work.
+its inputs. The code is left out, so that a training survives a corrected comment; unfinished work
+of another STATE_VERSION begins anew. A note names the commit that began the work.
 """
 
 import hashlib

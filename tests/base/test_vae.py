@@ -1,22 +1,19 @@
 """Against diffusers' own calls."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import pytest
 import torch
+from diffusers import AutoencoderKL
 from torch import Tensor
 
 from contradiff.base.loading import load_vae
 from contradiff.base.vae import LOG_VARIANCE_RANGE, decode_latents, encode, mode, sample
 from contradiff.types import to_bytes
 
-if TYPE_CHECKING:
-    from diffusers import AutoencoderKL
-
 
 @pytest.fixture(scope="module")
-def vae(tiny_base: Path) -> "AutoencoderKL":
+def vae(tiny_base: Path) -> AutoencoderKL:
     return load_vae(tiny_base)
 
 
@@ -28,15 +25,12 @@ def random_moments() -> Tensor:
     return torch.randn(2, 8, 8, 8, generator=torch.Generator().manual_seed(2)).half()
 
 
-def test_moments_are_those_of_diffusers(vae: "AutoencoderKL"):
+def test_moments_are_those_of_diffusers_and_within_its_range(vae: AutoencoderKL):
     posterior = vae.encode(random_pixels()).latent_dist
     moments = encode(vae, random_pixels())
     assert moments[:, :4].equal(posterior.mean)
     assert moments[:, 4:].equal(posterior.logvar)
-
-
-def test_moments_are_finite_in_half_precision(vae: "AutoencoderKL"):
-    """Exponentials of what is beyond the range would not be."""
+    # Exponentials of what is beyond the range would not be finite in half precision.
     moments = encode(vae, random_pixels() * 1e4)
     assert moments[:, 4:].min() >= LOG_VARIANCE_RANGE[0]
     assert moments[:, 4:].max() <= LOG_VARIANCE_RANGE[1]
@@ -56,7 +50,7 @@ def test_sample_is_that_of_diffusers():
     assert mean.equal(sample(moments, noise=torch.zeros_like(noise), scaling_factor=0.18215))
 
 
-def test_decoding_undoes_the_scaling(vae: "AutoencoderKL"):
+def test_decoding_undoes_the_scaling(vae: AutoencoderKL):
     mean = vae.encode(random_pixels()).latent_dist.mean
     expected = to_bytes(vae.decode(mean).sample)
     latents = mode(encode(vae, random_pixels()), scaling_factor=vae.config["scaling_factor"])

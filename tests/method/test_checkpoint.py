@@ -51,7 +51,9 @@ def test_config_says_what_was_trained(checkpoint: Path, model: ContraDiff, tiny_
     assert config["parameters"]["frozen"] == frozen + 100
 
 
-def test_another_base_is_refused(checkpoint: Path, tiny_base: Path, tmp_path: Path):
+def test_another_base_and_a_missing_checkpoint_are_refused(
+    checkpoint: Path, tiny_base: Path, tmp_path: Path
+):
     other = Path(shutil.copytree(tiny_base, tmp_path / "other"))
     (path,) = (other / "unet").glob("*.safetensors")
     weights = load_file(path)
@@ -59,9 +61,6 @@ def test_another_base_is_refused(checkpoint: Path, tiny_base: Path, tmp_path: Pa
     save_file(weights, path)
     with pytest.raises(ValueError, match="trained on another base"):
         load_checkpoint(checkpoint, base=other)
-
-
-def test_a_missing_checkpoint_is_refused(tmp_path: Path, tiny_base: Path):
     with pytest.raises(ValueError, match="no checkpoint; run `dvc repro pretrain`"):
         load_checkpoint(tmp_path, base=tiny_base)
 

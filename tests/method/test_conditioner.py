@@ -8,15 +8,8 @@ from torch import nn
 
 from contradiff.method.conditioner import Conditioner, ConditionerParams
 
-PARAMS: dict[str, Any] = {
-    "input": "pixels",
-    "patch_size": 4,
-    "width": 8,
-    "depth": 2,
-    "num_heads": 2,
-    "drop": 0.1,
-    "cond_view": "same",
-}
+SHAPE = {"patch_size": 4, "width": 8, "depth": 2, "num_heads": 2}
+PARAMS: dict[str, Any] = SHAPE | {"input": "pixels", "drop": 0.1, "cond_view": "same"}
 
 
 def build(**changes: Any) -> Conditioner:

@@ -56,11 +56,8 @@ def slow_dcl_paper(views: Tensor, tau: float) -> float:
     n, total = len(h), 0.0
     for i in range(n):
         above = 2 * math.exp(cosine(h[i], h_prime[i]) / tau)
-        below = 0.0
-        for j in range(n):
-            if j != i:
-                below += math.exp(cosine(h[i], h[j]) / tau)
-                below += math.exp(cosine(h[i], h_prime[j]) / tau)
+        others = [view[j] for view in (h, h_prime) for j in range(n) if j != i]
+        below = sum(math.exp(cosine(h[i], other) / tau) for other in others)
         total -= math.log(above / below)
     return total / n
 

@@ -198,9 +198,8 @@ def _train_one_process(
 ) -> None:
     """One of two processes: its images of the batch, DDP's gradient, BatchNorm's statistics."""
     torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2
-    )
+    meeting = f"file://{folder}/rendezvous"
+    dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=2)
     model = load_checkpoint(folder / "checkpoint", base=base).double().train()
     loss = loss_params(**{"recon_passes": 2, "lambda": weight})
     set_up(model, loss=loss, gradient_checkpointing="none", precision="fp32")

@@ -77,10 +77,7 @@ def check_training_step(
     ],
 )
 def test_a_step_features_and_a_sample_on_the_papers_base(
-    image_size: int,
-    changes: dict[str, dict[str, Any]],
-    bottleneck: tuple[int, int, int],
-    tmp_path: Path,
+    image_size: int, changes: dict[str, dict[str, Any]], bottleneck: tuple[int, ...], tmp_path: Path
 ):
     base = Path(shutil.copytree(ROOT / "presets/stable-diffusion-v1-4", tmp_path / "base"))
     for part in ("unet", "vae"):

@@ -18,7 +18,7 @@ SHAPE = {
 }
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def unet() -> UNet2DConditionModel:
     """Like Stable Diffusion's: the last down block and the first up block have no attention."""
     torch.manual_seed(0)
@@ -41,31 +41,23 @@ def test_a_pass_in_halves_is_the_unets_own(
     """Bit for bit, at sizes too that the down blocks do not divide; no block runs twice."""
     latents, timesteps, tokens = draw_inputs(height, width)
     seen: list[Tensor] = []
-    hooks = [
+    for module in (unet.mid_block, unet.up_blocks[1]):
         module.register_forward_hook(lambda *args: seen.append(args[2]))
-        for module in (unet.mid_block, unet.up_blocks[1])
-    ]
     whole = unet(latents, timesteps, encoder_hidden_states=tokens).sample
-    for hook in hooks:
-        hook.remove()
     mid, up = seen
     pooled = F.adaptive_avg_pool2d(up, mid.shape[2:])
     assert up.shape[1:] == (24, height, width)  # 24, not 32: up.1 is not taken for mid
     expected = {"mid": mid, "up.1": pooled, "mid+up.1": torch.cat([mid, pooled], dim=1)}[block]
 
     ran: list[int] = []
-    hooks = [
+    for index, module in enumerate((*unet.up_blocks, unet.conv_out)):
         module.register_forward_hook(lambda *_, index=index: ran.append(index))
-        for index, module in enumerate((*unet.up_blocks, unet.conv_out))
-    ]
     split = SplitUNet(unet)
     state = split.down(latents, timesteps, tokens, blocks=[block])
     maps = split.maps(state, block)
     assert ran == ([] if block == "mid" else [0, 1])
     noise_pred = split.noise_pred(state)
     assert ran == [0, 1, 2, 3]
-    for hook in hooks:
-        hook.remove()
     assert maps.equal(expected)
     assert maps.shape[1] == block_channels(unet, block)
     assert noise_pred.equal(whole)

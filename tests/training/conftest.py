@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
 
@@ -12,9 +12,6 @@ from contradiff.method.noise import NoiseParams
 from contradiff.training.pretraining import pretrain
 from contradiff.training.recipe import PretrainParams, TrainingRecipe
 from tests.method.batches import loss_params
-
-if TYPE_CHECKING:
-    from accelerate import Accelerator
 
 PRETRAIN: dict[str, Any] = (
     {"epochs": 2, "warmup_epochs": 0.5, "batch_size": 6, "lr": 0.01, "scale_lr": False}
@@ -31,7 +28,7 @@ def pairs(tiny_data: Path) -> PairedShards:
 
 
 @pytest.fixture(scope="module")
-def accelerator() -> "Accelerator":
+def accelerator() -> Any:
     from accelerate import Accelerator
 
     return Accelerator(cpu=True)
@@ -59,7 +56,7 @@ def recipe_of(tiny_params: dict[str, Any]) -> Callable[..., TrainingRecipe]:
 def train(
     pairs: PairedShards,
     recipe_of: Callable[..., TrainingRecipe],
-    accelerator: "Accelerator",
+    accelerator: Any,
     tmp_path: Path,
 ) -> Callable[..., list[dict[str, float]]]:
     """Call `pretrain` with small settings; keywords change them, and the recipe's sections."""

@@ -25,6 +25,7 @@ NUM_IMAGES = 24
 Views = dict[bytes, tuple[str, int]]
 Build = Callable[..., ContraDiff]
 Recipe = Callable[..., TrainingRecipe]
+Draw = Callable[..., dict[str, Tensor]]
 
 
 def chooser_of(pairs: PairedShards, **changes: Any) -> ViewChooser:
@@ -186,7 +187,7 @@ def test_two_views_of_one_are_refused(pairs: PairedShards, changes: dict[str, st
 
 
 @pytest.fixture
-def draw(build_tiny: Build, pairs: PairedShards, recipe_of: Recipe) -> Callable[..., Any]:
+def draw(build_tiny: Build, pairs: PairedShards, recipe_of: Recipe) -> Draw:
     """Batches of consecutive numbers, stacked by field; keywords: processes, sections changed."""
     model = build_tiny()
 
@@ -211,9 +212,6 @@ def draw(build_tiny: Build, pairs: PairedShards, recipe_of: Recipe) -> Callable[
         return {name: torch.stack([batch[name] for batch in batches]) for name in batches[0]}
 
     return run
-
-
-Draw = Callable[..., dict[str, Tensor]]
 
 
 def test_every_image_view_and_level_has_its_own_random_numbers(draw: Draw):

@@ -90,9 +90,8 @@ def test_killed_and_resumed_equals_uninterrupted(tmp_path: Path, killed_at: int)
 
 def test_values_are_reported_where_asked_at_the_end_and_where_the_state_is_saved(tmp_path: Path):
     heard: list[tuple[int, bool]] = []
-    curve = run(
-        build(), tmp_path / "f", every=4, on_step=lambda n, row: heard.append((n, row is not None))
-    )
+    hear = lambda done, row: heard.append((done, row is not None))  # noqa: E731
+    curve = run(build(), tmp_path / "f", every=4, on_step=hear)
     assert heard == [(n, n in (3, 4, 6, 8, 9)) for n in range(1, 10)]
     assert [row["step"] for row in curve] == [3, 4, 6, 8, 9]
     assert all(row.keys() == {"step", "lr", "loss", "grad_norm"} for row in curve)

@@ -6,6 +6,7 @@ import pytest
 import torch
 from pydantic import ValidationError
 from torch import nn
+from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, SequentialLR
 
 from contradiff.training.optim import SgdParams, build_adamw, cosine_with_warmup, is_decayed
 
@@ -14,14 +15,9 @@ def test_schedule_equals_torch_linear_then_cosine():
     total, warmup, lr = 60, 12, 0.3
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=lr)
     tiny = 1e-9  # LinearLR refuses a start at zero
-    reference = torch.optim.lr_scheduler.SequentialLR(
-        optimizer,
-        [
-            torch.optim.lr_scheduler.LinearLR(optimizer, tiny, total_iters=warmup),
-            torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, total - warmup),
-        ],
-        milestones=[warmup],
-    )
+    linear = LinearLR(optimizer, tiny, total_iters=warmup)
+    cosine = CosineAnnealingLR(optimizer, total - warmup)
+    reference = SequentialLR(optimizer, [linear, cosine], milestones=[warmup])
     for step in range(total):
         ours = lr * cosine_with_warmup(step, total_steps=total, warmup_steps=warmup)
         assert ours == pytest.approx(reference.get_last_lr()[0], abs=1e-8)

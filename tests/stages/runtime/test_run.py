@@ -70,7 +70,6 @@ if __name__ == "__main__":
     execute(Params, main, parallel=True)
 '''
 
-
 Call = Callable[..., tuple[int, str, str]]
 
 
@@ -124,14 +123,9 @@ def call(
 
 def start(project: Path, act: str, *, processes: int) -> "subprocess.Popen[str]":
     """Start the stage as users and DVC do."""
-    return subprocess.Popen(
-        [sys.executable, "-m", "demo"],
-        cwd=project,
-        env=os.environ | {"CONTRADIFF_NUM_PROCESSES": str(processes), "ACT": act},
-        text=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-    )
+    environment = os.environ | {"CONTRADIFF_NUM_PROCESSES": str(processes), "ACT": act}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen([sys.executable, "-m", "demo"], cwd=project, env=environment, **pipes)
 
 
 def test_a_stage_writes_its_outs(project: Path, call: Call):
@@ -151,9 +145,7 @@ def test_dry_run_shows_parameters_and_does_nothing(project: Path, call: Call, pr
 
 def test_help_says_what_the_stage_does(call: Call):
     status, out, _ = call("--help")
-    assert status == 0
-    assert "A stage for tests." in out
-    assert "--dry-run" in out
+    assert (status, "A stage for tests." in out, "--dry-run" in out) == (0, True, True)
 
 
 NOTHING_THERE = "data.root: nothing there"

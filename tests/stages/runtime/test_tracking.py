@@ -8,31 +8,17 @@ import json
 import multiprocessing
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
 
 from stages.track import table
 
-if TYPE_CHECKING:
-    from mlflow import MlflowClient
-    from mlflow.entities import Run as Recorded
-
-PARAMS = {
-    "seed": 0,
-    "loss": {"lambda": 1e-05, "contrastive": "ntxent"},
-    "lora": {"targets": ["attn2.to_q", "attn2.to_k"]},
-    "base": {"revision": None},
-    "runtime": {"device": "cpu"},
-}
-FLAT = {
-    "seed": "0",
-    "loss.lambda": "1e-05",
-    "loss.contrastive": "ntxent",
-    "lora.targets": '["attn2.to_q", "attn2.to_k"]',
-    "base.revision": "null",
-}
-
+PARAMS: dict[str, Any] = {"seed": 0, "loss": {"lambda": 1e-05, "contrastive": "ntxent"}}
+PARAMS |= {"base": {"revision": None}, "runtime": {"device": "cpu"}}
+PARAMS["lora"] = {"targets": ["attn2.to_q", "attn2.to_k"]}
+FLAT = {"seed": "0", "loss.lambda": "1e-05", "loss.contrastive": "ntxent"}
+FLAT |= {"base.revision": "null", "lora.targets": '["attn2.to_q", "attn2.to_k"]'}
 
 Record = Callable[[], str]
 Train = Callable[..., None]
@@ -60,7 +46,7 @@ def root(empty_store: Path, tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def client(root: Path) -> "MlflowClient":
+def client(root: Path) -> Any:
     return connect(root).client
 
 
@@ -103,12 +89,12 @@ def train(root: Path, tmp_path: Path) -> Train:
     return train
 
 
-def records(client: "MlflowClient", experiment: str) -> "list[Recorded]":
+def records(client: Any, experiment: str) -> list[Any]:
     found = client.get_experiment_by_name(experiment)
     return list(client.search_runs([found.experiment_id])) if found else []
 
 
-def curve(client: "MlflowClient", run_id: str, name: str) -> list[tuple[int, float]]:
+def curve(client: Any, run_id: str, name: str) -> list[tuple[int, float]]:
     return [(point.step, point.value) for point in client.get_metric_history(run_id, name)]
 
 
@@ -122,7 +108,7 @@ def test_table(tmp_path: Path):
 
 class TestRow:
     def test_is_complete(
-        self, record: Record, root: Path, client: "MlflowClient", monkeypatch: pytest.MonkeyPatch
+        self, record: Record, root: Path, client: Any, monkeypatch: pytest.MonkeyPatch
     ):
         monkeypatch.setenv("DVC_EXP_NAME", "tiled-bard")
         monkeypatch.setenv("DVC_EXP_BASELINE_REV", "abc123")
@@ -143,7 +129,7 @@ class TestRow:
         assert kept == ["report/index.html", "samples.png"]
 
     def test_same_results_are_one_row_with_both_names_and_other_results_another(
-        self, record: Record, client: "MlflowClient", monkeypatch: pytest.MonkeyPatch
+        self, record: Record, client: Any, monkeypatch: pytest.MonkeyPatch
     ):
         ids: set[str] = set()
         for name in ("ruddy-duck", "azure-cove", "ruddy-duck"):
@@ -159,7 +145,7 @@ class TestRow:
         assert sorted(row.data.metrics["probe.top1"] for row in rows) == [0.5, 0.6]
 
     def test_half_written_row_is_replaced(
-        self, record: Record, client: "MlflowClient", monkeypatch: pytest.MonkeyPatch
+        self, record: Record, client: Any, monkeypatch: pytest.MonkeyPatch
     ):
         with monkeypatch.context() as patch:
             patch.setattr(tracking.Store, "log", lambda *_, **__: 1 / 0)
@@ -170,7 +156,7 @@ class TestRow:
         assert row.data.params == FLAT
 
     def test_training_is_its_child_while_it_is_there(
-        self, record: Record, train: Train, client: "MlflowClient"
+        self, record: Record, train: Train, client: Any
     ):
         train(range(1))
         run_id = record()
@@ -185,7 +171,7 @@ class TestRow:
 
 
 class TestTraining:
-    def test_resumed_training_goes_on_in_its_run(self, train: Train, client: "MlflowClient"):
+    def test_resumed_training_goes_on_in_its_run(self, train: Train, client: Any):
         with pytest.raises(KeyboardInterrupt):
             train(range(4), fails=True)
         [record] = records(client, "contradiff-train")
@@ -198,11 +184,7 @@ class TestTraining:
         assert curve(client, record.info.run_id, "loss") == expected
 
     def test_store_that_fails_costs_a_warning(
-        self,
-        train: Train,
-        client: "MlflowClient",
-        monkeypatch: pytest.MonkeyPatch,
-        capfd: pytest.CaptureFixture[str],
+        self, train: Train, client: Any, monkeypatch: pytest.MonkeyPatch, capfd: Any
     ):
         write, works = tracking.Store.log, iter([True, True, False, False, True, True])
 
