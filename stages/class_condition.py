@@ -28,20 +28,19 @@ class Params(Section):
 
 
 def main(params: Params, run: Run) -> None:
-    section = params.class_condition
+    section, seed = params.class_condition, params.seed
     pairs = PairedShards.open(run.shards(IMAGES), run.shards(LATENTS), split="train")
     num_classes = len(pairs.image_index.info.class_ids)
     num_steps = class_table.count_steps(section, num_samples=pairs.num_samples)
-    table = None
+    sizes, table = {"num_classes": num_classes, "num_steps": num_steps}, None
     with ExitStack() as stack:
         if num_steps:
             model = load_checkpoint(CHECKPOINT, base=BASE).to(run.device)
             class_table.choose_denoiser(model, lora=section.lora)
-            torch.manual_seed(params.seed)
+            torch.manual_seed(seed)
+            dim = model.unet.config["cross_attention_dim"]
             table = class_table.ClassTable(
-                num_classes=num_classes,
-                width=section.width,
-                cross_attention_dim=model.unet.config["cross_attention_dim"],
+                num_classes=num_classes, width=section.width, cross_attention_dim=dim
             )
             run.log(f"{sum(p.numel() for p in table.parameters()):,} trainable parameters")
             inputs, digest = [BASE, CHECKPOINT], pairs.digest
@@ -51,22 +50,9 @@ def main(params: Params, run: Run) -> None:
             # pretraining's precision: the same passes of the same model
             precision = read_config(CHECKPOINT)["params"]["pretrain"]["precision"]
             class_table.train_class_table(
-                model,
-                table,
-                pairs,
-                params=section,
-                precision=precision,
-                seed=params.seed,
-                **session,
+                model, table, pairs, params=section, precision=precision, seed=seed, **session
             )
-        class_table.save_class_table(
-            CLASSES,
-            table,
-            checkpoint=CHECKPOINT,
-            num_classes=num_classes,
-            num_steps=num_steps,
-            params=section,
-        )
+        class_table.save_class_table(CLASSES, table, checkpoint=CHECKPOINT, params=section, **sizes)
 
 
 if __name__ == "__main__":

@@ -28,11 +28,11 @@ class Params(Section):
 def main(params: Params, run: Run) -> None:
     section = params.generate
     wanted = section.num_samples if section.condition == "image" else 0
-    num_images = min(wanted, ShardIndex.read(IMAGES, ImageInfo).num_samples("val"))
+    count = min(wanted, ShardIndex.read(IMAGES, ImageInfo).num_samples("val"))
     batches = stored_batches(IMAGES, LATENTS, split="val", batch_size=section.batch_size)
-    with replace_dir(CONDITIONS) as folder, run.progress("store", num_images) as advance:
+    with replace_dir(CONDITIONS) as folder, run.progress("store", count) as advance:
         write_conditions(
-            folder, batches, num_images=num_images, params=params.shard, on_progress=advance
+            folder, batches, num_images=count, params=params.shard, on_progress=advance
         )
 
 

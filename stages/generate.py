@@ -8,7 +8,6 @@ not change the images. After an interruption, the stage keeps the shards that ar
 from stages.runtime.run import Run, execute
 
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 from contradiff.base.loading import load_vae
@@ -24,7 +23,6 @@ from contradiff.generation.sampling import GenerateParams, generate
 from contradiff.generation.solvers import load_solver
 from contradiff.method.checkpoint import load_checkpoint
 from contradiff.method.lora import cast_frozen_weights
-from contradiff.types import ByteImages
 
 BASE, CHECKPOINT = Path("build/base"), Path("build/pretrain")
 CLASSES, CONDITIONS = Path("build/class_condition"), Path("build/conditions")
@@ -45,17 +43,12 @@ def main(params: Params, run: Run) -> None:
     accelerator = run.accelerator()
     model = load_checkpoint(CHECKPOINT, base=BASE).to(device)
     vae = load_vae(BASE).to(device)  # pyright: ignore[reportArgumentType]
-    seed, size = params.seed, params.data.image_size
+    seed, size, kind = params.seed, params.data.image_size, params.shard.compression
     conditioning = load_conditioning(
         section.condition, model, images=CONDITIONS, table=CLASSES, checkpoint=CHECKPOINT, seed=seed
     )
     if section.precision == "bf16":
         cast_frozen_weights(model.unet)
-
-    def images_of(indices: range) -> Iterator[ByteImages]:
-        return generate(
-            model, vae, solver, indices, conditioning, params=section, image_size=size, seed=seed
-        )
 
     own_inputs = {"noise": [], "class": [CLASSES], "image": [CONDITIONS]}[section.condition]
     inputs, version = [BASE, CHECKPOINT, *own_inputs], map_shards.STATE_VERSION
@@ -64,13 +57,13 @@ def main(params: Params, run: Run) -> None:
         preview = LiveGrid(work / "preview.png")
 
         def make(name: str, tick: map_shards.Tick) -> map_shards.Made:
-            batches = images_of(plan[name])
-            batches = map(preview.add, batches) if run.is_main else batches
-            num_classes = conditioning.num_classes
-            records = samples.sample_records(plan[name], batches, num_classes=num_classes)
-            written = write_shard(
-                work / name, records, compression=params.shard.compression, on_progress=tick
+            wanted, num_classes = plan[name], conditioning.num_classes
+            batches = generate(
+                model, vae, solver, wanted, conditioning, params=section, image_size=size, seed=seed
             )
+            batches = map(preview.add, batches) if run.is_main else batches
+            records = samples.sample_records(wanted, batches, num_classes=num_classes)
+            written = write_shard(work / name, records, compression=kind, on_progress=tick)
             return map_shards.Made((written,))
 
         missing = map_shards.missing_items(list(plan), work, name_of=str)
@@ -86,10 +79,8 @@ def main(params: Params, run: Run) -> None:
         rate = total / (time.perf_counter() - started)
         run.log(f"{total} images, {rate:.2f} a second, on {processes.size} process(es)")
         if run.is_main:
+            info = samples.describe_samples(section, seed=seed, checkpoint=CHECKPOINT, base=BASE)
             with replace_dir(SAMPLES) as folder:
-                info = samples.describe_samples(
-                    section, seed=seed, checkpoint=CHECKPOINT, base=BASE
-                )
                 written = ((samples.SPLIT, item) for item in made)
                 map_shards.publish_shards(folder, work, written, info)
             with replace_file(GRID) as path:

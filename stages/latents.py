@@ -12,7 +12,7 @@ from pathlib import Path
 from contradiff.base.loading import load_vae
 from contradiff.config import Section, Seed
 from contradiff.data import map_shards, shards
-from contradiff.data.encoding import LatentEncoder, plan_latents, reconstruct
+from contradiff.data.encoding import LatentEncoder, reconstruct
 from contradiff.data.latents import LatentsParams
 from contradiff.data.params import DataParams
 from contradiff.data.png import paired_grid
@@ -34,9 +34,13 @@ class Params(Section):
 
 
 def main(params: Params, run: Run) -> None:
-    accelerator, compression = run.accelerator(), params.shard.compression
+    accelerator, kind = run.accelerator(), params.shard.compression
     index = shards.ShardIndex.read(IMAGES, ImageInfo)
-    plan = plan_latents(index, compression=compression)
+    plan = {
+        shards.shard_name(split, number, kind): (split, shard)
+        for split, listed in index.splits.items()
+        for number, shard in enumerate(listed)
+    }
     vae = load_vae(BASE).to(run.device)  # pyright: ignore[reportArgumentType]
     encoder = LatentEncoder(vae, params.latents, params.data.image_size, params.seed)
     deciding = params.model_dump(by_alias=True)
@@ -50,9 +54,7 @@ def main(params: Params, run: Run) -> None:
             images = map(shards.image_of, shards.read_shard(IMAGES / shard.name, shard))
             stored = encoder.encode(images, split=split, num_workers=run.runtime.num_workers)
             records = (item.to_record() for item in stored)
-            written = shards.write_shard(
-                work / name, records, compression=compression, on_progress=tick
-            )
+            written = shards.write_shard(work / name, records, compression=kind, on_progress=tick)
             return map_shards.Made((written,))
 
         missing = [plan[name] for name in map_shards.missing_items(list(plan), work, name_of=str)]
@@ -60,10 +62,9 @@ def main(params: Params, run: Run) -> None:
             run.log(encoder.describe_size(index))
             LATENTS.parent.mkdir(exist_ok=True)
             size = sum(encoder.shard_bytes(split, shard.num_samples) for split, shard in missing)
+            ways_out = "lower latents.views or switch latents.flips off"
             for place in (work, LATENTS.parent):
-                check_free_space(
-                    place, size, ways_out="lower latents.views or switch latents.flips off"
-                )
+                check_free_space(place, size, ways_out=ways_out)
             stored = encoder.encode(shown, split="val")
             reconstruct(encoder, shown, [item.to_record() for item in stored])
         processes = run.processes(accelerator)

@@ -40,7 +40,8 @@ def decode_rgb(encoded: bytes, *, name: str) -> Image.Image:
     orientation. A ValueError with `name` says why an image cannot be read.
     """
     with opened(encoded, name=name) as image:
-        return upright(_to_rgb(image), orientation=orientation_of(image))
+        rgb, turn = _to_rgb(image), _UPRIGHT.get(orientation_of(image))
+        return rgb if turn is None else rgb.transpose(turn)
 
 
 def orientation_of(image: Image.Image) -> int:
@@ -50,11 +51,6 @@ def orientation_of(image: Image.Image) -> int:
     except _FAULTS:  # damaged EXIF around a sound image
         return 1
     return value if value in _UPRIGHT else 1
-
-
-def upright(image: Image.Image, *, orientation: int) -> Image.Image:
-    """Undo an orientation."""
-    return image if orientation == 1 else image.transpose(_UPRIGHT[orientation])
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

@@ -18,7 +18,7 @@ from contradiff.base import vae
 from contradiff.data import transforms
 from contradiff.data.latents import LatentsParams, StoredLatents
 from contradiff.data.shard_info import ImageInfo, LatentInfo
-from contradiff.data.shards import Compression, Record, Sample, Shard, ShardIndex, shard_name
+from contradiff.data.shards import Record, Sample, ShardIndex
 from contradiff.data.transforms import Crop
 from contradiff.files import describe_bytes
 from contradiff.types import ByteImages, to_pixels
@@ -29,10 +29,6 @@ if TYPE_CHECKING:
 _TAR_BLOCK, _TAR_RECORD, _NPY_HEADER = 512, 10240, 128
 
 
-Planned = dict[str, tuple[str, Shard]]
-"""Name of a shard of latents => its split, and the shard of images that it comes from."""
-
-
 @dataclass(frozen=True)
 class CutImages:
     """The crops of some images; the VAE encodes them in one pass."""
@@ -40,15 +36,6 @@ class CutImages:
     keys: tuple[str, ...]
     crops: tuple[tuple[Crop, ...], ...]
     pixels: ByteImages
-
-
-def plan_latents(index: ShardIndex[ImageInfo], *, compression: Compression) -> Planned:
-    """Plan one shard of latents for each shard of images, in order."""
-    return {
-        shard_name(split, number, compression): (split, shard)
-        for split, shards in index.splits.items()
-        for number, shard in enumerate(shards)
-    }
 
 
 @dataclass(frozen=True)
@@ -97,8 +84,7 @@ class LatentEncoder:
     def encode_cut(self, cut: CutImages) -> Iterator[StoredLatents]:
         """Encode crops in one pass and round them to 16 bits."""
         moments = vae.encode(self.vae, to_pixels(cut.pixels.to(self.vae.device))).cpu()
-        float16 = self.params.dtype == "float16"
-        rounded = moments.half() if float16 else moments.bfloat16().float()
+        rounded = moments.half() if self.params.dtype == "float16" else moments.bfloat16().float()
         by_image = rounded.unflatten(0, (len(cut.keys), -1)).numpy()
         return map(StoredLatents, cut.keys, by_image, cut.crops)
 
@@ -142,8 +128,7 @@ def reconstruct(
 ) -> Reconstruction:
     """Decode latents as they are stored in shards, and compare them with their images.
 
-    Raises:
-        ValueError: They differ by more than latents.min_psnr allows; names likely causes.
+    A ValueError says that they differ by more than latents.min_psnr allows, and likely causes.
     """
     info, stored = encoder.info, [StoredLatents.of_record(record) for record in records]
     originals = list[Tensor]()

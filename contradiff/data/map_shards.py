@@ -59,15 +59,13 @@ def map_shards(
 ) -> list[Made]:
     """Call `make` for every item that an interrupted run has not finished yet.
 
-    `make` writes an item's files to `work_dir`, each whole or not at all; now and then it tells its
-    second argument how many samples are done. `name_of` gives each item a different name;
-    `<name>.json` is its note. All `processes` share the folder and get the same items.
+    `make` writes an item's files to `work_dir`, each whole or not at all, and tells its second
+    argument how many samples are done. `<name_of(item)>.json` is an item's note.
 
-    Each of n processes takes every n-th of the missing items, and then waits until the others have
-    finished theirs. It waits by looking at files and not in a collective operation, which would
-    have a time limit. Or `num_workers` further processes on this machine run `make`, which must
-    then be picklable. They report no progress: `size_of` says how many samples an item has.
-    `on_progress` is called in process 0 with the number of new samples of all processes.
+    Each of n processes takes every n-th of the missing items. It then waits for the others by
+    looking at files: a collective operation would have a time limit. Or `num_workers` further
+    processes on this machine run `make`, which must then be picklable; `size_of` says how many
+    samples are done with an item. `on_progress` gets the new samples of all, in process 0.
 
     Every process returns the results in the order of `items`. A ChildProcessError says that another
     process failed or that a worker was killed, a ValueError that the disk is full.
@@ -141,8 +139,7 @@ class _Crew:
 
     def __init__(self, folder: Path, processes: Processes, on_progress: Tick) -> None:
         self.folder, self.processes, self.on_progress = folder, processes, on_progress
-        self.done = self.shown = 0
-        self.told_at = -math.inf
+        self.done, self.shown, self.told_at = 0, 0, -math.inf
         for what in ("failed", "done"):  # by an earlier run
             self.file(what, processes.rank).unlink(missing_ok=True)
 

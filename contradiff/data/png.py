@@ -45,12 +45,11 @@ def _rows(images: ByteImages, columns: int) -> UInt8[Tensor, "rows columns 3 hei
 
 
 class LiveGrid:
-    """A PNG of the newest images, which is rewritten now and then while more images arrive."""
+    """A PNG of the newest images: written at once, then after `seconds` at the earliest."""
 
     def __init__(
         self, path: Path, *, columns: int = 16, max_images: int = 96, seconds: float = 10.0
     ) -> None:
-        """Write nothing yet; later at once, and then after `seconds` at the earliest."""
         self.path, self.columns, self.seconds = path, columns, seconds
         self.images: deque[Tensor] = deque(maxlen=max_images)
         self.written_at = -math.inf
@@ -61,7 +60,6 @@ class LiveGrid:
         now = time.monotonic()
         if now - self.written_at >= self.seconds:
             self.written_at = now
-            shown = torch.stack(list(self.images))
-            with replace_file(self.path) as temporary:
-                temporary.write_bytes(image_grid(shown, columns=self.columns))
+            with replace_file(self.path) as path:
+                path.write_bytes(image_grid(torch.stack(list(self.images)), columns=self.columns))
         return images

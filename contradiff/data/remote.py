@@ -42,9 +42,7 @@ def size_of(place: Location) -> int | None:
 def open_file(place: Location, *, num_bytes: int) -> io.BufferedReader:
     """Open a file of known size. A remote file is read in blocks, each again after a passing fault.
 
-    Raises:
-        ValueError: The protocol is unknown, or its package is not installed.
-        OSError: The connection failed several times; raised by reading.
+    A ValueError says that the protocol is unknown or lacks its package; reading may raise OSError.
     """
     if isinstance(place, Path):
         return place.open("rb")
@@ -55,9 +53,8 @@ class _Blocks(io.RawIOBase):
     """A remote file; each read is a request of its own, so that any of them can be repeated."""
 
     def __init__(self, url: str, num_bytes: int) -> None:
-        self.url, self.num_bytes, self.position = url, num_bytes, 0
+        self.url, self.num_bytes, self.position, self.whole = url, num_bytes, 0, b""
         self.file_system, self.path = _resolve(url)
-        self.whole = b""
 
     def readable(self) -> bool:
         return True

@@ -65,13 +65,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class ShardIndex(Generic[InfoT]):
-    """The content of `index.json`: the shards of each split, and what is true of all shards.
-
-    Example:
-        >>> index = ShardIndex.read(Path("build/latents"), LatentInfo)  # doctest: +SKIP
-        >>> index.num_samples("train"), index.info.scaling_factor  # doctest: +SKIP
-        (1281167, 0.18215)
-    """
+    """The content of `index.json`: the shards of each split, and what is true of all shards."""
 
     splits: Mapping[str, tuple[Shard, ...]]
     info: InfoT
@@ -223,8 +217,7 @@ def read_images(folder: Location, split: str) -> Iterator[Sample]:
 
 def image_record(sample: Sample, *, extension: str) -> Record:
     """Return an image as a WebDataset sample: `key.jpg` and `key.cls`."""
-    label = str(sample.label).encode()
-    return {"__key__": sample.key.encode(), extension: sample.image, "cls": label}
+    return {"__key__": sample.key.encode(), extension: sample.image, "cls": b"%d" % sample.label}
 
 
 def image_of(record: Record) -> Sample:

@@ -105,10 +105,8 @@ class TrainingStream(IterableDataset["dict[str, Tensor] | Exception"]):
     The samples of every global batch, and their order, depend only on the seed, the batch size and
     the shards, and not on the number of processes and workers: see `TrainingOrder`. A later start
     does not read earlier epochs. A ValueError says that there are fewer images than a batch of all
-    processes needs; `batch_size` is that of one process.
-
-    `make_batch` runs in the workers and must be picklable; `with_images` says whether it needs the
-    images, which are not read otherwise.
+    processes needs; `batch_size` is that of one process. `make_batch` runs in the workers and must
+    be picklable; images are read only `with_images`.
     """
 
     pairs: PairedShards
@@ -170,9 +168,8 @@ class TrainingStream(IterableDataset["dict[str, Tensor] | Exception"]):
 def training_batches(stream: TrainingStream, *, num_workers: int) -> Iterator[Mapping[str, Any]]:
     """Run the stream in worker processes; their number does not change the batches.
 
-    If the split has 64 shards for each process, 1, 2, 4 or 8 workers together read the data once.
-    With other numbers of workers, or fewer shards, some shards are read twice. A ValueError says
-    that the data are damaged, an OSError that a server cannot be reached.
+    With 64 shards for each process, 1, 2, 4 or 8 workers read the data once; otherwise some shards
+    are read twice. A ValueError says that data are damaged, an OSError that no server is reached.
     """
     pinned = torch.cuda.is_available()
     for batch in DataLoader(stream, None, num_workers=num_workers, pin_memory=pinned):

@@ -72,9 +72,8 @@ def apply_crop(
     """Cut out the box and resize it to size x size (antialiased bicubic)."""
     cut = image[:, crop.top : crop.top + crop.height, crop.left : crop.left + crop.width]
     if cut.shape[1:] != (size, size):
-        cut = transforms.resize(
-            cut, [size, size], interpolation=transforms.InterpolationMode.BICUBIC, antialias=True
-        )
+        bicubic = transforms.InterpolationMode.BICUBIC
+        cut = transforms.resize(cut, [size, size], interpolation=bicubic, antialias=True)
     return cut.flip(-1) if crop.mirrored else cut.contiguous()
 
 

@@ -56,7 +56,6 @@ class ClassTable(nn.Module):
     """
 
     def __init__(self, *, num_classes: int, width: int, cross_attention_dim: int) -> None:
-        """Draw the embeddings at random."""
         super().__init__()
         self.embedding = nn.Embedding(num_classes + 1, width)
         self.to_tokens = nn.Linear(width, cross_attention_dim)
@@ -89,9 +88,8 @@ def count_steps(params: ClassConditionParams, *, num_samples: int) -> int:
     """
     steps_per_epoch = num_samples // params.batch_size
     if params.epochs and steps_per_epoch == 0:
-        raise ValueError(
-            f"class_condition.batch_size: {params.batch_size} is more than the {num_samples} images"
-        )
+        given = f"class_condition.batch_size: {params.batch_size}"
+        raise ValueError(f"{given} is more than the {num_samples} images")
     return params.epochs * steps_per_epoch
 
 
@@ -120,7 +118,7 @@ def train_class_table(
     embedding has to be trained, but the model is not.
     """
     total_steps = count_steps(params, num_samples=pairs.num_samples)
-    warmup_steps = round(0.02 * total_steps)  # the paper names no warm-up
+    lengths = {"total_steps": total_steps, "warmup_steps": round(0.02 * total_steps)}  # our choice
     device = model.unet.device
     model.requires_grad_(requires_grad=False).eval()
     if precision == "bf16":
@@ -133,23 +131,12 @@ def train_class_table(
     saved = SavedState(work_dir / "state.safetensors", weights, every=checkpoint_every)
     start = saved.resume(optimizer)
     info = pairs.latent_index.info
-    chooser = ViewChooser(
-        pairs,
-        # View 0 of each image comes first: "two" pairs it with another view, where there is one.
-        latent_views="two" if info.views > 1 else "same",
-        cond_view="same",
-        condition="labels",
-        seed=seed,
-    )
+    # View 0 of each image comes first: "two" pairs it with another view, where there is one.
+    views = "two" if info.views > 1 else "same"
+    choose = ViewChooser(pairs, latent_views=views, cond_view="same", condition="labels", seed=seed)
+    place = {"start_step": start, "seed": seed, "rank": 0, "world_size": 1}
     stream = TrainingStream(
-        pairs,
-        make_batch=chooser,
-        with_images=True,
-        batch_size=params.batch_size,
-        start_step=start,
-        seed=seed,
-        rank=0,
-        world_size=1,
+        pairs, make_batch=choose, with_images=True, batch_size=params.batch_size, **place
     )
     batches = training_batches(stream, num_workers=num_workers)
 
@@ -183,9 +170,7 @@ def train_class_table(
         take_gradients,
         steps=range(start, total_steps),
         optimizer=optimizer,
-        lr=lambda step: (
-            params.lr * cosine_with_warmup(step, total_steps=total_steps, warmup_steps=warmup_steps)
-        ),
+        lr=lambda step: params.lr * cosine_with_warmup(step, **lengths),
         lr_key="class_condition.lr",
         is_reported=lambda done: done % log_every == 0,
         on_step=on_step,
@@ -223,35 +208,26 @@ def read_class_config(folder: Path) -> dict[str, Any]:
     """Read a table's config.json; a ValueError says that there is none."""
     path = folder / CONFIG_NAME
     if not path.is_file():
-        raise ValueError(
-            f"{path}: no table of classes; run `dvc repro class_condition`, or fetch it by "
-            f"`dvc pull {folder}`"
-        )
+        remedy = f"run `dvc repro class_condition`, or fetch it by `dvc pull {folder}`"
+        raise ValueError(f"{path}: no table of classes; {remedy}")
     return json.loads(path.read_text())
 
 
 def load_class_table(folder: Path, *, checkpoint: Path) -> ClassTable:
     """Rebuild a trained table on the CPU for the model in `checkpoint`.
 
-    Raises:
-        ValueError: There is no table, it is untrained, or it was trained with another model.
+    A ValueError says that there is none, or that it is untrained or belongs to another model.
     """
     config = read_class_config(folder)
     if config["num_steps"] == 0:
-        raise ValueError(
-            f"{folder}: class_condition.epochs is 0, so that no table was trained, but "
-            "generate.condition: class needs one; set class_condition.epochs to 1 or more"
-        )
+        why = "class_condition.epochs is 0, so that no table was trained"
+        need = "generate.condition: class needs one; set class_condition.epochs to 1 or more"
+        raise ValueError(f"{folder}: {why}, but {need}")
     if config["checkpoint_sha256"] != sha256_of(checkpoint / WEIGHTS_NAME):
-        raise ValueError(
-            f"{folder}: this table was trained with another model than {checkpoint}; "
-            "run `dvc repro class_condition`"
-        )
+        what = f"{folder}: this table was trained with another model than {checkpoint}"
+        raise ValueError(f"{what}; run `dvc repro class_condition`")
     weights = load_file(folder / TABLE_NAME)
-    table = ClassTable(
-        num_classes=config["num_classes"],
-        width=config["width"],
-        cross_attention_dim=len(weights["to_tokens.bias"]),
-    )
+    sizes = {name: config[name] for name in ("num_classes", "width")}
+    table = ClassTable(**sizes, cross_attention_dim=len(weights["to_tokens.bias"]))
     table.load_state_dict(weights)
     return table

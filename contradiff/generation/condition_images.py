@@ -31,10 +31,8 @@ def write_conditions(
             "png": encode_png(image),
             "latent.npy": shards.array_to_bytes(latent.numpy()),
         }
-        for batch in batches
-        for key, image, latent in zip(
-            batch.keys, to_bytes(batch.pixels), batch.latents, strict=True
-        )
+        for each in batches
+        for key, image, latent in zip(each.keys, to_bytes(each.pixels), each.latents, strict=True)
     )
     records = islice(records, num_images)
     size = params.model_dump()
@@ -51,10 +49,8 @@ def condition_images(folder: Path, *, start: int) -> Iterator[tuple[ByteImages, 
     index = shards.ShardIndex.read(folder, ConditionInfo)
     num_images = index.num_samples(SPLIT)
     if num_images == 0:
-        raise ValueError(
-            f"{folder}: holds no images; set generate.condition to image and run "
-            "`dvc repro conditions`"
-        )
+        remedy = "set generate.condition to image and run `dvc repro conditions`"
+        raise ValueError(f"{folder}: holds no images; {remedy}")
     skip = start % num_images
     for shard in cycle(index.shards(SPLIT)):
         if skip < shard.num_samples:

@@ -70,10 +70,8 @@ def seeded_noise(
     A sample has independent noise for each value of `stream`.
     """
     offset = {"latent": 0, "condition": 1}[stream]
-    seeds = ((seed * 1_000_003 + index) * 2 + offset for index in indices)
-    return torch.stack(
-        [torch.randn(shape, generator=torch.Generator().manual_seed(own)) for own in seeds]
-    )
+    own = (torch.Generator().manual_seed((seed * 1_000_003 + i) * 2 + offset) for i in indices)
+    return torch.stack([torch.randn(shape, generator=generator) for generator in own])
 
 
 def unconditional(model: ContraDiff, *, seed: int) -> Conditioning:

@@ -36,10 +36,9 @@ class GenerateParams(Section):
     @model_validator(mode="after")
     def _guidance_has_something_to_guide(self) -> "GenerateParams":
         if self.condition == "noise" and self.guidance != 1:
-            raise ValueError(
-                f"generate.guidance is {self.guidance:g}, but generate.condition: noise is the "
-                "null condition itself, with nothing to guide; set generate.guidance to 1"
-            )
+            what = f"generate.guidance is {self.guidance:g}, but generate.condition: noise"
+            why = "is the null condition itself, with nothing to guide"
+            raise ValueError(f"{what} {why}; set generate.guidance to 1")
         low, high = self.guidance_interval
         if not 0 <= low < high <= 1:
             must = "must be two rising numbers between 0 and 1"

@@ -89,3 +89,22 @@ def test_every_mode_becomes_rgb(mode: str):
             image.putalpha(0)
         content = encoded(image, "PNG")
     np.testing.assert_array_equal(ours(content), pillows(content))
+
+
+def test_sixteen_bits_become_eight():
+    values = np.arange(0, 65536, 257, dtype=np.uint16).reshape(16, 16)
+    shown = ours(encoded(Image.fromarray(values), "PNG"))
+    assert shown.dtype == np.uint8
+    assert shown[..., 1].flatten().tolist() == list(range(256))
+
+
+TRUNCATED = encoded(picture(64, 64), "JPEG")[:700]
+
+
+@pytest.mark.parametrize(
+    ("content", "fault"),
+    [(b"", "empty file"), (b"no image", "unknown format"), (TRUNCATED, "image file is truncated")],
+)
+def test_unreadable_image_is_named(content: bytes, fault: str):
+    with pytest.raises(ValueError, match=rf"^n01_5: not a readable image \([^/]*{fault}"):
+        decode(content, name="n01_5")

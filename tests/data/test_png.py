@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from contradiff.data.png import LiveGrid, encode_png, image_grid, paired_grid
+from contradiff.data.png import LiveGrid, image_grid, paired_grid
 
 
 def random_images(number: int, side: int) -> Tensor:
@@ -27,11 +27,6 @@ def cells(grid: Tensor) -> Tensor:
     """A grid of images of 64 pixels: rows, columns, 3, 64, 64."""
     rows, columns = grid.shape[1] // 64, grid.shape[2] // 64
     return grid.unflatten(2, (columns, 64)).unflatten(1, (rows, 64)).permute(1, 3, 0, 2, 4)
-
-
-def test_png_is_lossless():
-    [image] = random_images(1, 24)
-    assert read(encode_png(image)).equal(image)
 
 
 def test_grid_has_the_images_in_reading_order():

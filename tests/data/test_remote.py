@@ -165,12 +165,10 @@ def test_each_fault_of_remote_shards_has_its_message(server: Server):
 
 @pytest.mark.parametrize(("protocol", "package"), [("s3", "s3fs"), ("gs", "gcsfs")])
 def test_a_missing_package_is_named(protocol: str, package: str, monkeypatch: pytest.MonkeyPatch):
+    """And an unknown protocol."""
     monkeypatch.setitem(sys.modules, package, None)  # as if it were not installed
     message = rf"^{protocol}://b/x/index\.json: .*`pip install {package}`"
     with pytest.raises(ValueError, match=message):
         ShardIndex.read(f"{protocol}://b/x", ShardInfo)
-
-
-def test_an_unknown_protocol_is_named():
     with pytest.raises(ValueError, match=r"^ftq://b/x: Protocol not known: ftq; fsspec knows s3:"):
         size_of("ftq://b/x")

@@ -76,14 +76,9 @@ def test_nothing_is_lost_or_doubled(
     samples = [Sample(key, image, label) for key, (image, label) in contents.items()]
     told: list[int] = []
     with tempfile.TemporaryDirectory() as name:
-        shards = write_split(
-            Path(name),
-            "val",
-            (image_record(sample, extension="png") for sample in samples),
-            samples_per_shard=samples_per_shard,
-            compression=compression,
-            on_progress=told.append,
-        )
+        records = (image_record(sample, extension="png") for sample in samples)
+        size = {"samples_per_shard": samples_per_shard, "compression": compression}
+        shards = write_split(Path(name), "val", records, **size, on_progress=told.append)
         ShardIndex({"val": shards}, ShardInfo()).write(Path(name))
         assert list(read_images(Path(name), "val")) == samples
     assert sum(told) == len(samples)

@@ -1,7 +1,5 @@
 """Against Pillow, torchvision and closed forms."""
 
-import io
-
 import numpy as np
 import pytest
 import torch
@@ -16,7 +14,6 @@ from contradiff.data.transforms import (
     Crop,
     apply_crop,
     centre_crop,
-    decode,
     jitter_colours,
     random_crop,
 )
@@ -32,34 +29,8 @@ def picture(height: int, width: int) -> Image.Image:
     return Image.fromarray(np.stack(planes, axis=-1).clip(0, 255).astype(np.uint8))
 
 
-def encoded(image: Image.Image, kind: str) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, kind)
-    return buffer.getvalue()
-
-
 def tensor_of(image: Image.Image) -> Tensor:
     return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
-
-
-def test_sixteen_bits_become_eight():
-    values = np.arange(0, 65536, 257, dtype=np.uint16).reshape(16, 16)
-    shown = decode(encoded(Image.fromarray(values), "PNG"), name="x")
-    assert shown.dtype == torch.uint8
-    assert shown[1].flatten().tolist() == list(range(256))
-
-
-@pytest.mark.parametrize(
-    ("content", "fault"),
-    [
-        (b"", "empty file"),
-        (b"no image", "unknown format"),
-        (encoded(picture(64, 64), "JPEG")[:700], "image file is truncated"),
-    ],
-)
-def test_unreadable_image_is_named(content: bytes, fault: str):
-    with pytest.raises(ValueError, match=rf"^n01_5: not a readable image \([^/]*{fault}"):
-        decode(content, name="n01_5")
 
 
 @given(numbers=st.lists(st.integers(0, 2**31 - 1), min_size=4, max_size=4), mirrored=st.booleans())
@@ -118,14 +89,10 @@ def test_crop_is_resized_as_pillow_does(crop: Crop, size: int):
     assert (shown.int() - expected.int()).abs().max() <= 1
 
 
-def test_crop_of_the_right_size_is_a_plain_cut():
+def test_crop_of_the_right_size_is_a_plain_cut_and_a_mirrored_one_is_mirrored():
     image = tensor_of(picture(40, 52))
     shown = apply_crop(image, Crop(3, 4, 16, 16, mirrored=False), size=16)
     assert shown.equal(image[:, 3:19, 4:20])
-
-
-def test_mirrored_crop_is_the_crop_mirrored():
-    image = tensor_of(picture(40, 52))
     plain = apply_crop(image, Crop(5, 9, 23, 31, mirrored=False), size=16)
     assert apply_crop(image, Crop(5, 9, 23, 31, mirrored=True), size=16).equal(plain.flip(2))
 

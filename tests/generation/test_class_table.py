@@ -122,12 +122,21 @@ def test_every_class_and_the_null_class_learn_by_drop_alone(build_tiny: Build, t
         assert learned.tolist() == [True, True, True, False, drop > 0]
 
 
-@pytest.fixture
-def noise_error(pairs: PairedShards, centres: tuple[Tensor, Tensor]) -> Callable[..., float]:
-    """Eq. 3 at fixed noise, for every training image's centre crop with its own label."""
+def test_a_step_is_the_loss_written_out(
+    build_tiny: Build,
+    train: Train,
+    pairs: PairedShards,
+    centres: tuple[Tensor, Tensor],
+    monkeypatch: pytest.MonkeyPatch,
+):
+    """One step on all images, in microbatches or not.
+
+    The loss is near Eq. 3's at fixed noise, which more steps lower, and Adam's first update is the
+    gradient's sign.
+    """
 
     @torch.no_grad()
-    def compute(model: ContraDiff, table: ClassTable) -> float:
+    def noise_error(model: ContraDiff, table: ClassTable) -> float:
         labels, moments = centres
         latents = mode(moments, scaling_factor=pairs.latent_index.info.scaling_factor)
         noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(3))
@@ -136,31 +145,13 @@ def noise_error(pairs: PairedShards, centres: tuple[Tensor, Tensor]) -> Callable
         noise_pred = model.noise_pred(noisy, timesteps, table(labels))
         return (noise_pred - noise).square().mean().item()
 
-    return compute
-
-
-def test_a_step_is_the_loss_written_out(
-    build_tiny: Build,
-    train: Train,
-    noise_error: Callable[..., float],
-    monkeypatch: pytest.MonkeyPatch,
-):
-    """One step on all images, in microbatches or not.
-
-    The loss is near Eq. 3's at fixed noise, which more steps lower, and Adam's first update is the
-    gradient's sign.
-    """
     losses: list[float] = []
     updates: list[Tensor] = []
     for at_once in (24, 7):
         monkeypatch.setattr(class_table, "MICROBATCH_SIZE", at_once)
         table = new_table()
-        train(
-            build_tiny(),
-            table,
-            params={"batch_size": 24, "epochs": 1, "lr": 0.01},
-            on_step=lambda _, row: losses.append(row["loss"]),
-        )
+        report = {"on_step": lambda _, row: losses.append(row["loss"])}
+        train(build_tiny(), table, params={"batch_size": 24, "epochs": 1, "lr": 0.01}, **report)
         updates.append(table.to_tokens.bias.detach())
     model, table = build_tiny(), new_table()
     before = noise_error(model, table)
@@ -173,10 +164,7 @@ def test_a_step_is_the_loss_written_out(
 
 
 def test_view_0_is_what_is_learnt_from(
-    build_tiny: Build,
-    train: Train,
-    monkeypatch: pytest.MonkeyPatch,
-    centres: tuple[Tensor, Tensor],
+    build_tiny: Build, train: Train, monkeypatch: pytest.MonkeyPatch, centres: tuple[Tensor, Tensor]
 ):
     """The random crops are distorted in colour."""
     seen: list[Tensor] = []

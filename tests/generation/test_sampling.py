@@ -11,17 +11,12 @@ from torch import Tensor
 
 from contradiff.base.loading import load_scheduler, load_vae
 from contradiff.base.vae import decode_latents
-from contradiff.config import Section, parse
 from contradiff.generation.conditions import Conditioning, seeded_noise, unconditional
 from contradiff.generation.sampling import GenerateParams, denoise, generate
 from contradiff.generation.solvers import load_solver
 from contradiff.method.lora import cast_frozen_weights, merge_lora
 from contradiff.method.model import ContraDiff
 from tests.settings import GENERATE
-
-
-class OnlyGenerate(Section):
-    generate: GenerateParams
 
 
 @pytest.fixture
@@ -60,17 +55,9 @@ def sample_with(
 ) -> list[Tensor]:
     """Samples in three steps; other keywords are fields of `generate`."""
     params = GenerateParams.model_validate(GENERATE | {"batch_size": 5} | changes)
-    batches = generate(
-        model,
-        load_vae(base),
-        load_solver(base, solver=params.solver, num_inference_steps=3),
-        indices,
-        conditioning,
-        params=params,
-        image_size=32,
-        seed=seed,
-    )
-    return list(batches)
+    solver = load_solver(base, solver=params.solver, num_inference_steps=3)
+    settings = {"params": params, "image_size": 32, "seed": seed}
+    return list(generate(model, load_vae(base), solver, indices, conditioning, **settings))
 
 
 def generate_unconditional(
@@ -211,6 +198,5 @@ def test_null_condition_is_encoded_only_for_guidance(model: ContraDiff, tiny_bas
     ],
 )
 def test_bad_parameters_are_refused_by_name(changes: dict[str, Any], message: str):
-    content = {"generate": GENERATE | {"condition": "class", "guidance": 2.0} | changes}
-    with pytest.raises(ValueError, match=rf"generate.*{message}"):
-        parse(OnlyGenerate, content, source="params.yaml")
+    with pytest.raises(ValueError, match=message):
+        GenerateParams.model_validate(GENERATE | {"condition": "class", "guidance": 2.0} | changes)

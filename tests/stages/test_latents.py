@@ -22,25 +22,13 @@ from contradiff.data.shards import Record, ShardIndex, read_split
 from stages import latents
 
 ROOT = Path(__file__).resolve().parents[2]
+COUNTS = {"num_train": None, "num_val": None}
+CROPS = {"views": 2, "flips": True, "crop_scale_min": 0.4, "colour_jitter": 0.5}
 SECTIONS: dict[str, Any] = {
     "seed": 0,
-    "data": {
-        "source": "imagefolder",
-        "root": "raw",
-        "image_size": 32,
-        "num_train": None,
-        "num_val": None,
-    },
+    "data": {"source": "imagefolder", "root": "raw", "image_size": 32} | COUNTS,
     "shard": {"samples_per_shard": 6, "compression": "gzip"},
-    "latents": {
-        "views": 2,
-        "flips": True,
-        "crop_scale_min": 0.4,
-        "colour_jitter": 0.5,
-        "dtype": "bfloat16",
-        "min_psnr": 1.0,
-        "batch_size": 8,
-    },
+    "latents": CROPS | {"dtype": "bfloat16", "min_psnr": 1.0, "batch_size": 8},
 }
 NUM_IMAGES = {"train": 24, "val": 8}
 
@@ -68,6 +56,7 @@ def test_two_processes_write_what_one_writes(
 ):
     latents.main(params_of(), run)
     index = ShardIndex.read(Path("build/latents"), LatentInfo)
+    assert index.shards("val")[0].name == "val-00000.tar.gz"
     assert {split: index.num_samples(split) for split in index.splits} == NUM_IMAGES
     assert index.info.dtype == "bfloat16"
     stored = map(StoredLatents.of_record, read_split(Path("build/latents"), "train"))
