@@ -98,12 +98,8 @@ def images_manifest(params: Params, run: Run) -> dict[str, Any]:
         "pretrain.batch_size": params.batch_size if params.epochs else 0,
         "class_condition.batch_size": params.class_batch_size if params.class_epochs else 0,
     }
-    faults = [
-        f"{key}: {size} is more than the {num_train} training images in {root}; lower it"
-        for key, size in sizes.items()
-        if size > num_train
-    ]
-    if faults:
+    fault = f"is more than the {num_train} training images in {root}; lower it"
+    if faults := [f"{key}: {size} {fault}" for key, size in sizes.items() if size > num_train]:
         raise ValueError("\n".join(faults))
     for split, number in manifest["num_images"].items():
         run.log(f"{number} {split} images of {len(manifest['classes'])} classes in {root}")

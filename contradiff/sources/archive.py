@@ -34,10 +34,7 @@ MD5S = {
 
 
 def read_member(root: Path, file: ImageFile) -> bytes:
-    """Read one image at its offset; several threads and forked processes may do so at once.
-
-    It raises ValueError if the archive cannot be read, or is shorter than it was.
-    """
+    """Read one image at its offset, in any thread or process; ValueError if it is not there."""
     path = root / file.stored
     with listing.explain_unreadable(path):
         archive = _opened(path, path.stat().st_mtime_ns)
@@ -59,8 +56,7 @@ def scan_archives(
 
     `index_folder` keeps the archives' indices between runs; None reads the headers each time. With
     `verify`, every byte is read first to compare the md5 with ILSVRC's, which takes minutes.
-    It raises ValueError if an archive or the kit is missing or damaged, or has a content that it
-    should not have, or if they do not fit together.
+    It raises ValueError if an archive or the kit is missing or damaged, or if they do not fit.
     """
     for name in (TRAIN_ARCHIVE, VAL_ARCHIVE):
         if not (root / name).is_file():
@@ -77,9 +73,8 @@ def scan_archives(
 
     def walk(path: Path) -> Members:
         on_message(f"reading the headers of {path} (once, as long as it does not change)")
-        return (
-            _walk_classes(path) if path.name == TRAIN_ARCHIVE else {"val": _images(walk_tar(path))}
-        )
+        is_train = path.name == TRAIN_ARCHIVE
+        return _walk_classes(path) if is_train else {"val": _images(walk_tar(path))}
 
     def index(name: str) -> Members:
         with listing.explain_unreadable(root / name):
@@ -131,10 +126,8 @@ def _labelled(
     """Give each validation image the class on the ground truth's line of the image's number."""
     total = len(wnids)
     if len(members) != total:
-        raise ValueError(
-            f"data.root: {path} has {len(members)} images, but the devkit's ground truth has "
-            f"{total} lines"
-        )
+        fault = f"{len(members)} images, but the devkit's ground truth has {total} lines"
+        raise ValueError(f"data.root: {path} has {fault}")
     label_of = {class_id: label for label, class_id in enumerate(class_ids)}
     files: list[ImageFile] = []
     for name, offset, num_bytes in members:
@@ -153,10 +146,7 @@ def _labelled(
 
 
 def read_devkit(root: Path) -> tuple[list[str], dict[str, str]]:
-    """Return the validation images' wnids by number, and names by wnid; no synset with children.
-
-    It raises ValueError if the kit is missing or damaged, or if its two files do not fit together.
-    """
+    """Return the validation images' wnids by number, classes' names by wnid; ValueError if bad."""
     from scipy.io import loadmat
 
     contents = _devkit_files(root)
@@ -175,10 +165,8 @@ def read_devkit(root: Path) -> tuple[list[str], dict[str, str]]:
     ids = [line.strip() for line in contents[GROUND_TRUTH].decode("ascii", "replace").splitlines()]
     for number, line in enumerate(ids, start=1):
         if line not in wnid_of:
-            raise ValueError(
-                f"data.root: {root}: {GROUND_TRUTH}: line {number} is no ILSVRC2012_ID of a class "
-                f"of {META}: {line!r}"
-            )
+            fault = f"line {number} is no ILSVRC2012_ID of a class of {META}: {line!r}"
+            raise ValueError(f"data.root: {root}: {GROUND_TRUTH}: {fault}")
     return [wnid_of[line] for line in ids], names
 
 
@@ -188,10 +176,10 @@ def _devkit_files(root: Path) -> dict[str, bytes]:
         if all((root / folder / name).is_file() for name in wanted):
             return {name: (root / folder / name).read_bytes() for name in wanted}
     if not path.is_file():
-        raise ValueError(
-            f"data.root: {root} lacks {DEVKIT_ARCHIVE} (or unpacked, {' or '.join(DEVKIT_FOLDERS)} "
-            f"with {' and '.join(wanted)}), which holds the labels of ILSVRC's validation images"
-        )
+        unpacked = f"{' or '.join(DEVKIT_FOLDERS)} with {' and '.join(wanted)}"
+        lacks = f"lacks {DEVKIT_ARCHIVE} (or unpacked, {unpacked})"
+        purpose = "which holds the labels of ILSVRC's validation images"
+        raise ValueError(f"data.root: {root} {lacks}, {purpose}")
     found: dict[str, bytes] = {}
     try:
         with tarfile.open(path, "r:gz") as archive:

@@ -22,8 +22,7 @@ Split = Literal["train", "test"]
 
 SIDE = 32
 HOMEPAGE = "https://www.cs.toronto.edu/~kriz/cifar.html"
-MAX_MEMBER_BYTES = 1 << 28
-"""The largest member has 155 MB. A larger one is not CIFAR's and might fill the memory."""
+MAX_MEMBER_BYTES = 1 << 28  # CIFAR's largest member has 155 MB; more might fill the memory
 _PIXELS = 3 * SIDE * SIDE
 
 
@@ -93,10 +92,8 @@ class CifarFiles(NamedTuple):
     def verify(self) -> None:
         """Raise ValueError if an archive's checksum is wrong; unpacked files have none."""
         if self.place.is_file():
-            remedy = (
-                f"fetch it again from {HOMEPAGE}, or set transfer_data.verify to false if it is "
-                "meant to hold other data"
-            )
+            other = "set transfer_data.verify to false if it is meant to hold other data"
+            remedy = f"fetch it again from {HOMEPAGE}, or {other}"
             check_digest(self.place, "sha256", SHA256S[self.form.archive], remedy=remedy)
 
 
@@ -130,18 +127,15 @@ def find_cifar(root: Path, name: CifarName) -> CifarFiles:
         raise ValueError(f"transfer_data.root: {root} is a file, but not {archives}")
     fewest = ", ".join(min(absent.values(), key=len))
     lacks = f"lacks {fewest}" if root.exists() else "does not exist"
-    raise ValueError(
-        f"transfer_data.root: {root} {lacks}; put {archives} there, packed or unpacked (from "
-        f"{HOMEPAGE}; nothing is downloaded)"
-    )
+    remedy = f"put {archives} there, packed or unpacked (from {HOMEPAGE}; nothing is downloaded)"
+    raise ValueError(f"transfer_data.root: {root} {lacks}; {remedy}")
 
 
 def read_cifar(files: CifarFiles, *, split: Split) -> TransferSplit:
     """Read one split, in the files' order; of CIFAR-100 the fine classes.
 
-    The files decide how many images and classes there are. If they do not name an image, its key is
-    the split and a number. A file that is damaged, is a pickle that wants more than data, or holds
-    images or labels of a wrong shape, number or range raises ValueError.
+    The files decide how many images and classes there are. An image that they do not name has the
+    split and a number for a key. Damaged files and wrong contents raise ValueError.
     """
     form, place = files
     wanted = [form.names, *form.split_files(split)]
@@ -165,10 +159,8 @@ def read_cifar(files: CifarFiles, *, split: Split) -> TransferSplit:
         rows, classes, names = read(content, form.prefix, shown=shown)
         for index, label in enumerate(classes):
             if type(label) is not int or not 0 <= label < len(class_names):
-                raise ValueError(
-                    f"{shown}: {form.prefix}labels[{index}] is {label!r}; expected 0 to "
-                    f"{len(class_names) - 1}"
-                )
+                name, last = f"{form.prefix}labels[{index}]", len(class_names) - 1
+                raise ValueError(f"{shown}: {name} is {label!r}; expected 0 to {last}")
             labels.append(label)
         pixels.append(rows)
         keys += names if len(names) == len(rows) else [""] * len(rows)
@@ -188,9 +180,8 @@ def _read_pickled(content: bytes, prefix: str, *, shown: str) -> _Batch:
     data, labels = mapping.get("data"), _list(mapping, f"{prefix}labels", shown=shown)
     if not isinstance(data, np.ndarray) or data.shape != (len(labels), _PIXELS) or not len(data):
         found = f"of shape {data.shape}" if isinstance(data, np.ndarray) else "no numpy array"
-        raise ValueError(
-            f"{shown}: data is {found}; expected {len(labels)} x {_PIXELS}, as there are labels"
-        )
+        expected = f"expected {len(labels)} x {_PIXELS}, as there are labels"
+        raise ValueError(f"{shown}: data is {found}; {expected}")
     names = _list(mapping, "filenames", shown=shown) if "filenames" in mapping else []
     return np.asarray(data), labels, [as_text(name) for name in names]
 
@@ -199,10 +190,9 @@ def _read_records(content: bytes, prefix: str, *, shown: str) -> _Batch:
     num_labels = 2 if prefix else 1  # CIFAR-100: the coarse label, then the fine one
     size = num_labels + _PIXELS
     if not content or len(content) % size:
-        raise ValueError(
-            f"{shown}: {len(content)} bytes are not a whole number of records of {size} "
-            f"({num_labels} of labels, {_PIXELS} of pixels); it is damaged, or of the other CIFAR"
-        )
+        form = f"records of {size} ({num_labels} of labels, {_PIXELS} of pixels)"
+        fault = f"{len(content)} bytes are not a whole number of {form}"
+        raise ValueError(f"{shown}: {fault}; it is damaged, or of the other CIFAR")
     records = np.frombuffer(content, np.uint8).reshape(-1, size)
     return records[:, num_labels:], records[:, num_labels - 1].tolist(), []
 
@@ -210,10 +200,8 @@ def _read_records(content: bytes, prefix: str, *, shown: str) -> _Batch:
 def _list(mapping: Mapping[str, object], key: str, *, shown: str) -> list[object]:
     value = mapping.get(key)
     if not isinstance(value, list):
-        raise ValueError(
-            f"{shown}: no list {key!r} among its entries {sorted(mapping)}; is it of the other "
-            "CIFAR?"
-        )
+        fault = f"no list {key!r} among its entries {sorted(mapping)}"
+        raise ValueError(f"{shown}: {fault}; is it of the other CIFAR?")
     return value
 
 

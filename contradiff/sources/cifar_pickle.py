@@ -54,11 +54,7 @@ class _CifarUnpickler(pickle.Unpickler):
 
 
 def read_mapping(content: bytes, *, shown: str) -> dict[str, object]:
-    """Unpickle a file, named `shown`: strings, numbers, lists and arrays of bytes, by name.
-
-    Raises:
-        ValueError: it is no pickle, wants more than data, or holds no mapping.
-    """
+    """Unpickle a mapping of plain data; ValueError, which names the file `shown`, for all else."""
     try:
         value: object = _CifarUnpickler(io.BytesIO(content), encoding="bytes").load()
     except Exception as error:  # pickle leaves open what it raises for a damaged file

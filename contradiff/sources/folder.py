@@ -29,9 +29,8 @@ def scan_folder(
 ) -> Listing:
     """List `train/<class>/*` and `<test>/<class>/*`; classes are train's, as in torchvision.
 
-    The parameter `key` led to `root`. It raises ValueError if a folder is missing or cannot be
-    read, if the second split has a class that train/ lacks, or if a class has no image, unless
-    that is a class of the second split, whose classes `may_be_empty`.
+    The parameter `key` led to `root`. It raises ValueError if a folder is missing or unreadable, if
+    a class is unknown to train/, or without images (the second split's classes `may_be_empty`).
     """
     class_ids = _class_folders(root / "train", key)
     splits = {"train": _by_class(root / "train", class_ids, key)}
@@ -58,19 +57,16 @@ def scan_kaggle(root: Path) -> Listing:
             raise ValueError(f"data.root: {table} has no line for {folder / name}")
         val.append(ImageFile(f"val/{class_ids[label]}/{name}", label, num_bytes, f"val/{name}"))
     if labels:
-        shown = ", ".join(sorted(labels)[:5])
-        raise ValueError(
-            f"data.root: {table} names {len(labels)} images that {folder} lacks: {shown}"
-        )
+        fault = f"{len(labels)} images that {folder} lacks: {', '.join(sorted(labels)[:5])}"
+        raise ValueError(f"data.root: {table} names {fault}")
     splits = {"train": _by_class(train, class_ids), "val": listing.in_order(val)}
     return Listing(class_ids, _names(root, class_ids), splits)
 
 
 def _class_folders(folder: Path, key: str = "data.root") -> tuple[str, ...]:
     if not folder.is_dir():
-        raise ValueError(
-            f"{key}: no folder {folder}; expected one with a folder of images for each class"
-        )
+        expected = "expected one with a folder of images for each class"
+        raise ValueError(f"{key}: no folder {folder}; {expected}")
     with explain_unreadable(folder, key=key), os.scandir(folder) as entries:
         names = sorted(entry.name for entry in entries if entry.is_dir())
     if not names:
@@ -114,9 +110,8 @@ def _names(root: Path, class_ids: Sequence[str]) -> tuple[str, ...]:
 def _kaggle_labels(path: Path, class_ids: Sequence[str]) -> dict[str, int]:
     """Labels by image name. A line is `ILSVRC2012_val_00048981,n03995372 85 1 499 272 `."""
     if not path.is_file():
-        raise ValueError(
-            f"data.root: no {path}, which holds the labels of Kaggle's validation images"
-        )
+        purpose = "which holds the labels of Kaggle's validation images"
+        raise ValueError(f"data.root: no {path}, {purpose}")
     label_of = {class_id: label for label, class_id in enumerate(class_ids)}
     labels: dict[str, int] = {}
     with path.open(newline="", encoding="utf-8", errors="replace") as file:

@@ -43,9 +43,7 @@ class CheckedImage(NamedTuple):
 def check_image(content: bytes, *, path: str, verify: Verify, resize: int | None) -> CheckedImage:
     """Check an image; keep its bytes unless it must become smaller.
 
-    The extension follows the content: a PNG named x.JPEG is stored as a PNG. Irregularities are
-    `cmyk`, `greyscale`, `sixteen_bit`, `palette`, `alpha`, `exif_rotated`, `multi_picture` and
-    `A_named_B`.
+    The extension follows the content: a PNG named x.JPEG is stored as a PNG.
 
     `verify` full decodes every scan line (a JPEG at an eighth of the size, which reads all the data
     for little arithmetic); header reads the header and looks for the end mark. Larger images get a

@@ -38,8 +38,7 @@ class RawImages:
     Example:
         ```python
         images = scan_images(Path("data/raw/imagenet"), layout="auto")
-        first = images.listing.splits["train"][0]
-        content, label = images.read(first), first.label
+        content = images.read(images.listing.splits["train"][0])
         ```
     """
 
@@ -78,10 +77,8 @@ def scan_images(
         layout = _detect(root)
         on_message(f"data.source auto: found {layout} ({' or '.join(MARKS[layout])}) in {root}")
     if verify and layout != "archives":
-        raise ValueError(
-            f"raw.verify: true compares the md5 of ILSVRC's archives, but {root} is read as "
-            f"{layout}; set it to false"
-        )
+        fault = f"compares the md5 of ILSVRC's archives, but {root} is read as {layout}"
+        raise ValueError(f"raw.verify: true {fault}; set it to false")
     read: Read = partial(read_file, root)
     match layout:
         case "imagefolder":
@@ -99,24 +96,19 @@ def scan_images(
     hasher = hashlib.sha256(listing.containers.encode())
     for files in listing.splits.values():
         for file in files:
-            line = f"{file.path}\t{file.num_bytes}\n"
-            hasher.update(line.encode(errors="surrogateescape"))
+            hasher.update(f"{file.path}\t{file.num_bytes}\n".encode(errors="surrogateescape"))
         for file in files[:: max(1, len(files) // NUM_SAMPLED_HASHES)]:
             hasher.update(read(file))
     return RawImages(root, layout, listing, read, hasher.hexdigest())
 
 
 def reopen_images(manifest: Path, *, project: Path, **options: Any) -> RawImages:
-    """List the images that a manifest stands for, with the options of `scan_images`.
-
-    It raises ValueError if the manifest is missing, or if the images have changed since.
-    """
+    """Scan a manifest's images again; ValueError if it is missing or they have changed since."""
     content = read_manifest(manifest)
     images = scan_images(project / content["root"], layout=content["layout"], **options)
     if images.digest != content["digest"]:
-        raise ValueError(
-            f"data.root: {images.root} has changed since {manifest}; run `dvc repro -f prepare`"
-        )
+        fault = f"{images.root} has changed since {manifest}"
+        raise ValueError(f"data.root: {fault}; run `dvc repro -f prepare`")
     return images
 
 
@@ -139,8 +131,7 @@ def _detect(root: Path) -> Layout:
     if len(found) == 1:
         return found[0]
     text = "; ".join(f"{layout}: {' or '.join(MARKS[layout])}" for layout in (found or MARKS))
+    fault = f"found no images in {root}; looked for {text} (nothing is downloaded)"
     if found:
         fault = f"{root} holds {len(found)} layouts ({text}); set data.source to one"
-    else:
-        fault = f"found no images in {root}; looked for {text} (nothing is downloaded)"
     raise ValueError(f"data.root: {fault}")

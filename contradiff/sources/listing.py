@@ -42,10 +42,7 @@ class ImageFile:
 
 
 Read = Callable[[ImageFile], bytes]
-"""Returns an image's bytes as they are stored; it can be pickled for worker processes.
-
-It raises ValueError, which names the file, if that is gone or shorter than it was.
-"""
+"""Returns an image's stored bytes, in any process; ValueError names a file gone or cut short."""
 
 
 @dataclass(frozen=True)
@@ -67,10 +64,8 @@ class Listing:
             present = {file.label for file in files}
             empty = [name for label, name in enumerate(self.class_ids) if label not in present]
             if empty:
-                raise ValueError(
-                    f"data.root: {root}: {len(empty)} of {len(self.class_ids)} classes have no "
-                    f"{split} image: {', '.join(empty[:5])}"
-                )
+                fault = f"{len(empty)} of {len(self.class_ids)} classes have no {split} image"
+                raise ValueError(f"data.root: {root}: {fault}: {', '.join(empty[:5])}")
             seen: dict[str, ImageFile] = {}
             for file in files:
                 if re.search("[\ud800-\udfff\0]", key := file.key):

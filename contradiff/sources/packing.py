@@ -119,11 +119,9 @@ class ShardMaker:
             for file in planned.files:
                 content = self.read(file)
                 if len(content) != file.num_bytes and not file.is_estimate:
-                    raise ValueError(
-                        f"data.root: {file.path} has {len(content)} bytes, but had "
-                        f"{file.num_bytes} when the work began: stop whatever writes there, then "
-                        "run the same command again"
-                    )
+                    now = f"has {len(content)} bytes, but had {file.num_bytes}"
+                    remedy = "stop whatever writes there, then run the same command again"
+                    raise ValueError(f"data.root: {file.path} {now} when the work began: {remedy}")
                 verify, resize = self.ingest.verify, self.ingest.resize
                 try:
                     image = check_image(content, path=file.path, verify=verify, resize=resize)
@@ -151,18 +149,11 @@ class ShardMaker:
         return Made((shard,) if shard.num_samples else (), notes)
 
     def unreadable_images(self) -> dict[str, list[dict[str, str]]]:
-        """Return the unreadable images that were found so far, for each split, in its order.
-
-        It raises ValueError if they exceed the share that may be left out; a file lists them.
-        """
-        found = {
-            split: [
-                item
-                for path in sorted(self.work.glob(f"{split}-*{UNREADABLE}"))
-                for item in json.loads(path.read_text())
-            ]
-            for split in self.num_images
-        }
+        """Return each split's unreadable images so far, in its order; ValueError if too many."""
+        found: dict[str, list[dict[str, str]]] = {}
+        for split in self.num_images:
+            paths = sorted(self.work.glob(f"{split}-*{UNREADABLE}"))
+            found[split] = [item for path in paths for item in json.loads(path.read_text())]
         for split, items in found.items():
             share, total = self.ingest.max_quarantined, self.num_images[split]
             if len(items) > share * total:

@@ -89,9 +89,8 @@ def scan_parquet(root: Path) -> Listing:
         for path in files:
             rows, found = _read_shard(root, path)
             if found != names.setdefault(split, found):
-                raise ValueError(
-                    f"data.root: {path} has other class names than the shards before it"
-                )
+                fault = "has other class names than the shards before it"
+                raise ValueError(f"data.root: {path} {fault}")
             images[split] += rows
             stored = path.relative_to(root).as_posix()
             containers += f"{stored}\t{path.stat().st_size}\t{_footer_digest(path)}\n"
@@ -114,10 +113,8 @@ def _check_complete(root: Path, split: str, files: Sequence[Path]) -> None:
     missing = sorted(set(range(total)) - {int(match[1]) for match in numbered})
     if missing or len(numbered) != total:
         text = ", ".join(f"{number:05d}" for number in missing[:5]) or "one twice"
-        raise ValueError(
-            f"data.root: {root} has {len(numbered)} of {total} shards like {files[0].name}; "
-            f"missing: {text}"
-        )
+        fault = f"{len(numbered)} of {total} shards like {files[0].name}; missing: {text}"
+        raise ValueError(f"data.root: {root} has {fault}")
 
 
 def _read_shard(root: Path, path: Path) -> tuple[list[ImageFile], list[str]]:
@@ -134,17 +131,13 @@ def _read_shard(root: Path, path: Path) -> tuple[list[ImageFile], list[str]]:
             metadata = file.metadata
             for group in map(metadata.row_group, range(metadata.num_row_groups)):
                 chunks = (group.column(i) for i in range(group.num_columns))
-                total = sum(
-                    chunk.total_uncompressed_size
-                    for chunk in chunks
-                    if chunk.path_in_schema == "image.bytes"
-                )
+                wanted = (chunk for chunk in chunks if chunk.path_in_schema == "image.bytes")
+                total = sum(chunk.total_uncompressed_size for chunk in wanted)
                 sizes += [total // max(1, group.num_rows)] * group.num_rows
             notes = file.schema_arrow.metadata or {}
     except (pa.ArrowException, OSError) as error:
-        raise ValueError(
-            f"data.root: {path} is damaged, truncated or no parquet file: {error}"
-        ) from error
+        fault = f"is damaged, truncated or no parquet file: {error}"
+        raise ValueError(f"data.root: {path} {fault}") from error
     try:  # as `datasets` writes it; others need not name the classes
         features = json.loads(notes[b"huggingface"])["info"]["features"]
         class_names = [str(name) for name in features["label"]["names"]]
@@ -169,10 +162,8 @@ def _check_columns(schema: Any, *, path: Path) -> bool:
     has_bytes = re.match(r"struct<([^<>]*, )?bytes: (large_)?binary\b", image)
     if not has_bytes or not re.match("u?int", found.get("label", "")):
         columns = ", ".join(f"{name}: {kind}" for name, kind in found.items())
-        raise ValueError(
-            f"data.root: {path} has the columns ({columns}); expected `image` of bytes and path, "
-            "and `label`, a whole number"
-        )
+        expected = "expected `image` of bytes and path, and `label`, a whole number"
+        raise ValueError(f"data.root: {path} has the columns ({columns}); {expected}")
     return re.search("[<, ]path: ", image) is not None
 
 
@@ -210,18 +201,13 @@ def _class_ids(
         elif wnid is not None and wnids.setdefault(label, wnid) != wnid:
             fault = f", which is {wnids[label]} elsewhere"
         if fault:
-            name = image.path or "without a name"
-            raise ValueError(
-                f"data.root: {root / image.stored}: row {image.offset} ({name}) has the label "
-                f"{label}{fault}"
-            )
+            row = f"row {image.offset} ({image.path or 'without a name'}) has the label {label}"
+            raise ValueError(f"data.root: {root / image.stored}: {row}{fault}")
     ordered = [wnids[label] for label in sorted(wnids)]
     for earlier, later in pairwise(ordered):
         if earlier >= later:
-            raise ValueError(
-                f"data.root: {root}: labels are not the wnids' places in sorted order, as they are "
-                f"in all other sources (see {later})"
-            )
+            order = "the wnids' places in sorted order, as they are in all other sources"
+            raise ValueError(f"data.root: {root}: labels are not {order} (see {later})")
     named = names if all(map(_WNID.fullmatch, names)) else []
     for ids in (ordered, named, sorted(synsets)):
         if len(ids) == num_classes and list(ids) == sorted(ids):

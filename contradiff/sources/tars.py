@@ -25,8 +25,7 @@ class Member(NamedTuple):
     num_bytes: int
 
 
-Members = dict[str, list[Member]]
-"""By class, or whatever else groups them."""
+Members = dict[str, list[Member]]  # by class, or whatever else groups them
 
 
 def walk_tar(path: Path, *, inner: tarfile.TarInfo | None = None) -> list[tarfile.TarInfo]:
@@ -49,9 +48,8 @@ def walk_tar(path: Path, *, inner: tarfile.TarInfo | None = None) -> list[tarfil
                 if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
                     raise tarfile.ReadError(f"no header at byte {tar.offset}")
         except (tarfile.TarError, ValueError, OverflowError) as error:
-            raise ValueError(
-                f"{shown} is no tar archive, or is truncated or damaged ({error}): fetch it again"
-            ) from error
+            fault = f"is no tar archive, or is truncated or damaged ({error})"
+            raise ValueError(f"{shown} {fault}: fetch it again") from error
     for member in members:
         check_member(member, shown=shown)
     return [member for member in members if member.isreg()]
@@ -66,10 +64,8 @@ def check_member(member: tarfile.TarInfo, *, shown: str) -> None:
         fault = "is a link or a device"
     else:
         return
-    raise ValueError(
-        f"{shown}: {member.name!r} {fault}, which no official archive's file does; do not unpack "
-        "it, fetch it again"
-    )
+    remedy = "which no official archive's file does; do not unpack it, fetch it again"
+    raise ValueError(f"{shown}: {member.name!r} {fault}, {remedy}")
 
 
 def kept_index(path: Path, folder: Path | None, read_headers: Callable[[Path], Members]) -> Members:

@@ -53,9 +53,8 @@ class TransferSet:
         content = read_manifest(manifest)
         images = cls(project / content["root"], content["source"])
         if images.manifest(project=project) != content:
-            raise ValueError(
-                f"{KEY}: {images.root} has changed since {manifest}; run `dvc repro -f prepare`"
-            )
+            fault = f"{images.root} has changed since {manifest}"
+            raise ValueError(f"{KEY}: {fault}; run `dvc repro -f prepare`")
         return images
 
     def manifest(self, *, project: Path) -> dict[str, Any]:
@@ -95,8 +94,7 @@ class TransferSet:
         """Open one split. In folders, test is `test/`, or `val/` where there is no `test/`.
 
         Images from folders are brought to `image_size` as the pipeline does it: centre crop, then
-        bicubic. CIFAR's stay at 32 pixels: they are resized where they are used. It raises
-        ValueError if the data is missing or damaged.
+        bicubic. CIFAR's stay at 32 pixels. ValueError says what is missing or damaged.
         """
         if self.source != "imagefolder":
             return read_cifar(self._find_cifar(), split=split)

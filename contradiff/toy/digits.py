@@ -14,8 +14,7 @@ from PIL import Image
 from contradiff.files import replace_dir
 
 FINE_NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
-SIDE = 32
-"""CIFAR's, in pixels."""
+SIDE = 32  # CIFAR's, in pixels
 
 
 def write_digits(root: Path, *, num_train_per_class: int, seed: int) -> None:
@@ -23,13 +22,11 @@ def write_digits(root: Path, *, num_train_per_class: int, seed: int) -> None:
 
     The fine classes are the ten digits, the coarse classes are even and odd. Few-shot training sets
     are drawn from `train`; `test` has all other digits. Both are in random order. A file name ends
-    with the image's index in `sklearn.datasets.load_digits`. Earlier digits are replaced.
+    with the image's index in `sklearn.datasets.load_digits`. Earlier digits are replaced;
+    ValueError if `root` holds other files.
 
     *Deviation* from the official files: the names of entries are text and not byte strings, because
     only Python 2 can pickle those. torchvision's reader accepts both.
-
-    Raises:
-        ValueError: `root` holds other files.
     """
     from sklearn.datasets import load_digits
 
@@ -40,11 +37,10 @@ def write_digits(root: Path, *, num_train_per_class: int, seed: int) -> None:
     is_empty = not root.exists() or (root.is_dir() and not any(root.iterdir()))
     own = root / "meta"
     if not is_empty and (not own.is_file() or own.read_bytes() != meta):
-        raise ValueError(
-            f"{root} holds files that are not the digits, and writing would delete them: to read "
-            "these files, set transfer_data.source to cifar100; to write the digits, set "
-            "transfer_data.root to another folder"
-        )
+        fault = f"{root} holds files that are not the digits, and writing would delete them"
+        read = "to read these files, set transfer_data.source to cifar100"
+        write = "to write the digits, set transfer_data.root to another folder"
+        raise ValueError(f"{fault}: {read}; {write}")
     order = np.random.default_rng(seed).permutation(len(labels))
     in_order = labels[order]
     # How many images of its own class come before each image in the order.

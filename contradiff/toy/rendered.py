@@ -24,19 +24,13 @@ def ensure_images(
 ) -> Path:
     """Return the folder of toy images below `root`; render it if it is not there.
 
-    `on_progress` gets the number of images rendered since the last call.
-
-    Raises:
-        ValueError: there are fewer images than classes.
+    `on_progress` gets the number of images rendered since the last call. It raises ValueError if
+    there are fewer images than classes.
     """
     from contradiff.toy.tree import render_tree
 
-    settings = {
-        "num_train": params.num_train or 0,
-        "num_val": params.num_val or 0,
-        "image_size": params.image_size,
-        "seed": seed,
-    }
+    settings = {"num_train": params.num_train or 0, "num_val": params.num_val or 0}
+    settings |= {"image_size": params.image_size, "seed": seed}
     return _ensure(root, "*.py", settings, partial(render_tree, on_progress=on_progress))
 
 

@@ -123,9 +123,8 @@ def write_devkit(root: Path, ground_truth: Iterable[object], *, packed: bool = T
     if packed:
         content = gzip.compress(tar_of([(f"{folder}/readme.txt", b"x"), *named]))
         _write(root / f"{folder}.tar.gz", content)
-    else:
-        for name, content in named:
-            _write(root / name, content)
+    for name, content in () if packed else named:
+        _write(root / name, content)
 
 
 def write_parquet(

@@ -167,6 +167,5 @@ def test_archive_that_shrank_since_the_scan_is_named(root: Path):
     last = max(scan(root).splits["train"], key=lambda file: file.offset)
     with (root / TRAIN).open("r+b") as file:
         file.truncate(last.offset + 1)
-    expected = rf"{TRAIN} is truncated: {last.path} is not whole in it"
-    with pytest.raises(ValueError, match=expected):
+    with pytest.raises(ValueError, match=rf"{TRAIN} is truncated: {last.path} is not whole in it"):
         read_member(root, last)

@@ -142,11 +142,8 @@ def test_larger_image_is_made_smaller(name: str):
     assert np.abs(difference).mean() < (3 if extension == "jpg" else 0.01)
 
 
-def test_small_image_is_kept_as_it_is():
+def test_small_image_is_kept_and_a_narrow_one_keeps_its_shape():
     content = IRREGULAR["upside down"][1]
     assert check(content, resize=48).content == content
-
-
-def test_narrow_image_keeps_its_shape():
     smaller = check(encoded(picture(31, 400), "PNG"), path="a.png", resize=8)
     assert Image.open(io.BytesIO(smaller.content)).size == (103, 8)

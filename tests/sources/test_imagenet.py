@@ -148,34 +148,27 @@ def test_auto_tells_what_it_looks_for_and_what_it_finds(tmp_path: Path):
         scan(tmp_path, layout="imagefolder", verify=True)
 
 
-@each_layout
+@pytest.mark.parametrize("layout", ["archives", "parquet"])
 def test_class_without_an_image_is_named(tmp_path: Path, layout: str):
     photos = make_photos(seed=0)
     missing = [p for p in photos if not (p.split == "train" and p.wnid == "n02119789")]
     WRITERS[layout](tmp_path, missing)
-    if layout in ("imagefolder", "kaggle"):  # in the others it is there already
-        folder = "" if layout == "imagefolder" else "ILSVRC/Data/CLS-LOC/"
-        (tmp_path / folder / "train/n02119789").mkdir()
-    expected = r"n02119789 holds no images|classes have no train image: (n02119789|0001)"
-    with pytest.raises(ValueError, match=rf"^data\.root: .*({expected})"):
+    with pytest.raises(ValueError, match=r"^data\.root: .*no train image: (n02119789|0001)"):
         scan(tmp_path)
 
 
 PARAMS = {"source": "toy", "root": "data/raw", "image_size": 32, "num_train": 100, "num_val": 10}
 
 
-@pytest.mark.parametrize(
-    ("changes", "fault"),
-    [
+def test_contradicting_parameters_are_refused():
+    assert DataParams.model_validate(PARAMS).layout == "imagefolder"
+    folder = PARAMS | {"source": "kaggle", "num_train": None, "num_val": None}
+    assert DataParams.model_validate(folder).layout == "kaggle"
+    for changes, fault in (
         ({"num_train": None}, r"data\.num_train is needed when data\.source is toy"),
         ({"source": "imagefolder"}, r"data\.num_train has no meaning .* set it to null"),
         ({"image_size": 30}, "multiple of 8"),
         ({"root": ""}, "at least 1 character"),
-    ],
-)
-def test_contradicting_parameters_are_refused(changes: dict[str, Any], fault: str):
-    assert DataParams.model_validate(PARAMS).layout == "imagefolder"
-    folder = PARAMS | {"source": "kaggle", "num_train": None, "num_val": None}
-    assert DataParams.model_validate(folder).layout == "kaggle"
-    with pytest.raises(ValidationError, match=fault):
-        DataParams.model_validate(PARAMS | changes)
+    ):
+        with pytest.raises(ValidationError, match=fault):
+            DataParams.model_validate(PARAMS | changes)

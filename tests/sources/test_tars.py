@@ -1,6 +1,5 @@
 """Where members lie, and whatever may be wrong with a tar."""
 
-import io
 import os
 import tarfile
 import tempfile
@@ -65,13 +64,10 @@ def test_only_headers_are_read(tmp_path: Path):
 
 
 def with_member(name: str, **fields: Any) -> bytes:
-    buffer = io.BytesIO()
-    with tarfile.open(fileobj=buffer, mode="w") as archive:
-        member = tarfile.TarInfo(name)
-        for field, value in fields.items():
-            setattr(member, field, value)
-        archive.addfile(member)
-    return buffer.getvalue()
+    member = tarfile.TarInfo(name)
+    for field, value in fields.items():
+        setattr(member, field, value)
+    return member.tobuf() + bytes(1024)
 
 
 def test_folders_are_passed_over(tmp_path: Path):
@@ -81,47 +77,37 @@ def test_folders_are_passed_over(tmp_path: Path):
 
 OUT = "points out of the archive"
 LINK = "is a link or a device"
+TWO = tar_of([("a.jpg", b"a" * 700), ("b.jpg", b"b" * 512)])
 
 
-@pytest.mark.parametrize(
-    ("content", "fault"),
-    [
+def test_what_no_archive_of_images_has_is_refused(tmp_path: Path):
+    for content, fault in (
         (with_member("../a.jpg"), rf"'\.\./a\.jpg' {OUT}"),
         (with_member("/etc/a.jpg"), rf"'/etc/a\.jpg' {OUT}"),
         (with_member(f"/{'long' * 60}.jpg"), rf"long\.jpg' {OUT}"),
         (with_member("a.jpg", type=tarfile.SYMTYPE, linkname="b"), rf"'a\.jpg' {LINK}"),
         (with_member("a.jpg", type=tarfile.FIFOTYPE), rf"'a\.jpg' {LINK}"),
         (with_member("a.jpg", type=tarfile.GNUTYPE_SPARSE), rf"'a\.jpg' {LINK}"),
+        (TWO.replace(b"b.jpg", b"c.jpg"), r".*damaged \(no header at byte 1536\)"),  # its checksum
         (b"no tar " * 200, "is no tar archive, or"),
         (b"", "is no tar archive, or"),
-    ],
-)
-def test_what_no_archive_of_images_has_is_refused(tmp_path: Path, content: bytes, fault: str):
-    (tmp_path / "a.tar").write_bytes(content)
-    with pytest.raises(ValueError, match=rf"^data\.root: .*/a\.tar.* ?{fault}.*fetch it again"):
-        walk_tar(tmp_path / "a.tar")
+    ):
+        (tmp_path / "a.tar").write_bytes(content)
+        with pytest.raises(ValueError, match=rf"^data\.root: .*/a\.tar.* ?{fault}.*fetch it again"):
+            walk_tar(tmp_path / "a.tar")
 
 
 @pytest.mark.parametrize("is_inner", [False, True])
 def test_a_truncated_tar_is_refused_wherever_it_ends(tmp_path: Path, is_inner: bool):
-    content = tar_of([("a.jpg", b"a" * 700), ("b.jpg", b"b" * 512)])
     # of 10240 bytes those behind b.jpg are zero; a whole block of them closes the archive
     last = 2 * 512 + 1024 + 512
     for length in [*range(0, last, 101), *range(last - 3, last + 512, 37), last + 511]:
-        cut = content[:length]
+        cut = TWO[:length]
         path = tmp_path / f"{length}.tar"
         path.write_bytes(tar_of([("n.tar", cut), ("more", bytes(9000))]) if is_inner else cut)
         inner = walk_tar(path)[0] if is_inner else None
         with pytest.raises(ValueError, match=rf"{length}\.tar.* is truncated or damaged"):
             walk_tar(path, inner=inner)
-
-
-def test_damage_in_a_header_is_noticed(tmp_path: Path):
-    content = bytearray(tar_of([("a.jpg", b"a" * 700), ("b.jpg", b"b")]))
-    content[512 + 1024 + 3] ^= 1
-    (tmp_path / "a.tar").write_bytes(content)
-    with pytest.raises(ValueError, match=r"a\.tar.*damaged \(no header at byte 1536\)"):
-        walk_tar(tmp_path / "a.tar")
 
 
 def test_index_is_found_again_until_the_file_changes(tmp_path: Path):

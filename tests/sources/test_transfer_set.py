@@ -125,8 +125,7 @@ def test_manifest_of_cifar_covers_every_file(tmp_path: Path, source: Source):
 
 def test_check_reads_all_and_counts(root: Path, tmp_path: Path):
     images = TransferSet(root, "imagefolder")
-    counts = ("4 train", "2 test")
-    expected = [f"{count} images of 3 classes in {root}" for count in counts]
+    expected = [f"{count} images of 3 classes in {root}" for count in ("4 train", "2 test")]
     assert list(images.check([1, "full"], verify=True)) == expected
     with pytest.raises(ValueError, match=r"^transfer\.shots: 2, but class 0 has only 1 images"):
         list(images.check([2, 1], verify=True))

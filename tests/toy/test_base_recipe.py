@@ -19,10 +19,6 @@ from contradiff.toy import base_recipe
 from contradiff.toy.base_recipe import Recipe, captions, train_unet, train_vae
 
 
-class Killed(BaseException):
-    """Stands for a signal."""
-
-
 def make_images() -> Tensor:
     """24 discs of random colour, place and size, on random plain grounds, at 16 pixels."""
     generator = torch.Generator().manual_seed(0)
@@ -60,14 +56,6 @@ def first_values(trainer: Callable[..., Any], *inputs: Any, folder: Path) -> Map
 
 def equal(first: torch.nn.Module, second: torch.nn.Module) -> bool:
     return all(map(torch.equal, first.state_dict().values(), second.state_dict().values()))
-
-
-def kill_after(step: int):
-    def report(done: int, _: Mapping[str, float]) -> None:
-        if done == step:
-            raise Killed
-
-    return report
 
 
 def test_autoencoder_learns_and_has_unit_latents(images: Tensor, tmp_path: Path):
@@ -115,12 +103,12 @@ def test_killed_trainings_resume_to_the_same_weights(images: Tensor, tmp_path: P
 
     def kill(done: int, _: Any) -> None:
         if done == 3:
-            raise Killed
+            raise KeyboardInterrupt
 
     vae = call(train_vae, images, folder=whole)
     unet = call(train_unet, images, vae, folder=whole)
     for trainer, inputs, model in ((train_vae, [images], vae), (train_unet, [images, vae], unet)):
-        with pytest.raises(Killed):
+        with pytest.raises(KeyboardInterrupt):
             call(trainer, *inputs, folder=killed, on_step=kill)
         assert equal(call(trainer, *inputs, folder=killed), model)
         assert not equal(call(trainer, *inputs, folder=tmp_path, seed=1), model)

@@ -61,9 +61,7 @@ def test_no_two_images_are_equal_over_splits_and_seeds(root: Path, tmp_path: Pat
     contents = [*contents_of(root).values(), *contents_of(other).values()]
     assert len(contents) == 2 * (50 + 26 + 1)
     assert len(set(contents)) == len(contents) - 1  # the mapping is the same
-
-
-def test_a_larger_split_begins_with_the_smaller_ones_images(root: Path, tmp_path: Path) -> None:
+    # a larger split begins with the smaller one's images
     small = render(tmp_path / "small", num_train=20, num_val=13)
     assert contents_of(small).items() <= contents_of(root).items()
 
@@ -82,9 +80,8 @@ def test_twice_the_side_averaged_down_is_the_same_picture(class_index: int) -> N
 def test_mean_colour_does_not_tell_the_class() -> None:
     labels = np.repeat(np.arange(len(CLASSES)), 20)
     rngs = [np.random.default_rng([label, i]) for i, label in enumerate(labels)]
-    images = [
-        render_image(*pair, image_size=16) for pair in zip(labels.tolist(), rngs, strict=True)
-    ]
+    pairs = zip(labels.tolist(), rngs, strict=True)
+    images = [render_image(*pair, image_size=16) for pair in pairs]
     colours = np.stack(images).mean(axis=(1, 2))
     distances = np.linalg.norm(colours[:, None] - colours, axis=2)
     np.fill_diagonal(distances, np.inf)
