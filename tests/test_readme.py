@@ -13,7 +13,9 @@ from tests.settings import override
 
 ROOT = Path(__file__).resolve().parents[1]
 FILES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-TEXT = "\n".join(file.read_text(encoding="utf-8") for file in FILES if file.name != "log.md")
+TEXT = "\n".join(
+    file.read_text(encoding="utf-8") for file in FILES if file.stem not in {"log", "extending"}
+)
 OVERRIDE = re.compile(r"""-S '?([\w.]+)=([^\s'`]+)""")
 SWITCH = re.compile(r"^\| `([\w.]+=[^`]+)`", re.MULTILINE)
 
