@@ -243,6 +243,7 @@ def execute(
         run = Run(stage, Path(os.environ.get("DVC_ROOT") or ".").resolve(), runtime)
         main(params, run)
         run.log(f"done in {time.perf_counter() - started:.1f} s")
+        leave_processes()
         return
     except (ValueError, OSError) as error:
         if os.environ.get("CONTRADIFF_TRACEBACK") == "1":
@@ -253,4 +254,22 @@ def execute(
     message = f"contradiff: {stage}: {text}"
     if is_new_message(message):
         print(message, file=sys.stderr)
+    if is_joined():
+        sys.stderr.flush()
+        os._exit(code)  # gloo's threads would abort a process that ends as usual
     sys.exit(code)
+
+
+def is_joined() -> bool:
+    """Whether this process has joined others."""
+    distributed = sys.modules.get("torch.distributed")
+    return distributed is not None and distributed.is_available() and distributed.is_initialized()
+
+
+def leave_processes() -> None:
+    """Close the connections to the other processes: an open one can abort Python at its end."""
+    if is_joined():
+        import torch.distributed as dist
+
+        dist.barrier()
+        dist.destroy_process_group()

@@ -210,7 +210,7 @@ def test_a_stopped_stage_cleans_up_and_keeps_its_work(project: Path, number: str
 def test_two_processes_find_each_other(project: Path):
     process = start(project, "gather", processes=2)
     _, err = process.communicate(timeout=120)
-    assert (process.returncode, err.count("demo: done in")) == (0, 1)
+    assert (process.returncode, err.count("demo: done in")) == (0, 1), err
     for rank in (0, 1):
         assert (project / f"seen-by-{rank}").read_text() == "[0, 1]"
 
