@@ -152,7 +152,9 @@ def pretrain(
 def write_curve(path: Path, curve: Sequence[Mapping[str, float]]) -> None:
     """Write a curve as CSV, with six significant digits; it has columns even without rows."""
     with replace_file(path) as temporary, temporary.open("w", newline="") as file:
-        writer = csv.DictWriter[str](file, CURVE_COLUMNS, restval="", lineterminator="\n")
+        writer: csv.DictWriter[str] = csv.DictWriter(
+            file, CURVE_COLUMNS, restval="", lineterminator="\n"
+        )
         writer.writeheader()
         for row in curve:
             numbers = {name: f"{value:.6g}" for name, value in row.items()}
