@@ -44,10 +44,11 @@ def replace_dir(path: Path) -> Generator[Path]:
 
 @contextmanager
 def hold_lock(path: Path, *, on_wait: Callable[[str], None] | None = None) -> Generator[None]:
-    """Hold an exclusive lock, which the system releases however the process ends.
+    """Hold an exclusive lock, which the operating system releases even if the process crashes.
 
-    The lock file is never deleted: another process might hold the deleted one. If this process has
-    to wait for another, it tells `on_wait` the owner's process id.
+    The lock file is never deleted: otherwise one process could hold the deleted file while another
+    locks a new file at the same path. If this process has to wait, it calls `on_wait` with the
+    owner's process id.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a+") as file:

@@ -1,6 +1,6 @@
-"""prepare: all that is given => manifests. Renders the embedded default's images; checks the rest.
+"""prepare: raw data and weights => a manifest of each in build/manifest, which DVC tracks.
 
-Raw data and given weights lie outside DVC: a manifest in build/manifest stands for each.
+It renders the embedded default's images. Everything else is only checked.
 """
 
 from stages.runtime.run import Run, execute

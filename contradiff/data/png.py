@@ -1,4 +1,4 @@
-"""PNGs: generated images without loss, and grids of images."""
+"""PNG output: lossless encoding of generated images, and grids of images."""
 
 import io
 import math
@@ -45,7 +45,7 @@ def _rows(images: ByteImages, columns: int) -> UInt8[Tensor, "rows columns 3 hei
 
 
 class LiveGrid:
-    """A PNG of the newest images: written at once, then after `seconds` at the earliest."""
+    """A PNG of the newest images, written on the first `add`, then at most every `seconds`."""
 
     def __init__(
         self, path: Path, *, columns: int = 16, max_images: int = 96, seconds: float = 10.0

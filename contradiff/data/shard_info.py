@@ -15,7 +15,7 @@ class ShardInfo(BaseModel):
 
 
 class ImageInfo(ShardInfo):
-    """Images; sample i of class c belongs to `class_ids[c]`."""
+    """Describes image shards. A sample with label c is of the class with id `class_ids[c]`."""
 
     kind: Literal["images"] = "images"
     class_ids: tuple[str, ...]

@@ -92,9 +92,11 @@ class PairedShards:
         image_records = read_shard(join(self.images, image_shard.name), image_shard)
         for image, latent in zip(image_records, latent_records, strict=True):
             if image["__key__"] != latent["__key__"]:
-                keys = " beside ".join(record["__key__"].decode() for record in (latent, image))
+                keys = " is not the image's ".join(
+                    record["__key__"].decode() for record in (latent, image)
+                )
                 path = join(self.latents, latent_shard.name)
-                raise ValueError(f"{path}: key {keys}; run `dvc repro latents`")
+                raise ValueError(f"{path}: the latent's key {keys}; run `dvc repro latents`")
             yield image, latent
 
 

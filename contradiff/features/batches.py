@@ -82,7 +82,7 @@ class StoredImages:
     def pixel_batches(
         self, split: str, number: int, *, size: int, crop_fraction: float
     ) -> Iterator[CleanBatch]:
-        """Yield the centres of one shard's images at a backbone's size; no latents are read."""
+        """Yield one shard's centre crops at the backbone's input size; no latents are read."""
         shard = self.index.shards(split)[number]
         samples = map(image_of, read_shard(self.images / shard.name, shard))
         make = partial(centre_row, size=size, crop_fraction=crop_fraction)

@@ -142,7 +142,7 @@ class FeatureCache:
         return [key for header in headers for key in json.loads(header["keys"])]
 
     def maps(self, split: str) -> ConcatDataset[Tensor]:
-        """Map the main triple's (3, channels, h, w) into memory; ValueError if there are none."""
+        """Memory-map the main triple's maps, each (3, channels, h, w); ValueError if none exist."""
         if not self.index.maps:
             fault = "no maps, which probe.head: attentive trains on"
             remedy = "run `dvc repro features` with this setting"

@@ -84,8 +84,8 @@ class FeaturesParams(Section):
             raise ValueError(f"features.timm_name: {model} needs it (such as vit_base_patch16_224)")
         if is_timm and (self.timm_weights is None) != self.timm_pretrained:
             raise ValueError(
-                f"features.timm_weights: {model} needs one of two: a local .safetensors file here, "
-                "or features.timm_pretrained: true (network)"
+                f"features.timm_weights: {model} needs one source of weights: set this to a local "
+                ".safetensors file, or set features.timm_pretrained: true to download them"
             )
         if is_timm and self.more_triples:
             raise ValueError(f"features.more_triples: {model} has no timesteps; set it to []")

@@ -24,7 +24,7 @@ def write_conditions(
     params: shards.ShardParams,
     on_progress: Callable[[int], None],
 ) -> None:
-    """Store up to `num_images` images without loss in an empty folder; 0 writes an empty index."""
+    """Store up to `num_images` images losslessly in an empty folder; 0 writes an empty index."""
     records: Iterator[shards.Record] = (
         {
             "__key__": key.encode(),

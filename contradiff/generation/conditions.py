@@ -88,7 +88,7 @@ def unconditional(model: ContraDiff, *, seed: int) -> Conditioning:
 def image_conditional(model: ContraDiff, folder: Path, *, null_tokens: TokensOf) -> Conditioning:
     """Condition sample i on the i-th image (Fig. 4); after the last image comes the first.
 
-    Samples that are generated in order read each image once.
+    If samples are generated in order, the images are read in order too, without reopening files.
     """
     images: Iterator[tuple[ByteImages, Latents]] = iter(())
     position = -1

@@ -32,7 +32,7 @@ def add_lora(unet: "UNet2DConditionModel", params: LoraParams) -> None:
 
 
 def merge_lora(unet: nn.Module) -> None:
-    """Add the low-rank updates to the weights in float32: the output stays, the extra cost ends."""
+    """Add the low-rank updates to the weights (float32): same output, no more LoRA overhead."""
     from peft.tuners.lora import LoraLayer
 
     for module in unet.modules():

@@ -1,4 +1,4 @@
-"""The loss of one training step: L = L_recon + lambda * L_contrast (Eq. 7) of two views' draws."""
+"""The loss of a training step: L = L_recon + lambda * L_contrast (Eq. 7), from two noised views."""
 
 from dataclasses import dataclass
 

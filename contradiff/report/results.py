@@ -124,7 +124,7 @@ class ModelSize(_Record):
 
 
 class PretrainRecord(_Record):
-    """build/pretrain/config.json."""
+    """The contents of build/pretrain/config.json."""
 
     params: dict[str, Any]
     parameters: ModelSize

@@ -112,7 +112,7 @@ class TransferSplit:
 
 
 def find_cifar(root: Path, name: CifarName) -> CifarFiles:
-    """Find an archive, or the files or the archive in a folder; ValueError names what it lacks."""
+    """Find CIFAR: an archive, or a folder with it or its files; ValueError lists missing files."""
     forms = FORMS[name]
     archives = " or ".join(form.archive for form in forms)
     absent = {form: [n for n in form.files if not (root / n).is_file()] for form in forms}
@@ -201,7 +201,7 @@ def _list(mapping: Mapping[str, object], key: str, *, shown: str) -> list[object
     value = mapping.get(key)
     if not isinstance(value, list):
         fault = f"no list {key!r} among its entries {sorted(mapping)}"
-        raise ValueError(f"{shown}: {fault}; is it of the other CIFAR?")
+        raise ValueError(f"{shown}: {fault}; check which data set it is (CIFAR-10 or CIFAR-100)")
     return value
 
 

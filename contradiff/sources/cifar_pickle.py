@@ -31,7 +31,9 @@ class _ByteArray(np.ndarray):
 def _encode(text: str, encoding: object = "latin1") -> bytes:
     """Python 3 writes bytes so in protocol 2."""
     if encoding not in ("latin1", b"latin1"):
-        raise pickle.UnpicklingError(f"bytes encoded as {encoding!r}")
+        raise pickle.UnpicklingError(
+            f"bytes have the encoding {encoding!r}; only latin1 is accepted"
+        )
     return text.encode("latin1")
 
 
@@ -54,7 +56,7 @@ class _CifarUnpickler(pickle.Unpickler):
 
 
 def read_mapping(content: bytes, *, shown: str) -> dict[str, object]:
-    """Unpickle a mapping of plain data; ValueError, which names the file `shown`, for all else."""
+    """Unpickle a mapping of plain data only; otherwise raise ValueError, naming file `shown`."""
     try:
         value: object = _CifarUnpickler(io.BytesIO(content), encoding="bytes").load()
     except Exception as error:  # pickle leaves open what it raises for a damaged file

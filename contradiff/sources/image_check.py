@@ -41,14 +41,15 @@ class CheckedImage(NamedTuple):
 
 
 def check_image(content: bytes, *, path: str, verify: Verify, resize: int | None) -> CheckedImage:
-    """Check an image; keep its bytes unless it must become smaller.
+    """Check an image; keep its bytes unless it has to be made smaller.
 
     The extension follows the content: a PNG named x.JPEG is stored as a PNG.
 
-    `verify` full decodes every scan line (a JPEG at an eighth of the size, which reads all the data
-    for little arithmetic); header reads the header and looks for the end mark. Larger images get a
-    shorter side of `resize` pixels (bicubic). They become upright RGB and are encoded anew, JPEG as
-    JPEG and all else as PNG. It raises ValueError, which names the file, for an unreadable image.
+    With `verify="full"`, every scan line is decoded (a JPEG at one eighth of its size, which still
+    reads all the data but is cheap). With `verify="header"`, the header is read and the end marker
+    looked for. Images larger than `resize` are scaled (bicubic) until the shorter side has `resize`
+    pixels, turned upright, converted to RGB and encoded again: JPEG as JPEG, all else as PNG.
+    Raises a ValueError that names the file if the image is unreadable.
     """
     with opened(content, name=path) as image:
         kind = image.format or "unknown"

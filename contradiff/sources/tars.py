@@ -29,9 +29,9 @@ Members = dict[str, list[Member]]  # by class, or whatever else groups them
 
 
 def walk_tar(path: Path, *, inner: tarfile.TarInfo | None = None) -> list[tarfile.TarInfo]:
-    """Return the plain files of a tar, or of the tar `inner` in it, in its order.
+    """List the regular files of a tar in archive order, or those of the nested tar `inner`.
 
-    An inner tar's members have an `offset_data` that counts from its own beginning. It raises
+    Each member's `offset_data` counts from the start of the tar that directly holds it. Raises
     ValueError if the tar is truncated or damaged, or if `check_member` refuses a member.
     """
     shown = f"data.root: {path}" if inner is None else f"data.root: {path}: {inner.name}"

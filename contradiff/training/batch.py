@@ -53,7 +53,7 @@ class ViewChooser:
             ("conditioner.cond_view: crop of conditioner.input latents", crops_latents),
         ):
             if needs_two and self.info.views < 2:
-                raise ValueError(f"{setting} needs latents.views of 2 or more; set it to same")
+                raise ValueError(f"{setting} needs latents.views of 2 or more; raise latents.views")
 
     def __call__(self, epoch: int, batch: Sequence[Pair]) -> dict[str, Tensor]:
         """Stack a batch: "moments" (2 batch 2c h w) and what conditions them.

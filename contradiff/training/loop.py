@@ -84,7 +84,7 @@ def train(
             for name, value in row.items():
                 if not math.isfinite(value):
                     fault = f"{name} is {value} at step {done}"
-                    raise ValueError(f"{lr_key}: {fault}: the training diverged; lower it")
+                    raise ValueError(f"{lr_key}: the training diverged ({fault}); lower this rate")
         on_step(done, row)
         if due is not None and (accelerator is None or accelerator.is_main_process):
             due.save(done, optimizer)

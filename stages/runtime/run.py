@@ -115,9 +115,9 @@ class Run:
         # Without CUDA, `accelerate launch` starts processes that each believe to be alone.
         if accelerator.num_processes != int(os.environ.get("WORLD_SIZE", "1")):
             raise ValueError(
-                f"WORLD_SIZE is {os.environ.get('WORLD_SIZE')} but Accelerate joined "
-                f"{accelerator.num_processes} process; start by "
-                f"`python -m stages.{self.stage}`, and choose by {VARIABLE}"
+                f"WORLD_SIZE is {os.environ.get('WORLD_SIZE')} but Accelerate found "
+                f"{accelerator.num_processes} process; start the stage with "
+                f"`python -m stages.{self.stage}`, and select devices with {VARIABLE}"
             )
         return accelerator
 
@@ -166,7 +166,7 @@ class Run:
             yield advance
 
     def write_json(self, path: Path, content: Mapping[str, object]) -> None:
-        """Write `content` whole, floats to six significant digits; ValueError for NaN, infinity."""
+        """Write JSON atomically, floats to six digits; ValueError if any is NaN or infinite."""
         if not self.is_main:
             return
         text = json.dumps(content)

@@ -105,8 +105,8 @@ def connect(root: Path) -> Store:
             client.search_experiments(max_results=1)
     except Exception as error:  # each kind of store has its own errors
         raise ValueError(
-            f"MLflow's store {uri} cannot be used; correct the variable MLFLOW_TRACKING_URI "
-            f"(unset: mlflow.db in {root}): {error}"
+            f"MLflow's store {uri} cannot be used: {error}. Correct the environment variable "
+            f"MLFLOW_TRACKING_URI, or unset it to use {root}/mlflow.db"
         ) from error
     return Store(client, uri, root)
 
@@ -216,11 +216,12 @@ def training_run(
 def upsert_row(
     run: Run, *, params: dict[str, Any], metrics: list[Path], curve: Path, artifacts: list[Path]
 ) -> str:
-    """Write the experiment's row, or add DVC's name to the row that is there; return its run id.
+    """Write the experiment's row, or add DVC's name to it if it already exists; return its run id.
 
-    The same parameters (without `runtime`) and results are the same row. A row that an interrupted
-    process left incomplete is replaced. `metrics` are files of nested JSON; each column of the CSV
-    file `curve` but `step` becomes a metric `pretrain.<column>`; copies of `artifacts` are kept.
+    Two runs with identical parameters (ignoring `runtime`) and identical results share one row. A
+    row that an interrupted process left incomplete is replaced. `metrics` are nested JSON files.
+    Every column of the CSV file `curve` except `step` becomes a metric `pretrain.<column>`. Copies
+    of `artifacts` are kept.
     """
     store = connect(run.root)
     client = store.client

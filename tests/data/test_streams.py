@@ -133,7 +133,10 @@ def test_folders_of_other_sizes_are_refused(tiny_data: Path, tmp_path: Path):
 def test_folders_of_other_orders_are_refused(tiny_data: Path, tmp_path: Path):
     latents = rewritten(tiny_data / "latents", tmp_path / "latents", 6, reversed)
     pairs = PairedShards.open(tiny_data / "images", latents, split="train")
-    with pytest.raises(ValueError, match=r"train-0000\d.tar: key train-\d+ beside train-\d+; run"):
+    with pytest.raises(
+        ValueError,
+        match=r"train-0000\d.tar: the latent.s key train-\d+ is not the image.s train-\d+; run",
+    ):
         batches_of(pairs, 1)
 
 

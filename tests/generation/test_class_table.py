@@ -253,7 +253,10 @@ def test_the_rate_warms_up_over_a_fiftieth_and_falls_along_a_cosine(
 @pytest.mark.parametrize(
     ("change", "expected"),
     [
-        ({"lr": 1e30}, r"^class_condition\.lr: loss is (nan|inf) at step \d"),
+        (
+            {"lr": 1e30},
+            r"^class_condition\.lr: the training diverged \(loss is (nan|inf) at step \d",
+        ),
         ({"batch_size": 25}, r"^class_condition\.batch_size: 25 is more than the 24 images$"),
     ],
 )

@@ -301,7 +301,11 @@ def test_wrong_content_is_named(root: Path):
         (GOOD, [0, 3], "fine_labels[1] is 3; expected 0 to 2"),
         (GOOD, [0, -1], "fine_labels[1] is -1"),
         (GOOD, [0, 1.0], "fine_labels[1] is 1.0"),
-        (GOOD, (0, 1), "no list 'fine_labels' among its entries ['data', 'fine_labels']; is it of"),
+        (
+            GOOD,
+            (0, 1),
+            "no list 'fine_labels' among its entries ['data', 'fine_labels']; check which",
+        ),
     ):
         write(root / "train", {b"data": data, b"fine_labels": labels}, protocol=4)
         assert f"{root}/train: " in (fault := complaint(root))
