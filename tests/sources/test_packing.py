@@ -230,7 +230,7 @@ def test_too_many_unreadable_images_are_refused(tmp_path: Path):
     listed = quarantined(tmp_path / "work")
     assert 1 < len(listed) <= 6
     assert f"{listed[0]['path']}: not a readable image (unknown format)" in str(caught.value)
-    assert f"{tmp_path}/work/quarantine.json" in str(caught.value)
+    assert str(tmp_path / "work" / "quarantine.json") in str(caught.value)
     missing = missing_items(source.plan, tmp_path / "work", name_of=name_of)
     patient = memory(16, bad=[2, 3, 7, 8, 9, 11], max_quarantined=6 / 16)  # no more than that
     read = Mock(side_effect=source)
