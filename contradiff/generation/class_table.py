@@ -3,7 +3,6 @@
 label => one token for the UNet's cross-attention; training changes the table, never the model
 """
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +10,14 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Int64
 from pydantic import Field
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from contradiff.base.vae import sample
 from contradiff.config import Section
 from contradiff.data.streams import PairedShards, TrainingStream, training_batches
-from contradiff.files import replace_dir, sha256_of
-from contradiff.method.checkpoint import CONFIG_NAME, WEIGHTS_NAME
+from contradiff.files import sha256_of
+from contradiff.method.checkpoint import WEIGHTS_NAME, read_config, write_weights
 from contradiff.method.lora import cast_frozen_weights, disable_lora, merge_lora
 from contradiff.method.model import ContraDiff
 from contradiff.method.noise import add_noise
@@ -197,20 +196,12 @@ def save_class_table(
         "num_classes": num_classes,
         "num_steps": num_steps,
     }
-    with replace_dir(folder) as temporary:
-        if table is not None:
-            state = {name: value.cpu().contiguous() for name, value in table.state_dict().items()}
-            save_file(state, temporary / TABLE_NAME)
-        (temporary / CONFIG_NAME).write_text(json.dumps(config, indent=1, sort_keys=True) + "\n")
+    write_weights(folder, {} if table is None else {TABLE_NAME: table.state_dict()}, config)
 
 
 def read_class_config(folder: Path) -> dict[str, Any]:
     """Read a table's config.json; a ValueError says that there is none."""
-    path = folder / CONFIG_NAME
-    if not path.is_file():
-        remedy = f"run `dvc repro class_condition`, or fetch it by `dvc pull {folder}`"
-        raise ValueError(f"{path}: no table of classes; {remedy}")
-    return json.loads(path.read_text())
+    return read_config(folder, what="table of classes", stage="class_condition")
 
 
 def load_class_table(folder: Path, *, checkpoint: Path) -> ClassTable:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from contradiff.config import parse
 from contradiff.files import replace_dir, sha256_of
@@ -35,18 +36,28 @@ def save_checkpoint(
     """Write the trained weights and config.json, with the run's `params`, whole or not at all."""
     config = {"base_sha256": base_digest(base), "image_size": image_size, "num_steps": num_steps}
     config |= {"parameters": counts, "params": dict(params)}
-    state = {name: value.cpu().contiguous() for name, value in model.trained_state().items()}
+    write_weights(folder, {WEIGHTS_NAME: model.trained_state()}, config)
+
+
+def write_weights(
+    folder: Path, files: Mapping[str, Mapping[str, Tensor]], config: Mapping[str, Any]
+) -> None:
+    """Replace `folder` by safetensors files, each with its tensors, and config.json."""
     with replace_dir(folder) as temporary:
-        save_file(state, temporary / WEIGHTS_NAME)
+        for name, tensors in files.items():
+            state = {key: value.cpu().contiguous() for key, value in tensors.items()}
+            save_file(state, temporary / name)
         (temporary / CONFIG_NAME).write_text(json.dumps(config, indent=1, sort_keys=True) + "\n")
 
 
-def read_config(folder: Path) -> dict[str, Any]:
-    """Read a checkpoint's config.json; ValueError where there is no checkpoint."""
+def read_config(
+    folder: Path, *, what: str = "checkpoint", stage: str = "pretrain"
+) -> dict[str, Any]:
+    """Read the config.json of `what` a stage wrote; ValueError if the file does not exist."""
     path = folder / CONFIG_NAME
     if not path.is_file():
-        remedy = f"run `dvc repro pretrain`, or fetch it by `dvc pull {folder}`"
-        raise ValueError(f"{path}: no checkpoint; {remedy}")
+        remedy = f"run `dvc repro {stage}`, or fetch it by `dvc pull {folder}`"
+        raise ValueError(f"{path}: no {what}; {remedy}")
     return json.loads(path.read_text())
 
 
