@@ -11,20 +11,21 @@ from contradiff.method.unet import MapBlock
 from contradiff.types import Features
 
 LevelMaps = Float[Tensor, "batch 3 width_m h_m w_m"]
-"""Maps of one view, ordered: noisiest, middle, cleanest."""
+"""Outputs of a UNet block at an image's three noise levels, from noisiest to cleanest."""
 
 
 class HeadParams(Section):
-    """Section `head`: tri-timestep attention, and the projector after it."""
+    """Parameters of section `head`: the tri-timestep attention and the projector after it."""
 
     block: MapBlock = Field(
-        description="block that gives the maps: mid (paper) | up.1, pooled to mid's size | both"
+        description="UNet block that gives the maps: mid (paper) | up.1, pooled to mid's size | "
+        "mid+up.1: both"
     )
-    width: int = Field(ge=1, description="width of attention and of h; paper-scale 1024")
+    width: int = Field(ge=1, description="width of the attention and of h; 1024 at paper scale")
     num_heads: int = Field(ge=1)
     mlp_ratio: int = Field(ge=1)
     self_conditioning: bool = Field(
-        description="the decoder also sees the pooled bottleneck (paper: no)"
+        description="show the pooled bottleneck to the UNet's up blocks (paper: no)"
     )
     projector_width: int = Field(ge=1)
     projector_out: int = Field(ge=1)
@@ -32,14 +33,14 @@ class HeadParams(Section):
     @model_validator(mode="after")
     def _heads_divide_width(self) -> "HeadParams":
         if self.width % self.num_heads:
-            raise ValueError("head.width must be a multiple of head.num_heads")
+            raise ValueError("head.width must be a multiple of head.num_heads; change one")
         return self
 
 
 def order_by_noise(
     maps: Float[Tensor, "levels batch width_m h_m w_m"], timesteps: Int[Tensor, "levels batch"]
 ) -> LevelMaps:
-    """Order each image's maps from the noisiest to the cleanest: query, key, value."""
+    """Sort each image's maps by noise: noisiest (query), middle (key), cleanest (value)."""
     order = timesteps.argsort(dim=0, descending=True, stable=True)
     index = order.view(*order.shape, 1, 1, 1).expand_as(maps)
     return maps.gather(0, index).transpose(0, 1)
@@ -48,10 +49,10 @@ def order_by_noise(
 class TriTimestepAttention(nn.Module):
     """h = Attention[W_Q f(z_t1), W_K f(z_t2), W_V f(z_t3)] (Eq. 4), pooled by a class token.
 
-    Q comes from the noisiest map, K from the middle one and V from the cleanest. The layers are: a
-    shared LayerNorm; W_Q, W_K, W_V without bias; multi-head attention and W_O; an MLP; a class
-    token with one ViT block; a final norm. The paper gives only Eq. 4 and the number of parameters
-    (28M with the linear classifier); these layers have that number.
+    Q comes from the noisiest map, K from the middle map and V from the cleanest map. The layers are
+    a shared LayerNorm, W_Q, W_K and W_V without bias, multi-head attention, W_O, an MLP, one ViT
+    block with a class token, and a last LayerNorm. The paper gives only Eq. 4 and the number of
+    parameters (28M with the linear classifier), which these layers reproduce.
     """
 
     def __init__(self, *, in_channels: int, width: int, num_heads: int, mlp_ratio: int) -> None:
@@ -69,7 +70,7 @@ class TriTimestepAttention(nn.Module):
         self.norm_out = nn.LayerNorm(width)
 
     def forward(self, maps: LevelMaps) -> Features:
-        """Three maps, noisiest first => h."""
+        """Compute the feature h of each image from its three maps, noisiest first."""
         noisiest, middle, cleanest = self.norm_in(maps.flatten(3).transpose(2, 3)).unbind(1)
         query, key, value = self.to_q(noisiest), self.to_k(middle), self.to_v(cleanest)
         tokens = self.to_out(attend(query, key, value, num_heads=self.num_heads))
@@ -79,10 +80,10 @@ class TriTimestepAttention(nn.Module):
 
 
 class Projector(nn.Sequential):
-    """Linear, BatchNorm, ReLU, Linear between h and the contrastive loss; probes read h.
+    """Layers between h and the contrastive loss: Linear, BatchNorm, ReLU, Linear. Probes read h.
 
     *Deviation*: the paper mentions no projector, but it follows SimCLR and MAGE, which have one.
-    BatchNorm and cosine similarity would cancel biases, so there are none.
+    The first layer has no bias, because BatchNorm would cancel it. The last layer has none either.
     """
 
     def __init__(self, head: HeadParams) -> None:

@@ -1,9 +1,10 @@
-"""The reconstruction loss (Eq. 3), and contrastive losses of two views (Eq. 6 and its neighbours).
+"""The reconstruction loss (Eq. 3) and three contrastive losses of two views (one is Eq. 6).
 
-Each contrastive loss takes the projected features of two views, row i of both from the same image;
-similarity is the cosine, so they need not be normalised. `anchors` are the images whose loss is
-averaged, all by default: a process passes its own where the views hold those of all processes, and
-the mean over processes is then the loss of the whole batch. Fewer than two images are a ValueError.
+A view is one of two versions of every image in a batch. Each contrastive loss takes the projected
+features of both views, in which row i belongs to image i. Similarity is the cosine, so features
+need not be normalised. `anchors` are the images whose losses are averaged; the default is all. With
+several processes, the views hold the images of all processes and `anchors` are the images of this
+process. Each loss raises ValueError if there are fewer than two images.
 """
 
 import math
@@ -26,29 +27,29 @@ ALL = slice(None)
 
 
 class LossParams(Section):
-    """Section `loss`: reconstruction + lambda * contrastive (Eq. 7)."""
+    """Parameters of section `loss`: reconstruction + lambda * contrastive (Eq. 7)."""
 
     weight: float = Field(alias="lambda", ge=0, description="lambda of Eq. 7")
     contrastive: Literal["ntxent", "dcl_paper", "infonce"] = Field(
-        description="dcl_paper is Eq. 6 as printed, but the mean"
+        description="which contrastive loss; dcl_paper is Eq. 6, averaged over images"
     )
     temperature: float = Field(gt=0, description="tau of Eq. 6")
     latent_views: Literal["same", "two"] = Field(
-        description="same: both views are noisings of one latent (Eq. 5) | two: the first is of the"
-        " centre crop, the second of a random crop"
+        description="same: both views add noise to one latent (Eq. 5) | two: view 1 adds noise to"
+        " the latent of the centre crop, view 2 to the latent of a random crop"
     )
     recon_passes: int = Field(
-        ge=1, le=6, description="how many of an image's six draws are denoised (Eq. 3)"
+        ge=1, le=6, description="how many of an image's six noisy latents are denoised (Eq. 3)"
     )
     min_snr_gamma: float = Field(
-        ge=0, description="reconstruction weights min(SNR, gamma) / SNR; 0: none (paper)"
+        ge=0, description="weight reconstruction by min(SNR, gamma) / SNR; 0: no weights (paper)"
     )
 
 
 def reconstruction_loss(
     noise_pred: Latents, noise: Latents, *, weights: Float[Tensor, " batch"] | None
 ) -> Loss:
-    """Eq. 3: the mean squared error of the predicted noise, each sample times its weight."""
+    """Compute Eq. 3: the mean squared error of the predicted noise, with optional weights."""
     if weights is None:
         return F.mse_loss(noise_pred.float(), noise.float())
     error = F.mse_loss(noise_pred.float(), noise.float(), reduction="none")
@@ -56,13 +57,13 @@ def reconstruction_loss(
 
 
 def min_snr_weights(alphas_cumprod: PerTimestep, *, gamma: float) -> PerTimestep:
-    """min(SNR, gamma) / SNR of each timestep (Hang et al., 2023), for a predicted noise."""
+    """Compute the weights min(SNR, gamma) / SNR of all timesteps (Hang et al., 2023)."""
     ratio = alphas_cumprod / (1.0 - alphas_cumprod)
     return ratio.clamp(max=gamma) / ratio
 
 
 def ntxent(view1: View, view2: View, *, temperature: float, anchors: slice = ALL) -> Loss:
-    """Symmetric NT-Xent (SimCLR): both views are anchors, all 2N - 1 others are candidates.
+    """Compute SimCLR's NT-Xent: each of the 2N features finds its partner among the 2N - 1 others.
 
     Example:
         >>> view1 = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
@@ -78,9 +79,11 @@ def ntxent(view1: View, view2: View, *, temperature: float, anchors: slice = ALL
 
 
 def dcl_paper(view1: View, view2: View, *, temperature: float, anchors: slice = ALL) -> Loss:
-    """Eq. 6 to the letter: anchors of view 1, no positive in the denominator, the factor 2.
+    """Compute Eq. 6 as printed, but averaged over images.
 
-    *Deviation*: the mean over images, not the sum, so that lambda does not depend on the batch.
+    Only features of view 1 are anchors, the denominator lacks the positive pair, and the numerator
+    has a factor of 2. *Deviation*: Eq. 6 is a sum over images. With the mean, lambda does not
+    depend on the batch size.
 
     Example:
         >>> view1 = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
@@ -96,7 +99,7 @@ def dcl_paper(view1: View, view2: View, *, temperature: float, anchors: slice = 
 
 
 def infonce(view1: View, view2: View, *, temperature: float, anchors: slice = ALL) -> Loss:
-    """InfoNCE (Oord et al., 2018), one direction: view 1 finds its partner among all of view 2.
+    """Compute InfoNCE (Oord 2018): each feature of view 1 finds its partner among all of view 2.
 
     Example:
         >>> view1 = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
@@ -108,13 +111,13 @@ def infonce(view1: View, view2: View, *, temperature: float, anchors: slice = AL
 
 
 CONTRASTIVE_LOSSES = {"ntxent": ntxent, "dcl_paper": dcl_paper, "infonce": infonce}
-"""By their name in loss.contrastive."""
+"""The contrastive losses by their names in the parameter loss.contrastive."""
 
 
 def _unit(view1: View, view2: View, anchors: slice) -> tuple[View, View, Int[Tensor, " anchors"]]:
-    """Both views as unit vectors in float32, and the numbers of the anchors."""
+    """Return both views as unit vectors in float32, and the row numbers of the anchors."""
     if len(view1) < 2:
-        fault = "a contrastive loss needs at least two images in a batch"
+        fault = "a contrastive loss needs at least two images in a batch; make it larger"
         raise ValueError(f"pretrain.batch_size: {fault}")
     first, second = (F.normalize(view.float(), dim=-1) for view in (view1, view2))
     return first, second, torch.arange(len(first), device=first.device)[anchors]
@@ -123,8 +126,8 @@ def _unit(view1: View, view2: View, anchors: slice) -> tuple[View, View, Int[Ten
 def _product(
     first: View, second: Float[Tensor, "others width"]
 ) -> Float[Tensor, "num_images others"]:
-    """Cosines in float32: autocast would round them to bfloat16, which 1 / tau then magnifies."""
+    """Compute cosines in float32. In bfloat16, 1 / tau would magnify the rounding errors."""
     device = first.device.type
-    known = torch.amp.is_autocast_available(device)  # not to the meta device
+    known = torch.amp.is_autocast_available(device)  # False for the meta device
     with torch.autocast(device, enabled=False) if known else nullcontext():
         return first @ second.T

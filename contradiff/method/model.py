@@ -1,4 +1,4 @@
-"""ContraDiff: the frozen base with LoRA, conditioner, attention and projector, put together."""
+"""The model: a frozen diffusion model with LoRA, conditioner, attention and projector."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 
 TRAINED_MODULES = ("conditioner", "self_condition", "attention", "projector")
-"""Their names in ContraDiff; the LoRA within the UNet is trained too."""
+"""Attributes of ContraDiff that are trained. The LoRA layers inside the UNet are trained too."""
 
 
 class Architecture(Section):
@@ -34,10 +34,11 @@ class Architecture(Section):
 
 
 class ContraDiff(nn.Module):
-    """One model that classifies and generates: a frozen UNet and random trainable modules.
+    """One model that classifies and generates: a frozen UNet, and trainable modules around it.
 
-    Trainable are the LoRA within `unet`, whose layers are added in place, and TRAINED_MODULES; the
-    base's own weights never change. `downsampling` is an image's side over its latent's.
+    The constructor adds LoRA layers to `unet` in place. The LoRA layers and TRAINED_MODULES are
+    trainable; the weights of the base never change. `downsampling` is the side of an image divided
+    by the side of its latent.
     """
 
     def __init__(
@@ -67,16 +68,16 @@ class ContraDiff(nn.Module):
         self.projector = Projector(head)
 
     def encode_condition(self, conditions: Conditions) -> Tokens:
-        """Images, or Gaussian noise for the null condition => encoder_hidden_states."""
+        """Encode images, or noise (the null condition), as encoder_hidden_states for the UNet."""
         return self.conditioner(conditions)
 
     @property
     def split_unet(self) -> SplitUNet:
-        """The UNet in halves, with self-conditioning where the model has it."""
+        """The UNet as two halves, with self-conditioning if head.self_conditioning is true."""
         return SplitUNet(self.unet, self.self_condition)
 
     def noise_pred(self, noisy_latents: Latents, timesteps: Timesteps, tokens: Tokens) -> Latents:
-        """The UNet's whole pass: predicted noise."""
+        """Predict the noise by a complete pass of the UNet."""
         unet = self.split_unet
         return unet.noise_pred(unet.down(noisy_latents, timesteps, tokens))
 
@@ -89,10 +90,10 @@ class ContraDiff(nn.Module):
         noise: Float[Tensor, "3 batch channels h w"],
         blocks: Sequence[MapBlock],
     ) -> dict[MapBlock, LevelMaps]:
-        """Maps of clean latents noised to a fixed triple (Eq. 5): noisiest, middle, cleanest.
+        """Add noise to latents at three timesteps (Eq. 5), and return each block's maps f(z_t).
 
-        The timesteps may stand in any order; the noise is that of the noisiest level first. One
-        pass serves all `blocks`.
+        The timesteps may have any order. In `noise` and in the result, the noisiest level comes
+        first. One pass of the UNet gives the maps of all `blocks`.
         """
         levels = torch.tensor(sorted(timesteps, reverse=True), device=latents.device)
         steps, unet = levels.repeat_interleave(len(latents)), self.split_unet
@@ -105,22 +106,22 @@ class ContraDiff(nn.Module):
         }
 
     def trained_state(self) -> dict[str, Tensor]:
-        """The weights that training may change, and BatchNorm's statistics: not the frozen base."""
+        """Return the weights that training may change, and BatchNorm's statistics."""
         state = self.state_dict().items()
         return {n: t for n, t in state if not n.startswith("unet.") or "lora_" in n}
 
     def load_trained_state(self, state: Mapping[str, Tensor]) -> None:
-        """Inverse of `trained_state`; ValueError unless names and shapes are exactly the same."""
+        """Load what `trained_state` returned; raises ValueError if names or shapes differ."""
         expected = {(name, tensor.shape) for name, tensor in self.trained_state().items()}
         given = {(name, tensor.shape) for name, tensor in state.items()}
         if expected != given:
             difference = sorted({name for name, _ in expected ^ given})[:3]
-            other = "made with other lora, conditioner or head parameters"
+            other = "made with other lora, conditioner or head parameters, so weights differ"
             raise ValueError(f"checkpoint: {other} (such as {difference})")
         self.load_state_dict(state, strict=False)
 
     def train(self, mode: bool = True) -> "ContraDiff":
-        """As usual, but the frozen base stays in evaluation mode."""
+        """Set the mode of all modules except the frozen UNet, which stays in evaluation mode."""
         super().train(mode)
         self.unet.eval()
         return self
@@ -129,7 +130,7 @@ class ContraDiff(nn.Module):
 def build_model(
     base: Path, architecture: Architecture, *, image_size: int, seed: int | None
 ) -> ContraDiff:
-    """Load the frozen base and add trainable modules; None leaves torch's generator as it is."""
+    """Load the frozen base and add trainable modules; a `seed` makes their weights repeatable."""
     unet, schedule, factor = load_unet(base), NoiseSchedule.of_base(base), downsampling_of(base)
     if seed is not None:
         torch.manual_seed(seed)

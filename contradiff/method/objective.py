@@ -1,4 +1,4 @@
-"""The loss of a training step: L = L_recon + lambda * L_contrast (Eq. 7), from two noised views."""
+"""The loss of a training step: L = L_recon + lambda * L_contrast (Eq. 7), from two noisy views."""
 
 from dataclasses import dataclass
 
@@ -19,9 +19,10 @@ from contradiff.types import Features, Latents, Timesteps, Tokens
 
 @dataclass(frozen=True)
 class TrainingBatch:
-    """All that one training step sees, random numbers included: two views, three levels each.
+    """The inputs of one training step: two views of each image, with three noise levels each.
 
-    A condition that both views share is given once: then `cond_views` is 1.
+    All random numbers are in it. `cond_views` is 1 if both views share one condition, otherwise 2.
+    Where `dropped` is true, `condition_noise` replaces the condition.
     """
 
     latents: Float[Tensor, "2 batch channels h w"]
@@ -33,10 +34,10 @@ class TrainingBatch:
 
 
 class TrainingStep(nn.Module):
-    """A model's loss on a batch: a module, since DDP averages the gradients of a module's pass.
+    """The loss of a model on a batch; a module, because DDP averages gradients of modules only.
 
-    At most `decode_batch_size` draws go at once through the up blocks that the head does not read;
-    see `SplitUNet.mean_loss`.
+    At most `decode_batch_size` noisy latents (0: all) run at once through the up blocks that the
+    attention head does not read; see `SplitUNet.mean_loss`.
     """
 
     def __init__(self, model: ContraDiff, *, loss: LossParams, decode_batch_size: int) -> None:
@@ -44,11 +45,12 @@ class TrainingStep(nn.Module):
         self.model, self.loss, self.decode_batch_size = model, loss, decode_batch_size
 
     def forward(self, batch: TrainingBatch) -> dict[str, Loss]:
-        """Eq. 7 of this process's images: "loss", "reconstruction" and "contrastive".
+        """Compute the loss of this process's images and its terms: "reconstruction", "contrastive".
 
-        All six draws go through the blocks that `head.block` reads; only the first `recon_passes`,
-        in the order (view, level), go on to predict their noise (Eq. 3). With lambda = 0 the other
-        draws are not computed at all, and there is no "contrastive".
+        A draw is one of an image's six noisy latents, ordered by view, then by level. All six pass
+        the blocks up to `head.block`. Only the first `loss.recon_passes` draws pass the remaining
+        blocks, which predict the noise (Eq. 3). With lambda = 0, the other draws are skipped
+        entirely, and the result has no "contrastive".
         """
         model, loss, unet = self.model, self.loss, self.model.split_unet
         num_images, has_contrast = batch.latents.shape[1], loss.weight > 0
@@ -57,11 +59,11 @@ class TrainingStep(nn.Module):
         noise = batch.noise.flatten(0, 1)[draws].flatten(0, 1)
         latents = batch.latents.repeat_interleave(NUM_LEVELS, dim=0)[draws].flatten(0, 1)
 
-        # Sec. 4.1: the clean image, or noise alone, conditions the denoiser
+        # Sec. 4.1: the clean image, or pure noise, conditions the denoiser
         tokens = self._encode_conditions(batch, draws)
         # Eq. 5
         noisy_latents = add_noise(latents, noise, timesteps, model.schedule.alphas_cumprod)
-        # down and mid: f(z_t)
+        # f(z_t): the down blocks, the mid block and, if `head.block` needs them, some up blocks
         blocks = (model.block,) if has_contrast else ()
         state = unet.down(noisy_latents, timesteps, tokens, blocks=blocks)
         # Eq. 3
@@ -84,9 +86,9 @@ class TrainingStep(nn.Module):
         return {"loss": total, "reconstruction": reconstruction, "contrastive": contrastive}
 
     def _encode_conditions(self, batch: TrainingBatch, draws: slice) -> Tokens:
-        """encoder_hidden_states of the draws; each view's are encoded once, shared ones too."""
+        """Return encoder_hidden_states for the draws; a shared condition is encoded only once."""
         num_views = -(-draws.stop // NUM_LEVELS)
-        # c(noise) is the unconditional mode (App. A), and the null condition of guidance
+        # c(noise) is the unconditional mode (App. A) and the null condition of guidance.
         is_dropped = batch.dropped[:num_views, :, None, None, None]
         clean, noise = batch.conditions[:num_views], batch.condition_noise[:num_views]
         tokens = self.model.conditioner(torch.where(is_dropped, noise, clean).flatten(0, 1))
@@ -94,7 +96,7 @@ class TrainingStep(nn.Module):
         return tokens.repeat_interleave(NUM_LEVELS, dim=0)[draws].flatten(0, 1)
 
     def _reconstruct(self, state: UNetState, noise: Latents, timesteps: Timesteps) -> Loss:
-        """Eq. 3, weighted by min-SNR if asked."""
+        """Compute Eq. 3, with min-SNR weights if loss.min_snr_gamma is above 0."""
         weights = None
         if self.loss.min_snr_gamma > 0:
             alphas_cumprod = self.model.schedule.alphas_cumprod.to(timesteps.device)
@@ -109,11 +111,11 @@ class TrainingStep(nn.Module):
 
 
 def gather_views(h: Features) -> tuple[Features, slice]:
-    """Gather h of all processes, with gradient; also return which images are this process's own.
+    """Gather h from all processes, with gradients; also return the slice of this process's images.
 
-    All images of view 1 stand before those of view 2. Every process then has the same projector
-    inputs, so that its BatchNorm sees the global batch, and its own images as anchors: DDP's
-    average is the gradient of one process.
+    The result has all images of view 1, then all images of view 2. Every process thus gives the
+    same input to the projector, whose BatchNorm then sees the global batch. Each process uses its
+    own images as anchors, so that DDP's average gradient equals the gradient of a single process.
     """
     num_images = len(h) // NUM_VIEWS
     group = dist.group.WORLD if dist.is_initialized() else None

@@ -1,8 +1,8 @@
-"""The recipe of the tiny base: a latent diffusion model of a few MB, trained without labels.
+"""How the tiny base is trained: a latent diffusion model of a few MB, trained without labels.
 
-In the embedded default it replaces Stable Diffusion. It is trained on other images than ContraDiff
-later is (same renderer, other seeds). "Captions" take the place of CLIP's text: without them, the
-cross-attention that LoRA later adapts would have learned nothing.
+The tiny base replaces Stable Diffusion in the embedded default. Its training images are rendered
+with other seeds than ContraDiff's. Without text there is no CLIP embedding, so vectors computed
+from the image's colours serve as captions. They teach the cross-attention, which LoRA adapts later.
 
 images (n 3 h w) in [-1, 1] -> AutoencoderKL, f = 4 -> latents (n 4 h/4 w/4) -> UNet2DConditionModel
 """
@@ -31,26 +31,26 @@ if TYPE_CHECKING:
     from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 
 CAPTION_DIM = 64
-"""Cross-attention width of the tiny UNet, and so of its captions."""
+"""Width of the captions, which is the width of the UNet's cross-attention."""
 
 CAPTION_DROP = 0.5
-"""Chance that a caption is zeroed, so that all-zero tokens mean "unconditional"."""
+"""Probability that a caption is set to zero, so that the UNet learns "no condition" as zeros."""
 
 KL_WEIGHT = 1e-4
-"""Weight of the KL divergence to N(0, 1), per image and per pixel of the output."""
+"""Weight of the KL divergence to N(0, 1), which is divided by the number of values of an image."""
 
 MIN_SNR_GAMMA = 5.0
-"""Gives low noise less weight in the denoiser's loss (Hang et al., 2023)."""
+"""gamma of the min-SNR weights (Hang et al., 2023), which give low noise less weight."""
 
 CHECKPOINT_EVERY = 500
-"""Optimiser steps between two saved states."""
+"""Number of optimiser steps between two saved training states."""
 
 M = TypeVar("M", bound=nn.Module)
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """How long and how fast a model trains: AdamW's peak rate, images a step over all processes."""
+    """Training settings: `lr` is AdamW's peak rate; the batch is shared by all processes."""
 
     num_steps: int
     batch_size: int
@@ -110,7 +110,7 @@ def build_scheduler() -> "DDIMScheduler":
 
 
 def captions(images: Pixels) -> Tokens:
-    """Make captions without labels: the quadrants' mean colours, projected by a fixed matrix."""
+    """Make captions without labels: each quadrant's mean colour, projected by a fixed matrix."""
     generator = torch.Generator().manual_seed(20_260)
     projection = torch.randn(3, CAPTION_DIM, generator=generator)
     colours = F.adaptive_avg_pool2d(images, 2).flatten(2).transpose(1, 2)
@@ -127,9 +127,10 @@ def train_vae(
 ) -> "AutoencoderKL":
     """Train the autoencoder on |x - x'| + |grad x - grad x'| + KL_WEIGHT * KL.
 
-    The gradient term (finite differences at two scales) keeps edges that a plain L1 loss blurs. The
-    result has the averaged weights; its scaling factor is 1 / std of the latents. The same
-    `work_dir` resumes. ValueError: the processes cannot share the batch equally.
+    The gradient term (finite differences at two scales) keeps edges sharp, which an L1 loss alone
+    would blur. Return the averaged weights, with the scaling factor 1 / std of the latents. Calling
+    again with the same `work_dir` resumes an interrupted training. Raises ValueError if the number
+    of processes does not divide the batch size.
     """
     device, size = accelerator.device, recipe.batch_size
     torch.manual_seed(recipe.seed)
@@ -167,8 +168,9 @@ def train_unet(
 ) -> "UNet2DConditionModel":
     """Train the denoiser on Eq. 3 with min-SNR weights and uniform timesteps.
 
-    Latents are drawn from the VAE's posterior once, for the image and its mirror image. The VAE is
-    on the accelerator's device. Resumes, and raises, like `train_vae`.
+    Before training, one latent of each image and one of its mirror image are drawn from the VAE's
+    posterior. The VAE must be on the accelerator's device. Resuming and the ValueError are as in
+    `train_vae`.
     """
     device, size = accelerator.device, recipe.batch_size
     torch.manual_seed(recipe.seed + 1)
@@ -208,14 +210,14 @@ def train_unet(
 def _draw(
     images: ByteImages, number: int, generator: torch.Generator
 ) -> Float[Tensor, "number 3 height width"]:
-    """Draw images with replacement; half of them are mirrored."""
+    """Draw images with replacement, and mirror each one with probability 0.5."""
     batch = to_pixels(images[torch.randint(len(images), (number,), generator=generator)])
     mirrored = torch.rand(number, 1, 1, 1, generator=generator) < 0.5
     return torch.where(mirrored, batch.flip(-1), batch)
 
 
 def _edge_loss(difference: Float[Tensor, "batch 3 height width"]) -> Tensor:
-    """Mean absolute horizontal and vertical finite differences."""
+    """Return the mean absolute finite differences: the horizontal mean plus the vertical mean."""
     return difference.diff(dim=-1).abs().mean() + difference.diff(dim=-2).abs().mean()
 
 
@@ -228,10 +230,10 @@ def _train(
     *,
     on_step: OnStep,
 ) -> M:
-    """Train by AdamW with warm-up and cosine; return the averaged weights.
+    """Train with AdamW, warm-up and cosine decay; return the model with averaged weights.
 
-    Every process draws the whole batch, computes its own rows and averages the gradients, so that
-    the number of processes changes only the order of float sums.
+    Every process draws the complete batch but computes only its own rows, and gradients are
+    averaged. The number of processes therefore changes only the order of float sums.
     """
     if recipe.batch_size % (world_size := accelerator.num_processes):
         raise ValueError(f"{recipe.batch_size} images do not divide over {world_size} processes")
