@@ -8,29 +8,31 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Accuracy:
-    """Shares in [0, 1] of `total` samples, and Wilson's 95% interval of `top1`."""
+    """Top-1 and top-5 accuracy in [0, 1] on `total` samples; Wilson's 95% interval of `top1`."""
 
     top1: float
-    top5: float  # 1 with up to five classes
+    top5: float  # always 1 if there are at most five classes
     total: int
     interval: tuple[float, float]
 
 
 def topk_correct(logits: Float[Tensor, "n classes"], labels: Int64[Tensor, " n"], k: int) -> int:
-    """Count the samples whose label is among their `k` highest logits; ValueError if one is NaN.
+    """Count the samples whose label is among the sample's `k` highest logits.
 
-    Unlike means, counts can be added over batches of any size. `torch.topk` decides ties.
+    Counts of batches of different sizes can be added, but their means cannot. `torch.topk` decides
+    between equal logits. Raises ValueError if a logit is NaN.
     """
     assert 1 <= k <= logits.shape[1], k
     if bool(logits.isnan().any()):
-        raise ValueError("the logits contain NaN: the classifier diverged and has no accuracy")
+        raise ValueError("the logits contain NaN, because the training of the classifier diverged")
     return int((logits.topk(k, dim=1).indices == labels[:, None]).sum())
 
 
 def wilson_interval(correct: int, total: int) -> tuple[float, float]:
     """Compute the 95% confidence interval of an accuracy (Wilson, 1927), in [0, 1].
 
-    It is right near 0 and 1 too. It is of the choice of test images, not of the training's seed.
+    The interval is also correct for accuracies near 0 and 1. It shows how much the accuracy depends
+    on the choice of test images, not on the seed of the training.
     """
     from scipy.stats import binomtest
 

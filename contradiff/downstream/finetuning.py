@@ -1,6 +1,7 @@
-"""Fine-tuning on few labelled images: LoRA, attention head and a linear classifier of h.
+"""Fine-tuning of LoRA, attention head and a linear classifier of h on few labelled images.
 
-Beyond the paper, whose transfer (Sec. 4.2.3) is of frozen features: label scores `finetuned`.
+The paper does not fine-tune: its transfer experiment (Sec. 4.2.3) uses frozen features. Report
+these scores as `finetuned`, never as the paper's.
 """
 
 import math
@@ -27,10 +28,11 @@ from contradiff.types import ByteImages, Latents, to_bytes, to_pixels
 
 @dataclass(frozen=True)
 class EncodedImages:
-    """Images encoded once and kept in memory: latents, and pixels as bytes, a quarter as large.
+    """Latents and pixels of images that were encoded once and are kept in memory.
 
-    At 256 pixels an image takes 0.2 MB: 0.5 GB for 25 shots of 100 classes, 10 GB for all of
-    CIFAR-100's training images. `indices` seed the images' noise in testing.
+    Pixels are kept as bytes, a quarter of their size as float32. An image of 256 x 256 pixels takes
+    0.2 MB: 25 images of each of 100 classes take 0.5 GB, all of CIFAR-100's training images 10 GB.
+    In testing, an image's entry in `indices` seeds the noise that is added to its latent.
     """
 
     indices: Int64[Tensor, " batch"]
@@ -40,7 +42,7 @@ class EncodedImages:
 
     @classmethod
     def of(cls, batches: Iterable[CleanBatch]) -> "EncodedImages":
-        """Keep what batches hold; their pixels are whole bytes in [-1, 1], so nothing is lost."""
+        """Join batches. Their pixels were made from bytes, so the conversion back is exact."""
         kept = list(batches)
         return cls(
             torch.tensor([index for batch in kept for index in batch.indices]),
@@ -50,12 +52,12 @@ class EncodedImages:
         )
 
     def __getitem__(self, rows: Int64[Tensor, " rows"]) -> "EncodedImages":
-        """Some of the images."""
+        """Return the images of the given rows, in that order."""
         fields = self.indices, self.latents, self.images, self.labels
         return EncodedImages(*(field[rows] for field in fields))
 
     def batches(self, batch_size: int) -> Iterator[CleanBatch]:
-        """The images in order, as they came, with their indices as keys."""
+        """Yield the images in order as float pixels; each image's index also serves as its key."""
         for rows in torch.arange(len(self.labels)).split(batch_size):
             some, indices = self[rows], tuple(self.indices[rows].tolist())
             pixels, keys = to_pixels(some.images), tuple(map(str, indices))
@@ -64,7 +66,7 @@ class EncodedImages:
 
 @contextmanager
 def weights_kept(model: ContraDiff) -> Generator[None]:
-    """Give the model its trained weights, and what is trainable, back when the block ends."""
+    """Restore the model's trained weights and `requires_grad` flags when the `with` block ends."""
     state = {name: tensor.detach().clone() for name, tensor in model.trained_state().items()}
     trainable = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     try:
@@ -90,15 +92,16 @@ def finetune(
     device: torch.device,
     on_epoch: OnEpoch,
 ) -> nn.Linear:
-    """Minimise the cross-entropy of linear(h), in place; base and conditioner stay as they are.
+    """Train LoRA, attention head and a linear classifier of h in place; return the classifier.
 
-    h is taken as in evaluation, at the fixed triple of timesteps, but the noise is drawn anew at
-    every step; images are not augmented. The LoRA behind the maps that h reads gets no gradient.
-    AdamW's rate falls along half a cosine from `lr`. The batches of an epoch differ in size by one
-    at most. The seed decides the initial classifier, the order and the noise. With
-    features.precision bf16 the UNet's frozen weights become bfloat16 and the passes run under
-    autocast, as in testing; what is trained, the loss and AdamW's state are float32. A ValueError
-    names transfer.finetune_lr if the loss is not finite.
+    The loss is the cross-entropy. The base's own weights and the conditioner do not change. h is
+    computed at the fixed timesteps of evaluation, but the noise is drawn anew at every step. Images
+    are not augmented. LoRA layers behind the maps that give h get no gradient. AdamW's
+    learning rate falls from `lr` along half a cosine. The batches of an epoch differ in size by one
+    at most. The seed decides the initial classifier, the order of the images and the noise. If
+    features.precision is bf16, the UNet's frozen weights become bfloat16 and the passes run under
+    autocast, as in testing; trained weights, loss and AdamW's state are float32. Raises ValueError,
+    with the key transfer.finetune_lr, if the loss is not finite.
     """
     generator = torch.Generator().manual_seed(seed)
     classifier = nn.Linear(model.attention.norm_out.normalized_shape[0], num_classes)
@@ -122,7 +125,7 @@ def finetune(
     loss_sum = torch.zeros((), dtype=torch.float64, device=device)
 
     def take_gradients(step: int) -> dict[str, Tensor]:
-        """Return the epoch's mean loss so far."""
+        """Compute a batch's gradients; at an epoch's last step, "loss" is the epoch's mean."""
         if step % steps_per_epoch == 0:
             loss_sum.zero_()
         batch = data[next(batches)]
@@ -168,7 +171,7 @@ def finetuned_top1(
     seed: int,
     device: torch.device,
 ) -> float:
-    """Share of images whose label has the greatest logit, with the noise of frozen features."""
+    """Return the top-1 accuracy in [0, 1]. As for frozen features, image indices seed the noise."""
     frozen = DiffusionFeatures(model, features, seed, device)
     featured = compute_features(frozen, data.batches(features.batch_size))
     logits = classifier(featured.features.to(device)).cpu()

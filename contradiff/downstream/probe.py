@@ -1,11 +1,11 @@
-"""Linear and attentive probes of frozen features, many SGD settings in one pass (Table 2).
+"""Linear and attentive classifiers ("probes") of frozen features (Table 2).
 
-All heads see the same batches, as in DINOv2's evaluation: they are modules side by side, each with
-a parameter group of its own. The learning rate rises linearly, then falls along half a cosine, a
-step at a time; the last epoch's weights are the result: no epoch is selected.
+Probes with different SGD settings are trained together on the same batches, as in DINOv2's
+evaluation; each is a module with its own parameter group. The learning rate changes at every step:
+it rises linearly, then falls along half a cosine. The result is the last epoch, never the best one.
 
-*Deviation*: params.yaml has no weight decay, since Table 2's 0.05 as SGD's L2 penalty destroys a
-linear layer. Sec. 4.2.1's "fixed learning rate" contradicts Table 2's cosine, which is followed.
+*Deviation*: the presets set no weight decay, because Table 2's 0.05, used as SGD's L2 penalty,
+destroys a linear layer. Sec. 4.2.1 has a "fixed learning rate", Table 2 a cosine; we follow Table 2.
 """
 
 import copy
@@ -25,43 +25,43 @@ from contradiff.downstream.accuracy import Accuracy, topk_correct, wilson_interv
 from contradiff.training.optim import SgdParams, SgdSchedule, SgdSetting, cosine_with_warmup
 
 OnEpoch: TypeAlias = Callable[[int, Mapping[str, float]], None]
-"""Told the epochs done, and the first head's mean "loss" of the epoch and last "lr"."""
+"""Called after each epoch: number of epochs done; the first probe's mean "loss" and last "lr"."""
 
 Inputs: TypeAlias = Float[Tensor, "n ..."] | Dataset[Tensor]
-"""Features (n, d), or n maps (3, channels, h, w), noisiest first, which may lie in files."""
+"""Features (n, d), or n maps (3, channels, h, w), noisiest level first; a Dataset reads files."""
 
 TABLE_2 = SgdSetting(lr=0.01, momentum=0.9, weight_decay=0.05)
-"""Table 2 to the letter; its weight decay destroys the layer, but it is in every grid."""
+"""Table 2's own setting. Every grid includes it, although its weight decay destroys the layer."""
 
 
 class ProbeParams(SgdParams):
-    """Section `probe`: how frozen features are judged on the labels."""
+    """Section `probe`: how classifiers of frozen features are trained and tested."""
 
     section: ClassVar[str] = "probe"
 
     split: Literal["val", "dev"] = Field(
-        description="what is judged: val | dev: a held-out tenth of the training images, to choose "
-        "among the grid"
+        description="images to test on: val | dev: a tenth of the training images, held out to "
+        "choose a setting of the grid"
     )
     head: Literal["linear", "attentive"] = Field(
-        description="linear: of frozen features | attentive: an attention head learns with labels"
+        description="linear: frozen features | attentive: also trains a copy of the attention head"
     )
-    lrs: list[float] = Field(description="further learning rates of the grid")
-    weight_decays: list[float] = Field(description="further weight decays of the grid")
+    lrs: list[float] = Field(description="more learning rates to try in the grid")
+    weight_decays: list[float] = Field(description="more weight decays to try in the grid")
 
     @model_validator(mode="after")
     def _grid_is_positive(self) -> "ProbeParams":
         if min(self.lrs, default=1.0) <= 0:
-            raise ValueError(f"probe.lrs: {self.lrs} must be greater than 0")
+            raise ValueError(f"probe.lrs: {self.lrs}: set all to more than 0")
         if min(self.weight_decays, default=0.0) < 0:
-            raise ValueError(f"probe.weight_decays: {self.weight_decays} must not be negative")
+            raise ValueError(f"probe.weight_decays: {self.weight_decays}: set all to 0 or more")
         return self
 
     @property
     def grid(self) -> tuple[SgdSetting, ...]:
-        """Configured setting first, then Table 2's, then rates x decays; none twice.
+        """The configured setting, Table 2's, then each pair of rate and decay; none occurs twice.
 
-        An attentive grid has the first two alone: each of its heads costs as much as a training.
+        An attentive grid has only the first two, since each attentive probe trains its own head.
         """
         if self.head == "attentive":
             return tuple(dict.fromkeys((self.setting, TABLE_2)))
@@ -76,8 +76,9 @@ class ProbeParams(SgdParams):
 class LinearProbe(nn.Module):
     """BatchNorm without affine parameters, as in MAE's probe, then a linear layer.
 
-    The norm takes the scale of the features out of the learning rate's choice. Weights start at a
-    normal of deviation 0.01, cut at ±2, drawn from `generator` (torch's own if None); biases at 0.
+    Thanks to BatchNorm, the best learning rate does not depend on the scale of the features. The
+    initial weights are normal with standard deviation 0.01, truncated at ±2, and drawn from
+    `generator` (torch's global one if None). The initial biases are 0.
     """
 
     def __init__(
@@ -92,12 +93,12 @@ class LinearProbe(nn.Module):
         nn.init.zeros_(self.linear.bias)
 
     def forward(self, features: Float[Tensor, "n d"]) -> Float[Tensor, "n c"]:
-        """Compute the logits of raw features."""
+        """Compute logits from features that are not normalised."""
         return self.linear(self.norm(features))
 
 
 Probe: TypeAlias = LinearProbe | nn.Sequential
-"""A linear probe of features, or of maps: "attention_head", which learns too, then "probe"."""
+"""A linear probe; or an attentive one, which is "attention_head" (trained too), then "probe"."""
 
 
 def train_probes(
@@ -112,22 +113,22 @@ def train_probes(
     attention_head: nn.Module | None = None,
     on_epoch: OnEpoch = lambda *_: None,
 ) -> list[Probe]:
-    """Train one probe for each setting; one that diverges leaves the others alone.
+    """Train one probe for each setting; a probe that diverges does not affect the others.
 
-    Without an attention head, probes are linear, and share one BatchNorm, which has no parameters.
-    With one, the inputs are maps and each probe trains a copy of it: for rows 2 and 3 of Table 7,
-    where without the contrastive loss nothing else has trained the head. All start with the same
-    weights, see the same order, and come back in evaluation mode.
+    Without an attention head, the probes are linear and share one BatchNorm, which has no
+    parameters. With an attention head, the inputs are maps and each probe trains its own copy of
+    the head. Rows 2 and 3 of Table 7 need this: the head is untrained without the contrastive loss.
+    All start with the same weights, see the same batches and are returned in evaluation mode.
 
-    Batches of an epoch differ in size by one at most, since BatchNorm's statistics over a small
-    last one would be poor. A batch of a single sample is a ValueError.
+    The batches of an epoch differ in size by one at most, because BatchNorm's statistics over a
+    small last batch would be poor. Raises ValueError if a batch would have a single sample.
     """
     num_samples = len(labels)
     steps_per_epoch = math.ceil(num_samples / schedule.batch_size)
     if num_samples // max(1, steps_per_epoch) < 2:
         raise ValueError(
-            f"{num_samples} samples in batches of {schedule.batch_size} leave one sample alone, "
-            "which BatchNorm cannot normalise: raise batch_size"
+            f"{num_samples} samples in batches of {schedule.batch_size} leave a batch of one "
+            "sample, which BatchNorm cannot normalise: raise batch_size"
         )
     generator = torch.Generator().manual_seed(seed)
     example = _batch(inputs, torch.tensor([0]), device)
@@ -149,7 +150,7 @@ def train_probes(
     warmup_steps = round(schedule.warmup_epochs * steps_per_epoch)
     step = 0
     for epoch in range(1, schedule.epochs + 1):
-        loss_sum = torch.zeros((), device=device)  # so that a GPU need not wait at each step
+        loss_sum = torch.zeros((), device=device)  # a float would make a GPU wait at each step
         for rows in torch.randperm(num_samples, generator=generator).tensor_split(steps_per_epoch):
             factor = cosine_with_warmup(step, total_steps=total_steps, warmup_steps=warmup_steps)
             for group, setting in zip(optimizer.param_groups, settings, strict=True):
@@ -157,11 +158,11 @@ def train_probes(
             optimizer.zero_grad()
             batch, targets = _batch(inputs, rows, device), labels[rows.to(labels.device)].to(device)
             if isinstance(first, LinearProbe):
-                batch = first.norm(batch)  # once for all
+                batch = first.norm(batch)  # shared by all probes
             for probe in probes:
                 logits = probe.linear(batch) if isinstance(probe, LinearProbe) else probe(batch)
                 loss = nn.functional.cross_entropy(logits, targets)
-                loss.backward()  # now, so that one probe's graph at a time is in memory
+                loss.backward()  # here, so that memory holds one probe's graph at a time
                 if probe is first:
                     loss_sum += loss.detach() * len(rows)
             optimizer.step()
@@ -172,7 +173,7 @@ def train_probes(
 
 
 def _batch(inputs: Inputs, rows: Int64[Tensor, " b"], device: torch.device) -> Tensor:
-    """Take some rows, as float32: inputs may be half precision, and large ones lie in files."""
+    """Return some rows of the inputs as float32, from memory or from files."""
     if not isinstance(inputs, Tensor):
         return torch.stack([inputs[row] for row in rows.tolist()]).to(device, torch.float32)
     return inputs.index_select(0, rows.to(inputs.device)).to(device, torch.float32)
@@ -180,10 +181,9 @@ def _batch(inputs: Inputs, rows: Int64[Tensor, " b"], device: torch.device) -> T
 
 @torch.no_grad()
 def evaluate(probe: Probe, inputs: Inputs, labels: Int64[Tensor, " n"]) -> Accuracy:
-    """Judge a probe on every sample; ValueError if there is none, or if the probe has diverged."""
+    """Test a probe on all samples. Raises ValueError if there are none or if a logit is NaN."""
     if len(labels) == 0:
-        reason = "probe.split chooses none of the data"
-        raise ValueError(f"no samples to evaluate the probe on: {reason}")
+        raise ValueError("probe.split: the split has no images to test on; choose another split")
     device = next(probe.parameters()).device
     top1 = top5 = 0
     for rows in torch.arange(len(labels)).split(1024):

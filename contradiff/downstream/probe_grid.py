@@ -1,8 +1,8 @@
-"""Probes of every cached feature in every SGD setting (as in DINOv2's evaluation), and their table.
+"""Train a probe for every pair of cached feature and SGD setting, and write a table of them.
 
-The headline is the configured setting's last epoch, whatever the grid shows. To choose from the
-grid, judge with probe.split: dev, a tenth of the training images: the best of many by the
-validation images would not be an honest figure of them.
+The headline score is that of the configured setting after its last epoch, even if another setting
+of the grid is better. To choose a setting, set probe.split: dev, which tests on a tenth of the
+training images. A setting chosen by its validation score would make that score too optimistic.
 """
 
 import csv
@@ -27,7 +27,7 @@ from contradiff.training.optim import SgdSchedule, SgdSetting
 
 @dataclass(frozen=True)
 class GridHead:
-    """One head of a grid; its accuracy is None if it has diverged."""
+    """One trained probe of the grid; `accuracy` is None if the training diverged."""
 
     feature: FeatureSpec
     setting: SgdSetting
@@ -42,24 +42,24 @@ def train_grid(
     device: torch.device,
     on_epoch: probes.OnEpoch = lambda *_: None,
 ) -> list[GridHead]:
-    """Train and judge every head; the first is the headline: configured setting, main feature.
+    """Train and test all probes; the first one is the headline: main feature, configured setting.
 
-    Linear heads are trained on every stored feature, one after the other, so that one feature at a
-    time is in memory; attentive heads on the main triple's maps alone. With probe.split: dev, nine
-    tenths of train are for training, one tenth is judged, and val is not read. A ValueError says
-    that the headline diverges, or that a split or the maps are missing.
+    Linear probes are trained on every stored feature, one in memory at a time. Attentive probes are
+    trained only on the maps of the main timesteps (features.timesteps). With
+    probe.split: dev, nine tenths of the training images train and one tenth tests; val is not read.
+    Raises ValueError if the headline diverges, or if a split or the maps are missing.
     """
     is_attentive, is_dev_split = params.head == "attentive", params.split == "dev"
     held_out = torch.tensor([is_dev_split and is_dev(key) for key in cache.keys("train")])
     train_rows, dev_rows = (rows.nonzero().squeeze(1) for rows in (~held_out, held_out))
     if is_dev_split and not (len(dev_rows) and len(train_rows)):
         raise ValueError(
-            f"probe.split: dev holds out {len(dev_rows)} of {len(held_out)} training images (a "
-            "tenth, by their keys); use more images, or probe.split: val"
+            f"probe.split: dev holds out {len(dev_rows)} of {len(held_out)} training images (about "
+            "a tenth); use more images, or set probe.split: val"
         )
 
     def sides(read: Callable[[str], Any]) -> tuple[Any, Any]:
-        """Read the training and the judged images' tensors, or their maps in files."""
+        """Apply `read` to the splits, and return the training rows and the test rows."""
         train = read("train")
         judged = _rows(train, dev_rows) if is_dev_split else read("val")
         return _rows(train, train_rows), judged
@@ -80,7 +80,7 @@ def train_grid(
             accuracy = probes.evaluate(head, judged, labels) if is_finite else None
             grid.append(GridHead(column, setting, head, accuracy))
     if grid[0].accuracy is None:
-        raise ValueError(f"probe.lr: the probe diverges (got {params.lr}); lower it")
+        raise ValueError(f"probe.lr: the probe diverges with {params.lr}; set a lower rate")
     return grid
 
 
@@ -91,10 +91,10 @@ def _rows(inputs: Any, rows: Int64[Tensor, " n"]) -> Any:
 def write_grid(
     path: Path, grid: Sequence[GridHead], *, params: ProbeParams, index: CacheIndex
 ) -> None:
-    """Write each head's feature, setting and accuracy (none if it has diverged) as CSV.
+    """Write each probe's feature, setting and accuracy (empty if the training diverged) as CSV.
 
-    `name` is "configured" for the headline, "table2" for the main feature in Table 2's literal
-    setting, or "configured+table2".
+    The column `name` is "configured" for the headline, "table2" for the main feature with Table 2's
+    setting, "configured+table2" if both are the same, and otherwise empty.
     """
     rows: list[dict[str, object]] = []
     for number, head in enumerate(grid):
@@ -116,7 +116,7 @@ def write_grid(
             row |= {name: float(f"{score:.6g}") for name, score in scores.items()}
         rows.append(row)
     with path.open("w", newline="") as file:
-        # The headline has an accuracy, and so every column.
+        # The headline always has an accuracy, so its row has every column.
         writer = csv.DictWriter(file, list(rows[0]), restval="", lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
@@ -125,8 +125,8 @@ def write_grid(
 def probe_metrics(
     grid: Sequence[GridHead], *, params: ProbeParams, index: CacheIndex
 ) -> dict[str, Any]:
-    """Return what metrics/probe.json holds: the headline, and Table 2's literal setting."""
-    assert grid[0].accuracy is not None, "train_grid refuses a headline that diverges"
+    """Return the content of metrics/probe.json: scores of the headline and of Table 2's setting."""
+    assert grid[0].accuracy is not None, "train_grid raises an error if the headline diverges"
     table_2 = next(head for head in grid if head.setting == TABLE_2).accuracy
     scores = {} if table_2 is None else {"top1": table_2.top1, "top5": table_2.top5}
     return {
@@ -135,6 +135,6 @@ def probe_metrics(
         "head": params.head,
         "pool": index.columns[0].pool,
         "model": index.model,
-        # Literal: the epochs, warm-up and batch, which the grid shares, are Table 2's too.
+        # `literal`: the batch size, epochs and warm-up of the whole grid are also Table 2's.
         "table2": {**scores, "literal": params.schedule == SgdSchedule(256, 50, 5.0)},
     }

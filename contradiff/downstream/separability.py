@@ -1,7 +1,7 @@
-"""How well classes separate in feature space (Fig. 3): the trained model beside its own base.
+"""How well classes separate in feature space (Fig. 3), for the trained model and for its base.
 
-Both numbers are taken in the space of the features, under cosine distance. The t-SNE shows the same
-features in the plane, where distances between groups mean little: nothing is measured there.
+A k-nearest-neighbour accuracy and a silhouette are computed from the features with cosine distance.
+t-SNE only draws the features in the plane, where distances between groups mean little.
 """
 
 from collections.abc import Sequence
@@ -15,17 +15,17 @@ from contradiff.config import Section
 
 
 class SeparabilityParams(Section):
-    """Section `separability`: what Fig. 3 shows. The paper names neither images nor classes."""
+    """Section `separability`: what Fig. 3 shows. The paper does not say which images or classes."""
 
-    num_images: int = Field(ge=4, description="validation images at most, of the chosen classes")
-    num_classes: int = Field(ge=2, description="classes at most; drawn if there are more")
-    num_neighbours: int = Field(ge=1, description="k of the nearest-neighbour vote")
+    num_images: int = Field(ge=4, description="most validation images, all of the drawn classes")
+    num_classes: int = Field(ge=2, description="most classes; drawn at random if there are more")
+    num_neighbours: int = Field(ge=1, description="k of the k-nearest-neighbour vote")
 
     @model_validator(mode="after")
     def _neighbours_are_other_images(self) -> "SeparabilityParams":
         if self.num_neighbours >= self.num_images:
             raise ValueError(
-                f"separability.num_neighbours: must be less than separability.num_images "
+                f"separability.num_neighbours: set it below separability.num_images, which is "
                 f"{self.num_images} (got {self.num_neighbours})"
             )
         return self
@@ -35,8 +35,8 @@ class SeparabilityParams(Section):
 class Separability:
     """How well the classes of one set of features separate.
 
-    `knn` is the accuracy in [0, 1] of a vote of the nearest other images, `silhouette` the mean in
-    [-1, 1]; None with one class, or with as many classes as images.
+    `knn` is the accuracy in [0, 1] if the nearest other images vote for an image's class. The mean
+    `silhouette` is in [-1, 1], or None if all images have the same class or all a different one.
     """
 
     knn: float
@@ -48,9 +48,10 @@ class Separability:
 
 
 def choose_images(labels: Sequence[int], params: SeparabilityParams, *, seed: int) -> list[int]:
-    """Draw classes, then images of them, ascending; ValueError if there are fewer than four.
+    """Draw classes, then images of these classes; return the images' indices, ascending.
 
-    A thousand images of a thousand classes would have no neighbours of their own.
+    Classes are limited because an image needs neighbours of its own class: 1000 images of 1000
+    classes would have none. Raises ValueError if fewer than four images are left.
     """
     rng = np.random.default_rng(seed)
     classes = np.unique(labels)
@@ -60,18 +61,18 @@ def choose_images(labels: Sequence[int], params: SeparabilityParams, *, seed: in
     if len(chosen) > params.num_images:
         chosen = np.sort(rng.choice(chosen, params.num_images, replace=False))
     if len(chosen) < 4:
-        reason = f"{len(chosen)} validation images are too few to separate"
-        raise ValueError(f"data.root: {reason}; take 4 or more")
+        reason = f"{len(chosen)} validation images are too few for the section separability"
+        raise ValueError(f"data.root: {reason}; provide at least 4")
     return chosen.tolist()
 
 
 def separability(
     features: Float[np.ndarray, "n width"], labels: Int[np.ndarray, " n"], *, num_neighbours: int
 ) -> Separability:
-    """Measure features under cosine distance 1 - cos, with at most n - 1 neighbours.
+    """Measure features with cosine distance 1 - cos, and with at most n - 1 neighbours.
 
-    Of classes with as many votes the first one wins. Features that are zero or not finite are a
-    ValueError.
+    If several classes have the most votes, the smallest label wins. Raises ValueError if a feature
+    vector is zero or not finite.
     """
     from scipy.stats import mode
     from sklearn.metrics import silhouette_score
@@ -81,11 +82,11 @@ def separability(
     norms = np.linalg.norm(features, axis=1)
     if not np.isfinite(norms).all() or not norms.all():
         raise ValueError(
-            "build/pretrain: features are not finite, or zero; training diverged: see "
-            "metrics/pretrain.csv, and lower pretrain.lr"
+            "build/pretrain: some features are zero or not finite, so the training diverged; see "
+            "the losses in metrics/pretrain.csv, and lower pretrain.lr"
         )
     k = min(num_neighbours, len(labels) - 1)
-    # Without an argument, `kneighbors` leaves each image out of its own neighbours.
+    # Called without an argument, `kneighbors` does not count an image as its own neighbour.
     nearest = NearestNeighbors(n_neighbors=k, metric="cosine").fit(features).kneighbors()[1]
     knn = float((mode(labels[nearest], axis=1).mode == labels).mean())
     if not 2 <= len(np.unique(labels)) < len(labels):
@@ -94,7 +95,7 @@ def separability(
 
 
 def embed(features: Float[np.ndarray, "n width"], *, seed: int) -> Float[np.ndarray, "n 2"]:
-    """Embed features in the plane by t-SNE, under cosine distance."""
+    """Map features to points of the plane by t-SNE with cosine distance."""
     from sklearn.manifold import TSNE
 
     perplexity = min(30.0, (len(features) - 1) / 3)

@@ -1,6 +1,6 @@
 """Few-shot transfer of features to another data set (Sec. 4.2.3, Table 6).
 
-splits of the training pool => features of their images => two classifiers for each split => scores
+draw few training images ("a split") => compute their features => train two classifiers => test them
 """
 
 import statistics
@@ -28,21 +28,21 @@ from contradiff.training.optim import SgdParams
 from contradiff.types import ByteImages
 
 Shots: TypeAlias = int | Literal["full"]
-"""Training images a class, or all that there are."""
+"""Number of training images per class, or "full" for all training images."""
 
 
 class TransferParams(SgdParams):
-    """Few-shot classification of another data set; the SGD settings are of its probe."""
+    """Section `transfer`: few-shot classification of another data set; SGD trains the probe."""
 
     section: ClassVar[str] = "transfer"
 
     shots: list[Shots] = Field(
-        min_length=1, description="training images a class, or full; the first is the headline"
+        min_length=1, description="training images per class, or full; first: the headline"
     )
-    num_splits: int = Field(ge=1, description="seeded draws of the training images; of full one")
-    ridge: float = Field(gt=0, description="penalty of the closed form, not divided by n")
+    num_splits: int = Field(ge=1, description="random draws per number of shots; full has one")
+    ridge: float = Field(gt=0, description="penalty of ridge regression, not divided by n")
     finetune_epochs: int = Field(
-        ge=0, description="of LoRA, attention head and a linear classifier; 0: none (paper)"
+        ge=0, description="epochs that train LoRA, head and linear classifier; 0: none (paper)"
     )
     finetune_lr: float = Field(gt=0, description="AdamW's peak learning rate")
     finetune_weight_decay: float = Field(ge=0)
@@ -52,14 +52,14 @@ class TransferParams(SgdParams):
     def _shots_are_counts(self) -> "TransferParams":
         counts = [shots for shots in self.shots if shots != "full"]
         if len(set(self.shots)) < len(self.shots) or any(count < 1 for count in counts):
-            fault = f"distinct numbers of 1 or more, or full; not {self.shots}"
-            raise ValueError(f"transfer.shots: {fault}")
+            remedy = f"list different numbers of 1 or more, or full (got {self.shots})"
+            raise ValueError(f"transfer.shots: {remedy}")
         return self
 
 
 @dataclass(frozen=True)
 class FewShots:
-    """One seeded draw of training images: ascending rows of the pool."""
+    """One random draw of training images; `rows` are their indices in the pool, ascending."""
 
     shots: Shots
     seed: int
@@ -68,10 +68,10 @@ class FewShots:
 
 @dataclass(frozen=True)
 class TransferTask:
-    """Splits of a data set's training pool, each of which is judged on all test images.
+    """One transfer experiment: splits are drawn from `pool` and tested on all of `test`.
 
-    `encode` makes a batch of square images in memory, as the feature model sees them; `features`
-    are the main triple's and block's alone.
+    `pool` has all training images of the data set. `encode` turns square images and their labels
+    into a batch for the feature model. `features` must ask for the main feature alone.
     """
 
     pool: TransferSplit
@@ -84,10 +84,10 @@ class TransferTask:
 
     @cached_property
     def splits(self) -> list[FewShots]:
-        """Draw splits for each number of shots: the i-th is `k_shot_split` with seed + i.
+        """Draw splits for each number of shots; split i is `k_shot_split` with seed + i.
 
-        Splits are nested: of one seed, more shots contain fewer. "full" is one split, the whole
-        pool. ValueError if a class has too few images.
+        The splits of one seed are nested: a split with more shots contains those with fewer. "full"
+        is one split with the whole pool. Raises ValueError if a class has too few images.
         """
         labels, drawn = self.pool.labels.tolist(), list[FewShots]()
         for n in self.params.shots:
@@ -100,15 +100,15 @@ class TransferTask:
 
     @cached_property
     def used(self) -> list[int]:
-        """The rows of the pool that some split uses, ascending: no other needs features."""
+        """Rows of the pool that occur in a split, ascending. Only these images need features."""
         return sorted({row for split in self.splits for row in split.rows})
 
     def places(self, split: FewShots) -> Int64[Tensor, " rows"]:
-        """Return where a split's rows stand among the used ones."""
+        """Return the positions of a split's rows within `used`."""
         return torch.from_numpy(np.searchsorted(self.used, split.rows))
 
     def batches(self, images: TransferSplit, rows: Sequence[int]) -> Iterator[CleanBatch]:
-        """Yield some images of the pool or the test set; an image's row seeds its noise."""
+        """Yield the given rows of the pool or the test set. An image's row seeds its noise."""
         for start in range(0, len(rows), self.features.batch_size):
             own = rows[start : start + self.features.batch_size]
             pixels, labels = images.read(own), images.labels[list(own)]
@@ -118,11 +118,11 @@ class TransferTask:
     def compute_features(
         self, model: FeatureModel, images: TransferSplit, rows: Sequence[int], on_progress: Tick
     ) -> LabelledFeatures:
-        """Compute features of some images, in order; each process does some and gets all.
+        """Compute features of the given rows, in order. Every process returns all of them.
 
-        Processes share whole batches, as one process alone would form them: features do not depend
-        on the number of processes, not even in their last bit. `on_progress` is told the number of
-        images of each of this process's batches.
+        Each process computes some of the batches. The batches are the same for any number of
+        processes, and so are the features, bit for bit. `on_progress` gets the number of images
+        after each batch of this process.
         """
         from accelerate.utils import gather_object
 
@@ -137,7 +137,7 @@ class TransferTask:
     def score(self, train: LabelledFeatures, test: LabelledFeatures) -> list[dict[str, float]]:
         """Return each split's top-1 accuracy of "ridge" and "sgd", in [0, 1], on all test images.
 
-        `train` has the features of the used rows.
+        `train` has the features of the rows in `used`.
         """
         scores: list[dict[str, float]] = []
         options: dict[str, Any] = {"num_classes": len(self.pool.class_names)}
@@ -152,9 +152,10 @@ class TransferTask:
         return scores
 
     def finetune(self, model: ContraDiff, device: torch.device, on_epoch: OnEpoch) -> list[float]:
-        """Fine-tune a copy of the model on each split, and return each split's top-1 accuracy.
+        """Fine-tune the model on each split, and return each split's top-1 accuracy.
 
-        Each of n processes tunes every n-th split. ValueError if a loss is not finite.
+        Each split starts from the given weights, which are restored afterwards. Each of n processes
+        takes every n-th split. Raises ValueError if a loss is not finite.
         """
         from accelerate.utils import gather_object
 
@@ -174,7 +175,7 @@ class TransferTask:
         return [top1 for _, top1 in sorted(gather_object(done))]
 
     def describe(self, scores: Sequence[Mapping[str, float]]) -> dict[str, list[dict[str, Any]]]:
-        """Return, by number of shots, what build/transfer/splits.json holds of each split."""
+        """Return the content of build/transfer/splits.json: all splits, by number of shots."""
         shown: dict[str, list[dict[str, Any]]] = {}
         for split, top1 in zip(self.splits, scores, strict=True):
             keys = [self.pool.keys[row] for row in split.rows]
@@ -184,11 +185,11 @@ class TransferTask:
 
 
 def ridge_top1(train: LabelledFeatures, test: LabelledFeatures, *, ridge: float) -> float:
-    """Test accuracy of one-against-rest ridge regression on ±1 targets, in closed form.
+    """Return the test accuracy of one-against-rest ridge regression to ±1, in closed form.
 
-    Each feature is brought to mean 0 and variance 1 over the training samples. Decorrelating them
-    too would make the penalty a mere scale of the logits. `ridge` is λ > 0 in ‖XW − Y‖² + λ‖W‖²,
-    not divided by n; the bias is not penalised.
+    Each feature is first scaled to mean 0 and variance 1 over the training samples. `ridge` is
+    λ > 0 in ‖XW − Y‖² + λ‖W‖², not divided by n. The bias is not penalised. Features are not
+    decorrelated as well, because λ would then only scale the logits.
     """
     from sklearn.linear_model import RidgeClassifier
     from sklearn.pipeline import make_pipeline
@@ -202,9 +203,9 @@ def ridge_top1(train: LabelledFeatures, test: LabelledFeatures, *, ridge: float)
 def transfer_metrics(
     splits: Sequence[FewShots], scores: Sequence[Mapping[str, float]]
 ) -> dict[str, dict[str, Any]]:
-    """Return each classifier's mean top-1 accuracy and its deviation, by number of shots.
+    """Return each classifier's mean top-1 accuracy and standard deviation, by number of shots.
 
-    The deviation over splits has n - 1 in the denominator; it is None with a single split.
+    The deviation is over the n splits, with n - 1 in the denominator. It is None if n is 1.
     """
     by_shots: dict[str, dict[str, Any]] = {}
     for shots in dict.fromkeys(split.shots for split in splits):

@@ -1,4 +1,4 @@
-"""Against scikit-learn and plain counting."""
+"""Accuracies must equal scikit-learn's and those of plain counting."""
 
 import pytest
 import torch
@@ -30,7 +30,7 @@ def test_topk_refuses_what_has_no_order():
 @settings(max_examples=30)
 @given(st.integers(1, 3000).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n))))
 def test_wilson_s_ends_are_where_the_score_test_turns(counts: tuple[int, int]):
-    """The rates p with (correct/n - p)^2 = z^2 p (1 - p) / n, for the 95% normal quantile z."""
+    """Its ends solve (correct/n - p)^2 = z^2 p (1 - p) / n for p; z is the 95% normal quantile."""
     correct, total = counts
     interval = wilson_interval(correct, total)
     assert 0 <= interval[0] <= correct / total <= interval[1] <= 1

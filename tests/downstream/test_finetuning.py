@@ -1,4 +1,4 @@
-"""LoRA, head and classifier learn; nothing else moves, all comes back."""
+"""LoRA, head and classifier learn, nothing else changes, and all weights are restored."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -27,7 +27,7 @@ def stored(tiny_data: Path) -> EncodedImages:
 
 @pytest.fixture
 def data(stored: EncodedImages) -> EncodedImages:
-    """Latents of three classes that even a random base tells apart; real images beside them."""
+    """Real images, but latents of three classes that even a random base tells apart."""
     generator = torch.Generator().manual_seed(0)
     means = 2 * torch.randn(3, *stored.latents.shape[1:], generator=generator)
     return replace(stored, latents=means[stored.labels])
@@ -63,7 +63,7 @@ def test_it_learns_by_lora_and_head_alone(build_tiny: Build, data: EncodedImages
         assert losses[-1] < 0.7 * losses[0]
         after = model.state_dict()
         moved = {name for name in before if not after[name].equal(before[name])}
-        # the up blocks, behind the maps that are read, are not run and get no gradient
+        # the up blocks come after the maps that h reads, so they are not run and get no gradient
         lora = {name for name in before if "lora_" in name and "up_blocks" not in name}
         assert moved == lora | {name for name in before if name.startswith("attention.")}
         features = FEATURES.model_copy(update={"condition": condition})
@@ -111,7 +111,7 @@ def test_same_seed_same_result(build_tiny: Build, data: EncodedImages):
     model = build_tiny()
     results = []
     for _ in range(2):
-        torch.manual_seed(len(results))  # the global generator has no say
+        torch.manual_seed(len(results))  # the global generator must not matter
         with weights_kept(model):
             results.append(tune(model, data, epochs=2))
     assert results[0][1] == results[1][1]

@@ -1,4 +1,4 @@
-"""Against a step-for-step transcription, scikit-learn and itself; its parameters."""
+"""Probes must equal a plain transcription, scikit-learn and probes trained alone; parameters."""
 
 import copy
 import math
@@ -34,7 +34,7 @@ def test_as_good_as_logistic_regression_whatever_the_features_scale(dtype: torch
     peer = LogisticRegression(max_iter=300).fit(scaler.transform(features.numpy()), labels.numpy())
     expected = peer.score(scaler.transform(test_features.numpy()), test_labels.numpy())
     probe = train_one(features.to(dtype), labels, num_classes=6)
-    assert 0.7 < expected < 0.98  # neither trivial nor hopeless
+    assert 0.7 < expected < 0.98  # the task is neither trivial nor impossible
     result = evaluate(probe, test_features.to(dtype), test_labels)
     assert result.top1 == pytest.approx(expected, abs=0.015)
     assert result.interval[0] < result.top1 < result.interval[1] < result.top5
@@ -148,7 +148,7 @@ def test_attentive_heads_are_trained_copies_as_if_alone_and_maps_may_lie_in_file
     maps = (features / features.std(dim=0)).view(50, 3, 2, 2, 2).half()
     files = ConcatDataset([maps[:20], maps[20:]])
     probes = train_probes(files, labels, attention_head=head, settings=SETTINGS, **SHARED)
-    # after a look at the features' width: one graph at a time
+    # the first call only finds the width; then each forward has its backward: one graph at a time
     assert calls[1:] == ["forward", "backward"] * (4 * 6 * len(SETTINGS))
     for probe, setting in zip(probes, SETTINGS, strict=True):
         alone = train_one(maps, labels, attention_head=head, setting=setting, **SHARED)
@@ -165,7 +165,7 @@ def test_evaluation_counts_every_sample_and_all_classes_if_fewer_than_five():
     probe = LinearProbe(3, 3).eval()
     with torch.no_grad():
         probe.linear.weight.copy_(torch.eye(3))
-    # More than one evaluation batch, and no multiple of it.
+    # The 2500 samples are more than one evaluation batch, and not a multiple of one.
     labels = torch.arange(2500) % 3
     features = nn.functional.one_hot((labels + (torch.arange(2500) < 100)) % 3, 3).float()
     result = evaluate(probe, features, labels)

@@ -1,4 +1,4 @@
-"""What is trained on what, and its table."""
+"""Which probes are trained on which features and images, and the table of the grid."""
 
 import csv
 from dataclasses import replace
@@ -58,7 +58,7 @@ def grid_of(cache: FeatureCache, **changes: object) -> list[GridHead]:
 
 
 def train_alone(features: Tensor, labels: Tensor) -> Any:
-    """The configured probe, without a grid."""
+    """Train the configured probe without a grid."""
     params = ProbeParams.model_validate(PARAMS)
     return train_one(features, labels, setting=params.setting, schedule=params.schedule)
 
@@ -90,7 +90,7 @@ def test_dev_holds_out_training_images_and_never_reads_val(cache: FeatureCache, 
 
 
 def test_a_headline_that_diverges_is_refused(cache: FeatureCache):
-    fault = r"^probe\.lr: the probe diverges \(got 1e\+30\); lower it"
+    fault = r"^probe\.lr: the probe diverges with 1e\+30; set a lower rate"
     with pytest.raises(ValueError, match=fault):
         grid_of(cache, lr=1e30, weight_decay=0.9)
 

@@ -1,4 +1,4 @@
-"""Against definitions written out, and scikit-learn's leave-one-out vote."""
+"""Scores must equal those of plain definitions and of scikit-learn's leave-one-out vote."""
 
 import numpy as np
 import pytest
@@ -9,7 +9,7 @@ from contradiff.downstream.separability import Separability, choose_images, embe
 
 def clusters(*, num_images: int, num_classes: int, spread: float) -> tuple[np.ndarray, np.ndarray]:
     rng = np.random.default_rng(0)
-    labels = rng.integers(0, num_classes, num_images) * 3 + 5  # neither from 0 nor without gaps
+    labels = rng.integers(0, num_classes, num_images) * 3 + 5  # labels start above 0 and have gaps
     centres = rng.normal(size=(3 * num_classes + 5, 8))
     return (centres[labels] + spread * rng.normal(size=(num_images, 8))), labels
 
@@ -25,7 +25,7 @@ def test_the_vote_equals_leaving_each_image_out(spread: float, num_neighbours: i
     voter = KNeighborsClassifier(num_neighbours, metric="cosine", algorithm="brute")
     expected = cross_val_score(voter, features, labels, cv=LeaveOneOut()).mean()
     assert found.knn == pytest.approx(expected)
-    # lengths do not count, neither for the vote nor for the silhouette
+    # the lengths of features change neither the vote nor the silhouette
     scaled = features * np.random.default_rng(0).uniform(0.1, 10, (70, 1))
     again = separability(scaled, labels, num_neighbours=num_neighbours)
     assert (again.knn, again.silhouette) == (found.knn, pytest.approx(found.silhouette))
@@ -35,7 +35,7 @@ def test_extremes():
     labels = np.repeat(np.arange(3), 4)
     apart = separability(np.eye(3)[labels] * 7, labels, num_neighbours=3)
     assert apart == Separability(1.0, 1.0)
-    # more neighbours than there are images
+    # num_neighbours may be larger than the number of images
     assert separability(np.eye(3)[labels], labels, num_neighbours=50).knn == 0.0
     assert separability(np.eye(4), np.arange(4), num_neighbours=1).silhouette is None
     assert separability(np.eye(4), np.zeros(4, int), num_neighbours=1) == Separability(1.0, None)

@@ -1,4 +1,4 @@
-"""Splits, shares and scores of a transfer set, against plain loops."""
+"""Splits and scores of a transfer set, and how processes share them, must equal plain loops."""
 
 import statistics
 from collections.abc import Sequence
@@ -42,7 +42,7 @@ def split_of(labels: Sequence[int]) -> TransferSplit:
 def task_of(
     labels: Sequence[int], *, processes: Processes | None = None, **changes: object
 ) -> TransferTask:
-    """A task whose "encoder" shows the images as they are, in batches of three."""
+    """Build a task whose "encoder" keeps the images as they are, in batches of three."""
     encode = partial(resized_batch, crop=Crop(0, 0, 32, 32, mirrored=False), size=32)
     features, processes = features_params(batch_size=3), processes or Processes()
     params = params_of(**changes)
@@ -77,7 +77,7 @@ def test_splits_of_several_shots_are_nested():
         for seed in (7, 8, 9):
             assert len(rows[fewer, seed]) == 5 * fewer
             assert set(rows[fewer, seed]) < set(rows[more, seed])
-    # fewer shots ask for no further features: the headline's noise and score stay as they are
+    # entries with fewer shots need no more features, so the headline's score does not change
     few = task_of(labels, shots=[25, 1, 5])
     assert few.used == task_of(labels, shots=[25]).used
     for split in few.splits:
@@ -85,7 +85,7 @@ def test_splits_of_several_shots_are_nested():
 
 
 class MeanColour(TimmFeatures):
-    """A stand-in for a feature model, which notes what it is shown."""
+    """A fake feature model that records the indices of the images it gets."""
 
     def __init__(self) -> None:
         self.columns = (FeatureSpec("mean", None, None, "mean"),)
@@ -100,12 +100,12 @@ class MeanColour(TimmFeatures):
 def test_processes_share_whole_batches(num_processes: int):
     rows = [10, 0, 3, 4, 5, 6, 9, 1]
     found, shown = [], []
-    for rank in range(min(num_processes, 3)):  # alone, one without a batch has nothing to join
+    for rank in range(min(num_processes, 3)):  # a lone process needs a batch
         model = MeanColour()
         task = task_of([n % 3 for n in range(11)], processes=Processes(rank, num_processes))
         found.append(task.compute_features(model, task.pool, rows, lambda _: None))
         shown += model.shown
-    assert shown == [(10, 0, 3), (4, 5, 6), (9, 1)]  # rows of the split, which seed the noise
+    assert shown == [(10, 0, 3), (4, 5, 6), (9, 1)]  # rows of the data set, which seed the noise
     whole = LabelledFeatures.joined(found)
     assert whole.keys == tuple(f"image-{row}" for row in rows)
     assert whole.labels.tolist() == [row % 3 for row in rows]
