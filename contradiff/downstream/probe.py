@@ -5,7 +5,7 @@ evaluation; each is a module with its own parameter group. The learning rate cha
 it rises linearly, then falls along half a cosine. The result is the last epoch, never the best one.
 
 *Deviation*: the presets set no weight decay, because Table 2's 0.05, used as SGD's L2 penalty,
-destroys a linear layer. Sec. 4.2.1 has a "fixed learning rate", Table 2 a cosine; we follow Table 2.
+destroys a linear layer. Sec. 4.2.1 has a "fixed learning rate", Table 2 a cosine; Table 2 is used.
 """
 
 import copy
