@@ -1,6 +1,6 @@
-"""Parameters: one top-level key of params.yaml is one `Section`, which lives with its owner.
+"""How params.yaml is read: each top-level key is one `Section`, defined where it is used.
 
-Fields that affect results have no defaults in code: params.yaml shows every value.
+Fields that affect results have no defaults in the code, so params.yaml shows every value.
 """
 
 import json
@@ -12,11 +12,11 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pydantic_core import ErrorDetails
 
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
-"""NumPy takes no larger seeds, and the product of a seed and a step fits 64 bits."""
+"""NumPy accepts no larger seeds, and seed * 1,000,003 + step must fit into 64 bits."""
 
 
 class Section(BaseModel):
-    """A parameter section: no unknown keys, NaN, infinities or silent conversions (true to 1.0)."""
+    """A parameter section. It refuses unknown keys, NaN, infinities and values of a wrong type."""
 
     model_config = ConfigDict(
         extra="forbid",
@@ -33,16 +33,16 @@ SectionT = TypeVar("SectionT", bound=Section)
 
 
 def read_params(path: Path) -> dict[str, Any]:
-    """Read a parameter file as DVC does; ValueError if it is missing, no mapping or repeats a key.
+    """Read a parameter file; raises ValueError if the file is missing, invalid or repeats a key.
 
-    ruamel reads YAML 1.2, where `1e-05`, which DVC writes, is a float; PyYAML makes it a string.
+    DVC writes small numbers as `1e-05`. ruamel reads this as a float, but PyYAML as a string.
     """
     from ruamel.yaml import YAML
     from ruamel.yaml.error import YAMLError
 
     if not path.is_file():
         raise ValueError(
-            f"{path}: no such file; run from the project's root, or copy presets/tiny.yaml to it"
+            f"{path}: no such file; go to the project's root, or copy presets/tiny.yaml there"
         )
     try:
         content: object = YAML(typ="safe").load(path)  # pyright: ignore[reportUnknownMemberType]
@@ -54,10 +54,10 @@ def read_params(path: Path) -> dict[str, Any]:
 
 
 def parse(schema: type[SectionT], content: Mapping[str, Any], *, source: str) -> SectionT:
-    """Validate the sections that `schema` has of a whole parameter file, which `source` names.
+    """Validate those sections of a parameter file's `content` that are fields of `schema`.
 
-    As DVC has it, a stage may also depend on one key of a section: a field with the alias
-    "probe.head". The ValueError has a line for each wrong value, with its dotted key.
+    A field may also be a single key of a section, if its alias is a dotted key ("probe.head").
+    Raises ValueError with one line per wrong value, which begins with `source` and the dotted key.
     """
     chosen: dict[str, Any] = {}
     for field_name, field in schema.model_fields.items():
@@ -70,7 +70,7 @@ def parse(schema: type[SectionT], content: Mapping[str, Any], *, source: str) ->
 
 
 def parse_exactly(schema: type[SectionT], content: Mapping[str, Any], *, source: str) -> SectionT:
-    """Validate as `parse` does, but refuse keys that `schema` does not know."""
+    """Validate like `parse`, but also raise ValueError for keys that `schema` does not have."""
     try:
         return schema.model_validate(dict(content))
     except ValidationError as error:
@@ -79,9 +79,9 @@ def parse_exactly(schema: type[SectionT], content: Mapping[str, Any], *, source:
 
 
 def read_card(schema: type[SectionT], path: Path, *, stage: str) -> SectionT:
-    """Read the JSON file in which a stage describes its outputs; ValueError if it is wrong."""
+    """Read the JSON file in which `stage` described its outputs; raises ValueError if invalid."""
     if not path.is_file():
-        raise ValueError(f"{path}: no such file: run the stage {stage} first")
+        raise ValueError(f"{path}: no such file; run the stage {stage} first")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
@@ -90,15 +90,15 @@ def read_card(schema: type[SectionT], path: Path, *, stage: str) -> SectionT:
 
 
 def _describe(fault: ErrorDetails) -> str:
-    """Turn a fault that pydantic found into one line: `dotted.key: what is wrong (got value)`."""
+    """Turn an error of pydantic into one line: `dotted.key: what is wrong (got value)`."""
     key = ".".join(str(part) for part in fault["loc"]) or "(whole file)"
     match fault["type"]:
         case "extra_forbidden" | "missing" as kind:
             text = "missing" if kind == "missing" else "unknown key"
-            text += "; see presets/tiny.yaml for the keys that there are"
+            text += "; see presets/tiny.yaml for all keys"
         case _:
             text = fault["msg"].removeprefix("Value error, ")
             if not isinstance(fault["input"], dict):
                 text += f" (got {fault['input']!r})"
-    # A section's own validator names the key itself.
+    # Messages of a section's own validator already begin with the key.
     return text if text.startswith(f"{key}.") else f"{key}: {text}"

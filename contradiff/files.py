@@ -1,4 +1,4 @@
-"""Files on disk: written whole or not at all, locked, hashed, and checked to fit."""
+"""Helpers for files: atomic writing, locks, hashes, and checks of free disk space."""
 
 import errno
 import fcntl
@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any
 
 SPARE_BYTES = 50_000_000
-"""Stays free for the other files that a run writes."""
+"""Bytes that `check_free_space` leaves free for other files that a run writes."""
 
 
 @contextmanager
 def replace_file(path: Path) -> Generator[Path]:
-    """Yield a temporary path beside `path`; rename it to `path` if the block succeeds."""
+    """Yield a temporary path in the same folder; rename it to `path` if the block succeeds."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
@@ -28,7 +28,7 @@ def replace_file(path: Path) -> Generator[Path]:
 
 @contextmanager
 def replace_dir(path: Path) -> Generator[Path]:
-    """Yield a new, empty folder beside `path`; it replaces `path` if the block succeeds."""
+    """Yield a new, empty folder next to `path`; it replaces `path` if the block succeeds."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     shutil.rmtree(temporary, ignore_errors=True)
@@ -44,11 +44,11 @@ def replace_dir(path: Path) -> Generator[Path]:
 
 @contextmanager
 def hold_lock(path: Path, *, on_wait: Callable[[str], None] | None = None) -> Generator[None]:
-    """Hold an exclusive lock, which the operating system releases even if the process crashes.
+    """Lock the file `path` during the block; a crash of the process also releases the lock.
 
-    The lock file is never deleted: otherwise one process could hold the deleted file while another
-    locks a new file at the same path. If this process has to wait, it calls `on_wait` with the
-    owner's process id.
+    The lock file is never deleted. Otherwise one process could have the deleted file locked while
+    another process locks a new file at the same path. If another process has the lock, this calls
+    `on_wait` with that process's id, then waits.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a+") as file:
@@ -72,7 +72,7 @@ def sha256_of(path: Path) -> str:
 
 
 def file_manifest(folder: Path, names: Iterable[str]) -> dict[str, Any]:
-    """Return size and SHA-256 of some files of a folder, by name."""
+    """Return the size and SHA-256 of the named files in a folder, as a dict from name to both."""
     return {
         name: {"num_bytes": (folder / name).stat().st_size, "sha256": sha256_of(folder / name)}
         for name in sorted(names)
@@ -88,21 +88,21 @@ def describe_bytes(num_bytes: int) -> str:
 
 
 def check_free_space(folder: Path, num_bytes: int, *, ways_out: str = "") -> None:
-    """Raise ValueError if `num_bytes` more do not fit into a folder; `ways_out` would help too."""
+    """Raise ValueError if `num_bytes` do not fit on the disk; the message adds `ways_out`."""
     free = shutil.disk_usage(folder).free
     lacking = num_bytes + SPARE_BYTES - free
     if num_bytes > 0 and lacking > 0:
         remedy = f"free {describe_bytes(lacking)} more, or put the project on a larger disk"
         raise ValueError(
-            f"{folder.resolve()}: {describe_bytes(num_bytes)} are to be written and "
-            f"{describe_bytes(free)} are free, but {describe_bytes(SPARE_BYTES)} must stay free: "
+            f"{folder.resolve()}: {describe_bytes(num_bytes)} are to be written, but only "
+            f"{describe_bytes(free)} are free, and {describe_bytes(SPARE_BYTES)} must stay free; "
             f"{remedy}{f', or {ways_out}' if ways_out else ''}"
         )
 
 
 @contextmanager
 def explain_full_disk(folder: Path) -> Generator[None]:
-    """Turn the error of a full disk into a ValueError that says what to do."""
+    """If the block fails because the disk is full, raise a ValueError that says what to do."""
     try:
         yield
     except OSError as error:
@@ -110,6 +110,6 @@ def explain_full_disk(folder: Path) -> Generator[None]:
             raise
         raise ValueError(
             f"{folder}: no space is left on the disk ({error.strerror}; "
-            f"{describe_bytes(shutil.disk_usage(folder).free)} free): free some, then run the same "
-            "command again; it keeps what is whole and goes on from there"
+            f"{describe_bytes(shutil.disk_usage(folder).free)} are free). Delete some files, then "
+            "run the same command again; it keeps complete results and continues after them"
         ) from error

@@ -1,4 +1,4 @@
-"""The processes that share a stage; without torch, which workers need not load."""
+"""The processes that run one stage together. This file avoids the slow import of torch."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Processes:
-    """Which of `size` processes this is; `barrier` returns when every process has called it."""
+    """Process number `rank` of `size`; `barrier` waits until every process has called it."""
 
     rank: int = 0
     size: int = 1

@@ -1,7 +1,8 @@
-"""Every rule between sections of params.yaml, each once; the stage `validate` asks them all.
+"""All rules that compare several sections of params.yaml; the stage `validate` checks them.
 
-A rule within one section is that section's validator. A rule here yields one message for each
-fault: it begins with a dotted key and says what to type. The code that relies on a rule asserts it.
+A rule about a single section is a validator of that section. A rule here yields one message for
+each fault. A message begins with a dotted key and says what to type. Code that relies on a rule
+asserts it.
 """
 
 from collections.abc import Iterator
@@ -31,7 +32,7 @@ from contradiff.training.recipe import TrainingRecipe
 
 
 class AllParams(TrainingRecipe, Architecture):
-    """All sections of params.yaml but `runtime`, which changes no result."""
+    """All sections of params.yaml except `runtime`, which changes no result."""
 
     data: DataParams
     raw: RawParams
@@ -52,7 +53,7 @@ class AllParams(TrainingRecipe, Architecture):
 
 
 def between_sections(params: AllParams) -> Iterator[str]:
-    """Yield what is wrong between sections, from the parameter file alone."""
+    """Yield a message for each fault that the parameter file alone shows."""
     yield from images_have_the_size_they_need(params)
     yield from random_crops_are_stored_where_needed(params)
     yield from batches_fit_the_rendered_images(params)
@@ -64,14 +65,14 @@ def between_sections(params: AllParams) -> Iterator[str]:
 def images_have_the_size_they_need(params: AllParams) -> Iterator[str]:
     resize, image_size = params.ingest.resize, params.data.image_size
     if resize is not None and resize < image_size:
-        yield f"ingest.resize: {resize} must be null or at least data.image_size, {image_size}"
+        yield f"ingest.resize: {resize} must be null or at least data.image_size ({image_size})"
     patch_size = params.conditioner.patch_size
     if params.conditioner.input == "pixels" and image_size % patch_size:
-        yield f"conditioner.patch_size: {patch_size} must divide data.image_size, {image_size}"
+        yield f"conditioner.patch_size: {patch_size} must divide data.image_size ({image_size})"
 
 
 def random_crops_are_stored_where_needed(params: AllParams) -> Iterator[str]:
-    """The first stored view is the centre crop; random crops are the further ones."""
+    """The first stored view is the centre crop. All other stored views are random crops."""
     conditioner, loss = params.conditioner, params.loss
     is_alone, is_jittered = params.latents.views == 1, params.latents.colour_jitter != 0
     if is_alone and conditioner.input == "latents" and conditioner.cond_view == "crop":
@@ -82,32 +83,32 @@ def random_crops_are_stored_where_needed(params: AllParams) -> Iterator[str]:
     if is_alone and loss.latent_views == "two":
         yield "loss.latent_views: two needs stored random crops; set latents.views to 2 or more"
     if is_alone and is_jittered:
-        none = "latents.views 1 stores none; set it to 0"
-        yield f"latents.colour_jitter: distorts random crops, and {none}"
+        none = "latents.views: 1 stores none; set latents.colour_jitter to 0"
+        yield f"latents.colour_jitter: only random crops are distorted, but {none}"
     elif is_jittered and (loss.latent_views == "same" or loss.recon_passes > 3):
         yield (
-            "latents.colour_jitter: loss.latent_views: same and loss.recon_passes over 3 would "
-            "teach the model to reconstruct distorted colours; set it to 0"
+            "latents.colour_jitter: with loss.latent_views: same or loss.recon_passes above 3, the "
+            "model would learn to reconstruct distorted colours; set latents.colour_jitter to 0"
         )
 
 
 def batches_fit_the_rendered_images(params: AllParams) -> Iterator[str]:
-    """Counts of other data are known to the stage `prepare`."""
+    """Only the number of rendered images is known here; the stage `prepare` checks other data."""
     num_train = params.data.num_train
     sections = {"pretrain": params.pretrain, "class_condition": params.class_condition}
     for name, section in sections.items():
         if num_train is not None and section.epochs and section.batch_size > num_train:
-            more = f"{section.batch_size} is more than data.num_train, {num_train}"
-            yield f"{name}.batch_size: {more}; lower it"
+            more = f"{section.batch_size} is more than data.num_train ({num_train})"
+            yield f"{name}.batch_size: {more}; lower {name}.batch_size"
 
 
 def features_serve_their_users(params: AllParams) -> Iterator[str]:
-    """Fine-tuning trains LoRA and the attention head on latents noised by Eq. 5."""
+    """Fine-tuning trains LoRA and the attention head on latents with noise (Eq. 5)."""
     features = params.features
     if params.probe.head == "attentive" and features.model == "timm":
         yield (
-            "probe.head: attentive learns from maps at three noise levels, and features.model: "
-            "timm has none; set probe.head to linear"
+            "probe.head: attentive learns from maps at three noise levels, but features.model: "
+            "timm gives no such maps; set probe.head to linear"
         )
     for key, value, needed in (
         ("features.pool", features.pool, "attention"),
@@ -121,7 +122,7 @@ def features_serve_their_users(params: AllParams) -> Iterator[str]:
 
 
 def conditions_are_trained(params: AllParams) -> Iterator[str]:
-    """Sampling may use a null condition only if the reconstruction loss has seen it."""
+    """Sampling may use a null condition (noise instead of an image) only if it was trained."""
     generate, conditioner, table = params.generate, params.conditioner, params.class_condition
     # The second view gives the last three of six draws.
     sees_noise = conditioner.cond_view == "noise" and params.loss.recon_passes > 3
@@ -130,17 +131,17 @@ def conditions_are_trained(params: AllParams) -> Iterator[str]:
     is_used = generate.condition == "noise" or (generate.condition == "image" and is_guided)
     if is_used and not is_trained:
         yield (
-            "conditioner.drop: 0 never trains the null condition, and generate.condition: noise "
-            "and guided images need it; make it more than 0, such as 0.1"
+            "conditioner.drop: 0 never trains the null condition, which generate.condition: noise "
+            "and generate.guidance use; set conditioner.drop to more than 0, such as 0.1"
         )
     if generate.condition == "class" and is_guided and table.drop == 0:
         yield (
-            "class_condition.drop: 0 never trains the null class, and generate.guidance needs it; "
-            "make it more than 0, such as 0.1, or set generate.guidance to 1"
+            "class_condition.drop: 0 never trains the null class, which generate.guidance uses; "
+            "set class_condition.drop to more than 0, such as 0.1, or generate.guidance to 1"
         )
     if generate.condition == "class" and table.epochs == 0:
-        more = "make class_condition.epochs 1 or more (got 0)"
-        yield f"generate.condition: class needs a table of classes; {more}"
+        more = "set class_condition.epochs to 1 or more (got 0)"
+        yield f"generate.condition: class needs a trained table of class embeddings; {more}"
 
 
 def scores_have_enough_images(params: AllParams) -> Iterator[str]:
@@ -151,22 +152,23 @@ def scores_have_enough_images(params: AllParams) -> Iterator[str]:
         ("kid_subset_size", score.kid_subset_size, "reference.num_kept", params.reference.num_kept),
     ):
         if value > number:
-            yield f"score.{key}: {value} is more than {name}, {number}; lower it"
+            yield f"score.{key}: {value} is more than {name} ({number}); lower score.{key}"
     if num_samples < extractor.num_features:
         yield (
-            f"generate.num_samples: FID needs {extractor.num_features} images or more, one for "
-            f"each feature of extractor.kind: {extractor.kind} (got {num_samples})"
+            f"generate.num_samples: FID needs as many images as extractor.kind: {extractor.kind} "
+            f"has features; set it to {extractor.num_features} or more (got {num_samples})"
         )
 
 
 def with_base(params: AllParams, folder: Path) -> Iterator[str]:
-    """Yield what the base in `folder` cannot serve, from its configuration files alone."""
+    """Yield a message for each parameter that does not fit the base's configuration in `folder`."""
     unet = unet_without_weights(folder)
     names = [name for name, module in unet.named_modules() if isinstance(module, nn.Linear)]
     example = next((name for name in names if "attn2" in name), names[0])
     for target in params.lora.targets:
         if not any(f".{name}".endswith(f".{target}") for name in names):
-            yield f"lora.targets: {target!r} ends no linear layer's name, such as {example!r}"
+            how = f"use the end of a layer's name, such as {example!r}"
+            yield f"lora.targets: {target!r} matches no linear layer of the UNet; {how}"
 
     num_up_blocks = len(unet.config["up_block_types"])
     asked = [("head.block", params.head.block)]
@@ -174,8 +176,8 @@ def with_base(params: AllParams, folder: Path) -> Iterator[str]:
     asked += [("features.model", "diffeed")] * (params.features.model == "diffeed")
     for key, value in asked:
         if value != "mid" and num_up_blocks < 2:
-            why = f"reads the UNet's second up block, but the base has {num_up_blocks}"
-            yield f"{key}: {value} {why}; ask for mid alone, or take another base"
+            why = f"reads the UNet's second up block, but the base has only {num_up_blocks}"
+            yield f"{key}: {value} {why}; use only the mid block, or choose another base"
 
     yield from timesteps_are_in_the_schedule(params, NoiseSchedule.of_base(folder))
 
@@ -183,13 +185,13 @@ def with_base(params: AllParams, folder: Path) -> Iterator[str]:
     of_unet = 2 ** (len(unet.config["block_out_channels"]) - 1)
     if image_size % (of_vae * of_unet):
         yield (
-            f"data.image_size: {image_size} is no multiple of {of_vae * of_unet}: the base's VAE "
-            f"makes an image {of_vae} times smaller, and its UNet {of_unet} times more"
+            f"data.image_size: {image_size} must be a multiple of {of_vae * of_unet}, because the "
+            f"VAE divides an image's sides by {of_vae}, and the UNet divides them by {of_unet}"
         )
     patch_size, latent_size = params.conditioner.patch_size, image_size // of_vae
     if params.conditioner.input == "latents" and latent_size % patch_size:
         when = "when conditioner.input is latents"
-        side = f"the latent's side, {latent_size}, {when}"
+        side = f"the side of a latent ({latent_size}) {when}"
         yield f"conditioner.patch_size: {patch_size} must divide {side}"
 
 
@@ -199,14 +201,14 @@ def timesteps_are_in_the_schedule(params: AllParams, schedule: NoiseSchedule) ->
         key = "features.more_triples" if number else "features.timesteps"
         beyond = [step for step in triple if step > last]
         if beyond:
-            yield f"{key}: {beyond} are beyond the base's last timestep, {last}"
+            yield f"{key}: {beyond} exceed the base's last timestep, {last}; lower them"
         elif params.features.noising == "ddim_chain" and not set(triple) <= set(grid):
             yield (
-                f"{key}: {triple} are not on the base's {CHAIN_STEPS}-step grid, which "
-                f"features.noising: ddim_chain needs: choose from {grid}"
+                f"{key}: {triple} must be on the base's {CHAIN_STEPS}-step grid when "
+                f"features.noising is ddim_chain; choose from {grid}"
             )
     num_steps, most = params.generate.num_inference_steps, schedule.num_train_timesteps
-    # Stable Diffusion's steps_offset pushes the first of 1000 steps beyond its grid.
+    # Stable Diffusion's steps_offset of 1 would make the first of 1000 steps timestep 1000.
     if num_steps > most or schedule.ddim_timesteps(num_steps)[-1] >= most:
-        room = f"the base's schedule of {most} timesteps has room for"
-        yield f"generate.num_inference_steps: {num_steps} is more than {room}; lower it"
+        fault = f"is too many for the base's schedule of {most} timesteps"
+        yield f"generate.num_inference_steps: {num_steps} {fault}; lower it"
