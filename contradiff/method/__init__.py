@@ -1,7 +1,7 @@
-"""The method, Sec. 3 of the paper: start here.
+"""The method of the paper (Sec. 3): start reading here.
 
-In reading order: `noise` (which timesteps, Eq. 5), `transformer` and `conditioner` (an image =>
-encoder_hidden_states), `lora`, `unet` and `microbatches` (the denoiser in halves, f(z_t)),
-`attention` (h, Eq. 4), `losses` (Eqs. 3 and 6), `model` (all of it together), `objective` (Eq. 7);
-then `parameter_counts` and `checkpoint`. The room may import `base`, `types`, `config` and `files`.
+Read `noise` (timesteps, Eq. 5), `transformer` and `conditioner` (an image => tokens), `lora`,
+`unet` and `microbatches` (the UNet in halves, f(z_t)), `attention` (the feature h, Eq. 4), `losses`
+(Eqs. 3, 6), `model` (all parts joined), `objective` (Eq. 7), `parameter_counts` and `checkpoint`,
+in this order. These modules may import `base`, `types`, `config` and `files`.
 """

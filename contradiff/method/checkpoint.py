@@ -1,4 +1,4 @@
-"""What pretraining leaves: the trained weights, and all that it takes to rebuild the model."""
+"""Checkpoints of pretraining: the trained weights, and the settings to rebuild the model."""
 
 import json
 from collections.abc import Mapping
@@ -18,7 +18,7 @@ CONFIG_NAME = "config.json"
 
 
 def base_digest(base: Path) -> str:
-    """Which UNet a checkpoint belongs to: sha256 over its weight files."""
+    """Return the SHA-256 of each weight file of the base's UNet, joined by "+"."""
     digests = [sha256_of(path) for path in sorted((base / "unet").glob("*.safetensors"))]
     return digests[0] if len(digests) == 1 else "+".join(digests)
 
@@ -33,7 +33,7 @@ def save_checkpoint(
     counts: ParameterCounts,
     params: Mapping[str, Any],
 ) -> None:
-    """Write the trained weights and config.json, with the run's `params`, whole or not at all."""
+    """Replace `folder` by the trained weights and a config.json that contains `params`."""
     config = {"base_sha256": base_digest(base), "image_size": image_size, "num_steps": num_steps}
     config |= {"parameters": counts, "params": dict(params)}
     write_weights(folder, {WEIGHTS_NAME: model.trained_state()}, config)
@@ -42,7 +42,7 @@ def save_checkpoint(
 def write_weights(
     folder: Path, files: Mapping[str, Mapping[str, Tensor]], config: Mapping[str, Any]
 ) -> None:
-    """Replace `folder` by safetensors files, each with its tensors, and config.json."""
+    """Replace `folder` by one safetensors file for each entry of `files`, and config.json."""
     with replace_dir(folder) as temporary:
         for name, tensors in files.items():
             state = {key: value.cpu().contiguous() for key, value in tensors.items()}
@@ -53,16 +53,16 @@ def write_weights(
 def read_config(
     folder: Path, *, what: str = "checkpoint", stage: str = "pretrain"
 ) -> dict[str, Any]:
-    """Read the config.json of `what` a stage wrote; ValueError if the file does not exist."""
+    """Read the config.json that a stage wrote with `what`; raises ValueError if it is missing."""
     path = folder / CONFIG_NAME
     if not path.is_file():
-        remedy = f"run `dvc repro {stage}`, or fetch it by `dvc pull {folder}`"
+        remedy = f"run `dvc repro {stage}`, or fetch it with `dvc pull {folder}`"
         raise ValueError(f"{path}: no {what}; {remedy}")
     return json.loads(path.read_text())
 
 
 def load_checkpoint(folder: Path, *, base: Path) -> ContraDiff:
-    """Rebuild the model on its base, in evaluation mode; ValueError if the two do not fit."""
+    """Rebuild the model in evaluation mode; raises ValueError if it was trained on another base."""
     config = read_config(folder)
     if config["base_sha256"] != base_digest(base):
         raise ValueError(f"{folder}: trained on another base than {base}; run `dvc repro pretrain`")

@@ -12,21 +12,19 @@ from contradiff.types import Conditions, Latents, Pixels, Tokens
 
 
 class ConditionerParams(Section):
-    """Section `conditioner`. The paper gives width 512 and the number of parameters only."""
+    """Parameters of section `conditioner`. The paper gives only width 512 and a parameter count."""
 
     input: Literal["pixels", "latents"] = Field(
-        description="what the ViT sees: the image (paper) or its latent"
+        description="input of the ViT: the image (paper) or its latent"
     )
     patch_size: int = Field(ge=1, description="side of a patch, in pixels or latent positions")
     width: int = Field(ge=1)
     depth: int = Field(ge=1)
     num_heads: int = Field(ge=1)
-    drop: float = Field(
-        ge=0, lt=1, description="chance that a condition is Gaussian noise (App. A)"
-    )
+    drop: float = Field(ge=0, lt=1, description="chance that noise replaces a condition (App. A)")
     cond_view: Literal["same", "crop", "noise"] = Field(
-        description="same: one clean image for both views (paper) | crop: an independent crop for "
-        "each | noise: as same, but the second view has the null condition"
+        description="same: one clean image for both views (paper) | crop: a different crop for each "
+        "view | noise: like same, but view 2 has the null condition (pure noise)"
     )
 
     @model_validator(mode="after")
@@ -39,9 +37,9 @@ class ConditionerParams(Section):
 class Conditioner(nn.Module):
     """A ViT over the clean image: patches, learned positions, pre-norm blocks, a linear layer.
 
-    The last linear layer starts at zero, so that all tokens are zero when training starts. For the
-    tiny base this is its unconditional mode; for Stable Diffusion, cross-attention then adds only
-    its bias. The paper does not say how its conditioner is initialised.
+    The last layer starts at zero, so all tokens are zero when training starts. The tiny base knows
+    zeros as "no condition". In Stable Diffusion, zeros make cross-attention add only its bias. The
+    paper does not say how its conditioner is initialised.
     """
 
     def __init__(
@@ -63,10 +61,10 @@ class Conditioner(nn.Module):
         nn.init.zeros_(self.to_tokens.bias)
 
     def choose(self, *, pixels: Pixels, latents: Latents) -> Conditions:
-        """Return the pixels or the latents, whichever `forward` takes."""
+        """Return the argument that `forward` needs, as the parameter conditioner.input says."""
         return pixels if self.input == "pixels" else latents
 
     def forward(self, conditions: Conditions) -> Tokens:
-        """Pixels, scaled latents or Gaussian noise of their shape => encoder_hidden_states."""
+        """Encode pixels, scaled latents, or Gaussian noise of the same shape as tokens."""
         patches = self.to_patches(conditions).flatten(2).transpose(1, 2)
         return self.to_tokens(self.norm(self.blocks(patches + self.positions)))

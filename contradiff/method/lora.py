@@ -13,15 +13,15 @@ if TYPE_CHECKING:
 
 
 class LoraParams(Section):
-    """Section `lora` (paper: rank 16 in the cross-attention's q, k, v)."""
+    """Parameters of section `lora`. The paper has rank 16 in q, k and v of cross-attention."""
 
     rank: int = Field(ge=1)
     alpha: float = Field(gt=0, description="the update is scaled by alpha / rank")
-    targets: list[str] = Field(min_length=1, description="suffixes of the UNet's linear layers")
+    targets: list[str] = Field(min_length=1, description="ends of the names of the layers to adapt")
 
 
 def add_lora(unet: "UNet2DConditionModel", params: LoraParams) -> None:
-    """Insert trainable low-rank updates in place; they start as the identity (B = 0)."""
+    """Insert trainable low-rank updates in place. They start at zero, because B = 0."""
     from peft import LoraConfig, inject_adapter_in_model
 
     rank, alpha, targets = params.rank, params.alpha, params.targets
@@ -32,7 +32,7 @@ def add_lora(unet: "UNet2DConditionModel", params: LoraParams) -> None:
 
 
 def merge_lora(unet: nn.Module) -> None:
-    """Add the low-rank updates to the weights (float32): same output, no more LoRA overhead."""
+    """Add the low-rank updates to the weights (float32). The same outputs then take less time."""
     from peft.tuners.lora import LoraLayer
 
     for module in unet.modules():
@@ -41,7 +41,7 @@ def merge_lora(unet: nn.Module) -> None:
 
 
 def disable_lora(unet: nn.Module) -> None:
-    """Switch the low-rank updates off, so that the UNet computes what the base computes."""
+    """Switch the low-rank updates off, so that the UNet gives the outputs of the base again."""
     from peft.tuners.lora import LoraLayer
 
     for module in unet.modules():
@@ -52,9 +52,9 @@ def disable_lora(unet: nn.Module) -> None:
 def cast_frozen_weights(unet: nn.Module) -> None:
     """Convert the frozen weights of linear layers and convolutions to bfloat16.
 
-    Autocast would convert them to the same values in every pass, and would keep these copies beside
-    the float32 weights until the backward pass. Norms, which autocast runs in float32 on CUDA, and
-    trainable weights stay float32.
+    Autocast would convert them to the same values in every pass, and would store these copies in
+    addition to the float32 weights until the backward pass. Trainable weights stay float32, and so
+    do norms, which autocast runs in float32 on CUDA.
     """
     for module in unet.modules():
         if isinstance(module, nn.Linear | nn.Conv2d) and not module.weight.requires_grad:

@@ -1,4 +1,4 @@
-"""A mean loss whose gradient is taken a few rows at a time, while the forward pass goes on."""
+"""A mean loss whose gradient is computed for a few rows at a time, to save memory."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -9,18 +9,18 @@ from torch.autograd.function import once_differentiable
 
 Tensors = Sequence[Tensor]
 LossOfRows = Callable[..., Tensor]
-"""(rows, *these rows of each input) => the mean loss of these rows."""
+"""A function: a slice of rows and these rows of every input => the mean loss of these rows."""
 
 
 def mean_in_microbatches(
     loss_of: LossOfRows, inputs: Tensors, parameters: Tensors, *, microbatch_size: int
 ) -> Tensor:
-    """The mean of `loss_of` over all rows, with the activations of few rows in memory.
+    """Return the mean of `loss_of` over all rows, computed a microbatch (a few rows) at a time.
 
-    Each microbatch's gradient is taken as soon as its loss is known, and its activations are freed
-    before the next one runs; unlike checkpointing, nothing is computed twice. The gradient is the
-    same up to the order of its sum. The mean can be differentiated once. `loss_of` gets a slice of
-    rows and, detached, these rows of each input; `parameters` must hold all that it trains.
+    The gradient of a microbatch is computed directly after its loss, and its activations are freed
+    before the next microbatch runs. Unlike checkpointing, this computes nothing twice. The gradient
+    of the mean equals the usual one up to the order of float sums, and can be taken only once.
+    `loss_of` gets detached inputs. `parameters` must contain everything that `loss_of` trains.
     """
     return _Mean.apply(loss_of, microbatch_size, len(inputs), *inputs, *parameters)  # pyright: ignore[reportReturnType]
 
@@ -34,7 +34,7 @@ class _Mean(torch.autograd.Function):
         num_rows, mean = len(tensors[0]), torch.zeros((), device=tensors[0].device)
 
         def add_microbatch(rows: slice) -> Tensor:
-            """Add its gradient; return its share of the mean. All else is freed on return."""
+            """Add the gradient of these rows; return their share of the mean."""
             inputs = tensors[:num_inputs]
             leaves = [t[rows].detach().requires_grad_(t.requires_grad) for t in inputs]
             given = (*leaves, *tensors[num_inputs:])

@@ -12,18 +12,22 @@ from contradiff.config import Section
 from contradiff.types import Latents, Timesteps
 
 PerTimestep = Float[Tensor, " timesteps"]
-"""One number for each timestep of the base's training grid."""
+"""One number for each training timestep of the base."""
 NUM_VIEWS = 2
 NUM_LEVELS = 3
-"""A view has three noise levels, one each for query, key and value (Eq. 4)."""
+"""An image has two views; each view has three noise levels (query, key, value of Eq. 4)."""
 
 
 class NoiseParams(Section):
-    """Section `noise`: how training timesteps are drawn. The base's betas stay as they are."""
+    """Parameters of section `noise`: how training timesteps are drawn."""
 
-    schedule: Literal["inverse_cosine", "uniform"] = Field(description="Sec. 3.4; SODA's schedule")
+    schedule: Literal["inverse_cosine", "uniform"] = Field(
+        description="distribution of the timesteps; inverse_cosine is SODA's (Sec. 3.4)"
+    )
     uniform_mix: float = Field(
-        ge=0, le=1, description="chance that a draw for the reconstruction loss is uniform instead"
+        ge=0,
+        le=1,
+        description="chance that a timestep for the reconstruction loss is drawn uniformly",
     )
 
 
@@ -31,9 +35,9 @@ def timestep_probabilities(alphas_cumprod: PerTimestep, *, schedule: str) -> Per
     """Compute the probability of each training timestep, in float64.
 
     SODA (Hudson et al., 2024) draws u uniformly and adds noise until alpha-bar is
-    (2/pi) arccos(sqrt(u)), so that P(alpha-bar <= a) = 1 - cos^2(pi a / 2). The base has a grid of
-    alpha-bars: each timestep gets the probability between the midpoints to its two neighbours, and
-    the outermost intervals end at 1 and 0. With schedule "uniform" all timesteps are as likely.
+    (2/pi) arccos(sqrt(u)), so that P(alpha-bar <= a) = 1 - cos^2(pi a / 2). The base has only a
+    list of alpha-bars. Each timestep gets the probability of the interval between the midpoints to
+    its two neighbours. With schedule "uniform", all timesteps are equally likely.
     """
     alphas = alphas_cumprod.double()
     if schedule == "uniform":
@@ -51,12 +55,12 @@ def draw_timesteps(
     uniform_mix: float,
     generator: torch.Generator,
 ) -> Int[Tensor, "views levels batch"]:
-    """Draw two independent triples of timesteps for each image (Eqs. 4, 5).
+    """Draw three timesteps for each of the two views of each image (Eqs. 4, 5).
 
-    The reconstruction loss uses the first `recon_passes` of the six draws, in the order (view,
-    level). Each of these is replaced by a uniform draw with probability `uniform_mix`; it also
-    belongs to its view's triple, so the contrastive loss sees it too. The draws are not sorted, so
-    that each one follows the schedule.
+    The reconstruction loss uses the first `recon_passes` of the six timesteps, ordered by view,
+    then by level. With probability `uniform_mix`, a uniform draw replaces each of these. The
+    contrastive loss also uses the replaced timesteps. The timesteps are not sorted here, so that
+    each one follows the schedule.
 
     *Deviation*: the paper draws no timesteps uniformly (uniform_mix 0). Timesteps above 700, which
     generation needs, are then only 1.7% of the draws.
@@ -64,7 +68,7 @@ def draw_timesteps(
     num_draws = NUM_VIEWS * NUM_LEVELS * batch_size
     draws = torch.multinomial(probabilities, num_draws, replacement=True, generator=generator)
     draws = draws.view(NUM_VIEWS * NUM_LEVELS, batch_size)
-    # Drawn with every setting, so that the random numbers after these do not depend on it.
+    # These are drawn even if unused, so that later random numbers do not depend on the settings.
     device = probabilities.device
     uniform = torch.randint(len(probabilities), draws.shape, generator=generator, device=device)
     mixed = torch.rand(draws.shape, generator=generator, device=device) < uniform_mix

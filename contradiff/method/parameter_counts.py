@@ -1,4 +1,4 @@
-"""The parameters of each module, counted, and shown beside the paper's numbers (Tables 3, 7, 9)."""
+"""Counts of each module's parameters, compared with the paper's numbers (Tables 3, 7, 9)."""
 
 from pathlib import Path
 from typing import TypedDict
@@ -11,7 +11,7 @@ from contradiff.base.loading import NoiseSchedule, unet_without_weights, vae_wit
 from contradiff.method.model import TRAINED_MODULES, Architecture, ContraDiff
 
 PAPER_UNET_SIZE = 859_520_964
-"""The parameters of Stable Diffusion v1's UNet: by them the paper's base is known."""
+"""Parameter count of Stable Diffusion v1's UNet, by which the paper's base is recognised."""
 
 NAMES = {
     "lora": "LoRA",
@@ -20,16 +20,16 @@ NAMES = {
     "attention": "tri-timestep attention",
     "projector": "projector",
 }
-"""The paper's names of the modules, where it has any."""
+"""Names of the trained modules in the table, where possible as in the paper."""
 
 NOTES = """
-28M and 68M hold the linear classifier over 1000 classes, which the probe stage trains.
-The paper's 980M and 1048M are UNet and CLIP's text encoder, which the method does not use; ours are
-UNet and VAE."""
+28M and 68M include the linear classifier over 1000 classes, which the stage probe trains.
+The paper's frozen 980M are UNet and CLIP's text encoder, which the method does not use. Our frozen
+parameters are UNet and VAE."""
 
 
 class ParameterCounts(TypedDict):
-    """How many parameters learn and how many are frozen, in all and as a pair for each module."""
+    """Numbers of trainable and frozen parameters: in total, and as a pair for each module."""
 
     trainable: int
     frozen: int
@@ -37,7 +37,7 @@ class ParameterCounts(TypedDict):
 
 
 def count_parameters(model: ContraDiff, *, num_vae_parameters: int) -> ParameterCounts:
-    """Count the parameters; LoRA stands apart from the UNet that it adapts."""
+    """Count the parameters. Those of LoRA are not counted as parameters of the UNet."""
     lora = sum(p.numel() for name, p in model.unet.named_parameters() if "lora_" in name)
     unet = _size(model.unet) - lora
     modules = {"unet": (0, unet), "vae": (0, num_vae_parameters), "lora": (lora, 0)}
@@ -50,10 +50,10 @@ def count_parameters(model: ContraDiff, *, num_vae_parameters: int) -> Parameter
 
 
 def parameter_table(folder: Path, architecture: Architecture, *, image_size: int) -> str:
-    """Show the parameters of each module and, on the paper's base, the paper's sums beside them.
+    """Return a table of each module's parameters. The paper's base adds the paper's numbers.
 
-    Everything is built on the meta device, from the base's configuration alone. The paper's sums
-    hold the linear classifier over ImageNet-1K's 1000 classes, so it has a line there.
+    The modules are built on the meta device from the base's configuration, without weights. The
+    paper's sums include a linear classifier over 1000 classes, so the table then has it too.
     """
     unet, schedule = unet_without_weights(folder), NoiseSchedule.of_base(folder)
     is_papers, factor = _size(unet) == PAPER_UNET_SIZE, downsampling_of(folder)

@@ -1,4 +1,4 @@
-"""The transformer block of the conditioner and of the attention head."""
+"""The transformer block that the conditioner and the attention head are made of."""
 
 import torch.nn.functional as F
 from jaxtyping import Float
@@ -8,7 +8,7 @@ Sequence = Float[Tensor, "batch num_tokens width"]
 
 
 class Mlp(nn.Sequential):
-    """Linear, GELU, Linear with a hidden layer of `ratio * width`."""
+    """An MLP (Linear, GELU, Linear) whose hidden layer has `ratio * width` units."""
 
     def __init__(self, width: int, *, ratio: int) -> None:
         hidden = ratio * width
@@ -16,13 +16,13 @@ class Mlp(nn.Sequential):
 
 
 def attend(query: Sequence, key: Sequence, value: Sequence, *, num_heads: int) -> Sequence:
-    """Compute multi-head scaled dot-product attention; `width` holds the heads side by side."""
+    """Compute multi-head scaled dot-product attention; a head has width / num_heads channels."""
     q, k, v = (t.unflatten(-1, (num_heads, -1)).transpose(1, 2) for t in (query, key, value))
     return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
 
 
 class Block(nn.Module):
-    """Pre-norm ViT block: self-attention (q, k, v without bias), then an MLP."""
+    """A pre-norm ViT block: self-attention (q, k, v without bias), then an MLP."""
 
     def __init__(self, width: int, *, num_heads: int, mlp_ratio: int) -> None:
         super().__init__()
@@ -34,7 +34,7 @@ class Block(nn.Module):
         self.mlp = Mlp(width, ratio=mlp_ratio)
 
     def forward(self, tokens: Sequence) -> Sequence:
-        """Attend, then transform each token."""
+        """Apply attention between tokens, then the MLP to each token."""
         query, key, value = self.to_qkv(self.norm_attention(tokens)).chunk(3, dim=-1)
         tokens = tokens + self.to_out(attend(query, key, value, num_heads=self.num_heads))
         return tokens + self.mlp(self.norm_mlp(tokens))

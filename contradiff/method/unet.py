@@ -1,4 +1,4 @@
-"""The base's UNet in halves: down to the bottleneck, and up to the predicted noise."""
+"""The base's UNet in two halves: down to the bottleneck, and up to the predicted noise."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -16,15 +16,15 @@ if TYPE_CHECKING:
     from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 
 MapBlock = Literal["mid", "up.1", "mid+up.1"]
-"""Where in the UNet the maps come from: the mid block, the second up block, or both."""
+"""UNet blocks whose output serves as maps f(z_t): the mid block, the second up block, or both."""
 
 _NUM_UP_BLOCKS: dict[MapBlock, int] = {"mid": 0, "up.1": 2, "mid+up.1": 2}
-"""How many up blocks run before the maps are there."""
+"""Number of up blocks that must run to compute the maps."""
 
 
 @dataclass(frozen=True)
 class UNetState:
-    """A pass of the UNet, paused after the mid block or after `num_up_blocks` up blocks."""
+    """A forward pass of the UNet, paused after the mid block and `num_up_blocks` up blocks."""
 
     bottleneck: Maps
     """Output of the mid block."""
@@ -37,14 +37,14 @@ class UNetState:
     num_up_blocks: int = 0
 
     def __getitem__(self, rows: slice) -> "UNetState":
-        """The state of some of the batch's rows."""
+        """Return the state for some rows (images) of the batch."""
         skips = tuple(skip[rows] for skip in self.skips)
         seen = self.time_embedding[rows], self.encoder_hidden_states[rows]
         return UNetState(self.bottleneck[rows], self.hidden[rows], skips, *seen, self.num_up_blocks)
 
 
 class SplitUNet:
-    """A UNet whose pass can be paused, read and continued; it owns no weights of its own."""
+    """A wrapper around `unet` whose forward pass can be paused, read and continued."""
 
     def __init__(
         self, unet: "UNet2DConditionModel", self_condition: "SelfCondition | None" = None
@@ -59,9 +59,9 @@ class SplitUNet:
         *,
         blocks: Sequence[MapBlock] = (),
     ) -> UNetState:
-        """Run the down blocks, the mid block, and the up blocks that the maps of `blocks` need.
+        """Run the down blocks, the mid block, and as many up blocks as the maps of `blocks` need.
 
-        The up blocks are 68% of a pass of Stable Diffusion's UNet; "mid" needs none of them.
+        The block "mid" needs no up blocks, which are 68% of a pass of Stable Diffusion's UNet.
         """
         unet, tokens = self.unet, encoder_hidden_states
         time_embedding = unet.time_embedding(unet.get_time_embed(noisy_latents, timesteps))
@@ -77,33 +77,35 @@ class SplitUNet:
         return self._up(state, max((_NUM_UP_BLOCKS[block] for block in blocks), default=0))
 
     def maps(self, state: UNetState, block: MapBlock) -> Maps:
-        """f(z_t): the maps that the tri-timestep attention reads, on the bottleneck's grid.
+        """Return f(z_t), the maps that the tri-timestep attention reads, at the bottleneck's size.
 
-        *Deviation*: the paper reads the mid block alone. `up.1` has a finer grid (for Stable
-        Diffusion four times the bottleneck's sides, 1280 channels) and is averaged down to it, so
-        that the attention has as many positions. "mid+up.1" stacks the channels of both, the mid
-        block's first. `down` must have had this block among its `blocks`.
+        *Deviation*: the paper uses only the mid block. The output of "up.1" has longer sides (in
+        Stable Diffusion four times the bottleneck's) and is averaged to the bottleneck's size.
+        "mid+up.1" stacks the channels of both, those of the mid block first. `block` must be one of
+        the `blocks` that `down` was called with.
         """
         if block == "mid":
             return state.bottleneck
-        assert state.num_up_blocks == _NUM_UP_BLOCKS[block], "down runs the blocks that it is told"
+        assert state.num_up_blocks == _NUM_UP_BLOCKS[block], (
+            "call `down` with this block among its `blocks`"
+        )
         height, width = state.bottleneck.shape[2:]
         maps = F.adaptive_avg_pool2d(state.hidden, (height, width))
         return maps if block == "up.1" else torch.cat([state.bottleneck, maps], dim=1)
 
     def noise_pred(self, state: UNetState) -> Latents:
-        """Run the rest of the pass: the up blocks yet to come and the output."""
+        """Run the remaining up blocks and the output layers; return the predicted noise."""
         hidden = self._up(state, len(self.unet.up_blocks)).hidden
         return self.unet.conv_out(self.unet.conv_act(self.unet.conv_norm_out(hidden)))  # pyright: ignore[reportOptionalCall]
 
     def mean_loss(
         self, state: UNetState, loss_of: Callable[[Latents, slice], Tensor], microbatch_size: int
     ) -> Float[Tensor, ""]:
-        """The mean of a loss of `noise_pred`, computed some rows at a time to save memory.
+        """Return the mean loss of the predicted noise, computed a few rows at a time.
 
-        `loss_of` takes the predicted noise of some rows, and which rows they are => their mean
-        loss. `microbatch_size` rows go at once through the up blocks, and their gradient is taken
-        before the next rows go; 0: all.
+        `loss_of` gets the predicted noise of some rows and the slice of these rows, and returns
+        their mean loss. To save memory, only `microbatch_size` rows (0: all) run at once through
+        the up blocks, and their gradient is computed before the next rows run.
         """
         num_rows = len(state.hidden)
         if not 0 < microbatch_size < num_rows or not torch.is_grad_enabled():
@@ -123,7 +125,7 @@ class SplitUNet:
         return mean_in_microbatches(loss_of_rows, inputs, trained, microbatch_size=microbatch_size)
 
     def _up(self, state: UNetState, num_up_blocks: int) -> UNetState:
-        """Run up blocks until `num_up_blocks` have run in all."""
+        """Run up blocks until `num_up_blocks` of them have run in total."""
         hidden, skips = state.hidden, state.skips
         for block in list(self.unet.up_blocks)[state.num_up_blocks : num_up_blocks]:
             resnets = block.resnets
@@ -137,26 +139,26 @@ class SplitUNet:
 
 
 def _attended(block: nn.Module, tokens: Tokens) -> dict[str, Tokens]:
-    """Only blocks with cross-attention take the tokens."""
+    """Return the tokens as keyword argument if the block has cross-attention, otherwise nothing."""
     has_attention = getattr(block, "has_cross_attention", False)
     return {"encoder_hidden_states": tokens} if has_attention else {}
 
 
 def block_channels(unet: "UNet2DConditionModel", block: MapBlock) -> int:
-    """Channels of `SplitUNet.maps`: 1280 of each block of Stable Diffusion."""
+    """Return the channels of `SplitUNet.maps`. Both blocks of Stable Diffusion have 1280."""
     widths: Sequence[int] = unet.config["block_out_channels"][::-1]
     if block == "mid":
         return widths[0]
-    assert len(unet.up_blocks) > 1, "rules.py refuses other bases"
+    assert len(unet.up_blocks) > 1, "rules.py refuses a base with one up block"
     return widths[1] if block == "up.1" else widths[0] + widths[1]
 
 
 class SelfCondition(nn.Module):
-    """The denoiser sees its own bottleneck (after DDAE++, Xiang et al., 2025); the paper has none.
+    """A layer that shows the bottleneck to the up blocks (DDAE++, Xiang et al., 2025).
 
-    A linear layer of the pooled bottleneck is added to the time embedding that the up blocks see,
-    so that the reconstruction loss itself asks the bottleneck what the whole image is. The layer
-    starts at zero.
+    The layer projects the pooled bottleneck, and the result is added to the time embedding of the
+    up blocks. The reconstruction loss then trains the bottleneck to describe the complete image.
+    The layer starts at zero. The paper has no such layer.
     """
 
     def __init__(self, unet: "UNet2DConditionModel") -> None:
@@ -167,5 +169,5 @@ class SelfCondition(nn.Module):
         nn.init.zeros_(self.to_time.bias)
 
     def forward(self, bottleneck: Maps) -> Float[Tensor, "batch width_t"]:
-        """Bottleneck => what is added to the time embedding."""
+        """Return the vector to add to the time embedding."""
         return self.to_time(bottleneck.mean(dim=(2, 3)))
