@@ -1,5 +1,5 @@
-"""The pretrained latent diffusion model that everything starts from, frozen.
+"""The base: the frozen, pretrained latent diffusion model that ContraDiff adapts.
 
-`config` finds the base and checks its configuration, `loading` loads its noise schedule, UNet and
-autoencoder, `vae` takes pixels to latents and back.
+`config` finds the base and checks its configuration. `loading` loads its noise schedule, UNet and
+autoencoder. `vae` converts pixels to latents and back.
 """

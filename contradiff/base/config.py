@@ -1,4 +1,4 @@
-"""Which base everything starts from, and what its configuration says without its weights."""
+"""Where the base (the pretrained model) is, and checks of its configuration without weights."""
 
 import json
 from collections.abc import Iterator
@@ -11,27 +11,27 @@ from contradiff.config import Section
 from contradiff.files import file_manifest, replace_dir
 
 COMPONENTS = ("vae", "unet", "scheduler")
-"""Folders of a model in diffusers' format; the others, such as the text encoder, are not used."""
+"""The folders used from a model in diffusers' format. Others (text encoder, ...) are ignored."""
 
 UNUSED_INPUTS = (
     *("addition_embed_type", "class_embed_type", "num_class_embeds"),
     *("encoder_hid_dim_type", "encoder_hid_dim", "center_input_sample"),
 )
-"""A UNet with one of these (such as SDXL's) needs more than noisy latents, timesteps and tokens."""
+"""Settings of UNets (such as SDXL's) that need inputs which this project does not give."""
 
 PRESETS = Path(__file__).parents[2] / "presets"
 SHIPPED_CONFIGS = {"CompVis/stable-diffusion-v1-4": PRESETS / "stable-diffusion-v1-4"}
-"""Hub ids whose configuration the project ships, and its folder."""
+"""Models on the Hugging Face hub => the folder of this project that has their configuration."""
 
 
 class BaseParams(Section):
-    """Section `base`: which pretrained model everything starts from."""
+    """Parameters of section `base`: the pretrained model to adapt."""
 
     source: Literal["local", "hub"] = Field(
-        description="a folder in diffusers' format, or a hub id"
+        description="local: a folder in diffusers' format | hub: Hugging Face"
     )
-    path: str = Field(min_length=1, description="the folder, or the hub id")
-    revision: str | None = Field(description="hub: a commit hash, which pins the weights")
+    path: str = Field(min_length=1, description="the folder, or the model's id on the hub")
+    revision: str | None = Field(description="hub: the commit hash of the weights")
 
     @model_validator(mode="after")
     def _revision_belongs_to_hub(self) -> "BaseParams":
@@ -45,10 +45,10 @@ class BaseParams(Section):
 
 
 def config_folder(base: BaseParams, *, root: Path) -> Path:
-    """Return a folder with the base's configuration files; it need not hold weights.
+    """Return a folder with the base's configuration files, perhaps without weights.
 
-    Configurations that the project does not ship are fetched once and kept in .work of `root`. A
-    base that is missing or unusable raises ValueError; a hub out of reach, ConnectionError.
+    Configurations that are not in presets/ are fetched once and stored in the folder .work of
+    `root`. Raises ValueError if the base is missing or unusable, ConnectionError if the hub fails.
     """
     if base.source == "local":
         folder = local_base(base, root=root)
@@ -64,21 +64,22 @@ def config_folder(base: BaseParams, *, root: Path) -> Path:
 
 
 def local_base(base: BaseParams, *, root: Path) -> Path:
-    """Return the folder of a base whose source is local; ValueError where there is none.
+    """Return the folder of a base whose source is local; raises ValueError if it is missing.
 
-    DVC's temporary copy of the project holds what DVC tracks; anything else is only in `root`.
+    An experiment of DVC runs in a copy of the project, which lacks files that neither git nor DVC
+    tracks. Such files are found in `root`, the project itself.
     """
     for folder in (Path(base.path), root / base.path):
         if folder.is_dir():
             return folder
     raise ValueError(
-        f"base.path: there is no folder {base.path}; get the tiny base by `dvc pull models/tiny`, "
-        "or retrain it by `make base`"
+        f"base.path: there is no folder {base.path}; run `dvc pull models/tiny` to get the tiny "
+        "base, or `make base` to retrain it"
     )
 
 
 def base_manifest(base: BaseParams, *, root: Path) -> dict[str, Any]:
-    """Describe a base for DVC: every file of a checked local one, or the commit of a hub's."""
+    """Describe a base so that DVC sees changes: by its files if it is local, else by its commit."""
     if base.source == "hub":
         return {"path": base.path, "revision": base.revision}
     folder = local_base(base, root=root)
@@ -89,10 +90,10 @@ def base_manifest(base: BaseParams, *, root: Path) -> dict[str, Any]:
 
 
 def check_base(folder: Path, *, weights: bool = True) -> None:
-    """Refuse (ValueError) an unusable base; without `weights`, configuration files are enough."""
+    """Raise ValueError if the base is unusable; check weight files only if `weights` is true."""
     faults = list(_config_faults(folder))
     faults += [
-        f"{name} holds no .safetensors file, and pickled weights are not read"
+        f"{name} contains no .safetensors file; convert its weights, as no other format is read"
         for name in ("vae", "unet")
         if weights and not list((folder / name).glob("*.safetensors"))
     ]
@@ -101,14 +102,14 @@ def check_base(folder: Path, *, weights: bool = True) -> None:
 
 
 def _config_faults(folder: Path) -> Iterator[str]:
-    """Yield faults, each beginning with the component; a missing key has diffusers' default."""
+    """Yield faults that begin with the component's name. A missing key means diffusers' default."""
     vae, unet, scheduler = (read_config(folder, name) for name in COMPONENTS)
     blocks = [*unet.get("down_block_types", []), *unet.get("up_block_types", [])]
     attends = any("CrossAttn" in block for block in blocks)
     if unet.get("_class_name") != "UNet2DConditionModel" or not attends:
-        yield "unet is no UNet2DConditionModel with cross-attention"
+        yield "unet must be a UNet2DConditionModel with cross-attention"
     if not isinstance(width := unet.get("cross_attention_dim", 1280), int):
-        yield f"unet has cross_attention_dim {width!r}; all blocks must take tokens of one width"
+        yield f"unet has cross_attention_dim {width!r}; all blocks must read tokens of one width"
     for key in UNUSED_INPUTS:
         if unet.get(key):
             yield f"unet has {key} {unet[key]!r}, which is not supported"
@@ -119,21 +120,21 @@ def _config_faults(folder: Path) -> Iterator[str]:
     if of_vae != of_unet:
         yield f"unet has in_channels {of_unet}, but its vae has latent_channels {of_vae}"
     if (predicted := unet.get("out_channels", 4)) != of_unet:
-        why = "Eq. 3 compares noise with noise"
+        why = "Eq. 3 needs equal numbers"
         yield f"unet has in_channels {of_unet} and out_channels {predicted}; {why}"
     if (prediction := scheduler.get("prediction_type", "epsilon")) != "epsilon":
-        yield f"scheduler predicts {prediction}; Eq. 3 needs epsilon"
+        yield f"scheduler predicts {prediction}; Eq. 3 needs epsilon (noise)"
 
 
 def read_config(folder: Path, component: str) -> dict[str, Any]:
-    """Read a component's configuration; ValueError if it is missing or no JSON."""
+    """Read a component's configuration; raises ValueError if it is missing or not valid JSON."""
     name = "scheduler_config.json" if component == "scheduler" else "config.json"
     path = folder / component / name
     if not path.is_file():
         raise ValueError(
             f"base.path: {folder} has no {component}/{name}; it must be a model in diffusers' "
-            "format, with vae/, unet/ and scheduler/. Get the tiny base by `dvc pull models/tiny`, "
-            "or retrain it by `make base`"
+            "format, with vae/, unet/ and scheduler/. Run `dvc pull models/tiny` to get the tiny "
+            "base, or `make base` to retrain it"
         )
     try:
         return json.loads(path.read_text(encoding="utf-8"))
@@ -142,12 +143,12 @@ def read_config(folder: Path, component: str) -> dict[str, Any]:
 
 
 def downsampling_of(folder: Path) -> int:
-    """Return the side of an image divided by that of its latent, such as 8."""
+    """Return the side of an image divided by the side of its latent, such as 8."""
     return 2 ** (len(read_config(folder, "vae")["block_out_channels"]) - 1)
 
 
 def fetch_from_hub(base: BaseParams, destination: Path, *, weights: bool) -> None:
-    """Download a base at its commit, with `weights` or without; failures are ConnectionErrors."""
+    """Download a base at its commit; raises ConnectionError if this fails."""
     from huggingface_hub import snapshot_download
 
     patterns = [f"{name}/*.json" for name in COMPONENTS]
@@ -160,6 +161,6 @@ def fetch_from_hub(base: BaseParams, destination: Path, *, weights: bool) -> Non
     except Exception as error:
         raise ConnectionError(
             f"base.path: {base.path} at {base.revision} could not be fetched from the hub "
-            f"({error}); without a network, download it elsewhere, set base.source: local and "
-            "base.path to its folder"
+            f"({error}). Without network, download it on another machine, then set base.source to "
+            "local and base.path to its folder"
         ) from error

@@ -1,4 +1,4 @@
-"""The pretrained latent diffusion model, frozen: its noise schedule, UNet and autoencoder."""
+"""Loading of the base's frozen parts: noise schedule, UNet and autoencoder (VAE)."""
 
 from copy import deepcopy
 from dataclasses import dataclass
@@ -18,16 +18,16 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class NoiseSchedule:
-    """The base's own forward process (Eq. 1): alpha-bar at each timestep of training."""
+    """The noise schedule that the base was trained with (Eq. 1): alpha-bar at each timestep."""
 
     scheduler: "DDIMScheduler"
 
     @classmethod
     def of_base(cls, folder: Path) -> "NoiseSchedule":
-        """Read any scheduler's file as DDIM's, as diffusers' own pipelines do.
+        """Read the configuration file of any scheduler as one for DDIM, like diffusers' pipelines.
 
-        DDIM clips to [-1, 1] unless its file says otherwise, and files of other schedulers (Stable
-        Diffusion's is PNDM's) say nothing. Latents must not be clipped, so clipping is turned off.
+        By default, DDIM clips predictions to [-1, 1]. Latents must not be clipped, so clipping is
+        turned off. (Stable Diffusion's file is for another scheduler, PNDM, and has no such key.)
         """
         from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 
@@ -37,34 +37,34 @@ class NoiseSchedule:
 
     @property
     def alphas_cumprod(self) -> Tensor:
-        """Falling, one number for each timestep."""
+        """Return alpha-bar of each timestep, in falling order."""
         return self.scheduler.alphas_cumprod
 
     @property
     def num_train_timesteps(self) -> int:
-        """1000 for Stable Diffusion."""
+        """Return the number of training timesteps: 1000 for Stable Diffusion."""
         return len(self.alphas_cumprod)
 
     def ddim(self, num_inference_steps: int) -> "DDIMScheduler":
-        """Return DDIM with its steps set and the base's settings (steps_offset, ...)."""
+        """Return a DDIM scheduler with this number of steps and the base's settings."""
         scheduler = deepcopy(self.scheduler)
         scheduler.set_timesteps(num_inference_steps)
         return scheduler
 
     def ddim_timesteps(self, num_inference_steps: int) -> list[int]:
-        """Return the timesteps of that DDIM, rising: 1, 51, ... for 20 steps of 1000."""
+        """Return the timesteps of `ddim` in rising order: 1, 51, ... for 20 steps of 1000."""
         return sorted(self.ddim(num_inference_steps).timesteps.tolist())
 
 
 def load_scheduler(folder: Path, *, num_inference_steps: int) -> "DDIMScheduler":
-    """Load DDIM with the base's own schedule and settings, and set its steps."""
+    """Load a DDIM scheduler with the base's noise schedule and settings, and set its steps."""
     scheduler = NoiseSchedule.of_base(folder).ddim(num_inference_steps)
     assert scheduler.timesteps.max() < len(scheduler.alphas_cumprod), "rules.py refuses more steps"
     return scheduler
 
 
 def load_vae(folder: Path) -> "AutoencoderKL":
-    """Load the frozen autoencoder in float32 (half precision overflows for Stable Diffusion)."""
+    """Load the frozen autoencoder in float32. Stable Diffusion's overflows in half precision."""
     return _build(folder, "vae", weights=True)
 
 
@@ -74,12 +74,12 @@ def load_unet(folder: Path) -> "UNet2DConditionModel":
 
 
 def vae_without_weights(folder: Path) -> "AutoencoderKL":
-    """Build the autoencoder from its configuration, on the meta device: it has only shapes."""
+    """Build the autoencoder on the meta device, from its configuration: shapes without values."""
     return _build(folder, "vae", weights=False)
 
 
 def unet_without_weights(folder: Path) -> "UNet2DConditionModel":
-    """Build the UNet from its configuration, on the meta device: it has only shapes."""
+    """Build the UNet on the meta device, from its configuration: shapes without values."""
     return _build(folder, "unet", weights=False)
 
 

@@ -1,7 +1,7 @@
-"""Pixels <-> latents: the only place that knows the VAE's scaling factor.
+"""Conversion between pixels and latents, with the VAE's scaling factor applied.
 
-images, 3 x s x s in [-1, 1] => moments (mean, log-variance), 2c x s/f x s/f
-moments => latents ~ N(mean, variance) * scaling_factor, unit scale, what the UNet sees
+images (3 x s x s, in [-1, 1]) => moments: mean and log-variance (2c x s/f x s/f)
+moments => latents for the UNet: samples of N(mean, variance) * scaling_factor, about unit scale
 """
 
 from typing import TYPE_CHECKING
@@ -16,10 +16,10 @@ if TYPE_CHECKING:
     from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 
 Moments = Float[Tensor, "batch moments h w"]
-"""Mean and log-variance of the VAE's posterior, stacked along the channels; before scaling."""
+"""Mean and log-variance of the VAE's posterior, stacked along the channels, not yet scaled."""
 
 LOG_VARIANCE_RANGE = (-30.0, 20.0)
-"""Diffusers' bounds, which also keep moments finite in float16."""
+"""Diffusers' limits of log-variances. They also keep moments finite in float16."""
 
 
 def scaling_factor(vae: "AutoencoderKL") -> float:
@@ -28,16 +28,16 @@ def scaling_factor(vae: "AutoencoderKL") -> float:
 
 
 def downsampling_factor(vae: "AutoencoderKL") -> int:
-    """Return the side of an image divided by that of its latent: 8 for Stable Diffusion.
+    """Return the side of an image divided by the side of its latent: 8 for Stable Diffusion.
 
-    *Deviation*: the paper says f = 4, which its base does not have.
+    *Deviation*: the paper says f = 4, but its base, Stable Diffusion v1, has f = 8.
     """
     return 2 ** (len(vae.config["block_out_channels"]) - 1)
 
 
 @torch.no_grad()
 def encode(vae: "AutoencoderKL", pixels: Pixels) -> Moments:
-    """Return the posterior's moments, with the log-variance cut to diffusers' range."""
+    """Encode images as moments, with log-variances clipped to LOG_VARIANCE_RANGE."""
     posterior = vae.encode(pixels).latent_dist  # pyright: ignore[reportAttributeAccessIssue]
     return torch.cat([posterior.mean, posterior.logvar.clamp(*LOG_VARIANCE_RANGE)], dim=1)
 
@@ -45,19 +45,19 @@ def encode(vae: "AutoencoderKL", pixels: Pixels) -> Moments:
 def sample(
     moments: Moments, *, noise: Float[Tensor, "batch channels h w"], scaling_factor: float
 ) -> Latents:
-    """Draw scaled latents from stored moments: (mean + std * noise) * scaling_factor."""
+    """Draw scaled latents from moments: (mean + std * noise) * scaling_factor."""
     mean, log_variance = moments.float().chunk(2, dim=1)
     return (mean + torch.exp(0.5 * log_variance) * noise) * scaling_factor
 
 
 def mode(moments: Moments, *, scaling_factor: float) -> Latents:
-    """Return the posterior's scaled mean, which evaluation uses because it is not random."""
+    """Return the scaled mean of the posterior. Evaluation uses the mean, as it is not random."""
     return moments.float().chunk(2, dim=1)[0] * scaling_factor
 
 
 @torch.no_grad()
 def decode_latents(vae: "AutoencoderKL", latents: Latents) -> ByteImages:
-    """Decode scaled latents."""
+    """Decode scaled latents to images of uint8."""
     decoded = vae.decode(latents / vae.config["scaling_factor"])
     return to_bytes(decoded.sample)  # pyright: ignore[reportAttributeAccessIssue]
 
@@ -65,7 +65,7 @@ def decode_latents(vae: "AutoencoderKL", latents: Latents) -> ByteImages:
 def psnr(images: ByteImages, decoded: ByteImages) -> Float[Tensor, " batch"]:
     """Return each image's peak signal-to-noise ratio in dB.
 
-    Identical images count as if one value was wrong by one level, since theirs would be infinite.
+    The PSNR of identical images would be infinite. They count as if one value was wrong by 1.
     """
     error = (images.float() - decoded.float()).square().mean(dim=(1, 2, 3))
     return 10 * torch.log10(255**2 / error.clamp(min=1 / images[0].numel()))

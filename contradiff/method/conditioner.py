@@ -23,8 +23,8 @@ class ConditionerParams(Section):
     num_heads: int = Field(ge=1)
     drop: float = Field(ge=0, lt=1, description="chance that noise replaces a condition (App. A)")
     cond_view: Literal["same", "crop", "noise"] = Field(
-        description="same: one clean image for both views (paper) | crop: a different crop for each "
-        "view | noise: like same, but view 2 has the null condition (pure noise)"
+        description="same: one clean image for both views (paper) | crop: one crop for each view"
+        " | noise: like same, but view 2 has the null condition (pure noise)"
     )
 
     @model_validator(mode="after")

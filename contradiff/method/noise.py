@@ -21,13 +21,9 @@ NUM_LEVELS = 3
 class NoiseParams(Section):
     """Parameters of section `noise`: how training timesteps are drawn."""
 
-    schedule: Literal["inverse_cosine", "uniform"] = Field(
-        description="distribution of the timesteps; inverse_cosine is SODA's (Sec. 3.4)"
-    )
+    schedule: Literal["inverse_cosine", "uniform"] = Field(description="inverse_cosine: Sec. 3.4")
     uniform_mix: float = Field(
-        ge=0,
-        le=1,
-        description="chance that a timestep for the reconstruction loss is drawn uniformly",
+        ge=0, le=1, description="chance that a timestep of the reconstruction loss is uniform"
     )
 
 
@@ -58,9 +54,8 @@ def draw_timesteps(
     """Draw three timesteps for each of the two views of each image (Eqs. 4, 5).
 
     The reconstruction loss uses the first `recon_passes` of the six timesteps, ordered by view,
-    then by level. With probability `uniform_mix`, a uniform draw replaces each of these. The
-    contrastive loss also uses the replaced timesteps. The timesteps are not sorted here, so that
-    each one follows the schedule.
+    then by level. With probability `uniform_mix`, a uniform draw replaces each of these, also for
+    the contrastive loss. The result is not sorted, so that each timestep follows the schedule.
 
     *Deviation*: the paper draws no timesteps uniformly (uniform_mix 0). Timesteps above 700, which
     generation needs, are then only 1.7% of the draws.

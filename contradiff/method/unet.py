@@ -79,16 +79,13 @@ class SplitUNet:
     def maps(self, state: UNetState, block: MapBlock) -> Maps:
         """Return f(z_t), the maps that the tri-timestep attention reads, at the bottleneck's size.
 
-        *Deviation*: the paper uses only the mid block. The output of "up.1" has longer sides (in
-        Stable Diffusion four times the bottleneck's) and is averaged to the bottleneck's size.
-        "mid+up.1" stacks the channels of both, those of the mid block first. `block` must be one of
-        the `blocks` that `down` was called with.
+        *Deviation*: the paper uses only the mid block. The output of "up.1" is larger (in Stable
+        Diffusion, four times the sides) and is averaged to that size. "mid+up.1" stacks the
+        channels of both, mid block first. `down` must have been called with this block.
         """
         if block == "mid":
             return state.bottleneck
-        assert state.num_up_blocks == _NUM_UP_BLOCKS[block], (
-            "call `down` with this block among its `blocks`"
-        )
+        assert state.num_up_blocks == _NUM_UP_BLOCKS[block], "call `down` with this block first"
         height, width = state.bottleneck.shape[2:]
         maps = F.adaptive_avg_pool2d(state.hidden, (height, width))
         return maps if block == "up.1" else torch.cat([state.bottleneck, maps], dim=1)
@@ -156,9 +153,9 @@ def block_channels(unet: "UNet2DConditionModel", block: MapBlock) -> int:
 class SelfCondition(nn.Module):
     """A layer that shows the bottleneck to the up blocks (DDAE++, Xiang et al., 2025).
 
-    The layer projects the pooled bottleneck, and the result is added to the time embedding of the
-    up blocks. The reconstruction loss then trains the bottleneck to describe the complete image.
-    The layer starts at zero. The paper has no such layer.
+    The layer projects the pooled bottleneck; the result is added to the up blocks' time embedding,
+    so that the reconstruction loss trains the bottleneck to describe the complete image. The layer
+    starts at zero. The paper has no such layer.
     """
 
     def __init__(self, unet: "UNet2DConditionModel") -> None:

@@ -1,4 +1,4 @@
-"""The twelve classes: what images of each one usually look like."""
+"""The twelve classes of the toy images: their usual colours, backgrounds and rotation."""
 
 import colorsys
 from collections.abc import Callable, Sequence
@@ -36,7 +36,7 @@ COLOURS: dict[str, Hsv] = {
 
 @dataclass(frozen=True)
 class Scene:
-    """A background whose colour changes from top to bottom: slowly, or at a soft horizon."""
+    """A background whose colour changes from top to bottom, gradually or at a soft horizon."""
 
     top: Hsv
     bottom: Hsv
@@ -63,13 +63,13 @@ SCENES: dict[str, Scene] = {
 class ToyClass:
     """A class of the toy ImageNet, with its typical colours and backgrounds."""
 
-    wnid: str  # the folder's name, in the style of WordNet
-    name: str  # as in Kaggle's LOC_synset_mapping.txt
-    draw: Callable[[Generator, Rgb, Rgb], list[Shape]]  # from a main and an accent colour
+    wnid: str  # name of the class's folder, in the style of WordNet
+    name: str  # as in the file LOC_synset_mapping.txt of Kaggle
+    draw: Callable[[Generator, Rgb, Rgb], list[Shape]]  # colours: main, accent
     palette: Sequence[str]  # main colours; one that occurs twice is twice as likely
     accents: Sequence[str]
     scenes: Sequence[str]
-    tilt: float  # standard deviation of the rotation in radians; infinity: any angle
+    tilt: float  # standard deviation of the rotation, in radians; inf: any angle
 
 
 # name | main colours | accent colours | backgrounds | tilt
@@ -96,12 +96,12 @@ CLASSES = tuple(
 
 
 def vary(rng: Generator, colour: Hsv) -> Rgb:
-    """Add noise to hue, saturation and value."""
+    """Add noise to hue, saturation and value, and convert to RGB."""
     varied = colour + rng.normal(0.0, (0.025, 0.09, 0.07))
     varied[0] %= 1.0
     return np.array(colorsys.hsv_to_rgb(*varied.clip(0.0, 1.0)))
 
 
 def pick(rng: Generator, names: Sequence[str]) -> Rgb:
-    """Pick a colour by chance and vary it; a name that occurs twice is twice as likely."""
+    """Pick a random colour and vary it. A name that occurs twice is twice as likely."""
     return vary(rng, COLOURS[names[int(rng.integers(len(names)))]])

@@ -1,10 +1,10 @@
 """scikit-learn's handwritten digits, stored in the layout of CIFAR-100's python archive.
 
-They are 1797 real scans of 8 x 8 pixels that need no download. They stand in for CIFAR-100 where
-features are transferred to another data set.
+The digits are 1797 real scans of 8 x 8 pixels, which need no download. In the embedded default,
+they replace CIFAR-100 as the data set for transfer learning.
 """
 
-import pickle  # noqa: TID251 - writes arrays of our own
+import pickle  # noqa: TID251 - only writes our own arrays
 from pathlib import Path
 
 import numpy as np
@@ -14,19 +14,19 @@ from PIL import Image
 from contradiff.files import replace_dir
 
 FINE_NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
-SIDE = 32  # CIFAR's, in pixels
+SIDE = 32  # side of CIFAR's images, in pixels
 
 
 def write_digits(root: Path, *, num_train_per_class: int, seed: int) -> None:
     """Write the digits as the files `train`, `test` and `meta` of cifar-100-python.
 
-    The fine classes are the ten digits, the coarse classes are even and odd. Few-shot training sets
-    are drawn from `train`; `test` has all other digits. Both are in random order. A file name ends
-    with the image's index in `sklearn.datasets.load_digits`. Earlier digits are replaced;
-    ValueError if `root` holds other files.
+    The fine classes are the ten digits. The coarse classes are even and odd. Few-shot training sets
+    are drawn from `train`, and `test` has all other scans. Both files are in random order. The name
+    of an image ends with its index in `sklearn.datasets.load_digits`. Digits from an earlier call
+    are replaced. Raises ValueError if `root` contains other files.
 
-    *Deviation* from the official files: the names of entries are text and not byte strings, because
-    only Python 2 can pickle those. torchvision's reader accepts both.
+    *Deviation* from CIFAR's files: the keys in a file are text, not byte strings, because only
+    Python 2 can pickle byte strings in this format. torchvision's reader accepts both.
     """
     from sklearn.datasets import load_digits
 
@@ -37,13 +37,13 @@ def write_digits(root: Path, *, num_train_per_class: int, seed: int) -> None:
     is_empty = not root.exists() or (root.is_dir() and not any(root.iterdir()))
     own = root / "meta"
     if not is_empty and (not own.is_file() or own.read_bytes() != meta):
-        fault = f"{root} holds files that are not the digits, and writing would delete them"
+        fault = f"{root} contains files that are not the digits, and writing would delete them"
         read = "to read these files, set transfer_data.source to cifar100"
         write = "to write the digits, set transfer_data.root to another folder"
         raise ValueError(f"{fault}: {read}; {write}")
     order = np.random.default_rng(seed).permutation(len(labels))
     in_order = labels[order]
-    # How many images of its own class come before each image in the order.
+    # For each image in this order: how many images of the same class come before.
     rank = np.empty(len(labels), dtype=np.int64)
     for label in range(len(FINE_NAMES)):
         rank[in_order == label] = np.arange(np.count_nonzero(in_order == label))
@@ -64,8 +64,8 @@ def write_digits(root: Path, *, num_train_per_class: int, seed: int) -> None:
 
 
 def _enlarged(scan: Float64[np.ndarray, " 64"]) -> UInt8[np.ndarray, " _values"]:
-    """Enlarge a scan (bicubic) to a CIFAR row: equal red, green and blue planes."""
-    # load_digits counts a block's dark pixels: 0 to 16
+    """Enlarge a scan (bicubic) and return a row of CIFAR: equal red, green and blue planes."""
+    # A value of `load_digits` is from 0 to 16.
     grey = Image.fromarray(scan.reshape(8, 8).astype(np.float32) * np.float32(255 / 16))
     large = np.asarray(grey.resize((SIDE, SIDE), Image.Resampling.BICUBIC))
     # Bicubic interpolation overshoots at edges.

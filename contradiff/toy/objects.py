@@ -1,7 +1,7 @@
-"""The twelve objects, each drawn with random proportions.
+"""Functions that draw the twelve objects with random proportions.
 
-A drawing is a list of shapes from back to front. Coordinates run from about -1 to 1, x to the right
-and y downwards. `main` and `accent` are the two colours of the object.
+A drawing is a list of shapes, from back to front. Coordinates are from about -1 to 1. The x axis
+points to the right, the y axis down. `main` and `accent` are the two colours of the object.
 """
 
 import math
@@ -24,7 +24,7 @@ TEA = np.array((0.28, 0.17, 0.10))
 
 
 def mix(first: Rgb, second: Rgb, share: float) -> Rgb:
-    """Mix two colours; `share` is the second one's."""
+    """Mix two colours; `share` is the share of the second colour."""
     return first + share * (second - first)
 
 
@@ -34,7 +34,7 @@ def polygon(*points: tuple[float, float]) -> Outline:
 
 
 def smooth(*points: tuple[float, float]) -> Outline:
-    """Round a polygon: cut its corners three times (Chaikin), nearly a quadratic B-spline."""
+    """Round a polygon by cutting its corners three times (Chaikin's algorithm)."""
     outline = polygon(*points)
     for _ in range(3):
         following = np.roll(outline, -1, axis=0)
@@ -44,12 +44,12 @@ def smooth(*points: tuple[float, float]) -> Outline:
 
 
 def box(left: float, top: float, right: float, bottom: float) -> Outline:
-    """Return a rectangle with sides along the axes."""
+    """Return a rectangle whose sides are parallel to the axes."""
     return polygon((left, top), (right, top), (right, bottom), (left, bottom))
 
 
 def ellipse(x: float, y: float, rx: float, ry: float, tilt: float = 0.0) -> Outline:
-    """Return an ellipse by its centre, its radii, and its rotation in radians."""
+    """Return an ellipse with this centre, these radii and this rotation in radians."""
     angle = np.linspace(0.0, 2 * math.pi, 32, endpoint=False)
     u, v = rx * np.cos(angle), ry * np.sin(angle)
     cos, sin = math.cos(tilt), math.sin(tilt)
@@ -57,17 +57,17 @@ def ellipse(x: float, y: float, rx: float, ry: float, tilt: float = 0.0) -> Outl
 
 
 def disc(x: float, y: float, radius: float) -> Outline:
-    """Return a circle."""
+    """Return a circle with this centre and radius."""
     return ellipse(x, y, radius, radius)
 
 
 def directions(angles: Float64[np.ndarray, " n"]) -> Float64[np.ndarray, "n 2"]:
-    """Return points of the unit circle, by their angles in radians."""
+    """Return the points of the unit circle at these angles in radians."""
     return np.stack([np.cos(angles), np.sin(angles)], axis=1)
 
 
 def star(lobes: int, inner: float, sharpness: float) -> Outline:
-    """Return a star: its radius swings between `inner` and 1; sharpness makes the lobes thin."""
+    """Return a star whose radius varies from `inner` to 1. More sharpness makes thinner lobes."""
     angle = np.linspace(0.0, 2 * math.pi, 16 * lobes, endpoint=False)
     wave = (0.5 + 0.5 * np.cos(lobes * angle)) ** sharpness
     radius = inner + (1.0 - inner) * wave
@@ -80,12 +80,12 @@ def rotation(angle: float) -> Float64[np.ndarray, "2 2"]:
 
 
 def sometimes(rng: Generator, chance: float, *shapes: Shape) -> list[Shape]:
-    """Return all the shapes with this probability, otherwise none."""
+    """Return all the shapes with probability `chance`, otherwise no shapes."""
     return list(shapes) if rng.random() < chance else []
 
 
 def goldfish(rng: Generator, main: Rgb, accent: Rgb) -> list[Shape]:
-    """A body with a forked tail, a fin, an eye and sometimes a band."""
+    """Draw a body with a forked tail, a fin, an eye and sometimes a band."""
     height, fork = rng.uniform(0.38, 0.56), rng.uniform(0.5, 0.7)
     tail = smooth(
         (-0.25, 0.0), (-0.95, -fork), (-1.05, -fork), (-0.78, 0.0), (-1.05, fork), (-0.95, fork)
@@ -103,7 +103,7 @@ def goldfish(rng: Generator, main: Rgb, accent: Rgb) -> list[Shape]:
 
 
 def butterfly(rng: Generator, main: Rgb, accent: Rgb) -> list[Shape]:
-    """Two pairs of wings about a thin body."""
+    """Draw two pairs of wings on the sides of a thin body."""
     tilt, lower_size = rng.uniform(0.4, 0.8), rng.uniform(0.34, 0.46)
     upper = ellipse(0.52, -0.36, 0.56, rng.uniform(0.36, 0.46), -tilt)
     lower = ellipse(0.4, 0.42, lower_size, lower_size + 0.06, -0.4)
@@ -118,7 +118,7 @@ def butterfly(rng: Generator, main: Rgb, accent: Rgb) -> list[Shape]:
 
 
 def mushroom(rng: Generator, main: Rgb, accent: Rgb) -> list[Shape]:
-    """A cap, sometimes spotted, on a stem."""
+    """Draw a cap, sometimes with spots, on a stem."""
     half, rise, foot = rng.uniform(0.78, 0.98), rng.uniform(0.7, 1.0), rng.uniform(0.2, 0.34)
     stem = smooth((-foot, -0.2), (foot, -0.2), (foot * 1.5, 0.98), (-foot * 1.5, 0.98))
     left, right = [(-half, 0.25), (-half, -0.3)], [(half, -0.3), (half, 0.25)]
@@ -136,7 +136,7 @@ def mushroom(rng: Generator, main: Rgb, accent: Rgb) -> list[Shape]:
 
 
 def tree(rng: Generator, main: Rgb, accent: Rgb) -> list[Shape]:
-    """A trunk under three tiers or under a round crown."""
+    """Draw a trunk under three triangles or under a round crown."""
     foot = rng.uniform(0.09, 0.16)
     trunk = polygon((-foot, 0.0), (foot, 0.0), (foot * 1.4, 1.0), (-foot * 1.4, 1.0))
     if rng.random() < 0.35:
@@ -156,7 +156,7 @@ def tree(rng: Generator, main: Rgb, accent: Rgb) -> list[Shape]:
 
 
 def house(rng: Generator, main: Rgb, accent: Rgb) -> list[Shape]:
-    """Walls under a roof, with a door, a window and sometimes a chimney."""
+    """Draw walls under a roof, with a door, a window and sometimes a chimney."""
     half, eaves, ridge = rng.uniform(0.68, 0.82), rng.uniform(-0.2, 0.02), rng.uniform(0.0, 0.35)
     roof = polygon((-half - 0.2, eaves), (-ridge, -0.92), (ridge, -0.92), (half + 0.2, eaves))
     chimney = sometimes(rng, 0.5, (box(0.36, -0.95, 0.58, -0.3), main * 0.6))
@@ -171,7 +171,7 @@ def house(rng: Generator, main: Rgb, accent: Rgb) -> list[Shape]:
 
 
 def sailboat(rng: Generator, main: Rgb, accent: Rgb) -> list[Shape]:
-    """A hull, a mast and two sails."""
+    """Draw a hull, a mast and two sails."""
     mast, top, belly = rng.uniform(-0.15, 0.1), rng.uniform(-1.0, -0.85), rng.uniform(0.2, 0.5)
     sail = polygon((mast + 0.06, top), (mast + belly, -0.2), (0.82, 0.34), (mast + 0.06, 0.34))
     jib = polygon((mast - 0.08, top + 0.2), (mast - 0.08, 0.34), (-0.85, 0.34))
@@ -186,7 +186,7 @@ def sailboat(rng: Generator, main: Rgb, accent: Rgb) -> list[Shape]:
 
 
 def sunflower(rng: Generator, main: Rgb, accent: Rgb) -> list[Shape]:
-    """Two rows of petals about a dark disc."""
+    """Draw two rings of petals around a disc."""
     num_petals = int(rng.integers(6, 11))
     petals = star(num_petals, rng.uniform(0.55, 0.68), 0.6)
     core = rng.uniform(0.34, 0.48)
@@ -199,7 +199,7 @@ def sunflower(rng: Generator, main: Rgb, accent: Rgb) -> list[Shape]:
 
 
 def cup(rng: Generator, main: Rgb, accent: Rgb) -> list[Shape]:
-    """A cup with a handle, sometimes with a stripe, on its saucer."""
+    """Draw a cup with a handle, sometimes with a stripe, on a saucer."""
     top, foot, brim = rng.uniform(0.6, 0.75), rng.uniform(0.36, 0.62), rng.uniform(-0.7, -0.5)
     middle = 0.5 * (top + foot) + 0.02
     arc = directions(np.linspace(-1.9, 1.9, 20))
@@ -216,7 +216,7 @@ def cup(rng: Generator, main: Rgb, accent: Rgb) -> list[Shape]:
 
 
 def starfish(rng: Generator, main: Rgb, accent: Rgb) -> list[Shape]:
-    """Five arms, sometimes dotted."""
+    """Draw five arms, sometimes with dots."""
     arms = star(5, rng.uniform(0.28, 0.42), rng.uniform(0.9, 1.5))
     angles = [2 * math.pi * arm / 5 for arm in range(5)]
     dots = [disc(0.42 * math.sin(angle), -0.42 * math.cos(angle), 0.09) for angle in angles]
@@ -228,7 +228,7 @@ def starfish(rng: Generator, main: Rgb, accent: Rgb) -> list[Shape]:
 
 
 def car(rng: Generator, main: Rgb, accent: Rgb) -> list[Shape]:
-    """A car from the side: cabin, body, two wheels."""
+    """Draw a car from the side: a cabin, a body and two wheels."""
     roof, rear = rng.uniform(-0.62, -0.45), rng.uniform(-0.75, -0.5)
     front, radius = rng.uniform(0.3, 0.55), rng.uniform(0.22, 0.28)
     cabin = polygon((rear, -0.02), (rear + 0.2, roof), (front - 0.2, roof), (front + 0.1, -0.02))
@@ -252,7 +252,7 @@ def car(rng: Generator, main: Rgb, accent: Rgb) -> list[Shape]:
 
 
 def balloon(rng: Generator, main: Rgb, accent: Rgb) -> list[Shape]:
-    """A hot-air balloon: an envelope, sometimes with a stripe, and a basket."""
+    """Draw a hot-air balloon: an envelope, sometimes with a stripe, and a basket."""
     half = rng.uniform(0.6, 0.74)
     crown, wide = [(-half, -0.95), (half, -0.95)], half + 0.08
     envelope = smooth(*crown, (wide, -0.2), (0.1, 0.62), (-0.1, 0.62), (-wide, -0.2))
@@ -268,10 +268,10 @@ def balloon(rng: Generator, main: Rgb, accent: Rgb) -> list[Shape]:
 
 
 def moon(rng: Generator, main: Rgb, accent: Rgb) -> list[Shape]:
-    """A crescent, sometimes with a star."""
+    """Draw a crescent, sometimes with a star."""
     horn, shift = rng.uniform(0.75, 1.25), rng.uniform(0.42, 0.68)
     outer = directions(np.linspace(horn, 2 * math.pi - horn, 32))
-    # The inner arc belongs to a circle further right; the two arcs meet at the horns.
+    # The inner arc is part of a circle further right. The two arcs meet at the horns.
     centre = math.cos(horn) + shift - 0.35
     reach = math.atan2(math.sin(horn), math.cos(horn) - centre)
     radius = math.hypot(math.sin(horn), math.cos(horn) - centre)
@@ -297,4 +297,4 @@ DRAWINGS = (
     balloon,
     moon,
 )
-"""In the order of the class indices."""
+"""The functions in the order of the class indices."""

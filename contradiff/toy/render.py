@@ -1,4 +1,4 @@
-"""One random image of a class."""
+"""Rendering of one random image of a class."""
 
 import math
 from collections.abc import Sequence
@@ -18,9 +18,10 @@ Picture: TypeAlias = Float32[np.ndarray, "height width 3"]
 def render_image(
     class_index: int, rng: Generator, *, image_size: int
 ) -> UInt8[np.ndarray, "image_size image_size 3"]:
-    """Render one random image of a class, an index into `CLASSES`: RGB, 0 to 255.
+    """Render one random image of the class CLASSES[class_index]: RGB, 0 to 255.
 
-    Its colours and its background are usually its own class's, and otherwise a random class's.
+    With probability 0.7, the colours are typical of the class, otherwise of a random class. With
+    probability 0.65, the background is typical of the class, otherwise it is any background.
     """
     toy_class = CLASSES[class_index]
     other = CLASSES[int(rng.integers(len(CLASSES)))]
@@ -38,14 +39,14 @@ def render_image(
     top, bottom = vary(rng, scene.top), vary(rng, scene.bottom)
     picture = np.full((image_size, image_size, 3), top, dtype=np.float32)
     picture = _blend(picture, bottom, share.astype(np.float32))
-    if rng.random() < 0.2:  # behind the object: a small round thing near the border
+    if rng.random() < 0.2:  # a distractor: a small ellipse behind the object, near the border
         angle, radius = rng.uniform(0, 2 * math.pi), rng.uniform(0.06, 0.12)
         centre = 0.5 + 0.42 * math.cos(angle), 0.5 + 0.42 * math.sin(angle)
         distractor = ellipse(*centre, radius, radius * rng.uniform(0.7, 1.3))
         colour = pick(rng, other.palette)
         picture = _blend(picture, colour, _plane(_fill([distractor], image_size)))
     picture = _add_object(rng, picture, toy_class.draw(rng, main, accent), toy_class.tilt)
-    if rng.random() < 0.15:  # in the foreground: a leaf or a stone, centred on the border
+    if rng.random() < 0.15:  # an occluder: a larger ellipse in the foreground, near the border
         angle = rng.uniform(0, 2 * math.pi)
         centre = 0.5 + 0.6 * math.cos(angle), 0.5 + 0.6 * math.sin(angle)
         radii = rng.uniform(0.15, 0.3), rng.uniform(0.12, 0.2)
@@ -53,7 +54,7 @@ def render_image(
         mask = _fill([ellipse(*centre, *radii, angle + math.pi / 2)], image_size)
         picture = _blend(picture, colour, _plane(mask.filter(ImageFilter.GaussianBlur(0.6))))
 
-    # Exposure, contrast and the light's colour vary; one side is a little darker.
+    # Exposure, contrast and the colour of the light vary. One side is a little darker.
     across, down = rng.normal(0.0, 0.07, 2)
     fall_off = 1 + across * (2 * x - 1) + down * (2 * y - 1)
     gain = math.exp(rng.normal(0.0, 0.12)) * np.exp(rng.normal(0.0, 0.05, 3))
@@ -63,9 +64,9 @@ def render_image(
 
 
 def _add_object(rng: Generator, picture: Picture, shapes: list[Shape], tilt: float) -> Picture:
-    """Add the object with rounded edges, light from one side, and a soft shadow."""
+    """Add the object, with shaded edges, light from one side, and a soft shadow."""
     size = picture.shape[0]
-    scale = rng.uniform(0.29, 0.42)  # the object takes 55 to 85 % of the picture's side
+    scale = rng.uniform(0.29, 0.42)  # the object covers about 55 to 85 % of the side
     angle = rng.uniform(-math.pi, math.pi) if math.isinf(tilt) else rng.normal(0.0, tilt)
     flip = -1.0 if rng.random() < 0.5 else 1.0
     stretch, shear = math.exp(rng.normal(0.0, 0.06)), rng.normal(0.0, 0.06)
@@ -93,8 +94,8 @@ def _add_object(rng: Generator, picture: Picture, shapes: list[Shape], tilt: flo
 def _fill(
     outlines: Sequence[Outline], image_size: int, *, colours: Sequence[Rgb] | None = None
 ) -> Image.Image:
-    """Fill outlines, in fractions of the side, with their colours or, as a mask, with white."""
-    oversampling = 4  # a pixel on an edge is partly covered
+    """Fill outlines (in fractions of the side) with their colours. Without colours, make a mask."""
+    oversampling = 4  # smooths the edges
     side = image_size * oversampling
     large = Image.new("RGB" if colours else "L", (side, side))
     pen = ImageDraw.Draw(large)
@@ -113,5 +114,5 @@ def _blend(picture: Picture, colour: Rgb, share: Float32[np.ndarray, "height wid
 
 
 def _pixel_centres(image_size: int) -> Float32[np.ndarray, "2 height width"]:
-    """Return y and x of every pixel's centre, from 0 to 1."""
+    """Return y and x of every pixel's centre, in fractions of the side."""
     return (np.mgrid[:image_size, :image_size].astype(np.float32) + 0.5) / image_size

@@ -1,7 +1,7 @@
-"""The embedded default's data: rendered once for each recipe, into a folder named by the recipe.
+"""The images and digits of the embedded default: each recipe is rendered once, to its own folder.
 
-So experiments with different seeds run side by side. Only the stage `prepare` renders; it writes
-the folder's name into the manifests that later stages read.
+A recipe is the renderer's source code and its settings. Its hash is the folder's name, so that
+experiments with different seeds can run at the same time. Only the stage `prepare` renders.
 """
 
 import hashlib
@@ -14,18 +14,18 @@ from contradiff.data.params import DataParams
 from contradiff.files import hold_lock, replace_file, sha256_of
 
 RECIPE_NAME = ".rendered.json"
-"""What a folder was rendered from. It is written last, so only a whole folder has it."""
+"""The recipe of a folder. This file is written last, so that only a complete folder has it."""
 DIGITS_PER_CLASS = 60
-"""Training pool of the digits, from which 25-shot splits are drawn; all others are for testing."""
+"""Number of training digits per class. Few-shot splits are drawn from them; others are tests."""
 
 
 def ensure_images(
     root: Path, params: DataParams, *, seed: int, on_progress: Callable[[int], None]
 ) -> Path:
-    """Return the folder of toy images below `root`; render it if it is not there.
+    """Return the folder of toy images in `root`; render the images if the folder is missing.
 
-    `on_progress` gets the number of images rendered since the last call. It raises ValueError if
-    there are fewer images than classes.
+    `on_progress` is called with the number of images rendered since its last call. Raises
+    ValueError if a split has fewer images than classes.
     """
     from contradiff.toy.tree import render_tree
 
@@ -35,7 +35,7 @@ def ensure_images(
 
 
 def ensure_digits(root: Path, *, seed: int) -> Path:
-    """Return the folder of scikit-learn's digits below `root`; write it if it is not there."""
+    """Return the folder of scikit-learn's digits in `root`; write the digits if it is missing."""
     from contradiff.toy.digits import write_digits
 
     settings = {"num_train_per_class": DIGITS_PER_CLASS, "seed": seed}
@@ -45,7 +45,7 @@ def ensure_digits(root: Path, *, seed: int) -> Path:
 def _ensure(
     root: Path, pattern: str, settings: dict[str, int], render: Callable[..., None]
 ) -> Path:
-    """Render with this room's files of the pattern: a changed renderer renders anew."""
+    """Return the folder of a recipe, whose renderer is all files of this package by `pattern`."""
     digests = [sha256_of(path) for path in sorted(Path(__file__).parent.glob(pattern))]
     recipe = {"renderer": hashlib.sha256("".join(digests).encode()).hexdigest(), **settings}
     text = json.dumps(recipe, sort_keys=True)

@@ -1,6 +1,6 @@
-"""Training: one loop for every trainer, and pretraining.
+"""Training: one loop that all trainers share, and pretraining.
 
-In reading order: `loop` (a trainer is its set-up and a step function), `state` (what a stopped
-training resumes from), `optim` (AdamW, learning rates, average of the weights); `recipe` (the
-parameters of pretraining), `batch` (the views and the random numbers of a step), `pretraining`.
+Read `loop` (calls a trainer's step function), `state` (saved to resume a stopped training), `optim`
+(AdamW, learning rates, weight average), `recipe` (parameters of pretraining), `batch` (views and
+random numbers of a step) and `pretraining`, in this order.
 """

@@ -1,7 +1,7 @@
-"""The one place that decides what the two views are, and that draws what is random in a step.
+"""How a training batch is made: the two views of each image, and all random numbers of a step.
 
-stored image => `ViewChooser`, in the loader's workers => two stored views, and what conditions them
-loaded batch => `draw_batch`, on the device => latents, noise, timesteps, dropped conditions
+`ViewChooser`, in the loader's workers: a stored image => two stored views, and their conditions.
+`draw_batch`, on the training device: a loaded batch => latents, noise, timesteps, conditions.
 """
 
 from collections.abc import Mapping, Sequence
@@ -31,11 +31,11 @@ if TYPE_CHECKING:
 
 @dataclass
 class ViewChooser:
-    """Chooses each image's two stored views and their conditions; made for `TrainingStream`.
+    """Chooses two stored views (encoded crops) of each image and their conditions.
 
-    `condition` says what comes beside the latents: conditioner.input, or "labels" for a class
-    table. Only pixels are decoded. Random numbers depend on the seed, the epoch and the image's
-    key, not on who reads the image. ValueError: two views are asked for where one is stored.
+    It is the `make_batch` of `TrainingStream`. `condition` is the input of the conditioner, or
+    "labels" for a class table. Random numbers depend on the seed, the epoch and the image's key,
+    not on the process. Raises ValueError if two stored views are needed, but one is stored.
     """
 
     pairs: PairedShards
@@ -50,22 +50,22 @@ class ViewChooser:
         crops_latents = self.condition == "latents" and self.cond_view == "crop"
         for setting, needs_two in (
             ("loss.latent_views: two", self.latent_views == "two"),
-            ("conditioner.cond_view: crop of conditioner.input latents", crops_latents),
+            ("conditioner.cond_view: crop with conditioner.input: latents", crops_latents),
         ):
             if needs_two and self.info.views < 2:
-                raise ValueError(f"{setting} needs latents.views of 2 or more; raise latents.views")
+                raise ValueError(f"{setting} needs random crops; set latents.views to 2 or more")
 
     def __call__(self, epoch: int, batch: Sequence[Pair]) -> dict[str, Tensor]:
-        """Stack a batch: "moments" (2 batch 2c h w) and what conditions them.
+        """Stack a batch: the "moments" of latents (2 batch 2c h w) and one kind of condition.
 
-        Moments are float16, or float32 where latents.dtype is bfloat16. The condition is
-        "conditions" (2 batch 3 s s), "condition_moments" (2 batch 2c h w) or "labels" (batch).
+        Moments (mean, log-variance) are float16, or float32 if latents.dtype is bfloat16. Keys of
+        conditions: "conditions" (2 batch 3 s s), "condition_moments" (2 batch 2c h w) or "labels".
         """
         chosen = [self._choose(epoch, pair) for pair in batch]
         stacked = {"moments": torch.stack([views for views, _ in chosen], dim=1)}
         conditions = [condition for _, condition in chosen]
         match self.condition:
-            case "pixels":  # one image, shown twice without a copy, or two
+            case "pixels":  # `expand` shows a shared image twice without a copy
                 images = torch.stack(conditions, dim=1)
                 pixels = to_pixels(images.flatten(0, 1)).unflatten(0, images.shape[:2])
                 stacked["conditions"] = pixels.expand(2, -1, -1, -1, -1)
@@ -78,7 +78,7 @@ class ViewChooser:
     def _choose(
         self, epoch: int, pair: Pair
     ) -> tuple[Float[Tensor, "2 moments h w"], Shaped[Tensor, "*shape"]]:
-        """Two views of one image and what conditions them."""
+        """Return the moments of two views of one image, and their condition."""
         stored = StoredLatents.of_record(pair[1])
         rng = np.random.default_rng([self.seed, epoch, crc32(stored.key.encode())])
         num_stored = len(stored.crops)
@@ -86,7 +86,7 @@ class ViewChooser:
         is_same = self.latent_views == "same"
         second = int(rng.integers(0 if is_same else 1, num_views))
         first = second if is_same else 0
-        if self.info.flips:  # the mirrored views stand behind all others, in the same order
+        if self.info.flips:  # mirrored views are stored after all others, in the same order
             mirrored = rng.integers(2, size=2) * num_views
             first += int(mirrored[0])
             second += int(mirrored[0 if is_same else 1])
@@ -117,11 +117,11 @@ def draw_batch(
     scaling_factor: float,
     accelerator: "Accelerator",
 ) -> TrainingBatch:
-    """Add to a batch that `ViewChooser` stacked all that is random in it.
+    """Complete a batch from `ViewChooser` by everything that is random in it.
 
-    The batch's `number` in the training, from 0, seeds the random numbers. Every process draws
-    those of the whole batch and takes its own rows, so they do not depend on the number of
-    processes. `probabilities` are those of the timesteps.
+    `recipe.seed` and the batch's `number`, counted from 0, seed the random numbers. Every process
+    draws the numbers of the complete batch and uses only its own rows. The numbers therefore do not
+    depend on the number of processes. `probabilities` has the probability of each timestep.
     """
     device = accelerator.device
     generator = torch.Generator(device).manual_seed(recipe.seed * 1_000_003 + number)
@@ -133,7 +133,7 @@ def draw_batch(
     def gaussian(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator, device=device)
 
-    # The order of these draws is part of the result.
+    # Changing the order of these draws changes the results.
     posterior_noise = gaussian(NUM_VIEWS, whole, *latent_shape)[:, mine]
     dropped = torch.rand(NUM_VIEWS, whole, generator=generator, device=device)[:, mine]
     condition_noise = gaussian(NUM_VIEWS, whole, *model.conditioner.shape)[:, mine]
@@ -151,7 +151,7 @@ def draw_batch(
     dropped = dropped < recipe.conditioner.drop
     if recipe.conditioner.cond_view == "noise":
         dropped[1] = True
-    # One condition that both views share is encoded once.
+    # A condition that both views share is given, and later encoded, only once.
     cond_views = slice(1 if recipe.conditioner.cond_view == "same" else NUM_VIEWS)
     posterior_noise = posterior_noise.flatten(0, 1)
     latents = sample(moments.flatten(0, 1), noise=posterior_noise, scaling_factor=scaling_factor)

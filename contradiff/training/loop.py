@@ -1,4 +1,4 @@
-"""The training loop that every trainer here shares: a trainer is its set-up and a step function."""
+"""The training loop of all trainers. A trainer only adds a set-up and a step function."""
 
 import math
 from collections.abc import Callable, Iterable, Mapping
@@ -13,10 +13,10 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 StepFunction = Callable[[int], Mapping[str, Tensor | float]]
-"""Compute one step's gradients, given the number of steps done; return what to report."""
+"""Computes the gradients of a step from the number of steps done; returns values to report."""
 
 OnStep = Callable[[int, Mapping[str, float] | None], None]
-"""Hear the number of steps done after every step, and its values where they were read."""
+"""Is called after every step with the number of steps done, and the values if reported."""
 
 
 def train(
@@ -34,16 +34,16 @@ def train(
     saved: SavedState | None = None,
     accelerator: "Accelerator | None" = None,
 ) -> None:
-    """Take the steps; values are read, reported and checked now and then, states saved every n.
+    """Run all steps, report values, and save the state every `saved.every` steps.
 
-    Reading a value makes the CPU wait for the GPU, so only reported steps do it, the last step, and
-    those after which the state is saved: no training that has diverged is ever saved. A value that
-    is not finite is a ValueError that names `lr_key`, the rate's dotted parameter.
+    Reading a value makes the CPU wait for the GPU. Values are therefore read only at reported
+    steps, at the last step, and before a state is saved. If a value is not finite, the state is not
+    saved, and a ValueError names `lr_key`, the dotted key of the learning rate.
 
-    `step_function` finds the gradients at zero and leaves its own. `lr` gives a step's rate. A
-    report holds step, lr, the step function's values (means over processes) and grad_norm where
-    gradients are clipped: `clipped` together, to `max_grad_norm`. `update_average` is called after
-    every optimiser step with the number of steps done.
+    `step_function` adds to gradients that are zero. `lr` returns the learning rate of a step. A
+    report has step, lr, the values of `step_function` (means over processes) and, if
+    `max_grad_norm` is given, grad_norm: the norm of all `clipped` gradients before clipping.
+    `update_average` is called after every optimiser step with the number of steps done.
 
     Example:
         >>> model = nn.Linear(2, 1)

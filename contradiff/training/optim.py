@@ -1,4 +1,4 @@
-"""Optimisers, the learning-rate schedule (Tables 1 and 2), and the average of the weights."""
+"""Optimisers, the learning-rate schedule (Tables 1 and 2), and a moving average of weights."""
 
 import math
 from collections.abc import Iterable
@@ -16,7 +16,7 @@ NamedParameters = Iterable[tuple[str, nn.Parameter]]
 
 @dataclass(frozen=True)
 class SgdSetting:
-    """The settings in which classifiers may differ when they are trained together."""
+    """Settings that may differ between classifiers that are trained together."""
 
     lr: float
     momentum: float
@@ -25,23 +25,23 @@ class SgdSetting:
 
 @dataclass(frozen=True)
 class SgdSchedule:
-    """The settings that classifiers share when they are trained together."""
+    """Settings that are equal for all classifiers that are trained together."""
 
     batch_size: int
-    """Largest batch; the batches of an epoch differ by at most one in size."""
+    """Size of the largest batch; batches of an epoch differ by at most one image."""
     epochs: int
     warmup_epochs: float
 
 
 class SgdParams(Section):
-    """Settings of a classifier trained by SGD on fixed features (Table 2)."""
+    """Parameters of a classifier that SGD trains on fixed features (Table 2)."""
 
     section: ClassVar[str]
 
     lr: float = Field(gt=0, description="peak learning rate, not scaled by the batch size")
     momentum: float = Field(ge=0, lt=1)
     weight_decay: float = Field(
-        ge=0, description="L2 penalty; Table 2's 0.05 taken literally destroys an SGD linear head"
+        ge=0, description="L2 penalty; with Table 2's 0.05, SGD keeps a linear head near zero"
     )
     batch_size: int = Field(ge=2)
     epochs: int = Field(ge=1)
@@ -52,29 +52,29 @@ class SgdParams(Section):
         if self.warmup_epochs >= self.epochs:
             raise ValueError(
                 f"{self.section}.warmup_epochs is {self.warmup_epochs:g}, but must be less than "
-                f"{self.section}.epochs, which is {self.epochs}: make it smaller"
+                f"{self.section}.epochs, which is {self.epochs}; lower {self.section}.warmup_epochs"
             )
         return self
 
     @property
     def setting(self) -> SgdSetting:
-        """The settings in which classifiers may differ when they are trained together."""
+        """Settings that may differ between classifiers that are trained together."""
         return SgdSetting(self.lr, self.momentum, self.weight_decay)
 
     @property
     def schedule(self) -> SgdSchedule:
-        """The settings that they share."""
+        """Settings that are equal for all classifiers that are trained together."""
         return SgdSchedule(self.batch_size, self.epochs, self.warmup_epochs)
 
 
 def cosine_with_warmup(step: int, *, total_steps: int, warmup_steps: int) -> float:
-    """Multiplier of the learning rate: linear from 0 to 1, then half a cosine to 0.
+    """Return the factor of the learning rate: linear from 0 to 1, then half a cosine to 0.
 
-    `step` counts the optimiser steps before this one. As in MAE, the first step of a run with
-    warm-up has the rate 0.
+    `step` is the number of optimiser steps already done. As in MAE, the first step with warm-up
+    has the learning rate 0.
     """
-    assert 0 <= step < total_steps, "the cosine would rise again beyond its end"
-    assert 0 <= warmup_steps <= total_steps, "parameters refuse longer warm-ups"
+    assert 0 <= step < total_steps, "beyond total_steps, the cosine would rise again"
+    assert 0 <= warmup_steps <= total_steps, "the parameters' validators refuse longer warm-ups"
     if step < warmup_steps:
         return step / warmup_steps
     progress = (step - warmup_steps) / (total_steps - warmup_steps)
@@ -82,37 +82,37 @@ def cosine_with_warmup(step: int, *, total_steps: int, warmup_steps: int) -> flo
 
 
 def is_decayed(name: str, parameter: nn.Parameter) -> bool:
-    """Whether weight decay applies: to matrices and kernels, not to biases, norms and tokens."""
+    """Return whether weight decay applies: to matrices and kernels, not biases, norms, tokens."""
     return parameter.ndim > 1 and not name.endswith(("bias", "class_token", "positions"))
 
 
 def build_adamw(
     named_parameters: NamedParameters, *, lr: float, betas: tuple[float, float], weight_decay: float
 ) -> torch.optim.AdamW:
-    """Build AdamW (Table 1) for those of `module.named_parameters()` that are trainable.
+    """Build AdamW (Table 1) for the trainable parameters among `named_parameters`.
 
-    The paper's "momentum 0.9" is the first beta. Weight decay leaves out biases, norms, class
-    tokens and position embeddings; the paper does not say whether it should. The decayed parameters
-    are the first group. ValueError: no parameter is trainable.
+    The paper's "momentum 0.9" is the first beta. Weight decay does not apply to biases, norms,
+    class tokens and position embeddings; the paper does not mention such exceptions. Parameters
+    with weight decay are the first group. Raises ValueError if no parameter is trainable.
     """
     trainable = [(name, param) for name, param in named_parameters if param.requires_grad]
     if not trainable:
-        remedy = "check lora.targets, and that not all modules are frozen"
-        raise ValueError(f"no trainable parameters: {remedy}")
+        remedy = "check lora.targets, and which modules are frozen"
+        raise ValueError(f"no trainable parameters; {remedy}")
     groups = [
         {"params": [p for n, p in trainable if is_decayed(n, p)], "weight_decay": weight_decay},
         {"params": [p for n, p in trainable if not is_decayed(n, p)], "weight_decay": 0.0},
     ]
     groups = [group for group in groups if group["params"]]
-    # One kernel a step instead of several a tensor; on MPS or XLA torch decides.
+    # `fused` runs one kernel per step, not several per tensor. On MPS or XLA, torch decides.
     fused = all(param.device.type in ("cpu", "cuda") for _, param in trainable)
     return torch.optim.AdamW(groups, lr=lr, betas=betas, fused=fused or None)
 
 
 class WeightAverage:
-    """The exponential moving average (EMA) of trainable weights: diffusers', with its warm-up.
+    """The exponential moving average (EMA) of trainable weights, computed by diffusers' EMAModel.
 
-    `tensors` holds the live average by parameter name; `decay` is that of one optimiser step.
+    `tensors` has the average of each parameter by name. `decay` applies to each optimiser step.
     """
 
     def __init__(self, model: nn.Module, *, decay: float) -> None:
@@ -124,6 +124,6 @@ class WeightAverage:
         self.tensors: dict[str, Tensor] = dict(zip(named, self.ema.shadow_params, strict=True))
 
     def update(self, done: int) -> None:
-        """Follow step `done`: decay 0 after the first, then min(decay, done / (done + 9))."""
+        """Update after step `done`. The decay is 0 once, then min(decay, done / (done + 9))."""
         self.ema.optimization_step = done - 1
         self.ema.step(self.parameters)

@@ -1,4 +1,4 @@
-"""Pretraining: reconstruction + lambda * contrast (Sec. 3.4, Table 1), resumable at any step."""
+"""Pretraining with reconstruction + lambda * contrast (Sec. 3.4, Table 1); it can be resumed."""
 
 import csv
 from collections.abc import Mapping, Sequence
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 CURVE_COLUMNS = ("step", "epoch", "lr", "loss", "reconstruction", "contrastive", "grad_norm")
 CURVE_ROWS = 200
-"""The stored curve has about this many rows; live logging is as dense as the caller asks."""
+"""The stored loss curve has about this many rows. Logged losses may have more or fewer."""
 
 
 def pretrain(
@@ -42,14 +42,14 @@ def pretrain(
     checkpoint_every: int,
     on_step: OnStep,
 ) -> list[dict[str, float]]:
-    """Train the model in place; begun again with the same `work_dir`, go on where it was stopped.
+    """Train the model in place; a new call with the same `work_dir` resumes a stopped training.
 
-    Everything random in step s is drawn from a generator seeded by (seed, s), and the data's order
-    is fixed by the seed, whatever the number of processes and workers. So an interrupted training
-    ends with the same weights, bit for bit on one machine with as many processes; with others, up
-    to the order of float sums.
+    Random numbers and the order of the data depend only on the seed and the step's number. A
+    resumed training therefore ends with the weights of an uninterrupted one: bit for bit on the
+    same machine with as many processes, otherwise up to the order of float sums.
 
-    Returns the curve, rows of `CURVE_COLUMNS`. A ValueError names the parameter that is at fault.
+    Return the loss curve, rows of `CURVE_COLUMNS`. Raises ValueError, which names a parameter, if
+    the batch size does not fit the data or the processes, or if the training diverges.
     """
     params, microbatches, seed = recipe.pretrain, recipe.pretrain.grad_accumulation, recipe.seed
     num_processes = accelerator.num_processes
@@ -99,7 +99,7 @@ def pretrain(
     probabilities = timestep_probabilities(alphas, schedule=schedule).to(accelerator.device)
 
     def take_gradients(step: int) -> dict[str, Tensor | float]:
-        """Leave the mean gradient of the step's microbatches; return their mean losses."""
+        """Compute the mean gradient of the step's microbatches; return their mean losses."""
         means: dict[str, Tensor | float] = {"epoch": round((step + 1) / steps_per_epoch, 4)}
         for number in range(step * microbatches, (step + 1) * microbatches):
             batch = draw_batch(
@@ -111,7 +111,7 @@ def pretrain(
                 scaling_factor=pairs.latent_index.info.scaling_factor,
                 accelerator=accelerator,
             )
-            # Processes average their gradients once a step, with the last microbatch.
+            # Processes average their gradients only after the last microbatch of a step.
             is_last = number == (step + 1) * microbatches - 1
             with nullcontext() if is_last else accelerator.no_sync(objective):
                 with accelerator.autocast():
@@ -150,7 +150,7 @@ def pretrain(
 
 
 def write_curve(path: Path, curve: Sequence[Mapping[str, float]]) -> None:
-    """Write a curve as CSV, with six significant digits; it has columns even without rows."""
+    """Write a curve as CSV with six significant digits; without rows, write only the header."""
     with replace_file(path) as temporary, temporary.open("w", newline="") as file:
         writer: csv.DictWriter[str] = csv.DictWriter(
             file, CURVE_COLUMNS, restval="", lineterminator="\n"
@@ -168,13 +168,13 @@ def set_up(
     gradient_checkpointing: Checkpointing,
     precision: Precision,
 ) -> None:
-    """Freeze what the loss does not reach, and choose which activations and weights are kept.
+    """Freeze modules that get no gradient, and apply the settings that save memory.
 
-    Checkpointing is diffusers' own: the backward pass computes resnets and transformer blocks
-    again, without reentrance, so that gradients reach LoRA although the UNet's input is frozen.
+    With gradient checkpointing (diffusers' non-reentrant one), the backward pass recomputes resnets
+    and transformer blocks. Gradients reach LoRA although the UNet's input needs none.
     """
     if loss.weight == 0:
-        # The reconstruction loss never reaches them (and DDP refuses parameters without gradient).
+        # Only the contrastive loss trains these, and DDP refuses parameters without gradient.
         model.attention.requires_grad_(requires_grad=False)
         model.projector.requires_grad_(requires_grad=False)
     if precision == "bf16":

@@ -1,4 +1,4 @@
-"""Everything that decides a pretraining: the sections of Table 1, together."""
+"""The parameters of pretraining (Table 1)."""
 
 from typing import Literal
 
@@ -11,36 +11,36 @@ from contradiff.method.noise import NoiseParams
 from contradiff.types import Precision
 
 Checkpointing = Literal["none", "down.0", "all"]
-"""Which of the UNet's activations the backward pass computes again, to save memory."""
+"""UNet blocks whose activations the backward pass recomputes to save memory."""
 
 
 class PretrainParams(Section):
-    """Section `pretrain` (Table 1)."""
+    """Parameters of section `pretrain` (Table 1)."""
 
-    epochs: int = Field(ge=0, description="0 keeps the base as it is, for Table 7's first row")
+    epochs: int = Field(ge=0, description="0: no training (first row of Table 7)")
     warmup_epochs: float = Field(ge=0)
-    batch_size: int = Field(ge=2, description="images a step, over all processes")
+    batch_size: int = Field(ge=2, description="images per step, in all processes together")
     lr: float = Field(gt=0, description="peak learning rate, before scale_lr")
     scale_lr: bool = Field(description="multiply lr by batch_size / 256, as MAE does")
-    beta1: float = Field(ge=0, lt=1, description="the paper's momentum of 0.9")
+    beta1: float = Field(ge=0, lt=1, description="the paper calls it momentum (0.9)")
     beta2: float = Field(ge=0, lt=1)
     weight_decay: float = Field(ge=0)
     max_grad_norm: float = Field(gt=0)
     grad_accumulation: int = Field(
-        ge=1, description="microbatches of a batch; negatives come from one microbatch only"
+        ge=1, description="microbatches per batch; contrastive negatives come from one only"
     )
     ema_decay: float = Field(
-        ge=0, lt=1, description="decay of the weights' moving average; 0 keeps the last weights"
+        ge=0, lt=1, description="decay of the moving average of weights; 0: no average"
     )
     decode_batch_size: int = Field(
         ge=0,
-        description="how many draws a process denoises at once; fewer need less memory; 0: all",
+        description="noisy latents that a process denoises at once (0: all); few save memory",
     )
     gradient_checkpointing: Checkpointing = Field(
-        description="recompute activations in the backward pass: in the first down block, which "
-        "keeps the most, or in the whole UNet"
+        description="where the backward pass recomputes activations: nowhere, in the first down "
+        "block (which has the most), or in all blocks of the UNet"
     )
-    precision: Precision = Field(description="precision of the passes; trained weights stay fp32")
+    precision: Precision = Field(description="precision of passes; trained weights stay fp32")
 
     @model_validator(mode="after")
     def _microbatches_hold_pairs_and_warmup_ends(self) -> "PretrainParams":
@@ -53,13 +53,13 @@ class PretrainParams(Section):
         if self.epochs and self.warmup_epochs >= self.epochs:
             raise ValueError(
                 f"pretrain.warmup_epochs is {self.warmup_epochs:g}, but must be less than "
-                f"pretrain.epochs, which is {self.epochs}: make it smaller"
+                f"pretrain.epochs, which is {self.epochs}; lower pretrain.warmup_epochs"
             )
         return self
 
 
 class TrainingRecipe(Section):
-    """The sections that decide a training, together."""
+    """The parameter sections that training steps and batches of pretraining read."""
 
     seed: Seed
     noise: NoiseParams
@@ -69,7 +69,7 @@ class TrainingRecipe(Section):
 
     @property
     def warning(self) -> str | None:
-        """What a user should know who accumulates gradients of a contrastive loss."""
+        """A warning for users who accumulate gradients with a contrastive loss, else None."""
         number, batch = self.pretrain.grad_accumulation, self.pretrain.batch_size
         if number == 1 or self.loss.weight == 0:
             return None

@@ -1,4 +1,4 @@
-"""What a training resumes from: weights, the optimiser's moments, the step and the curve."""
+"""The saved state of a training: weights, the optimiser's moments, the step and the curve."""
 
 import json
 from collections.abc import Mapping
@@ -12,15 +12,15 @@ from torch import Tensor
 from contradiff.files import replace_file
 
 STATE_VERSION = 1
-"""Raise it when a saved state would mean something else: other weights, order or random numbers."""
+"""Increase this if older states must not be resumed, as weights or random numbers changed."""
 
 
 class SavedState:
-    """One safetensors file that holds a training as it was after some steps.
+    """A safetensors file with the state of a training after some steps.
 
-    `tensors` are the live weights, as `state_dict()` gives them: they share memory with the module,
-    so `save` writes its values and `resume` overwrites them. `every` is the number of optimiser
-    steps between two saved states. `curve` holds rows to plot later, saved with the weights.
+    `tensors` are from a module's `state_dict()` and share memory with the module. `save` therefore
+    writes the module's weights, and `resume` overwrites them. `every` is the number of optimiser
+    steps between two saved states. `curve` has the rows of the loss curve, which are saved too.
     """
 
     def __init__(self, file: Path, tensors: Mapping[str, Tensor], *, every: int) -> None:
@@ -29,7 +29,7 @@ class SavedState:
         self.curve: list[dict[str, float]] = []
 
     def save(self, step: int, optimizer: torch.optim.Optimizer) -> None:
-        """Write the state after `step` optimiser steps, whole or not at all."""
+        """Replace the file by the state after `step` optimiser steps."""
         tensors = dict(self.tensors)
         for index, moments in optimizer.state_dict()["state"].items():
             tensors |= {f"optimizer.{index}.{name}": value for name, value in moments.items()}
@@ -39,7 +39,7 @@ class SavedState:
             save_file(contiguous, temporary, metadata)
 
     def resume(self, optimizer: torch.optim.Optimizer) -> int:
-        """Fill weights, moments and curve from the file; return the steps done, 0 without one."""
+        """Load weights, moments and curve; return the number of steps done (0 without a file)."""
         if not self.file.is_file():
             return 0
         moments: dict[int, dict[str, Tensor]] = {}

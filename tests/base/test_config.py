@@ -45,14 +45,14 @@ def test_pickled_weights_are_refused(base: Path):
     for name in ("vae", "unet"):
         (weights,) = (base / name).glob("*.safetensors")
         weights.rename(base / name / "diffusion_pytorch_model.bin")
-    with pytest.raises(ValueError, match=r"holds no \.safetensors file") as caught:
+    with pytest.raises(ValueError, match=r"contains no \.safetensors file") as caught:
         check_base(base)
     named = [line.split()[1] for line in str(caught.value).splitlines()]
     assert named == [f"{base}/vae", f"{base}/unet"]
     check_base(base, weights=False)
 
 
-NO_UNET = "unet is no UNet2DConditionModel with cross-attention"
+NO_UNET = "unet must be a UNet2DConditionModel with cross-attention"
 
 
 @pytest.mark.parametrize(

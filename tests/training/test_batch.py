@@ -181,7 +181,7 @@ def test_mirrored_views_are_drawn_as_often_as_the_others(
 def test_two_views_of_one_are_refused(pairs: PairedShards, changes: dict[str, str], key: str):
     info = pairs.latent_index.info.model_copy(update={"views": 1})
     one_view = replace(pairs, latent_index=replace(pairs.latent_index, info=info))
-    with pytest.raises(ValueError, match=rf"^{key}.* needs latents\.views of 2"):
+    with pytest.raises(ValueError, match=rf"^{key}.* set latents\.views to 2"):
         chooser_of(one_view, **changes)
     chooser_of(one_view, latent_views="same", cond_view="crop", condition="pixels")
 
