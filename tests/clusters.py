@@ -1,4 +1,4 @@
-"""Labelled clusters, and one probe of them, for tests of classifiers."""
+"""Labelled clusters of points, and a probe trained on them, for tests of classifiers."""
 
 from typing import Any
 
@@ -15,7 +15,7 @@ SCHEDULE = SgdSchedule(batch_size=64, epochs=10, warmup_epochs=1.0)
 def clusters(
     num_samples: int, *, dim: int, num_classes: int = 4, spread: float = 1.0, seed: int = 0
 ) -> tuple[Tensor, Tensor]:
-    """Draw Gaussian clusters, each feature at a scale and offset of its own."""
+    """Draw Gaussian clusters whose features have different scales and offsets."""
     centres = torch.randn(num_classes, dim, generator=torch.Generator().manual_seed(99))
     generator = torch.Generator().manual_seed(seed)
     labels = torch.randint(num_classes, (num_samples,), generator=generator)

@@ -1,15 +1,15 @@
-"""Set-up of all tests: checked array shapes, one thread, no network, no live tracking store."""
+"""Set-up of all tests: array shapes are checked; one thread; no network; no tracking server."""
 
 from __future__ import annotations
 
 import os
 
-# Before anything imports torch or numpy. One thread: tests are small, and CI has two cores.
+# Set these before torch or numpy is imported. One thread is enough for small tests.
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["MPLBACKEND"] = "Agg"
-# A test must not write to the user's tracking server, nor take itself for a stage of a real run.
+# Tests must not write to the user's tracking server, nor act as if DVC had started them.
 for _name in ("MLFLOW_TRACKING_URI", "MLFLOW_RUN_ID", "DVC_ROOT", "DVC_STAGE", "DVC_EXP_NAME"):
     os.environ.pop(_name, None)
 
@@ -24,11 +24,11 @@ from jaxtyping import install_import_hook
 if TYPE_CHECKING:
     from contradiff.method.model import ContraDiff
 
-# Shapes and types of `contradiff` are enforced here, and only here: a run pays nothing for them.
-# The hook stays for the whole session, so it is installed without its context manager.
+# Shapes and types of `contradiff` are checked only in tests, so that runs lose no time.
+# The hook must stay active in the complete session, so no `with` is used.
 install_import_hook("contradiff", "beartype.beartype")
 
-# The same examples on every run, and no deadline: no test here asserts on time.
+# Hypothesis uses the same examples in every run, and no time limits.
 settings.register_profile("contradiff", deadline=None, derandomize=True, database=None)
 settings.load_profile("contradiff")
 
@@ -37,7 +37,7 @@ settings.load_profile("contradiff")
 def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A base with random weights in diffusers' format: 32 pixels, 8x8x4 latents, 2x2x32 bottleneck.
 
-    Like Stable Diffusion's UNet, its last down block and first up block have no cross-attention.
+    As in Stable Diffusion, the UNet's last down block and first up block lack cross-attention.
     """
     import torch
     from diffusers import AutoencoderKL, UNet2DConditionModel
@@ -75,7 +75,7 @@ def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_params() -> dict[str, Any]:
-    """Sections `lora`, `conditioner` and `head` of a ContraDiff on `tiny_base`."""
+    """Parameters of `lora`, `conditioner` and `head` for a small ContraDiff on `tiny_base`."""
     return {
         "lora": {
             "rank": 4,
@@ -105,10 +105,10 @@ def tiny_params() -> dict[str, Any]:
 
 @pytest.fixture
 def build_tiny(tiny_base: Path, tiny_params: dict[str, Any]) -> Callable[..., ContraDiff]:
-    """Build a ContraDiff on `tiny_base`, in evaluation mode; keywords: `seed`, changed sections.
+    """Build a ContraDiff on `tiny_base` in evaluation mode. Keywords: `seed`, sections to change.
 
-    What starts at zero (LoRA's B, the conditioner's last layer) is made random, so that a test of
-    values or gradients sees every part.
+    Weights that start at zero (LoRA's B, the conditioner's last layer) are made random, so that
+    all parts influence values and gradients.
     """
     import torch
 
@@ -136,7 +136,7 @@ def build_tiny(tiny_base: Path, tiny_params: dict[str, Any]) -> Callable[..., Co
 
 @pytest.fixture
 def save_tiny(tiny_base: Path, tiny_params: dict[str, Any]) -> Callable[..., None]:
-    """Save a model of `build_tiny`'s to a folder; keywords: steps taken, changed parameters."""
+    """Save a model from `build_tiny` to a folder. Keywords: number of steps, changed parameters."""
     from contradiff.method.checkpoint import save_checkpoint
     from contradiff.method.parameter_counts import count_parameters
 
@@ -156,10 +156,10 @@ def save_tiny(tiny_base: Path, tiny_params: dict[str, Any]) -> Callable[..., Non
 
 @pytest.fixture(scope="session")
 def tiny_data(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folders `images` and `latents` of shards: 24 train images (3 views), 8 val (1 view).
+    """A folder with shards of images and latents: 24 train images (3 views), 8 val images (1 view).
 
-    Six a shard. The images are coloured waves of 40 x 36 pixels in three classes; `latents` are the
-    moments of their 32-pixel crops by `tiny_base`.
+    A shard has six images: coloured waves of 40 x 36 pixels in three classes. The latents are the
+    moments that `tiny_base` gives for crops resized to 32 pixels.
     """
     import torch
 

@@ -1,4 +1,4 @@
-"""What a mistaken parameter file is told."""
+"""Messages for wrong parameter files."""
 
 from pathlib import Path
 from typing import Any, Literal
@@ -97,7 +97,7 @@ class OneKey(Section):
 
 
 def test_a_stage_may_depend_on_one_key_of_a_section():
-    """As `params: [loss.kind]` in dvc.yaml."""
+    """A stage does so by `params: [loss.kind]` in dvc.yaml."""
     assert parse(OneKey, VALID, source="params.yaml").kind == "ntxent"
     assert complaint(changed("loss", kind="l2"), OneKey).endswith("(got 'l2')")
     for content in ({}, {"loss": {}}, {"loss": 1}):
@@ -111,7 +111,7 @@ def test_numbers_and_words_are_those_of_yaml_1_2(tmp_path: Path):
 
 
 def test_what_dvc_sets_is_read_as_it_was_meant(tmp_path: Path):
-    """`dvc exp run -S train.lr=0.00001` rewrites the file by DVC's own serializer."""
+    """`dvc exp run -S train.lr=0.00001` writes the file with DVC's serializer."""
     from dvc.utils.serialize import modify_yaml
 
     path = tmp_path / "params.yaml"

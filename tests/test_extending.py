@@ -1,4 +1,4 @@
-"""The diffs of docs/extending.md apply to the code as it is, and do what the page says."""
+"""The diffs in docs/extending.md can be applied to the present code, and work."""
 
 import re
 import shutil

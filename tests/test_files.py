@@ -1,4 +1,4 @@
-"""An interrupted writer leaves what was there before; a full disk is told apart and explained."""
+"""An interrupted write leaves the old file; a full disk gives a message that says what to do."""
 
 import errno
 import os
@@ -31,7 +31,7 @@ def test_a_file_appears_at_the_end_only(tmp_path: Path):
     path = tmp_path / "made" / "here" / "file.txt"
     with replace_file(path) as temporary:
         temporary.write_text("whole")
-        assert temporary.parent == path.parent  # one file system, so that the rename is atomic
+        assert temporary.parent == path.parent  # the same file system makes the rename atomic
         assert not path.exists()
     assert path.read_text() == "whole"
     interrupted(replace_file(path), lambda temporary: temporary.write_text("ha"))
@@ -48,7 +48,7 @@ def test_a_folder_replaces_the_earlier_one_whole(tmp_path: Path):
     interrupted(replace_dir(path), lambda temporary: (temporary / "half").touch())
     assert names(path) == ["second"]
     assert names(path.parent) == ["folder"]
-    # What SIGKILL leaves does not enter the next folder if the process id comes round again.
+    # Files left after a SIGKILL do not enter a new folder of a process with the same id.
     with replace_dir(path) as temporary:
         pass
     temporary.mkdir()
@@ -59,7 +59,7 @@ def test_a_folder_replaces_the_earlier_one_whole(tmp_path: Path):
 
 def test_sha256_is_that_of_the_standard(tmp_path: Path):
     path = tmp_path / "abc"
-    path.write_bytes(b"abc")  # FIPS 180-2, appendix B.1
+    path.write_bytes(b"abc")  # the example of FIPS 180-2, appendix B.1
     digest = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
     assert files.sha256_of(path) == digest
 

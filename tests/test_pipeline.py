@@ -1,4 +1,4 @@
-"""dvc.yaml says the truth about the stages: DVC sees neither imports nor what a stage reads."""
+"""dvc.yaml lists all dependencies of each stage. DVC cannot check this itself."""
 
 import importlib
 from collections.abc import Iterator
@@ -19,13 +19,13 @@ NEVER_A_RESULT = {
     *("stages/runtime", "contradiff/report", "contradiff/rules.py", "contradiff/processes.py"),
     *("contradiff/config.py", "contradiff/files.py", "contradiff/types.py"),
 }
-"""Code that decides no stage's result: messages, reports, the reading and writing of files."""
+"""Code that changes no stage's result: messages, reports, reading and writing of files."""
 
 each_stage = pytest.mark.parametrize("stage", list(PIPELINE))
 
 
 def paths(entries: list[str | dict[str, Any]]) -> list[str]:
-    """DVC writes an out as `path` or `path: {options}`."""
+    """Return the paths of `entries`. DVC writes an entry as `path` or as `path: {options}`."""
     return [name for entry in entries for name in ([entry] if isinstance(entry, str) else entry)]
 
 
@@ -39,7 +39,7 @@ def is_within(path: str, places: set[str]) -> bool:
 
 
 def followers(stages: set[str]) -> set[str]:
-    """The stages that use an out of these, directly or through others; these are among them."""
+    """Return `stages` and all stages that use their outs directly or indirectly."""
     found = set(stages)
     while True:
         made = {out for name in found for out in outs(name)}
@@ -51,10 +51,10 @@ def followers(stages: set[str]) -> set[str]:
 
 
 def touched_by(path: str) -> set[str]:
-    """The stages that make their outs again when a file changes.
+    """Return the stages whose outs may change if a file changes.
 
-    Others may run: `validate`, whose out is constant, `prepare`, which always describes what it
-    finds, and by hand the frozen `pretrain_base`.
+    Not among them: `validate`, whose out is constant, `prepare`, which always runs, and the frozen
+    stage `pretrain_base`, which runs only by hand.
     """
     deps = {name: set(stage["deps"]) for name, stage in PIPELINE.items()}
     direct = {name for name in PIPELINE if is_within(path, deps[name])}
@@ -68,7 +68,7 @@ def graph() -> grimp.ImportGraph:
 
 @each_stage
 def test_rooms_are_those_that_the_stage_imports(stage: str, graph: grimp.ImportGraph):
-    """DVC does not follow imports: a room that is missing leaves the stage "up to date"."""
+    """DVC does not see imports. If a folder is not listed, its changes do not rerun the stage."""
     modules = graph.find_upstream_modules(f"stages.{stage}") | {f"stages.{stage}"}
     named = [f"{name.replace('.', '/')}.py" for name in modules]
     files = [path for path in named if (ROOT / path).is_file()]
@@ -82,7 +82,7 @@ def test_rooms_are_those_that_the_stage_imports(stage: str, graph: grimp.ImportG
     ("path", "stages"),
     [
         *((path, []) for path in sorted(NEVER_A_RESULT - {"contradiff/report"})),
-        ("contradiff/toy", []),  # what prepare renders is in its manifest
+        ("contradiff/toy", []),  # the manifest of prepare lists the rendered images
         ("contradiff/report", ["report", "track"]),
         ("contradiff/evaluation", ["extractor", "reference", "report", "score", "track"]),
         ("contradiff/downstream", ["probe", "report", "separability", "track", "transfer"]),
@@ -102,11 +102,11 @@ def test_the_method_invalidates_training_and_no_data():
 
 @each_stage
 def test_parameters_are_the_fields_of_the_stage(stage: str):
-    """And its sections are those that `validate` checks."""
+    """`validate` checks the same sections."""
     assert PIPELINE[stage]["cmd"] == f"python -m stages.{stage}"
     params = PIPELINE[stage].get("params", [])
     if stage == "validate":
-        assert params == [{"params.yaml": None}]  # the whole file
+        assert params == [{"params.yaml": None}]  # the complete file
         return
     schema: type[Section] = importlib.import_module(f"stages.{stage}").Params
     fields = {field.alias or name: field for name, field in schema.model_fields.items()}
@@ -137,12 +137,12 @@ def test_every_out_is_written_once_and_every_built_dependency_is_one():
 
 
 def test_no_out_outlives_its_parameters():
-    """A persisted checkpoint survives changed parameters, and a training then ends at once."""
+    """Persisted outs would survive changed parameters, and a training would then end at once."""
     assert "persist" not in (ROOT / "dvc.yaml").read_text(encoding="utf-8")
 
 
 def test_every_stage_waits_for_validation_and_those_with_input_outside_dvc_always_run():
-    """Frozen ones do not wait: `dvc repro` never runs them."""
+    """Frozen stages are excepted, because `dvc repro` never runs them."""
     thawed = {name for name in PIPELINE if not PIPELINE[name].get("frozen")}
     assert thawed <= followers({"validate"})
     always = [name for name, stage in PIPELINE.items() if stage.get("always_changed")]

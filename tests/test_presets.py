@@ -1,4 +1,4 @@
-"""presets/paper.yaml against the numbers that the paper prints."""
+"""presets/paper.yaml has the numbers that are printed in the paper."""
 
 from functools import reduce
 from pathlib import Path
@@ -11,11 +11,11 @@ from contradiff.config import read_params
 PRESET = read_params(Path(__file__).resolve().parents[1] / "presets/paper.yaml")
 
 
-# AdamW, SGD and the cosine are no parameters: tests/test_optim.py.
+# AdamW, SGD and the cosine schedule have no parameter; tests/training/test_optim.py tests them.
 PRINTED = {
     # Table 1
     "pretrain.lr": 1.5e-4,
-    "pretrain.beta1": 0.9,  # its "momentum"
+    "pretrain.beta1": 0.9,  # the paper's "momentum"
     "pretrain.weight_decay": 0.05,
     "pretrain.batch_size": 512,
     "pretrain.epochs": 100,
@@ -23,11 +23,11 @@ PRINTED = {
     # Table 2
     "probe.lr": 0.01,
     "probe.momentum": 0.9,
-    "probe.weight_decay": 0.0,  # *deviation*: its 0.05 destroys a linear head under SGD
+    "probe.weight_decay": 0.0,  # *deviation*: 0.05 keeps an SGD-trained head near zero
     "probe.batch_size": 256,
     "probe.epochs": 50,
     "probe.warmup_epochs": 5,
-    # the text
+    # numbers in the text
     "base.path": "CompVis/stable-diffusion-v1-4",  # Sec. 4.1
     "data.image_size": 256,
     "lora.rank": 16,  # Sec. 4.1, "LoRA weight matrices"
@@ -40,14 +40,14 @@ PRINTED = {
     "transfer.shots": [25],  # Table 6
 }
 OUR_READING = {
-    # The printed rate is a base rate "as in MAE": the peak at a batch of 512 is 3e-4.
+    # The printed rate is for a batch of 256 (as in MAE). At a batch of 512, the peak is 3e-4.
     "pretrain.scale_lr": True,
-    # AdamW's second beta, of which Table 1 says nothing: MAE's.
+    # Table 1 does not give AdamW's second beta; we use that of MAE.
     "pretrain.beta2": 0.95,
-    # The text's guidance is by nothing in Table 4, whose images are made without a condition.
+    # The text mentions guidance, but the images of Table 4 are made without a condition.
     "generate.condition": "noise",
     "generate.guidance": 1.0,
-    # Neither is in the paper.
+    # The paper has neither of the two.
     "pretrain.ema_decay": 0.0,
     "loss.min_snr_gamma": 0.0,
     "head.self_conditioning": False,

@@ -1,4 +1,4 @@
-"""Every `-S key=value` of README and docs, and every switch of their tables, is valid."""
+"""Every `-S key=value` and every parameter in a table of README and docs is valid."""
 
 import re
 from collections.abc import Iterator
@@ -21,7 +21,7 @@ SWITCH = re.compile(r"^\| `([\w.]+=[^`]+)`", re.MULTILINE)
 
 
 def commands() -> Iterator[str]:
-    """The overrides of each code span; a comma makes a grid, as in DVC."""
+    """Yield the overrides of each code span. A comma separates several values, as in DVC."""
     without_blocks = re.sub(r"```.*?```", "", TEXT, flags=re.DOTALL)
     for span in re.findall(r"`([^`]+)`", without_blocks):
         overrides = OVERRIDE.findall(span)
@@ -43,7 +43,7 @@ def test_documented_parameters_are_valid(overrides: str):
 
 
 def test_the_ablations_are_there():
-    """Else the patterns above no longer find anything."""
+    """If this fails, the patterns above find nothing any more."""
     found = list(commands())
     keys = {change.partition("=")[0] for overrides in found for change in overrides.split()}
     assert {"loss.lambda", "lora.rank", "features.pool", "probe.head", "head.block"} <= keys

@@ -1,4 +1,4 @@
-"""What is refused as a base, from its files."""
+"""Which folders are refused as a base, and messages about wrong parameters."""
 
 import json
 import re
@@ -15,7 +15,7 @@ STABLE_DIFFUSION = Path(__file__).resolve().parents[2] / "presets/stable-diffusi
 
 @pytest.fixture
 def base(tiny_base: Path, tmp_path: Path) -> Path:
-    """A copy that a test may break."""
+    """A copy of the base that a test may change."""
     return Path(shutil.copytree(tiny_base, tmp_path / "base"))
 
 
@@ -62,7 +62,7 @@ NO_UNET = "unet must be a UNet2DConditionModel with cross-attention"
         ("unet", {"down_block_types": ["X"], "up_block_types": ["X"]}, f"{NO_UNET}$"),
         ("unet", {"cross_attention_dim": None}, r"cross_attention_dim None; .* one width"),
         ("unet", {"cross_attention_dim": [16, 16]}, r"cross_attention_dim \[16, 16\]; "),
-        # As SDXL's: its added embedding would silently be left out.
+        # SDXL has this setting. Its added embedding would silently be left out.
         ("unet", {"addition_embed_type": "text_time"}, "addition_embed_type 'text_time', which"),
         ("unet", {"num_class_embeds": 1000}, "num_class_embeds 1000, which is not supported"),
         ("unet", {"center_input_sample": True}, "center_input_sample True, which is not"),

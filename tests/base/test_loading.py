@@ -1,4 +1,4 @@
-"""The base as it is loaded: frozen, in float32, with its own noise schedule."""
+"""The loaded base is frozen, in float32, and has its own noise schedule."""
 
 import json
 import shutil
@@ -40,7 +40,7 @@ def test_noise_schedule_is_the_bases_own(tiny_base: Path):
 
 
 def test_published_scheduler_is_read_into_ddim_with_its_own_settings(tiny_base: Path):
-    """Stable Diffusion's file is PNDM's; the tiny base's is DDIM's, with every setting spelled."""
+    """Stable Diffusion's file is for PNDM. The tiny base's is for DDIM and gives every setting."""
     published = load_scheduler(STABLE_DIFFUSION, num_inference_steps=100)
     spelled = load_scheduler(tiny_base, num_inference_steps=100)
     given = json.loads((STABLE_DIFFUSION / "scheduler" / "scheduler_config.json").read_text())
@@ -59,7 +59,7 @@ def test_published_scheduler_is_read_into_ddim_with_its_own_settings(tiny_base: 
 
 @pytest.mark.parametrize("setting", [None, True])
 def test_latents_are_never_clipped(tiny_base: Path, tmp_path: Path, setting: bool | None):
-    """Early files of Stable Diffusion leave it out, and DDIM's own default is to clip."""
+    """Early files of Stable Diffusion lack `clip_sample`, and DDIM clips by default."""
     shutil.copytree(tiny_base / "scheduler", tmp_path / "scheduler")
     path = tmp_path / "scheduler/scheduler_config.json"
     content = json.loads(path.read_text())

@@ -1,4 +1,4 @@
-"""Against diffusers' own calls."""
+"""The functions agree with diffusers' methods."""
 
 from pathlib import Path
 
@@ -30,7 +30,7 @@ def test_moments_are_those_of_diffusers_and_within_its_range(vae: AutoencoderKL)
     moments = encode(vae, random_pixels())
     assert moments[:, :4].equal(posterior.mean)
     assert moments[:, 4:].equal(posterior.logvar)
-    # Exponentials of what is beyond the range would not be finite in half precision.
+    # Log-variances are clipped, so that their exponentials are finite in half precision.
     moments = encode(vae, random_pixels() * 1e4)
     assert moments[:, 4:].min() >= LOG_VARIANCE_RANGE[0]
     assert moments[:, 4:].max() <= LOG_VARIANCE_RANGE[1]
@@ -54,5 +54,5 @@ def test_decoding_undoes_the_scaling(vae: AutoencoderKL):
     mean = vae.encode(random_pixels()).latent_dist.mean
     expected = to_bytes(vae.decode(mean).sample)
     latents = mode(encode(vae, random_pixels()), scaling_factor=vae.config["scaling_factor"])
-    # x * 0.5 / 0.5 is exact
+    # Equality holds because x * 0.5 / 0.5 is exact.
     assert decode_latents(vae, latents).equal(expected)

@@ -1,4 +1,4 @@
-"""A loss and random batches for a small model, and what its UNet's blocks give."""
+"""Random batches, loss parameters and recorded maps for tests of a small model."""
 
 from typing import Any
 
@@ -17,7 +17,7 @@ def loss_params(**changes: Any) -> LossParams:
 
 
 def watch_maps(model: ContraDiff, block: str) -> list[Tensor]:
-    """Of every later whole pass, the maps of `block`."""
+    """Return a list to which every later complete pass of the UNet adds the maps of `block`."""
     seen: list[Tensor] = []
 
     def see_up(*args: Any) -> None:
@@ -32,7 +32,7 @@ def watch_maps(model: ContraDiff, block: str) -> list[Tensor]:
 
 
 def draw_batch(num_images: int, *, shared: bool = False, seed: int = 0) -> TrainingBatch:
-    """A batch with everything random; `shared`: both views have one condition."""
+    """Draw a random batch. If `shared` is true, both views have the same condition."""
     generator = torch.Generator().manual_seed(seed)
 
     def gaussian(*shape: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""Against Eq. 4 written out."""
+"""The attention equals Eq. 4, computed with loops."""
 
 from typing import Any
 
@@ -11,18 +11,18 @@ from contradiff.method.attention import HeadParams, TriTimestepAttention, order_
 
 def test_order_by_noise_sorts_each_image_from_noisiest_to_cleanest():
     timesteps = torch.tensor([[101, 7, 5], [401, 8, 5], [201, 900, 3]])
-    # A map holds its own timestep, and beside it which draw it was.
+    # Channel 0 of a map is its timestep, and channel 1 is the number of its draw.
     draws = torch.arange(3).view(3, 1).expand(3, 3)
     maps = torch.stack([timesteps, draws], dim=2).float().view(3, 3, 2, 1, 1).repeat(1, 1, 1, 2, 2)
     ordered = order_by_noise(maps, timesteps)
     assert ordered.shape == (3, 3, 2, 2, 2)
     assert ordered[:, :, 0, 0, 0].tolist() == [[401, 201, 101], [900, 8, 7], [5, 5, 3]]
-    # Equal timesteps keep the order in which they were drawn.
+    # Maps of equal timesteps keep their order.
     assert ordered[:, :, 1, 1, 1].tolist() == [[1, 2, 0], [2, 1, 0], [0, 1, 2]]
 
 
 def slow_attention(head: TriTimestepAttention, maps: Tensor) -> Tensor:
-    """Eq. 4 a token and a head at a time, then the MLP and the class token's block."""
+    """Compute Eq. 4 token by token and head by head, then the MLP and the block."""
 
     def heads(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         out: list[Tensor] = []
@@ -36,7 +36,7 @@ def slow_attention(head: TriTimestepAttention, maps: Tensor) -> Tensor:
 
     features: list[Tensor] = []
     for image in maps:
-        # (channels, h, w) -> one row a position.
+        # (channels, h, w) -> one row for each position
         noisiest, middle, cleanest = (
             head.norm_in(torch.stack([level[:, y, x] for y in range(2) for x in range(3)]))
             for level in image

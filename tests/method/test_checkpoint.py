@@ -1,4 +1,4 @@
-"""What is written comes back, on the same base alone."""
+"""A saved checkpoint is loaded unchanged, and only with the same base."""
 
 import shutil
 from collections.abc import Callable
@@ -32,7 +32,7 @@ def checkpoint(tmp_path: Path, model: ContraDiff, save_tiny: Save) -> Path:
 def test_round_trip(checkpoint: Path, model: ContraDiff, tiny_base: Path):
     loaded = load_checkpoint(checkpoint, base=tiny_base)
     assert not loaded.training
-    assert model.projector[1].running_mean.any()  # BatchNorm's statistics belong to it too
+    assert model.projector[1].running_mean.any()  # BatchNorm's statistics are part of the state
     torch.testing.assert_close(loaded.state_dict(), model.state_dict(), rtol=0, atol=0)
     stored = load_file(checkpoint / "model.safetensors")
     assert stored.keys() == model.trained_state().keys()

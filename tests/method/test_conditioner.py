@@ -1,4 +1,4 @@
-"""Its start, and how its tokens see the image."""
+"""The conditioner's initial weights, and which patches its tokens see."""
 
 from typing import Any
 
@@ -30,7 +30,7 @@ def test_tokens_are_zero_at_the_start_and_can_be_learnt():
 
 @torch.no_grad()
 def test_tokens_run_over_patches_row_by_row():
-    """Without blocks, token 5 sees only the patch in row 1, column 1 (of 4 x 4)."""
+    """Without blocks, token 5 sees only the patch in row 1, column 1 (of 4 x 4 from 0)."""
     conditioner = build(depth=0)
     nn.init.normal_(conditioner.to_tokens.weight)
     pixels = torch.randn(1, 3, 16, 16)
@@ -38,7 +38,7 @@ def test_tokens_run_over_patches_row_by_row():
     changed[:, :, 4:8, 4:8] += 1.0
     differs = (conditioner(pixels) != conditioner(changed)).any(dim=-1)[0]
     assert differs.nonzero().flatten().tolist() == [5]
-    # positions tell equal patches apart
+    # Position embeddings make the tokens of equal patches differ.
     assert len(conditioner(torch.zeros(1, 3, 16, 16))[0].unique(dim=0)) == 16
 
 

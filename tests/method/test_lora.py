@@ -1,4 +1,4 @@
-"""LoRA against its formula."""
+"""LoRA equals its formula."""
 
 from pathlib import Path
 
@@ -35,11 +35,11 @@ def randomise_lora(unet: nn.Module) -> None:
 
 @torch.no_grad()
 def test_lora_is_alpha_over_rank_times_b_a(tiny_base: Path, inputs: dict[str, Tensor]):
-    """Against a UNet whose own weights were given the update by hand."""
+    """Compare with a UNet to whose weights the update is added by hand."""
     unet, by_hand = load_unet(tiny_base), load_unet(tiny_base)
     before = by_hand(**inputs).sample
     add_lora(unet, lora(rank=4, alpha=6.0))
-    assert unet(**inputs).sample.equal(before)  # it starts as the identity
+    assert unet(**inputs).sample.equal(before)  # before training, LoRA changes nothing
     randomise_lora(unet)
     weights = dict(unet.named_parameters())
     for name, parameter in by_hand.named_parameters():
@@ -61,7 +61,7 @@ def test_merged_lora_is_the_same_function(tiny_base: Path, inputs: dict[str, Ten
     unmerged = unet(**inputs).sample
     merge_lora(unet)
     torch.testing.assert_close(unet(**inputs).sample, unmerged, rtol=1e-4, atol=1e-5)
-    # Folded in: the factors no longer take part.
+    # After merging, the factors A and B have no effect.
     for name, parameter in unet.named_parameters():
         if "lora_" in name:
             parameter.zero_()

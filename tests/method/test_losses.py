@@ -1,4 +1,4 @@
-"""Against element-by-element transcriptions and closed forms."""
+"""The losses equal slow versions with loops, and closed forms."""
 
 import doctest
 import math
@@ -16,7 +16,7 @@ EACH = pytest.mark.parametrize("loss", CONTRASTIVE_LOSSES.values(), ids=CONTRAST
 
 
 def draw_views(num_images: int, *, width: int = 6) -> Tensor:
-    """Features of every length: the losses must normalise them."""
+    """Draw features of different lengths, which the losses must normalise."""
     generator = torch.Generator().manual_seed(0)
     scale = torch.rand(2, num_images, 1, generator=generator) * 5 + 0.1
     return torch.randn(2, num_images, width, generator=generator) * scale
@@ -40,7 +40,7 @@ def test_min_snr_weights_are_those_of_diffusers():
 
 
 def slow_ntxent(views: Tensor, tau: float) -> float:
-    """SimCLR's Algorithm 1: 2N rows, the partner of row k is k + N."""
+    """Compute SimCLR's Algorithm 1 for 2N rows. The partner of row k is k + N (modulo 2N)."""
     rows = views.flatten(0, 1).tolist()
     half, total = len(rows) // 2, 0.0
     for i in range(len(rows)):
@@ -51,7 +51,7 @@ def slow_ntxent(views: Tensor, tau: float) -> float:
 
 
 def slow_dcl_paper(views: Tensor, tau: float) -> float:
-    """Eq. 6 as printed, divided by N."""
+    """Compute Eq. 6 as printed, divided by N."""
     h, h_prime = views.tolist()
     n, total = len(h), 0.0
     for i in range(n):
@@ -63,7 +63,7 @@ def slow_dcl_paper(views: Tensor, tau: float) -> float:
 
 
 def slow_infonce(views: Tensor, tau: float) -> float:
-    """CPC's loss: view 1 picks its partner among all of view 2."""
+    """Compute CPC's loss: each row of view 1 finds its partner among all rows of view 2."""
     h, h_prime = views.tolist()
     n, total = len(h), 0.0
     for i in range(n):
@@ -86,7 +86,7 @@ def test_equals_the_formula_written_out(name: str, slow: Any, num_images: int, t
 
 @EACH
 def test_local_anchors_average_to_the_loss_of_the_whole_batch(loss: Any):
-    """Gradients too: it is what DDP averages."""
+    """The same is true of gradients, which DDP averages."""
     views = draw_views(6).requires_grad_()
     whole = loss(*views, temperature=0.2)
     (gradient,) = torch.autograd.grad(whole, views)

@@ -1,4 +1,4 @@
-"""A mean and its gradient, taken in microbatches, against the same in one piece."""
+"""The mean and its gradient are the same with and without microbatches."""
 
 import weakref
 
@@ -16,7 +16,7 @@ def draw(*shape: int, seed: int) -> Tensor:
 
 @pytest.mark.parametrize("microbatch_size", [1, 2, 3, 5, 9])
 def test_mean_and_gradients_are_those_of_one_piece(microbatch_size: int):
-    """Of inputs that are themselves computed, of weights, and scaled by what follows."""
+    """Check gradients of computed inputs and of weights, through a later scaling of the mean."""
     layer = nn.Linear(4, 3).double()
     inputs, constant, weights = draw(5, 4, seed=0), draw(5, 3, seed=1), draw(5, seed=2)
     source = draw(4, seed=3).requires_grad_()
@@ -41,7 +41,7 @@ def test_mean_and_gradients_are_those_of_one_piece(microbatch_size: int):
 
 
 def test_a_microbatch_is_freed_before_the_next_one_runs():
-    """Its activations, and the gradients of its rows."""
+    """Both its activations and the gradients of its rows are freed."""
     seen: list[weakref.ref[Tensor]] = []
 
     def loss_of(_: slice, rows: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Its parts' wiring, what of it is trained, and its maps."""
+"""How the parts of the model are connected, which are trained, and the maps."""
 
 from collections.abc import Callable
 from itertools import product
@@ -30,7 +30,7 @@ def test_self_conditioning_starts_as_nothing_and_feeds_the_up_blocks_alone(build
         changed = model.noise_pred(noisy, timesteps, tokens)
         maps = [m.split_unet.down(noisy, timesteps, tokens).bottleneck for m in (model, plain)]
         pooled = maps[0].mean(dim=(2, 3))
-        # written out: the up blocks, and nothing before them, see another time embedding
+        # By hand: only the up blocks get the changed time embedding.
         emb = plain.unet.time_embedding(plain.unet.time_proj(timesteps))
         replaced = [emb + linear(pooled)]
         for block in plain.unet.up_blocks:
@@ -84,7 +84,7 @@ def test_training_mode_leaves_the_base_in_evaluation_mode(build_tiny: Build):
 @pytest.mark.parametrize("block", ["mid", "up.1", "mid+up.1"])
 @torch.no_grad()
 def test_level_maps_are_those_of_single_passes(build_tiny: Build, block: str):
-    """Noisiest first, whatever the order in which the timesteps are listed."""
+    """The noisiest level comes first, in whatever order the timesteps are given."""
     model, batch = build_tiny(head={"block": block}), draw_batch(2)
     tokens, latents = model.encode_condition(batch.conditions[0]), batch.latents[0]
     options = {"timesteps": [101, 401, 201], "noise": batch.noise[0], "blocks": [block]}

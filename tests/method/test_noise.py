@@ -1,4 +1,4 @@
-"""Against its closed form, the figures of our reading, and diffusers."""
+"""The noise levels equal closed forms, our notes' numbers, and diffusers."""
 
 import math
 
@@ -12,7 +12,7 @@ from contradiff.toy.base_recipe import build_scheduler
 
 @pytest.fixture(scope="module")
 def alphas_cumprod() -> Tensor:
-    """Stable Diffusion's grid."""
+    """The alpha-bars of Stable Diffusion's timesteps."""
     return build_scheduler().alphas_cumprod
 
 
@@ -23,7 +23,7 @@ def draw(probabilities: Tensor, *, recon_passes: int, uniform_mix: float, n: int
 
 
 def test_probabilities_are_the_inverse_cosine_schedule_on_the_grid(alphas_cumprod: Tensor):
-    """SODA's sampler itself: u uniform, alpha-bar(u), nearest point of the grid."""
+    """Compare with SODA's sampler: uniform u, alpha-bar(u), then the nearest timestep."""
     u = (torch.arange(200_000, dtype=torch.float64) + 0.5) / 200_000
     alphas = 2 / math.pi * torch.arccos(u.sqrt())
     grid = alphas_cumprod.double().flip(0)
@@ -50,11 +50,11 @@ def test_draws_follow_the_schedule(alphas_cumprod: Tensor):
     reached = probabilities.cumsum(0)
     for levels in draws.flatten(0, 1):
         for t in (129, 354, 618):
-            # Five standard errors of a share of 4000 draws.
+            # The tolerance is five standard errors of a share of 4000 draws.
             assert (levels <= t).double().mean().item() == pytest.approx(
                 reached[t].item(), abs=5 * 0.5 / math.sqrt(4000)
             )
-    # Triples are not sorted.
+    # The timesteps of a view are not sorted.
     assert (draws[0, 0] < draws[0, 1]).double().mean().item() == pytest.approx(0.5, abs=0.05)
 
 

@@ -1,4 +1,4 @@
-"""Its loss against six whole passes, and two processes against one."""
+"""The loss equals that of six complete UNet passes; two processes train like one."""
 
 import math
 from collections.abc import Callable
@@ -27,7 +27,7 @@ Build = Callable[..., ContraDiff]
 def losses_of(
     model: ContraDiff, batch: TrainingBatch, *, decode_batch_size: int = 0, **changes: Any
 ) -> dict[str, Tensor]:
-    """A step with `loss_params` changed."""
+    """Compute the losses of a step with changed loss parameters."""
     step = TrainingStep(model, loss=loss_params(**changes), decode_batch_size=decode_batch_size)
     return step(batch)
 
@@ -40,7 +40,7 @@ def in_float64(batch: TrainingBatch) -> TrainingBatch:
 def naive_losses(
     model: ContraDiff, batch: TrainingBatch, *, recon_passes: int, gamma: float
 ) -> tuple[Tensor, Tensor]:
-    """Reconstruction, weighted by min-SNR, and NT-Xent at temperature 0.2 from six whole passes."""
+    """Compute both losses (min-SNR weights; NT-Xent, temperature 0.2) from six complete passes."""
     num_images = batch.latents.shape[1]
     seen = watch_maps(model, model.block)
     errors: list[Tensor] = []
@@ -95,7 +95,7 @@ def gradients(model: ContraDiff, loss: Tensor) -> dict[str, Tensor]:
 def test_loss_equals_six_whole_passes(
     build_tiny: Build, *, recon_passes: int, gamma: float, shared: bool, block: str
 ):
-    """And its gradient, which reaches all trainable weights. Passes are in float64."""
+    """So does the gradient, which reaches all trainable weights. Passes are in float64."""
     model = build_tiny(head={"block": block}).double().train()
     batch = in_float64(draw_batch(3, shared=shared))
     losses = losses_of(model, batch, recon_passes=recon_passes, min_snr_gamma=gamma)
@@ -122,9 +122,9 @@ def test_loss_equals_six_whole_passes(
 def test_decoding_in_parts_is_the_same_training_step(
     build_tiny: Build, changes: dict[str, Any], head: dict[str, Any], decode_batch_size: int
 ):
-    """Whether or not the parts divide the draws; scaled as accumulation does.
+    """Parts need not have equal sizes. The loss is divided by 3, as in gradient accumulation.
 
-    To float32's rounding, in which Eq. 3 is taken whatever the model's precision.
+    The tolerance is float32's rounding, as Eq. 3 is always computed in float32.
     """
     model, batch = build_tiny(head=head).double().train(), in_float64(draw_batch(5))
     set_up(model, loss=loss_params(**changes), gradient_checkpointing="none", precision="fp32")
@@ -146,7 +146,7 @@ def test_decoding_in_parts_is_the_same_training_step(
 
 @pytest.mark.parametrize("checkpointing", ["none", "down.0", "all"])
 def test_decoding_in_parts_is_the_same_under_autocast(build_tiny: Build, checkpointing: str):
-    """To bfloat16's rounding of single gradients, whose parts are here summed in float32."""
+    """The tolerance is bfloat16's rounding. The parts' gradients are summed in float32."""
     model, batch = build_tiny().train(), draw_batch(5)
     set_up(model, loss=loss_params(), gradient_checkpointing=checkpointing, precision="bf16")
     found: list[dict[str, Tensor]] = []
@@ -166,7 +166,7 @@ def test_decoding_in_parts_is_the_same_under_autocast(build_tiny: Build, checkpo
 def test_nothing_is_computed_twice_or_for_nobody(
     build_tiny: Build, block: str, num_early: int, recon_passes: int
 ):
-    """All draws go through the blocks whose maps are read; without contrast, no map is read."""
+    """All draws pass the blocks whose maps are read. Without contrast, no maps are read."""
     model = build_tiny(head={"block": block, "self_conditioning": True}).train()
     batch, unet, rows = draw_batch(3), model.unet, []
     modules = (model.conditioner, unet.mid_block, *unet.up_blocks, model.attention, model.projector)
@@ -196,7 +196,7 @@ def test_other_contrastive_losses_are_reached(build_tiny: Build, kind: str):
 def _train_one_process(
     rank: int, folder: Path, base: Path, weight: float, decode_batch_size: int
 ) -> None:
-    """One of two processes: its images of the batch, DDP's gradient, BatchNorm's statistics."""
+    """Train one of two processes on its images; save DDP's gradient and BatchNorm's statistics."""
     torch.set_num_threads(1)
     meeting = f"file://{folder}/rendezvous"
     dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=2)
@@ -204,12 +204,12 @@ def _train_one_process(
     loss = loss_params(**{"recon_passes": 2, "lambda": weight})
     set_up(model, loss=loss, gradient_checkpointing="none", precision="fp32")
     whole = load_file(folder / "batch.safetensors")
-    # Images are the second axis, after the views, but for the draws' levels in between.
+    # The axis of images is 1, after the views, or 2 if there are also levels.
     axes = {name: 2 if name in ("timesteps", "noise") else 1 for name in whole}
     mine = {n: t.chunk(2, dim=axes[n])[rank].contiguous() for n, t in whole.items()}
     batch = TrainingBatch(**mine)
     step = TrainingStep(model, loss=loss, decode_batch_size=decode_batch_size)
-    wrapped = DistributedDataParallel(step)  # it must outlive the backward pass
+    wrapped = DistributedDataParallel(step)  # the name keeps it alive during the backward pass
     losses = wrapped(batch)
     losses["loss"].backward()
     state = {f"gradient.{n}": p.grad for n, p in model.named_parameters() if p.grad is not None}
@@ -238,7 +238,7 @@ def test_two_processes_have_the_gradient_of_one(
     head: dict[str, Any],
     decode_batch_size: int,
 ):
-    """In float64: float32 rounds otherwise where sums have another order."""
+    """Use float64, because float32 sums in another order would differ by rounding."""
     model, batch = build_tiny(head=head), in_float64(draw_batch(6))
     changes = {"recon_passes": 2, "lambda": weight}
     set_up(model, loss=loss_params(**changes), gradient_checkpointing="none", precision="fp32")

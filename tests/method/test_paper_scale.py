@@ -1,4 +1,4 @@
-"""One training step, features and a sample with Stable Diffusion v1.4's own configuration.
+"""A training step, features and a sample with the configuration of Stable Diffusion v1.4.
 
 Weights are random. The default suite runs the same test on a shrunken copy of the configuration.
 """
@@ -51,7 +51,7 @@ def check_training_step(
     model: ContraDiff, batch: TrainingBatch, loss: LossParams, *, bf16: bool
 ) -> None:
     trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    # v1's UNet has 16 cross-attentions: LoRA's A and B of q, k, v.
+    # The UNet has 16 cross-attention layers. In each, q, k and v have LoRA's A and B.
     assert sum("lora_" in name for name in trainable if name.startswith("unet.")) == 16 * 3 * 2
     parts = {name.partition(".")[0] for name in trainable}
     assert parts == {"unet", "conditioner", "attention", "projector"}
@@ -94,7 +94,7 @@ def test_a_step_features_and_a_sample_on_the_papers_base(
         sizes = {"image_size": image_size, "downsampling": downsampling_of(base)}
         model = ContraDiff(unet, schedule, params, **sizes)
         for parameter in model.parameters():
-            # What starts at zero would hide other parts' gradients.
+            # Weights that start at zero would make other gradients zero.
             if parameter.requires_grad and not parameter.any():
                 parameter.normal_(std=0.02)
     latent, image = (2, 4, image_size // 8, image_size // 8), (2, *model.conditioner.shape)
@@ -107,7 +107,7 @@ def test_a_step_features_and_a_sample_on_the_papers_base(
         timesteps=timesteps,
         noise=draw(2, 3, *latent, seed=4),
     )
-    # bfloat16 as in training; at full size float32, since most CPUs only emulate bfloat16
+    # bfloat16 as in training, but float32 at full size: most CPUs only emulate bfloat16
     check_training_step(model, batch, loss, bf16=bool(changes))
     model.eval()
     with torch.inference_mode():

@@ -1,4 +1,4 @@
-"""The halves of the UNet, against diffusers' own pass."""
+"""The two halves of the UNet give the same outputs as diffusers' complete pass."""
 
 import pytest
 import torch
@@ -20,7 +20,7 @@ SHAPE = {
 
 @pytest.fixture
 def unet() -> UNet2DConditionModel:
-    """Like Stable Diffusion's: the last down block and the first up block have no attention."""
+    """As in Stable Diffusion, the last down block and the first up block lack attention."""
     torch.manual_seed(0)
     return UNet2DConditionModel(block_out_channels=(16, 24, 32), **SHAPE).eval()
 
@@ -38,7 +38,7 @@ def draw_inputs(height: int, width: int) -> tuple[Tensor, Tensor, Tensor]:
 def test_a_pass_in_halves_is_the_unets_own(
     unet: UNet2DConditionModel, height: int, width: int, block: MapBlock
 ):
-    """Bit for bit, at sizes too that the down blocks do not divide; no block runs twice."""
+    """Outputs agree bit for bit, also at sizes that are not divisible. No block runs twice."""
     latents, timesteps, tokens = draw_inputs(height, width)
     seen: list[Tensor] = []
     for module in (unet.mid_block, unet.up_blocks[1]):
@@ -46,7 +46,7 @@ def test_a_pass_in_halves_is_the_unets_own(
     whole = unet(latents, timesteps, encoder_hidden_states=tokens).sample
     mid, up = seen
     pooled = F.adaptive_avg_pool2d(up, mid.shape[2:])
-    assert up.shape[1:] == (24, height, width)  # 24, not 32: up.1 is not taken for mid
+    assert up.shape[1:] == (24, height, width)  # up.1 has 24 channels, mid has 32
     expected = {"mid": mid, "up.1": pooled, "mid+up.1": torch.cat([mid, pooled], dim=1)}[block]
 
     ran: list[int] = []

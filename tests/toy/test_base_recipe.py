@@ -1,4 +1,4 @@
-"""Resuming, shares of a batch, and the loss written out."""
+"""Resuming, training with two processes, and the first losses computed by hand."""
 
 import os
 import socket
@@ -20,7 +20,7 @@ from contradiff.toy.base_recipe import Recipe, captions, train_unet, train_vae
 
 
 def make_images() -> Tensor:
-    """24 discs of random colour, place and size, on random plain grounds, at 16 pixels."""
+    """Make 24 images of 16 x 16 pixels: a random disc on a background of a random colour."""
     generator = torch.Generator().manual_seed(0)
     y, x = torch.meshgrid(torch.arange(16.0), torch.arange(16.0), indexing="ij")
     place = torch.rand(24, 3, 1, 1, generator=generator)
@@ -39,7 +39,7 @@ def frequent_checkpoints(monkeypatch: pytest.MonkeyPatch):
 
 
 def call(trainer: Callable[..., Any], *inputs: Any, folder: Path, **changes: Any) -> Any:
-    """Train by the shorter recipe that `changes` say, unless they change another setting."""
+    """Train with a short recipe. `changes` may have its fields, `on_step` and `accelerator`."""
     on_step = changes.pop("on_step", lambda *_: None)
     accelerator = changes.pop("accelerator", None) or Accelerator(cpu=True)
     recipe = Recipe(**({"num_steps": 5, "batch_size": 4} | changes))
@@ -47,7 +47,7 @@ def call(trainer: Callable[..., Any], *inputs: Any, folder: Path, **changes: Any
 
 
 def first_values(trainer: Callable[..., Any], *inputs: Any, folder: Path) -> Mapping[str, float]:
-    """Take one step with seed 3; return what it reports."""
+    """Train one step with seed 3; return the reported values."""
     seen: list[Mapping[str, float]] = []
     changes: dict[str, Any] = {"on_step": lambda _, row: seen.append(row)}
     call(trainer, *inputs, folder=folder, seed=3, num_steps=1, **changes)
@@ -66,13 +66,13 @@ def test_autoencoder_learns_and_has_unit_latents(images: Tensor, tmp_path: Path)
         folder=tmp_path,
         num_steps=80,
         batch_size=8,
-        lr=5e-3,  # a third of it is reached: the warm-up is 200 steps
+        lr=5e-3,  # 80 of the 200 warm-up steps reach about a third of this
         on_step=lambda _, row: losses.append(row["l1"]),
     )
     assert sum(losses[-10:]) < 0.93 * sum(losses[:10])
     with torch.no_grad():
         means = vae.encode(images.float() / 127.5 - 1).latent_dist.mean * vae.config.scaling_factor
-    assert 0.8 < means.std() < 1.25  # of other draws and mirrored images: not exactly 1
+    assert 0.8 < means.std() < 1.25  # not exactly 1, as other random images were used
 
 
 def test_autoencoders_first_losses_are_those_written_out(images: Tensor, tmp_path: Path):
@@ -180,8 +180,8 @@ def test_two_processes_train_the_model_of_one(tmp_path: Path):
     first, second = (load_file(tmp_path / f"{rank}.safetensors") for rank in range(2))
     for name, tensor in _train_both(tmp_path / "one").items():
         assert torch.equal(first[name], second[name])
-        # Adam's first steps are of the size of the learning rate whatever the gradient's, and its
-        # sign, where it is all but zero, is a matter of rounding.
+        # Adam's first steps have the size of the learning rate, even for tiny gradients. The sign
+        # of a gradient near zero depends on rounding.
         close = torch.isclose(first[name], tensor, atol=2e-5)
         assert close.float().mean() > 0.98, name
 

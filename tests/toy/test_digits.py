@@ -1,4 +1,4 @@
-"""CIFAR-100's layout, for torchvision's reader and ours; scikit-learn's labels and pixels."""
+"""torchvision and our reader of CIFAR-100 read the digits with scikit-learn's labels and pixels."""
 
 import hashlib
 from pathlib import Path
@@ -13,7 +13,7 @@ from contradiff.toy.digits import write_digits
 
 
 def _indices(root: Path, split: str) -> list[int]:
-    """The images' indices in load_digits, which their file names end with."""
+    """Return the images' indices in `load_digits`, which are in their file names."""
     keys = read_cifar(find_cifar(root, "cifar100"), split=split).keys
     return [int(name.removesuffix(".png").split("_s_")[1]) for name in keys]
 
@@ -26,7 +26,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def _bicubic_matrix(old: int, new: int) -> np.ndarray:
-    """Keys's cubic convolution with a = -1/2, its weights renormalised at the border."""
+    """Return Keys's cubic interpolation (a = -1/2), with weights normalised at the border."""
     centres = (np.arange(new) + 0.5) * old / new - 0.5
     t = np.abs(centres[:, None] - np.arange(old))
     near, far = 1.5 * t**3 - 2.5 * t**2 + 1, -0.5 * t**3 + 2.5 * t**2 - 4 * t + 2
@@ -39,7 +39,9 @@ def test_torchvision_and_scikit_learn_agree(
     root: Path, monkeypatch: pytest.MonkeyPatch, split: str
 ):
     assert sorted(path.name for path in root.iterdir()) == ["meta", "test", "train"]
-    assert (root / split).read_bytes()[:2] == b"\x80\x02"  # the official files' protocol
+    assert (root / split).read_bytes()[
+        :2
+    ] == b"\x80\x02"  # the pickle protocol of the official files
     monkeypatch.setattr(CIFAR100, "_check_integrity", lambda _: True)
     md5 = hashlib.md5((root / "meta").read_bytes()).hexdigest()
     monkeypatch.setattr(CIFAR100, "meta", CIFAR100.meta | {"md5": md5})

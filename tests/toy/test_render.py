@@ -1,4 +1,4 @@
-"""The toy images: pinned bytes, Kaggle's folders, and classes that only tend to their looks."""
+"""The toy images: fixed bytes, ImageNet's file names, and colours that do not tell the class."""
 
 import hashlib
 from pathlib import Path
@@ -30,7 +30,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_pictures_never_change() -> None:
     digest = hashlib.sha256()
     for class_index in range(len(CLASSES)):
-        for index in range(20):  # every object has optional shapes
+        for index in range(20):  # many images, because every object has optional shapes
             rng = np.random.default_rng([3, class_index, index])
             digest.update(render_image(class_index, rng, image_size=32).tobytes())
     assert digest.hexdigest().startswith("8f6029074982f0ca")
@@ -60,8 +60,8 @@ def test_no_two_images_are_equal_over_splits_and_seeds(root: Path, tmp_path: Pat
     other = render(tmp_path / "other", seed=4)
     contents = [*contents_of(root).values(), *contents_of(other).values()]
     assert len(contents) == 2 * (50 + 26 + 1)
-    assert len(set(contents)) == len(contents) - 1  # the mapping is the same
-    # a larger split begins with the smaller one's images
+    assert len(set(contents)) == len(contents) - 1  # only the mapping files are equal
+    # A larger split contains the images of a smaller split.
     small = render(tmp_path / "small", num_train=20, num_val=13)
     assert contents_of(small).items() <= contents_of(root).items()
 
@@ -85,7 +85,7 @@ def test_mean_colour_does_not_tell_the_class() -> None:
     colours = np.stack(images).mean(axis=(1, 2))
     distances = np.linalg.norm(colours[:, None] - colours, axis=2)
     np.fill_diagonal(distances, np.inf)
-    assert (labels[distances.argmin(axis=1)] == labels).mean() < 0.35  # the nearest neighbour errs
+    assert (labels[distances.argmin(axis=1)] == labels).mean() < 0.35  # the nearest image
 
 
 def test_an_interrupted_rendering_leaves_the_earlier_tree(tmp_path: Path) -> None:

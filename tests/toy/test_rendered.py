@@ -1,4 +1,4 @@
-"""Rendered once, anew when the recipe changes, never over something else."""
+"""Images are rendered once per recipe, and other files are never replaced."""
 
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ def render(root: Path, *, seed: int = 0, told: Any = None, **changes: int) -> Pa
 
 
 def test_images_are_rendered_once(tmp_path: Path):
-    """An unfinished rendering is none, and nothing else is replaced."""
+    """An unfinished folder is rendered again, and other files are not replaced."""
     told: list[int] = []
     photo = tmp_path / "train/cat/1.jpg"
     photo.parent.mkdir(parents=True)
@@ -45,7 +45,7 @@ def test_images_are_rendered_anew_when_the_recipe_changes(tmp_path: Path):
     before = scan_images(first).digest
     for changes in ({"seed": 1}, {"num_train": NUM_CLASSES + 1}, {"image_size": 24}):
         assert scan_images(render(tmp_path, **changes)).digest != before
-    # the first is left for an experiment that runs at the same time
+    # The first folder stays for experiments that run at the same time.
     assert scan_images(first).digest == before
 
 

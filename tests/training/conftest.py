@@ -1,4 +1,4 @@
-"""A small recipe, and pretraining by it on the small data."""
+"""Small settings for pretraining, and a function that pretrains with them."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -36,7 +36,7 @@ def accelerator() -> Any:
 
 @pytest.fixture
 def recipe_of(tiny_params: dict[str, Any]) -> Callable[..., TrainingRecipe]:
-    """Make a recipe; keywords change the seed and keys of sections."""
+    """Make a recipe. Keywords change the seed and the keys of sections."""
     conditioner = Architecture.model_validate(tiny_params).conditioner
 
     def make(*, seed: int = 0, **changes: dict[str, Any]) -> TrainingRecipe:
@@ -59,7 +59,7 @@ def train(
     accelerator: Any,
     tmp_path: Path,
 ) -> Callable[..., list[dict[str, float]]]:
-    """Call `pretrain` with small settings; keywords change them, and the recipe's sections."""
+    """Call `pretrain` with small settings. Keywords change settings or sections of the recipe."""
 
     def run(model: ContraDiff, **changes: Any) -> list[dict[str, float]]:
         settings: dict[str, Any] = {"work_dir": tmp_path, "num_workers": 0, "log_every": 5}

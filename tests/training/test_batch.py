@@ -1,4 +1,4 @@
-"""Which views an image gets, and the random numbers of a step."""
+"""Which views of an image are chosen, and the random numbers of a step."""
 
 from collections.abc import Callable
 from dataclasses import asdict, replace
@@ -38,7 +38,7 @@ def records(pairs: PairedShards, **changes: bool) -> list[Any]:
 
 
 def chosen(pairs: PairedShards, *, epochs: int = 1, **changes: Any) -> dict[str, Tensor]:
-    """All images as one batch, in their order; several epochs one after the other."""
+    """Return all images as one batch, in order. Several epochs are joined."""
     chooser, items = chooser_of(pairs, **changes), records(pairs)
     batches = [chooser(epoch, items) for epoch in range(epochs)]
     axes = {name: 0 if name == "labels" else 1 for name in batches[0]}
@@ -53,7 +53,7 @@ def stored(tiny_data: Path) -> dict[str, StoredLatents]:
 
 @pytest.fixture(scope="module")
 def views(stored: dict[str, StoredLatents]) -> Views:
-    """Which image's which view some moments are."""
+    """Return a dict from the bytes of moments to the image and the view they belong to."""
     items = stored.items()
     found = {m.tobytes(): (key, view) for key, i in items for view, m in enumerate(i.moments)}
     assert len(found) == 3 * NUM_IMAGES
@@ -61,7 +61,7 @@ def views(stored: dict[str, StoredLatents]) -> Views:
 
 
 def shown(moments: Tensor, views: Views) -> list[tuple[tuple[str, int], tuple[str, int]]]:
-    """Image and view of each pair of moments."""
+    """Return the image and the view of both moments in each pair."""
     first, second = moments.numpy()
     return [(views[a.tobytes()], views[b.tobytes()]) for a, b in zip(first, second, strict=True)]
 
@@ -75,12 +75,12 @@ def test_two_latent_views_are_two_views_of_one_image(
     assert batch["moments"].dtype == torch.float16
     assert batch["conditions"].shape == (2, 72, 3, 32, 32)
     assert batch["conditions"].abs().max() <= 1
-    if cond_view == "crop":  # two new crops
+    if cond_view == "crop":  # every condition is a different crop
         crops = {crop.numpy().tobytes() for crop in batch["conditions"].flatten(0, 1)}
         assert len(crops) == 2 * 72
     both = shown(batch["moments"], views)
     assert all(a[0] == b[0] for a, b in both)
-    # the centre crop and one of two random crops, 36 times each on average
+    # the centre crop and one of two random crops; each pair occurs 36 times on average
     drawn = [(a[1], b[1]) for a, b in both]
     assert set(drawn) == {(0, 1), (0, 2)}
     assert 18 < drawn.count((0, 1)) < 54
@@ -136,7 +136,7 @@ def test_latent_conditions_are_stored_views_and_need_no_images(
     if cond_view == "same":
         assert set(drawn) == {(0, 0, 0)}
     else:
-        # both independent of the view and of each other, 72 times
+        # 72 draws, independent of the view and of each other
         assert {(c, d) for _, c, d in drawn} == {(i, j) for i in range(3) for j in range(3)}
 
 
@@ -152,7 +152,7 @@ def test_labels_are_those_of_the_images(pairs: PairedShards, views: Views):
 def test_mirrored_views_are_drawn_as_often_as_the_others(
     stored: dict[str, StoredLatents], pairs: PairedShards, tmp_path: Path, latent_views: str
 ):
-    """Views 0 to 2 and, behind them, their mirror images 3 to 5, here marked by their numbers."""
+    """Moments are replaced by numbers: views 0 to 2, and their mirror images 3 to 5."""
     moments = np.stack([np.full((8, 8, 8), view, np.float16) for view in range(6)])
     marked = [StoredLatents(key, moments, i.crops * 2).to_record() for key, i in stored.items()]
     shards = write_split(tmp_path, "train", marked, samples_per_shard=6, compression="none")
@@ -167,7 +167,7 @@ def test_mirrored_views_are_drawn_as_often_as_the_others(
     else:
         expected = {(a, b) for a in (0, 3) for b in (1, 2, 4, 5)}
     assert set(drawn) == expected
-    # 24 and 18 times each on average, with a standard deviation of 4.5 and 4
+    # A pair occurs 24 or 18 times on average, with a standard deviation of 4.5 or 4.
     assert min(drawn.count(pair) for pair in expected) > 6
 
 
@@ -188,7 +188,7 @@ def test_two_views_of_one_are_refused(pairs: PairedShards, changes: dict[str, st
 
 @pytest.fixture
 def draw(build_tiny: Build, pairs: PairedShards, recipe_of: Recipe) -> Draw:
-    """Batches of consecutive numbers, stacked by field; keywords: processes, sections changed."""
+    """Draw several batches and stack each field. Keywords: processes, changes of sections."""
     model = build_tiny()
 
     def run(
@@ -219,10 +219,10 @@ def test_every_image_view_and_level_has_its_own_random_numbers(draw: Draw):
     dropped = seen["dropped"]  # (batches, views, images)
     assert dropped.shape == (4, 2, 12)
     assert dropped.float().mean() == pytest.approx(0.4, abs=0.15)
-    assert (dropped.any(-1) & ~dropped.all(-1)).all()  # some of each batch, not all
+    assert (dropped.any(-1) & ~dropped.all(-1)).all()  # in each view, some but not all
     assert (dropped[:, 0] != dropped[:, 1]).any()
 
-    noises = {"condition_noise": 2, "noise": 3}  # axes of a batch that stand before the image's
+    noises = {"condition_noise": 2, "noise": 3}  # number of axes before the axis of images
     for name, axes in noises.items():
         noise = seen[name].flatten(0, axes)
         assert noise.mean() == pytest.approx(0.0, abs=0.02)
@@ -251,7 +251,7 @@ def test_views_share_latents_if_asked_to_and_noise_alone_conditions_the_second(
 def test_uniform_draws_are_those_of_reconstruction(
     draw: Draw, mix: float, shares: tuple[float, float]
 ):
-    """Shares of timesteps above 700 in the views; the first one's draws are reconstructed."""
+    """`shares` are of timesteps above 700 in views 1 and 2. Only view 1 is reconstructed."""
     seen = draw(num_batches=8, noise={"uniform_mix": mix}, loss={"recon_passes": 3})
     late = (seen["timesteps"] > 700).float().mean(dim=(0, 2, 3))
     assert late.tolist() == pytest.approx(shares, abs=0.09)
@@ -263,6 +263,6 @@ def test_two_processes_draw_the_batches_of_one(draw: Draw, cond_view: str):
     whole = draw(**changes)
     halves = [draw(rank=rank, world_size=2, **changes) for rank in range(2)]
     for name, tensor in whole.items():
-        # The image's axis, after the batches' and the views', but for the levels in between.
+        # The axis of images: after batches and views, and after levels if there are any.
         axis = 3 if name in ("timesteps", "noise") else 2
         assert torch.cat([half[name] for half in halves], dim=axis).equal(tensor), name

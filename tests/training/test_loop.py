@@ -1,4 +1,4 @@
-"""The loop and the state that it saves: killed and resumed, reported, checked, clipped."""
+"""Tests of the training loop and the saved state: resuming, reports, and divergence."""
 
 import doctest
 import math
@@ -17,7 +17,7 @@ from contradiff.training.state import SavedState
 
 
 class Killed(BaseException):
-    """As SIGTERM makes it: nothing handles it on the way."""
+    """Simulates SIGTERM: no `except Exception` catches it."""
 
 
 def build(seed: int = 0) -> nn.Module:
@@ -35,7 +35,7 @@ def run(
     on_step: Callable[..., None] = lambda *_: None,
     **changes: Any,
 ) -> list[dict[str, float]]:
-    """Train on noise by AdamW, with an average of a sort; returns the saved curve."""
+    """Train on noise with AdamW and a running mean of one tensor; return the saved curve."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=1.0)
     tensors = model.state_dict() | {"mean": torch.zeros(4)}
     saved = SavedState(file, tensors, every=every)
@@ -69,7 +69,7 @@ def run(
 
 @pytest.mark.parametrize("killed_at", [1, 2, 5, 8])
 def test_killed_and_resumed_equals_uninterrupted(tmp_path: Path, killed_at: int):
-    """Weights, statistics, average, moments and curve; and every further step is taken once."""
+    """Weights, statistics, average, moments and curve agree, and no step is left out or repeated."""
 
     def kill(done: int, _: object) -> None:
         if done == killed_at:
@@ -100,7 +100,7 @@ def test_values_are_reported_where_asked_at_the_end_and_where_the_state_is_saved
 
 @pytest.mark.parametrize("every", [1, 3])
 def test_a_training_that_diverged_is_never_saved(tmp_path: Path, every: int):
-    """Even between two reported steps, and where the gradient alone is not finite."""
+    """This also holds between two reported steps, and if only the gradient is not finite."""
     expected = r"^some\.lr: the training diverged \(grad_norm is nan at step 3\); lower this rate$"
     with pytest.raises(ValueError, match=expected):
         run(build(), tmp_path / "f", every=every, poison=2, is_reported=lambda _: False)

@@ -1,4 +1,4 @@
-"""Against closed forms and torch's own schedulers."""
+"""The optimisers and the schedule agree with those of torch."""
 
 from copy import deepcopy
 
@@ -14,7 +14,7 @@ from contradiff.training.optim import SgdParams, build_adamw, cosine_with_warmup
 def test_schedule_equals_torch_linear_then_cosine():
     total, warmup, lr = 60, 12, 0.3
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=lr)
-    tiny = 1e-9  # LinearLR refuses a start at zero
+    tiny = 1e-9  # LinearLR cannot start at zero
     linear = LinearLR(optimizer, tiny, total_iters=warmup)
     cosine = CosineAnnealingLR(optimizer, total - warmup)
     reference = SequentialLR(optimizer, [linear, cosine], milestones=[warmup])

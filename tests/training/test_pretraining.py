@@ -1,4 +1,4 @@
-"""An interrupted run ends with the same weights, and faults are named."""
+"""A resumed training ends with the same weights; wrong parameters are named."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -20,11 +20,11 @@ Train = Callable[..., list[dict[str, float]]]
 Row = Mapping[str, float] | None
 
 ONE_EPOCH = {"epochs": 1}
-NUM_STEPS = 8  # 24 images, six a step, two epochs
+NUM_STEPS = 8  # 24 images, six per step, two epochs
 
 
 class Killed(BaseException):
-    """As SIGTERM makes it: nothing handles it on the way."""
+    """Simulates SIGTERM: no `except Exception` catches it."""
 
 
 def state_of(model: ContraDiff) -> dict[str, Tensor]:
@@ -32,7 +32,7 @@ def state_of(model: ContraDiff) -> dict[str, Tensor]:
 
 
 def changed(model: ContraDiff, before: dict[str, Tensor]) -> set[str]:
-    """Names of the tensors that are no longer what they were, bit for bit."""
+    """Return the names of the tensors that differ from `before` in any bit."""
     after = model.state_dict()
     assert after.keys() == before.keys()
     return {name for name in after if not after[name].equal(before[name])}
@@ -51,7 +51,7 @@ def test_killed_and_resumed_equals_uninterrupted(
     build_tiny: Build, train: Train, tmp_path: Path, killed_at: int, settings: dict[str, Any]
 ):
     whole = build_tiny()
-    alone = settings | {"num_workers": 0}  # the data's order does not depend on it
+    alone = settings | {"num_workers": 0}  # the order of the data does not depend on workers
     expected = train(whole, work_dir=tmp_path / "whole", **alone)
     assert len(expected) == NUM_STEPS
 
@@ -63,20 +63,20 @@ def test_killed_and_resumed_equals_uninterrupted(
     with pytest.raises(Killed):
         train(build_tiny(), on_step=kill, **every)
     assert (tmp_path / "cut" / "state.safetensors").exists() == (killed_at > 2)
-    # As after a restart: other weights in memory, another state of the global generator.
+    # Simulate a restart: other weights in memory, another state of the global generator.
     resumed = build_tiny() if killed_at <= 2 else build_tiny(seed=5)
     torch.manual_seed(99)
     steps: list[int] = []
     curve = train(resumed, on_step=lambda step, _: steps.append(step), **every)
     assert steps == list(range((killed_at - 1) // 2 * 2 + 1, NUM_STEPS + 1))
     assert curve == expected
-    # The frozen base is not in the state: it comes from the same folder.
+    # The frozen base is equal too. It is not in the state but from the same folder.
     assert changed(resumed, state_of(whole)) == set()
 
 
 @pytest.mark.parametrize("weight", [0.1, 0.0])
 def test_trained_parts_change_and_the_base_does_not(build_tiny: Build, train: Train, weight: float):
-    """Without contrast, the head is untouched too."""
+    """Without contrast, the attention head does not change either."""
     model = build_tiny()
     before = state_of(model)
     curve = train(model, pretrain=ONE_EPOCH, loss={"lambda": weight})
@@ -101,7 +101,7 @@ def test_latents_condition_as_pixels_do(build_tiny: Build, train: Train, cond_vi
 
 
 class Recorder:
-    """Keeps the batches that a model was trained on, and each step's gradients and settings."""
+    """Records each batch of a training, and the gradients and settings of each step."""
 
     def __init__(self, model: ContraDiff, monkeypatch: pytest.MonkeyPatch) -> None:
         self.batches: list[TrainingBatch] = []
@@ -140,7 +140,7 @@ def test_optimizer_has_the_settings_and_a_clipped_gradient(
     for row, gradients in zip(curve, seen.gradients, strict=True):
         norm = torch.cat([gradient.flatten() for gradient in gradients.values()]).norm()
         assert norm == pytest.approx(0.01, rel=1e-3)
-        assert row["grad_norm"] > 0.02  # that of before
+        assert row["grad_norm"] > 0.02  # the norm before clipping
 
 
 def test_accumulated_gradient_is_the_mean_of_the_microbatches(
@@ -150,7 +150,7 @@ def test_accumulated_gradient_is_the_mean_of_the_microbatches(
     seen = Recorder(model, monkeypatch)
     changes = ONE_EPOCH | {"grad_accumulation": 3, "max_grad_norm": 1e9, "warmup_epochs": 0}
     curve = train(model, log_every=1, pretrain=changes)
-    assert [batch.latents.shape[1] for batch in seen.batches] == [2] * 12  # 24 images, once each
+    assert [batch.latents.shape[1] for batch in seen.batches] == [2] * 12  # 24 images, each once
     step = TrainingStep(copy, loss=recipe_of().loss, decode_batch_size=0)
     mean = torch.stack([step(batch)["loss"] for batch in seen.batches[:3]]).mean()
     mean.backward()
@@ -177,7 +177,7 @@ def test_saving_memory_leaves_the_gradients_and_reaches_lora(
     decode_batch_size: int,
     recomputed: set[str],
 ):
-    """The frozen UNet's inputs need no gradient: only a checkpoint that is not reentrant works."""
+    """The frozen UNet's inputs need no gradient, so only non-reentrant checkpointing works."""
     found: list[list[dict[str, Tensor]]] = []
     rows: list[int] = []
     saving = {"gradient_checkpointing": checkpointing, "decode_batch_size": decode_batch_size}
@@ -205,7 +205,7 @@ def test_frozen_weights_in_half_precision_are_autocast_s_own(
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
 ):
-    """Cast once, or by autocast at every pass: the same training, bit for bit."""
+    """Casting once, or by autocast in every pass, gives the same training bit for bit."""
     monkeypatch.setattr(accelerator, "autocast", lambda: torch.autocast("cpu", torch.bfloat16))
     changes = {"precision": "bf16", "gradient_checkpointing": "all", "decode_batch_size": 4}
     model, uncast, exact = build_tiny(), build_tiny(), build_tiny()
@@ -227,7 +227,7 @@ def test_frozen_weights_in_half_precision_are_autocast_s_own(
 
 
 def test_average_of_the_weights_is_what_is_kept(build_tiny: Build, train: Train):
-    """Decay min(0.3, s / (9 + s)) after step s, over weights recorded at each step."""
+    """Compare with an average, with decay min(0.3, s / (9 + s)), of the weights after each step."""
     model = build_tiny()
     live = model.conditioner.to_tokens.weight
     weights = [live.detach().clone()]
@@ -252,7 +252,7 @@ def test_no_epochs_leave_the_model_as_it_is(build_tiny: Build, train: Train, tmp
 def test_curve_has_a_row_every_few_steps_and_at_the_end(
     build_tiny: Build, train: Train, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(training, "CURVE_ROWS", 2)  # 7 // 2: every third step
+    monkeypatch.setattr(training, "CURVE_ROWS", 2)  # 7 // 2 = 3: a row every third step
     seen: list[tuple[int, Row]] = []
     changes = {"epochs": 7, "batch_size": 24, "warmup_epochs": 1.0, "lr": 0.5}
     settings = {"log_every": 4, "pretrain": changes, "loss": {"lambda": 0.25}}
@@ -266,7 +266,7 @@ def test_curve_has_a_row_every_few_steps_and_at_the_end(
         assert row["epoch"] == row["step"]
         total = row["reconstruction"] + 0.25 * row["contrastive"]
         assert row["loss"] == pytest.approx(total, rel=1e-5)
-    # half a cosine over the six steps after the warm-up; the third step is the second of them
+    # After warm-up, half a cosine takes six steps. Step 3 is the second of these.
     cosine = 0.5 * (1 + math.cos(math.pi * 1 / 6))
     assert curve[0]["lr"] == pytest.approx(0.5 * cosine, rel=1e-5)
 
