@@ -39,9 +39,7 @@ def test_torchvision_and_scikit_learn_agree(
     root: Path, monkeypatch: pytest.MonkeyPatch, split: str
 ):
     assert sorted(path.name for path in root.iterdir()) == ["meta", "test", "train"]
-    assert (root / split).read_bytes()[
-        :2
-    ] == b"\x80\x02"  # the pickle protocol of the official files
+    assert (root / split).read_bytes()[:2] == b"\x80\x02"  # the official files' pickle protocol
     monkeypatch.setattr(CIFAR100, "_check_integrity", lambda _: True)
     md5 = hashlib.md5((root / "meta").read_bytes()).hexdigest()
     monkeypatch.setattr(CIFAR100, "meta", CIFAR100.meta | {"md5": md5})

@@ -69,7 +69,7 @@ def run(
 
 @pytest.mark.parametrize("killed_at", [1, 2, 5, 8])
 def test_killed_and_resumed_equals_uninterrupted(tmp_path: Path, killed_at: int):
-    """Weights, statistics, average, moments and curve agree, and no step is left out or repeated."""
+    """Weights, statistics, average, moments and curve agree; no step is lost or repeated."""
 
     def kill(done: int, _: object) -> None:
         if done == killed_at:
