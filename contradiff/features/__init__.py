@@ -1,6 +1,6 @@
-"""Frozen features, by which representations are judged: from images to a table on disk.
+"""Frozen features of images, computed once and stored on disk; other rooms test how good they are.
 
-`batches` reads images, `models` turns them into the features that `params` names: ContraDiff's
-(`inversion`: its second way to noise), its base's, of `diffeed` and of a `timm_backbone`. `cache`
-reads what `write_cache` writes. This room imports method, base and data, and no room that judges.
+`params` says which features. `batches` reads images. `models` computes the features of ContraDiff
+and of its base; `inversion` and `diffeed` are other ways to do so, and `timm_backbone` has other
+models. `write_cache` stores the features, and `cache` reads them.
 """

@@ -1,7 +1,7 @@
-"""Images as a feature model sees them, a batch at a time: clean latents, pixels, labels, keys.
+"""Batches of images for a feature model: clean latents, pixels, labels and keys.
 
-They come from shards (`StoredImages`, `stored_batches`) or from memory (`encode_images`). Nothing
-here is random: the latent is the mean of the VAE's posterior of the centre crop.
+The images are read from shards (`StoredImages`, `stored_batches`) or given as a tensor
+(`encode_images`). Nothing is random: the latent is the VAE's posterior mean of the centre crop.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -33,10 +33,10 @@ _Row: TypeAlias = tuple[str, int, Tensor, Tensor]  # key, label, clean latent, p
 
 @dataclass(frozen=True)
 class CleanBatch:
-    """Images whose features are to be computed; an image's index in its set seeds its noise.
+    """A batch of images for a feature model. An image's index in its data set seeds its noise.
 
-    Latents are clean, at unit scale; (batch, 1, 0, 0) if the model reads pixels alone. Pixels are
-    in [-1, 1]; (batch, 3, 0, 0) if it needs none.
+    `latents` are clean and at unit scale, or empty, (batch, 1, 0, 0), for models that read pixels.
+    `pixels` are in [-1, 1], or empty, (batch, 3, 0, 0), for models that read only latents.
     """
 
     indices: tuple[int, ...]
@@ -48,10 +48,10 @@ class CleanBatch:
 
 @dataclass(frozen=True)
 class StoredImages:
-    """Folders of image shards and of the same images' latent shards, read one shard at a time.
+    """A folder of image shards and a folder of the same images' latents, read shard by shard.
 
-    No batch reaches beyond its shard, so a shard's features depend on no other shard. `num_threads`
-    threads decode ahead; 0: none.
+    No batch has images of two shards, so a shard's features do not depend on other shards.
+    `num_threads` threads decode images in advance; 0 means none.
     """
 
     images: Path
@@ -61,20 +61,20 @@ class StoredImages:
 
     @cached_property
     def index(self) -> ShardIndex[ImageInfo]:
-        """The index of the image shards."""
+        """Read the index of the image shards."""
         return ShardIndex.read(self.images, ImageInfo)
 
     @property
     def shards(self) -> list[tuple[str, int]]:
-        """The split and number of every shard."""
+        """Return the split and the number of every shard."""
         return [(name, i) for name, own in self.index.splits.items() for i in range(len(own))]
 
     def num_samples(self, split: str, number: int) -> int:
-        """The number of images in one shard."""
+        """Return the number of images in one shard."""
         return self.index.shards(split)[number].num_samples
 
     def latent_batches(self, split: str, number: int, *, with_pixels: bool) -> Iterator[CleanBatch]:
-        """Yield one shard's clean latents and, if wanted, the pixels of the same crops."""
+        """Yield one shard's clean latents and, with `with_pixels`, the same crops' pixels."""
         pairs = PairedShards.open(self.images, self.latents, split=split)
         make = partial(_clean_row, info=pairs.latent_index.info, with_pixels=with_pixels)
         yield from self._batches(split, number, make, pairs.read(number))
@@ -82,7 +82,7 @@ class StoredImages:
     def pixel_batches(
         self, split: str, number: int, *, size: int, crop_fraction: float
     ) -> Iterator[CleanBatch]:
-        """Yield one shard's centre crops at the backbone's input size; no latents are read."""
+        """Yield one shard's centre crops, resized to `size` pixels. No latents are read."""
         shard = self.index.shards(split)[number]
         samples = map(image_of, read_shard(self.images / shard.name, shard))
         make = partial(centre_row, size=size, crop_fraction=crop_fraction)
@@ -92,7 +92,7 @@ class StoredImages:
         self, split: str, number: int, make: Callable[[Item], _Row], items: Iterable[Item]
     ) -> Iterator[CleanBatch]:
         first_index = sum(self.num_samples(split, earlier) for earlier in range(number))
-        num_ahead = 2 * self.batch_size  # decoded while one batch is computed
+        num_ahead = 2 * self.batch_size  # images decoded while a batch is computed
         rows = map_ahead(make, items, num_threads=self.num_threads, num_ahead=num_ahead)
         yield from _batched(rows, first_index=first_index, batch_size=self.batch_size)
 
@@ -100,7 +100,7 @@ class StoredImages:
 def stored_batches(
     images: Path, latents: Path, *, split: str, batch_size: int, chosen: Sequence[int] | None = None
 ) -> Iterator[CleanBatch]:
-    """Yield a split in order, or its images at ascending indices `chosen`, numbered from 0."""
+    """Yield a split's images, or only those at ascending `chosen`; `indices` count from 0."""
     pairs = PairedShards.open(images, latents, split=split)
     records = (pair for shard in range(pairs.num_shards) for pair in pairs.read(shard))
     if chosen is not None:
@@ -114,7 +114,7 @@ def stored_batches(
 def encode_images(
     vae: "AutoencoderKL", images: ByteImages, labels: Int64[Tensor, " n"], *, size: int
 ) -> CleanBatch:
-    """Make one batch of square images in memory: resize (bicubic, Table 6's 32 to 256), encode."""
+    """Resize square images (bicubic; 32 to 256 pixels for Table 6), encode them, make a batch."""
     batch = resized_batch(images, labels, centre_crop(*images.shape[2:]), size=size)
     moments = encode(vae, batch.pixels.to(vae.device))
     return replace(batch, latents=mode(moments, scaling_factor=scaling_factor(vae)).cpu())
@@ -123,7 +123,7 @@ def encode_images(
 def resized_batch(
     images: ByteImages, labels: Int64[Tensor, " num_images"], crop: Crop, *, size: int
 ) -> CleanBatch:
-    """Make one batch of images in memory: take the same crop of each, resize it; no latents."""
+    """Take the same crop of each image, resize it, and return a batch without latents."""
     pixels = to_pixels(torch.stack([apply_crop(image, crop, size=size) for image in images]))
     indices = tuple(range(len(images)))
     no_latents = torch.empty(len(images), 1, 0, 0)
@@ -131,7 +131,7 @@ def resized_batch(
 
 
 def central_crop(height: int, width: int, *, crop_fraction: float) -> Crop:
-    """Return the square in the middle whose side is `crop_fraction` of the shorter side."""
+    """Return the central square whose side is `crop_fraction` times the image's shorter side."""
     whole = centre_crop(height, width)
     side = max(1, round(whole.height * crop_fraction))
     offset = (whole.height - side) // 2
@@ -139,10 +139,10 @@ def central_crop(height: int, width: int, *, crop_fraction: float) -> Crop:
 
 
 def centre_row(sample: Sample, *, size: int, crop_fraction: float) -> _Row:
-    """Resize the centre of an image, `crop_fraction` of its shorter side, to `size`.
+    """Crop the image's centre, `crop_fraction` of its shorter side, and resize it to `size`.
 
-    timm resizes to size / crop_fraction first and crops then: only the border differs.
-    *Deviation*: the resize is always antialiased bicubic, whatever the backbone's own is.
+    timm first resizes to size / crop_fraction, then crops. The results differ only at the border.
+    *Deviation*: the resize is always antialiased bicubic, even if the backbone's own is different.
     """
     image = decode(sample.image, name=sample.key)
     crop = central_crop(*image.shape[1:], crop_fraction=crop_fraction)

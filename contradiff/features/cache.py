@@ -1,9 +1,9 @@
 """Features on disk: a table with a row for each image and a column for each feature.
 
-Each image shard has one file, `<split>-00000.safetensors`: a tensor (rows, width) for each column,
-`labels`, and the images' keys in its header, in the shard's order. Where maps are stored,
-`<split>-00000.maps.safetensors` holds the tensor `maps`. `index.json` lists the files. Readers map
-the files into memory, so that only what they use is ever read.
+Each image shard gets one file, `<split>-00000.safetensors`, with the images in the same order: a
+tensor (rows, width) for each column, the tensor `labels`, and the images' keys in the header. If
+maps are stored, `<split>-00000.maps.safetensors` has the tensor `maps`. `index.json` lists the
+files. Files are memory-mapped, so that readers load only the tensors that they use.
 """
 
 import hashlib
@@ -29,16 +29,16 @@ from contradiff.method.checkpoint import base_digest
 
 INDEX_NAME, HEAD_NAME = "index.json", "attention.safetensors"
 MAPS = "maps"
-"""Name of the maps among what a model computes, and in their files."""
+"""Name of the tensor of maps, in a model's output and in files."""
 
 
 class CacheIndex(BaseModel):
-    """What a folder of features holds, and how they were made.
+    """The content of `index.json`: which features a folder has, and how they were computed.
 
-    `checkpoint` is the weights' fingerprint. `columns` has the main feature first. `head` has the
-    arguments of the attention whose weights lie beside maps; without maps it is None and `maps` is
-    empty. Each split has as many `shards` as the images. `made_with` is the seed and the section
-    `features`, and a local file's "timm_weights_sha256".
+    `checkpoint` is a hash of the model's weights. The first of `columns` is the main feature. Each
+    split has as many `shards` as its images. If maps are stored, `head` has the constructor
+    arguments of the attention head stored with them; otherwise it is None and `maps` is empty.
+    `made_with` has the seed, the section `features` and the hash of a local timm file.
     """
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, populate_by_name=True)
@@ -61,14 +61,14 @@ class CacheIndex(BaseModel):
 
     @classmethod
     def read(cls, folder: Path) -> "CacheIndex":
-        """Read a folder's index; ValueError if it or a file is missing or has a wrong size."""
+        """Read an index; raises ValueError if it or a listed file is missing or of wrong size."""
         path, remedy = folder / INDEX_NAME, f"run `dvc repro features`, or `dvc pull {folder}`"
         if not path.is_file():
-            raise ValueError(f"{path}: no features; {remedy}")
+            raise ValueError(f"{path}: there are no features; {remedy}")
         try:
             index = cls.model_validate_json(path.read_text())
         except ValidationError:
-            raise ValueError(f"{path}: no index of version 1; run `dvc repro features`") from None
+            raise ValueError(f"{path}: is not a valid index; run `dvc repro features`") from None
         for shard in chain(*index.shards.values(), *index.maps.values()):
             file = folder / shard.name
             if not file.is_file() or file.stat().st_size != shard.num_bytes:
@@ -79,37 +79,37 @@ class CacheIndex(BaseModel):
 
 @dataclass(frozen=True)
 class ModelFolders:
-    """Folders of the trained model and its base; features.timm_weights is relative to `root`."""
+    """Folders of the model, its base and the project: features.timm_weights is below `root`."""
 
     checkpoint: Path
     base: Path
     root: Path
 
     def fingerprint(self, model: str) -> str:
-        """Hash contradiff's weights (ValueError without a checkpoint), or those of its base."""
+        """Hash contradiff's checkpoint (ValueError if missing), or the base for other models."""
         if model != "contradiff":
             return base_digest(self.base)
         files = sorted(file for file in self.checkpoint.rglob("*") if file.is_file())
         if not files:
             remedy = f"run `dvc repro pretrain`, or `dvc pull {self.checkpoint}`"
-            raise ValueError(f"{self.checkpoint}: no checkpoint; {remedy}")
+            raise ValueError(f"{self.checkpoint}: there is no checkpoint; {remedy}")
         lines = (f"{file.relative_to(self.checkpoint)} {sha256_of(file)}\n" for file in files)
         return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
 @dataclass(frozen=True)
 class FeatureCache:
-    """A folder of features, open for reading; `index.columns` has the main feature first."""
+    """A folder of features that is open for reading. The main feature is `index.columns[0]`."""
 
     folder: Path
     index: CacheIndex
 
     @classmethod
     def open(cls, folder: Path, models: ModelFolders) -> "FeatureCache":
-        """Open a cache; all but the maps are checked to the last bit.
+        """Open a cache, and check the hash of every file except the maps.
 
-        ValueError if it is missing or damaged, or if the weights have changed since. timm's may be
-        missing: the cache may have come by `dvc pull`.
+        Raises ValueError if the cache is missing or damaged, or if the model's weights have changed
+        since. timm's weights may be missing, because `dvc pull` does not fetch them.
         """
         index = CacheIndex.read(folder)
         if index.model == "timm":
@@ -120,12 +120,12 @@ class FeatureCache:
                 fault = f"{shown} has changed since {folder} was made"
                 raise ValueError(f"features.timm_weights: {fault}; run `dvc repro -f features`")
         elif index.checkpoint != models.fingerprint(index.model):
-            fault = "features of another checkpoint or base than is here now"
+            fault = "the checkpoint or the base has changed since the features were computed"
             raise ValueError(f"{folder / INDEX_NAME}: {fault}; run `dvc repro features`")
         for shard in chain(*index.shards.values()):
             if sha256_of(folder / shard.name) != shard.sha256:
                 path = folder / shard.name
-                raise ValueError(f"{path}: damaged (its sha256); run `dvc repro features`")
+                raise ValueError(f"{path}: damaged (wrong sha256); run `dvc repro features`")
         return cls(folder, index)
 
     def column(self, split: str, name: str) -> Float[Tensor, "n width"]:
@@ -133,25 +133,24 @@ class FeatureCache:
         return torch.cat([self._tensor(shard, name) for shard in self.index.shards[split]])
 
     def labels(self, split: str) -> Int64[Tensor, " n"]:
-        """Load the classes, in the same order."""
+        """Load the class labels of a split, in the order of `column`."""
         return torch.cat([self._tensor(shard, "labels") for shard in self.index.shards[split]])
 
     def keys(self, split: str) -> list[str]:
-        """Read the images' keys, in the same order."""
+        """Read the images' keys of a split, in the order of `column`."""
         headers = [self._file(shard).metadata() for shard in self.index.shards[split]]
         return [key for header in headers for key in json.loads(header["keys"])]
 
     def maps(self, split: str) -> ConcatDataset[Tensor]:
-        """Memory-map the main triple's maps, each (3, channels, h, w); ValueError if none exist."""
+        """Memory-map a split's maps (3, channels, h, w). Raises ValueError if none are stored."""
         if not self.index.maps:
-            fault = "no maps, which probe.head: attentive trains on"
-            remedy = "run `dvc repro features` with this setting"
-            raise ValueError(f"{self.folder / INDEX_NAME}: {fault}; {remedy}")
+            fault = "no maps are stored; for probe.head: attentive, run `dvc repro features`"
+            raise ValueError(f"{self.folder / INDEX_NAME}: {fault}")
         return ConcatDataset([self._tensor(shard, MAPS) for shard in self.index.maps[split]])  # pyright: ignore[reportArgumentType]
 
     def attention(self) -> TriTimestepAttention:
-        """Load the head that lies beside the maps: trained, or, for a baseline, fresh."""
-        assert self.index.head is not None, "it lies beside maps"
+        """Load the attention head stored with the maps: trained, or new for a baseline."""
+        assert self.index.head is not None, "the head is stored only together with maps"
         head = TriTimestepAttention(**self.index.head)
         head.load_state_dict(load_file(self.folder / HEAD_NAME))
         return head

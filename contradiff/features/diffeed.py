@@ -1,15 +1,15 @@
-"""A second pass of the frozen denoiser that is fed its own decoder's maps (after DifFeed).
+"""DifFeed, a baseline: the frozen UNet runs twice, and its decoder's maps feed the second pass.
 
 Mukhopadhyay et al., "Do text-free diffusion models learn discriminative visual representations?"
-(2023), run a frozen guided-diffusion UNet on a noisy image; small convolutional layers carry maps
-of its decoder back to the mirrored places of its encoder, which runs once more; an attention head
-fuses several blocks of both passes and of several noise levels. Layers and head learn with labels.
+(2023), run a frozen guided-diffusion UNet on a noisy image. Small convolutional layers carry maps
+of the decoder back to the mirrored places of the encoder, which then runs again. An attention head
+fuses blocks of both passes and several noise levels. Layers and head are trained on labels.
 
-*Deviation*: features are cached and the UNet stays untouched, so that one protocol judges every
-model. The feedback has no parameters: the decoder's map before each upsampling has the mirrored
-encoder map's very shape, is brought to its standard deviation and averaged with it. A linear
-classifier of pooled maps, or an attention head (probe.head: attentive), fuses the mid block and the
-second up block of both passes. The base is Stable Diffusion, its noise levels ours.
+*Deviation*: nothing is trained here, so that one probe can test the features of every model. The
+decoder's map before each upsampling has the shape of the mirrored encoder map. It is scaled to the
+encoder map's mean and standard deviation, and both are averaged. The probe's classifier, linear or
+attentive, fuses the mid and the second up block of both passes. The UNet is the base's, and the
+noise levels are features.timesteps.
 """
 
 from functools import partial
@@ -25,17 +25,17 @@ from contradiff.types import Latents, Maps, Timesteps, Tokens
 if TYPE_CHECKING:
     from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 
-NUM_PASSES = 2  # of both the mid block and `up.1` are fused
+NUM_PASSES = 2  # passes of the UNet; each gives maps of the mid block and of `up.1`
 
 
 def feedback_maps(
     unet: "UNet2DConditionModel", noisy_latents: Latents, timesteps: Timesteps, tokens: Tokens
 ) -> Maps:
-    """Stack mid block and second up block of both passes along the channels, on mid's grid."""
+    """Stack the mid and second up blocks' maps of both passes as channels, at the mid's size."""
     split, decoded = SplitUNet(unet), list[Maps]()
     handles = [
         _last_layer(block).register_forward_hook(lambda *call: decoded.append(_map_of(call[2])))
-        for block in unet.up_blocks  # from the coarsest
+        for block in unet.up_blocks  # the coarsest block comes first
     ]
     try:
         first = split.down(noisy_latents, timesteps, tokens, blocks=["up.1"])
@@ -43,7 +43,7 @@ def feedback_maps(
         for block, maps in zip(unet.down_blocks, decoded[::-1], strict=True):
             feed = partial(_blended, maps)
             handles.append(_last_layer(block).register_forward_hook(feed))
-        # Two more maps are decoded: this pass ends after the second up block.
+        # This pass ends after the second up block, so it appends only two maps to `decoded`.
         second = split.down(noisy_latents, timesteps, tokens, blocks=["up.1"])
     finally:
         for handle in handles:
@@ -54,7 +54,7 @@ def feedback_maps(
 
 
 def blend(maps: Maps, fed_back: Maps) -> Maps:
-    """Average two maps, the second brought to the first's mean and deviation in each image."""
+    """Scale `fed_back` to each image's mean and deviation of `maps`, then average the two."""
     dims = (1, 2, 3)
     scale = maps.std(dim=dims, keepdim=True) / fed_back.std(dim=dims, keepdim=True).clamp(min=1e-6)
     centred = (fed_back - fed_back.mean(dim=dims, keepdim=True)) * scale
@@ -62,17 +62,17 @@ def blend(maps: Maps, fed_back: Maps) -> Maps:
 
 
 def _last_layer(block: Any) -> nn.Module:
-    """Return the module whose output is the block's map before it is sampled up or down."""
+    """Return the module whose output is the block's map before down- or upsampling."""
     has_attention = getattr(block, "has_cross_attention", False)
     return (block.attentions if has_attention else block.resnets)[-1]
 
 
 def _map_of(output: Any) -> Tensor:
-    """Return the map: an attention gives a tuple, a resnet the map itself."""
+    """Return the map: attention layers return it in a tuple, residual blocks return it alone."""
     return output[0] if isinstance(output, tuple) else output
 
 
 def _blended(fed_back: Maps, *call: Any) -> Any:
-    """Blend a layer's output (a forward hook's last argument) with a map."""
+    """Blend `fed_back` with a layer's output, which is the last argument of a forward hook."""
     blended = blend(_map_of(call[2]), fed_back)
     return (blended,) if isinstance(call[2], tuple) else blended

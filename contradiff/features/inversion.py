@@ -1,4 +1,4 @@
-"""Maps along a chain of DDIM inversion, which finds an image's own noise; no noise is drawn."""
+"""The UNet's maps during DDIM inversion, which turns an image into noise without random noise."""
 
 from collections.abc import Sequence
 
@@ -10,7 +10,7 @@ from contradiff.method.unet import MapBlock
 from contradiff.types import Latents, Maps, Tokens
 
 CHAIN_STEPS = 20
-"""Length of the whole chain's grid ("using 20 denoising steps", the linear probe's section)."""
+"""Timesteps in the grid of the inversion; the paper's probe is "using 20 denoising steps"."""
 
 
 def inverted_maps(
@@ -21,25 +21,25 @@ def inverted_maps(
     timesteps: Sequence[int],
     blocks: Sequence[MapBlock],
 ) -> dict[MapBlock, LevelMaps]:
-    """Maps at three points of a deterministic DDIM inversion (eta = 0): noisiest, middle, cleanest.
+    """Return maps at three timesteps of a deterministic DDIM inversion (eta = 0), noisiest first.
 
-    The chain climbs the base's own 20-step grid t_0 < t_1 < ..., for Stable Diffusion 1, 51, ...,
-    951. The clean latent itself is taken to be z_{t_0}: it is not scaled to t_0's noise level,
-    where alpha-bar is 0.998. Every grid point has one pass: it sees z_{t_k} at timestep t_k, gives
-    the maps of t_k, and its predicted noise e leads on (Eq. 12 of Song et al., 2021, upwards), with
-    a and a' the alpha-bars of t_k and t_{k+1}:
+    The inversion goes up the base's 20-step grid t_0 < t_1 < ... (Stable Diffusion: 1, 51, ...,
+    951). The clean latent is used as z_{t_0}. It is not scaled to the noise level of t_0, where
+    alpha-bar is 0.998. At each t_k the UNet runs once, on z_{t_k} at timestep t_k. This pass gives
+    the maps of t_k and the predicted noise e, which leads to the next latent (Eq. 12 of Song et
+    al., 2021, in reverse). With a and a' the alpha-bars of t_k and t_{k+1}:
 
         z_{t_{k+1}} = sqrt(a') (z_{t_k} - sqrt(1 - a) e) / sqrt(a) + sqrt(1 - a') e
 
-    This is exact only where e is the same at both points. diffusers' pipelines predict e at
-    timestep t_{k+1} from z_{t_k} instead; maps so taken would lag behind their timestep. The chain
-    ends at the noisiest timestep, whose noise is not predicted.
+    This is exact only if e is the same at t_k and t_{k+1}. diffusers' pipelines predict e from
+    z_{t_k} at timestep t_{k+1} instead, so their maps would have less noise than the timestep says.
+    The inversion stops at the noisiest of `timesteps`, where only the maps are computed.
 
-    *Deviation*: the paper says neither how its 20 steps go nor which of their maps are read. This
-    is one reading; Eq. 5, in one step, is the other (`ContraDiff.level_maps`).
+    *Deviation*: the paper explains neither its 20 steps nor which maps it reads. This function is
+    one interpretation. `ContraDiff.level_maps`, which adds noise in one step (Eq. 5), is another.
     """
     grid = model.schedule.ddim_timesteps(CHAIN_STEPS)
-    assert set(timesteps) <= set(grid), "rules.py refuses others"
+    assert set(timesteps) <= set(grid), "rules.py has checked that they are on the grid"
     chain = grid[: grid.index(max(timesteps)) + 1]
     alphas = model.schedule.alphas_cumprod.to(latents)
     unet = model.split_unet

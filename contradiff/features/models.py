@@ -1,6 +1,6 @@
-"""The models whose frozen features are judged: ContraDiff, its base alone, DifFeed, timm's.
+"""The models that give frozen features: ContraDiff, its base alone, DifFeed and timm backbones.
 
-images => clean latents => three noise levels => the UNet's maps => h (Eq. 4), or their means
+images => clean latents => noisy latents at three levels => the UNet's maps => h (Eq. 4), or means
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -29,11 +29,11 @@ from contradiff.types import Tokens
 
 @dataclass(frozen=True)
 class DiffusionFeatures:
-    """Features of ContraDiff, of its base alone, or of its base in DifFeed's way.
+    """Features of ContraDiff, of its base alone, or of its base with DifFeed's two passes.
 
-    Clean latents are noised to fixed timesteps. Each image has noise of its own, seeded by its
-    index: its features depend neither on the batch size nor on the number of processes. With
-    `keep_maps` a call returns the main triple's maps too.
+    Noise is added to clean latents at three fixed timesteps (a "triple"). Each image's index seeds
+    its noise, so its features depend neither on the batch size nor on the number of processes. With
+    `keep_maps`, a call also returns the maps at the main triple, features.timesteps.
     """
 
     model: ContraDiff
@@ -44,7 +44,7 @@ class DiffusionFeatures:
 
     @property
     def columns(self) -> tuple[FeatureSpec, ...]:
-        """For each triple: the configured pooling of the main block, then the means of others."""
+        """For each triple: the main block's feature, then the mean of each of `more_blocks`."""
         main = "diffeed" if self.params.model == "diffeed" else self.model.block
         kinds = [(main, self.params.pool), *((block, "mean") for block in self.params.more_blocks)]
         return tuple(
@@ -54,14 +54,14 @@ class DiffusionFeatures:
         )
 
     def read(self, images: StoredImages, split: str, number: int) -> Iterator[CleanBatch]:
-        """Yield the latents of one shard; the pixels too, if the conditioner sees them."""
+        """Yield the latents of one shard, and also the pixels if the conditioner reads pixels."""
         shown = self.params.model == "contradiff" and self.params.condition == "image"
         with_pixels = shown and self.model.conditioner.input == "pixels"
         return images.latent_batches(split, number, with_pixels=with_pixels)
 
     @torch.inference_mode()
     def __call__(self, batch: CleanBatch) -> dict[str, Tensor]:
-        """Compute features (batch, width) of each column, float32 or the autocast's type."""
+        """Compute the features (batch, width) of each column, as float32 or as bfloat16."""
         found: dict[str, Tensor] = {}
         conditioner = self.model.conditioner
         with autocast(self.device, self.params.precision):
@@ -90,7 +90,7 @@ class DiffusionFeatures:
     def _maps(
         self, batch: CleanBatch, tokens: Tokens, timesteps: Sequence[int]
     ) -> dict[str, LevelMaps]:
-        """Compute maps at one triple, the main block's first: noised in one step or by a chain."""
+        """Add noise, in one step or by DDIM inversion, and return each block's maps, main first."""
         latents = batch.latents.to(self.device)
         blocks: list[MapBlock] = list(dict.fromkeys([self.model.block, *self.params.more_blocks]))
         if self.params.noising == "ddim_chain":
@@ -114,34 +114,34 @@ class DiffusionFeatures:
 def image_noise(
     shape: Sequence[int], indices: Sequence[int], *, seed: int
 ) -> Float[Tensor, "batch ..."]:
-    """Draw Gaussian noise of the given shape for each image, by its index alone."""
+    """Draw Gaussian noise of the given shape for each image, seeded by `seed` and its index."""
     generators = [torch.Generator().manual_seed(seed * 10_000_019 + index) for index in indices]
     return torch.stack([torch.randn(*shape, generator=generator) for generator in generators])
 
 
 def autocast(device: torch.device, precision: str) -> torch.autocast:
-    """Return the context of features.precision."""
+    """Return an autocast context that is active only if features.precision is bf16."""
     return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
 
 
 FeatureModel: TypeAlias = DiffusionFeatures | TimmFeatures
-"""`columns` lists what it computes, the main feature first; `read` yields one shard's batches."""
+"""A model with `columns`, its features (main one first), and `read`, which yields one shard."""
 
 
 def load_feature_model(
     params: FeaturesParams, models: ModelFolders, seed: int, device: torch.device
 ) -> FeatureModel:
-    """Load the model that features.model names; ValueError if weights are missing or do not fit.
+    """Load the model that features.model names.
 
-    `base` is Table 3's "SD Features": LoRA off, all-zero tokens, pooled maps. The zero tokens stand
-    in the place of CLIP's empty prompt, which the method does not use.
+    `base` is Table 3's "SD Features": pooled maps without LoRA. Zero tokens replace CLIP's empty
+    prompt, because the method has no CLIP. Raises ValueError if weights are missing or do not fit.
     """
     if params.model == "timm":
         return TimmFeatures(params, models.root, device)
     model = load_checkpoint(models.checkpoint, base=models.base)
-    assert max(map(max, params.triples)) < model.schedule.num_train_timesteps, "rules.py says so"
+    assert max(map(max, params.triples)) < model.schedule.num_train_timesteps, "see rules.py"
     blocks = [*params.more_blocks, *(["up.1"] if params.model == "diffeed" else [])]
-    assert set(blocks) <= {"mid"} or len(model.unet.up_blocks) > 1, "rules.py says so"
+    assert set(blocks) <= {"mid"} or len(model.unet.up_blocks) > 1, "see rules.py"
     if params.model != "contradiff":
         disable_lora(model.unet)
         model.self_condition = None
@@ -152,20 +152,20 @@ def load_feature_model(
 
 @dataclass(frozen=True)
 class LabelledFeatures:
-    """Features of a whole set of images, on the CPU, with their labels and keys."""
+    """Features of a set of images, on the CPU, with the images' labels and keys."""
 
     features: Float[Tensor, "num_images width"]
     labels: Int64[Tensor, " num_images"]
     keys: tuple[str, ...]
 
     def __getitem__(self, rows: Int64[Tensor, " rows"]) -> "LabelledFeatures":
-        """Take some of the images, in the order of `rows`."""
+        """Return the images of the given rows, in that order."""
         keys = tuple(self.keys[row] for row in rows.tolist())
         return LabelledFeatures(self.features[rows], self.labels[rows], keys)
 
     @classmethod
     def joined(cls, sets: Sequence["LabelledFeatures"]) -> "LabelledFeatures":
-        """Join several sets, one behind the other."""
+        """Concatenate several sets."""
         return cls(
             torch.cat([each.features for each in sets]),
             torch.cat([each.labels for each in sets]),
@@ -176,7 +176,7 @@ class LabelledFeatures:
 def compute_features(
     model: FeatureModel, batches: Iterable[CleanBatch], *, on_progress: Tick = lambda _: None
 ) -> LabelledFeatures:
-    """Compute the main feature of every batch, float32; some ten thousand images fit in memory."""
+    """Compute the main feature of all batches as float32, and keep all of them in memory."""
     found: list[LabelledFeatures] = []
     for batch in batches:
         features = model(batch)[model.columns[0].name].float().cpu()

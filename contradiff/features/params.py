@@ -1,4 +1,4 @@
-"""Section `features`, and what each feature that it asks for is."""
+"""Section `features` of params.yaml, and the description of a single feature."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -13,7 +13,7 @@ from contradiff.types import Precision
 
 @dataclass(frozen=True)
 class FeatureSpec:
-    """One feature of an image: a block's maps at three noise levels, pooled; timm has neither."""
+    """One feature: a block's maps at three timesteps, pooled. timm has no timesteps and blocks."""
 
     name: str
     triple: tuple[int, ...] | None
@@ -22,37 +22,37 @@ class FeatureSpec:
 
 
 class FeaturesParams(Section):
-    """Section `features`: which frozen features are taken for evaluation, and how they are kept."""
+    """Section `features`: which frozen features are computed, and how they are stored."""
 
     model: Literal["contradiff", "base", "diffeed", "timm"] = Field(
         description="contradiff: the trained model | base: its base alone, no LoRA and zero tokens "
-        "(Table 3's SD Features) | diffeed: the base in two passes with feedback | timm: a backbone"
+        "(Table 3's SD Features) | diffeed: two base passes with feedback | timm: a backbone"
     )
-    timm_name: str | None = Field(description="timm: the architecture, as timm.create_model's")
-    timm_weights: str | None = Field(description="timm: a local .safetensors file of its weights")
-    timm_pretrained: bool = Field(description="timm: fetch its weights from the hub (network)")
-    timesteps: list[int] = Field(description="the fixed evaluation triple")
-    more_triples: list[list[int]] = Field(description="further triples, for the probe's grid")
+    timm_name: str | None = Field(description="timm: the name for timm.create_model")
+    timm_weights: str | None = Field(description="timm: a local .safetensors file with weights")
+    timm_pretrained: bool = Field(description="timm: download the weights instead")
+    timesteps: list[int] = Field(description="the three fixed timesteps of evaluation")
+    more_triples: list[list[int]] = Field(description="more triples, for the probe's grid")
     more_blocks: list[MapBlock] = Field(
-        description="further features for the probe's grid: means of these blocks, each triple"
+        description="more features for the probe's grid: means of these blocks' maps"
     )
     noising: Literal["direct", "ddim_chain"] = Field(
-        description="direct: in one step (Eq. 5) | ddim_chain: DDIM inversion on a grid of 20 steps"
+        description="direct: noise in one step (Eq. 5) | ddim_chain: 20-step DDIM inversion"
     )
     condition: Literal["image", "noise"] = Field(
-        description="what contradiff's conditioner sees; the base alone has zero tokens"
+        description="input of contradiff's conditioner; other models do not use it"
     )
     pool: Literal["attention", "mean"] = Field(
-        description="attention: h of Eq. 4 | mean: the maps averaged over space (SD Features); "
-        "timm: the backbone's own pooled feature"
+        description="attention: h of Eq. 4 | mean: the maps averaged over space (SD Features), or "
+        "the backbone's own pooled feature (timm)"
     )
-    dtype: Literal["fp16", "bf16"] = Field(description="of the stored features")
-    precision: Precision = Field(description="of the computation; bf16 by autocast")
+    dtype: Literal["fp16", "bf16"] = Field(description="type of the stored features")
+    precision: Precision = Field(description="precision of the computation; bf16: autocast")
     batch_size: int = Field(ge=1)
 
     @property
     def triples(self) -> list[list[int]]:
-        """The evaluation triple, then the further ones."""
+        """All triples (three timesteps each): the main one, then those of `more_triples`."""
         return [self.timesteps, *self.more_triples]
 
     @model_validator(mode="after")
@@ -60,12 +60,12 @@ class FeaturesParams(Section):
         for number, triple in enumerate(self.triples):
             if len(triple) != NUM_LEVELS or len(set(triple)) < NUM_LEVELS or min(triple) < 0:
                 key = "features.more_triples" if number else "features.timesteps"
-                raise ValueError(f"{key}: {triple} are not three distinct timesteps >= 0")
+                raise ValueError(f"{key}: {triple}: set three different timesteps of 0 or more")
         if len(set(map(frozenset, self.triples))) < len(self.triples):
             key = "features.more_triples"
-            raise ValueError(f"{key}: a triple is repeated (features.timesteps counts too)")
+            raise ValueError(f"{key}: a triple is repeated (features.timesteps is one); remove it")
         if len(set(self.more_blocks)) < len(self.more_blocks):
-            raise ValueError(f"features.more_blocks: {self.more_blocks} repeats a block")
+            raise ValueError(f"features.more_blocks: {self.more_blocks}: name each block once")
         return self
 
     @model_validator(mode="after")
@@ -73,20 +73,20 @@ class FeaturesParams(Section):
         is_timm, model = self.model == "timm", f"features.model: {self.model}"
         if self.model != "contradiff" and self.pool == "attention":
             raise ValueError(
-                f"features.pool: attention is contradiff's trained head, which {model} does not "
-                "have; set features.pool: mean"
+                f"features.pool: attention needs contradiff's trained head, but this is {model}; "
+                "set features.pool: mean"
             )
         if self.model == "diffeed" and self.noising != "direct":
-            raise ValueError(f"features.noising: {model} noises in one step; set it to direct")
+            raise ValueError(f"features.noising: set it to direct; {model} supports no other")
         if self.model in ("diffeed", "timm") and self.more_blocks:
-            raise ValueError(f"features.more_blocks: {model} fixes its blocks; set it to []")
+            raise ValueError(f"features.more_blocks: set it to []; {model} supports no others")
         if is_timm and self.timm_name is None:
-            raise ValueError(f"features.timm_name: {model} needs it (such as vit_base_patch16_224)")
+            raise ValueError("features.timm_name: set a model, such as vit_base_patch16_224")
         if is_timm and (self.timm_weights is None) != self.timm_pretrained:
             raise ValueError(
-                f"features.timm_weights: {model} needs one source of weights: set this to a local "
-                ".safetensors file, or set features.timm_pretrained: true to download them"
+                f"features.timm_weights: for {model}, either set this to a local .safetensors "
+                "file, or set features.timm_pretrained: true to download weights; not both"
             )
         if is_timm and self.more_triples:
-            raise ValueError(f"features.more_triples: {model} has no timesteps; set it to []")
+            raise ValueError(f"features.more_triples: set it to []; {model} has no timesteps")
         return self

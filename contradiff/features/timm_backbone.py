@@ -1,4 +1,4 @@
-"""Pooled features of any timm backbone (DINO, MAE, ...), for the same probe as ours."""
+"""Pooled features of any timm backbone (DINO, MAE, ...), tested by the same probe as ContraDiff."""
 
 import hashlib
 from collections.abc import Iterator
@@ -15,25 +15,25 @@ from contradiff.types import ByteImages
 
 
 class TimmFeatures:
-    """A timm backbone without its classifier, and its own input size, crop, mean and deviation."""
+    """A timm backbone without classifier, with the backbone's own size, crop and normalisation."""
 
     def __init__(self, params: FeaturesParams, root: Path, device: torch.device) -> None:
-        """Build the backbone that `params` names; its weights' path is relative to `root`.
+        """Build the backbone that `params` names; features.timm_weights is relative to `root`.
 
-        A ValueError says that timm knows no such model, or its weights are missing or do not fit.
+        Raises ValueError if timm has no such model, or if the weights are missing or do not fit.
         """
         import timm
         from timm.data.config import resolve_model_data_config
 
         name, weights = params.timm_name or "", params.timm_weights
         if not timm.is_model(name):
-            raise ValueError(f"features.timm_name: timm {timm.__version__} knows no {name!r}")
+            raise ValueError(f"features.timm_name: timm {timm.__version__} has no model {name!r}")
         try:
             model = timm.create_model(name, pretrained=weights is None, num_classes=0)
         except Exception as error:
             raise ValueError(
-                f"features.timm_pretrained: {name} could not be made or fetched ({error}); without "
-                "a network set features.timm_weights to a local .safetensors file"
+                f"features.timm_pretrained: {name} could not be built or downloaded ({error}); for "
+                "local weights, set this to false and features.timm_weights to a .safetensors file"
             ) from error
         if weights is not None:
             load_weights(model, root / weights)
@@ -48,7 +48,7 @@ class TimmFeatures:
         self.columns = (FeatureSpec(f"timm:{name}", None, None, "mean"),)
 
     def fingerprint(self) -> str:
-        """Hash the names and values of all weights, wherever they came from."""
+        """Hash the names and values of all weights."""
         hasher = hashlib.sha256()
         for name, tensor in sorted(self._model.state_dict().items()):
             value = tensor.cpu().contiguous()
@@ -57,11 +57,11 @@ class TimmFeatures:
         return hasher.hexdigest()
 
     def read(self, images: StoredImages, split: str, number: int) -> Iterator[CleanBatch]:
-        """Yield the pixels of one shard at the backbone's size."""
+        """Yield one shard's centre crops at the backbone's input size."""
         return images.pixel_batches(split, number, size=self.size, crop_fraction=self.crop_fraction)
 
     def show(self, images: ByteImages, labels: Int64[Tensor, " num_images"]) -> CleanBatch:
-        """Make a batch of images in memory: their centres, at the backbone's size."""
+        """Make a batch of the images' centre crops at the backbone's input size."""
         crop = central_crop(*images.shape[2:], crop_fraction=self.crop_fraction)
         return resized_batch(images, labels, crop, size=self.size)
 
@@ -69,14 +69,14 @@ class TimmFeatures:
     def __call__(self, batch: CleanBatch) -> dict[str, Tensor]:
         """Compute the backbone's own pooled features (batch, width), float32."""
         pixels = (batch.pixels.to(self._device) + 1) / 2
-        assert pixels.shape[2:] == (self.size, self.size), "made by `read` or `show`"
+        assert pixels.shape[2:] == (self.size, self.size), "`read` and `show` make this size"
         with torch.autocast(self._device.type, torch.bfloat16, enabled=self._is_bf16):
             features = self._model((pixels - self._mean) / self._std)
         return {self.columns[0].name: features.float()}
 
 
 def load_weights(model: nn.Module, path: Path) -> None:
-    """Load a backbone's weights, without a classifier; ValueError if the file does not fit."""
+    """Load all weights but the classifier's. Raises ValueError if the file does not fit."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
@@ -86,7 +86,7 @@ def load_weights(model: nn.Module, path: Path) -> None:
     try:
         state = load_file(path)
     except SafetensorError as error:
-        reason = f"no safetensors file ({error}); pickled weights are not read"
+        reason = f"is not a safetensors file ({error}); convert the weights to one"
         raise ValueError(f"{key}: {reason}") from error
     classifier = getattr(model, "default_cfg", {}).get("classifier") or ()
     names = (classifier,) if isinstance(classifier, str) else tuple(classifier)
@@ -95,4 +95,4 @@ def load_weights(model: nn.Module, path: Path) -> None:
         model.load_state_dict({k: v for k, v in state.items() if not k.startswith(prefixes)})
     except RuntimeError as error:
         reason = str(error).splitlines()[1].strip()[:200]
-        raise ValueError(f"{key}: does not fit the architecture: {reason}") from None
+        raise ValueError(f"{key}: does not fit features.timm_name: {reason}") from None

@@ -1,4 +1,4 @@
-"""A feature model runs on every image shard, and its features become a cache."""
+"""Run a feature model on all image shards, and store the features as a cache (see `cache`)."""
 
 import json
 import shutil
@@ -40,16 +40,16 @@ def write_cache(
     processes: Processes,
     on_progress: Tick,
 ) -> None:
-    """Compute the features of every shard that is not finished, then move all beside an index.
+    """Compute the features of all unfinished shards in `work_dir`; then move all files to `folder`.
 
-    All processes share `work_dir`, which survives a kill; process 0 writes the index. `on_progress`
-    is told how many more images are done, those of finished shards first. A ValueError says that a
-    feature is not finite (it names the image), or that the disk is full.
+    Processes share `work_dir`, which keeps finished shards if the run is interrupted. Process 0
+    writes the index. `on_progress` first gets the number of images that were already done, then of
+    each new batch. Raises ValueError if a feature is not finite, or if the disk is full.
     """
     name_of = "{0[0]}-{0[1]:05d}".format
 
     def make(shard: tuple[str, int], tick: Tick) -> Made:
-        """Write one shard's features to one file, and its maps, if there are any, to a second."""
+        """Write one shard's features to a file, and its maps, if there are any, to another."""
         keys: list[str] = []
         columns: dict[str, list[Tensor]] = {}
         for batch in model.read(images, *shard):
@@ -98,7 +98,7 @@ def write_cache(
             maps={split: tuple(own[1] for own in files[split]) for split in files if head},
             made_with=made_with,
         ).write(temporary)
-        # Last: if the disk is full by now, they are still in their place.
+        # Moved last, so that `work_dir` still has the files if the lines above find a full disk.
         for file in (file for each in made for file in each.files):
             shutil.move(work_dir / file.name, temporary / file.name)
 
@@ -106,23 +106,23 @@ def write_cache(
 def to_stored(
     features: Float[Tensor, "batch ..."], *, dtype: str, keys: Sequence[str], name: str
 ) -> Float[Tensor, "batch ..."]:
-    """Round features to the stored type, on the CPU; ValueError if one is then not finite."""
+    """Convert features to the stored type, on the CPU. Raises ValueError if one is not finite."""
     stored = features.to("cpu", DTYPES[dtype])
     finite = stored.isfinite().flatten(1).all(dim=1)
     if not bool(finite.all()):
         row = int((~finite).nonzero()[0])
         reason = (
-            "are too large for fp16 (65504); set features.dtype: bf16"
+            "are too large for fp16 (above 65504); set features.dtype: bf16"
             if bool(features[row].isfinite().all())
-            else "are not finite: the model diverged (see metrics/pretrain.csv), or bf16 did "
-            "(features.precision)"
+            else "are not finite: the training diverged (see metrics/pretrain.csv), or bf16 is too "
+            "coarse (then set features.precision: fp32)"
         )
         raise ValueError(f"features {name!r} of image {keys[row]} {reason}")
     return stored
 
 
 def write_table(path: Path, tensors: Mapping[str, Tensor], *, keys: Sequence[str]) -> Shard:
-    """Write one file, whole or not at all; its bytes depend on the content alone."""
+    """Write one file atomically. The same tensors and keys always give the same bytes."""
     num_rows = len(next(iter(tensors.values())))
     with replace_file(path) as temporary:
         whole = {name: tensor.contiguous() for name, tensor in tensors.items()}
@@ -131,7 +131,7 @@ def write_table(path: Path, tensors: Mapping[str, Tensor], *, keys: Sequence[str
 
 
 def bytes_of_features(model: FeatureModel, images: StoredImages) -> int:
-    """Compute the size on disk of all images' features: the first one's, times all."""
+    """Compute the bytes of all images' features from the size of the first image's."""
     batch = next(iter(model.read(images, *images.shards[0])))
     width = sum(features[:1].numel() for features in model(batch).values())
     return (8 + 2 * width) * sum(images.num_samples(*shard) for shard in images.shards)
@@ -140,9 +140,9 @@ def bytes_of_features(model: FeatureModel, images: StoredImages) -> int:
 def initial_attention(
     features: DiffusionFeatures, checkpoint: Path
 ) -> tuple[dict[str, int], TriTimestepAttention]:
-    """Return what an attentive probe starts from, and its arguments: the trained head or a new one.
+    """Return an attentive probe's initial attention head, after its constructor arguments.
 
-    Baselines get a new one, drawn from the seed of the noise.
+    ContraDiff has a trained head. Baselines get a new head, initialised with the features' seed.
     """
     unet, kind = features.model.unet, features.params.model
     shapes = parse(Architecture, read_config(checkpoint)["params"], source=str(checkpoint))

@@ -1,7 +1,6 @@
-"""Images from noise.
+"""Generate images from noise.
 
-In reading order: `sampling` (the reverse process, guidance), `solvers`, `cross_attention_cache`,
-`conditions` (noise, images or classes), `condition_images` (how images to condition on are stored),
-`class_table` (the embedding of classes, Table 5), `samples` (shards of generated images and their
-figure). The room may import `features`, `training`, `data`, `method`, `base` and what lies below.
+Read the modules in this order: `sampling` (the reverse process and guidance), `solvers`,
+`cross_attention_cache`, `conditions` (noise, images or classes), `condition_images` (images to
+condition on), `class_table` (class embeddings, Table 5), `samples` (shards of generated images).
 """

@@ -1,6 +1,6 @@
 """Class-conditional generation: a table of embeddings replaces the conditioner (Table 5).
 
-label => one token for the UNet's cross-attention; training changes the table, never the model
+A label gives one token for the UNet's cross-attention. Only the table is trained, not the model.
 """
 
 from pathlib import Path
@@ -29,29 +29,28 @@ from contradiff.types import Precision, Tokens
 
 TABLE_NAME = "table.safetensors"
 MICROBATCH_SIZE = 32
-"""Images that go through the UNet at once; their gradients add up. Stable Diffusion's activations
-for a batch of 512 fit no GPU."""
+"""Images that go through the UNet at once. The gradients of a batch are summed over such parts,
+because Stable Diffusion's activations for a batch of 512 images fit no GPU."""
 
 
 class ClassConditionParams(Section):
-    """Section `class_condition`. The paper says only: one embedding layer of width 512."""
+    """Section `class_condition`. The paper only mentions one embedding layer of width 512."""
 
-    epochs: int = Field(ge=0, description="0: train no table; generate.condition: class needs one")
+    epochs: int = Field(ge=0, description="0: no table; generate.condition: class needs 1 or more")
     width: int = Field(ge=1, description="width of an embedding")
     drop: float = Field(ge=0, lt=1, description="chance that a label is replaced by the null class")
-    batch_size: int = Field(ge=1, description="images a step")
+    batch_size: int = Field(ge=1, description="images per optimiser step")
     lr: float = Field(gt=0, description="peak learning rate")
     lora: bool = Field(description="whether the denoiser keeps its LoRA, here and in generation")
 
 
 class ClassTable(nn.Module):
-    """One embedding a class and one for the null class, mapped to the UNet's width (Sec. 4.2.2).
+    """An embedding for each class and for the null class, mapped to the UNet's width (Sec. 4.2.2).
 
-    Like the conditioner's, its last layer starts at zero, so that all tokens are zero at first.
+    The last layer starts at zero, as in the conditioner, so that all tokens are zero at first.
 
     *Deviation*: the paper's encoder is "a single learnable embedding layer with a dimensionality of
-    512". The UNet needs 768, so a linear layer follows. Classifier-free guidance needs the null
-    class.
+    512". A linear layer is added for the UNet, and a null class for classifier-free guidance.
     """
 
     def __init__(self, *, num_classes: int, width: int, cross_attention_dim: int) -> None:
@@ -63,16 +62,16 @@ class ClassTable(nn.Module):
 
     @property
     def null_label(self) -> int:
-        """Label of the null class: the last row, `num_classes`."""
+        """Return the label of the null class, which is the number of classes."""
         return self.embedding.num_embeddings - 1
 
     def forward(self, labels: Int64[Tensor, " batch"]) -> Tokens:
-        """Labels in [0, null_label] => encoder_hidden_states, one token an image."""
+        """Return one token (encoder_hidden_states) for each label in [0, null_label]."""
         return self.to_tokens(self.embedding(labels))[:, None]
 
 
 def choose_denoiser(model: ContraDiff, *, lora: bool) -> None:
-    """Turn the model into ContraDiff's denoiser, with LoRA merged, or back into the base's own."""
+    """Merge LoRA into the UNet, or disable LoRA and self-conditioning to get the base's UNet."""
     if lora:
         merge_lora(model.unet)
     else:
@@ -81,14 +80,14 @@ def choose_denoiser(model: ContraDiff, *, lora: bool) -> None:
 
 
 def count_steps(params: ClassConditionParams, *, num_samples: int) -> int:
-    """Count the optimiser steps of the whole training; an epoch drops its last, smaller batch.
+    """Count the optimiser steps of the training. Epochs leave out a last batch that is not full.
 
-    A ValueError says that a batch needs more images than there are.
+    Raises ValueError if a batch needs more images than there are.
     """
     steps_per_epoch = num_samples // params.batch_size
     if params.epochs and steps_per_epoch == 0:
         given = f"class_condition.batch_size: {params.batch_size}"
-        raise ValueError(f"{given} is more than the {num_samples} images")
+        raise ValueError(f"{given} is more than the {num_samples} images; lower it")
     return params.epochs * steps_per_epoch
 
 
@@ -106,18 +105,19 @@ def train_class_table(
     checkpoint_every: int,
     on_step: OnStep,
 ) -> None:
-    """Train the table in place, on the model's device; the same `work_dir` resumes the training.
+    """Train the table in place, on the model's device; resume if `work_dir` has a saved state.
 
-    The loss is Eq. 3 for the latents of centre crops at uniform timesteps. A resumed training ends
-    with the same weights, bit for bit on one machine: all that is random in step s is seeded by
-    (seed, s). The model comes with LoRA merged or disabled and is frozen here; `precision` is that
-    of its passes, and the table is float32. A ValueError says that the loss is not finite.
+    The loss is Eq. 3 for latents of centre crops at uniform timesteps. Step s is seeded by (seed,
+    s), so a resumed training gives the same weights, bit for bit on the same machine. Call
+    `choose_denoiser` before; this function freezes the model. The UNet runs in `precision`, and the
+    table is float32. Raises ValueError if the loss is not finite.
 
-    *Deviation*: the paper says that "no additional fine-tuning is applied for image generation". An
-    embedding has to be trained, but the model is not.
+    *Deviation*: the paper says that "no additional fine-tuning is applied for image generation".
+    Here the embedding is trained, because it must be, but not the model.
     """
     total_steps = count_steps(params, num_samples=pairs.num_samples)
-    lengths = {"total_steps": total_steps, "warmup_steps": round(0.02 * total_steps)}  # our choice
+    # The paper does not give a warm-up.
+    lengths = {"total_steps": total_steps, "warmup_steps": round(0.02 * total_steps)}
     device = model.unet.device
     model.requires_grad_(requires_grad=False).eval()
     if precision == "bf16":
@@ -130,7 +130,7 @@ def train_class_table(
     saved = SavedState(work_dir / "state.safetensors", weights, every=checkpoint_every)
     start = saved.resume(optimizer)
     info = pairs.latent_index.info
-    # View 0 of each image comes first: "two" pairs it with another view, where there is one.
+    # moments[0] below must be view 0, the centre crop. With several views, "same" draws any view.
     views = "two" if info.views > 1 else "same"
     choose = ViewChooser(pairs, latent_views=views, cond_view="same", condition="labels", seed=seed)
     place = {"start_step": start, "seed": seed, "rank": 0, "world_size": 1}
@@ -140,7 +140,7 @@ def train_class_table(
     batches = training_batches(stream, num_workers=num_workers)
 
     def take_gradients(step: int) -> dict[str, Tensor]:
-        """Add up the gradients of Eq. 3 over the microbatches; return the loss."""
+        """Sum the gradients of Eq. 3 over microbatches (parts of the batch); return the loss."""
         generator = torch.Generator(device).manual_seed(seed * 1_000_003 + step)
         loaded = next(batches)
         moments = loaded["moments"][0].to(device, non_blocking=True)
@@ -186,10 +186,10 @@ def save_class_table(
     num_steps: int,
     params: ClassConditionParams,
 ) -> None:
-    """Write table.safetensors and config.json in place of an earlier folder, whole or not at all.
+    """Atomically replace the folder by one with table.safetensors and config.json.
 
-    The table is None where no step was taken. `checkpoint` is the folder of the model that it was
-    trained with, and `num_classes` counts no null class.
+    `table` is None if no step was taken. `checkpoint` is the folder of the model that the table was
+    trained with. `num_classes` does not include the null class.
     """
     config = params.model_dump(include={"drop", "lora", "width"}) | {
         "checkpoint_sha256": sha256_of(checkpoint / WEIGHTS_NAME),
@@ -200,22 +200,22 @@ def save_class_table(
 
 
 def read_class_config(folder: Path) -> dict[str, Any]:
-    """Read a table's config.json; a ValueError says that there is none."""
-    return read_config(folder, what="table of classes", stage="class_condition")
+    """Read the config.json of a class table. Raises ValueError if the file is missing."""
+    return read_config(folder, what="class table", stage="class_condition")
 
 
 def load_class_table(folder: Path, *, checkpoint: Path) -> ClassTable:
-    """Rebuild a trained table on the CPU for the model in `checkpoint`.
+    """Load a trained table on the CPU for the model in the folder `checkpoint`.
 
-    A ValueError says that there is none, or that it is untrained or belongs to another model.
+    Raises ValueError if the table is missing or untrained, or was trained with another model.
     """
     config = read_class_config(folder)
     if config["num_steps"] == 0:
-        why = "class_condition.epochs is 0, so that no table was trained"
-        need = "generate.condition: class needs one; set class_condition.epochs to 1 or more"
-        raise ValueError(f"{folder}: {why}, but {need}")
+        why = "generate.condition: class needs a trained table, but class_condition.epochs was 0"
+        remedy = "set class_condition.epochs to 1 or more, and run `dvc repro class_condition`"
+        raise ValueError(f"{folder}: {why}; {remedy}")
     if config["checkpoint_sha256"] != sha256_of(checkpoint / WEIGHTS_NAME):
-        what = f"{folder}: this table was trained with another model than {checkpoint}"
+        what = f"{folder}: the class table was trained with another model than that in {checkpoint}"
         raise ValueError(f"{what}; run `dvc repro class_condition`")
     weights = load_file(folder / TABLE_NAME)
     sizes = {name: config[name] for name in ("num_classes", "width")}

@@ -1,4 +1,4 @@
-"""The validation images that samples are conditioned on, as pixels and as latents."""
+"""Store and read the validation images, as pixels and latents, that samples are conditioned on."""
 
 from collections.abc import Callable, Iterable, Iterator
 from itertools import cycle, islice
@@ -24,7 +24,7 @@ def write_conditions(
     params: shards.ShardParams,
     on_progress: Callable[[int], None],
 ) -> None:
-    """Store up to `num_images` images losslessly in an empty folder; 0 writes an empty index."""
+    """Store the first `num_images` (0 or more) images losslessly, with an index, in an empty folder."""
     records: Iterator[shards.Record] = (
         {
             "__key__": key.encode(),
@@ -41,15 +41,15 @@ def write_conditions(
 
 
 def condition_images(folder: Path, *, start: int) -> Iterator[tuple[ByteImages, Latents]]:
-    """Yield the stored images from number `start` on, endlessly: after the last comes the first.
+    """Yield the stored images endlessly, from number `start` on. After the last comes the first.
 
-    Each is a batch of one, as pixels and as a latent. Earlier shards are not read. A ValueError
-    says that there are no images, or that a shard is missing or damaged.
+    Each image is a batch of one, as pixels and as a latent. Shards before number `start` are not
+    read. Raises ValueError if there are no images, or if a shard is missing or damaged.
     """
     index = shards.ShardIndex.read(folder, ConditionInfo)
     num_images = index.num_samples(SPLIT)
     if num_images == 0:
-        remedy = "set generate.condition to image and run `dvc repro conditions`"
+        remedy = "set generate.condition to image, and run `dvc repro conditions`"
         raise ValueError(f"{folder}: holds no images; {remedy}")
     skip = start % num_images
     for shard in cycle(index.shards(SPLIT)):

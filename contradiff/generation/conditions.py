@@ -1,6 +1,6 @@
-"""What samples are conditioned on: noise, images or classes.
+"""The conditions of generated images ("samples"): noise, images or classes.
 
-A sample's noise and condition depend only on its index, not on its batch or process.
+A sample's noise and condition depend only on the sample's index, not on the batch or the process.
 """
 
 from collections.abc import Callable, Iterator
@@ -20,15 +20,15 @@ from contradiff.method.model import ContraDiff
 from contradiff.types import ByteImages, Conditions, Latents, Tokens, to_pixels
 
 TokensOf = Callable[[range], Tokens]
-"""Conditions of the samples of these indices."""
+"""A function from sample indices to the tokens for the UNet's cross-attention."""
 Condition = Literal["noise", "image", "class"]
 
 
 @dataclass(frozen=True)
 class Conditioning:
-    """What samples are conditioned on, and the null conditions of classifier-free guidance.
+    """The samples' conditions, and their null conditions for classifier-free guidance.
 
-    Sample i has the class i mod num_classes; if that is None, samples have no class.
+    Sample i has the class i mod `num_classes`. Samples have no class if `num_classes` is None.
     """
 
     tokens: TokensOf
@@ -45,10 +45,10 @@ def load_conditioning(
     checkpoint: Path,
     seed: int,
 ) -> Conditioning:
-    """Load the conditions that `generate.condition` names, and prepare the model's LoRA for them.
+    """Load the conditions that generate.condition names; also merge or disable the model's LoRA.
 
-    The LoRA is merged, or disabled if the class table was trained without it. A ValueError says
-    that the images or the table are missing, or that the table belongs to another model.
+    LoRA is disabled only if the class table was trained without LoRA. Raises ValueError if the
+    images or the table are missing, or if the table was trained with another model.
     """
     if condition == "class":
         loaded = class_table.load_class_table(table, checkpoint=checkpoint)
@@ -58,16 +58,16 @@ def load_conditioning(
     null = unconditional(model, seed=seed)
     if condition == "noise":
         return null
-    next(condition_images(images, start=0))  # refused now, if there are none
+    next(condition_images(images, start=0))  # raises ValueError now if there are no images
     return image_conditional(model, images, null_tokens=null.null_tokens)
 
 
 def seeded_noise(
     shape: tuple[int, ...], *, seed: int, indices: range, stream: Literal["latent", "condition"]
 ) -> Float[Tensor, "batch ..."]:
-    """Draw Gaussian noise that does not depend on batch size, device or number of processes.
+    """Draw Gaussian noise of `shape` for each sample, independent for each value of `stream`.
 
-    A sample has independent noise for each value of `stream`.
+    The noise does not depend on batch size, device or number of processes.
     """
     offset = {"latent": 0, "condition": 1}[stream]
     own = (torch.Generator().manual_seed((seed * 1_000_003 + i) * 2 + offset) for i in indices)
@@ -75,7 +75,7 @@ def seeded_noise(
 
 
 def unconditional(model: ContraDiff, *, seed: int) -> Conditioning:
-    """Condition samples on Gaussian noise, c(noise), which is also the null condition (App. A)."""
+    """Condition samples on encoded noise, c(noise), which is also the null condition (App. A)."""
 
     def tokens(indices: range) -> Tokens:
         shape = model.conditioner.shape
@@ -86,9 +86,9 @@ def unconditional(model: ContraDiff, *, seed: int) -> Conditioning:
 
 
 def image_conditional(model: ContraDiff, folder: Path, *, null_tokens: TokensOf) -> Conditioning:
-    """Condition sample i on the i-th image (Fig. 4); after the last image comes the first.
+    """Condition sample i on image i (Fig. 4). After the last image comes the first.
 
-    If samples are generated in order, the images are read in order too, without reopening files.
+    If samples are generated in order, files are not reopened for each batch.
     """
     images: Iterator[tuple[ByteImages, Latents]] = iter(())
     position = -1
@@ -108,7 +108,7 @@ def image_conditional(model: ContraDiff, folder: Path, *, null_tokens: TokensOf)
 
 
 def class_conditional(table: class_table.ClassTable) -> Conditioning:
-    """Condition samples on all classes in turn (Table 5); the null condition is the last row."""
+    """Condition samples on all classes in turn (Table 5). The null condition is the null class."""
 
     @torch.inference_mode()
     def tokens_of(labels: list[int]) -> Tokens:

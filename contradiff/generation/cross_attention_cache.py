@@ -1,4 +1,4 @@
-"""A cache of the cross-attention's keys and values, for tokens that stay the same."""
+"""A cache of the cross-attention's keys and values, for tokens that are the same at each step."""
 
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
@@ -8,12 +8,12 @@ from torch import Tensor, nn
 
 @contextmanager
 def cache_keys_and_values(unet: nn.Module) -> Generator[None]:
-    """Compute keys and values once within the block, and not in every pass.
+    """Within the `with` block, compute keys and values only once, not in every pass of the UNet.
 
-    The result is the same, bit for bit. Each layer remembers its last input and output, and
-    computes again when the input is another tensor object. Tokens must not be changed in place.
+    The results are the same, bit for bit. Each layer keeps its last input and output, and computes
+    a new output if its input is another tensor object. Tokens must not be changed in place.
 
-    An image of Stable Diffusion with 256 tokens in float32 takes 25 MB until the block ends.
+    Stable Diffusion with 256 tokens in float32 takes 25 MB per image until the block ends.
     """
     ends = ".attn2.to_k", ".attn2.to_v"
     layers = [module for name, module in unet.named_modules() if name.endswith(ends)]
@@ -23,7 +23,7 @@ def cache_keys_and_values(unet: nn.Module) -> Generator[None]:
         yield
     finally:
         for layer in layers:
-            del layer.forward  # the instance's own, which hid the class's
+            del layer.forward  # deletes the instance's attribute; the class's method is used again
 
 
 def _remembering_the_last(function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:

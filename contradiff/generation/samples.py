@@ -1,4 +1,4 @@
-"""Shards of generated images, and the figure that shows the first of them."""
+"""Shards of generated images, and a figure of the first images."""
 
 from collections.abc import Iterable, Iterator
 from itertools import chain, islice
@@ -27,7 +27,7 @@ DESCRIPTIONS = {
 def describe_samples(
     params: GenerateParams, *, seed: int, checkpoint: Path, base: Path
 ) -> SampleInfo:
-    """Describe samples for their index: their settings, and hashes of the model and its base."""
+    """Return facts for the samples' index: settings, and hashes of the model and of its base."""
     settings = params.model_dump(exclude={"batch_size"}) | {
         "condition": DESCRIPTIONS[params.condition],
         "seed": seed,
@@ -38,7 +38,7 @@ def describe_samples(
 
 
 def plan_samples(num_samples: int, params: shards.ShardParams) -> dict[str, range]:
-    """Divide the samples into shards, in order: name of a shard => indices of its samples."""
+    """Divide the samples into shards; return each shard's name with the indices of its samples."""
     size, kind = params.samples_per_shard, params.compression
     starts = enumerate(range(0, num_samples, size))
     whole = range(num_samples)
@@ -48,14 +48,14 @@ def plan_samples(num_samples: int, params: shards.ShardParams) -> dict[str, rang
 def sample_records(
     indices: range, batches: Iterable[ByteImages], *, num_classes: int | None
 ) -> Iterator[shards.Record]:
-    """Yield the images of these indices as records; image i has the label i mod num_classes."""
+    """Yield the images as shard records. The image of index i has the label i mod num_classes."""
     for number, image in zip(indices, chain.from_iterable(batches), strict=True):
         label = {} if num_classes is None else {"cls": str(number % num_classes).encode()}
         yield {"__key__": f"{number:06d}".encode(), "png": encode_png(image), **label}
 
 
 def sample_figure(samples: Path, *, conditions: Path | None) -> bytes:
-    """Draw the first samples as a PNG, each row below the row of their `conditions`, if any."""
+    """Draw the first samples as a PNG, each row below a row of conditions if they are given."""
     number = 96 if conditions is None else 48
     records = islice(shards.read_split(samples, SPLIT), number)
     images = torch.stack([decode(item["png"], name=str(item["__key__"])) for item in records])

@@ -1,4 +1,4 @@
-"""Generation: Gaussian noise -> solver steps -> latents -> images (Tables 4 and 5, Appendix A)."""
+"""Generation: Gaussian noise => solver steps => latents => images (Tables 4 and 5, Appendix A)."""
 
 from collections.abc import Iterator
 from copy import deepcopy
@@ -20,33 +20,33 @@ if TYPE_CHECKING:
 
 
 class GenerateParams(Section):
-    """Section `generate`. Paper: 50,000 images, 100 steps; deviation: it mentions no guidance."""
+    """Section `generate`. Paper: 50,000 images in 100 steps. It does not mention guidance."""
 
     condition: Condition = Field(description="noise (App. A) | image (Fig. 4) | class (Table 5)")
-    guidance: float = Field(ge=0, description="classifier-free; 1: none")
+    guidance: float = Field(ge=0, description="classifier-free guidance; 1: none")
     guidance_interval: list[float] = Field(
-        min_length=2, max_length=2, description="where to guide: 0 is clean, 1 noise; 0 to 1: all"
+        min_length=2, max_length=2, description="part of the schedule to guide: 0 clean, 1 noise"
     )
     num_samples: int = Field(ge=1)
     solver: Solver = Field(description="ddim (paper, eta = 0) | dpmsolver++ | unipc: fewer steps")
-    num_inference_steps: int = Field(ge=1, description="of the solver")
-    batch_size: int = Field(ge=1, description="images at once, within a shard")
-    precision: Precision = Field(description="of the UNet's passes; the VAE stays in fp32")
+    num_inference_steps: int = Field(ge=1, description="steps of the solver")
+    batch_size: int = Field(ge=1, description="images generated at once, all of one shard")
+    precision: Precision = Field(description="precision of the UNet's passes; the VAE runs in fp32")
 
     @model_validator(mode="after")
     def _guidance_has_something_to_guide(self) -> "GenerateParams":
         if self.condition == "noise" and self.guidance != 1:
-            what = f"generate.guidance is {self.guidance:g}, but generate.condition: noise"
-            why = "is the null condition itself, with nothing to guide"
-            raise ValueError(f"{what} {why}; set generate.guidance to 1")
+            why = "generate.condition: noise is itself the null condition"
+            given = f"(got {self.guidance:g})"
+            raise ValueError(f"generate.guidance: set it to 1, because {why} {given}")
         low, high = self.guidance_interval
         if not 0 <= low < high <= 1:
-            must = "must be two rising numbers between 0 and 1"
-            raise ValueError(f"generate.guidance_interval {must} (got {low:g}, {high:g})")
+            remedy = "set two numbers from 0 to 1, the smaller one first"
+            raise ValueError(f"generate.guidance_interval: {remedy} (got {low:g}, {high:g})")
         if self.guidance == 1 and (low, high) != (0, 1):
             raise ValueError(
-                f"generate.guidance_interval is {low:g} to {high:g}, but generate.guidance is 1, "
-                "which guides nothing; set the interval to [0, 1] or guidance to another number"
+                f"generate.guidance_interval: {low:g} to {high:g} has no effect if "
+                "generate.guidance is 1; set the interval to [0, 1], or guidance to another number"
             )
         return self
 
@@ -63,15 +63,15 @@ def denoise(
     guidance_interval: tuple[float, float] = (0.0, 1.0),
     precision: Precision = "fp32",
 ) -> Latents:
-    """Run the reverse process from pure noise, deterministically.
+    """Turn pure noise into clean latents by the reverse process, which is deterministic here.
 
     With null tokens, classifier-free guidance (Ho and Salimans, 2022) predicts the noise as eps =
-    eps_null + guidance * (eps_cond - eps_null); one pass computes both. Outside the guidance
-    interval, in fractions of the schedule (Kynkäänniemi et al., 2024), it is eps_cond, which takes
-    half the time. `precision` is that of the UNet's passes; the solver's own steps are float32.
+    eps_null + guidance * (eps_cond - eps_null), and one pass computes both terms. Outside
+    `guidance_interval`, given in fractions of the schedule (Kynkäänniemi et al., 2024), eps is
+    eps_cond, which takes half the time. The UNet runs in `precision`, the solver in float32.
     """
-    assert null_tokens is not None or guidance == 1, "guidance needs the null condition"
-    scheduler = deepcopy(scheduler)  # solvers keep state
+    assert null_tokens is not None or guidance == 1, "guidance needs null tokens"
+    scheduler = deepcopy(scheduler)  # a solver's `step` changes its state
     low, high = (part * model.schedule.num_train_timesteps for part in guidance_interval)
     both = None if null_tokens is None else torch.cat([tokens, null_tokens])
     latents = noise * scheduler.init_noise_sigma
@@ -101,12 +101,12 @@ def generate(
     image_size: int,
     seed: int,
 ) -> Iterator[ByteImages]:
-    """Yield batches of images, in the order of their sample indices.
+    """Yield the images of the given sample indices, in order and in batches.
 
-    Sample i has noise with the seed (seed, i). Model and VAE are in evaluation mode on one device,
-    the VAE in float32.
+    The noise of sample i is seeded by (seed, i). Model and VAE must be in evaluation mode and on
+    the same device, and the VAE in float32.
     """
-    # Not the UNet's own sample_size: Stable Diffusion's is 64, for 512 pixels.
+    # The UNet's sample_size is not used: Stable Diffusion's is 64, which is for 512 pixels.
     side = image_size // downsampling_factor(vae)
     shape = (model.unet.config["in_channels"], side, side)
     low, high = params.guidance_interval

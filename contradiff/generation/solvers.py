@@ -1,7 +1,7 @@
 """Solvers of the reverse process.
 
-The paper uses DDIM (eta = 0). The other solvers integrate the same differential equation to second
-order, and so reach the same images in fewer steps.
+The paper uses DDIM (eta = 0). The other solvers are second-order methods for the same differential
+equation, so they reach the same images in fewer steps.
 """
 
 import inspect
@@ -14,16 +14,16 @@ from contradiff.base.loading import load_scheduler
 
 Solver = Literal["ddim", "dpmsolver++", "unipc"]
 Scheduler = Any
-"""A scheduler of diffusers whose timesteps are set; its `step` may keep state."""
+"""A diffusers scheduler whose timesteps are set. Its `step` may change the scheduler's state."""
 
 
 def load_solver(folder: Path, *, solver: Solver, num_inference_steps: int) -> Scheduler:
-    """Load a solver with the base's noise schedule and its timesteps set.
+    """Load a solver with the base's noise schedule, and set its timesteps.
 
-    DDIM keeps the base's grid of timesteps, which is "leading": it starts below the last timestep.
-    With few steps this gap would show, so the other solvers start from the last timestep, pure
-    noise, and take equal steps (diffusers' `linspace`, which is their default). dpmsolver++ is that
-    of Lu et al. (2022), multistep; unipc is that of Zhao et al. (2023); both are of second order.
+    DDIM keeps the base's grid of timesteps, which is "leading": sampling starts below the last
+    timestep, pure noise. With few steps this gap would be visible, so the other solvers start from
+    the last timestep and take equal steps (diffusers' `linspace`). dpmsolver++ is the multistep
+    solver of Lu et al. (2022), and unipc the solver of Zhao et al. (2023); both have second order.
     """
     ddim = load_scheduler(folder, num_inference_steps=num_inference_steps)
     if solver == "ddim":
@@ -34,10 +34,10 @@ def load_solver(folder: Path, *, solver: Solver, num_inference_steps: int) -> Sc
     multistep: type[Any] = (
         DPMSolverMultistepScheduler if solver == "dpmsolver++" else UniPCMultistepScheduler
     )
-    # By name, so that no setting of the base is lost to another default of the other class.
+    # Settings are copied by name, so that other defaults of the new class do not replace them.
     known = inspect.signature(multistep.__init__).parameters
     settings = {name: value for name, value in ddim.config.items() if name in known}
     scheduler = multistep(**settings | {"timestep_spacing": "linspace", "solver_order": 2})
-    assert torch.equal(scheduler.alphas_cumprod, ddim.alphas_cumprod), "another noise schedule"
+    assert torch.equal(scheduler.alphas_cumprod, ddim.alphas_cumprod), "the schedules differ"
     scheduler.set_timesteps(num_inference_steps)
     return scheduler

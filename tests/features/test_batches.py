@@ -1,4 +1,4 @@
-"""Batches are the images in order, their centre crops, and nothing else."""
+"""Batches have the centre crops of the images, in order."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -32,7 +32,7 @@ def test_stored_batches_are_the_split_s_centre_crops_in_order(tiny_data: Path):
         assert (key, label) == (sample.key, sample.label)
         shown = apply_crop(decode(sample.image, name=""), centre_crop(40, 36), size=32)
         assert pixels.equal(to_pixels(shown[None])[0])
-        # half: tiny_base's scaling factor
+        # tiny_base's scaling factor is 0.5
         assert mean.equal(0.5 * torch.from_numpy(moments[0, :4]).float())
 
 
@@ -67,7 +67,7 @@ def test_a_shard_s_batches_are_its_rows_of_the_split(tiny_data: Path, num_thread
 
 
 def test_only_the_centre_is_seen(tiny_data: Path):
-    sample = next(iter(read_images(tiny_data / "images", "val")))  # 40 x 36
+    sample = next(iter(read_images(tiny_data / "images", "val")))  # its size is 40 x 36
     whole = module.centre_row(sample, size=36, crop_fraction=1.0)[3]
     centre = module.centre_row(sample, size=18, crop_fraction=0.5)[3]
     assert torch.equal(centre, whole[:, 9:27, 9:27])

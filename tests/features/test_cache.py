@@ -1,4 +1,4 @@
-"""What is read is what was written, and nothing else is taken for it."""
+"""A cache returns what was written, and damaged or old files are refused."""
 
 import json
 from pathlib import Path
@@ -19,7 +19,7 @@ def folders_in(folder: Path) -> ModelFolders:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """A cache of five rows in two shards with maps, beside a checkpoint."""
+    """Make a checkpoint, and a cache of five rows and maps in two shards."""
     checkpoint, features = tmp_path / "pretrain", tmp_path / "features"
     checkpoint.mkdir()
     (checkpoint / "model.safetensors").write_bytes(b"weights")
@@ -79,7 +79,7 @@ def test_damage_is_named(folder: Path):
 def test_missing_and_old_indices_are_refused(folder: Path):
     path = folder / "features/index.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"version": 0}))
-    with pytest.raises(ValueError, match="no index of version 1; run `dvc repro features`"):
+    with pytest.raises(ValueError, match="is not a valid index; run `dvc repro features`"):
         open_in(folder)
     path.unlink()
     with pytest.raises(ValueError, match="no features; run `dvc repro features`"):
@@ -95,5 +95,7 @@ def test_features_that_are_not_finite_are_refused_by_the_image():
         to_stored(features, dtype="fp16", keys="abc", name="h")
     assert to_stored(features, dtype="bf16", keys="abc", name="h").dtype == torch.bfloat16
     features[2, 1] = torch.nan
-    with pytest.raises(ValueError, match="features 'h' of image c are not finite: the model div"):
+    with pytest.raises(
+        ValueError, match="features 'h' of image c are not finite: the training div"
+    ):
         to_stored(features, dtype="bf16", keys="abc", name="h")

@@ -1,4 +1,4 @@
-"""Against the UNet's pass and its feedback, written out layer by layer."""
+"""Both passes must equal the UNet's pass and feedback written out layer by layer."""
 
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ def inputs() -> tuple[Tensor, Tensor, Tensor]:
 def transcription(
     unet: Any, latents: Tensor, steps: Tensor, tokens: Tensor, feedback: list[Tensor] | None
 ) -> tuple[Tensor, list[Tensor]]:
-    """`unet.forward` layer by layer: the bottleneck, and the up blocks' maps before upsampling."""
+    """Run `unet.forward` layer by layer; return the bottleneck and the maps before upsampling."""
 
     def layer(block: Any, number: int, hidden: Tensor) -> Tensor:
         hidden = block.resnets[number](hidden, time)
@@ -61,7 +61,7 @@ def test_both_passes_equal_a_transcription(tiny_base: Path):
     expected = torch.cat([pool(found, size) for found in fused], dim=1)
     assert feedback_maps(unet, *inputs()).equal(expected)
     assert (again[0] - bottleneck).abs().max() > 1e-2
-    # the UNet is as it was, and each image is for itself
+    # the UNet is unchanged, and an image's maps do not depend on the other images
     assert bottleneck.equal(SplitUNet(unet).down(*inputs()).bottleneck)
     alone = feedback_maps(unet, *(each[1:] for each in inputs()))
     torch.testing.assert_close(alone, expected[1:], atol=1e-5, rtol=1e-5)

@@ -1,4 +1,4 @@
-"""Against diffusers' own inverse scheduler and whole passes of its UNet."""
+"""The inversion must equal diffusers' inverse scheduler with full passes of its UNet."""
 
 import json
 import shutil
@@ -20,7 +20,7 @@ Build = Callable[..., ContraDiff]
 
 
 def draw_inputs(num_images: int = 2) -> tuple[Tensor, Tensor]:
-    """Clean latents and tokens."""
+    """Draw clean latents and tokens."""
     generator = torch.Generator().manual_seed(0)
     latents = torch.randn(num_images, 4, 8, 8, generator=generator)
     return latents, torch.randn(num_images, 16, 16, generator=generator)
@@ -34,7 +34,7 @@ def inverted_maps(model: ContraDiff, *inputs: Tensor, timesteps: list[int]) -> T
 @pytest.mark.parametrize("timesteps", [[101, 401, 201], [951, 901, 1], [151, 51, 101]])
 @torch.no_grad()
 def test_maps_are_diffusers_inversions(build_tiny: Build, tiny_base: Path, timesteps: list[int]):
-    """Whole passes; a step of `DDIMInverseScheduler` is named after the level that it reaches."""
+    """`DDIMInverseScheduler.step` is given the timestep that the step reaches."""
     model, (latents, tokens) = build_tiny(), draw_inputs()
     maps = inverted_maps(model, latents, tokens, timesteps=timesteps)
     scheduler = DDIMInverseScheduler.from_pretrained(tiny_base / "scheduler")
@@ -70,7 +70,7 @@ def test_the_chain_is_led_by_the_self_conditioned_noise(build_tiny: Build):
 @pytest.mark.parametrize("block", ["mid", "up.1", "mid+up.1"])
 @torch.no_grad()
 def test_chain_ends_at_the_noisiest_timestep(build_tiny: Build, block: str):
-    """401 is the grid's ninth point; the ninth pass predicts no noise."""
+    """401 is the grid's ninth timestep, and the ninth pass predicts no noise."""
     model, (latents, tokens) = build_tiny(head={"block": block}), draw_inputs()
     ran: list[str] = []
     for name in ("mid_block", "up_blocks.0", "up_blocks.2"):
@@ -78,7 +78,7 @@ def test_chain_ends_at_the_noisiest_timestep(build_tiny: Build, block: str):
         module.register_forward_hook(lambda *_, name=name: ran.append(name))
     maps = inverted_maps(model, latents, tokens, timesteps=[401, 201, 101])
     assert (ran.count("mid_block"), ran.count("up_blocks.2")) == (9, 8)
-    assert ran.count("up_blocks.0") == (8 if block == "mid" else 9)  # the ninth for its map alone
+    assert ran.count("up_blocks.0") == (8 if block == "mid" else 9)  # the ninth only for the map
     assert maps.shape == (2, 3, 64 if block == "mid+up.1" else 32, 2, 2)
     assert model.attention(maps).shape == (2, 16)
 

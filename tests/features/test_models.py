@@ -1,4 +1,4 @@
-"""Features are those of the image, whatever else is in its batch, and of the model named."""
+"""Features depend on the image and the named model, not on the other images of the batch."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -55,7 +55,7 @@ def test_batch_size_has_no_say(model: ContraDiff, tiny_data: Path, noising: str,
 
 
 def test_levels_and_condition_count_and_the_order_does_not(model: ContraDiff, tiny_data: Path):
-    """The noisiest level is the query, wherever it stands in the parameters."""
+    """The noisiest timestep gives the query, in any order of features.timesteps."""
     batches = batches_of(tiny_data)
     first = features_of(model, batches, timesteps=[401, 201, 101]).features
     assert features_of(model, batches, timesteps=[101, 401, 201]).features.equal(first)
@@ -66,7 +66,7 @@ def test_levels_and_condition_count_and_the_order_does_not(model: ContraDiff, ti
 
 @pytest.mark.parametrize("noising", ["direct", "ddim_chain"])
 def test_only_direct_noising_is_random(model: ContraDiff, tiny_data: Path, noising: str):
-    """There, every image has noise of its own, and every seed another."""
+    """With direct noising, the noise differs between images and between seeds."""
     (batch,) = batches_of(tiny_data)
     latents, pixels = (each[:1].repeat(2, 1, 1, 1) for each in (batch.latents, batch.pixels))
     twins = CleanBatch((0, 1), latents, pixels, batch.labels[:2], batch.keys[:2])
@@ -110,7 +110,7 @@ def test_the_base_alone_is_the_model_before_training(  # noqa: PLR0917
     head: dict[str, Any],
     noising: str,
 ):
-    """And under tokens that a conditioner makes, which are zero before training."""
+    """Before training, the conditioner's tokens are zero, as the base's always are."""
     save_tiny(tmp_path / "c", build_tiny(head=head), head=tiny_params["head"] | head)
     params = features_params(noising=noising, pool="mean", more_blocks=["up.1"])
     folders = ModelFolders(tmp_path / "c", tiny_base, tmp_path)
@@ -135,7 +135,7 @@ def test_frozen_weights_in_half_precision_are_autocast_s_own(  # noqa: PLR0917
     monkeypatch: pytest.MonkeyPatch,
     kind: str,
 ):
-    """Cast once, or by autocast at every batch: the same features, bit for bit."""
+    """Casting weights once, or by autocast at every batch, gives the same features bit for bit."""
     save_tiny(tmp_path / "checkpoint", build_tiny())
     (batch,) = batches_of(tiny_data)
     pool = "attention" if kind == "contradiff" else "mean"

@@ -1,4 +1,4 @@
-"""Against timm's own transform and forward pass."""
+"""Features must equal those of timm's own transform and forward pass."""
 
 import io
 from pathlib import Path
@@ -20,7 +20,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Random weights with a classifier."""
+    """Save random weights of a backbone with a classifier."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = timm.create_model(NAME, num_classes=5)
@@ -52,7 +52,7 @@ def test_features_are_timms_own(weights: Path, tiny_data: Path):
     pixels = torch.stack([transform(Image.open(io.BytesIO(image.image))) for image in images])
     shown = torch.cat([batch.pixels for batch in batches])
     mean, std = (torch.tensor(config[name]).view(3, 1, 1) for name in ("mean", "std"))
-    # one resize of a crop against a crop of a resize: alike but for the border
+    # we crop, then resize; timm resizes, then crops: the pixels differ only at the border
     assert ((shown + 1) / 2 - (pixels * std + mean)).abs().mean() < 0.02
     with torch.no_grad():
         expected = model(((shown + 1) / 2 - mean) / std)
@@ -63,12 +63,12 @@ def test_features_are_timms_own(weights: Path, tiny_data: Path):
 
 
 def test_faults_are_named(weights: Path, tmp_path: Path):
-    with pytest.raises(ValueError, match=r"^features\.timm_name: timm .* knows no 'vit_nano'"):
+    with pytest.raises(ValueError, match=r"^features\.timm_name: timm .* has no model 'vit_nano'"):
         load(weights, "vit_nano")
     with pytest.raises(ValueError, match=r"^features\.timm_weights: .*nowhere: no such file"):
         load(tmp_path / "nowhere")
     (tmp_path / "w.safetensors").write_bytes(b"no weights")
-    with pytest.raises(ValueError, match=r"^features\.timm_weights: .*no safetensors file"):
+    with pytest.raises(ValueError, match=r"^features\.timm_weights: .*not a safetensors file"):
         load(tmp_path / "w.safetensors")
     save_file({"cls_token": torch.zeros(1, 1, 64)}, tmp_path / "w.safetensors")
     with pytest.raises(ValueError, match=r"^features\.timm_weights: .*does not fit"):

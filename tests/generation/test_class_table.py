@@ -1,4 +1,4 @@
-"""Only the table learns, resumably, and a wrong table is refused."""
+"""Only the table is trained, the training can be resumed, and wrong tables are refused."""
 
 import math
 from collections.abc import Callable
@@ -28,7 +28,7 @@ NUM_STEPS = 8  # 24 images, six a step, two epochs
 
 
 class Killed(BaseException):
-    """As SIGTERM makes it: nothing handles it on the way."""
+    """Ends the training as SIGTERM would: no `except Exception` catches it."""
 
 
 @pytest.fixture
@@ -38,7 +38,7 @@ def pairs(tiny_data: Path) -> PairedShards:
 
 @pytest.fixture
 def centres(pairs: PairedShards) -> tuple[Tensor, Tensor]:
-    """Labels and moments of every training image's centre crop, which is view 0."""
+    """Return the labels and the moments of all training images' centre crops (view 0)."""
     records = [pair for shard in range(pairs.num_shards) for pair in pairs.read(shard)]
     moments = [torch.from_numpy(StoredLatents.of_record(r).moments[0]) for _, r in records]
     return torch.tensor([image_of(image).label for image, _ in records]), torch.stack(moments)
@@ -46,7 +46,7 @@ def centres(pairs: PairedShards) -> tuple[Tensor, Tensor]:
 
 @pytest.fixture
 def train(pairs: PairedShards, tmp_path: Path) -> Train:
-    """Call `train_class_table` with small settings; keywords change them."""
+    """Return a function that calls `train_class_table` with small settings and given changes."""
 
     def run(model: ContraDiff, table: ClassTable, **changes: Any) -> None:
         settings: dict[str, Any] = {"precision": "fp32", "seed": 0, "work_dir": tmp_path}
@@ -115,7 +115,7 @@ def test_only_the_table_changes_in_float32_and_the_model_has_the_precision(
 
 def test_every_class_and_the_null_class_learn_by_drop_alone(build_tiny: Build, train: Train):
     for drop in (0.0, 0.5):
-        table = new_table(num_classes=4)  # the data has three of them
+        table = new_table(num_classes=4)  # the data has three classes
         before = table.embedding.weight.detach().clone()
         train(build_tiny(), table, params={"drop": drop})
         learned = (table.embedding.weight != before).any(dim=1)
@@ -129,10 +129,10 @@ def test_a_step_is_the_loss_written_out(
     centres: tuple[Tensor, Tensor],
     monkeypatch: pytest.MonkeyPatch,
 ):
-    """One step on all images, in microbatches or not.
+    """One step on all images gives the same in one part and in microbatches.
 
-    The loss is near Eq. 3's at fixed noise, which more steps lower, and Adam's first update is the
-    gradient's sign.
+    Its loss is near Eq. 3's at fixed noise, and more steps lower that loss. Adam's first update is
+    the learning rate times the gradient's sign.
     """
 
     @torch.no_grad()
@@ -166,7 +166,7 @@ def test_a_step_is_the_loss_written_out(
 def test_view_0_is_what_is_learnt_from(
     build_tiny: Build, train: Train, monkeypatch: pytest.MonkeyPatch, centres: tuple[Tensor, Tensor]
 ):
-    """The random crops are distorted in colour."""
+    """Views other than 0 are random crops with distorted colours."""
     seen: list[Tensor] = []
     sample = class_table.sample
 
@@ -199,7 +199,7 @@ def test_killed_and_resumed_equals_uninterrupted(
     every = {"work_dir": tmp_path, "checkpoint_every": 2, "num_workers": num_workers}
     with pytest.raises(Killed):
         train(build_tiny(), new_table(), on_step=kill, **every)
-    # As after a restart: other weights in memory, another state of the global generator.
+    # A restart has other weights in memory and another state of the global generator.
     resumed = new_table(seed=0 if killed_at <= 2 else 5)
     torch.manual_seed(99)
     steps: list[int] = []
@@ -210,7 +210,7 @@ def test_killed_and_resumed_equals_uninterrupted(
 
 @pytest.fixture
 def quick(build_tiny: Build, monkeypatch: pytest.MonkeyPatch) -> tuple[ContraDiff, list[Tensor]]:
-    """A model that runs no UNet, and the timesteps that it will have been given."""
+    """Return a model that skips its UNet, and a list that collects the timesteps it gets."""
     model, seen = build_tiny(), []
 
     def noise_pred(noisy: Tensor, timesteps: Tensor, tokens: Tensor) -> Tensor:
@@ -229,7 +229,7 @@ def test_each_image_draws_its_own_timestep_of_all_and_drops_its_label_alone(
     table.register_forward_pre_hook(lambda _, args: labels.append(args[0]))
     train(model, table, params={"batch_size": 24, "epochs": 40})
     assert all(len(steps.unique()) > 12 for steps in timesteps)
-    # 240 of 960 are expected in each quarter, with a standard deviation of 13
+    # each quarter of the range should get 240 of 960 draws, with a standard deviation of 13
     quarters = torch.histc(torch.cat(timesteps).float(), bins=4, min=0, max=1000)
     assert quarters.sum() == 960
     assert (quarters - 240).abs().max() < 60
@@ -243,7 +243,7 @@ def test_the_rate_warms_up_over_a_fiftieth_and_falls_along_a_cosine(
     quick: tuple[ContraDiff, list[Tensor]], train: Train
 ):
     rates: list[float] = []
-    # each step is reported, with its rate; 100 steps
+    # the training has 100 steps, and each one reports its learning rate
     report: dict[str, Any] = {"log_every": 1, "on_step": lambda _, row: rates.append(row["lr"])}
     train(quick[0], new_table(), params={"epochs": 25}, **report)
     cosine = [0.01 * (1 + math.cos(math.pi * number / 98)) for number in range(98)]
@@ -257,7 +257,10 @@ def test_the_rate_warms_up_over_a_fiftieth_and_falls_along_a_cosine(
             {"lr": 1e30},
             r"^class_condition\.lr: the training diverged \(loss is (nan|inf) at step \d",
         ),
-        ({"batch_size": 25}, r"^class_condition\.batch_size: 25 is more than the 24 images$"),
+        (
+            {"batch_size": 25},
+            r"^class_condition\.batch_size: 25 is more than the 24 images; lower it$",
+        ),
     ],
 )
 def test_training_that_cannot_succeed_names_its_parameter(
@@ -278,7 +281,7 @@ def test_impossible_parameters_are_refused(name: str, value: Any):
 
 @torch.no_grad()
 def test_without_lora_the_denoiser_is_the_base(build_tiny: Build, tiny_base: Path):
-    """Nothing that was trained in it is left, self-conditioning neither; with LoRA all of it is."""
+    """Without LoRA, self-conditioning is also off; with LoRA, nothing changes."""
     generator = torch.Generator().manual_seed(0)
     noisy, tokens = (
         torch.randn(shape, generator=generator) for shape in ((2, 4, 8, 8), (2, 1, 16))
@@ -295,10 +298,10 @@ def test_without_lora_the_denoiser_is_the_base(build_tiny: Build, tiny_base: Pat
 
 
 def test_a_saved_table_is_the_same_again_for_its_checkpoint_alone(tmp_path: Path):
-    """The stage's test has untrained tables."""
+    """Tables without training are tested with the stage."""
     folder, weights = tmp_path / "table", tmp_path / "model.safetensors"
     weights.write_bytes(b"some weights")
-    with pytest.raises(ValueError, match=r"config\.json: no table of classes; run `dvc repro"):
+    with pytest.raises(ValueError, match=r"config\.json: no class table; run `dvc repro"):
         class_table.load_class_table(folder, checkpoint=tmp_path)
     table = new_table()
     table.to_tokens.weight.data.normal_()

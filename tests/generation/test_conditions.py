@@ -1,4 +1,4 @@
-"""What a sample is conditioned on, in whatever batch it is made."""
+"""A sample's condition does not depend on the batch in which the sample is generated."""
 
 from collections.abc import Callable
 from itertools import islice
@@ -30,7 +30,7 @@ def model(build_tiny: Callable[..., ContraDiff]) -> ContraDiff:
 
 @pytest.fixture
 def images(tiny_data: Path) -> CleanBatch:
-    """All eight validation images."""
+    """Read all eight validation images."""
     folders = tiny_data / "images", tiny_data / "latents"
     [images] = stored_batches(*folders, split="val", batch_size=8)
     return images
@@ -50,7 +50,7 @@ def store(data: Path, folder: Path, *, num_images: int) -> list[int]:
 
 @pytest.fixture
 def stored(tiny_data: Path, tmp_path: Path) -> Path:
-    """All eight validation images, in shards of three."""
+    """Store all eight validation images in shards of three."""
     assert store(tiny_data, tmp_path, num_images=100) == [3, 3, 2]
     return tmp_path
 
@@ -74,7 +74,7 @@ def test_earlier_shards_are_not_read(stored: Path):
 
 
 def test_no_images_are_said_to_be_none(tmp_path: Path):
-    """Neither images nor latents need be there."""
+    """To store no images, the folders of images and latents need not exist."""
     assert store(tmp_path / "nowhere", tmp_path, num_images=0) == []
     with pytest.raises(ValueError, match=r"holds no images; set generate\.condition to image"):
         next(condition_images(tmp_path, start=0))
@@ -105,7 +105,7 @@ def conditioned_on(kind: str, model: ContraDiff, folder: Path, table: ClassTable
 def test_conditions_do_not_depend_on_the_batches(
     model: ContraDiff, stored: Path, table: ClassTable, kind: str
 ):
-    """Nor on what was asked for before: batches of a shard of other samples, or none."""
+    """They do not depend on the order of calls either."""
     conditioning = conditioned_on(kind, model, stored, table)
     whole = conditioning.tokens(range(20))
     null = conditioning.null_tokens(range(20))
@@ -124,7 +124,7 @@ def test_sample_i_is_conditioned_on_image_i(
     table: ClassTable,
     kind: str,
 ):
-    """There are eight: sample 8 has the first again."""
+    """There are eight images, so sample 8 gets the first one again."""
     latents = kind == "latents"
     model = build_tiny(conditioner={"input": kind, "patch_size": 2 if latents else 8})
     seen = images.latents if latents else images.pixels
@@ -152,7 +152,7 @@ def test_seeded_noise_repeats_and_its_streams_differ():
     assert torch.equal(second, seeded_noise((4, 32, 32), **key | {"indices": range(3, 4)})[0])
     for change in ({"seed": 6}, {"indices": range(3, 4)}, {"stream": "condition"}):
         other = seeded_noise((4, 32, 32), **key | change)[0]
-        # Independent: correlations of 4096 pairs stay within five standard errors.
+        # Of 4096 independent pairs, the correlation stays within five standard errors.
         correlation = torch.corrcoef(torch.stack([noise.flatten(), other.flatten()]))[0, 1]
         assert abs(correlation) < 5 / 64
     assert abs(noise.mean()) < 5 / 64

@@ -1,4 +1,4 @@
-"""The same noise predictions, with fewer projections."""
+"""With the cache, noise predictions are the same, and tokens are projected only once."""
 
 from collections.abc import Callable
 
@@ -53,7 +53,7 @@ def test_tokens_are_projected_once(model: ContraDiff):
         for timestep in (900, 600, 300):
             predict(model, timestep, tokens)
     assert len(calls) == 2 * once
-    # nothing is kept beyond the block, whether it ends well or not
+    # the `with` block removes the cache at its end, also after an error
     with pytest.raises(TypeError), cache_keys_and_values(model.unet):
         predict(model, None, tokens)  # pyright: ignore[reportArgumentType]
     for _ in range(2):

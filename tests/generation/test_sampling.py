@@ -1,4 +1,4 @@
-"""Against DDIM and guidance written out; conditions of any batch size."""
+"""Samples must equal those of plainly written DDIM and guidance, for any batch size."""
 
 from collections.abc import Callable
 from functools import partial
@@ -27,7 +27,7 @@ def model(build_tiny: Callable[..., ContraDiff]) -> ContraDiff:
 def slow_ddim(
     model: ContraDiff, latents: Tensor, num_steps: int, predict: Callable[[Tensor, int], Tensor]
 ) -> Tensor:
-    """DDIM's Eq. 12 with sigma = 0 on "leading" timesteps, offset 1, ending at alpha-bar of 0."""
+    """Run DDIM (Eq. 12, sigma = 0) on "leading" timesteps with offset 1, down to timestep 0."""
     alphas = model.schedule.alphas_cumprod
     stride = 1000 // num_steps
     for k in reversed(range(num_steps)):
@@ -53,7 +53,7 @@ def sample_with(
     seed: int = 0,
     **changes: Any,
 ) -> list[Tensor]:
-    """Samples in three steps; other keywords are fields of `generate`."""
+    """Generate samples in three steps. `changes` are parameters of section `generate`."""
     params = GenerateParams.model_validate(GENERATE | {"batch_size": 5} | changes)
     solver = load_solver(base, solver=params.solver, num_inference_steps=3)
     settings = {"params": params, "image_size": 32, "seed": seed}
@@ -68,7 +68,7 @@ def generate_unconditional(
 
 
 def assert_same_images(actual: Tensor, expected: Tensor) -> None:
-    """Up to one level of 255: sums are taken in another order."""
+    """Values may differ by 1 of 255, because batches of another size sum in another order."""
     torch.testing.assert_close(actual.float(), expected.float(), rtol=0, atol=1)
 
 
@@ -87,7 +87,7 @@ def test_samples_do_not_depend_on_the_batch_size(model: ContraDiff, tiny_base: P
 
 @torch.no_grad()
 def test_a_sample_is_made_of_its_own_noises(model: ContraDiff, tiny_base: Path):
-    """Sample 3 by hand: c(Gaussian pixels), DDIM, the VAE."""
+    """Sample 3 is computed step by step: c(Gaussian pixels), DDIM, the VAE."""
     whole = generate_unconditional(model, tiny_base, seed=7)
     assert torch.equal(whole[0], generate_unconditional(model, tiny_base, seed=7)[0])
     latents = seeded_noise((4, 8, 8), seed=7, indices=range(3, 4), stream="latent")
@@ -110,7 +110,7 @@ def test_guidance_outside_its_interval_is_none(model: ContraDiff, tiny_base: Pat
 
     def predict(noisy: Tensor, timestep: int) -> Tensor:
         conditional = model.unet(noisy, timestep, encoder_hidden_states=tokens).sample
-        if not 285 <= timestep <= 571:  # of 1, 143, 285, 427, 569, 711, 853
+        if not 285 <= timestep <= 571:  # the timesteps are 1, 143, 285, 427, 569, 711, 853
             return conditional
         unguided = model.unet(noisy, timestep, encoder_hidden_states=null).sample
         return unguided + 3 * (conditional - unguided)
@@ -129,7 +129,7 @@ def test_guidance_outside_its_interval_is_none(model: ContraDiff, tiny_base: Pat
 def test_denoise_equals_diffusers_loop(
     model: ContraDiff, tiny_base: Path, solver: Any, guidance: float
 ):
-    """StableDiffusionPipeline's own, written plainly, with the UNet's own forward."""
+    """The loop is StableDiffusionPipeline's, with the UNet's own forward pass."""
     latents, tokens = draw(2, 4, 8, 8, seed=0), draw(2, 16, 16, seed=1)
     guided = guidance != 1
     null = draw(2, 16, 16, seed=2) if guided else None
@@ -138,7 +138,7 @@ def test_denoise_equals_diffusers_loop(
         denoise(model, scheduler, latents, tokens, null_tokens=null, guidance=guidance)
         for _ in range(2)
     ]
-    # what a solver remembers of one batch is not taken into the next
+    # a solver's state after one batch does not change the next batch
     assert torch.equal(*ours)
     expected = latents * scheduler.init_noise_sigma
     for timestep in scheduler.timesteps:
@@ -154,7 +154,7 @@ def test_denoise_equals_diffusers_loop(
 
 
 def test_bf16_is_autocast_of_the_unet_alone(model: ContraDiff, tiny_base: Path):
-    """Near fp32, and the same bits whether the frozen weights are cast before or at every pass."""
+    """Images are near fp32's. Casting the frozen weights once or at every pass gives the same."""
     merge_lora(model.unet)
     [exact] = generate_unconditional(model, tiny_base)
     [autocast] = generate_unconditional(model, tiny_base, precision="bf16")
@@ -190,11 +190,11 @@ def test_null_condition_is_encoded_only_for_guidance(model: ContraDiff, tiny_bas
         ({"num_samples": 0}, "num_samples"),
         ({"solver": "euler"}, "solver"),
         ({"precision": "fp16"}, "precision"),
-        ({"guidance_interval": [0.5, 0.2]}, r"guidance_interval must be two rising .*0\.5, 0\.2"),
-        ({"guidance_interval": [0.0, 1.5]}, "guidance_interval must be two rising numbers"),
+        ({"guidance_interval": [0.5, 0.2]}, r"guidance_interval: set two numbers .*0\.5, 0\.2"),
+        ({"guidance_interval": [0.0, 1.5]}, "guidance_interval: set two numbers from 0 to 1"),
         ({"guidance_interval": [0.0]}, "guidance_interval"),
         ({"guidance": 1.0, "guidance_interval": [0.0, 0.5]}, r"generate\.guidance is 1"),
-        ({"condition": "noise"}, r"guidance is 2, but generate\.condition: noise"),
+        ({"condition": "noise"}, r"guidance: set it to 1, .* generate\.condition: noise .*2"),
     ],
 )
 def test_bad_parameters_are_refused_by_name(changes: dict[str, Any], message: str):

@@ -1,4 +1,4 @@
-"""Against a closed form, and against diffusers' classes used plainly."""
+"""Solvers must approach a closed-form solution, and equal diffusers' own classes."""
 
 from itertools import pairwise
 from pathlib import Path
@@ -25,7 +25,7 @@ MEAN, STD = 0.7, 0.3
 
 
 def steps_of(scheduler: Scheduler, noise: Tensor, alphas_cumprod: Tensor) -> list[Tensor]:
-    """With the exact noise prediction of data that are N(MEAN, STD^2) in every coordinate."""
+    """Run a solver with the exact noise prediction for data with coordinates N(MEAN, STD^2)."""
     latents = [noise * scheduler.init_noise_sigma]
     for timestep in scheduler.timesteps:
         alpha = alphas_cumprod[int(timestep)]
@@ -36,7 +36,7 @@ def steps_of(scheduler: Scheduler, noise: Tensor, alphas_cumprod: Tensor) -> lis
 
 
 def solved(noise: Tensor, first: Tensor, last: Tensor) -> Tensor:
-    """The differential equation's own solution for those data, from one alpha-bar to another."""
+    """Return the exact solution for the data of `steps_of`, from alpha-bar `first` to `last`."""
 
     def std(alpha: Tensor) -> Tensor:
         return (alpha * STD**2 + 1 - alpha).sqrt()
@@ -45,7 +45,7 @@ def solved(noise: Tensor, first: Tensor, last: Tensor) -> Tensor:
 
 
 def error_halfway(base: Path, solver: Any, num_steps: int) -> float:
-    """After half of the steps; towards clean latents, steps of log SNR grow without bound."""
+    """Return the error after half of the steps; near clean latents, log SNR diverges."""
     scheduler: Any = load_solver(base, solver=solver, num_inference_steps=num_steps)
     alphas: Tensor = scheduler.alphas_cumprod
     noise = torch.randn(256, 4, 2, 2, generator=torch.Generator().manual_seed(0))
@@ -58,7 +58,7 @@ def error_halfway(base: Path, solver: Any, num_steps: int) -> float:
 def test_solvers_converge_to_the_solution_as_their_order_says(
     tiny_base: Path, solver: str, order: int
 ):
-    """Of second order: twice the steps, at most a third of the error; and well below DDIM's."""
+    """With twice the steps, a second-order solver has at most a third of the error."""
     errors = [error_halfway(tiny_base, solver, steps) for steps in (20, 40, 80)]
     assert all(fine < coarse / (1.5 * order) for coarse, fine in pairwise(errors))
     if order == 2:
@@ -67,7 +67,7 @@ def test_solvers_converge_to_the_solution_as_their_order_says(
 
 @pytest.mark.parametrize("solver", FAST)
 def test_timesteps_are_as_many_as_asked_for_and_none_twice(tiny_base: Path, solver: Any):
-    """Diffusers' "trailing" grid has one more, -1, for 61, 103, 998 and 59 other numbers."""
+    """Diffusers' "trailing" grid has an extra timestep -1 for 61, 103, 998 and 59 other numbers."""
     for num_steps in (1, 2, 3, 7, 20, 61, 103, 104, 333, 500, 501, 998, 999):
         scheduler: Any = load_solver(tiny_base, solver=solver, num_inference_steps=num_steps)
         timesteps = scheduler.timesteps.tolist()
@@ -79,7 +79,7 @@ def test_timesteps_are_as_many_as_asked_for_and_none_twice(tiny_base: Path, solv
 @pytest.mark.parametrize("solver", FAST)
 @pytest.mark.parametrize("base", ["tiny", "published"])
 def test_solvers_are_diffusers_own(tiny_base: Path, solver: str, base: str):
-    """From a DDIM file with every setting spelled, or from Stable Diffusion's PNDM file."""
+    """The base has a DDIM file with all settings, or is Stable Diffusion with a PNDM file."""
     folder = tiny_base if base == "tiny" else STABLE_DIFFUSION
     ours = load_solver(folder, solver=solver, num_inference_steps=9)  # pyright: ignore[reportArgumentType]
     plain = PLAIN[solver](**SETTINGS)
