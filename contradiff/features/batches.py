@@ -92,7 +92,7 @@ class StoredImages:
         self, split: str, number: int, make: Callable[[Item], _Row], items: Iterable[Item]
     ) -> Iterator[CleanBatch]:
         first_index = sum(self.num_samples(split, earlier) for earlier in range(number))
-        num_ahead = 2 * self.batch_size  # images decoded while a batch is computed
+        num_ahead = 2 * self.batch_size  # images that are decoded in advance
         rows = map_ahead(make, items, num_threads=self.num_threads, num_ahead=num_ahead)
         yield from _batched(rows, first_index=first_index, batch_size=self.batch_size)
 
@@ -100,7 +100,10 @@ class StoredImages:
 def stored_batches(
     images: Path, latents: Path, *, split: str, batch_size: int, chosen: Sequence[int] | None = None
 ) -> Iterator[CleanBatch]:
-    """Yield a split's images, or only those at ascending `chosen`; `indices` count from 0."""
+    """Yield batches of a split's images, in order.
+
+    If ascending indices `chosen` are given, only these images are read. They are numbered from 0.
+    """
     pairs = PairedShards.open(images, latents, split=split)
     records = (pair for shard in range(pairs.num_shards) for pair in pairs.read(shard))
     if chosen is not None:

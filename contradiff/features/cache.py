@@ -79,7 +79,7 @@ class CacheIndex(BaseModel):
 
 @dataclass(frozen=True)
 class ModelFolders:
-    """Folders of the model, its base and the project: features.timm_weights is below `root`."""
+    """Folders of checkpoint, base and project. features.timm_weights is relative to `root`."""
 
     checkpoint: Path
     base: Path

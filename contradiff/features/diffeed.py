@@ -54,7 +54,7 @@ def feedback_maps(
 
 
 def blend(maps: Maps, fed_back: Maps) -> Maps:
-    """Scale `fed_back` to each image's mean and deviation of `maps`, then average the two."""
+    """Bring `fed_back` to the mean and deviation of `maps`, image by image, and average both."""
     dims = (1, 2, 3)
     scale = maps.std(dim=dims, keepdim=True) / fed_back.std(dim=dims, keepdim=True).clamp(min=1e-6)
     centred = (fed_back - fed_back.mean(dim=dims, keepdim=True)) * scale

@@ -114,7 +114,7 @@ class DiffusionFeatures:
 def image_noise(
     shape: Sequence[int], indices: Sequence[int], *, seed: int
 ) -> Float[Tensor, "batch ..."]:
-    """Draw Gaussian noise of the given shape for each image, seeded by `seed` and its index."""
+    """Draw Gaussian noise of the given shape for each image, seeded by `seed` and image index."""
     generators = [torch.Generator().manual_seed(seed * 10_000_019 + index) for index in indices]
     return torch.stack([torch.randn(*shape, generator=generator) for generator in generators])
 
@@ -125,7 +125,7 @@ def autocast(device: torch.device, precision: str) -> torch.autocast:
 
 
 FeatureModel: TypeAlias = DiffusionFeatures | TimmFeatures
-"""A model with `columns`, its features (main one first), and `read`, which yields one shard."""
+"""`columns` describes the model's features, the main one first; `read` yields a shard's batches."""
 
 
 def load_feature_model(

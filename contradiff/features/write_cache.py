@@ -98,7 +98,7 @@ def write_cache(
             maps={split: tuple(own[1] for own in files[split]) for split in files if head},
             made_with=made_with,
         ).write(temporary)
-        # Moved last, so that `work_dir` still has the files if the lines above find a full disk.
+        # Moved last, so that `work_dir` still has the files if the disk gets full before.
         for file in (file for each in made for file in each.files):
             shutil.move(work_dir / file.name, temporary / file.name)
 

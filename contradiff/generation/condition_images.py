@@ -24,7 +24,7 @@ def write_conditions(
     params: shards.ShardParams,
     on_progress: Callable[[int], None],
 ) -> None:
-    """Store the first `num_images` (0 or more) images losslessly, with an index, in an empty folder."""
+    """Store the first `num_images` images losslessly, and an index. 0 stores only an empty index."""
     records: Iterator[shards.Record] = (
         {
             "__key__": key.encode(),

@@ -153,7 +153,7 @@ def test_probe_writes_the_headline_its_head_and_the_grid(trained_project: Run):
 
 def test_attentive_probe_reads_maps_and_says_where_they_come_from(trained_project: Run):
     make(trained_project)
-    with pytest.raises(ValueError, match=r"index\.json: no maps, .*dvc repro features"):
+    with pytest.raises(ValueError, match=r"index\.json: no maps are .*dvc repro features"):
         judge(trained_project, head="attentive")
     make(trained_project, probing={"head": "attentive"})
     result = judge(trained_project, head="attentive", lrs=[])
@@ -185,7 +185,7 @@ def test_features_of_other_weights_are_refused(trained_project: Run, model: str)
         shutil.copytree(base, BASE)
         [weights] = (BASE / "unet").glob("*.safetensors")
         weights.write_bytes(weights.read_bytes() + b"\0")
-    fault = r"^build/features/index\.json: .*checkpoint or base .*dvc repro features"
+    fault = r"^build/features/index\.json: .*checkpoint or the base .*dvc repro features"
     with pytest.raises(ValueError, match=fault):
         judge(trained_project)
 
@@ -234,14 +234,14 @@ def test_too_little_room_is_found_first(trained_project: Run, monkeypatch: pytes
 @pytest.mark.parametrize(
     ("changes", "fault"),
     [
-        ({"model": "base"}, r"features\.pool: attention is contradiff's .*features\.pool: mean"),
+        ({"model": "base"}, r"features\.pool: attention needs contradiff's .*features\.pool: mean"),
         ({"model": "timm", "pool": "mean"}, r"features\.timm_name: "),
         (TIMM, r"features\.timm_weights: .*features\.timm_pretrained: true"),
         (HUB | {"more_triples": [[3, 2, 1]]}, r"features\.more_triples: "),
         ({"model": "diffeed", "pool": "mean", "noising": "ddim_chain"}, r"features\.noising: "),
         ({"model": "diffeed", "pool": "mean", "more_blocks": ["mid"]}, r"features\.more_blocks: "),
         ({"more_triples": [[401, 101, 201]]}, r"features\.more_triples: a triple is repeated"),
-        ({"more_triples": [[1, 2]]}, r"features\.more_triples: \[1, 2\] are not three"),
+        ({"more_triples": [[1, 2]]}, r"features\.more_triples: \[1, 2\]: set three"),
     ],
 )
 def test_contradictions_are_named(changes: dict[str, Any], fault: str):
