@@ -13,7 +13,7 @@ from contradiff.types import Precision
 
 @dataclass(frozen=True)
 class FeatureSpec:
-    """One feature: a block's maps at three timesteps, pooled. timm has no timesteps and blocks."""
+    """One feature: pooled maps of `block` at the timesteps `triple`. timm has None for both."""
 
     name: str
     triple: tuple[int, ...] | None
@@ -30,7 +30,7 @@ class FeaturesParams(Section):
     )
     timm_name: str | None = Field(description="timm: the name for timm.create_model")
     timm_weights: str | None = Field(description="timm: a local .safetensors file with weights")
-    timm_pretrained: bool = Field(description="timm: download the weights instead")
+    timm_pretrained: bool = Field(description="timm: download weights, not timm_weights")
     timesteps: list[int] = Field(description="the three fixed timesteps of evaluation")
     more_triples: list[list[int]] = Field(description="more triples, for the probe's grid")
     more_blocks: list[MapBlock] = Field(

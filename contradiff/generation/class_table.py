@@ -186,7 +186,7 @@ def save_class_table(
     num_steps: int,
     params: ClassConditionParams,
 ) -> None:
-    """Atomically replace the folder by one with table.safetensors and config.json.
+    """Write table.safetensors and config.json to a new folder, which replaces an older one.
 
     `table` is None if no step was taken. `checkpoint` is the folder of the model that the table was
     trained with. `num_classes` does not include the null class.

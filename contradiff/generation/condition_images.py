@@ -24,7 +24,7 @@ def write_conditions(
     params: shards.ShardParams,
     on_progress: Callable[[int], None],
 ) -> None:
-    """Store the first `num_images` images losslessly, and an index. 0 stores only an empty index."""
+    """Store the first `num_images` images losslessly, and an index that may be empty (0 images)."""
     records: Iterator[shards.Record] = (
         {
             "__key__": key.encode(),
