@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pydantic_core import ErrorDetails
 
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
-"""NumPy accepts no larger seeds, and seed * 1,000,003 + step must fit into 64 bits."""
+"""A random seed. NumPy accepts no larger ones; seed * 1,000,003 + step must fit into 64 bits."""
 
 
 class Section(BaseModel):

@@ -46,7 +46,7 @@ def replace_dir(path: Path) -> Generator[Path]:
 def hold_lock(path: Path, *, on_wait: Callable[[str], None] | None = None) -> Generator[None]:
     """Lock the file `path` during the block; a crash of the process also releases the lock.
 
-    The lock file is never deleted. Otherwise one process could have the deleted file locked while
+    The lock file is never deleted. Otherwise one process could still lock the deleted file while
     another process locks a new file at the same path. If another process has the lock, this calls
     `on_wait` with that process's id, then waits.
     """
@@ -72,7 +72,7 @@ def sha256_of(path: Path) -> str:
 
 
 def file_manifest(folder: Path, names: Iterable[str]) -> dict[str, Any]:
-    """Return the size and SHA-256 of the named files in a folder, as a dict from name to both."""
+    """Return a dict from each file's name to its size and SHA-256."""
     return {
         name: {"num_bytes": (folder / name).stat().st_size, "sha256": sha256_of(folder / name)}
         for name in sorted(names)

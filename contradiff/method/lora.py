@@ -17,7 +17,7 @@ class LoraParams(Section):
 
     rank: int = Field(ge=1)
     alpha: float = Field(gt=0, description="the update is scaled by alpha / rank")
-    targets: list[str] = Field(min_length=1, description="ends of the names of the layers to adapt")
+    targets: list[str] = Field(min_length=1, description="layers to adapt, by the end of the name")
 
 
 def add_lora(unet: "UNet2DConditionModel", params: LoraParams) -> None:

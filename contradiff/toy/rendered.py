@@ -14,7 +14,7 @@ from contradiff.data.params import DataParams
 from contradiff.files import hold_lock, replace_file, sha256_of
 
 RECIPE_NAME = ".rendered.json"
-"""The recipe of a folder. This file is written last, so that only a complete folder has it."""
+"""Name of the file with a folder's recipe. It is written last: incomplete folders lack it."""
 DIGITS_PER_CLASS = 60
 """Number of training digits per class. Few-shot splits are drawn from them; others are tests."""
 
@@ -45,7 +45,7 @@ def ensure_digits(root: Path, *, seed: int) -> Path:
 def _ensure(
     root: Path, pattern: str, settings: dict[str, int], render: Callable[..., None]
 ) -> Path:
-    """Return the folder of a recipe, whose renderer is all files of this package by `pattern`."""
+    """Return the folder for `settings` and the source files `pattern`; render if it is missing."""
     digests = [sha256_of(path) for path in sorted(Path(__file__).parent.glob(pattern))]
     recipe = {"renderer": hashlib.sha256("".join(digests).encode()).hexdigest(), **settings}
     text = json.dumps(recipe, sort_keys=True)

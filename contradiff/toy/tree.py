@@ -1,4 +1,4 @@
-"""The toy ImageNet: JPEGs of twelve classes, in class folders like ImageNet's, for the same reader.
+"""The toy ImageNet: JPEGs of twelve classes, in folders that a reader of ImageNet can read.
 
 Colours and backgrounds are typical of a class but not unique to it, so neither alone decides the
 class. Images vary in position, scale, rotation and light. Some show a distractor or an occluder.

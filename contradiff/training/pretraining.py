@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 CURVE_COLUMNS = ("step", "epoch", "lr", "loss", "reconstruction", "contrastive", "grad_norm")
 CURVE_ROWS = 200
-"""The stored loss curve has about this many rows. Logged losses may have more or fewer."""
+"""The stored loss curve has about this many rows. The log may show other steps."""
 
 
 def pretrain(

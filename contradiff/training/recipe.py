@@ -34,7 +34,7 @@ class PretrainParams(Section):
     )
     decode_batch_size: int = Field(
         ge=0,
-        description="noisy latents that a process denoises at once (0: all); few save memory",
+        description="noisy latents that a process denoises at once; fewer need less memory; 0: all",
     )
     gradient_checkpointing: Checkpointing = Field(
         description="where the backward pass recomputes activations: nowhere, in the first down "
@@ -59,7 +59,7 @@ class PretrainParams(Section):
 
 
 class TrainingRecipe(Section):
-    """The parameter sections that training steps and batches of pretraining read."""
+    """The parameter sections that pretraining reads while it trains."""
 
     seed: Seed
     noise: NoiseParams
