@@ -64,7 +64,7 @@ def load_scheduler(folder: Path, *, num_inference_steps: int) -> "DDIMScheduler"
 
 
 def load_vae(folder: Path) -> "AutoencoderKL":
-    """Load the frozen autoencoder in float32; Stable Diffusion's VAE overflows in half precision."""
+    """Load the frozen VAE in float32. The VAE of Stable Diffusion overflows in half precision."""
     return _build(folder, "vae", weights=True)
 
 
