@@ -1,9 +1,9 @@
-"""Data as the method reads it.
+"""Data in the form that the method reads: shards of images and latents, and training batches.
 
-In reading order: `shards` (tar files with an index; what an index says is in `shard_info`, what
-lies on a server is read by `remote`), `decoding` and `transforms` (encoded images => crops),
-`latents` (what is stored of an image), `encoding` (how it is made and checked), `order` and
-`streams` (the batches of a training), `subsets`, `png`. `map_shards` is the resumable loop of every
-stage that makes shards; `map_ahead` decodes in threads. The room knows no raw format; it may import
-`method`, `base`, `types`, `config`, `files` and `processes`.
+Read `shards` first (tar files with an index). `shard_info` defines the content of an index, and
+`remote` reads shards from a server. Then read `decoding` and `transforms` (encoded images =>
+crops), `latents` (the stored form of an image) and `encoding` (images => latents), `order` and
+`streams` (training batches), `subsets` and `png`. `map_shards` is the resumable loop of every stage
+that makes shards. `map_ahead` decodes images in threads. This package reads no raw data sets. It
+may import `method`, `base`, `types`, `config`, `files` and `processes`.
 """

@@ -1,4 +1,4 @@
-"""Decode images to upright RGB with Pillow: one place for every format of real collections."""
+"""Decode images of all common formats to RGB, and rotate them upright as their EXIF data say."""
 
 import io
 import struct
@@ -13,16 +13,16 @@ _FAULTS = (
     *(OSError, ValueError, EOFError, LookupError, TypeError, OverflowError),
     *(SyntaxError, struct.error, zlib.error, Image.DecompressionBombError),
 )
-"""What Pillow raises for files that are not as they should be; SyntaxError for a broken PNG."""
+"""Errors that Pillow raises for damaged files. It raises SyntaxError for a broken PNG."""
 
 _TURNS = "FLIP_LEFT_RIGHT ROTATE_180 FLIP_TOP_BOTTOM TRANSPOSE ROTATE_270 TRANSVERSE ROTATE_90"
 _UPRIGHT = {code: Image.Transpose[name] for code, name in enumerate(_TURNS.split(), start=2)}
-"""EXIF's orientation => what undoes it; 1 is upright."""
+"""EXIF orientation => the operation that turns the image upright. Orientation 1 is upright."""
 
 
 @contextmanager
 def opened(encoded: bytes, *, name: str) -> Generator[Image.Image]:
-    """Open an encoded image; turn every error inside the block into a ValueError with `name`."""
+    """Open an encoded image. An error of Pillow in the block becomes a ValueError with `name`."""
     try:
         with Image.open(io.BytesIO(encoded)) as image:
             yield image
@@ -35,9 +35,9 @@ def opened(encoded: bytes, *, name: str) -> Generator[Image.Image]:
 def decode_rgb(encoded: bytes, *, name: str) -> Image.Image:
     """Decode an image of any colour mode to RGB, and rotate it as its EXIF data say.
 
-    CMYK (also Adobe's inverted form), grey with 8 or 16 bits and palettes become RGB. An alpha
-    channel is dropped, as torchvision's loader does; *unlike* that loader, this applies EXIF's
-    orientation. A ValueError with `name` says why an image cannot be read.
+    CMYK images (also in Adobe's inverted form), palette images and grey images with 8 or 16 bits
+    become RGB. An alpha channel is dropped, as in torchvision's loader. *Unlike* torchvision's
+    loader, this function applies the EXIF orientation. Raises ValueError if this fails.
     """
     with opened(encoded, name=name) as image:
         rgb, turn = _to_rgb(image), _UPRIGHT.get(orientation_of(image))
@@ -45,18 +45,18 @@ def decode_rgb(encoded: bytes, *, name: str) -> Image.Image:
 
 
 def orientation_of(image: Image.Image) -> int:
-    """Return EXIF's orientation, 1 to 8; 1 (upright) if it is missing or invalid."""
+    """Return the EXIF orientation, 1 to 8, or 1 (upright) if the entry is missing or invalid."""
     try:
         value = image.getexif().get(ExifTags.Base.Orientation, 1)
-    except _FAULTS:  # damaged EXIF around a sound image
+    except _FAULTS:  # the EXIF data are damaged, but the image may be intact
         return 1
     return value if value in _UPRIGHT else 1
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I;16"):  # grey of 16 bits, which Pillow would cut off at 255
+    if image.mode.startswith("I;16"):  # 16-bit grey: Pillow would clip the values at 255
         grey = (np.asarray(image, dtype=np.float32) / 257).round().astype(np.uint8)
         return Image.fromarray(grey).convert("RGB")
-    if image.mode == "P" and "transparency" in image.info:  # Pillow warns of the direct way
+    if image.mode == "P" and "transparency" in image.info:  # avoids a Pillow warning
         return image.convert("RGBA").convert("RGB")
     return image.convert("RGB")

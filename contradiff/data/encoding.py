@@ -1,6 +1,6 @@
-"""Image shards => latent shards, at the pace of the VAE; and how much of the images they keep.
+"""Image shards => latent shards, and a check of how well the latents reproduce the images.
 
-chunks of encoded images => decoded and cropped in other processes => encoded in this one, in order
+Other processes may decode and crop the images. This process encodes the crops with the VAE.
 """
 
 from collections.abc import Iterable, Iterator
@@ -31,7 +31,7 @@ _TAR_BLOCK, _TAR_RECORD, _NPY_HEADER = 512, 10240, 128
 
 @dataclass(frozen=True)
 class CutImages:
-    """The crops of some images; the VAE encodes them in one pass."""
+    """The crops of some images, image by image. The VAE encodes all of them in one pass."""
 
     keys: tuple[str, ...]
     crops: tuple[tuple[Crop, ...], ...]
@@ -40,9 +40,9 @@ class CutImages:
 
 @dataclass(frozen=True)
 class LatentEncoder:
-    """Encodes the crops of images; a result depends only on the image, its key and the seed.
+    """Encodes crops of images. An image's result depends only on the image, its key and the seed.
 
-    The VAE is frozen, in float32; `image_size` is the side of the crops in pixels.
+    The VAE is frozen and in float32. `image_size` is the side of the crops in pixels.
     """
 
     vae: "AutoencoderKL"
@@ -52,7 +52,7 @@ class LatentEncoder:
 
     @property
     def info(self) -> LatentInfo:
-        """Return what readers of the shards must know; it is stored in their index."""
+        """Return what readers of the latent shards must know. The shards' index stores it."""
         return LatentInfo(
             scaling_factor=vae.scaling_factor(self.vae),
             image_size=self.image_size,
@@ -62,14 +62,14 @@ class LatentEncoder:
     def encode(
         self, samples: Iterable[Sample], *, split: str, num_workers: int = 0
     ) -> Iterator[StoredLatents]:
-        """Encode images in order, each with the crops of its split.
+        """Encode images in order. The split decides which crops are used (`views_of`).
 
-        This process reads some images ahead; `num_workers` others, if any, decode and crop them. A
-        ValueError names an image that cannot be decoded.
+        This process reads some images ahead. If `num_workers` > 0, that many other processes decode
+        and crop them. Raises ValueError, which names the image, if an image cannot be decoded.
         """
         views, flips = self.params.views_of(split)
         samples, size = iter(samples), max(1, self.params.batch_size // (views * (1 + flips)))
-        # The loader sends what its sampler yields, here images instead of indices, to its workers.
+        # The sampler yields lists of images, not indices, and the loader sends them to its workers.
         loader = DataLoader(
             _Cutter(self.params, views, flips, self.image_size, self.seed),
             sampler=iter(lambda: list(islice(samples, size)), []),
@@ -82,14 +82,14 @@ class LatentEncoder:
             yield from self.encode_cut(cut)
 
     def encode_cut(self, cut: CutImages) -> Iterator[StoredLatents]:
-        """Encode crops in one pass and round them to 16 bits."""
+        """Encode crops in one pass of the VAE and round the moments to 16 bits."""
         moments = vae.encode(self.vae, to_pixels(cut.pixels.to(self.vae.device))).cpu()
         rounded = moments.half() if self.params.dtype == "float16" else moments.bfloat16().float()
         by_image = rounded.unflatten(0, (len(cut.keys), -1)).numpy()
         return map(StoredLatents, cut.keys, by_image, cut.crops)
 
     def shard_bytes(self, split: str, num_samples: int) -> int:
-        """Return the size of an uncompressed shard of latents; gzip saves only a few percent."""
+        """Return the bytes of an uncompressed latent shard; gzip would save only a few percent."""
         views, flips = self.params.views_of(split)
         side = self.image_size // vae.downsampling_factor(self.vae)
         moments = 2 * self.vae.config["latent_channels"] * side**2
@@ -98,23 +98,23 @@ class LatentEncoder:
         return _round_up(num_samples * sample + 2 * _TAR_BLOCK, _TAR_RECORD)
 
     def describe_size(self, index: ShardIndex[ImageInfo]) -> str:
-        """Say in one line how much disk space the latents of each split need, and why."""
+        """Return a line with the disk space of each split's latents and how it is computed."""
         total, lines = 0, list[str]()
         for split, shards in index.splits.items():
             views, flips = self.params.views_of(split)
             shown = f"{views} view{'s' if views > 1 else ''}{' and their mirror images' * flips}"
             size = sum(self.shard_bytes(split, shard.num_samples) for shard in shards)
-            total += size
-            lines.append(f"{split} {describe_bytes(size)} ({index.num_samples(split):,} x {shown})")
+            total, images = total + size, f"{index.num_samples(split):,} images"
+            lines.append(f"{split} {describe_bytes(size)} ({images} x {shown})")
         return f"{describe_bytes(total)} of latents: {', '.join(lines)}"
 
 
 @dataclass(frozen=True)
 class Reconstruction:
-    """Centre crops beside their decoded latents.
+    """Centre crops, and the same crops decoded from their latents.
 
-    `psnr` is the images' mean in dB; `std` is the scaled latents' standard deviation, which the
-    scaling factor should make about 1.
+    `psnr` is the mean over the images, in dB. `std` is the standard deviation of the scaled
+    latents; it should be about 1.
     """
 
     originals: ByteImages
@@ -126,9 +126,9 @@ class Reconstruction:
 def reconstruct(
     encoder: LatentEncoder, images: Iterable[Sample], records: Iterable[Record]
 ) -> Reconstruction:
-    """Decode latents as they are stored in shards, and compare them with their images.
+    """Decode the stored latents of centre crops, and compare the result with the images.
 
-    A ValueError says that they differ by more than latents.min_psnr allows, and likely causes.
+    Raises ValueError, which names likely causes, if the mean PSNR is below latents.min_psnr.
     """
     info, stored = encoder.info, [StoredLatents.of_record(record) for record in records]
     originals = list[Tensor]()
@@ -142,18 +142,18 @@ def reconstruct(
     std, floor = torch.cat(latents).std().item(), encoder.params.min_psnr
     if not psnr >= floor:
         raise ValueError(
-            f"latents.min_psnr: decoded latents show their images at {psnr:.1f} dB where "
-            f"{floor:g} are asked for; their standard deviation is {std:.2f}, and should be "
-            "about 1. Either build/base has a wrong VAE or scaling factor, or its VAE was made for "
-            "images of another kind or size (data.image_size). If the base can do no better, "
-            "lower latents.min_psnr"
+            f"latents.min_psnr: the mean PSNR of decoded latents is {psnr:.1f} dB, below "
+            f"{floor:g} dB. The latents' standard deviation is {std:.2f}; it should be about 1. "
+            "Either the VAE or the scaling factor in build/base is wrong, or the VAE was trained "
+            "on images of another kind or size (data.image_size). If this base model cannot do "
+            "better, lower latents.min_psnr"
         )
     return Reconstruction(torch.stack(originals), decoded, psnr, std)
 
 
 @dataclass(frozen=True)
 class _Cutter(Dataset["CutImages | ValueError"]):
-    """Decodes images and cuts out their crops; an image's mirrored crops follow its others."""
+    """Decodes images and cuts out their crops. An image's mirrored crops come after the others."""
 
     params: LatentsParams
     views: int
@@ -164,7 +164,7 @@ class _Cutter(Dataset["CutImages | ValueError"]):
     def __getitem__(self, samples: list[Sample]) -> CutImages | ValueError:
         try:
             crops, pixels = zip(*map(self._cut, samples), strict=True)
-        except ValueError as error:  # raised by a worker, it would come as a traceback
+        except ValueError as error:  # if a worker raised it, a traceback would be printed
             return error
         return CutImages(tuple(sample.key for sample in samples), crops, torch.cat(pixels))
 

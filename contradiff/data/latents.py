@@ -1,6 +1,7 @@
-"""The stored form of latents: the VAE's moments of an image's crops, in 16 bits.
+"""The stored form of latents: the output of the VAE's encoder for the crops of an image.
 
-images, 3 x s x s in [-1, 1] => moments (mean, log-variance), 2c x s/f x s/f, and their crops
+crop, 3 x s x s in [-1, 1] => moments (mean, log-variance), 2c x s/f x s/f, in 16 bits
+(c: channels of the latent, f: downsampling factor of the VAE). The crop's box is stored too.
 """
 
 from collections.abc import Mapping
@@ -19,28 +20,28 @@ from contradiff.data.transforms import Crop
 class LatentsParams(Section):
     """Section `latents`: which crops of an image to encode before training."""
 
-    views: int = Field(ge=1, description="K: the centre crop; training images: K-1 random crops")
-    flips: bool = Field(description="also encode each training view from mirrored pixels")
-    crop_scale_min: float = Field(gt=0, le=1, description="least area of a random crop; 1: all")
-    colour_jitter: float = Field(ge=0, le=1, description="SimCLR's strength; random crops only")
-    dtype: Literal["float16", "bfloat16"] = Field(description="stored; the VAE runs in float32")
-    min_psnr: float = Field(description="least mean PSNR of decoded latents, in dB")
-    batch_size: int = Field(ge=1, description="crops encoded at once")
+    views: int = Field(ge=1, description="K: one centre crop, plus K-1 random crops for training")
+    flips: bool = Field(description="also encode the mirror image of each training crop")
+    crop_scale_min: float = Field(gt=0, le=1, description="smallest area share of a random crop")
+    colour_jitter: float = Field(ge=0, le=1, description="SimCLR's strength, for random crops")
+    dtype: Literal["float16", "bfloat16"] = Field(description="type of the stored moments")
+    min_psnr: float = Field(description="smallest allowed mean PSNR of decoded latents, in dB")
+    batch_size: int = Field(ge=1, description="number of crops that the VAE encodes in one pass")
 
     def views_of(self, split: str) -> tuple[int, bool]:
-        """Return the number of crops of an image in a split, and whether they are also mirrored.
+        """Return the number of crops of an image, and whether their mirror images are added.
 
-        The val split is only evaluated: it has the centre crop alone.
+        The val split is used only for evaluation, so its images have only the centre crop.
         """
         return (1, False) if split == "val" else (self.views, self.flips)
 
 
 @dataclass(frozen=True)
 class StoredLatents:
-    """One image's views: moments and the crops they show. View 0 is the centre crop.
+    """The moments of one image's views. A view is one encoded crop; view 0 is the centre crop.
 
-    If there are flips, the mirror images of all views follow them, in the same order. Moments are
-    float16, or bfloat16's values as float32, since NumPy has no bfloat16.
+    If latents.flips is true, the mirror images follow the views, in the same order. The moments
+    are float16, or float32 with bfloat16 values, since NumPy has no bfloat16.
     """
 
     key: str
@@ -48,10 +49,10 @@ class StoredLatents:
     crops: tuple[Crop, ...]
 
     def to_record(self) -> Record:
-        """Return `moments.npy` (float16; or uint16, bfloat16's bits) and `crops.npy` (int32)."""
+        """Return the files to store: `moments.npy` (float16 or bfloat16 bits) and `crops.npy`."""
         moments = self.moments
         if moments.dtype == np.float32:
-            moments = (moments.view(np.uint32) >> 16).astype(np.uint16)  # the upper half
+            moments = (moments.view(np.uint32) >> 16).astype(np.uint16)  # float32's upper half
         return {
             "__key__": self.key.encode(),
             "moments.npy": array_to_bytes(moments),
@@ -60,7 +61,7 @@ class StoredLatents:
 
     @classmethod
     def of_record(cls, record: Mapping[str, bytes]) -> "StoredLatents":
-        """Inverse of `to_record`."""
+        """Rebuild the object from what `to_record` returned."""
         moments = array_from_bytes(record["moments.npy"])
         if moments.dtype == np.uint16:
             moments = (moments.astype(np.uint32) << 16).view(np.float32)

@@ -1,4 +1,4 @@
-"""Work ahead in threads: decode and resize the next images while a network computes."""
+"""Compute results ahead in threads, such as the next decoded images while a network runs."""
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -12,10 +12,10 @@ Result = TypeVar("Result")
 def map_ahead(
     function: Callable[[Item], Result], items: Iterable[Item], *, num_threads: int, num_ahead: int
 ) -> Iterator[Result]:
-    """Yield what `map` yields, in the same order, while threads compute up to `num_ahead` results.
+    """Yield the same results as `map`, in order. Threads compute up to `num_ahead` results ahead.
 
-    With 0 threads nothing is computed ahead. The calling thread reads the items. `function` should
-    release Python's lock for most of its time, as Pillow and torch do.
+    With 0 threads, nothing is computed ahead. The calling thread reads the items. `function` should
+    release Python's global lock (GIL) for most of its time, as Pillow and torch do.
     """
     if num_threads == 0:
         yield from map(function, items)

@@ -1,7 +1,8 @@
-"""One resumable loop over shards, for every stage that writes them; processes can share it.
+"""One resumable loop over shards, for every stage that writes shards. Processes can share the loop.
 
-For each item (a planned or an existing shard), `make` writes files to a work folder. A note beside
-the files then says that they are whole, so that a resumed stage skips the item.
+An item is the work on one shard (a planned shard, or an existing shard to read). For each item, the
+function `make` writes files to a work folder. Then a note, a JSON file in the same folder, records
+that these files are complete. A resumed stage skips items that have a note.
 """
 
 import json
@@ -27,17 +28,17 @@ from contradiff.files import explain_full_disk, replace_file
 from contradiff.processes import Processes
 
 STATE_VERSION = 1
-"""Raise it when finished shards of an interrupted run may no longer be mixed with new ones."""
+"""Increase this number if shards of an interrupted run must not be mixed with new shards."""
 SECONDS_BETWEEN_LOOKS = 0.2
 
 Item = TypeVar("Item")
 Tick = Callable[[int], None]
-"""Told how many more samples are done."""
+"""A function that is called with the number of newly finished samples."""
 
 
 @dataclass(frozen=True)
 class Made:
-    """The result of one item: files in the work folder, and further notes as JSON."""
+    """The result of one item: files in the work folder, and notes that can be written as JSON."""
 
     files: tuple[Shard, ...]
     notes: dict[str, Any] = field(default_factory=dict[str, Any])
@@ -57,24 +58,24 @@ def map_shards(
     size_of: Callable[[Item], int] = lambda _: 1,
     on_progress: Tick = _ignore,
 ) -> list[Made]:
-    """Call `make` for every item that an interrupted run has not finished yet.
+    """Call `make` for every item that an interrupted run has not finished, and return all results.
 
-    `make` writes an item's files to `work_dir`, each whole or not at all, and tells its second
-    argument how many samples are done. `<name_of(item)>.json` is an item's note.
+    `make(item, tick)` writes files to `work_dir`, each completely or not at all. It calls `tick`
+    with the number of newly finished samples. The item's note is `<name_of(item)>.json`.
 
-    Each of n processes takes every n-th of the missing items. It then waits for the others by
-    looking at files: a collective operation would have a time limit. Or `num_workers` further
-    processes on this machine run `make`, which must then be picklable; `size_of` says how many
-    samples are done with an item. `on_progress` gets the new samples of all, in process 0.
+    Each of n processes does every n-th of the missing items. Then it looks for notes until all are
+    there, because waiting in a collective operation of torch has a time limit. If `num_workers` > 0,
+    that many worker processes run `make`, which must be picklable, and `size_of` gives the number
+    of samples of an item. In process 0, `on_progress` gets the new samples of all processes.
 
-    Every process returns the results in the order of `items`. A ChildProcessError says that another
-    process failed or that a worker was killed, a ValueError that the disk is full.
+    Every process returns the results in the order of `items`. Raises ChildProcessError if another
+    process failed or a worker was killed, and ValueError if the disk is full.
     """
     processes = processes or Processes()
-    processes.barrier()  # process 0 holds the folder's lock now: no other run writes to it
+    processes.barrier()  # now process 0 has locked the folder: no other run writes to it
     missing = missing_items(items, work_dir, name_of=name_of)
     crew = _Crew(work_dir, processes, on_progress)
-    processes.barrier()  # everyone has looked for what is missing before anyone writes
+    processes.barrier()  # every process lists missing items before any process writes
     own = missing[processes.rank :: processes.size]
     try:
         with explain_full_disk(work_dir):
@@ -82,47 +83,47 @@ def map_shards(
             if num_workers and own:
                 results = _in_workers(make, own, num_workers, size_of, crew.advance)
             for item, made in results:
-                crew.tell()  # before the note: whoever has seen all notes has seen all progress
+                crew.tell()  # before the note: when all notes exist, all progress is known
                 with replace_file(work_dir / f"{name_of(item)}.json") as path:
                     path.write_text(json.dumps(asdict(made)), encoding="utf-8")
             crew.wait(lambda: not missing_items(items, work_dir, name_of=name_of))
-    except BaseException:  # torchrun tells the others of a process that was killed
-        with suppress(OSError):  # the disk may be full: the first error says so
+    except BaseException:  # a killed process cannot write the file; torchrun ends the others
+        with suppress(OSError):  # the disk may be full, as the first error then says
             crew.file("failed", processes.rank).touch()
         raise
     notes = (_read_note(work_dir / f"{name_of(item)}.json") for item in items)
     found = [made for made in notes if made is not None]
-    assert len(found) == len(items), "a note says what is there"
-    processes.barrier()  # everyone has read the notes before anyone moves the files
+    assert len(found) == len(items), "every item must have a note"
+    processes.barrier()  # every process reads the notes before any process moves files
     return found
 
 
 def missing_items(
     items: Sequence[Item], work_dir: Path, *, name_of: Callable[[Item], str]
 ) -> list[Item]:
-    """Return the items that `map_shards` has not finished: those without a valid note."""
+    """Return the items that `map_shards` has not finished, which are those without a valid note."""
     return [item for item in items if _read_note(work_dir / f"{name_of(item)}.json") is None]
 
 
 def publish_shards(
     folder: Path, work_dir: Path, made: Iterable[tuple[str, Made]], info: ShardInfo
 ) -> None:
-    """Move finished shards to an empty folder and write its index, which says `info` of them.
+    """Move finished shards to an empty folder and write its index, which contains `info`.
 
-    `made` holds the split and the result of each item. A ValueError says that the disk is full.
+    `made` gives the split and the result of each item. Raises ValueError if the disk is full.
     """
     splits: dict[str, tuple[Shard, ...]] = {}
     for split, item in made:
         splits[split] = (*splits.get(split, ()), *item.files)
     with explain_full_disk(folder.parent):
-        # The index first: on a full disk it is what fails, and the shards are still in their place.
+        # Write the index first: if the disk is full, this fails before any shard has been moved.
         ShardIndex(splits, info).write(folder)
         for shard in chain(*splits.values()):
             shutil.move(work_dir / shard.name, folder / shard.name)
 
 
 def _read_note(note: Path) -> Made | None:
-    """Read an item's note; None if there is no note, or if a file differs from what it says."""
+    """Read an item's note. Return None without a note, or if a file's size is not as noted."""
     if not note.is_file():
         return None
     content = json.loads(note.read_text(encoding="utf-8"))
@@ -135,12 +136,12 @@ def _read_note(note: Path) -> Made | None:
 
 
 class _Crew:
-    """Files by which the processes tell each other how far they are, and that one has failed."""
+    """Small files in which each process tells the others its progress, or that it has failed."""
 
     def __init__(self, folder: Path, processes: Processes, on_progress: Tick) -> None:
         self.folder, self.processes, self.on_progress = folder, processes, on_progress
         self.done, self.shown, self.told_at = 0, 0, -math.inf
-        for what in ("failed", "done"):  # by an earlier run
+        for what in ("failed", "done"):  # left by an earlier run
             self.file(what, processes.rank).unlink(missing_ok=True)
 
     def file(self, what: str, rank: int) -> Path:
@@ -155,7 +156,7 @@ class _Crew:
         while not is_done():
             for rank in range(self.processes.size):
                 if self.file("failed", rank).exists():
-                    raise ChildProcessError(f"process {rank} has failed; its own message says why")
+                    raise ChildProcessError(f"process {rank} has failed; see its own message")
             time.sleep(SECONDS_BETWEEN_LOOKS)
             self.tell()
         self.tell()
@@ -179,9 +180,9 @@ def _in_workers(
     size_of: Callable[[Item], int],
     tick: Tick,
 ) -> Iterator[tuple[Item, Made]]:
-    """Yield items as workers finish them; a failure ends all workers at once."""
+    """Yield items in the order in which workers finish them. If one fails, end all workers."""
     others = set(multiprocessing.active_children())
-    # Forking a process that has threads (torch's, OpenMP's) can hang: start anew.
+    # Forking a process that has threads (torch's, OpenMP's) can hang: start new interpreters.
     context = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(min(num_workers, len(items)), context, initializer=_start_worker)
     try:
@@ -196,8 +197,8 @@ def _in_workers(
         for child in set(multiprocessing.active_children()) - others:
             child.terminate()
         if isinstance(error, BrokenProcessPool):
-            what = "a worker process was killed, perhaps for want of memory: lower "
-            remedy = "runtime.num_workers, then run the same command again; what is whole is kept"
+            what = "a worker process was killed, perhaps because memory ran out: lower "
+            remedy = "runtime.num_workers and run the same command again (finished shards are kept)"
             raise ChildProcessError(what + remedy) from error
         raise
     finally:
@@ -212,5 +213,5 @@ def _start_worker() -> None:
         parent.join()
         os._exit(1)
 
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process hears it too
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process handles Ctrl-C
     threading.Thread(target=end_with_parent, daemon=True).start()

@@ -1,15 +1,17 @@
-"""The order of a training's samples: the same, whichever processes and workers share the reading.
+"""The order of training samples, which does not depend on the number of processes and workers.
 
-An epoch's shards are laid end to end in a seeded order and cut into ranges of samples, one for
-each stream. A stream shuffles its range in a buffer. Every batch takes its rows from several
-streams, and consecutive steps take theirs from different ones. With 2 row groups and 2 step groups
-there are 4 streams:
+In each epoch, the shards are joined in a seeded random order and cut into streams, which are
+consecutive ranges of samples. A stream shuffles its range in a buffer. The rows of a batch come
+from several streams (one for each row group), and the next step uses other streams (those of the
+next step group). With 2 row groups and 2 step groups there are 4 streams, A to D:
 
               step 0   step 1   step 2   step 3
     rows 0-3     A        B        A        B
     rows 4-7     C        D        C        D
 
-So a process reads only the streams of its rows, and each of its workers only those of its steps.
+So a process reads only the streams of its rows, and each worker only the streams of its steps.
+With at least 64 shards, and if the numbers of processes and of workers per process are in `GROUPS`,
+a shard is read once in an epoch, or twice if it is cut between two streams.
 """
 
 import random
@@ -20,16 +22,16 @@ from typing import TypeVar
 import numpy as np
 
 GROUPS = (1, 2, 4, 8)
-"""Up to 8 processes with up to 8 workers each read no shard twice, except where it is cut."""
+"""Possible numbers of row groups, and of step groups."""
 SHUFFLE_BUFFER = 32768
-"""Samples held while shuffling, by all streams together; shards are shuffled when written."""
+"""Number of samples in the buffers of all streams. (Writers of shards have shuffled them too.)"""
 
 Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
 class ShardRange:
-    """Samples `first` to `last - 1` of a shard."""
+    """Samples `first` to `last - 1` of the shard with number `shard`."""
 
     shard: int
     first: int
@@ -38,11 +40,11 @@ class ShardRange:
 
 @dataclass(frozen=True)
 class TrainingOrder:
-    """The order of a training's samples.
+    """The order in which a training reads samples.
 
-    `sizes` are the shards' numbers of samples, `batch_size` is that of all processes together. An
-    epoch has num_samples // batch_size steps and takes no sample twice. It leaves out the samples
-    that would not fill a batch, different ones in every epoch.
+    `sizes` are the numbers of samples in the shards. `batch_size` counts the samples of all
+    processes. An epoch has num_samples // batch_size steps and uses no sample twice. The remaining
+    samples, which would not fill a batch, are left out; they differ between epochs.
     """
 
     sizes: tuple[int, ...]
@@ -56,7 +58,7 @@ class TrainingOrder:
 
     @property
     def num_row_groups(self) -> int:
-        """Number of streams that make up one batch, a divisor of `batch_size`."""
+        """Number of streams from which one batch is made; a divisor of `batch_size`."""
         return max(n for n in GROUPS if n <= max(1, len(self.sizes)) and self.batch_size % n == 0)
 
     @property
@@ -70,8 +72,8 @@ class TrainingOrder:
         return self.batch_size // self.num_row_groups
 
     def rows_of(self, *, rank: int, world_size: int) -> Iterator[tuple[int, range]]:
-        """Yield a process's row groups, in order, and which rows of each group are its own."""
-        assert self.batch_size % world_size == 0, "a process has as many rows as every other"
+        """Yield the row groups of a process, in order, and the rows of each that it reads."""
+        assert self.batch_size % world_size == 0, "every process must have the same number of rows"
         own, height = self.batch_size // world_size, self.rows_per_group
         first, last = rank * own, (rank + 1) * own
         for group in range(first // height, -(-last // height)):
@@ -79,14 +81,14 @@ class TrainingOrder:
             yield group, range(max(first - top, 0), min(last - top, height))
 
     def ranges(self, *, epoch: int, row_group: int, step_group: int) -> list[ShardRange]:
-        """Return the ranges that a stream reads in an epoch, enough samples for its steps."""
+        """Return the ranges of shards that one stream reads in an epoch."""
         order = np.random.default_rng([self.seed, epoch]).permutation(len(self.sizes))
         steps, groups = self.steps_per_epoch, self.num_step_groups
-        # Steps that take from each stream; the first step groups may have one more.
+        # Number of steps in each step group; the first groups may have one more.
         steps_of = [-(-(steps - group) // groups) for group in range(groups)]
         before = row_group * steps + sum(steps_of[:step_group])
         after = before + steps_of[step_group]
-        # The cuts are in proportion to the steps, so that equal shards are not cut at all.
+        # Streams get samples in proportion to their steps, so that few equal shards are cut.
         num_samples, all_steps = sum(self.sizes), steps * self.num_row_groups
         samples = range(before * num_samples // all_steps, after * num_samples // all_steps)
         place, found = 0, list[ShardRange]()
@@ -100,7 +102,7 @@ class TrainingOrder:
     def shuffled(
         self, items: Iterable[Item], *, epoch: int, row_group: int, step_group: int
     ) -> Iterator[Item]:
-        """Yield a stream's items in random order: each one is drawn from a buffer."""
+        """Yield the items of a stream in random order, each drawn from a buffer of later items."""
         rng = random.Random(f"{self.seed}/{epoch}/{row_group}/{step_group}")
         size = max(1, SHUFFLE_BUFFER // (self.num_row_groups * self.num_step_groups))
         buffer: list[Item] = []

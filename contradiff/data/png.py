@@ -1,4 +1,4 @@
-"""PNG output: lossless encoding of generated images, and grids of images."""
+"""Encode images, and grids of images, as PNG."""
 
 import io
 import math
@@ -16,16 +16,16 @@ from contradiff.types import ByteImages
 
 
 def encode_png(image: UInt8[Tensor, "3 height width"]) -> bytes:
-    """Encode one image."""
+    """Encode one image as PNG."""
     buffer = io.BytesIO()
     Image.fromarray(image.permute(1, 2, 0).contiguous().numpy()).save(buffer, "PNG")
     return buffer.getvalue()
 
 
 def image_grid(images: ByteImages, *, columns: int, min_side: int = 64) -> bytes:
-    """Arrange square images in rows, as one PNG; white fills the last row.
+    """Return one PNG with square images in rows. The rest of the last row is white.
 
-    Images smaller than `min_side` are enlarged to it, or a little more, without smoothing.
+    Images smaller than `min_side` pixels are enlarged by a whole factor, without smoothing.
     """
     factor = -(-min_side // images.shape[-1])
     enlarged = images.repeat_interleave(factor, dim=2).repeat_interleave(factor, dim=3)
@@ -34,7 +34,7 @@ def image_grid(images: ByteImages, *, columns: int, min_side: int = 64) -> bytes
 
 
 def paired_grid(above: ByteImages, below: ByteImages, *, columns: int) -> bytes:
-    """Arrange images in rows, each row above the row of its counterparts; see `image_grid`."""
+    """Return a grid (`image_grid`) where each row of `above` is followed by its row of `below`."""
     pairs = torch.stack([_rows(above, columns), _rows(below, columns)], dim=1)
     return image_grid(pairs.flatten(0, 2), columns=columns)
 
@@ -45,7 +45,7 @@ def _rows(images: ByteImages, columns: int) -> UInt8[Tensor, "rows columns 3 hei
 
 
 class LiveGrid:
-    """A PNG of the newest images, written on the first `add`, then at most every `seconds`."""
+    """A PNG of the newest images. `add` rewrites the file if it is older than `seconds`."""
 
     def __init__(
         self, path: Path, *, columns: int = 16, max_images: int = 96, seconds: float = 10.0

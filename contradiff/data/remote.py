@@ -1,4 +1,4 @@
-"""Files in a folder or under a URL (s3://, gs://, http://, ...), through fsspec: its only user."""
+"""Read files from a folder or a URL (s3://, gs://, http://, ...). Only this module uses fsspec."""
 
 import io
 import time
@@ -12,7 +12,7 @@ Location = Path | str
 
 ATTEMPTS = 5
 FIRST_PAUSE = 0.5
-"""Seconds before the second attempt; twice as many before each further one."""
+"""Seconds of waiting before the second attempt. Each later wait is twice as long."""
 BLOCK_BYTES = 1 << 22
 
 T = TypeVar("T")
@@ -24,7 +24,7 @@ def join(folder: Location, name: str) -> Location:
 
 
 def read_bytes(place: Location) -> bytes:
-    """Read a whole file; raises FileNotFoundError, and what `open_file` raises."""
+    """Read a whole file. Raises FileNotFoundError, and the errors that `open_file` names."""
     if isinstance(place, Path):
         return place.read_bytes()
     file_system, path = _resolve(place)
@@ -32,7 +32,7 @@ def read_bytes(place: Location) -> bytes:
 
 
 def size_of(place: Location) -> int | None:
-    """Return a file's size in bytes, None if the server does not tell; raises like `read_bytes`."""
+    """Return a file's size in bytes, or None if unknown. Raises the errors of `read_bytes`."""
     if isinstance(place, Path):
         return place.stat().st_size
     file_system, path = _resolve(place)
@@ -40,9 +40,10 @@ def size_of(place: Location) -> int | None:
 
 
 def open_file(place: Location, *, num_bytes: int) -> io.BufferedReader:
-    """Open a file of known size. A remote file is read in blocks, each again after a passing fault.
+    """Open a file of known size. A remote file is read in blocks, with retries for each block.
 
-    A ValueError says that the protocol is unknown or lacks its package; reading may raise OSError.
+    Raises ValueError if the URL's protocol is unknown or its Python package is missing. Reading
+    raises OSError if the server cannot be reached.
     """
     if isinstance(place, Path):
         return place.open("rb")
@@ -50,7 +51,7 @@ def open_file(place: Location, *, num_bytes: int) -> io.BufferedReader:
 
 
 class _Blocks(io.RawIOBase):
-    """A remote file; each read is a request of its own, so that any of them can be repeated."""
+    """A remote file. Each read is a separate request, so that a failed request can be repeated."""
 
     def __init__(self, url: str, num_bytes: int) -> None:
         self.url, self.num_bytes, self.position, self.whole = url, num_bytes, 0, b""
@@ -69,50 +70,50 @@ class _Blocks(io.RawIOBase):
 
     def _request(self, start: int, stop: int) -> bytes:
         content: bytes = self.file_system.cat_file(self.path, start=start, end=stop)
-        if len(content) == self.num_bytes:  # some servers know no ranges, and send the whole file
+        if len(content) == self.num_bytes:  # some servers ignore ranges and send the whole file
             self.whole = content
             return content[start:stop]
         if len(content) != stop - start:
-            raise ConnectionError(f"{self.url}: {len(content)} bytes came of {stop - start}")
+            raise ConnectionError(f"{self.url}: received {len(content)} of {stop - start} bytes")
         return content
 
 
 def _resolve(url: str) -> tuple[Any, str]:
-    """Return file system and path; not cached, since a forked worker needs its own file system."""
+    """Return file system and path. Do not cache them: a forked worker needs its own file system."""
     from fsspec.core import url_to_fs
 
-    # Packed as it lies there: sizes and hashes are those of the file.
+    # Forbid compression on the way: sizes and hashes must be those of the stored file.
     options = {"headers": {"Accept-Encoding": "identity"}} if url.startswith("http") else {}
     try:
         return url_to_fs(url, **options)
     except (ImportError, ValueError) as error:
-        remedy = "fsspec knows s3://, gs://, http://, https:// and others"
+        remedy = "use a URL that begins with s3://, gs://, http:// or https://"
         if isinstance(error, ImportError):
             package = {"s3": "s3fs", "gs": "gcsfs", "gcs": "gcsfs"}.get(url.partition(":")[0])
-            remedy = f"`pip install {package}`" if package else "install the package it names"
+            remedy = f"`pip install {package}`" if package else "install the named package"
         raise ValueError(f"{url}: {error}; {remedy}") from error
 
 
 def _persist(action: Callable[[], T], url: str) -> T:
-    """Try again after every error that may pass."""
+    """Call `action`, and call it again after an error that may be temporary."""
     for attempt in range(ATTEMPTS):
         try:
             return action()
         except Exception as error:
-            cause: BaseException = error  # fsspec's HTTP reports every failure as a missing file
+            cause: BaseException = error  # fsspec turns all HTTP failures into FileNotFoundError
             while isinstance(cause, FileNotFoundError) and cause.__cause__ is not None:
                 cause = cause.__cause__
             if not _is_passing(cause):
                 raise
             if attempt == ATTEMPTS - 1:
-                failure = f"{ATTEMPTS} attempts failed, the last by {cause!r}"
+                failure = f"{ATTEMPTS} attempts failed; the last error was {cause!r}"
                 raise OSError(f"{url}: {failure}") from error
             time.sleep(FIRST_PAUSE * 2**attempt)
     raise AssertionError
 
 
 def _is_passing(error: BaseException) -> bool:
-    status = getattr(error, "status", None)  # of aiohttp's errors, which are no OSErrors
+    status = getattr(error, "status", None)  # aiohttp's errors have a status and are not OSErrors
     if isinstance(status, int):
         return status >= 500 or status in {408, 429}
     if isinstance(error, (FileNotFoundError, PermissionError, IsADirectoryError)):

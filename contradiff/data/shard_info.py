@@ -1,6 +1,6 @@
-"""What an index says of all the shards in its folder: one class for each kind of shards.
+"""What a folder's index says about all shards in the folder. Each kind of shards has a class.
 
-Writers may add keys for people to read, such as the solver of samples or the names of classes.
+A writer may add keys that only people read, such as the sampling solver or the class names.
 """
 
 from typing import Literal
@@ -9,20 +9,20 @@ from pydantic import BaseModel, ConfigDict
 
 
 class ShardInfo(BaseModel):
-    """Any kind of shards."""
+    """Describes shards of any kind; the base class of all other kinds."""
 
     model_config = ConfigDict(frozen=True, extra="allow")
 
 
 class ImageInfo(ShardInfo):
-    """Describes image shards. A sample with label c is of the class with id `class_ids[c]`."""
+    """Describes image shards. A sample with label c belongs to the class with id `class_ids[c]`."""
 
     kind: Literal["images"] = "images"
     class_ids: tuple[str, ...]
 
 
 class LatentInfo(ShardInfo):
-    """Latents, stored as the VAE's moments; `LatentsParams` explains the keys."""
+    """Describes latent shards, which hold the VAE's moments. `LatentsParams` explains the keys."""
 
     kind: Literal["moments"] = "moments"
     dtype: Literal["float16", "bfloat16"]
@@ -35,13 +35,13 @@ class LatentInfo(ShardInfo):
 
 
 class ConditionInfo(ShardInfo):
-    """Validation images that samples are conditioned on."""
+    """Describes shards of validation images on which generated samples are conditioned."""
 
     kind: Literal["conditions"] = "conditions"
 
 
 class SampleInfo(ShardInfo):
-    """Generated images."""
+    """Describes shards of generated images."""
 
     kind: Literal["samples"] = "samples"
     condition: str

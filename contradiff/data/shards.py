@@ -1,6 +1,6 @@
-"""Shards: the form in which images, latents and samples are stored and read.
+"""Shards: tar files in which images, latents and generated images are stored.
 
-A folder holds an index, and files `<split>-00000.tar` (or .tar.gz) for any WebDataset reader.
+A folder of shards has `index.json` and files such as `train-00000.tar`, for WebDataset readers.
 """
 
 import gzip
@@ -29,20 +29,20 @@ from contradiff.files import replace_file, sha256_of
 INDEX_NAME = "index.json"
 Compression = Literal["none", "gzip"]
 Record = Mapping[str, bytes]
-"""One sample: file extension => content, besides "__key__"."""
+"""One sample of a shard: file extension => content. "__key__" is the sample's unique name."""
 InfoT = TypeVar("InfoT", bound=ShardInfo)
 
 
 class ShardParams(Section):
-    """Section `shard`: how samples are packed."""
+    """Section `shard`: how samples are packed into shards."""
 
     samples_per_shard: int = Field(ge=1)
-    compression: Compression = Field(description="gzip halves small files; readers need not know")
+    compression: Compression = Field(description="gzip halves the size if images are small")
 
 
 @dataclass(frozen=True)
 class Shard:
-    """One tar file. `class_counts[c]` samples have class c; empty if samples have no class."""
+    """One tar file. `class_counts[c]` counts the samples of class c; it is () without classes."""
 
     name: str
     num_samples: int
@@ -51,12 +51,12 @@ class Shard:
     class_counts: Sequence[int] = ()
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "class_counts", tuple(self.class_counts))  # JSON has lists
+        object.__setattr__(self, "class_counts", tuple(self.class_counts))  # JSON gives a list
 
 
 @dataclass(frozen=True)
 class Sample:
-    """An image as it is stored: key (unique), encoded bytes, class index."""
+    """An image as a shard stores it: unique key, encoded bytes (such as a JPEG), class index."""
 
     key: str
     image: bytes
@@ -65,17 +65,17 @@ class Sample:
 
 @dataclass(frozen=True)
 class ShardIndex(Generic[InfoT]):
-    """The content of `index.json`: the shards of each split, and what is true of all shards."""
+    """The content of `index.json`: the shards of each split, and information about all shards."""
 
     splits: Mapping[str, tuple[Shard, ...]]
     info: InfoT
 
     @classmethod
     def read(cls, folder: Location, kind: type[InfoT]) -> "ShardIndex[InfoT]":
-        """Read a folder's index and check that its shards are there and whole.
+        """Read a folder's index, and check that each listed shard exists and has the right size.
 
-        A ValueError says what is missing, of another kind or of a wrong size; an OSError says that
-        a server could not be reached.
+        Raises ValueError if the index or a shard is missing, damaged or of another kind or size,
+        and OSError if a server could not be reached.
         """
         path = join(folder, INDEX_NAME)
         try:
@@ -87,16 +87,16 @@ class ShardIndex(Generic[InfoT]):
             raise _fault(path, "missing") from error
         except (ValueError, KeyError, TypeError) as error:
             reason = " ".join(f"{type(error).__name__}: {error}".split())
-            raise _fault(path, f"damaged (not an index of such shards: {reason})") from error
+            raise _fault(path, f"damaged (not an index as expected: {reason})") from error
         shards = list(chain(*splits.values()))
         places = [join(folder, shard.name) for shard in shards]
-        # A server answers many questions in the time of one.
+        # Ask a server for many sizes at once, because each answer takes long.
         with ThreadPoolExecutor(16 if isinstance(folder, str) else 1) as pool:
             list(pool.map(_check_size, places, shards))
         return ShardIndex(splits, info)
 
     def write(self, folder: Path) -> None:
-        """Write `index.json`, when every shard is whole."""
+        """Write `index.json`. Call this only when every shard is complete."""
         splits = {split: list(map(asdict, shards)) for split, shards in self.splits.items()}
         content = {"splits": splits, "facts": self.info.model_dump(mode="json")}
         with replace_file(folder / INDEX_NAME) as path:
@@ -107,14 +107,14 @@ class ShardIndex(Generic[InfoT]):
         return sum(shard.num_samples for shard in self.shards(split))
 
     def shards(self, split: str) -> tuple[Shard, ...]:
-        """Return the shards of a split, in order; a ValueError if there is no such split."""
+        """Return the shards of a split, in order. Raises ValueError if the split does not exist."""
         if split not in self.splits:
             raise ValueError(f"no split {split!r} among {sorted(self.splits)}")
         return self.splits[split]
 
 
 def shard_name(split: str, number: int, compression: Compression) -> str:
-    """`train-00003.tar` or `train-00003.tar.gz`."""
+    """Return a shard's file name, such as `train-00003.tar` or `train-00003.tar.gz`."""
     return f"{split}-{number:05d}.tar" + (".gz" if compression == "gzip" else "")
 
 
@@ -125,9 +125,10 @@ def write_shard(
     compression: Compression,
     on_progress: Callable[[int], None] = lambda _: None,
 ) -> Shard:
-    """Write one shard, whole or not at all; its bytes depend only on the records.
+    """Write one shard, completely or not at all. Equal records give equal bytes.
 
-    `on_progress` is called with 1 after each sample. Classes are counted if records have a "cls".
+    `on_progress` is called with 1 after each sample. If records have an entry "cls" (the class
+    index), the samples of each class are counted.
     """
     from webdataset.writer import TarWriter
 
@@ -135,7 +136,7 @@ def write_shard(
     with replace_file(path) as temporary:
         with (
             temporary.open("wb") as file,
-            # No name and no time in gzip's header, so that equal records give equal bytes.
+            # gzip's header gets no name and no time, so that equal records give equal bytes.
             gzip.GzipFile("", "wb", 6, file, mtime=0)
             if compression == "gzip"
             else nullcontext(file) as stream,
@@ -161,7 +162,7 @@ def write_split(
     compression: Compression,
     on_progress: Callable[[int], None] = lambda _: None,
 ) -> tuple[Shard, ...]:
-    """Write a split's shards in order; `on_progress` gets the number of samples of each shard."""
+    """Write a split's shards. `on_progress` is called with each shard's number of samples."""
     records, shards = iter(records), list[Shard]()
     while chunk := list(islice(records, samples_per_shard)):
         path = folder / shard_name(split, len(shards), compression)
@@ -171,10 +172,10 @@ def write_split(
 
 
 def read_shard(path: Location, shard: Shard) -> Iterator[dict[str, bytes]]:
-    """Yield a shard's samples in order, as extension => content and "__key__" => key.
+    """Yield a shard's samples in order. A sample maps extension => content and "__key__" => key.
 
-    A ValueError says that the shard is damaged; every byte is hashed, so that damage that tar does
-    not notice is found after the last sample. An OSError says that a server could not be reached.
+    Raises ValueError if the shard is damaged. Tar does not notice all damage, so the sha256 of all
+    bytes is compared after the last sample. Raises OSError if a server could not be reached.
     """
     from webdataset.tariterators import group_by_keys, tar_file_expander
 
@@ -191,21 +192,21 @@ def read_shard(path: Location, shard: Shard) -> Iterator[dict[str, bytes]]:
                     for name, value in sample.items()
                     if name == "__key__" or not name.startswith("__")
                 }
-            stream.read()  # tar's padding at the end
+            stream.read()  # also hash the padding at the end of the tar
     except (tarfile.TarError, EOFError, OSError) as error:
-        if isinstance(path, str) and isinstance(error, OSError):  # not the content's fault
+        if isinstance(path, str) and isinstance(error, OSError):  # the server failed
             raise OSError(str(error.args[0]).split(" @ ", maxsplit=1)[0]) from error
-        # webdataset appends to the arguments, which would make a tuple of the message
+        # webdataset adds arguments to the error, so that its text would be a tuple
         reason = error.args[0] if error.args else "unreadable"
         raise _fault(path, f"damaged ({reason})") from error
     if stream.hasher.hexdigest() != shard.sha256:
-        raise _fault(path, f"damaged (its sha256 is not that of {INDEX_NAME})")
+        raise _fault(path, f"damaged (its sha256 is not the one in {INDEX_NAME})")
     if num_samples != shard.num_samples:
-        raise _fault(path, f"{num_samples} samples where {INDEX_NAME} says {shard.num_samples}")
+        raise _fault(path, f"{num_samples} samples, but {INDEX_NAME} says {shard.num_samples}")
 
 
 def read_split(folder: Location, split: str) -> Iterator[dict[str, bytes]]:
-    """Yield every sample of a split, in order. Raises as `ShardIndex.read` and `read_shard`."""
+    """Yield a split's samples in order. Raises the errors of `ShardIndex.read` and `read_shard`."""
     for shard in ShardIndex.read(folder, ShardInfo).shards(split):
         yield from read_shard(join(folder, shard.name), shard)
 
@@ -216,12 +217,12 @@ def read_images(folder: Location, split: str) -> Iterator[Sample]:
 
 
 def image_record(sample: Sample, *, extension: str) -> Record:
-    """Return an image as a WebDataset sample: `key.jpg` and `key.cls`."""
+    """Return an image as a WebDataset sample with two files, such as `key.jpg` and `key.cls`."""
     return {"__key__": sample.key.encode(), extension: sample.image, "cls": b"%d" % sample.label}
 
 
 def image_of(record: Record) -> Sample:
-    """Inverse of `image_record`."""
+    """Return the image that `image_record` made the record from."""
     extension = next(name for name in record if name in {"jpg", "jpeg", "png", "webp"})
     return Sample(record["__key__"].decode(), record[extension], int(record["cls"]))
 
@@ -239,7 +240,7 @@ def array_from_bytes(content: bytes) -> Shaped[np.ndarray, "..."]:
 
 
 class _HashedStream:
-    """A file that is hashed as it is read."""
+    """A file whose bytes are hashed while they are read."""
 
     def __init__(self, file: io.BufferedReader) -> None:
         self.file, self.hasher = file, hashlib.sha256()
@@ -251,10 +252,10 @@ class _HashedStream:
 
 
 def _fault(path: Location, what: str) -> ValueError:
-    """Say what is wrong with a file, and what to do."""
+    """Return an error that says what is wrong with a file and what to do."""
     if isinstance(path, str):
-        return ValueError(f"{path}: {what}; copy the whole folder of shards there again")
-    return ValueError(f"{path}: {what}; run `dvc repro`, or fetch it by `dvc pull {path.parent}`")
+        return ValueError(f"{path}: {what}; copy the whole folder of shards to the server again")
+    return ValueError(f"{path}: {what}; run `dvc repro`, or fetch it with `dvc pull {path.parent}`")
 
 
 def _check_size(path: Location, shard: Shard) -> None:
@@ -263,5 +264,5 @@ def _check_size(path: Location, shard: Shard) -> None:
     except FileNotFoundError as error:
         raise _fault(path, f"missing, though {INDEX_NAME} lists it") from error
     if num_bytes not in (shard.num_bytes, None):
-        what = f"{num_bytes} bytes where {INDEX_NAME} says {shard.num_bytes}"
+        what = f"it has {num_bytes} bytes, but {INDEX_NAME} says {shard.num_bytes}"
         raise _fault(path, f"truncated or overwritten: {what}")

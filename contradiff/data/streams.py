@@ -1,7 +1,7 @@
 """Training batches from image shards and latent shards, in an order that a seed decides.
 
-shard i of images, shard i of latents => pairs of records => shuffled => batches, stacked by the
-caller's `make_batch` in the loader's workers
+Shard i of the images and shard i of the latents hold the same samples in the same order. The pairs
+are shuffled. In the loader's workers, the caller's `make_batch` stacks them into batches.
 """
 
 import hashlib
@@ -22,14 +22,14 @@ from contradiff.data.shard_info import ImageInfo, LatentInfo
 from contradiff.data.shards import ShardIndex, read_shard
 
 Pair = tuple[dict[str, bytes], dict[str, bytes]]
-"""Records of one image: of its file and label, and of its latents."""
+"""The two records of one sample: the image file with its label, and the latents."""
 MakeBatch = Callable[[int, Sequence[Pair]], dict[str, Tensor]]
-"""Stack one epoch's pairs to a batch."""
+"""A function that gets the epoch's number and some pairs, and stacks the pairs into a batch."""
 
 
 @dataclass(frozen=True)
 class PairedShards:
-    """Two folders whose shards hold the same keys in the same order."""
+    """Image shards and latent shards, in two folders, with the same keys in the same order."""
 
     images: Location
     latents: Location
@@ -39,9 +39,9 @@ class PairedShards:
 
     @classmethod
     def open(cls, images: Location, latents: Location, *, split: str) -> "PairedShards":
-        """Read both indices; each place is a local folder or a URL (s3://, gs://, http://, ...).
+        """Read both indices. A location is a local folder or a URL (s3://, gs://, http://, ...).
 
-        A ValueError says that shards are missing or damaged, or that the latents do not belong.
+        Raises ValueError if shards are missing or damaged, or if the two folders do not match.
         """
         image_index = ShardIndex.read(images, ImageInfo)
         latent_index = ShardIndex.read(latents, LatentInfo)
@@ -68,7 +68,7 @@ class PairedShards:
 
     @property
     def digest(self) -> str:
-        """A hash of the split's content (its shards' hashes and infos), but not of its place."""
+        """A hash of the split's content, which does not change if the folders are moved."""
         content = [
             [[asdict(shard) for shard in index.shards(self.split)], index.info.model_dump()]
             for index in (self.image_index, self.latent_index)
@@ -76,13 +76,13 @@ class PairedShards:
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
     def read_range(self, wanted: ShardRange, *, with_images: bool) -> Iterator[Pair]:
-        """Yield the pairs of a range of a shard; earlier pairs are read, but not decoded."""
-        # A shard is checked when it is read to its end: by whoever has its last sample.
+        """Yield the pairs of a range of a shard. Earlier pairs are read and skipped."""
+        # `read_shard` checks a shard after its last sample, so do not stop before that check.
         stop = None if wanted.last == self.sizes[wanted.shard] else wanted.last
         yield from islice(self.read(wanted.shard, with_images=with_images), wanted.first, stop)
 
     def read(self, number: int, *, with_images: bool = True) -> Iterator[Pair]:
-        """Yield the pairs of one shard, whose keys are the same; the images only if wanted."""
+        """Yield the pairs of one shard. Without `with_images`, the image records are empty."""
         image_shard = self.image_index.shards(self.split)[number]
         latent_shard = self.latent_index.shards(self.split)[number]
         latent_records = read_shard(join(self.latents, latent_shard.name), latent_shard)
@@ -92,23 +92,23 @@ class PairedShards:
         image_records = read_shard(join(self.images, image_shard.name), image_shard)
         for image, latent in zip(image_records, latent_records, strict=True):
             if image["__key__"] != latent["__key__"]:
-                keys = " is not the image's ".join(
+                keys = ", but the image has the key ".join(
                     record["__key__"].decode() for record in (latent, image)
                 )
                 path = join(self.latents, latent_shard.name)
-                raise ValueError(f"{path}: the latent's key {keys}; run `dvc repro latents`")
+                raise ValueError(f"{path}: the latent has the key {keys}; run `dvc repro latents`")
             yield image, latent
 
 
 @dataclass(eq=False)
 class TrainingStream(IterableDataset["dict[str, Tensor] | Exception"]):
-    """An endless stream of one process's batches; it can start at any step.
+    """An endless stream of one process's batches. It can start at any step.
 
-    The samples of every global batch, and their order, depend only on the seed, the batch size and
-    the shards, and not on the number of processes and workers: see `TrainingOrder`. A later start
-    does not read earlier epochs. A ValueError says that there are fewer images than a batch of all
-    processes needs; `batch_size` is that of one process. `make_batch` runs in the workers and must
-    be picklable; images are read only `with_images`.
+    `batch_size` counts the samples of this process. The samples of a batch of all processes, and
+    their order, depend only on the seed, the total batch size and the shards, and not on the number
+    of processes and workers (see `TrainingOrder`). A stream that starts at a later step does not
+    read the epochs before it. `make_batch` runs in the workers and must be picklable. Raises
+    ValueError if there are fewer images than a batch of all processes needs.
     """
 
     pairs: PairedShards
@@ -125,11 +125,11 @@ class TrainingStream(IterableDataset["dict[str, Tensor] | Exception"]):
         pairs, batch_size = self.pairs, self.batch_size * self.world_size
         self.order = TrainingOrder(pairs.sizes, batch_size, self.seed)
         if self.order.steps_per_epoch == 0:
-            has = f"split {pairs.split!r} has {pairs.num_samples} images"
-            raise ValueError(f"{pairs.images}: {has}, fewer than a batch of {batch_size}")
+            has = f"split {pairs.split!r} has {pairs.num_samples} images, fewer than a batch"
+            raise ValueError(f"{pairs.images}: {has} of {batch_size}; lower batch_size")
 
     def __iter__(self) -> Iterator[dict[str, Tensor] | Exception]:
-        """Yield batches, and an error as the last item: raised, it would print a traceback."""
+        """Yield batches. Yield an error as the last item, since raising it prints a traceback."""
         worker = get_worker_info()
         # The loader takes batches from its workers in turn, beginning with worker 0.
         number, num_workers = (worker.id, worker.num_workers) if worker else (0, 1)
@@ -140,7 +140,7 @@ class TrainingStream(IterableDataset["dict[str, Tensor] | Exception"]):
             yield error
 
     def _batches(self, first_step: int, stride: int) -> Iterator[tuple[int, list[Pair]]]:
-        """Yield the epoch and the pairs of every `stride`-th step."""
+        """Yield the epoch and the batch's pairs for every `stride`-th step."""
         order, height = self.order, self.order.rows_per_group
         rows = list(order.rows_of(rank=self.rank, world_size=self.world_size))
         streams: dict[tuple[int, int, int], tuple[Iterator[Pair], int]] = {}
@@ -153,9 +153,9 @@ class TrainingStream(IterableDataset["dict[str, Tensor] | Exception"]):
                 key = epoch, row_group, step_group
                 stream, position = streams.get(key) or (self._read(*key), 0)
                 start = earlier_steps * height + own.start
-                assert start >= position, "what was skipped is gone"
+                assert start >= position, "a stream cannot go back"
                 taken = list(islice(stream, start - position, start - position + len(own)))
-                assert len(taken) == len(own), "a stream holds all that its steps take"
+                assert len(taken) == len(own), "a stream has enough samples for its steps"
                 streams[key] = stream, start + len(own)
                 batch += taken
             yield epoch, batch
@@ -168,10 +168,11 @@ class TrainingStream(IterableDataset["dict[str, Tensor] | Exception"]):
 
 
 def training_batches(stream: TrainingStream, *, num_workers: int) -> Iterator[Mapping[str, Any]]:
-    """Run the stream in worker processes; their number does not change the batches.
+    """Run the stream in worker processes. Their number does not change the batches.
 
-    With 64 shards for each process, 1, 2, 4 or 8 workers read the data once; otherwise some shards
-    are read twice. A ValueError says that data are damaged, an OSError that no server is reached.
+    With at least 64 shards, 1, 2, 4 or 8 workers read each shard once in an epoch; other numbers of
+    workers, or fewer shards, may read a shard several times (see `order.GROUPS`). Raises ValueError
+    if data are damaged, and OSError if a server cannot be reached.
     """
     pinned = torch.cuda.is_available()
     for batch in DataLoader(stream, None, num_workers=num_workers, pin_memory=pinned):

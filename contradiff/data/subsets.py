@@ -7,10 +7,10 @@ import numpy as np
 
 
 def k_shot_split(labels: Sequence[int], *, shots: int, seed: int) -> list[int]:
-    """Draw `shots` samples of every class that occurs; return their indices, ascending.
+    """Draw `shots` samples of every class in `labels`, and return their indices in ascending order.
 
-    The draw of a class depends only on the seed and on that class. The 25-shot set of a seed
-    contains its 5-shot set, and so on. A ValueError names a class with fewer samples.
+    The samples drawn from a class do not depend on the other classes. With one seed, a larger set
+    contains every smaller set. Raises ValueError, which names the class, if a class is too small.
     """
     members: dict[int, list[int]] = {}
     for index, label in enumerate(labels):
@@ -19,17 +19,17 @@ def k_shot_split(labels: Sequence[int], *, shots: int, seed: int) -> list[int]:
     for label, indices in members.items():
         if len(indices) < shots:
             has = f"class {label} has only {len(indices)} images"
-            raise ValueError(f"transfer.shots: {shots}, but {has}: lower it")
+            raise ValueError(f"transfer.shots: {shots}, but {has}; lower transfer.shots")
         order = np.random.default_rng([seed, label]).permutation(len(indices))
         chosen += [indices[position] for position in order[:shots].tolist()]
     return sorted(chosen)
 
 
 def is_dev(key: str, *, fraction: float = 0.1) -> bool:
-    """Whether a training sample belongs to the held-out development split.
+    """Return whether a training sample belongs to the development split, which is held out.
 
-    The hash of its key in the shard decides; other samples and the seed do not matter. `fraction`
-    is the expected share in [0, 1]; a larger fraction's split contains a smaller one's.
+    The hash of the sample's key in the shard decides this, without any seed. `fraction` is the
+    expected share of the split, in [0, 1]. A larger fraction only adds samples to the split.
     """
     digest = hashlib.blake2b(key.encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") < fraction * 2**64

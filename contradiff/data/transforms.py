@@ -1,4 +1,4 @@
-"""Encoded images => cropped pixels; every crop is recorded as a box."""
+"""Encoded images => cropped pixels. A `Crop` records which box of the image was cut out."""
 
 import math
 from dataclasses import astuple, dataclass, replace
@@ -12,12 +12,12 @@ from torchvision.transforms.v2 import functional as transforms
 from contradiff.data.decoding import decode_rgb
 
 ASPECT_RATIOS = (3 / 4, 4 / 3)
-"""Of random crops, as in torchvision's RandomResizedCrop and SimCLR."""
+"""Range of width / height of random crops, as in torchvision's RandomResizedCrop and SimCLR."""
 
 
 @dataclass(frozen=True)
 class Crop:
-    """A rectangle in an image's pixels, and whether the crop is mirrored."""
+    """A rectangle in an image, in pixels, and whether the crop is mirrored left to right."""
 
     top: int
     left: int
@@ -31,28 +31,29 @@ class Crop:
 
     @classmethod
     def from_array(cls, values: Int[np.ndarray, "5"]) -> "Crop":
-        """Inverse of `to_array`."""
+        """Return the crop that `to_array` made the integers from."""
         top, left, height, width, mirrored = (int(value) for value in values)
         return cls(top, left, height, width, bool(mirrored))
 
 
 def decode(encoded: bytes, *, name: str) -> UInt8[Tensor, "3 height width"]:
-    """Decode a JPEG, PNG or WebP to upright RGB, as `decode_rgb` does."""
+    """Decode a JPEG, PNG or WebP image to upright RGB, as `decode_rgb` does."""
     pixels = np.array(decode_rgb(encoded, name=name))
-    # Not contiguous: resizing is faster with a pixel's channels side by side, and gives the same.
+    # The memory stays channels-last, which makes resizing faster and does not change its result.
     return torch.from_numpy(pixels).permute(2, 0, 1)
 
 
 def centre_crop(height: int, width: int) -> Crop:
-    """Return the largest centred square; resized, it equals Resize(size) + CenterCrop(size)."""
+    """Return the largest centred square. Resized, it equals torchvision's Resize + CenterCrop."""
     side = min(height, width)
     return Crop((height - side) // 2, (width - side) // 2, side, side, mirrored=False)
 
 
 def random_crop(rng: np.random.Generator, height: int, width: int, *, scale_min: float) -> Crop:
-    """Draw a random resized crop (Inception-style); half of the crops are mirrored.
+    """Draw a random crop (Inception-style), which is mirrored with a chance of 1/2.
 
-    It covers `scale_min` to 1 of the area, at aspect ratios of 3/4 to 4/3, log-uniform.
+    The crop's share of the area is uniform in [`scale_min`, 1]. Its aspect ratio is log-uniform in
+    [3/4, 4/3]. If ten draws do not fit into the image, the result is the centre crop.
     """
     mirrored = bool(rng.random() < 0.5)
     for _ in range(10):
@@ -69,7 +70,7 @@ def random_crop(rng: np.random.Generator, height: int, width: int, *, scale_min:
 def apply_crop(
     image: UInt8[Tensor, "3 height width"], crop: Crop, *, size: int
 ) -> UInt8[Tensor, "3 size size"]:
-    """Cut out the box and resize it to size x size (antialiased bicubic)."""
+    """Cut out a crop, resize it to size x size (antialiased bicubic), and mirror it if needed."""
     cut = image[:, crop.top : crop.top + crop.height, crop.left : crop.left + crop.width]
     if cut.shape[1:] != (size, size):
         bicubic = transforms.InterpolationMode.BICUBIC
@@ -80,9 +81,10 @@ def apply_crop(
 def jitter_colours(
     image: UInt8[Tensor, "3 height width"], rng: np.random.Generator, *, strength: float
 ) -> UInt8[Tensor, "3 height width"]:
-    """Apply SimCLR's colour distortion: brightness, contrast, saturation, hue; a fifth become grey.
+    """Apply SimCLR's colour distortion: brightness, contrast, saturation and hue, sometimes grey.
 
-    `strength` is SimCLR's s: factors within 1 ± 0.8 s, hue within ± 0.2 s turns. 0 changes nothing.
+    `strength` is SimCLR's s: factors in 1 ± 0.8 s, and a hue shift of at most 0.2 s of a turn. One
+    image in five becomes grey. With s = 0 the image is not changed.
     """
     if strength == 0:
         return image

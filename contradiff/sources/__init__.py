@@ -1,7 +1,8 @@
-"""Raw images as people have them => shards. Nothing is unpacked or downloaded.
+"""Raw data sets, in the forms in which they are published => shards. Nothing is downloaded.
 
-Read `listing` (images by class), then the sources that list them: `folder` (class folders, Kaggle),
-`archive` with `tars` (ILSVRC's archives), `parquet`; `imagenet` chooses among them.
-`image_check` and `packing` put images into shards. `cifar` with `cifar_pickle`, and `transfer_set`,
-read the set of the transfer stage. The room may import `data` and what is below it.
+Read `listing` first (the list of all images). These modules make the list: `folder` (class folders
+and Kaggle's download), `archive` with `tars` (ILSVRC's archives) and `parquet`. `imagenet` chooses
+one of them. `image_check` and `packing` put the images into shards. `transfer_set`, with `cifar`
+and `cifar_pickle`, reads the data set of the transfer stage. This package may import `data`, and
+all that `data` may import.
 """

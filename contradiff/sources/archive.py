@@ -1,9 +1,10 @@
-"""ILSVRC2012's own archives, read where they lie: nothing is unpacked.
+"""Read the official archives of ILSVRC2012 (ImageNet) without unpacking them.
 
-`ILSVRC2012_img_train.tar` holds a tar for each class, `<wnid>.tar`. `ILSVRC2012_img_val.tar` holds
-the validation images by number; the development kit, packed or not, knows their classes. There,
-`meta.mat` gives each wnid its ILSVRC2012_ID, which is *not* its place among the sorted wnids, and
-`ILSVRC2012_validation_ground_truth.txt` has one such id on a line, image by image.
+`ILSVRC2012_img_train.tar` contains a tar for each class, `<wnid>.tar` (a wnid is a WordNet id, such
+as n01440764). `ILSVRC2012_img_val.tar` contains the validation images, which are numbered. Their
+classes are in the development kit: line i of `ILSVRC2012_validation_ground_truth.txt` is the
+ILSVRC2012_ID of image i, and `meta.mat` says which wnid has this ID. The ILSVRC2012_ID is *not* the
+class label of this project, which is the wnid's place among the sorted wnids.
 """
 
 import io
@@ -30,17 +31,17 @@ MD5S = {
     VAL_ARCHIVE: "29b22e2961454d5413ddabcf34fc5622",
     DEVKIT_ARCHIVE: "fa75699e90414af021442c21a62c3abf",
 }
-"""As in torchvision.datasets.ImageNet."""
+"""The md5 checksums that torchvision.datasets.ImageNet uses."""
 
 
 def read_member(root: Path, file: ImageFile) -> bytes:
-    """Read one image at its offset, in any thread or process; ValueError if it is not there."""
+    """Read one image at its offset, in any thread or process. Raises ValueError if this fails."""
     path = root / file.stored
     with listing.explain_unreadable(path):
         archive = _opened(path, path.stat().st_mtime_ns)
         content = os.pread(archive, file.num_bytes, file.offset)
     if len(content) != file.num_bytes:
-        raise ValueError(f"data.root: {path} is truncated: {file.path} is not whole in it")
+        raise ValueError(f"data.root: {path} is truncated: {file.path} is incomplete")
     return content
 
 
@@ -54,25 +55,25 @@ def scan_archives(
 ) -> Listing:
     """List the images in the archives. Classes are the sorted wnids, as in class folders.
 
-    `index_folder` keeps the archives' indices between runs; None reads the headers each time. With
-    `verify`, every byte is read first to compare the md5 with ILSVRC's, which takes minutes.
-    It raises ValueError if an archive or the kit is missing or damaged, or if they do not fit.
+    The lists of the archives' files are kept in `index_folder`. If it is None, each run reads the
+    tar headers again. With `verify`, the md5 of each archive is compared, which takes minutes.
+    Raises ValueError if an archive or the kit is missing, damaged, or does not fit the other files.
     """
     for name in (TRAIN_ARCHIVE, VAL_ARCHIVE):
         if not (root / name).is_file():
-            raise ValueError(f"data.root: no {root / name}; expected ILSVRC's archives of 2012")
+            raise ValueError(f"data.root: no {root / name}; put ILSVRC2012's archives there")
     for name, expected in MD5S.items() if verify else ():
         path = root / name
         if name == DEVKIT_ARCHIVE and not path.is_file():
-            on_message(f"{name} is not there (unpacked?): its md5 is not checked")
+            on_message(f"{name} is missing (perhaps unpacked), so its md5 is not checked")
             continue
-        on_message(f"reading {path.stat().st_size / 1e9:.1f} GB of {name} for its md5")
-        remedy = "fetch it again, or set raw.verify to false for a set of your own"
+        on_message(f"reading {path.stat().st_size / 1e9:.1f} GB of {name} to check its md5")
+        remedy = "fetch it again, or set raw.verify to false for other data"
         check_digest(path, "md5", expected, remedy=remedy)
-    wnids, class_names = read_devkit(root)  # before the long work: it is as often missing
+    wnids, class_names = read_devkit(root)  # first, as it is often missing
 
     def walk(path: Path) -> Members:
-        on_message(f"reading the headers of {path} (once, as long as it does not change)")
+        on_message(f"reading the headers of {path} (again only if the file changes)")
         is_train = path.name == TRAIN_ARCHIVE
         return _walk_classes(path) if is_train else {"val": _images(walk_tar(path))}
 
@@ -100,10 +101,10 @@ def _walk_classes(path: Path) -> Members:
         if extension != "tar" or not wnid or wnid.startswith("."):
             continue
         if wnid in classes:
-            raise ValueError(f"data.root: {path} holds {wnid}.tar twice")
+            raise ValueError(f"data.root: {path} contains {wnid}.tar twice")
         classes[wnid] = member
     if not classes:
-        raise ValueError(f"data.root: {path} holds no class archives (<wnid>.tar)")
+        raise ValueError(f"data.root: {path} contains no class archives (<wnid>.tar)")
 
     def walk(member: tarfile.TarInfo) -> list[Member]:
         return _images(walk_tar(path, inner=member), start=member.offset_data)
@@ -123,7 +124,7 @@ def _images(members: Iterable[tarfile.TarInfo], *, start: int = 0) -> list[Membe
 def _labelled(
     members: list[Member], wnids: list[str], class_ids: tuple[str, ...], *, path: Path
 ) -> list[ImageFile]:
-    """Give each validation image the class on the ground truth's line of the image's number."""
+    """Label validation images. Image i has the class that line i of the ground truth names."""
     total = len(wnids)
     if len(members) != total:
         fault = f"{len(members)} images, but the devkit's ground truth has {total} lines"
@@ -134,11 +135,11 @@ def _labelled(
         match = re.search(r"_(\d{8})\.\w+$", name)
         number = int(match[1]) if match else 0
         if not 1 <= number <= total:
-            fault = f"{name} has no number from 1 to {total}, by which the ground truth knows it"
+            fault = f"the name {name} does not end in a number from 1 to {total}"
             raise ValueError(f"data.root: {path}: {fault}")
         wnid = wnids[number - 1]
         if wnid not in label_of:
-            fault = f"the devkit gives {name} the class {wnid}, which {TRAIN_ARCHIVE} lacks"
+            fault = f"the devkit gives {name} the class {wnid}, which is not in {TRAIN_ARCHIVE}"
             raise ValueError(f"data.root: {path}: {fault}")
         path_of = f"val/{wnid}/{name}"
         files.append(ImageFile(path_of, label_of[wnid], num_bytes, VAL_ARCHIVE, offset))
@@ -146,26 +147,26 @@ def _labelled(
 
 
 def read_devkit(root: Path) -> tuple[list[str], dict[str, str]]:
-    """Return the validation images' wnids by number, classes' names by wnid; ValueError if bad."""
+    """Return the images' wnids, and class names by wnid. Raises ValueError if the kit is bad."""
     from scipy.io import loadmat
 
     contents = _devkit_files(root)
     shown = f"data.root: {root}: {META}"
     try:
-        # A MATLAB file holds only data: scipy runs no code from it.
+        # This is safe: a MATLAB file contains only data, and scipy runs no code from it.
         file = io.BytesIO(contents[META])
         synsets: Any = loadmat(file, squeeze_me=True, variable_names=["synsets"])["synsets"]
         leaves = [row for row in synsets.reshape(-1) if int(row["num_children"]) == 0]
         wnid_of = {str(int(row["ILSVRC2012_ID"])): str(row["WNID"]) for row in leaves}
         names = {str(row["WNID"]): listing.first_name(str(row["words"])) for row in leaves}
-    except Exception as error:  # scipy does not say what it raises for a damaged file
+    except Exception as error:  # scipy does not document which errors a damaged file causes
         raise ValueError(f"{shown} has no readable table `synsets`: {error}") from error
     if not leaves or not len(leaves) == len(wnid_of) == len(names):
-        raise ValueError(f"{shown}: `synsets` has no classes, or two with one id or wnid")
+        raise ValueError(f"{shown}: `synsets` has no classes, or two classes with the same id")
     ids = [line.strip() for line in contents[GROUND_TRUTH].decode("ascii", "replace").splitlines()]
     for number, line in enumerate(ids, start=1):
         if line not in wnid_of:
-            fault = f"line {number} is no ILSVRC2012_ID of a class of {META}: {line!r}"
+            fault = f"line {number} is {line!r}, which is no ILSVRC2012_ID in {META}"
             raise ValueError(f"data.root: {root}: {GROUND_TRUTH}: {fault}")
     return [wnid_of[line] for line in ids], names
 
@@ -177,8 +178,8 @@ def _devkit_files(root: Path) -> dict[str, bytes]:
             return {name: (root / folder / name).read_bytes() for name in wanted}
     if not path.is_file():
         unpacked = f"{' or '.join(DEVKIT_FOLDERS)} with {' and '.join(wanted)}"
-        lacks = f"lacks {DEVKIT_ARCHIVE} (or unpacked, {unpacked})"
-        purpose = "which holds the labels of ILSVRC's validation images"
+        lacks = f"lacks {DEVKIT_ARCHIVE} (or the unpacked folder {unpacked})"
+        purpose = "which contains the labels of the validation images"
         raise ValueError(f"data.root: {root} {lacks}, {purpose}")
     found: dict[str, bytes] = {}
     try:

@@ -1,6 +1,6 @@
-"""CIFAR-10 and CIFAR-100: the official archives, packed or unpacked, python or binary.
+"""Read CIFAR-10 and CIFAR-100 from their official archives, python or binary, packed or unpacked.
 
-Other 32-pixel data stored in one of their layouts may be read too, such as the toy digits.
+Other images of 32 x 32 pixels in the same file format can be read too, such as the toy digits.
 """
 
 import gzip
@@ -22,12 +22,12 @@ Split = Literal["train", "test"]
 
 SIDE = 32
 HOMEPAGE = "https://www.cs.toronto.edu/~kriz/cifar.html"
-MAX_MEMBER_BYTES = 1 << 28  # CIFAR's largest member has 155 MB; more might fill the memory
+MAX_MEMBER_BYTES = 1 << 28  # CIFAR's largest file has 155 MB; a larger one could fill the memory
 _PIXELS = 3 * SIDE * SIDE
 
 
 class CifarForm(NamedTuple):
-    """One official form of a data set: its archive, the only folder in it, its file of names."""
+    """One published form of CIFAR: archive, the folder in the archive, and file of class names."""
 
     archive: str
     folder: str
@@ -35,16 +35,16 @@ class CifarForm(NamedTuple):
 
     @property
     def is_python(self) -> bool:
-        """Whether files are pickled; else they are records of label bytes and 3072 pixels."""
+        """Whether files are pickles. If not, they are records: label bytes, then 3072 pixels."""
         return "python" in self.archive
 
     @property
     def prefix(self) -> str:
-        """Before `labels` and `label_names`: CIFAR-100 has coarse ones too."""
+        """Prefix of the keys `labels` and `label_names`. CIFAR-100 also has coarse labels."""
         return "fine_" if "100" in self.archive else ""
 
     def split_files(self, split: Split) -> list[str]:
-        """Names of a split's files, in order."""
+        """Return the names of a split's files, in order."""
         stems = [split]
         if not self.prefix:
             batches = [f"data_batch_{number}" for number in range(1, 6)]
@@ -67,42 +67,42 @@ FORMS: Mapping[CifarName, tuple[CifarForm, CifarForm]] = {
         CifarForm("cifar-100-binary.tar.gz", "cifar-100-binary", "fine_label_names.txt"),
     ),
 }
-"""The python form is looked for first; both hold the same images in the same order."""
+"""The python form is tried first. Both forms contain the same images in the same order."""
 SHA256S = {
     "cifar-10-python.tar.gz": "6d958be074577803d12ecdefd02955f39262c83c16fe9348329d7fe0b5c001ce",
     "cifar-10-binary.tar.gz": "c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd",
     "cifar-100-python.tar.gz": "85cd44d02ba6437773c5bbd22e183051d648de2e7d6b014e1ef29b855ba677a7",
     "cifar-100-binary.tar.gz": "58a81ae192c23a4be8b1804d68e518ed807d710a4eb253b1f2a199162a40d8ec",
 }
-"""As Keras and TensorFlow Datasets have them."""
+"""The sha256 checksums that Keras and TensorFlow Datasets use."""
 
 
 class CifarFiles(NamedTuple):
-    """The files of one data set: `place` is the archive, or the folder of unpacked files."""
+    """The files of one data set. `place` is the archive, or the folder of unpacked files."""
 
     form: CifarForm
     place: Path
 
     @property
     def paths(self) -> list[Path]:
-        """What is on the disk: the archive, or each unpacked file."""
+        """The paths on disk: the archive, or each unpacked file."""
         is_packed = self.place.is_file()
         return [self.place] if is_packed else [self.place / name for name in self.form.files]
 
     def verify(self) -> None:
-        """Raise ValueError if an archive's checksum is wrong; unpacked files have none."""
+        """Raise ValueError if the archive's checksum is wrong. Unpacked files are not checked."""
         if self.place.is_file():
-            other = "set transfer_data.verify to false if it is meant to hold other data"
+            other = "set transfer_data.verify to false if it contains other data on purpose"
             remedy = f"fetch it again from {HOMEPAGE}, or {other}"
             check_digest(self.place, "sha256", SHA256S[self.form.archive], remedy=remedy)
 
 
 @dataclass(frozen=True)
 class TransferSplit:
-    """One split of a labelled set: labels in [0, len(class_names)), and the images' names.
+    """One split of a labelled set: labels in [0, len(class_names)), and image names (`keys`).
 
-    `read` returns the images of some rows: RGB from 0 to 255, all of one size. A folder's are read
-    only then, as they need not fit into memory.
+    `read` takes row numbers and returns the images: RGB, 0 to 255, all of one size. Images in a
+    folder are read from disk only at that time, since all of them may not fit into memory.
     """
 
     labels: Int64[np.ndarray, " n"]
@@ -112,7 +112,7 @@ class TransferSplit:
 
 
 def find_cifar(root: Path, name: CifarName) -> CifarFiles:
-    """Find CIFAR: an archive, or a folder with it or its files; ValueError lists missing files."""
+    """Find CIFAR's archive or unpacked files at `root`. Raises ValueError if files are missing."""
     forms = FORMS[name]
     archives = " or ".join(form.archive for form in forms)
     absent = {form: [n for n in form.files if not (root / n).is_file()] for form in forms}
@@ -124,18 +124,18 @@ def find_cifar(root: Path, name: CifarName) -> CifarFiles:
         if path.is_file() and path.name == form.archive:
             return CifarFiles(form, path)
     if root.is_file():
-        raise ValueError(f"transfer_data.root: {root} is a file, but not {archives}")
+        raise ValueError(f"transfer_data.root: {root} is a file, but its name is not {archives}")
     fewest = ", ".join(min(absent.values(), key=len))
     lacks = f"lacks {fewest}" if root.exists() else "does not exist"
-    remedy = f"put {archives} there, packed or unpacked (from {HOMEPAGE}; nothing is downloaded)"
+    remedy = f"download {archives} from {HOMEPAGE} and put it there, packed or unpacked"
     raise ValueError(f"transfer_data.root: {root} {lacks}; {remedy}")
 
 
 def read_cifar(files: CifarFiles, *, split: Split) -> TransferSplit:
-    """Read one split, in the files' order; of CIFAR-100 the fine classes.
+    """Read one split, in the order of the files. For CIFAR-100, the labels are the fine classes.
 
-    The files decide how many images and classes there are. An image that they do not name has the
-    split and a number for a key. Damaged files and wrong contents raise ValueError.
+    The files decide how many images and classes there are. If they give an image no name, its key
+    is made of the split and a number. Raises ValueError if files are damaged or not CIFAR.
     """
     form, place = files
     wanted = [form.names, *form.split_files(split)]
@@ -172,7 +172,7 @@ def read_cifar(files: CifarFiles, *, split: Split) -> TransferSplit:
 
 
 _Batch = tuple[UInt8[np.ndarray, "n _pixels"], list[object], list[str]]
-"""Images, labels and names; an image is a whole red plane, then green, then blue."""
+"""Images, labels and names. A row of 3072 pixels has all red values, then green, then blue."""
 
 
 def _read_pickled(content: bytes, prefix: str, *, shown: str) -> _Batch:
@@ -180,19 +180,19 @@ def _read_pickled(content: bytes, prefix: str, *, shown: str) -> _Batch:
     data, labels = mapping.get("data"), _list(mapping, f"{prefix}labels", shown=shown)
     if not isinstance(data, np.ndarray) or data.shape != (len(labels), _PIXELS) or not len(data):
         found = f"of shape {data.shape}" if isinstance(data, np.ndarray) else "no numpy array"
-        expected = f"expected {len(labels)} x {_PIXELS}, as there are labels"
+        expected = f"expected {len(labels)} x {_PIXELS}, one row for each label"
         raise ValueError(f"{shown}: data is {found}; {expected}")
     names = _list(mapping, "filenames", shown=shown) if "filenames" in mapping else []
     return np.asarray(data), labels, [as_text(name) for name in names]
 
 
 def _read_records(content: bytes, prefix: str, *, shown: str) -> _Batch:
-    num_labels = 2 if prefix else 1  # CIFAR-100: the coarse label, then the fine one
+    num_labels = 2 if prefix else 1  # CIFAR-100: coarse label, then fine label
     size = num_labels + _PIXELS
     if not content or len(content) % size:
-        form = f"records of {size} ({num_labels} of labels, {_PIXELS} of pixels)"
+        form = f"records of {size} bytes ({num_labels} for labels, {_PIXELS} for pixels)"
         fault = f"{len(content)} bytes are not a whole number of {form}"
-        raise ValueError(f"{shown}: {fault}; it is damaged, or of the other CIFAR")
+        raise ValueError(f"{shown}: {fault}; the file is damaged, or from the other CIFAR data set")
     records = np.frombuffer(content, np.uint8).reshape(-1, size)
     return records[:, num_labels:], records[:, num_labels - 1].tolist(), []
 
@@ -200,21 +200,21 @@ def _read_records(content: bytes, prefix: str, *, shown: str) -> _Batch:
 def _list(mapping: Mapping[str, object], key: str, *, shown: str) -> list[object]:
     value = mapping.get(key)
     if not isinstance(value, list):
-        fault = f"no list {key!r} among its entries {sorted(mapping)}"
-        raise ValueError(f"{shown}: {fault}; check which data set it is (CIFAR-10 or CIFAR-100)")
+        fault = f"the file has no list {key!r}, only {sorted(mapping)}"
+        raise ValueError(f"{shown}: {fault}; check transfer_data.source (cifar10 or cifar100)")
     return value
 
 
 def _read_members(path: Path, wanted: Sequence[str]) -> dict[str, bytes]:
-    """Read members of a .tar.gz. It is read to its end, so that gzip compares its own checksum."""
+    """Read files in a .tar.gz. Read the archive to its end, so that gzip checks its checksum."""
     contents: dict[str, bytes] = {}
     try:
         with gzip.open(path) as stream, tarfile.open(fileobj=stream, mode="r|") as archive:
             for member in archive:
                 check_member(member, shown=str(path))
                 if member.size > MAX_MEMBER_BYTES or member.name in contents:
-                    fault = f"{member.name} twice or with {member.size:,} bytes"
-                    raise ValueError(f"{path}: holds {fault}; fetch it again from {HOMEPAGE}")
+                    fault = f"contains {member.name} twice, or it is too large ({member.size:,} B)"
+                    raise ValueError(f"{path}: {fault}; fetch it again from {HOMEPAGE}")
                 if member.name in wanted and (file := archive.extractfile(member)):
                     contents[member.name] = file.read()
             while stream.read(1 << 20):

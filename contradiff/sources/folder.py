@@ -1,7 +1,7 @@
-"""Images that are files of their own: class folders, and Kaggle's download of ILSVRC.
+"""List images that are separate files: in class folders, or in Kaggle's download of ILSVRC.
 
-Class folders: `train/<class>/*` and `val/<class>/*`. Kaggle: `ILSVRC/Data/CLS-LOC/train/<wnid>/*`,
-and all of `.../val/*` in one folder, whose labels are in `LOC_val_solution.csv`.
+Class folders are `train/<class>/*` and `val/<class>/*`. In `ILSVRC/Data/CLS-LOC`, Kaggle has
+`train/<class>/*` and one folder `val` of all validation images; their labels are in a CSV file.
 """
 
 import csv
@@ -18,7 +18,7 @@ KAGGLE_IMAGES = "ILSVRC/Data/CLS-LOC"
 
 
 def read_file(root: Path, file: ImageFile) -> bytes:
-    """Read an image that is a file of its own; ValueError if that fails."""
+    """Read an image that is a separate file. Raises ValueError if this fails."""
     path = root / (file.stored or file.path)
     with explain_unreadable(path):
         return path.read_bytes()
@@ -27,10 +27,10 @@ def read_file(root: Path, file: ImageFile) -> bytes:
 def scan_folder(
     root: Path, *, test: str = "val", may_be_empty: bool = False, key: str = "data.root"
 ) -> Listing:
-    """List `train/<class>/*` and `<test>/<class>/*`; classes are train's, as in torchvision.
+    """List `train/<class>/*` and `<test>/<class>/*`. The classes are the sorted folders in train/.
 
-    The parameter `key` led to `root`. It raises ValueError if a folder is missing or unreadable, if
-    a class is unknown to train/, or without images (the second split's classes `may_be_empty`).
+    Messages name the parameter `key`. Raises ValueError if a folder is missing or unreadable, if
+    <test>/ has an unknown class, or if a class is empty (in <test>/ only without `may_be_empty`).
     """
     class_ids = _class_folders(root / "train", key)
     splits = {"train": _by_class(root / "train", class_ids, key)}
@@ -41,10 +41,10 @@ def scan_folder(
 
 
 def scan_kaggle(root: Path) -> Listing:
-    """List Kaggle's "ImageNet Object Localization Challenge" as its zip unpacks.
+    """List the images in the unpacked zip of Kaggle's "ImageNet Object Localization Challenge".
 
-    The images' places are relative to `KAGGLE_IMAGES`. It raises ValueError as `scan_folder`, or if
-    `LOC_val_solution.csv` is missing or does not fit the images.
+    The files' paths are relative to `KAGGLE_IMAGES`. Raises ValueError as `scan_folder` does, or if
+    `LOC_val_solution.csv` is missing or does not list exactly the validation images.
     """
     train, folder = root / KAGGLE_IMAGES / "train", root / KAGGLE_IMAGES / "val"
     table = root / "LOC_val_solution.csv"
@@ -57,7 +57,7 @@ def scan_kaggle(root: Path) -> Listing:
             raise ValueError(f"data.root: {table} has no line for {folder / name}")
         val.append(ImageFile(f"val/{class_ids[label]}/{name}", label, num_bytes, f"val/{name}"))
     if labels:
-        fault = f"{len(labels)} images that {folder} lacks: {', '.join(sorted(labels)[:5])}"
+        fault = f"{len(labels)} images that are not in {folder}: {', '.join(sorted(labels)[:5])}"
         raise ValueError(f"data.root: {table} names {fault}")
     splits = {"train": _by_class(train, class_ids), "val": listing.in_order(val)}
     return Listing(class_ids, _names(root, class_ids), splits)
@@ -65,7 +65,7 @@ def scan_kaggle(root: Path) -> Listing:
 
 def _class_folders(folder: Path, key: str = "data.root") -> tuple[str, ...]:
     if not folder.is_dir():
-        expected = "expected one with a folder of images for each class"
+        expected = "it must contain a folder of images for each class"
         raise ValueError(f"{key}: no folder {folder}; {expected}")
     with explain_unreadable(folder, key=key), os.scandir(folder) as entries:
         names = sorted(entry.name for entry in entries if entry.is_dir())
@@ -77,7 +77,7 @@ def _class_folders(folder: Path, key: str = "data.root") -> tuple[str, ...]:
 def _by_class(
     folder: Path, class_ids: Sequence[str], key: str = "data.root", *, may_be_empty: bool = False
 ) -> tuple[ImageFile, ...]:
-    """List the images in the classes' folders, by class and name; several folders at a time."""
+    """List the images in class folders, sorted by class and name. Threads list several at once."""
     images_in = partial(_images_in, key=key, may_be_empty=may_be_empty)
     with ThreadPoolExecutor(listing.NUM_THREADS) as pool:
         found = pool.map(images_in, (folder / class_id for class_id in class_ids))
@@ -98,7 +98,7 @@ def _images_in(
             found = sorted((image.name, image.stat().st_size) for image in images)
     if not found and not may_be_empty:
         kinds = ", ".join(sorted(listing.EXTENSIONS))
-        raise ValueError(f"{key}: {folder} holds no images ({kinds})")
+        raise ValueError(f"{key}: {folder} contains no images ({kinds})")
     return found
 
 
@@ -108,9 +108,9 @@ def _names(root: Path, class_ids: Sequence[str]) -> tuple[str, ...]:
 
 
 def _kaggle_labels(path: Path, class_ids: Sequence[str]) -> dict[str, int]:
-    """Labels by image name. A line is `ILSVRC2012_val_00048981,n03995372 85 1 499 272 `."""
+    """Map image name => label. A line is `ILSVRC2012_val_00048981,n03995372 85 1 499 272 `."""
     if not path.is_file():
-        purpose = "which holds the labels of Kaggle's validation images"
+        purpose = "which contains the labels of Kaggle's validation images"
         raise ValueError(f"data.root: no {path}, {purpose}")
     label_of = {class_id: label for label, class_id in enumerate(class_ids)}
     labels: dict[str, int] = {}
@@ -121,7 +121,7 @@ def _kaggle_labels(path: Path, class_ids: Sequence[str]) -> dict[str, int]:
             image, boxes = row if len(row) == 2 else ("", "")
             class_id = boxes.partition(" ")[0]
             if not class_id:
-                fault = f"is not `image,class box ...`: {','.join(row)[:60]!r}"
+                fault = f"does not have the form `image,class box ...`: {','.join(row)[:60]!r}"
             elif class_id not in label_of:
                 fault = f"names the class {class_id}, which train/ lacks"
             elif image in labels:

@@ -1,6 +1,6 @@
-"""One raw image before it goes into a shard: is it readable, and is anything irregular about it?
+"""Check one raw image before it is put into a shard: is it readable, and is it irregular?
 
-Only Pillow is used here, so that many processes start quickly.
+This module does not import torch, so that worker processes start quickly.
 """
 
 import io
@@ -14,7 +14,7 @@ from contradiff.data.decoding import decode_rgb, opened, orientation_of
 Verify = Literal["full", "header"]
 
 EXTENSION_OF = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}
-"""Formats that shards may hold, by Pillow's names, and their extensions there."""
+"""Formats that shards may contain, as Pillow names them => file extension in the shard."""
 FORMAT_OF_SUFFIX = {".jpg": "JPEG", ".jpeg": "JPEG", ".png": "PNG", ".webp": "WEBP"}
 IRREGULAR_MODES = {
     "CMYK": ("cmyk",),
@@ -29,11 +29,11 @@ ENCODING: dict[str, dict[str, Any]] = {
     "jpg": {"format": "JPEG", "quality": 95, "subsampling": 0},
     "png": {"format": "PNG"},
 }
-"""Of resized images, by extension: without chroma subsampling."""
+"""File extension => Pillow's options to save a resized image (no chroma subsampling)."""
 
 
 class CheckedImage(NamedTuple):
-    """An image for a shard: encoded bytes, true extension, irregularities in a fixed order."""
+    """An image for a shard: encoded bytes, correct file extension, and its irregularities."""
 
     content: bytes
     extension: str
@@ -41,27 +41,26 @@ class CheckedImage(NamedTuple):
 
 
 def check_image(content: bytes, *, path: str, verify: Verify, resize: int | None) -> CheckedImage:
-    """Check an image; keep its bytes unless it has to be made smaller.
+    """Check an image, and make it smaller if its shorter side is longer than `resize` pixels.
 
-    The extension follows the content: a PNG named x.JPEG is stored as a PNG.
-
-    With `verify="full"`, every scan line is decoded (a JPEG at one eighth of its size, which still
-    reads all the data but is cheap). With `verify="header"`, the header is read and the end marker
-    looked for. Images larger than `resize` are scaled (bicubic) until the shorter side has `resize`
-    pixels, turned upright, converted to RGB and encoded again: JPEG as JPEG, all else as PNG.
-    Raises a ValueError that names the file if the image is unreadable.
+    With `verify="full"`, the image is decoded (a JPEG at one eighth of its size, which still reads
+    all data but is fast). With `verify="header"`, only the header and the end marker are checked.
+    To make an image smaller, it is turned upright, converted to RGB, scaled (bicubic) so that its
+    shorter side is `resize`, and encoded again: a JPEG as JPEG, other formats as PNG. Other images
+    keep their bytes. The extension follows the content: a PNG named x.JPEG gets the extension png.
+    Raises ValueError, which names the file, if the image is unreadable.
     """
     with opened(content, name=path) as image:
         kind = image.format or "unknown"
         if kind not in EXTENSION_OF:
-            raise ValueError(f"{kind} files are not taken, only {', '.join(FORMAT_OF_SUFFIX)}")
+            raise ValueError(f"the format is {kind}; allowed are {', '.join(FORMAT_OF_SUFFIX)}")
         size, mode = image.size, image.mode
         has_transparency = "transparency" in image.info
         if verify == "full":
             image.draft(None, (1, 1))  # pyright: ignore[reportArgumentType]  # keep the mode
             image.load()
         elif not _has_end(content, kind):
-            raise ValueError("image file is truncated: no end mark")
+            raise ValueError("image file is truncated: it has no end mark")
         orientation = orientation_of(image)
     irregularities = [*IRREGULAR_MODES.get(mode, ())]
     if has_transparency and "alpha" not in irregularities:
@@ -90,12 +89,12 @@ def _has_end(content: bytes, kind: str) -> bool:
     if kind == "PNG":
         return b"IEND\xaeB`\x82" in content[-4096:]
     if kind == "WEBP":
-        return len(content) >= 8 + int.from_bytes(content[4:8], "little")  # RIFF: its header says
-    # A JPEG's data begin behind its segments and the thumbnails in them.
+        return len(content) >= 8 + int.from_bytes(content[4:8], "little")  # RIFF header: size
+    # A JPEG's image data begin after its header segments, which may contain thumbnails.
     place = 2
     while place + 4 <= len(content) and content[place] == 0xFF and content[place + 1] != 0xDA:
         is_fill_byte = content[place + 1] == 0xFF
         size = int.from_bytes(content[place + 2 : place + 4], "big")
         place += 1 if is_fill_byte else 2 + size
-    # The data escape 0xFF, so these bytes can be nothing but the end mark.
+    # Image data never contain the bytes FF D9, so these bytes must be the end mark.
     return content.rfind(b"\xff\xd9", place) >= 0

@@ -1,8 +1,8 @@
-"""Raw images as people have them, and the manifest that stands for them in DVC.
+"""List the raw images in any supported layout, and make the manifest that DVC tracks.
 
-Class folders, ILSVRC's archives, Kaggle's download or Hugging Face's parquet shards: each source
-lists the same images with the same labels. DVC never hashes the raw data file by file: a digest of
-all names and sizes and of sampled contents stands for them.
+Class folders, ILSVRC's archives, Kaggle's download and Hugging Face's parquet shards give the same
+images with the same labels. Hashing all raw data would take too long. So the manifest, a JSON file,
+contains one digest of all names and sizes and of the bytes of some sampled images.
 """
 
 import hashlib
@@ -25,15 +25,15 @@ MARKS: Mapping[Layout, tuple[str, ...]] = {
     "kaggle": (f"{KAGGLE_IMAGES}/train/",),
     "parquet": tuple(pattern.format("train") for pattern in parquet.PATTERNS),
 }
-"""One of these files or folders shows that a layout is there."""
+"""Layout => files or folders. If one of them exists, the layout is found."""
 
 
 @dataclass(frozen=True)
 class RawImages:
-    """Raw images where they lie. `read` returns an image's original bytes, in any process.
+    """The raw images of one data set. `read` returns an image's original bytes, in any process.
 
-    The digest changes when an image is added, removed, renamed or has another size, and most likely
-    when many contents change. It is the same for class folders, archives and Kaggle's download.
+    The digest changes if an image is added, removed, renamed or changes its size, and probably if
+    many images change. Class folders, archives and Kaggle's download have the same digest.
 
     Example:
         ```python
@@ -49,7 +49,7 @@ class RawImages:
     digest: str
 
     def manifest(self, *, project: Path) -> dict[str, Any]:
-        """Return what stands for the images in DVC, as JSON. `project` is the project's root."""
+        """Return the manifest, which can be written as JSON. `project` is the project's folder."""
         listing = self.listing
         return {
             "root": relative_to_project(self.root, project=project),
@@ -68,17 +68,17 @@ def scan_images(
     verify: bool = False,
     on_message: Callable[[str], None] = lambda _: None,
 ) -> RawImages:
-    """List the images. `scan_archives` explains `index_folder` and `verify`.
+    """List the images below `root`. `scan_archives` explains `index_folder` and `verify`.
 
-    It raises ValueError if there is no layout, or several; if data are missing, empty, damaged or
-    contradict each other; if two images have one key.
+    Raises ValueError if "auto" finds no layout or several, if data are missing, damaged or
+    contradictory, or if two images have the same key.
     """
     if layout == "auto":
         layout = _detect(root)
-        on_message(f"data.source auto: found {layout} ({' or '.join(MARKS[layout])}) in {root}")
+        on_message(f"data.source: auto found {layout} ({' or '.join(MARKS[layout])}) in {root}")
     if verify and layout != "archives":
-        fault = f"compares the md5 of ILSVRC's archives, but {root} is read as {layout}"
-        raise ValueError(f"raw.verify: true {fault}; set it to false")
+        fault = f"true checks the md5 of ILSVRC's archives, but {root} is read as {layout}"
+        raise ValueError(f"raw.verify: {fault}; set raw.verify to false")
     read: Read = partial(read_file, root)
     match layout:
         case "imagefolder":
@@ -103,22 +103,22 @@ def scan_images(
 
 
 def reopen_images(manifest: Path, *, project: Path, **options: Any) -> RawImages:
-    """Scan a manifest's images again; ValueError if it is missing or they have changed since."""
+    """List a manifest's images again. Raises ValueError if they changed after it was written."""
     content = read_manifest(manifest)
     images = scan_images(project / content["root"], layout=content["layout"], **options)
     if images.digest != content["digest"]:
-        fault = f"{images.root} has changed since {manifest}"
+        fault = f"{images.root} has changed since {manifest} was written"
         raise ValueError(f"data.root: {fault}; run `dvc repro -f prepare`")
     return images
 
 
 def relative_to_project(path: Path, *, project: Path) -> str:
-    """How a manifest names a folder: relative to the project's root, if it lies below it."""
+    """Return `path` relative to the folder `project`, or unchanged if it is not below `project`."""
     return str(path.relative_to(project) if path.is_relative_to(project) else path)
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
-    """Read a manifest that the stage `prepare` has written; ValueError if it is missing."""
+    """Read a manifest that the stage `prepare` wrote. Raises ValueError if it is missing."""
     if not path.is_file():
         raise ValueError(f"{path}: missing; run `dvc repro prepare`")
     return json.loads(path.read_text(encoding="utf-8"))
@@ -131,7 +131,7 @@ def _detect(root: Path) -> Layout:
     if len(found) == 1:
         return found[0]
     text = "; ".join(f"{layout}: {' or '.join(MARKS[layout])}" for layout in (found or MARKS))
-    fault = f"found no images in {root}; looked for {text} (nothing is downloaded)"
+    fault = f"found no images in {root}; put there one of: {text} (nothing is downloaded)"
     if found:
-        fault = f"{root} holds {len(found)} layouts ({text}); set data.source to one"
+        fault = f"{root} contains {len(found)} layouts ({text}); set data.source to one of them"
     raise ValueError(f"data.root: {fault}")

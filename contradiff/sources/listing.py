@@ -1,7 +1,7 @@
-"""Images by class: what every source of raw images lists, whatever the images are stored in.
+"""The list of images by class, which has the same form for every source of raw images.
 
-An image's `path` is `<split>/<class>/<file>` in all sources. So its key, its label and its place in
-the order are the same from class folders, ILSVRC's archives, Kaggle's download and parquet.
+An image's `path` is `<split>/<class>/<file>` in all sources. So an image has the same key, label
+and position in class folders, ILSVRC's archives, Kaggle's download and parquet files.
 """
 
 import re
@@ -13,15 +13,15 @@ from pathlib import Path
 SPLITS = ("train", "val")
 EXTENSIONS = frozenset({".jpeg", ".jpg", ".png", ".webp"})
 NUM_THREADS = 16
-"""Folders listed at a time: a network file system answers each slowly, but many at once."""
+"""Number of threads that list folders. A network file system is slow, but serves many at once."""
 
 
 @dataclass(frozen=True, slots=True)
 class ImageFile:
     """One raw image. Its `path` is `<split>/<class>/<file>`, even if there is no such file.
 
-    It lies in the file `stored` (relative to the root; if empty, that is `path`), from the byte
-    `offset` on. In parquet, that is its row, and `num_bytes` is the mean of its row group.
+    `stored` is the file that contains the image (below the root; if empty, `path`), and `offset` is
+    its first byte there. In parquet, `offset` is a row, and `num_bytes` is an estimate.
     """
 
     path: str
@@ -33,7 +33,7 @@ class ImageFile:
 
     @property
     def key(self) -> str:
-        """The image's name in shards: class folder and file name, without dots (for WebDataset)."""
+        """The image's name in shards: class and file name. WebDataset does not allow dots in it."""
         parent, _, name = self.path.rpartition("/")
         dot = name.rfind(".")
         stem = (name[:dot] if dot > 0 else name).replace(".", "_")
@@ -42,15 +42,15 @@ class ImageFile:
 
 
 Read = Callable[[ImageFile], bytes]
-"""Returns an image's stored bytes, in any process; ValueError names a file gone or cut short."""
+"""Returns an image's bytes, in any process. Raises ValueError if the file cannot be read."""
 
 
 @dataclass(frozen=True)
 class Listing:
-    """All images of a source, ordered by class, then by name; labels index the sorted `class_ids`.
+    """All images of a source, sorted by class, then by name. A label is an index of `class_ids`.
 
-    A class without a name is named by its id. The digest covers the text `containers` too, which
-    describes the files that hold the images.
+    `class_ids` are sorted. A class without a name has its id as name. The text `containers`
+    describes parquet files; the digest of the raw images includes it.
     """
 
     class_ids: tuple[str, ...]
@@ -59,7 +59,7 @@ class Listing:
     containers: str = ""
 
     def check(self, root: Path) -> None:
-        """Raise ValueError if a class has no image in a split, or an image has no usable key."""
+        """Raise ValueError if a class has no image in a split, or a file cannot be given a key."""
         for split, files in self.splits.items():
             present = {file.label for file in files}
             empty = [name for label, name in enumerate(self.class_ids) if label not in present]
@@ -69,30 +69,30 @@ class Listing:
             seen: dict[str, ImageFile] = {}
             for file in files:
                 if re.search("[\ud800-\udfff\0]", key := file.key):
-                    raise ValueError(f"data.root: {file.path!r} is not named in UTF-8: rename it")
+                    raise ValueError(f"data.root: the name {file.path!r} is not UTF-8: rename it")
                 if (other := seen.setdefault(key, file)) is not file:
                     both = " and ".join(f"{f.path} (in {f.stored or root})" for f in (other, file))
-                    raise ValueError(f"data.root: {both} would both be {key}: rename one")
+                    raise ValueError(f"data.root: {both} both get the key {key}: rename one")
 
 
 def is_image_name(name: str) -> bool:
-    """Whether a file of this name counts as an image; hidden files do not."""
+    """Return whether a file with this name is an image. Hidden files are not."""
     dot = name.rfind(".")
     return dot > 0 and name[0] != "." and name[dot:].lower() in EXTENSIONS
 
 
 def in_order(files: Iterable[ImageFile]) -> tuple[ImageFile, ...]:
-    """Sort by class, then by name."""
+    """Sort images by class, then by name."""
     return tuple(sorted(files, key=lambda file: (file.label, file.path)))
 
 
 def first_name(words: str) -> str:
-    """Return the first of a class's names: `tench` from `tench, Tinca tinca`."""
+    """Return the first name of a class, such as `tench` from `tench, Tinca tinca`."""
     return words.split(",", maxsplit=1)[0].strip()
 
 
 def read_synsets(root: Path) -> dict[str, str]:
-    """Read names by class id from Kaggle's list, which is optional elsewhere."""
+    """Map class id => name, as in Kaggle's list. Return {} if there is no such list in `root`."""
     path = root / "LOC_synset_mapping.txt"
     text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
     lines = (line.split(maxsplit=1) for line in text.splitlines())
@@ -101,7 +101,7 @@ def read_synsets(root: Path) -> dict[str, str]:
 
 @contextmanager
 def explain_unreadable(path: Path, *, key: str = "data.root") -> Generator[None]:
-    """Raise ValueError where the system cannot read `path`, to which the parameter `key` led."""
+    """Turn an OSError about `path` into a ValueError. `key` is the parameter that gave `path`."""
     try:
         yield
     except OSError as error:

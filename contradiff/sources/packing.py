@@ -1,10 +1,10 @@
-"""Raw images => shards: planned before any work, made by `map_shards`, then published.
+"""Raw images => shards. All shards are planned first, then made with `map_shards`, then published.
 
     listing =plan_shards=> PlannedShard, ... =ShardMaker=> Made, ... =publish=> folder
 
-The plan is a function of names, sizes and seed. A shard's bytes are a function of its plan, of the
-images' bytes and of the parameters. So they are the same whichever process writes them, and when.
-An unreadable image is left out of its shard and listed; no other shard changes.
+The plan depends only on the images' names and sizes, the seed and the parameters. A shard's bytes
+depend only on its plan, the images and the parameters, and not on the process that writes it. An
+unreadable image is left out of its shard and listed in a file. No other shard changes.
 """
 
 import json
@@ -28,27 +28,27 @@ from contradiff.sources.image_check import Verify, check_image
 from contradiff.sources.listing import SPLITS, ImageFile, Listing, Read
 
 QUARANTINE_NAME = "quarantine.json"
-"""Lists the images of each split that are left out."""
+"""Name of the file that lists the images of each split that are left out."""
 UNREADABLE = ".unreadable.json"
-"""Ends the name of the list of a shard's unreadable images, beside it."""
+"""End of the name of a file that lists a shard's unreadable images."""
 
 
 class IngestParams(Section):
     """Section `ingest`: how raw images are put into shards."""
 
     max_shard_megabytes: int | None = Field(
-        ge=1, description="10^6 bytes of files in a shard before compression; larger images alone"
+        ge=1, description="largest size of a shard before compression, in 10^6 bytes"
     )
-    verify: Verify = Field(description="full: decode each image once | header: format and end mark")
-    resize: int | None = Field(ge=8, description="shorter side of larger images, in pixels")
+    verify: Verify = Field(description="full: decode each image | header: check format and end")
+    resize: int | None = Field(ge=8, description="shorter side to which larger images are scaled")
     max_quarantined: float = Field(
-        ge=0, lt=1, description="share of a split's images that may be unreadable"
+        ge=0, lt=1, description="share of a split's images that may be unreadable and left out"
     )
 
 
 @dataclass(frozen=True)
 class PlannedShard:
-    """The images that a shard will hold, in order."""
+    """The images that a shard will contain, in order."""
 
     split: str
     name: str
@@ -56,12 +56,12 @@ class PlannedShard:
 
     @property
     def num_bytes(self) -> int:
-        """Size of the tar before compression, if nothing is resized."""
+        """Size of the tar before compression, if no image is resized."""
         return sum(tar_bytes(file.num_bytes) for file in self.files)
 
 
 def tar_bytes(num_bytes: int) -> int:
-    """What an image of `num_bytes` takes in a shard, with its class and both headers."""
+    """Return the bytes of one sample in a tar: the image, its class file and two tar headers."""
     blocks = -(-num_bytes // tarfile.BLOCKSIZE)
     return (1 + blocks + 2) * tarfile.BLOCKSIZE
 
@@ -69,10 +69,10 @@ def tar_bytes(num_bytes: int) -> int:
 def plan_shards(
     listing: Listing, *, seed: int, shard: ShardParams, ingest: IngestParams
 ) -> list[PlannedShard]:
-    """Put each split into a seeded random order and cut it, so that any shard is a fair sample.
+    """Shuffle each split with the seed and cut it into shards. So each shard is a random sample.
 
-    A shard holds at most `shard.samples_per_shard` images and `ingest.max_shard_megabytes`, unless
-    one image alone is larger.
+    A shard has at most `shard.samples_per_shard` images and `ingest.max_shard_megabytes`. An
+    image that is larger than this gets its own shard.
     """
     megabytes = ingest.max_shard_megabytes
     plan: list[PlannedShard] = []
@@ -97,7 +97,7 @@ def plan_shards(
 
 @dataclass(frozen=True)
 class ShardMaker:
-    """Makes planned shards of a listing in the folder `work`; for `map_shards`."""
+    """Makes planned shards in the folder `work`. This is the function `make` of `map_shards`."""
 
     read: Read
     num_images: Mapping[str, int]
@@ -106,9 +106,9 @@ class ShardMaker:
     work: Path
 
     def __call__(self, planned: PlannedShard, tick: Tick) -> Made:
-        """Write one shard, whole or not at all; no file if none of its images is readable.
+        """Write one shard, completely or not at all. Without a readable image, there is no file.
 
-        It raises ValueError if an image's size has changed since the plan was made, or if earlier
+        Raises ValueError if an image's size has changed since the plan was made, or if earlier
         shards had too many unreadable images.
         """
         self.unreadable_images()
@@ -119,9 +119,9 @@ class ShardMaker:
             for file in planned.files:
                 content = self.read(file)
                 if len(content) != file.num_bytes and not file.is_estimate:
-                    now = f"has {len(content)} bytes, but had {file.num_bytes}"
-                    remedy = "stop whatever writes there, then run the same command again"
-                    raise ValueError(f"data.root: {file.path} {now} when the work began: {remedy}")
+                    now = f"has {len(content)} bytes, but had {file.num_bytes} before"
+                    remedy = "stop the program that changes it, then run the same command again"
+                    raise ValueError(f"data.root: {file.path} {now}: {remedy}")
                 verify, resize = self.ingest.verify, self.ingest.resize
                 try:
                     image = check_image(content, path=file.path, verify=verify, resize=resize)
@@ -149,7 +149,7 @@ class ShardMaker:
         return Made((shard,) if shard.num_samples else (), notes)
 
     def unreadable_images(self) -> dict[str, list[dict[str, str]]]:
-        """Return each split's unreadable images so far, in its order; ValueError if too many."""
+        """Return each split's unreadable images so far. Raises ValueError if there are too many."""
         found: dict[str, list[dict[str, str]]] = {}
         for split in self.num_images:
             paths = sorted(self.work.glob(f"{split}-*{UNREADABLE}"))
@@ -161,9 +161,9 @@ class ShardMaker:
                 shown = "\n".join(f"  {i['path']}: {i['reason']}" for i in items[:3])
                 raise ValueError(
                     f"ingest.max_quarantined: {len(items)} of {total} {split} images cannot be "
-                    f"read, more than the share {share:g} that may be left out:\n{shown}\n"
-                    f"{self.work / QUARANTINE_NAME} lists those found so far; mend or remove them, "
-                    "or raise ingest.max_quarantined (finished shards are kept)"
+                    f"read, which is more than the allowed share of {share:g}. Examples:\n{shown}\n"
+                    f"{self.work / QUARANTINE_NAME} lists the images found so far. Repair or "
+                    "remove them, or raise ingest.max_quarantined (finished shards are kept)"
                 )
         return found
 
@@ -171,9 +171,9 @@ class ShardMaker:
 def publish(
     listing: Listing, made: Sequence[Made], maker: ShardMaker, folder: Path, *, seed: int
 ) -> ImageInfo:
-    """Link or copy the finished shards into an empty folder, with their index and quarantine.
+    """Link or copy finished shards to an empty folder. Write their index and quarantine.json.
 
-    It raises ValueError if too many images are unreadable, or all of a class, or the disk is full.
+    Raises ValueError if too many images, or all of a class, are unreadable, or the disk is full.
     """
     unreadable = maker.unreadable_images()
     splits: dict[str, tuple[Shard, ...]] = {}
@@ -205,7 +205,7 @@ def publish(
         for shard in (shard for shards in splits.values() for shard in shards):
             try:
                 os.link(maker.work / shard.name, folder / shard.name)
-            except OSError:  # another file system, or one without links
+            except OSError:  # another file system, or a file system without links
                 shutil.copyfile(maker.work / shard.name, folder / shard.name)
         _write_json(folder / QUARANTINE_NAME, unreadable)
         ShardIndex(splits, info).write(folder)
@@ -213,13 +213,13 @@ def publish(
 
 
 def describe(info: ImageInfo) -> Iterator[str]:
-    """Yield a line on what is irregular and one on what is left out, for each split."""
+    """Yield lines that count the irregular images, and the images left out, of each split."""
     content = info.model_dump()
     for split, counts in content["irregularities"].items():
         if counts:
-            yield f"{split}: " + ", ".join(f"{n} {name}" for name, n in counts.items())
+            yield f"{split} images: " + ", ".join(f"{n} {name}" for name, n in counts.items())
         if number := content["num_quarantined"][split]:
-            yield f"{split}: {number} unreadable images are left out, see {QUARANTINE_NAME}"
+            yield f"{split}: {number} unreadable images are left out; {QUARANTINE_NAME} lists them"
 
 
 def _write_json(path: Path, content: object) -> None:

@@ -1,7 +1,7 @@
-"""ImageNet as Hugging Face has it: parquet shards with `image` {bytes, path} and `label`.
+"""ImageNet from Hugging Face: parquet files with columns `image` {bytes, path} and `label`.
 
-The labels already are the classes' places among the sorted wnids (checked where the images' names
-show the wnids). Only labels, names and footers are read to list the images.
+A label is already the class's place among the sorted wnids (WordNet ids). This is checked if the
+images' names contain the wnids. To list the images, only labels, names and file footers are read.
 """
 
 import hashlib
@@ -21,16 +21,16 @@ from contradiff.sources.listing import ImageFile, Listing, first_name, in_order,
 PATTERNS = ("data/{}-*.parquet", "{}-*.parquet", "data/{}/*.parquet", "{}/*.parquet")
 SPLIT_NAMES = {"train": ("train",), "val": ("validation", "val")}
 NUM_CACHED_GROUPS = 4
-"""Row groups kept in memory. Parquet reads no less than one (100 images here, 11 MB)."""
+"""Row groups kept in memory. A row group (here 100 images, 11 MB) can only be read as a whole."""
 _SHARD = re.compile(r"-(\d{5})-of-(\d{5})")
 _WNID = re.compile(r"n\d{8}")
 _PREFIX, _SUFFIX = re.compile(r"(n\d{8})_"), re.compile(r"(.+)_(n\d{8})")
 
 
 def read_row(root: Path, file: ImageFile) -> bytes:
-    """Read one image; ValueError if its shard is gone or damaged, or the row holds no image.
+    """Read one image. Raises ValueError if its file is missing or damaged or its row has no image.
 
-    Its whole row group is read, unless it is still in memory: read in the order of the rows.
+    This reads the whole row group, unless it is still in memory: reading in row order is fastest.
     """
     import pyarrow as pa
 
@@ -49,7 +49,7 @@ def read_row(root: Path, file: ImageFile) -> bytes:
 
 @cache
 def _opened(path: Path, _process: int, _time: int) -> tuple[Any, list[int]]:
-    """A shard and its row groups' first rows. It is opened anew after a fork or a change."""
+    """Open a file and find its row groups' first rows. Open it again after a fork or change."""
     from pyarrow import parquet
 
     shard = parquet.ParquetFile(path, memory_map=True)
@@ -64,7 +64,7 @@ def _row_group(shard: Any, number: int) -> Any:
 
 
 def parquet_files(root: Path, split: str) -> list[Path]:
-    """Return a split's shards, such as `data/train-00000-of-00294.parquet`, sorted."""
+    """Return a split's files, such as `data/train-00000-of-00294.parquet`, sorted by name."""
     for name in SPLIT_NAMES[split]:
         for pattern in PATTERNS:
             if found := sorted(root.glob(pattern.format(name))):
@@ -73,11 +73,11 @@ def parquet_files(root: Path, split: str) -> list[Path]:
 
 
 def scan_parquet(root: Path) -> Listing:
-    """List the images in parquet shards.
+    """List the images in parquet files.
 
-    A class's id is its wnid if the images' names (or `LOC_synset_mapping.txt`) tell it, else its
-    label in four digits. An image without a name is named by its row. It raises ValueError if
-    shards are missing, damaged or have other columns, or if labels are wrong.
+    A class's id is its wnid if the images' names or `LOC_synset_mapping.txt` contain it. If not,
+    it is the label in four digits. An image without a name gets a name with its number. Raises
+    ValueError if files are missing, damaged or have other columns, or if labels are wrong.
     """
     images: dict[str, list[ImageFile]] = {}
     names: dict[str, list[str]] = {}
@@ -89,7 +89,7 @@ def scan_parquet(root: Path) -> Listing:
         for path in files:
             rows, found = _read_shard(root, path)
             if found != names.setdefault(split, found):
-                fault = "has other class names than the shards before it"
+                fault = "has other class names than the files before"
                 raise ValueError(f"data.root: {path} {fault}")
             images[split] += rows
             stored = path.relative_to(root).as_posix()
@@ -107,18 +107,18 @@ def scan_parquet(root: Path) -> Listing:
 def _check_complete(root: Path, split: str, files: Sequence[Path]) -> None:
     if not files:
         patterns = [p.format(name) for name in SPLIT_NAMES[split] for p in PATTERNS]
-        raise ValueError(f"data.root: {root} has no {split} shards: none of {', '.join(patterns)}")
+        raise ValueError(f"data.root: {root} has no {split} files, such as {', '.join(patterns)}")
     numbered = [match for path in files if (match := _SHARD.search(path.name))]
     total = max((int(match[2]) for match in numbered), default=0)
     missing = sorted(set(range(total)) - {int(match[1]) for match in numbered})
     if missing or len(numbered) != total:
-        text = ", ".join(f"{number:05d}" for number in missing[:5]) or "one twice"
-        fault = f"{len(numbered)} of {total} shards like {files[0].name}; missing: {text}"
+        text = ", ".join(f"{number:05d}" for number in missing[:5]) or "none, but one exists twice"
+        fault = f"{len(numbered)} of {total} files like {files[0].name}; missing: {text}"
         raise ValueError(f"data.root: {root} has {fault}")
 
 
 def _read_shard(root: Path, path: Path) -> tuple[list[ImageFile], list[str]]:
-    """Images, whose `path` is their name in the shard, and class names as the shard knows them."""
+    """Return a file's images, with their names in the file as `path`, and its class names."""
     import pyarrow as pa
     from pyarrow import parquet
 
@@ -138,7 +138,7 @@ def _read_shard(root: Path, path: Path) -> tuple[list[ImageFile], list[str]]:
     except (pa.ArrowException, OSError) as error:
         fault = f"is damaged, truncated or no parquet file: {error}"
         raise ValueError(f"data.root: {path} {fault}") from error
-    try:  # as `datasets` writes it; others need not name the classes
+    try:  # the library `datasets` writes names here; other files may have none
         features = json.loads(notes[b"huggingface"])["info"]["features"]
         class_names = [str(name) for name in features["label"]["names"]]
     except (KeyError, TypeError, ValueError):
@@ -156,19 +156,19 @@ def _read_shard(root: Path, path: Path) -> tuple[list[ImageFile], list[str]]:
 
 
 def _check_columns(schema: Any, *, path: Path) -> bool:
-    """Whether the images have names. Refuse shards without `image.bytes` or `label`."""
+    """Return whether images have names. Raise ValueError if `image.bytes` or `label` is missing."""
     found = {field.name: str(field.type) for field in schema}
     image = found.get("image", "")
     has_bytes = re.match(r"struct<([^<>]*, )?bytes: (large_)?binary\b", image)
     if not has_bytes or not re.match("u?int", found.get("label", "")):
         columns = ", ".join(f"{name}: {kind}" for name, kind in found.items())
-        expected = "expected `image` of bytes and path, and `label`, a whole number"
+        expected = "expected `image` with bytes and path, and `label`, an integer"
         raise ValueError(f"data.root: {path} has the columns ({columns}); {expected}")
     return re.search("[<, ]path: ", image) is not None
 
 
 def _footer_digest(path: Path) -> str:
-    """Hash the footer. It has every column chunk's place and size, so a changed image shows."""
+    """Hash the footer. It has each column chunk's offset and size, so it shows most changes."""
     with path.open("rb") as file:
         file.seek(-8, os.SEEK_END)
         length = int.from_bytes(file.read(4), "little")
@@ -177,7 +177,7 @@ def _footer_digest(path: Path) -> str:
 
 
 def _stem_and_wnid(path: str) -> tuple[str, str | None]:
-    """Take off the wnid that Hugging Face appended: `n0_9` and `n0`, from `n0_9_n0.JPEG`."""
+    """Split a name: `n0_9_n0.JPEG` => `n0_9` and the wnid `n0`, which Hugging Face appended."""
     stem = path.rpartition("/")[2].rpartition(".")[0]
     if match := _SUFFIX.fullmatch(stem):
         return match[1], match[2]
@@ -199,14 +199,14 @@ def _class_ids(
         if not 0 <= label < num_classes:
             fault = f"; expected 0 to {num_classes - 1} (a test split has no labels)"
         elif wnid is not None and wnids.setdefault(label, wnid) != wnid:
-            fault = f", which is {wnids[label]} elsewhere"
+            fault = f", but other images with this label are of class {wnids[label]}"
         if fault:
             row = f"row {image.offset} ({image.path or 'without a name'}) has the label {label}"
             raise ValueError(f"data.root: {root / image.stored}: {row}{fault}")
     ordered = [wnids[label] for label in sorted(wnids)]
     for earlier, later in pairwise(ordered):
         if earlier >= later:
-            order = "the wnids' places in sorted order, as they are in all other sources"
+            order = "the wnids' places in sorted order, as in all other sources"
             raise ValueError(f"data.root: {root}: labels are not {order} (see {later})")
     named = names if all(map(_WNID.fullmatch, names)) else []
     for ids in (ordered, named, sorted(synsets)):
@@ -216,7 +216,7 @@ def _class_ids(
 
 
 def _named(split: str, number: int, image: ImageFile, class_ids: Sequence[str]) -> ImageFile:
-    """Give an image the path that it has in all sources."""
+    """Give an image the path that it also has in the other sources."""
     name = f"{split}_{number:08d}.jpg"
     if image.path:
         stem, _ = _stem_and_wnid(image.path)

@@ -1,7 +1,7 @@
-"""Tar archives read where they lie: what is in them, where it is, and whether they are official.
+"""Read tar archives without unpacking: list their files, and compare official checksums.
 
-Nothing is unpacked. To list a tar only headers are read, so one of 138 GB costs what its
-1.28 million headers cost; the list is kept for the next time.
+To list a tar, only its headers are read (1.28 million headers for ILSVRC's 138 GB). The list can
+be kept in a file for the next run.
 """
 
 import hashlib
@@ -18,18 +18,18 @@ NUM_SAMPLED_BLOCKS, SAMPLED_BLOCK = 64, 4096
 
 
 class Member(NamedTuple):
-    """A file in a tar: its name, and where its bytes lie in the outermost file."""
+    """A file in a tar: its name, and the offset and number of its bytes in the outermost tar."""
 
     name: str
     offset: int
     num_bytes: int
 
 
-Members = dict[str, list[Member]]  # by class, or whatever else groups them
+Members = dict[str, list[Member]]  # grouped by class or split
 
 
 def walk_tar(path: Path, *, inner: tarfile.TarInfo | None = None) -> list[tarfile.TarInfo]:
-    """List the regular files of a tar in archive order, or those of the nested tar `inner`.
+    """List the regular files of a tar, or of the tar `inner` inside it, in archive order.
 
     Each member's `offset_data` counts from the start of the tar that directly holds it. Raises
     ValueError if the tar is truncated or damaged, or if `check_member` refuses a member.
@@ -40,15 +40,15 @@ def walk_tar(path: Path, *, inner: tarfile.TarInfo | None = None) -> list[tarfil
         try:
             if inner is not None:
                 bounded: Any = tarfile.TarFile(fileobj=outer).extractfile(inner)
-                file = bounded.raw  # without the buffer: only headers are wanted
+                file = bounded.raw  # no buffer, since only headers are read
             with tarfile.open(fileobj=file, mode="r:") as tar:
                 members = list(tar)
-                # tarfile says nothing of a damaged header, nor of a file that ends too early.
+                # tarfile does not report a damaged header or a file that ends too early.
                 file.seek(tar.offset)
                 if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
                     raise tarfile.ReadError(f"no header at byte {tar.offset}")
         except (tarfile.TarError, ValueError, OverflowError) as error:
-            fault = f"is no tar archive, or is truncated or damaged ({error})"
+            fault = f"is not a tar archive, or is truncated or damaged ({error})"
             raise ValueError(f"{shown} {fault}: fetch it again") from error
     for member in members:
         check_member(member, shown=shown)
@@ -56,7 +56,7 @@ def walk_tar(path: Path, *, inner: tarfile.TarInfo | None = None) -> list[tarfil
 
 
 def check_member(member: tarfile.TarInfo, *, shown: str) -> None:
-    """Raise ValueError for a link, a device or a path that leads out of the archive."""
+    """Raise ValueError if a member is a link or a device, or its path leads out of the archive."""
     path = PurePosixPath(member.name)
     if path.is_absolute() or ".." in path.parts:
         fault = "points out of the archive"
@@ -64,15 +64,15 @@ def check_member(member: tarfile.TarInfo, *, shown: str) -> None:
         fault = "is a link or a device"
     else:
         return
-    remedy = "which no official archive's file does; do not unpack it, fetch it again"
+    remedy = "so this archive is not official; do not unpack it, fetch it again"
     raise ValueError(f"{shown}: {member.name!r} {fault}, {remedy}")
 
 
 def kept_index(path: Path, folder: Path | None, read_headers: Callable[[Path], Members]) -> Members:
-    """Return what `read_headers` finds in a tar; read it from `folder`, if any, next time.
+    """Return the list that `read_headers` makes of a tar. Keep it in `folder` for the next run.
 
-    Headers are read again when the tar's size, its time of change or a sampled block has changed,
-    or when the cached file is damaged.
+    The headers are read again if the tar's size, modification time or a sampled block has changed,
+    if the kept list is damaged, or if `folder` is None.
     """
     if folder is None:
         return read_headers(path)
@@ -92,7 +92,7 @@ def kept_index(path: Path, folder: Path | None, read_headers: Callable[[Path], M
 
 
 def sampled_digest(path: Path) -> str:
-    """Hash a file's size and evenly spread blocks, including the first and the last."""
+    """Hash a file's size and 64 evenly spaced blocks, which include the first and the last."""
     num_bytes = path.stat().st_size
     hasher = hashlib.sha256(f"{num_bytes}\n".encode())
     last = max(0, num_bytes - SAMPLED_BLOCK)
@@ -104,10 +104,10 @@ def sampled_digest(path: Path) -> str:
 
 
 def check_digest(path: Path, algorithm: str, expected: str, *, remedy: str) -> None:
-    """Raise ValueError, which names the remedy, if a file's digest is not the published one."""
+    """Raise ValueError, which ends with `remedy`, if a file's digest is not `expected`."""
     with path.open("rb") as file:
         hasher = hashlib.new(algorithm, usedforsecurity=False)
         found = hashlib.file_digest(file, lambda: hasher).hexdigest()
     if found != expected:
         fault = f"its {algorithm} is {found}, expected {expected}"
-        raise ValueError(f"{path}: not the official {path.name}: {fault}; {remedy}")
+        raise ValueError(f"{path}: this is not the official {path.name}: {fault}; {remedy}")

@@ -1,4 +1,4 @@
-"""The set that features are transferred to: images by row, labels, names, whatever its source."""
+"""The data set of the transfer stage, where probes of the features are trained and tested."""
 
 import hashlib
 from collections.abc import Iterator, Sequence
@@ -23,18 +23,16 @@ KEY = "transfer_data.root"
 
 
 class TransferDataParams(Section):
-    """Section `transfer_data`: the set that features are transferred to."""
+    """Section `transfer_data`: the data set of the transfer stage."""
 
-    source: Source = Field(description="digits: written to root | the others must be there")
-    root: str = Field(
-        min_length=1, description="a folder; for CIFAR, the archive itself or its folder"
-    )
-    verify: bool = Field(description="CIFAR's archives must have the official checksums")
+    source: Source = Field(description="digits: written to root; other data must exist in root")
+    root: str = Field(min_length=1, description="folder of the data, or path of CIFAR's archive")
+    verify: bool = Field(description="check that CIFAR's archives have the official checksums")
 
 
 @dataclass(frozen=True)
 class TransferSet:
-    """A labelled set in a folder or in CIFAR's archive; the digits are stored as CIFAR-100.
+    """A labelled data set: class folders or CIFAR. The digits are stored in CIFAR-100's format.
 
     Example:
         ```python
@@ -49,16 +47,16 @@ class TransferSet:
 
     @classmethod
     def reopen(cls, manifest: Path, *, project: Path) -> "TransferSet":
-        """Return the set that a manifest stands for; ValueError if it has changed since."""
+        """Open the set that a manifest describes. Raises ValueError if the set has changed."""
         content = read_manifest(manifest)
         images = cls(project / content["root"], content["source"])
         if images.manifest(project=project) != content:
-            fault = f"{images.root} has changed since {manifest}"
+            fault = f"{images.root} has changed since {manifest} was written"
             raise ValueError(f"{KEY}: {fault}; run `dvc repro -f prepare`")
         return images
 
     def manifest(self, *, project: Path) -> dict[str, Any]:
-        """Return what stands for the set in DVC: hashes of all that is read."""
+        """Return the manifest, which DVC tracks: hashes of all files of the set."""
         place = relative_to_project(self.root, project=project)
         content: dict[str, Any] = {"root": place, "source": self.source}
         if self.source != "imagefolder":
@@ -75,10 +73,10 @@ class TransferSet:
         return content | described | {"sha256": hasher.hexdigest()}
 
     def check(self, shots: Sequence[int | Literal["full"]], *, verify: bool) -> Iterator[str]:
-        """Read the set once; yield a line for each split. `verify` compares archives' checksums.
+        """Check the set, and yield a line about each split to log. `verify` checks the checksums.
 
-        It raises ValueError if data are missing or damaged, if an archive is not the official one,
-        or if a class has fewer training images than `shots`.
+        Raises ValueError if data are missing or damaged, if an archive is not the official one, or
+        if a class has fewer training images than the largest number in `shots`.
         """
         if verify and self.source in {"cifar10", "cifar100"}:
             self._find_cifar().verify()
@@ -91,10 +89,10 @@ class TransferSet:
             yield f"{len(split.labels)} {name} images of {number} classes in {self.root}"
 
     def split(self, split: Split, *, image_size: int) -> TransferSplit:
-        """Open one split. In folders, test is `test/`, or `val/` where there is no `test/`.
+        """Open one split. With class folders, "test" is `test/`, or `val/` if there is no `test/`.
 
-        Images from folders are brought to `image_size` as the pipeline does it: centre crop, then
-        bicubic. CIFAR's stay at 32 pixels. ValueError says what is missing or damaged.
+        The centre crop of an image in a folder is resized to `image_size` (bicubic). CIFAR images
+        keep their 32 pixels. Raises ValueError if data are missing or damaged.
         """
         if self.source != "imagefolder":
             return read_cifar(self._find_cifar(), split=split)
@@ -118,11 +116,11 @@ class TransferSet:
         return find_cifar(self.root, "cifar10" if self.source == "cifar10" else "cifar100")
 
     def _list_folders(self) -> Listing:
-        """Classes are the folders in train/; the other split is `test/` or else `val/`."""
+        """List the class folders in `train/`, and in `test/` or, without `test/`, `val/`."""
         has_test = (self.root / "test").is_dir() or not (self.root / "val").is_dir()
         test = "test" if has_test else "val"
         listing = scan_folder(self.root, test=test, may_be_empty=True, key=KEY)
         if not listing.splits[test]:
-            raise ValueError(f"{KEY}: {self.root / test} holds no images")
+            raise ValueError(f"{KEY}: {self.root / test} contains no images")
         train, files = listing.splits.values()
         return replace(listing, splits={"train": train, "test": files})

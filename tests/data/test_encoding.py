@@ -196,7 +196,7 @@ def test_sizes_are_those_of_written_shards(base: LatentEncoder, tiny_data: Path)
     assert more.shard_bytes("train", 6) > base.shard_bytes("train", 6)
     images = ShardIndex.read(tiny_data / "images", ImageInfo)
     assert more.describe_size(images).endswith(
-        "(24 x 3 views and their mirror images), val 30.7 kB (8 x 1 view)"
+        "(24 images x 3 views and their mirror images), val 30.7 kB (8 images x 1 view)"
     )
 
 
@@ -222,7 +222,7 @@ def test_reconstruction_is_diffusers_own(base: LatentEncoder, tiny_data: Path):
 def test_latents_that_show_too_little_are_refused(base: LatentEncoder, tiny_data: Path):
     quality = of_val(base, tiny_data).psnr
     assert of_val(changed(base, min_psnr=quality - 0.01), tiny_data).psnr == quality
-    with pytest.raises(ValueError, match=r"^latents\.min_psnr: .* dB where .* factor"):
+    with pytest.raises(ValueError, match=r"^latents\.min_psnr: .* dB, below .* factor"):
         of_val(changed(base, min_psnr=quality + 0.01), tiny_data)
 
 

@@ -203,8 +203,8 @@ def start(tmp_path: Path) -> Callable[..., subprocess.Popen[str]]:
 
 
 KILLED = (
-    "ChildProcessError: a worker process was killed, perhaps for want of memory: lower "
-    "runtime.num_workers, then run the same command again; what is whole is kept"
+    "ChildProcessError: a worker process was killed, perhaps because memory ran out: lower "
+    "runtime.num_workers and run the same command again (finished shards are kept)"
 )
 
 

@@ -155,7 +155,7 @@ def test_any_wrong_byte_is_noticed(tmp_path: Path, compression: Compression):
 def test_index_with_another_count_is_noticed(tmp_path: Path):
     shard = write_folder(tmp_path).shards("train")[0]
     wrong = replace(shard, num_samples=5)
-    with pytest.raises(ValueError, match=r"train-00000.tar: 4 samples where index.json says 5"):
+    with pytest.raises(ValueError, match=r"train-00000.tar: 4 samples, but index.json says 5"):
         list(read_shard(tmp_path / shard.name, wrong))
 
 

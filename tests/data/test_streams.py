@@ -135,7 +135,7 @@ def test_folders_of_other_orders_are_refused(tiny_data: Path, tmp_path: Path):
     pairs = PairedShards.open(tiny_data / "images", latents, split="train")
     with pytest.raises(
         ValueError,
-        match=r"train-0000\d.tar: the latent.s key train-\d+ is not the image.s train-\d+; run",
+        match=r"train-0000\d.tar: the latent has the key train-\d+, but the image .*train-\d+; run",
     ):
         batches_of(pairs, 1)
 

@@ -119,12 +119,13 @@ def test_python_comes_before_binary_and_unpacked_before_packed(tmp_path: Path):
 
 def test_nothing_found_is_named(tmp_path: Path):
     key, absent = "transfer_data.root", tmp_path / "absent"
-    assert complaint(absent).startswith(f"{key}: {absent} does not exist; put cifar-100-python.tar")
+    assert complaint(absent).startswith(f"{key}: {absent} does not exist; download cifar-100-py")
     (tmp_path / "meta").touch()
-    assert complaint(tmp_path).startswith(f"{key}: {tmp_path} lacks train, test; put cifar-100-py")
+    assert complaint(tmp_path).startswith(f"{key}: {tmp_path} lacks train, test; download cifar")
     archive = pack(tmp_path, "cifar100", PYTHON)
     assert complaint(archive, "cifar10") == (
-        f"{key}: {archive} is a file, but not cifar-10-python.tar.gz or cifar-10-binary.tar.gz"
+        f"{key}: {archive} is a file, but its name is not "
+        "cifar-10-python.tar.gz or cifar-10-binary.tar.gz"
     )
 
 
@@ -132,7 +133,7 @@ def test_nothing_found_is_named(tmp_path: Path):
 def test_archives_must_be_the_official_ones(tmp_path: Path, name: CifarName, form: CifarForm):
     path = pack(tmp_path, name, form)
     expected = (
-        rf"{path}: not the official {path.name}: its sha256 is {sha256_of(path)}, expected "
+        rf"{path}: this is not the official {path.name}: its sha256 is {sha256_of(path)}, expected "
         rf"{cifar.SHA256S[form.archive]}; fetch .* transfer_data\.verify to false"
     )
     with pytest.raises(ValueError, match=expected):
@@ -156,13 +157,13 @@ def test_hostile_missing_repeated_and_enormous_members(tmp_path: Path):
     for members, fault in (
         ([("/etc/passwd", b"")], "'/etc/passwd' points out of the archive"),
         ([meta, ("other/train", b"")], "lacks cifar-100-python/train"),
-        ([meta, meta], "holds cifar-100-python/meta twice"),
+        ([meta, meta], "contains cifar-100-python/meta twice"),
     ):
         assert f"{path}: {fault}" in complaint(tar_gz(path, members))
     member = tarfile.TarInfo("cifar-100-python/train")
     member.size = 1 << 40
     path.write_bytes(gzip.compress(member.tobuf()))
-    assert "with 1,099,511,627,776 bytes" in complaint(path)
+    assert "too large (1,099,511,627,776 B)" in complaint(path)
 
 
 def test_wrong_sizes_and_labels_of_binary_files(tmp_path: Path):
@@ -258,7 +259,7 @@ class Runs:
 def test_a_malicious_pickle_runs_nothing(root: Path, file: str, protocol: int):
     mark = root / "mark"
     write(root / file, {b"data": Runs(mark)}, protocol=protocol)
-    assert f"{file}: not a file of CIFAR's python archive: it asks for " in complaint(root)
+    assert f"{file}: not a file of CIFAR's python archive: the file calls " in complaint(root)
     assert not mark.exists()
 
 
@@ -294,8 +295,8 @@ def test_wrong_content_is_named(root: Path):
     for data, labels, message in (
         (np.zeros((2, 3071), np.uint8), [0, 1], "data is of shape (2, 3071); expected 2 x 3072"),
         (np.zeros((0, 3072), np.uint8), [], "data is of shape (0, 3072)"),
-        (np.zeros((2, 3072), np.int8), [0, 1], "its array is of 'i1', not of u1"),
-        (np.zeros((2, 3072), object), [0, 1], "its array is of 'O8'"),
+        (np.zeros((2, 3072), np.int8), [0, 1], "the array has the dtype 'i1', not u1"),
+        (np.zeros((2, 3072), object), [0, 1], "the array has the dtype 'O8'"),
         ([[0] * 3072], [0], "data is no numpy array"),
         (GOOD, [0], "data is of shape (2, 3072); expected 1 x 3072"),
         (GOOD, [0, 3], "fine_labels[1] is 3; expected 0 to 2"),
@@ -304,7 +305,7 @@ def test_wrong_content_is_named(root: Path):
         (
             GOOD,
             (0, 1),
-            "no list 'fine_labels' among its entries ['data', 'fine_labels']; check which",
+            "no list 'fine_labels', only ['data', 'fine_labels']; check transfer_data.source",
         ),
     ):
         write(root / "train", {b"data": data, b"fine_labels": labels}, protocol=4)

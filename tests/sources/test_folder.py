@@ -51,10 +51,10 @@ def test_hidden_files_are_no_images_and_classes_have_names(root: Path):
 @pytest.mark.parametrize(
     ("command", "fault"),
     [
-        ("mv val other", "no folder {}/val; expected"),
+        ("mv val other", "no folder {}/val; it must"),
         ("rm -r train/*", "{}/train has no class folders"),
-        ("rm train/n02119789/*", "{}/train/n02119789 holds no images"),
-        ("mv val/n02119789 other", "{}/val/n02119789 holds no images"),
+        ("rm train/n02119789/*", "{}/train/n02119789 contains no images"),
+        ("mv val/n02119789 other", "{}/val/n02119789 contains no images"),
         ("mkdir val/n03", r"{}/val has classes that train/ lacks: \['n03'\]"),
         ("ln -s nowhere val/n02119789/x.JPEG", "{}/val/n02119789/x.JPEG cannot be read: No such"),
     ],
@@ -93,14 +93,14 @@ def test_two_images_of_one_key_are_named(root: Path, first: str, second: str):
     for path in (root / split / name for name in (first, second) for split in ("train", "val")):
         path.parent.mkdir(exist_ok=True)
         path.write_text("x")
-    expected = rf"^data\.root: train/{first} .* and train/{second} .* would both be .*: rename one"
+    expected = rf"^data\.root: train/{first} .* and train/{second} .* both get .*: rename one"
     with pytest.raises(ValueError, match=expected):
         scan_images(root)
 
 
 def test_name_that_is_not_utf8_is_refused(root: Path):
     (root / "train/n02119789" / os.fsdecode(b"\xff.png")).touch()
-    with pytest.raises(ValueError, match=r"^data\.root: .* is not named in UTF-8: rename it"):
+    with pytest.raises(ValueError, match=r"^data\.root: the name .* is not UTF-8: rename it"):
         scan_images(root)
 
 
@@ -116,11 +116,11 @@ def test_kaggles_validation_labels_come_from_the_table(kaggle: Path):
 @pytest.mark.parametrize(
     ("line", "fault"),
     [
-        ("ILSVRC2012_val_00000099,n01440764 1 2 3 4", r"names 1 images that .*/val lacks: .*99"),
+        ("ILSVRC2012_val_00000099,n01440764 1 2 3 4", r"1 images that are not in .*/val: .*99"),
         ("ILSVRC2012_val_00000099,n09999999 1 2 3 4", r"line 8 names the class n09999999, which"),
         ("ILSVRC2012_val_00000001,n01440764 1 2 3 4", r"line 8 names .*_00000001 a second time"),
-        ("ILSVRC2012_val_00000001", r"line 8 is not `image,class box \.\.\.`: 'ILSVRC2012_val_0"),
-        ("", r"line 8 is not `image,class box"),
+        ("ILSVRC2012_val_00000001", r"line 8 does not have the form .* \.\.\.`: 'ILSVRC2012_val_0"),
+        ("", r"line 8 does not have the form `image,class box"),
     ],
 )
 def test_wrong_line_is_named(kaggle: Path, line: str, fault: str):
@@ -136,9 +136,9 @@ def test_missing_parts_of_kaggles_download_are_named(kaggle: Path):
     with pytest.raises(ValueError, match=rf"/{TABLE} has no line for {images}/val/.*99\.JPEG"):
         scan_kaggle(kaggle)
     for path, fault in (
-        (images / "val", f"{images}/val holds no images"),
-        (kaggle / TABLE, f"no {kaggle}/{TABLE}, which holds"),
-        (images / "train", f"no folder {images}/train; expected"),
+        (images / "val", f"{images}/val contains no images"),
+        (kaggle / TABLE, f"no {kaggle}/{TABLE}, which contains"),
+        (images / "train", f"no folder {images}/train; it must"),
     ):
         path.rename(kaggle / f"no-{path.name}")
         with pytest.raises(ValueError, match=rf"^data\.root: {fault}"):

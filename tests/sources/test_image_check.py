@@ -109,7 +109,7 @@ def test_thumbnails_end_is_not_the_images():
     [
         (b"", "empty file"),
         (b"<html>404</html>", "unknown format"),
-        (encoded(IMAGE, "GIF"), r"GIF files are not taken, only \.jpg, \.jpeg, \.png, \.webp"),
+        (encoded(IMAGE, "GIF"), r"the format is GIF; allowed are \.jpg, \.jpeg, \.png, \.webp"),
         (encoded(IMAGE, "JPEG")[:900], "truncated"),
     ],
 )

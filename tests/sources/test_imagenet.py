@@ -121,7 +121,7 @@ def test_digest_notices_a_change(
     assert reopen_images(manifest, project=tmp_path).digest == digests[0]
     project.rename(tmp_path / "before")
     (tmp_path / "2").rename(project)
-    expected = rf"^data\.root: {project} has changed since {manifest}; run `dvc repro -f prepare`"
+    expected = rf"^data\.root: {project} has changed since {manifest} was written; run `dvc repro"
     with pytest.raises(ValueError, match=expected):
         reopen_images(manifest, project=tmp_path)
 
@@ -133,18 +133,18 @@ def test_auto_tells_what_it_looks_for_and_what_it_finds(tmp_path: Path):
         with pytest.raises(ValueError, match=rf"^data\.root: found no images in {root}") as caught:
             scan(root)
         assert (
-            "looked for imagefolder: train/*/; archives: ILSVRC2012_img_train.tar or "
+            "put there one of: imagefolder: train/*/; archives: ILSVRC2012_img_train.tar or "
             "ILSVRC2012_img_val.tar; kaggle: ILSVRC/Data/CLS-LOC/train/; parquet: data/train-*.par"
         ) in str(caught.value)
     WRITERS["archives"](tmp_path, photos)
     scan(tmp_path, on_message=told.append)
-    expected = "data.source auto: found archives (ILSVRC2012_img_train.tar or ILSVRC2012_img_"
+    expected = "data.source: auto found archives (ILSVRC2012_img_train.tar or ILSVRC2012_img_"
     assert told[0].startswith(expected)
     WRITERS["imagefolder"](tmp_path, photos)
-    expected = r"holds 2 layouts \(imagefolder: .*; archives: .*\); set data\.source to one"
+    expected = r"contains 2 layouts \(imagefolder: .*; archives: .*\); set data\.source to one"
     with pytest.raises(ValueError, match=expected):
         scan(tmp_path)
-    with pytest.raises(ValueError, match=r"^raw\.verify: true .* read as imagefolder; set it to"):
+    with pytest.raises(ValueError, match=r"^raw\.verify: true .* read as imagefolder; set raw"):
         scan(tmp_path, layout="imagefolder", verify=True)
 
 
@@ -165,8 +165,8 @@ def test_contradicting_parameters_are_refused():
     folder = PARAMS | {"source": "kaggle", "num_train": None, "num_val": None}
     assert DataParams.model_validate(folder).layout == "kaggle"
     for changes, fault in (
-        ({"num_train": None}, r"data\.num_train is needed when data\.source is toy"),
-        ({"source": "imagefolder"}, r"data\.num_train has no meaning .* set it to null"),
+        ({"num_train": None}, r"data\.num_train: set a number, because data\.source is toy"),
+        ({"source": "imagefolder"}, r"data\.num_train: set it to null, because data\.source is i"),
         ({"image_size": 30}, "multiple of 8"),
         ({"root": ""}, "at least 1 character"),
     ):

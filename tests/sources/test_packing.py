@@ -213,8 +213,8 @@ def test_index_tells_what_there_is(tmp_path: Path):
     listed = sorted((item["key"], item["reason"]) for item in quarantined(tmp_path / "out"))
     assert listed == [("a_0", reason), ("b_4", reason), ("c_5", reason)]
     assert list(packing.describe(index.info)) == [
-        "train: 1 greyscale, 1 jpeg_named_png",
-        "train: 3 unreadable images are left out, see quarantine.json",
+        "train images: 1 greyscale, 1 jpeg_named_png",
+        "train: 3 unreadable images are left out; quarantine.json lists them",
     ]
 
 

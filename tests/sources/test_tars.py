@@ -89,8 +89,8 @@ def test_what_no_archive_of_images_has_is_refused(tmp_path: Path):
         (with_member("a.jpg", type=tarfile.FIFOTYPE), rf"'a\.jpg' {LINK}"),
         (with_member("a.jpg", type=tarfile.GNUTYPE_SPARSE), rf"'a\.jpg' {LINK}"),
         (TWO.replace(b"b.jpg", b"c.jpg"), r".*damaged \(no header at byte 1536\)"),  # its checksum
-        (b"no tar " * 200, "is no tar archive, or"),
-        (b"", "is no tar archive, or"),
+        (b"no tar " * 200, "is not a tar archive, or"),
+        (b"", "is not a tar archive, or"),
     ):
         (tmp_path / "a.tar").write_bytes(content)
         with pytest.raises(ValueError, match=rf"^data\.root: .*/a\.tar.* ?{fault}.*fetch it again"):

@@ -74,15 +74,15 @@ def test_faults_of_folders_are_named(root: Path):
     (root / "test/owl").mkdir()
     assert f"{root}/test has classes that train/ lacks: ['owl']" in complaint()
     (root / "train/owl").mkdir()
-    assert f"{root}/train/owl holds no images (.jpeg" in complaint()
+    assert f"{root}/train/owl contains no images (.jpeg" in complaint()
     (root / "train/owl/o.png").write_bytes((root / "train/cat/1.PNG").read_bytes())
     for name in ("cat/2.png", "bee/3.png"):
         (root / "test" / name).unlink()
-    assert f"{root}/test holds no images" in complaint()
+    assert f"{root}/test contains no images" in complaint()
     (root / "test").rename(root / "rest")
-    assert f"no folder {root}/test; expected one with a folder of images for" in complaint()
+    assert f"no folder {root}/test; it must contain a folder of images for" in complaint()
     (root / "rest").rename(root / "val")
-    assert f"{root}/val holds no images" in complaint()
+    assert f"{root}/val contains no images" in complaint()
 
 
 def reopened(images: TransferSet, project: Path) -> TransferSet:

@@ -139,14 +139,14 @@ def test_written_shards_are_checked_before_they_are_published(
     monkeypatch.setattr(latents.shards, "write_shard", spoiling)
     found = iter([30.0, 3.0])
     monkeypatch.setattr("contradiff.base.vae.psnr", lambda *_: torch.tensor([next(found)]))
-    message = r"^latents\.min_psnr: .* at 3\.0 dB where 20 are .* deviation is 1\d\."
+    message = r"^latents\.min_psnr: .* is 3\.0 dB, below 20 dB.* deviation is 1\d\."
     with pytest.raises(ValueError, match=message):
         latents.main(params_of(min_psnr=20.0), run)
     assert not Path("build/latents").exists()
 
 
 def test_bad_latents_are_refused_before_all_others_are_made(run: Run, encoded: list[str]):
-    with pytest.raises(ValueError, match=r"^latents\.min_psnr: .* dB where 90 are asked for"):
+    with pytest.raises(ValueError, match=r"^latents\.min_psnr: .* dB, below 90 dB"):
         latents.main(params_of(min_psnr=90.0), run)
     assert {key.split("-")[0] for key in encoded} == {"val"}
     assert not Path("build/latents").exists()

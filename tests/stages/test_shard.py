@@ -84,7 +84,7 @@ def test_shards_hold_the_files_own_bytes(project: Path, capsys: pytest.CaptureFi
         for sample in samples:
             path = project / f"raw/{split}/{CLASSES[sample.label]}/{sample.key}.JPEG"
             assert sample.image == path.read_bytes()
-    assert "train: 1 cmyk, 1 png_named_jpeg" in capsys.readouterr().err
+    assert "train images: 1 cmyk, 1 png_named_jpeg" in capsys.readouterr().err
     assert not list((project / ".work/shard").iterdir())
 
 
@@ -96,7 +96,7 @@ def test_threshold_is_no_reason_to_begin_anew(project: Path, capsys: pytest.Capt
     assert not Path("build/shards").exists()
     assert run_stage(project, ingest={"max_quarantined": 0.1}).num_samples("train") == 13
     told = capsys.readouterr().err
-    assert "train: 1 unreadable images are left out, see quarantine.json" in told
+    assert "train: 1 unreadable images are left out; quarantine.json lists them" in told
     assert "shards were there already" in told
 
 
