@@ -64,7 +64,7 @@ def map_shards(
     with the number of newly finished samples. The item's note is `<name_of(item)>.json`.
 
     Each of n processes does every n-th of the missing items. Then it looks for notes until all are
-    there, because waiting in a collective operation of torch has a time limit. If `num_workers` > 0,
+    there, because a collective operation of torch would have a time limit. If `num_workers` > 0,
     that many worker processes run `make`, which must be picklable, and `size_of` gives the number
     of samples of an item. In process 0, `on_progress` gets the new samples of all processes.
 
@@ -88,7 +88,7 @@ def map_shards(
                     path.write_text(json.dumps(asdict(made)), encoding="utf-8")
             crew.wait(lambda: not missing_items(items, work_dir, name_of=name_of))
     except BaseException:  # a killed process cannot write the file; torchrun ends the others
-        with suppress(OSError):  # the disk may be full, as the first error then says
+        with suppress(OSError):  # on a full disk this fails too; the first error counts
             crew.file("failed", processes.rank).touch()
         raise
     notes = (_read_note(work_dir / f"{name_of(item)}.json") for item in items)

@@ -83,8 +83,8 @@ def jitter_colours(
 ) -> UInt8[Tensor, "3 height width"]:
     """Apply SimCLR's colour distortion: brightness, contrast, saturation and hue, sometimes grey.
 
-    `strength` is SimCLR's s: factors in 1 ± 0.8 s, and a hue shift of at most 0.2 s of a turn. One
-    image in five becomes grey. With s = 0 the image is not changed.
+    `strength` is SimCLR's s. Brightness, contrast and saturation get factors in 1 ± 0.8 s. The hue
+    turns by up to ± 0.2 s of a circle. One image in five becomes grey. With s = 0 nothing changes.
     """
     if strength == 0:
         return image
