@@ -79,6 +79,16 @@ def file_manifest(folder: Path, names: Iterable[str]) -> dict[str, Any]:
     }
 
 
+def weights_manifest(key: str, given: str | None, root: Path, remedy: str) -> dict[str, Any]:
+    """Return the manifest of a file that the parameter `key` names; ValueError if it is missing."""
+    if given is None:
+        return {}
+    path = root / given
+    if not path.is_file():
+        raise ValueError(f"{key}: no file {given}; {remedy}")
+    return {"path": given, "files": file_manifest(path.parent, [path.name])}
+
+
 def describe_bytes(num_bytes: int) -> str:
     """Return a size in decimal units, such as "1.5 GB"."""
     for unit, size in (("GB", 1e9), ("MB", 1e6)):

@@ -5,8 +5,8 @@ It renders the embedded default's images. Everything else is only checked.
 
 from stages.runtime.run import Run, execute
 
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Generator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,16 +15,16 @@ from pydantic import Field
 from contradiff.base.config import BaseParams, base_manifest
 from contradiff.config import Section, Seed
 from contradiff.data.params import DataParams, RawParams
-from contradiff.files import file_manifest
+from contradiff.files import weights_manifest
 from contradiff.sources.imagenet import scan_images
 from contradiff.sources.transfer_set import TransferDataParams, TransferSet
 from contradiff.toy.rendered import ensure_digits, ensure_images
 
-HOW_TO_GET = {
-    "extractor.weights": "fetch it (docs/scores.md says where), or set extractor.download: true "
-    "where there is a network, or extractor.kind: classifier",
-    "features.timm_weights": "fetch it, or set features.timm_pretrained: true",
-}
+GET_EXTRACTOR = (
+    "fetch it (docs/scores.md says where), or set extractor.download: true "
+    "where there is a network, or extractor.kind: classifier"
+)
+GET_TIMM = "fetch it, or set features.timm_pretrained: true"
 
 
 class Params(Section):
@@ -46,74 +46,59 @@ class Params(Section):
 
 
 def main(params: Params, run: Run) -> None:
+    root, seed, timm_weights = run.root, params.seed, params.timm_weights
+    manifests: dict[str, dict[str, Any]] = {}
     faults: list[str] = []
-    if params.timm_name is not None:
+    if (name := params.timm_name) is not None:
         import timm
 
-        if not timm.is_model(params.timm_name):
-            version = timm.__version__
-            faults.append(f"features.timm_name: timm {version} knows no {params.timm_name!r}")
-    inception = None if params.inception_download else params.inception_weights
-    makers: dict[str, Callable[[], dict[str, Any]]] = {
-        "base": partial(base_manifest, params.base, root=run.root),
-        "extractor": partial(weights_manifest, "extractor.weights", inception, run),
-        "timm": partial(weights_manifest, "features.timm_weights", params.timm_weights, run),
-        "images": partial(images_manifest, params, run),
-        "transfer": partial(transfer_manifest, params, run),
-    }
-    manifests: dict[str, dict[str, Any]] = {}
-    for name, make in makers.items():
-        try:
-            manifests[name] = make()
-        except ValueError as error:
-            faults.append(str(error))
+        if not timm.is_model(name):
+            faults.append(f"features.timm_name: timm {timm.__version__} knows no {name!r}")
+    with collect(faults):
+        manifests["base"] = base_manifest(params.base, root=root)
+    with collect(faults):
+        given = None if params.inception_download else params.inception_weights
+        manifests["extractor"] = weights_manifest("extractor.weights", given, root, GET_EXTRACTOR)
+    with collect(faults):
+        manifests["timm"] = weights_manifest("features.timm_weights", timm_weights, root, GET_TIMM)
+    with collect(faults):
+        data, folder = params.data, run.resolve(params.data.root)
+        if data.source == "toy":
+            total = (data.num_train or 0) + (data.num_val or 0)
+            with run.progress("render images", total) as advance:
+                folder = ensure_images(folder, data, seed=seed, on_progress=advance)
+        index, verify = root / ".work/archives", params.raw.verify
+        images = scan_images(
+            folder, layout=data.layout, index_folder=index, verify=verify, on_message=run.log
+        )
+        sizes = {
+            "pretrain.batch_size": params.batch_size if params.epochs else 0,
+            "class_condition.batch_size": params.class_batch_size if params.class_epochs else 0,
+        }
+        for line in images.check(sizes):
+            run.log(line)
+        manifests["images"] = images.manifest(project=root)
+    with collect(faults):
+        data, folder = params.transfer_data, run.resolve(params.transfer_data.root)
+        if data.source == "digits":
+            folder = ensure_digits(folder, seed=seed)
+        images = TransferSet(folder, data.source)
+        for line in images.check(params.shots, verify=data.verify):
+            run.log(line)
+        manifests["transfer"] = images.manifest(project=root)
     if faults:
-        raise ValueError("\n".join(faults))  # all of them at once
+        raise ValueError("\n".join(faults))
     for name, manifest in manifests.items():
         run.write_json(Path(f"build/manifest/{name}.json"), manifest)
 
 
-def weights_manifest(key: str, given: str | None, run: Run) -> dict[str, Any]:
-    if given is None:
-        return {}
-    path = run.resolve(given)
-    if not path.is_file():
-        raise ValueError(f"{key}: no file {given}; {HOW_TO_GET[key]}")
-    return {"path": given, "files": file_manifest(path.parent, [path.name])}
-
-
-def images_manifest(params: Params, run: Run) -> dict[str, Any]:
-    data, root = params.data, run.resolve(params.data.root)
-    if data.source == "toy":
-        total = (data.num_train or 0) + (data.num_val or 0)
-        with run.progress("render images", total) as advance:
-            root = ensure_images(root, data, seed=params.seed, on_progress=advance)
-    index, verify = run.root / ".work/archives", params.raw.verify
-    images = scan_images(
-        root, layout=data.layout, index_folder=index, verify=verify, on_message=run.log
-    )
-    manifest = images.manifest(project=run.root)
-    num_train = manifest["num_images"]["train"]
-    sizes = {
-        "pretrain.batch_size": params.batch_size if params.epochs else 0,
-        "class_condition.batch_size": params.class_batch_size if params.class_epochs else 0,
-    }
-    fault = f"is more than the {num_train} training images in {root}; lower it"
-    if faults := [f"{key}: {size} {fault}" for key, size in sizes.items() if size > num_train]:
-        raise ValueError("\n".join(faults))
-    for split, number in manifest["num_images"].items():
-        run.log(f"{number} {split} images of {len(manifest['classes'])} classes in {root}")
-    return manifest
-
-
-def transfer_manifest(params: Params, run: Run) -> dict[str, Any]:
-    data, root = params.transfer_data, run.resolve(params.transfer_data.root)
-    if data.source == "digits":
-        root = ensure_digits(root, seed=params.seed)
-    images = TransferSet(root, data.source)
-    for line in images.check(params.shots, verify=data.verify):
-        run.log(line)
-    return images.manifest(project=run.root)
+@contextmanager
+def collect(faults: list[str]) -> Generator[None]:
+    """Add the text of a ValueError to `faults`, so that the user sees all faults at once."""
+    try:
+        yield
+    except ValueError as error:
+        faults.append(str(error))
 
 
 if __name__ == "__main__":

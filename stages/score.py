@@ -61,8 +61,7 @@ def main(params: Params, run: Run) -> None:
                 f"KID {values['kid']:.4f} ± {values['kid_std']:.4f}, "
                 f"IS {values['inception_score']:.2f} ± {values['inception_score_std']:.2f}"
             )
-        biased = num_smallest < MIN_UNBIASED_IMAGES
-        if biased:
+        if biased := num_smallest < MIN_UNBIASED_IMAGES:
             run.log(
                 f"FID is too large: fewer than {MIN_UNBIASED_IMAGES:,} images ({num_samples} "
                 f"samples, {reference.num_images} of the reference); see KID"

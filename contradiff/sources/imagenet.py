@@ -7,7 +7,7 @@ contains one digest of all names and sizes and of the bytes of some sampled imag
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -47,6 +47,15 @@ class RawImages:
     listing: Listing
     read: Read
     digest: str
+
+    def check(self, batch_sizes: Mapping[str, int]) -> Iterator[str]:
+        """Yield a line for each split; raise ValueError if a batch exceeds the training images."""
+        num_train, classes = len(self.listing.splits["train"]), len(self.listing.class_ids)
+        fault = f"is more than the {num_train} training images in {self.root}; lower it"
+        if large := [f"{key}: {n} {fault}" for key, n in batch_sizes.items() if n > num_train]:
+            raise ValueError("\n".join(large))
+        for split, files in self.listing.splits.items():
+            yield f"{len(files)} {split} images of {classes} classes in {self.root}"
 
     def manifest(self, *, project: Path) -> dict[str, Any]:
         """Return the manifest, which can be written as JSON. `project` is the project's folder."""
