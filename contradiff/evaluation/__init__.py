@@ -1,6 +1,6 @@
-"""Scores of generated images: `fid` is the main one, `scores` has the others and computes all.
+"""Scores of generated images. `fid` computes the main score; `scores` computes all of them.
 
-`extractors` loads the network that sees the images: a `classifier` trained here, or `inception`.
-`measuring` collects its features and logits from shards; `reference` keeps those of real images.
-This room may import `training`, `data` and what stands below them.
+An extractor is the network that sees the images: `classifier` (trained here) or `inception`.
+`extractors` loads it, `measuring` collects its features and logits, `reference` keeps the real
+images' features. This room may import `training`, `data` and the rooms that those may import.
 """

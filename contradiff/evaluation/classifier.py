@@ -1,9 +1,9 @@
-"""A small residual classifier, trained here on the labels: the extractor for toy-sized images.
+"""A small residual classifier, trained here on the labels. It is the extractor for small images.
 
-Distances between its features are no published FIDs: they are named "FID (domain classifier)".
+A FID from its features cannot be compared with published FIDs.
 
 images (b 3 h w) uint8 -> space to depth -> (b 12 h/2 w/2) -> three residual stages of width/2,
-width and 2·width channels, each but the first halving the sides -> global average ->
+width and 2·width channels; the second and the third halve the sides -> global average ->
 features (b 2·width) -> logits (b classes)
 """
 
@@ -18,7 +18,7 @@ from contradiff.training.loop import train
 
 
 class _ResidualBlock(nn.Module):
-    """Pre-activation residual block: two 3x3 convolutions, the first with the stride (1 or 2)."""
+    """A residual block of two 3x3 convolutions. `stride` (1 or 2) belongs to the first of them."""
 
     def __init__(self, channels_in: int, channels_out: int, *, stride: int) -> None:
         super().__init__()
@@ -27,9 +27,9 @@ class _ResidualBlock(nn.Module):
         self.conv1 = nn.Conv2d(channels_in, channels_out, 3, stride=stride, padding=1, bias=False)
         self.norm2 = nn.BatchNorm2d(channels_out)
         self.conv2 = nn.Conv2d(channels_out, channels_out, 3, padding=1, bias=False)
-        # Pool, then mix channels (ResNet-D). The usual 1x1 convolution with stride 2 corrupts the
-        # heap in its backward on CPUs, with channels_last and fewer than 8 or 16 channels
-        # (uxlfoundation/oneDNN#6035; seen here with torch 2.15).
+        # The shortcut pools and then mixes channels (ResNet-D). A 1x1 convolution with stride 2
+        # would corrupt the heap in its backward pass on CPUs, with channels_last and fewer than 8
+        # or 16 channels (uxlfoundation/oneDNN#6035; seen here with torch 2.15).
         if stride > 1:
             self.shortcut = nn.Conv2d(channels_in, channels_out, 1, bias=False)
 
@@ -42,14 +42,14 @@ class _ResidualBlock(nn.Module):
 
 
 class ResidualClassifier(nn.Module):
-    """Pre-activation residual network with three stages (He et al., 2016), `channels_last`.
+    """Pre-activation residual network with three stages (He et al., 2016), in `channels_last`.
 
-    Half resolution keeps the training within a minute on one core. The features are few, so that a
-    thousand images give a covariance of full rank.
+    Working at half resolution keeps training within a minute on one core. The number of features is
+    small, so that a thousand images give a covariance of full rank.
     """
 
     def __init__(self, *, width: int, num_classes: int) -> None:
-        """Draw the weights from torch's global generator; `width` is even."""
+        """Draw the weights from torch's global generator. `width` must be even."""
         super().__init__()
         self.width, self.num_features, self.num_classes = width, 2 * width, num_classes
         self.stem = nn.Conv2d(12, width // 2, 3, padding=1, bias=False)
@@ -65,7 +65,7 @@ class ResidualClassifier(nn.Module):
     def forward(
         self, images: UInt8[Tensor, "b 3 h w"]
     ) -> tuple[Float[Tensor, "b features"], Float[Tensor, "b classes"]]:
-        """Features before the linear layer, and logits, of images with even sides."""
+        """Return the features before the linear layer, and the logits. The sides must be even."""
         x = images.to(memory_format=torch.channels_last, dtype=self.output.weight.dtype)
         x = self.stem(F.pixel_unshuffle(x / 127.5 - 1, 2))
         features = F.relu(self.norm(self.stages(x))).mean((2, 3))
@@ -75,14 +75,15 @@ class ResidualClassifier(nn.Module):
 def augment(
     images: UInt8[Tensor, "b 3 h w"], *, max_shift: int, generator: torch.Generator
 ) -> UInt8[Tensor, "b 3 h w"]:
-    """Flip each image with probability 1/2 and shift it by up to `max_shift` pixels each way.
+    """Flip each image with probability 1/2 and shift it by up to `max_shift` pixels on each axis.
 
-    What a shift uncovers is filled by reflection. All chance comes from `generator`, on the CPU.
+    Pixels that a shift uncovers are filled by reflection. All chance comes from
+    `generator`, on the CPU.
     """
     num_images, _, *sides = images.shape
     shifts = torch.randint(-max_shift, max_shift + 1, (2, num_images, 1), generator=generator)
     flipped = torch.rand((num_images, 1), generator=generator) < 0.5
-    # Indices beyond a border are mirrored at its pixels' centres, as padding "reflect" does.
+    # Indices beyond a border are mirrored at the border pixels' centres, as padding "reflect" does.
     index = [(torch.arange(side) + shift).abs() for side, shift in zip(sides, shifts, strict=True)]
     rows, columns = (i.minimum(2 * (n - 1) - i) for n, i in zip(sides, index, strict=True))
     columns = torch.where(flipped, columns.flip(1), columns)
@@ -108,21 +109,21 @@ def train_classifier(
     """Train with AdamW and one cycle of learning rates, on the device of `images`.
 
     Return the classifier in evaluation mode, and its accuracy on `val_images` in [0, 1]. Equal
-    arguments on one machine give equal weights, and torch's global generator stays as it was. An
-    incomplete last batch is left out (BatchNorm). `on_epoch` hears the mean loss. A ValueError says
-    if there are too few images, or if their size does not fit.
+    arguments on one machine give equal weights, and torch's global generator does not change. An
+    incomplete last batch is left out, because BatchNorm needs full batches. `on_epoch` gets the
+    epoch's mean loss. Raises ValueError if there are too few images, or their size does not fit.
     """
     side = images.shape[-1]
     if len(images) < batch_size:
         raise ValueError(
-            f"extractor.batch_size is {batch_size}, but there are only {len(images)} training "
-            "images: lower it, or raise data.num_train"
+            f"extractor.batch_size: {batch_size} is more than the {len(images)} training images; "
+            "lower it, or raise data.num_train"
         )
     if len(val_images) == 0:
-        raise ValueError("the extractor's classifier needs validation images: raise data.num_val")
+        raise ValueError("data.num_val: the classifier needs validation images; raise data.num_val")
     if side < 8 or side % 2:
         raise ValueError(
-            f"data.image_size is {side}: extractor.kind classifier needs an even size from 8 on"
+            f"data.image_size: {side}; extractor.kind classifier needs an even size of at least 8"
         )
     with torch.random.fork_rng():
         torch.manual_seed(seed)
@@ -143,7 +144,7 @@ def train_classifier(
     total = torch.zeros((), dtype=torch.float64, device=images.device)
 
     def take_gradients(step: int) -> dict[str, Tensor]:
-        """Leave the gradient of a batch; return the epoch's mean loss so far."""
+        """Compute the gradients of the next batch; return the epoch's mean loss so far."""
         if step % steps_per_epoch == 0:
             total.zero_()
         chosen = next(batches).to(images.device)

@@ -1,7 +1,7 @@
 """Extractors: the networks whose features and logits the scores use.
 
-The `classifier` is trained here, so that scores need no download. `inception` is the network of
-published FIDs.
+The `classifier` is trained here, so it needs no download. `inception` is the network with which
+published FIDs are computed.
 
 images => prepared images (b 3 h w) => features (b d), logits (b classes)
 """
@@ -25,7 +25,7 @@ from contradiff.files import replace_dir, sha256_of
 Image = UInt8[Tensor, "3 height width"]
 Kind = Literal["classifier", "inception"]
 Resizer = Literal["none", "clean", "legacy_tensorflow", "legacy_pytorch"]
-"""How images come to Inception's 299 pixels. FIDs differ by whole points between resizers."""
+"""Ways to resize images to Inception's 299 pixels. FIDs of two resizers differ by whole points."""
 
 CARD_NAME, CLASSIFIER_NAME = "extractor.json", "extractor.safetensors"
 
@@ -34,10 +34,10 @@ class ExtractorParams(Section):
     """Section `extractor`: the network that generated images are scored with."""
 
     kind: Kind
-    weights: str | None = Field(description="inception: its .pt file, or pytorch-fid's .pth")
-    download: bool = Field(description="inception: fetch the weights if they are not there")
-    resizers: list[Resizer] = Field(min_length=1, description="the first gives the main scores")
-    width: int = Field(ge=2, multiple_of=2, description="classifier: it has 2·width features")
+    weights: str | None = Field(description="inception: path of its .pt or .pth file")
+    download: bool = Field(description="inception: download the weights if the file is missing")
+    resizers: list[Resizer] = Field(min_length=1, description="the first one gives the main scores")
+    width: int = Field(ge=2, multiple_of=2, description="classifier: half the number of features")
     epochs: int = Field(gt=0)
     batch_size: int = Field(gt=1)
     lr: float = Field(gt=0)
@@ -46,33 +46,33 @@ class ExtractorParams(Section):
     def _settings_fit_the_kind(self) -> "ExtractorParams":
         resizers, fault = self.resizers, ""
         if len(set(resizers)) < len(resizers):
-            fault = f"extractor.resizers: {resizers} names one twice"
+            fault = f"extractor.resizers: {resizers} lists a resizer twice; remove one"
         elif self.kind == "inception" and self.weights is None:
-            fault = inception.no_weights("extractor.weights is null")
+            fault = inception.no_weights("extractor.weights: null names no file")
         elif self.kind == "inception" and "none" in resizers:
-            fault = "extractor.resizers: extractor.kind inception needs a resizer: "
-            fault += "[clean, legacy_tensorflow]"
+            fault = "extractor.resizers: extractor.kind inception cannot use none; set "
+            fault += "extractor.resizers to [clean, legacy_tensorflow]"
         elif self.kind == "classifier" and self.weights is not None:
-            fault = "extractor.weights is set, but extractor.kind classifier is trained here: "
+            fault = "extractor.weights: extractor.kind classifier is trained here and loads none; "
             fault += "set extractor.weights to null, or extractor.kind to inception"
         elif self.kind == "classifier" and self.download:
-            fault = "extractor.download is for Inception, but extractor.kind classifier is trained "
-            fault += "here: set extractor.download to false"
+            fault = "extractor.download: extractor.kind classifier is trained here and downloads "
+            fault += "nothing; set extractor.download to false"
         elif self.kind == "classifier" and resizers != ["none"]:
-            fault = f"extractor.resizers is {resizers}, but extractor.kind classifier sees images "
-            fault += "as they are: set it to [none]"
+            fault = f"extractor.resizers: {resizers}, but extractor.kind classifier resizes no "
+            fault += "images; set extractor.resizers to [none]"
         if fault:
             raise ValueError(fault)
         return self
 
     @property
     def num_features(self) -> int:
-        """Dimension of the features."""
+        """The dimension of the features."""
         return 2 * self.width if self.kind == "classifier" else 2048
 
 
 class ExtractorCard(Section):
-    """What extractor.json says beside the weights; null is for Inception."""
+    """Content of extractor.json, which is beside the weights. For Inception, some keys are null."""
 
     kind: Kind
     name: str
@@ -87,7 +87,7 @@ class ExtractorCard(Section):
 
 
 class Extractor:
-    """A frozen network that gives features and logits; `load_extractor` makes one."""
+    """A frozen network that computes features and logits. `load_extractor` loads one."""
 
     def __init__(
         self, network: ResidualClassifier | Inception, card: ExtractorCard, *, device: torch.device
@@ -97,15 +97,15 @@ class Extractor:
         self.card, self._device = card, device
         self._network = network.to(device).eval()
         names = [name for name in card.resizers if name != "none"]
-        with warnings.catch_warnings():  # clean-fid would silence all warnings from here on
-            # clean-fid's functions from (h w 3) uint8 to (299 299 3) float32. That of
-            # legacy_tensorflow changes nothing: the network itself resizes.
+        with warnings.catch_warnings():  # without this, clean-fid would silence later warnings
+            # clean-fid's functions map (h w 3) uint8 to (299 299 3) float32. For legacy_tensorflow,
+            # the function changes nothing, and the network itself resizes.
             self._resize = {name: build_resizer(name) for name in names}
 
     def prepare(self, image: Image, *, resizer: Resizer) -> Num[Tensor, "3 height2 width2"]:
-        """Bring an image (RGB, 0 to 255) to the size that the network takes; on the CPU.
+        """Resize an image (RGB, 0 to 255) on the CPU to the size that the network needs.
 
-        A ValueError says if it has another size than the classifier's training images.
+        Raises ValueError if the classifier was trained on images of another size.
         """
         if resizer != "none":
             resized = self._resize[resizer](image.permute(1, 2, 0).numpy())
@@ -114,7 +114,7 @@ class Extractor:
         if (height, width) != (side, side):
             raise ValueError(
                 f"the extractor was trained on images of {side}x{side} pixels, not {height}x{width}"
-                ": run the stage extractor again on the data that is scored"
+                "; run the stage extractor again on the data that you score"
             )
         return image
 
@@ -122,7 +122,7 @@ class Extractor:
     def __call__(
         self, images: Num[Tensor, "batch 3 height2 width2"], *, resizer: Resizer
     ) -> tuple[Float[Tensor, "batch features"], Float[Tensor, "batch classes"]]:
-        """Features and logits, float32 on the extractor's device, of a batch from `prepare`."""
+        """Return features and logits (float32, on the extractor's device) of prepared images."""
         images = images.to(self._device)
         if isinstance(self._network, Inception):
             return self._network(images, resizer=resizer)
@@ -137,7 +137,7 @@ def save_classifier(
     val_accuracy: float,
     val_count: int,
 ) -> None:
-    """Write a trained classifier and its extractor.json; the folder is replaced as a whole."""
+    """Write a trained classifier and its extractor.json to `folder`, which is replaced."""
     from safetensors.torch import save_file
 
     state = {name: tensor.cpu().contiguous() for name, tensor in classifier.state_dict().items()}
@@ -152,18 +152,18 @@ def save_classifier(
 
 
 def save_inception(folder: Path, weights: Path, *, resizers: list[Resizer]) -> None:
-    """Check the file `extractor.weights` and copy it to `folder`, which is replaced as a whole.
+    """Check Inception's weights and copy them to `folder`, which is replaced.
 
-    A ValueError says if the file is missing, or is none of `inception.PINNED`.
+    Raises ValueError if the file is missing, or if its digest is not in `inception.PINNED`.
     """
     if not weights.is_file():
         raise ValueError(inception.no_weights(f"extractor.weights: {weights} does not exist"))
     found = sha256_of(weights)
     if found not in inception.PINNED:
         raise ValueError(
-            f"extractor.weights: {weights} is not the expected file: its sha256 is {found}, "
-            f"expected {' or '.join(inception.PINNED)}; the files usually come from "
-            f"{inception.INCEPTION_URL} or {inception.STATE_DICT_URL}"
+            f"extractor.weights: {weights} is not the expected file: its sha256 is {found}, not "
+            f"{' or '.join(inception.PINNED)}; get the file from {inception.INCEPTION_URL} or "
+            f"{inception.STATE_DICT_URL}"
         )
     with replace_dir(folder) as temporary:
         network = Inception(Path(shutil.copyfile(weights, temporary / inception.PINNED[found])))
@@ -174,12 +174,12 @@ def save_inception(folder: Path, weights: Path, *, resizers: list[Resizer]) -> N
 
 
 def read_extractor_card(folder: Path) -> ExtractorCard:
-    """Read extractor.json without the weights; ValueError if it is missing or wrong."""
+    """Read extractor.json, but no weights; raise ValueError if it is missing or malformed."""
     return read_card(ExtractorCard, folder / CARD_NAME, stage="extractor")
 
 
 def load_extractor(folder: Path, *, device: torch.device) -> Extractor:
-    """Load what was saved; ValueError if extractor.json is missing, wrong, or of other weights."""
+    """Load a saved extractor; raise ValueError if its weights or extractor.json are wrong."""
     from safetensors.torch import load_file
 
     card = read_extractor_card(folder)
@@ -187,8 +187,8 @@ def load_extractor(folder: Path, *, device: torch.device) -> Extractor:
     found = [path for name in names if (path := folder / name).is_file()]
     if not found or sha256_of(found[0]) != card.weights_sha256:
         raise ValueError(
-            f"{folder}: the weights are missing, or not the weights that extractor.json describes: "
-            "run the stage extractor again"
+            f"{folder}: the weights are missing, or extractor.json describes other weights; run "
+            "the stage extractor again"
         )
     if card.kind == "inception":
         return Extractor(Inception(found[0]), card, device=device)

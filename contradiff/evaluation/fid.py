@@ -1,6 +1,6 @@
 """The Fréchet distance of two sets of features, called FID (Heusel et al., 2017).
 
-features (b d) => FeatureStatistics, which batches add up to => fid: one number
+features (b d) => FeatureStatistics of each batch => their sum => fid, one number
 """
 
 from dataclasses import dataclass, replace
@@ -12,7 +12,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class FeatureSource:
-    """The images in words, and what computed the features; `fingerprint` is the weights' sha256."""
+    """Which images, in words, and which network. `fingerprint` is the sha256 of its weights."""
 
     images: str
     resizer: str
@@ -24,7 +24,7 @@ class FeatureSource:
 class FeatureStatistics:
     """Count, mean and scatter matrix Σ (x - mean)(x - mean)ᵀ of features, in float64.
 
-    Those of batches add up (Chan et al., 1983), and a mean far from zero costs no digits.
+    The statistics of two batches add up (Chan et al., 1983), exactly even if a mean is far from 0.
     """
 
     source: FeatureSource
@@ -36,7 +36,7 @@ class FeatureStatistics:
     def of(
         cls, features: Float[Tensor, "batch d"], *, source: FeatureSource
     ) -> "FeatureStatistics":
-        """Compute them on the features' device; a ValueError if features are not finite."""
+        """Compute the statistics of a batch; raise ValueError if a feature is not finite."""
         if not bool(features.isfinite().all()):
             raise ValueError(f"the features of {source.images} hold NaN or infinities")
         batch = features.detach().double()
@@ -45,7 +45,7 @@ class FeatureStatistics:
         return cls(source, len(batch), mean.cpu(), (centred.T @ centred).cpu())
 
     def __add__(self, other: "FeatureStatistics") -> "FeatureStatistics":
-        assert other.source == self.source, "statistics of other features"
+        assert other.source == self.source, "the statistics are of different features"
         total = self.num_samples + other.num_samples
         delta = other.mean - self.mean
         weight = self.num_samples * other.num_samples / total
@@ -61,10 +61,10 @@ class FeatureStatistics:
 
 
 def fid(a: FeatureStatistics, b: FeatureStatistics) -> float:
-    """The Fréchet distance of two sets of features, each seen as a Gaussian; symmetric.
+    """Return the Fréchet distance of two sets of features, each seen as a Gaussian.
 
-    Few samples make it too large, so compare distances between equal counts only. With fewer
-    samples than dimensions a covariance is singular: the rules and the stage reference refuse it.
+    Few samples make it too large, so compare only distances of equal counts. With fewer samples
+    than dimensions a covariance is singular; `contradiff.rules` and the stage reference refuse it.
     """
     assert replace(a.source, images="") == replace(b.source, images=""), "see read_reference"
     assert min(a.num_samples, b.num_samples) >= len(a.mean), "too few samples"
@@ -77,18 +77,19 @@ def frechet_distance(
     mean_b: Float64[Tensor, " d"],
     covariance_b: Float64[Tensor, "d d"],
 ) -> float:
-    """|m_a - m_b|² + tr(A + B - 2 (A B)^½), the squared 2-Wasserstein distance of two Gaussians.
+    """Return |m_a - m_b|² + tr(A + B - 2 (A B)^½), the squared 2-Wasserstein distance of Gaussians.
 
-    With A = L Lᵀ (Cholesky), A B has the eigenvalues of Lᵀ B L, which is symmetric. This takes a
-    tenth of the time of `scipy.linalg.sqrtm`. But a rounding error of 1e-16 in an eigenvalue is
-    1e-8 in its root. Where eigenvalues are that small, or A is singular, the roots are the singular
-    values of Fᵀ G, with A = F Fᵀ and B = G Gᵀ by their eigenvectors. The distance is never below 0.
+    With A = L Lᵀ (Cholesky), A B has the same eigenvalues as the symmetric matrix Lᵀ B L. Computing
+    these takes a tenth of the time of `scipy.linalg.sqrtm`. But a rounding error of 1e-16 in an
+    eigenvalue becomes 1e-8 in its root. If an eigenvalue is that small, or A is singular, the roots
+    are computed as the singular values of Fᵀ G, where the eigenvectors give A = F Fᵀ and B = G Gᵀ.
+    The distance is never below 0.
     """
     trace_of_root = None
     lower, failed = torch.linalg.cholesky_ex(covariance_a)
     if not int(failed):
         squared = torch.linalg.eigvalsh(lower.T @ covariance_b @ lower)
-        # Eigenvalues above this part of the largest have roots that are right to 1e-10 of it.
+        # Then each root has an error below 1e-10 of the largest root.
         if bool(squared.min() > 1e-12 * squared.max()):
             trace_of_root = squared.sqrt().sum()
     if trace_of_root is None:
@@ -100,7 +101,7 @@ def frechet_distance(
 
 
 def _factor(covariance: Float64[Tensor, "d d"]) -> Float64[Tensor, "d rank"]:
-    """V Λ^½ without the eigenvalues that only rounding keeps from zero: their roots add up."""
+    """Return V Λ^½, without eigenvalues that are zero up to rounding: their roots would add up."""
     eigenvalues, eigenvectors = torch.linalg.eigh(covariance)
     rounding = len(eigenvalues) * torch.finfo(torch.float64).eps * eigenvalues.max()
     kept = eigenvalues > rounding.clamp(min=0)

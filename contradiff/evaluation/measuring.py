@@ -1,6 +1,6 @@
-"""What an extractor sees in a set of images: all that the scores need, shard by shard.
+"""Measure a set of images: compute, shard by shard, the features and logits that the scores need.
 
-images => threads decode and resize them => extractor => one Measurement a resizer and shard => sums
+images => threads decode and resize them => extractor => a Measurement of each shard => their sum
 """
 
 import json
@@ -30,14 +30,14 @@ _TENSORS = "mean", "scatter", "kept", "logits"
 
 
 def real_image(record: Record, *, image_size: int) -> Image:
-    """Decode a real image: Resize(image_size) + CenterCrop(image_size)."""
+    """Decode a real image, then apply Resize(image_size) and CenterCrop(image_size)."""
     sample = image_of(record)
     image = decode(sample.image, name=sample.key)
     return apply_crop(image, centre_crop(*image.shape[1:]), size=image_size)
 
 
 def generated_image(record: Record, *, image_size: int) -> Image:
-    """Decode a generated image; a ValueError if it is not `image_size` pixels high and wide."""
+    """Decode a generated image; raise ValueError if its sides are not `image_size` pixels."""
     name = record["__key__"].decode()
     image = decode(record["png"], name=name)
     if image.shape[1:] != (image_size, image_size):
@@ -52,7 +52,7 @@ def generated_image(record: Record, *, image_size: int) -> Image:
 def real_images(
     folder: Path, split: str, *, image_size: int, num_workers: int
 ) -> tuple[ByteImages, Int64[Tensor, " num_images"]]:
-    """Read a whole split's real images and their labels into memory, in order."""
+    """Read all real images of a split and their labels into memory, in order."""
     load = partial(real_image, image_size=image_size)
     records = list(read_split(folder, split))
     images = list(map_ahead(load, records, num_threads=num_workers, num_ahead=len(records)))
@@ -61,10 +61,10 @@ def real_images(
 
 @dataclass(frozen=True)
 class Measurement:
-    """Features of images by one extractor and one resizer, as far as scores need them.
+    """What the scores need to know about images: features and logits by one extractor and resizer.
 
-    `statistics` of all images are for FID, and `logits` for the inception score (none for the
-    reference). `kept` has the features of a seeded choice of the images, in order.
+    FID uses `statistics`, the statistics of all features. The inception score uses `logits`, which
+    are empty for the reference. `kept` has the features of a random choice of the images, in order.
     """
 
     statistics: FeatureStatistics
@@ -79,21 +79,21 @@ class Measurement:
         )
 
     def save(self, path: Path) -> None:
-        """Write everything to a safetensors file."""
+        """Write the measurement to a safetensors file."""
         from safetensors.torch import save_file
 
         own = self.statistics
         tensors = [own.mean, own.scatter, self.kept, self.logits]
         facts = {"num_samples": own.num_samples, "source": asdict(own.source)}
         with replace_file(path) as temporary:
-            # Metadata of one entry: safetensors writes several in any order, and equal measurements
-            # would give unequal files.
+            # The metadata have one entry, because safetensors would write several in random order.
+            # Equal measurements would then give different files.
             named: dict[str, Tensor] = dict(zip(_TENSORS, tensors, strict=True))
             save_file(named, temporary, {_FORMAT: json.dumps(facts)})
 
     @classmethod
     def load(cls, path: Path) -> "Measurement":
-        """Read what `save` wrote; a ValueError if the file is missing or another."""
+        """Read what `save` wrote; raise ValueError if the file is missing or something else."""
         from safetensors import SafetensorError, safe_open
 
         try:
@@ -109,7 +109,7 @@ class Measurement:
 
 
 def choose_kept(num_images: int, *, num_kept: int, seed: int) -> Bool[Tensor, " num_images"]:
-    """Draw `num_kept` of the images, or all of them if there are fewer."""
+    """Draw the `num_kept` images whose features are kept; if there are fewer images, choose all."""
     is_kept = torch.zeros(num_images, dtype=torch.bool)
     generator = torch.Generator().manual_seed(seed)
     is_kept[torch.randperm(num_images, generator=generator)[:num_kept]] = True
@@ -132,13 +132,13 @@ def measure_shards(
     processes: Processes,
     on_progress: Tick,
 ) -> dict[str, Measurement]:
-    """Measure shards of images with each resizer of the extractor.
+    """Measure the images in shards with each resizer of the extractor.
 
-    Several processes share the shards through `work_dir`, and an interrupted run goes on where it
-    was. Shards are measured alone and joined in order: the result is the same, to the last bit, for
-    any number of processes. Process 0 returns measurements by resizer, others nothing. `images`
-    describes the images in words. Raises ValueError if features are not finite, a shard is damaged,
-    or `load` refuses an image, and ChildProcessError if another process failed.
+    Several processes share the shards through files in `work_dir`, and an interrupted run resumes.
+    Shards are measured separately and added in order, so any number of processes gives the same
+    bits. Process 0 returns the measurements by resizer, other processes return {}. `images`
+    describes the images in words. Raises ValueError if a feature is not finite, a shard is damaged,
+    or `load` refuses an image. Raises ChildProcessError if another process failed.
     """
     card = extractor.card
     num_images = sum(shard.num_samples for shard in shards)
@@ -165,7 +165,7 @@ def measure_shards(
                 new = Measurement(statistics, features.cpu()[chosen], logits)
                 found[resizer] = found[resizer] + new if resizer in found else new
             tick(len(chosen))
-        list(prepared)  # `read_shard` checks the shard's digest at its end
+        list(prepared)  # at the end of its records, `read_shard` checks the shard's digest
         files: list[Shard] = []
         for resizer, measurement in found.items():
             measurement.save(path := path_of(number, resizer))
@@ -177,7 +177,7 @@ def measure_shards(
         return work_dir / f"{number:05d}-{resizer}.safetensors"
 
     numbers, name_of = range(len(shards)), "{:05d}".format
-    if processes.rank == 0:  # it holds the folder's lock
+    if processes.rank == 0:  # this process holds the lock of `work_dir`
         missing = missing_items(numbers, work_dir, name_of=name_of)
         on_progress(num_images - sum(shards[number].num_samples for number in missing))
     map_shards(

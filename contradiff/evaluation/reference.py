@@ -1,4 +1,4 @@
-"""The reference of scores: reference.json, and a Measurement `<resizer>.safetensors` for each."""
+"""The reference: measurements of real images, in reference.json and `<resizer>.safetensors`."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,12 +19,12 @@ class ReferenceParams(Section):
     """Section `reference`: the real images that generated ones are compared with."""
 
     split: Literal["val", "train"] = Field(description="Table 4: val")
-    num_kept: int = Field(gt=0, description="images with kept features, for KID and precision")
+    num_kept: int = Field(gt=0, description="images whose features are kept, for KID and precision")
     batch_size: int = Field(gt=0, description="images that the extractor sees at once")
 
 
 class ReferenceCard(Section):
-    """What reference.json says: which images, which size, which extractor."""
+    """Contents of reference.json: which images were measured, at which size, by which extractor."""
 
     split: str
     num_images: int = Field(gt=0)
@@ -38,14 +38,14 @@ class ReferenceCard(Section):
 
     @property
     def description(self) -> str:
-        """The reference in words, as it stands beside every score."""
+        """The reference in words, as every score quotes it."""
         return f"{self.num_images} {self.split} images, centre crop {self.image_size} px"
 
 
 def write_reference(
     folder: Path, card: ReferenceCard, measurements: Mapping[str, Measurement]
 ) -> None:
-    """Write the card and the measurements by resizer; the folder is replaced as a whole."""
+    """Write the card and the measurement of each resizer to `folder`, which is replaced."""
     with replace_dir(folder) as temporary:
         for resizer, measurement in measurements.items():
             measurement.save(temporary / f"{resizer}.safetensors")
@@ -55,9 +55,9 @@ def write_reference(
 def read_reference(
     folder: Path, *, extractor: ExtractorCard, image_size: int
 ) -> tuple[ReferenceCard, dict[str, Measurement]]:
-    """Read a reference's card, and its measurements by resizer.
+    """Read a reference's card, and its measurement for each resizer.
 
-    A ValueError says which file is missing or wrong, or made with another extractor or size.
+    Raises ValueError if a file is missing or malformed, or if the extractor or size differs.
     """
     path = folder / CARD_NAME
     card = read_card(ReferenceCard, path, stage="reference")
@@ -70,8 +70,8 @@ def read_reference(
     for name, value in wanted.items():
         if (found := getattr(card, name)) != value:
             raise ValueError(
-                f"{path}: the reference was made with {name} {found}, these scores need {value}: "
-                "run `dvc repro score`, or the stage reference again"
+                f"{path}: the reference was made with {name} {found}, but these scores need "
+                f"{value}; run `dvc repro score`"
             )
     paths = {resizer: folder / f"{resizer}.safetensors" for resizer in card.resizers}
     measurements = {resizer: Measurement.load(path) for resizer, path in paths.items()}
@@ -79,7 +79,7 @@ def read_reference(
         described = FeatureSource(card.description, resizer, card.extractor, card.extractor_sha256)
         if measurements[resizer].statistics.source != described:
             raise ValueError(
-                f"{path}: not the measurement that {CARD_NAME} describes: run the stage reference "
+                f"{path}: not the measurement that {CARD_NAME} describes; run the stage reference "
                 "again"
             )
     return card, measurements

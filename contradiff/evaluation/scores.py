@@ -1,4 +1,4 @@
-"""All scores of generated images against a reference, from both sets' features and logits."""
+"""All scores of generated images: their features and logits are compared with a reference's."""
 
 import numpy as np
 import torch
@@ -11,11 +11,11 @@ from contradiff.evaluation.fid import fid
 from contradiff.evaluation.measuring import Measurement
 
 MIN_UNBIASED_IMAGES = 10_000
-"""With fewer images the metrics say that the FID is biased."""
+"""If either set has fewer images, metrics/score.json says that the FID is biased."""
 PRECISION_NEIGHBOUR, DENSITY_NEIGHBOUR = 3, 5
-"""k of precision and recall (Kynkäänniemi et al., 2019), of density and coverage (Naeem et al.)."""
+"""k for precision and recall (Kynkäänniemi et al., 2019), and for density and coverage (Naeem)."""
 _CHUNK = 1024
-"""Rows of a matrix of distances that exist at one time."""
+"""How many rows of a matrix of distances are in memory at a time."""
 
 
 class ScoreParams(Section):
@@ -23,8 +23,8 @@ class ScoreParams(Section):
 
     splits: int = Field(gt=0, description="parts of the images that the inception score averages")
     batch_size: int = Field(gt=0, description="images that the extractor sees at once")
-    kid_subsets: int = Field(gt=0, description="random subsets that KID averages")
-    kid_subset_size: int = Field(gt=DENSITY_NEIGHBOUR, description="precision needs as many images")
+    kid_subsets: int = Field(gt=0, description="KID is the average over this many random subsets")
+    kid_subset_size: int = Field(gt=DENSITY_NEIGHBOUR, description="images of each subset")
 
 
 def scores_of(
@@ -35,10 +35,10 @@ def scores_of(
     seed: int,
     device: torch.device,
 ) -> dict[str, float]:
-    """Score generated images by one extractor and one resizer; `seed` decides KID's subsets.
+    """Score generated images by one extractor and one resizer. `seed` chooses KID's subsets.
 
-    The inception score (Salimans et al., 2016) is torch-fidelity's, over contiguous splits: the
-    images must not come sorted by class. A ValueError says if logits are not finite.
+    torch-fidelity computes the inception score (Salimans et al., 2016) over contiguous splits, so
+    the images must not be sorted by class. Raises ValueError if a logit is not finite.
     """
     from torch_fidelity.metric_isc import isc_features_to_metric
 
@@ -62,22 +62,22 @@ def kid(
     subset_size: int,
     seed: int,
 ) -> tuple[float, float]:
-    """The kernel distance (Bińkowski et al., 2018): its mean and deviation over random subsets.
+    """Return the mean and the standard deviation of KID (Bińkowski et al., 2018) over subsets.
 
-    It is the unbiased squared MMD with the kernel (x·y/d + 1)³, in float64. Its expectation does
-    not depend on the number of images, and it may come out slightly below 0. clean-fid computes it;
-    torch-fidelity draws the same subsets for this seed.
+    KID is the unbiased squared MMD with the kernel (x·y/d + 1)³, in float64. Its expectation does
+    not depend on the number of images, and a value may be slightly below 0. clean-fid computes KID.
+    torch-fidelity draws the same random subsets for this seed.
     """
     from cleanfid.fid import kernel_distance
 
     assert subset_size <= min(len(samples), len(reference)), "the stage score refuses this"
-    # clean-fid draws from NumPy's global generator, and draws of its second argument first.
+    # clean-fid draws from NumPy's global generator, first for its second argument.
     x, y = reference.double().cpu().numpy(), samples.double().cpu().numpy()
     options = {"num_subsets": 1, "max_subset_size": subset_size}
     state = np.random.get_state()  # noqa: NPY002
     np.random.seed(seed)  # noqa: NPY002
     try:
-        # It returns the mean alone; the deviation needs every subset.
+        # For several subsets, clean-fid would return only the mean, which gives no deviation.
         estimates = [kernel_distance(x, y, **options) for _ in range(num_subsets)]
     finally:
         np.random.set_state(state)  # noqa: NPY002
@@ -85,26 +85,26 @@ def kid(
 
 
 def prdc(samples: Float[Tensor, "n d"], reference: Float[Tensor, "m d"]) -> dict[str, float]:
-    """Realism and diversity apart: precision and recall by torch-fidelity, the other two by us.
+    """Return precision and recall (by torch-fidelity), density and coverage (by us).
 
-    A set's manifold is the union of balls about its features. Each ball reaches to the k-th nearest
-    neighbour in the set. Precision is the part of the samples within the reference's manifold, and
-    recall the reverse. Density is the mean number of the reference's balls that hold a sample, over
-    k; it may exceed 1. Coverage is the part of the reference's balls that hold a sample.
+    Each feature of a set has a ball, whose radius is the distance to its k-th nearest neighbour in
+    the set. The union of the balls is the set's manifold. Precision is the fraction of samples in
+    the reference's manifold. Recall is the fraction of reference images in the samples' manifold.
+    Density is the mean number of the reference's balls that contain a sample, divided by k; it may
+    exceed 1. Coverage is the fraction of the reference's balls that contain a sample.
 
-    All depend on the number of features: compare equal counts only. A distance that equals a ball's
-    radius is inside, as Kynkäänniemi et al. write. *Deviation*: Naeem et al.'s code leaves such
-    exact ties out of density and coverage.
+    All depend on the number of features, so compare only equal counts. A point at the radius itself
+    is inside, as in Kynkäänniemi et al. *Deviation*: in Naeem et al.'s code it is outside.
     """
     from torch_fidelity.metric_prc import prc_features_to_metric
 
     assert min(len(samples), len(reference)) > DENSITY_NEIGHBOUR, "see ScoreParams"
-    # One shift for both sets changes no distance, and keeps the digits if the mean is far from 0.
+    # Shifting both sets alike changes no distance, and keeps precision if the mean is far from 0.
     mean = reference.double().mean(0)
     x, y = samples.double() - mean, reference.double() - mean
     options = {"prc_neighborhood": PRECISION_NEIGHBOUR, "prc_batch_size": _CHUNK}
     found = prc_features_to_metric(x, y, save_cpu_ram=True, verbose=False, **options)
-    k = DENSITY_NEIGHBOUR + 1  # a feature is its own first neighbour
+    k = DENSITY_NEIGHBOUR + 1  # plus 1, because each feature is its own nearest neighbour
     radii = torch.cat([torch.cdist(rows, y).kthvalue(k).values for rows in y.split(_CHUNK)])
     num_within = 0
     covered = torch.zeros(len(y), dtype=torch.bool, device=y.device)

@@ -66,8 +66,8 @@ def test_augment_is_padding_flip_and_crop():
 
 
 def test_refusals():
-    refused = {"batch_size": "extractor.batch_size is 500", "num_val": "data.num_val"}
-    refused["side"] = "data.image_size is 15"
+    refused = {"batch_size": "extractor.batch_size: 500", "num_val": "data.num_val"}
+    refused["side"] = "data.image_size: 15"
     for (name, message), value in zip(refused.items(), (500, 0, 15), strict=True):
         with pytest.raises(ValueError, match=message):
             train(**{name: value})

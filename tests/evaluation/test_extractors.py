@@ -22,13 +22,16 @@ INCEPTION = {"kind": "inception", "weights": "x", "resizers": ["clean"]}
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"weights": "x.pt"}, "extractor.weights is set"),
-        ({"download": True}, "extractor.download is for Inception"),
-        ({"resizers": ["clean"]}, "sees images as they are"),
+        ({"weights": "x.pt"}, "extractor.weights: extractor.kind classifier is trained here"),
+        ({"download": True}, "extractor.download: extractor.kind classifier is trained here"),
+        ({"resizers": ["clean"]}, "resizes no images"),
         ({"resizers": []}, "at least 1 item"),
-        (INCEPTION | {"weights": None}, f"weights is null.*{INCEPTION_URL}.*extractor.download"),
-        (INCEPTION | {"resizers": ["none"]}, "needs a resizer"),
-        (INCEPTION | {"resizers": ["clean", "clean"]}, "names one twice"),
+        (
+            INCEPTION | {"weights": None},
+            f"weights: null names no file.*{INCEPTION_URL}.*extractor.download",
+        ),
+        (INCEPTION | {"resizers": ["none"]}, "cannot use none"),
+        (INCEPTION | {"resizers": ["clean", "clean"]}, "lists a resizer twice"),
         (INCEPTION | {"resizers": ["bilinear"]}, "legacy_pytorch"),
     ],
 )
@@ -60,7 +63,7 @@ def test_load_refuses_wrong_files(tmp_path: Path):
         load_extractor(tmp_path / "absent", device=CPU)
     folder = tmp_path / "extractor"
     card = json.loads((folder / "extractor.json").read_text())
-    other = {"weights_sha256": "0" * 64}, "not the weights that extractor.json describes"
+    other = {"weights_sha256": "0" * 64}, "extractor.json describes other weights"
     for change, message in (other, ({"more": 1}, "more: unknown key")):
         (folder / "extractor.json").write_text(json.dumps(card | change))
         with pytest.raises(ValueError, match=message):

@@ -48,10 +48,14 @@ def test_written_and_read(folder: Path):
 
 def test_a_reference_for_other_images_is_refused(folder: Path):
     for name, value, fault in (
-        ("name", "domain-classifier", "extractor inception, these scores need domain-classifier"),
+        (
+            "name",
+            "domain-classifier",
+            "extractor inception, but these scores need domain-classifier",
+        ),
         ("weights_sha256", "3" * 64, "extractor_sha256 111"),
         ("resizers", ["clean"], r"resizers \['clean', 'legacy_tensorflow'\]"),
-        ("image_size", 64, "image_size 32, these scores need 64"),
+        ("image_size", 64, "image_size 32, but these scores need 64"),
     ):
         message = f"reference.json: the reference was made with {fault}"
         with pytest.raises(ValueError, match=message):
