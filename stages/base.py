@@ -1,4 +1,4 @@
-"""base: the pretrained latent diffusion model => build/base, checked, in diffusers' format."""
+"""base: check the pretrained latent diffusion model, and copy it to build/base."""
 
 from stages.runtime.run import Run, execute
 
@@ -19,8 +19,8 @@ def main(params: Params, run: Run) -> None:
     base = params.base
     with replace_dir(Path("build/base")) as folder:
         if base.source == "hub":
-            run.log(f"fetching {base.path} at {base.revision}")
-            # Configuration first: an unusable base is refused before gigabytes are fetched.
+            run.log(f"downloading {base.path} at commit {base.revision}")
+            # Fetch and check the configuration first: an unusable base then costs no gigabytes.
             config.fetch_from_hub(base, folder, weights=False)
             check_base(folder, weights=False)
             config.fetch_from_hub(base, folder, weights=True)

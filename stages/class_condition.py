@@ -1,6 +1,6 @@
-"""class_condition: a table of class embeddings learns to condition the trained model (Table 5).
+"""class_condition: train a table of class embeddings, which conditions the trained model (Table 5).
 
-With class_condition.epochs 0 there is no table, and a note that says so.
+If class_condition.epochs is 0, the stage writes only a note that there is no table.
 """
 
 from stages.runtime.run import Run, execute
@@ -47,7 +47,7 @@ def main(params: Params, run: Run) -> None:
             session = stack.enter_context(
                 follow_training(run, params, inputs, digest, STATE_VERSION, num_steps=num_steps)
             )
-            # pretraining's precision: the same passes of the same model
+            # Like pretraining, because the model does the same passes.
             precision = read_config(CHECKPOINT)["params"]["pretrain"]["precision"]
             class_table.train_class_table(
                 model, table, pairs, params=section, precision=precision, seed=seed, **session

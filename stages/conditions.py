@@ -1,7 +1,7 @@
 """conditions: store the validation images that samples are conditioned on, as pixels and latents.
 
-If generate.condition is not image, the stage stores an empty index. Generation then needs neither
-the images nor their latents, and runs on machines that lack them.
+So the stage generate can run on a machine that lacks build/shards and build/latents. If
+generate.condition is not image, this stage stores an empty index.
 """
 
 from stages.runtime.run import Run, execute

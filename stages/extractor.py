@@ -1,4 +1,4 @@
-"""extractor: the network behind the scores: a classifier trained here, or a given Inception."""
+"""extractor: train a classifier, or copy Inception: the network whose features the scores use."""
 
 from stages.runtime.run import Run, execute
 

@@ -1,7 +1,7 @@
-"""features: frozen features of every image, once, as shards that the probe reads.
+"""features: compute the frozen features of every image once, as shards that the probe reads.
 
-Runs on as many processes as `python -m stages.features` starts; the result does not depend on their
-number. An interrupted run goes on with the shards that are left.
+Several processes share the shards; their number does not change the result. An interrupted run
+keeps finished shards.
 """
 
 from stages.runtime.run import Run, execute
@@ -29,7 +29,7 @@ class Params(Section):
     seed: Seed
     features: FeaturesParams
     head: Literal["linear", "attentive"] = Field(
-        alias="probe.head", description="attentive: the maps of the main triple are stored too"
+        alias="probe.head", description="attentive: also store the maps of the main triple"
     )
 
 
@@ -44,12 +44,12 @@ def main(params: Params, run: Run) -> None:
     if settings.model == "timm" and settings.timm_weights is not None:
         inputs.append(run.resolve(settings.timm_weights))
     with run.work_dir(params, inputs, state_version=STATE_VERSION) as folder:
-        if run.is_main:  # It holds the folder's lock; the others wait before they write.
+        if run.is_main:  # it holds the lock of `folder`; other processes wait before they write
             num_bytes = bytes_of_features(model, images)
             run.log(f"{describe_bytes(num_bytes)} of features")
             ways_out = (
-                "store less: probe.head: linear (no maps), fewer features.more_triples or "
-                "features.more_blocks"
+                "store less: set probe.head to linear (no maps), or shorten features.more_triples "
+                "or features.more_blocks"
             )
             num_bytes -= sum(file.stat().st_size for file in folder.iterdir())
             check_free_space(folder, num_bytes, ways_out=ways_out)

@@ -1,8 +1,8 @@
-"""generate: noise => shards of PNG images, and a grid of the first ones.
+"""generate: sample images into shards of PNGs, and draw a grid of the first images.
 
 Images are unconditional, or conditioned on validation images or on classes, with or without
-guidance. The processes that `python -m stages.generate` starts share the shards; their number does
-not change the images. After an interruption, the stage keeps the shards that are whole.
+guidance. Several processes share the shards; their number does not change the images. An
+interrupted run keeps finished shards.
 """
 
 from stages.runtime.run import Run, execute
@@ -69,8 +69,8 @@ def main(params: Params, run: Run) -> None:
         missing = map_shards.missing_items(list(plan), work, name_of=str)
         total = sum(len(plan[name]) for name in missing)
         if total < section.num_samples:
-            run.log(f"resumed: {total} of {section.num_samples} images are still to be made")
-        run.log(f"the newest images: {preview.path}")
+            run.log(f"resumed: {total} of {section.num_samples} images are still missing")
+        run.log(f"the newest images are shown in {preview.path}")
         processes, started = run.processes(accelerator), time.perf_counter()
         with run.progress("sample", total) as advance:
             made = map_shards.map_shards(

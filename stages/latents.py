@@ -1,7 +1,7 @@
-"""latents: image shards => shards of VAE moments of each image's crops, in the same order.
+"""latents: encode each image's crops with the VAE; store the mean and log-variance of each latent.
 
-The processes that `python -m stages.latents` starts share the shards; their number does not change
-the result. After an interruption, the stage keeps the shards that are whole.
+The new shards have the order of the image shards. Several processes share the shards; their number
+does not change the result. An interrupted run keeps finished shards.
 """
 
 from stages.runtime.run import Run, execute
@@ -23,7 +23,7 @@ IMAGES = Path("build/shards")
 BASE, LATENTS = Path("build/base"), Path("build/latents")
 METRICS, FIGURE = Path("metrics/latents.json"), Path("build/figures/reconstructions.png")
 NUM_SHOWN = 48
-"""Validation images that are checked, and shown in a figure."""
+"""How many validation images are decoded again, checked, and shown in a figure."""
 
 
 class Params(Section):
@@ -44,7 +44,7 @@ def main(params: Params, run: Run) -> None:
     vae = load_vae(BASE).to(run.device)  # pyright: ignore[reportArgumentType]
     encoder = LatentEncoder(vae, params.latents, params.data.image_size, params.seed)
     deciding = params.model_dump(by_alias=True)
-    del deciding["latents"]["min_psnr"]  # it decides whether there are latents, not which
+    del deciding["latents"]["min_psnr"]  # another threshold gives the same latents
     shown = list(islice(shards.read_images(IMAGES, "val"), NUM_SHOWN))
     version = map_shards.STATE_VERSION
     with run.work_dir(deciding, [IMAGES / "index.json", BASE], state_version=version) as work:
@@ -58,11 +58,11 @@ def main(params: Params, run: Run) -> None:
             return map_shards.Made((written,))
 
         missing = [plan[name] for name in map_shards.missing_items(list(plan), work, name_of=str)]
-        if run.is_main:  # before hours are spent
+        if run.is_main:  # check space and quality before hours are spent
             run.log(encoder.describe_size(index))
             LATENTS.parent.mkdir(exist_ok=True)
             size = sum(encoder.shard_bytes(split, shard.num_samples) for split, shard in missing)
-            ways_out = "lower latents.views or switch latents.flips off"
+            ways_out = "lower latents.views, or set latents.flips to false"
             for place in (work, LATENTS.parent):
                 check_free_space(place, size, ways_out=ways_out)
             stored = encoder.encode(shown, split="val")
@@ -79,7 +79,7 @@ def main(params: Params, run: Run) -> None:
                 records = islice(shards.read_split(folder, "val"), NUM_SHOWN)
                 written = reconstruct(encoder, shown, records)
             number, psnr, std = len(written.decoded), written.psnr, written.std
-            run.log(f"PSNR of {number} decoded val images: {psnr:.1f} dB; latents' std {std:.2f}")
+            run.log(f"{number} decoded val images: PSNR {psnr:.1f} dB; latents: std {std:.2f}")
             content = {"psnr": psnr, "psnr_num_images": number, "std": std}
             run.write_json(METRICS, {"latents": content})
             with replace_file(FIGURE) as path:

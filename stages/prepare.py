@@ -1,6 +1,7 @@
-"""prepare: raw data and weights => a manifest of each in build/manifest, which DVC tracks.
+"""prepare: check raw data and given weights, and describe each in a manifest in build/manifest.
 
-It renders the embedded default's images. Everything else is only checked.
+A manifest is a JSON file with sizes and hashes: DVC tracks it in place of the data. The stage also
+renders the embedded default's images.
 """
 
 from stages.runtime.run import Run, execute
@@ -21,10 +22,10 @@ from contradiff.sources.transfer_set import TransferDataParams, TransferSet
 from contradiff.toy.rendered import ensure_digits, ensure_images
 
 GET_EXTRACTOR = (
-    "fetch it (docs/scores.md says where), or set extractor.download: true "
-    "where there is a network, or extractor.kind: classifier"
+    "download it (docs/scores.md says where), or set extractor.download to true if there is a "
+    "network, or set extractor.kind to classifier"
 )
-GET_TIMM = "fetch it, or set features.timm_pretrained: true"
+GET_TIMM = "download it, or set features.timm_weights to null and features.timm_pretrained to true"
 
 
 class Params(Section):
@@ -37,7 +38,7 @@ class Params(Section):
     inception_download: bool = Field(alias="extractor.download")
     timm_name: str | None = Field(alias="features.timm_name")
     timm_weights: str | None = Field(alias="features.timm_weights")
-    # checked against the data, days before they are used
+    # The stage checks these against the data, long before another stage uses them.
     epochs: int = Field(alias="pretrain.epochs")
     batch_size: int = Field(alias="pretrain.batch_size")
     class_epochs: int = Field(alias="class_condition.epochs")
@@ -53,7 +54,7 @@ def main(params: Params, run: Run) -> None:
         import timm
 
         if not timm.is_model(name):
-            faults.append(f"features.timm_name: timm {timm.__version__} knows no {name!r}")
+            faults.append(f"features.timm_name: timm {timm.__version__} has no model {name!r}")
     with collect(faults):
         manifests["base"] = base_manifest(params.base, root=root)
     with collect(faults):

@@ -1,6 +1,6 @@
-"""pretrain: LoRA, conditioner and attention head learn by reconstruction + lambda * contrast.
+"""pretrain: train LoRA, conditioner and attention head by reconstruction + lambda * contrast.
 
-Runs on as many processes as `python -m stages.pretrain` starts.
+Several processes share each batch.
 """
 
 from stages.runtime.run import PARAMS_FILE, Run, execute
@@ -29,7 +29,7 @@ class Params(TrainingRecipe, Architecture):
 
 
 class BaseSection(Section):
-    """Only `--dry-run` reads it; training reads build/base."""
+    """Section `base`. Only `--dry-run` reads this section, because training reads build/base."""
 
     base: BaseParams
 
@@ -54,7 +54,7 @@ def main(params: Params, run: Run) -> None:
     with follow_training(
         run, params, [BASE], pairs.digest, STATE_VERSION, num_steps=num_steps, files_checkpoint=True
     ) as session:
-        # The main process holds the folder's lock now: what all resume from no longer changes.
+        # Now the main process holds the work folder's lock, and no other run changes the folder.
         accelerator.wait_for_everyone()
         curve = pretrain(model, pairs, recipe=params, accelerator=accelerator, **session)
         if accelerator.is_main_process:

@@ -1,7 +1,7 @@
-"""pretrain_base: the tiny base's recipe => models/tiny, in diffusers' format. No labels are used.
+"""pretrain_base: train the tiny base model without labels, and write models/tiny.
 
-Frozen in dvc.yaml: `dvc repro` takes its out as it is, as one takes Stable Diffusion. `make base`
-retrains it, in CONTRADIFF_NUM_PROCESSES processes.
+The stage is frozen in dvc.yaml: `dvc repro` uses models/tiny without training it, as one uses
+Stable Diffusion. `make base` runs the stage, in CONTRADIFF_NUM_PROCESSES processes.
 """
 
 from stages.runtime.run import Run, execute
@@ -21,12 +21,12 @@ from contradiff.toy.render import render_image
 from contradiff.training.state import STATE_VERSION
 
 SEED = 1000
-"""Seeds the base's own images: ContraDiff's have another form of seed."""
+"""Seed of the base's training images. No image of ContraDiff's data has a seed of this form."""
 NUM_IMAGES = 16_000
 
 
 class Params(Section):
-    """None: the recipe is the code, as a pretrained model's is elsewhere."""
+    """Empty, because `contradiff.toy.base_recipe` fixes all settings."""
 
 
 def main(_params: Params, run: Run) -> None:
@@ -46,7 +46,7 @@ def main(_params: Params, run: Run) -> None:
             unet = base_recipe.train_unet(images, vae, accelerator, work, on_step)
         if run.is_main:
             with replace_dir(Path("models/tiny")) as folder:
-                # Half precision halves the store; it is loaded as float32.
+                # Half precision halves the files. They are loaded as float32.
                 vae.half().save_pretrained(folder / "vae")
                 unet.half().save_pretrained(folder / "unet")
                 base_recipe.build_scheduler().save_pretrained(folder / "scheduler")

@@ -1,7 +1,7 @@
-"""probe: cached features => linear or attentive classifiers, a grid in one pass; top-1 and top-5.
+"""probe: train linear or attentive classifiers on stored features; report top-1 and top-5.
 
-The headline, metrics/probe.json, is the configured setting's last epoch over every image of the
-split. build/probe/grid.csv lists the whole grid, Table 2's literal setting in it.
+A grid of settings is trained in one pass. metrics/probe.json has the accuracy of the setting in
+params.yaml after the last epoch. build/probe/grid.csv lists all settings, including Table 2's.
 """
 
 from stages.runtime.run import Run, execute

@@ -1,4 +1,4 @@
-"""reference: real images as the extractor sees them, for scores: measurements and a card."""
+"""reference: measure real images with the extractor; scores compare samples with the result."""
 
 from stages.runtime.run import Run, execute
 
@@ -37,9 +37,9 @@ def main(params: Params, run: Run) -> None:
     card = ReferenceCard(resizers=list(extractor.resizers), **facts)
     if card.num_images < extractor.num_features:
         raise ValueError(
-            f"no FID of {card.num_images} samples ({card.description}) with "
-            f"{extractor.num_features} feature dimensions: it needs at least as many samples as "
-            "dimensions (set data.num_val, data.num_train or reference.split)"
+            f"reference.split: {card.num_images} samples ({card.description}) with "
+            f"{extractor.num_features} feature dimensions give no FID, which needs as many samples "
+            "as dimensions; set reference.split to a larger split, or raise its number of images"
         )
     load = partial(real_image, image_size=size)
     measure = partial(measure_shards, IMAGES, shards, load, with_logits=False)

@@ -1,4 +1,4 @@
-"""separability: validation features beside the base's own => t-SNE, kNN, silhouette (Fig. 3)."""
+"""separability: compare the model's features with the base's by t-SNE, kNN, silhouette (Fig. 3)."""
 
 from stages.runtime.run import Run, execute
 
@@ -37,7 +37,7 @@ def main(params: Params, run: Run) -> None:
     trained = "ContraDiff: h" if features.pool == "attention" else "ContraDiff: maps"
     found: dict[str, separation.Separability] = {}
     panels: dict[str, np.ndarray] = {}
-    # Whatever features.model names for the probe: the trained model is set beside its base.
+    # Always compare the trained model with its base, whatever features.model is.
     for kind, title, pool in (
         ("contradiff", trained, features.pool),
         ("base", "base alone: pooled bottleneck", "mean"),

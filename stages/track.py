@@ -1,6 +1,6 @@
-"""track: record the experiment as one row in MLflow, and print its results.
+"""track: record the experiment as one run in MLflow, and print its results.
 
-It runs at the end of every reproduction, even if all other stages came from DVC's cache.
+The stage runs at the end of every `dvc repro`, even if DVC took all other stages from its cache.
 """
 
 from stages.runtime.run import PARAMS_FILE, Run, execute
@@ -30,7 +30,7 @@ def main(_params: Params, run: Run) -> None:
 
 
 def table(summary: Path) -> str:
-    """Return the rows of the report's summary as aligned lines, and where the report is."""
+    """Return the report's summary as a table in text, followed by the report's path."""
     content = json.loads(summary.read_text(encoding="utf-8"))
     rows: list[tuple[str, str]] = content["rows"]
     width = max((len(name) for name, _ in rows), default=0) + 2

@@ -1,6 +1,7 @@
-"""transfer: few-shot classification of another data set, by default from frozen features (Table 6).
+"""transfer: classify another data set with few training images, from frozen features (Table 6).
 
-Runs on as many processes as `python -m stages.transfer` starts; the result is the same.
+transfer.finetune_epochs also fine-tunes the model. Several processes share the work; their number
+does not change the result.
 """
 
 from stages.runtime.run import Run, execute

@@ -1,8 +1,8 @@
-"""validate: params.yaml => build/validated, before any other stage.
+"""validate: check all of params.yaml before any other stage runs, and write build/validated.
 
-DVC gives a stage only the sections that it names, so no other stage would see a mistyped section.
-This stage depends on the whole file. Its out is a constant: it runs at every change, and makes no
-other stage run.
+Other stages read only their own sections, so none of them would notice a mistyped section. This
+stage runs whenever params.yaml changes. build/validated always has the same content, so that a run
+of this stage makes no other stage run.
 """
 
 from stages.runtime.run import PARAMS_FILE, Run, RuntimeParams, execute
@@ -39,9 +39,9 @@ def describe(_params: Params) -> str:
 
 
 def check(content: Mapping[str, Any], *, source: str, run: Run | None = None) -> None:
-    """Refuse a parameter file that some stage cannot use; the ValueError has a line for each fault.
+    """Raise ValueError, with a line for each fault, if a stage cannot use a parameter file.
 
-    Only within a run is it checked against the base, unless the hub cannot be reached.
+    With a `run`, the parameters are also checked against the base, if the hub can be reached.
     """
     params = parse_exactly(WholeFile, content, source=source)
     faults = list(rules.between_sections(params))
@@ -49,7 +49,7 @@ def check(content: Mapping[str, Any], *, source: str, run: Run | None = None) ->
         try:
             faults += rules.with_base(params, config_folder(params.base, root=run.root))
         except ConnectionError as error:
-            run.log(f"the parameters are not checked against the base yet: {error}")
+            run.log(f"the parameters could not be checked against the base: {error}")
         except ValueError as error:
             faults += str(error).splitlines()
     if faults:

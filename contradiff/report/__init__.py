@@ -1,5 +1,5 @@
-"""The report: every number of a run, with the way it was measured, on one self-contained page.
+"""The report: one self-contained page with all results of a run, and how each was measured.
 
-Read `results` (the stages' files => values), `figures` (values => pictures), `page` (values =>
-HTML, Markdown and a JSON summary). The room may import only files and types, and no torch.
+Read `results` (reads the stages' files), `figures` (draws PNGs), and `page` (writes HTML, Markdown
+and a JSON summary). This room imports neither torch nor another room.
 """

@@ -1,4 +1,4 @@
-"""Figures as PNGs, in the colours of the light and the dark page."""
+"""Draws figures as PNGs, in the colours of the light or the dark version of the page."""
 
 import io
 from collections.abc import Mapping
@@ -11,7 +11,7 @@ from contradiff.report.results import CURVES
 
 
 def plot_losses(curve: Mapping[str, Float[np.ndarray, " rows"]], *, dark: bool) -> bytes:
-    """Draw the columns of `CURVES` that are not all NaN over the steps, as a PNG."""
+    """Draw the training curves over the steps, as a PNG; columns that are all NaN are left out."""
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
@@ -21,9 +21,11 @@ def plot_losses(curve: Mapping[str, Float[np.ndarray, " rows"]], *, dark: bool) 
         axes = iter(figure.subplots(2, 2).flat)
         for (name, title), axis in zip(panels.items(), axes, strict=False):
             values = curve[name]
-            dots = "." if len(values) < 20 else ""  # one point makes no visible line
+            dots = (
+                "." if len(values) < 20 else ""
+            )  # a line through a single point would be invisible
             axis.plot(curve["step"], values, color="C0", alpha=0.35, linewidth=0.8, marker=dots)
-            # A moving average over a twentieth of the rows; the window shrinks at the ends.
+            # A moving average over a twentieth of the rows; the window is shorter at both ends.
             window, ones = np.ones(max(1, len(values) // 20)), np.ones(len(values))
             smooth = np.convolve(values, window, "same") / np.convolve(ones, window, "same")
             axis.plot(curve["step"], smooth, color="C0", linewidth=1.8)
@@ -39,9 +41,10 @@ def plot_losses(curve: Mapping[str, Float[np.ndarray, " rows"]], *, dark: bool) 
 def plot_embeddings(
     panels: Mapping[str, Float[np.ndarray, "n 2"]], labels: Int[np.ndarray, " n"], *, dark: bool
 ) -> bytes:
-    """Draw embeddings of the same images side by side, coloured by class, as a PNG.
+    """Draw several embeddings of the same images side by side, coloured by class, as a PNG.
 
-    `panels` maps a title to each image's position. A class's number stands at its points' median.
+    `panels` maps a panel's title to the images' positions. Each class's number is written at the
+    median of its points.
     """
     from matplotlib import colormaps, patheffects, rc_context
     from matplotlib.figure import Figure
@@ -54,7 +57,7 @@ def plot_embeddings(
         for (title, positions), axis in zip(panels.items(), axes, strict=True):
             for place, label in enumerate(np.unique(labels)):
                 points = positions[labels == label]
-                colour = colours(2 * place % 20 + place // 10 % 2)  # strong first, then pale
+                colour = colours(2 * place % 20 + place // 10 % 2)  # the strong colours come first
                 axis.scatter(points[:, 0], points[:, 1], s=14, color=colour, linewidths=0)
                 x, y = np.median(points, axis=0)
                 text = axis.text(x, y, str(label), ha="center", va="center", weight="bold")
@@ -87,9 +90,9 @@ def _png_of(figure: Any) -> bytes:
     from PIL import Image
 
     buffer = io.BytesIO()
-    # Without the library's version, which would change the bytes.
+    # By default, the file would name matplotlib's version, and an update would change the bytes.
     figure.savefig(buffer, format="png", dpi=144, metadata={"Software": None})
-    # A diagram has few colours: a palette makes the file a third as large and looks the same.
+    # A diagram has few colours, so a palette cuts the file to a third and looks the same.
     palette = io.BytesIO()
     Image.open(buffer).convert("RGB").quantize(256).save(palette, format="png", optimize=True)
     return palette.getvalue()

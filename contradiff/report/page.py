@@ -1,4 +1,4 @@
-"""The report as a page, in Markdown and as JSON; the same inputs give the same bytes."""
+"""Writes the report as HTML, Markdown and JSON. The same inputs give the same bytes."""
 
 import base64
 import json
@@ -10,7 +10,7 @@ from contradiff.report.results import PRETRAIN_FILE, ResizerScores, RunResults, 
 
 
 class TableRow(NamedTuple):
-    """A row of the table of results."""
+    """A row of the table of results; `detail` says how the value was measured."""
 
     name: str
     value: str
@@ -18,7 +18,7 @@ class TableRow(NamedTuple):
 
 
 def result_rows(results: RunResults) -> Iterator[TableRow]:
-    """Make the table of results: each score with its reference, extractor, count and seed.
+    """Yield the rows of the table of results: each score, and how it was measured.
 
     Raises ValueError if build/pretrain/config.json lacks `loss.lambda` or `lora.rank`.
     """
@@ -103,17 +103,17 @@ def _transfer_rows(results: RunResults) -> Iterator[TableRow]:
 
 
 def summarise(results: RunResults, *, report: str) -> str:
-    """Make JSON for programs: each result's name, its value with how it was measured, the page."""
+    """Return JSON for programs: name, value and detail of each result, and the path `report`."""
     rows = result_rows(results)
     pairs = [[row.name, " — ".join(filter(None, (row.value, row.detail)))] for row in rows]
     return json.dumps({"rows": pairs, "report": report}, indent=2, ensure_ascii=False) + "\n"
 
 
 def render(template: str, results: RunResults, **figures: bytes) -> str:
-    """Make the report: "report.html" for a browser, "report.md" for a terminal or a code host.
+    """Return the report as text, from the template "report.html" or "report.md".
 
-    The page is one file that holds its images and forbids the browser every request: it needs the
-    PNGs `loss` and `loss_dark`, for a light and a dark page. The Markdown links build/figures.
+    The HTML page contains all its images, and the browser loads nothing else. For this, the figures
+    `loss` and `loss_dark` must be given (PNGs). The Markdown links to files in build/figures.
     """
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
@@ -156,7 +156,7 @@ def _flatten(tree: Mapping[str, Any], *, prefix: str = "") -> dict[str, str]:
 
 
 def _plain(value: object) -> str:
-    """A value as params.yaml shows it, but a list in one line."""
+    """Return a value as params.yaml shows it, except that a list is on one line."""
     if isinstance(value, list | tuple):
         return ", ".join(_plain(item) for item in value)
     return value if isinstance(value, str) else json.dumps(value)

@@ -1,4 +1,4 @@
-"""The stages' files, read back and checked."""
+"""Reads the files that the stages have written, and checks them."""
 
 import csv
 import io
@@ -21,17 +21,17 @@ CURVES = {
     "contrastive": "contrastive loss",
     "grad_norm": "gradient norm",
 }
-"""Columns of metrics/pretrain.csv that the report draws over its column `step`."""
+"""The columns of metrics/pretrain.csv that the report draws, with the titles of their panels."""
 
 
 class _Record(BaseModel):
-    """A JSON object of results; the report keeps and lists keys that it does not know."""
+    """A JSON object of results. The report also keeps and lists keys that are not declared here."""
 
     model_config = ConfigDict(extra="allow", allow_inf_nan=False, arbitrary_types_allowed=True)
 
 
 class ProbeRecord(_Record):
-    """metrics/probe.json."""
+    """Content of metrics/probe.json."""
 
     top1: Fraction
     top5: Fraction
@@ -50,7 +50,7 @@ class MeanStd(_Record):
 
 
 class ShotsRecord(_Record):
-    """Classifiers trained on one number of images a class."""
+    """Accuracies of classifiers that were trained on the same number of images of each class."""
 
     ridge: MeanStd
     sgd: MeanStd
@@ -59,16 +59,16 @@ class ShotsRecord(_Record):
 
 
 class TransferRecord(ShotsRecord):
-    """metrics/transfer.json: the main number of shots, and under `by_shots` every number."""
+    """Content of metrics/transfer.json: results of the main number of shots, and of all numbers."""
 
-    shots: int | Literal["full"] = Field(description="training images a class")
-    total: Count = Field(description="test images a split")
+    shots: int | Literal["full"] = Field(description="training images of each class")
+    total: Count = Field(description="number of test images")
     source: str
     by_shots: dict[str, ShotsRecord]
 
 
 class ResizerScores(_Record):
-    """Scores of the generated images, resized in one way."""
+    """Scores of the generated images with one resizer."""
 
     fid: float
     kid: float
@@ -82,12 +82,12 @@ class ResizerScores(_Record):
 
 
 class ScoreRecord(ResizerScores):
-    """metrics/score.json: scores by the first resizer; the others' stand under their names."""
+    """Content of metrics/score.json; the scores with each further resizer are under its name."""
 
-    biased: bool = Field(description="whether the FID is of fewer than 10,000 images")
+    biased: bool = Field(description="whether a set has fewer than 10,000 images")
     num_samples: Count
     num_reference: Count
-    num_kept: Count = Field(description="features a side for KID, precision and the like")
+    num_kept: Count = Field(description="images of each set for KID and precision")
     extractor: str
     extractor_accuracy: float | None
     condition: str
@@ -99,14 +99,14 @@ class ScoreRecord(ResizerScores):
 
 
 class Separation(_Record):
-    """How well the classes separate in one feature space."""
+    """How well one feature space separates the classes."""
 
-    knn: Fraction = Field(description="accuracy of the nearest neighbours' vote")
-    silhouette: float | None = Field(ge=-1, le=1, description="None where it is not defined")
+    knn: Fraction = Field(description="accuracy of a vote of the nearest neighbours")
+    silhouette: float | None = Field(ge=-1, le=1, description="None if it is not defined")
 
 
 class SeparabilityRecord(_Record):
-    """metrics/separability.json: the trained model's features and the base's own."""
+    """Content of metrics/separability.json, for the features of the trained model and its base."""
 
     contradiff: Separation
     base: Separation
@@ -116,7 +116,7 @@ class SeparabilityRecord(_Record):
 
 
 class ModelSize(_Record):
-    """Numbers of parameters, also [trainable, frozen] of each module."""
+    """Numbers of parameters; `modules` has the pair (trainable, frozen) of each module."""
 
     trainable: int = Field(ge=0)
     frozen: int = Field(ge=0)
@@ -124,7 +124,7 @@ class ModelSize(_Record):
 
 
 class PretrainRecord(_Record):
-    """The contents of build/pretrain/config.json."""
+    """Content of build/pretrain/config.json."""
 
     params: dict[str, Any]
     parameters: ModelSize
@@ -132,7 +132,7 @@ class PretrainRecord(_Record):
 
 
 class RunResults(_Record):
-    """All that the report shows."""
+    """Everything that the report shows."""
 
     seed: int
     pretrain: PretrainRecord
@@ -140,8 +140,8 @@ class RunResults(_Record):
     transfer: TransferRecord
     score: ScoreRecord
     separability: SeparabilityRecord
-    curve: dict[str, Float[np.ndarray, " rows"]]  # NaN stands for an empty cell
-    samples: bytes  # a PNG, as the others
+    curve: dict[str, Float[np.ndarray, " rows"]]  # an empty cell becomes NaN
+    samples: bytes  # this and the next two are PNGs
     tsne: bytes
     tsne_dark: bytes
 
@@ -149,11 +149,11 @@ class RunResults(_Record):
 def read_results(root: Path, *, seed: int) -> RunResults:
     """Read what the other stages wrote below `root`, the project's folder.
 
-    A ValueError names a missing or malformed file, the faulty keys, and the stage that makes it.
+    Raises ValueError if a file is missing or malformed; the message names the stage that makes it.
     """
     content = {"pretrain": _read(root, PRETRAIN_FILE, _parse_json)}
     for stage in ("probe", "transfer", "separability", "score"):
-        content |= _read(root, f"metrics/{stage}.json", _parse_json)  # one outer key: the stage
+        content |= _read(root, f"metrics/{stage}.json", _parse_json)  # one key: the stage's name
     for name in ("samples", "tsne", "tsne_dark"):
         content[name] = _read(root, f"build/figures/{name}.png", _parse_png)
     content |= {"curve": _read(root, "metrics/pretrain.csv", _parse_curve), "seed": seed}
@@ -171,7 +171,7 @@ def read_results(root: Path, *, seed: int) -> RunResults:
 
 
 def fault(file: str, what: str) -> str:
-    """Say what is wrong with a file, and which stage makes it."""
+    """Return a message: what is wrong with a file, and which stage makes the file."""
     stem = Path(file).stem.removesuffix("_dark")
     makers = {"config": "pretrain", "samples": "generate", "tsne": "separability"}
     stage = makers.get(stem, stem)
@@ -209,5 +209,5 @@ def _parse_curve(content: bytes) -> dict[str, Float[np.ndarray, " rows"]]:
     reader = csv.DictReader(lines, restval="(no cell)")
     rows, columns = list(reader), ("step", *CURVES)
     if absent := set(columns) - set(reader.fieldnames or ()):
-        raise ValueError(f"no column {', '.join(sorted(absent))}")
+        raise ValueError(f"missing column {', '.join(sorted(absent))}")
     return {name: np.array([float(row[name] or "nan") for row in rows]) for name in columns}

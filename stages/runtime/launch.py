@@ -1,9 +1,9 @@
-"""Several processes that share one stage: how many, how they start, how they end.
+"""Starts several processes that share one stage, and waits for them.
 
-A stage that can be shared starts itself once for every GPU of the machine. The number stands
-neither in dvc.yaml nor in dvc.lock: the batch size of params.yaml is that of all processes
-together, and the result does not depend on their number. A stage that another torchrun or
-`accelerate launch` has started joins its processes.
+A parallel stage starts one process for each GPU of the machine. dvc.yaml and dvc.lock do not
+mention the number of processes, because the result does not depend on it: a batch size in
+params.yaml counts the images of all processes. If torchrun or `accelerate launch` has started the
+stage, it starts no further processes.
 """
 
 import hashlib
@@ -16,18 +16,18 @@ from pathlib import Path
 
 VARIABLE = "CONTRADIFF_NUM_PROCESSES"
 _MESSAGES = "CONTRADIFF_MESSAGES"
-"""Names a folder that the processes of one stage share, so that each message is printed once."""
+"""Environment variable: a folder that a stage's processes share, to print each message once."""
 
 
 def num_processes() -> int:
-    """Return how many processes to start; 1 in a process that a launcher has started."""
+    """Return how many processes to start; 1 if a launcher has started this process."""
     if "WORLD_SIZE" in os.environ:
         return 1
     if text := os.environ.get(VARIABLE, ""):
         if not text.isdecimal() or int(text) < 1:
             raise ValueError(f"{VARIABLE}={text}: must be an integer of at least 1")
         return int(text)
-    # Without a device of NVIDIA, AMD or WSL there is no GPU, and torch need not be loaded.
+    # Without a device file of NVIDIA, AMD or WSL there is no GPU, and loading torch is needless.
     if not any(Path("/dev", name).exists() for name in ("nvidiactl", "kfd", "dxg")):
         return 1
     import torch
@@ -38,16 +38,16 @@ def num_processes() -> int:
 def run_several(module: str, *, count: int) -> int:
     """Run `python -m module` in `count` processes, and wait for them.
 
-    Returns the exit code of the first process that failed, or 128 + the number of a signal that
-    ended this process, or 0. A process that was killed raises ChildProcessError.
+    Returns 0, or the exit code of the first process that failed. If a signal ends this process, the
+    code is 128 + the signal's number. Raises ChildProcessError if a process was killed.
     """
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-    # The processes say what is wrong; torch's own report of 30 lines would bury it.
+    # The processes print what is wrong. torch's own report of 30 lines would hide their messages.
     logging.disable()
-    # torchrun sets it too: processes that each use all cores would slow each other down.
+    # As in torchrun: if each process used all cores, they would slow each other down.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     config = LaunchConfig(
         1, 1, count, run_id=module, rdzv_backend="c10d", rdzv_endpoint="localhost:0", max_restarts=0
@@ -63,7 +63,7 @@ def run_several(module: str, *, count: int) -> int:
             if failure.exitcode >= 0:
                 return failure.exitcode
             killed = f"process {rank} was killed by {signal.Signals(-failure.exitcode).name}"
-            raise ChildProcessError(f"{killed}, perhaps for want of memory") from None
+            raise ChildProcessError(f"{killed}, perhaps because memory ran out") from None
         finally:
             del os.environ[_MESSAGES]
     return 0

@@ -1,4 +1,4 @@
-"""One run of a stage: it reads its parameters, reports, resumes and fails clearly."""
+"""Runs a stage: reads its parameters, shows progress and messages, and resumes unfinished work."""
 
 from stages.runtime.launch import VARIABLE, is_new_message, num_processes, run_several
 from stages.runtime.work_dir import key_of, take_up
@@ -37,13 +37,13 @@ PARAMS_FILE = Path("params.yaml")
 SECONDS_BETWEEN_LINES = 10.0
 
 Advance = Callable[..., None]
-"""`advance(n, name=value, ...)`: n more units are done; the values are shown beside them."""
+"""`advance(n, name=value, ...)` moves a progress bar by n units and shows the named values."""
 
 
 class RuntimeParams(Section):
-    """Section `runtime`: it changes no result, and so no stage in dvc.yaml depends on it."""
+    """Section `runtime`. It changes no result, so no stage in dvc.yaml depends on this section."""
 
-    device: Literal["auto", "cpu", "cuda"] = Field(description="auto: CUDA where there is one")
+    device: Literal["auto", "cpu", "cuda"] = Field(description="auto: CUDA if there is a GPU")
     num_workers: int = Field(ge=0, description="data-loading processes")
     log_every: int = Field(gt=0, description="steps between two logged losses")
     checkpoint_every: int = Field(gt=0, description="steps between two checkpoints of pretraining")
@@ -55,13 +55,13 @@ class RuntimeParams(Section):
 
 
 class RuntimeSection(Section):
-    """The section that every stage reads besides its own."""
+    """The section that every stage reads in addition to its own sections."""
 
     runtime: RuntimeParams
 
 
 class _LogFile(StringIO):
-    """Writes each status as a line of its own; in a terminal, tqdm overwrites the last one."""
+    """Prints each status of tqdm on a new line. In a terminal, tqdm overwrites the last status."""
 
     def write(self, text: str) -> int:
         if status := text.strip():
@@ -71,11 +71,11 @@ class _LogFile(StringIO):
 
 @dataclass(frozen=True)
 class Run:
-    """One run of a stage: where things are, and how to report.
+    """One run of a stage: its settings, and functions to show progress and messages.
 
-    `root` is the project's folder with raw data, mlflow.db and .work. In a temporary copy that DVC
-    makes (`exp run --temp`, `--queue`) it is the *main* project, while relative paths such as
-    build/ lead to the copy.
+    `root` is the project's folder, with raw data, mlflow.db and .work. `dvc exp run --temp` and
+    `--queue` run a stage in a temporary copy. Then `root` is still the *main* project, but relative
+    paths such as build/ belong to the copy.
     """
 
     stage: str
@@ -84,60 +84,60 @@ class Run:
 
     @property
     def is_main(self) -> bool:
-        """Whether this one of the stage's processes writes and reports."""
+        """Whether this is the process (rank 0) that writes files and prints messages."""
         return int(os.environ.get("RANK", "0")) == 0
 
     @property
     def device(self) -> "torch.device":
-        """Where to compute; each of several processes has its own CUDA device."""
+        """The device to compute on. Each of several processes has its own CUDA device."""
         import torch
 
         has_cuda = self.runtime.device != "cpu" and torch.cuda.is_available()
         if self.runtime.device == "cuda" and not has_cuda:
-            none = "torch finds no CUDA device"
-            raise ValueError(f"runtime.device: {none}; use auto or cpu (got 'cuda')")
+            none = "is cuda, but torch finds no CUDA device"
+            raise ValueError(f"runtime.device: {none}; set runtime.device to auto or cpu")
         if not has_cuda:
             return torch.device("cpu")
         return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
 
     def accelerator(self, *, precision: "Precision" = "fp32") -> "Accelerator":
-        """Join the processes that share the stage; ValueError if they do not find each other."""
+        """Connect this process with the others of the stage; raise ValueError if that fails."""
         from accelerate import Accelerator
         from accelerate.utils import InitProcessGroupKwargs
 
-        # A process may wait hours for one that has more to do; torch's own limit is minutes. The
-        # launcher notices a process that dies, and ends the others.
+        # A process may wait hours for another that has more to do, but torch's default limit is
+        # minutes. If a process dies, the launcher notices this and ends the others.
         accelerator = Accelerator(
             mixed_precision="no" if precision == "fp32" else precision,
             cpu=self.device.type == "cpu",
             kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(days=7))],
         )
-        # Without CUDA, `accelerate launch` starts processes that each believe to be alone.
+        # Without CUDA, processes of `accelerate launch` do not know of each other.
         if accelerator.num_processes != int(os.environ.get("WORLD_SIZE", "1")):
             raise ValueError(
-                f"WORLD_SIZE is {os.environ.get('WORLD_SIZE')} but Accelerate found "
+                f"WORLD_SIZE is {os.environ.get('WORLD_SIZE')}, but Accelerate found "
                 f"{accelerator.num_processes} process; start the stage with "
-                f"`python -m stages.{self.stage}`, and select devices with {VARIABLE}"
+                f"`python -m stages.{self.stage}`, and set {VARIABLE} to the number of processes"
             )
         return accelerator
 
     def processes(self, accelerator: "Accelerator") -> Processes:
-        """Return which of the stage's processes this is, for `map_shards`."""
+        """Return the rank of this process and the number of processes, for `map_shards`."""
         rank, size = accelerator.process_index, accelerator.num_processes
         return Processes(rank, size, accelerator.wait_for_everyone)
 
     def resolve(self, path: str) -> Path:
-        """Return a path to raw data; params.yaml gives it relative to the project's folder."""
+        """Return the path of raw data from a path in params.yaml, which is relative to `root`."""
         return self.root / path
 
     def shards(self, folder: Path) -> "Path | str":
-        """Return where training reads a folder of shards: here, or its copy at a URL."""
+        """Return where training reads shards: `folder`, or its copy at `runtime.shards_from`."""
         if self.runtime.shards_from is None:
             return folder
         return f"{self.runtime.shards_from.rstrip('/')}/{folder.name}"
 
     def log(self, message: str) -> None:
-        """Print one line on stderr, without breaking a progress bar."""
+        """Print a line on stderr, in the main process only, without damaging a progress bar."""
         if self.is_main:
             tqdm.write(f"{self.stage}: {message}", file=sys.stderr)
 
@@ -145,7 +145,7 @@ class Run:
     def progress(
         self, description: str, total: int | None, unit: str = "img"
     ) -> Generator[Advance]:
-        """Show progress on stderr: a bar in a terminal, a line every ten seconds in a log file."""
+        """Show progress on stderr: a bar in a terminal, or a line every ten seconds elsewhere."""
         is_terminal = sys.stderr.isatty()
         with tqdm(
             desc=f"{self.stage}: {description}",
@@ -166,13 +166,13 @@ class Run:
             yield advance
 
     def write_json(self, path: Path, content: Mapping[str, object]) -> None:
-        """Write JSON atomically, floats to six digits; ValueError if any is NaN or infinite."""
+        """Write JSON with floats of six digits; raise ValueError if one is NaN or infinite."""
         if not self.is_main:
             return
         text = json.dumps(content)
         if unusable := re.search(r'"([^"]*)": [^"]*?(NaN|-?Infinity)', text):
             why = "the computation diverged or had no data"
-            raise ValueError(f"{path}: {unusable[1]}: {unusable[2]} is no result; {why}")
+            raise ValueError(f"{path}: {unusable[1]}: {unusable[2]} is not a result; {why}")
         rounded = json.loads(text, parse_float=lambda number: float(f"{float(number):.6g}"))
         with replace_file(path) as temporary:
             text = json.dumps(rounded, indent=2, sort_keys=True)
@@ -182,11 +182,11 @@ class Run:
     def work_dir(
         self, params: Mapping[str, object] | Section, inputs: Sequence[Path], *, state_version: int
     ) -> Generator[Path]:
-        """Open a folder for checkpoints, which the same work finds again after an interruption.
+        """Open a folder for checkpoints, which the next run finds again after an interruption.
 
-        `params`, and the content of the files and folders `inputs`, decide the result; work that
-        another STATE_VERSION saved begins anew. The folder is deleted when the block succeeds. If
-        another run does the same work now, this one waits for it.
+        The folder is found by `params` and by the content of the files and folders `inputs`. If
+        another `state_version` wrote the folder, it is emptied. When the block succeeds, the folder
+        is deleted. If another run uses the folder now, this run waits.
         """
         key = key_of(self.stage, params=params, inputs=inputs)
         folder = self.root / ".work" / self.stage / key
@@ -195,7 +195,7 @@ class Run:
             yield folder
             return
         lock = self.root / ".work/locks" / f"{self.stage}-{key}"
-        wait = "waiting for process {}, which does the same work"
+        wait = "waiting for process {}, which is doing the same work"
         with hold_lock(lock, on_wait=lambda pid: self.log(wait.format(pid))):
             take_up(folder, state_version=state_version, log=self.log)
             yield folder
@@ -207,9 +207,9 @@ def execute(
 ) -> None:
     """Run a stage from the command line, in the project's folder.
 
-    `--dry-run` also prints what a function `describe(params) -> str` of the stage's module returns.
-    Several processes share a `parallel` stage (see `launch`). A user's fault (ValueError, OSError)
-    ends with one message and exit code 2; CONTRADIFF_TRACEBACK=1 shows where it arose.
+    If the stage's module has a function `describe(params) -> str`, `--dry-run` prints its result.
+    Several processes share a `parallel` stage (see `launch`). If a ValueError or OSError is raised,
+    the stage prints only its message, or with CONTRADIFF_TRACEBACK=1 the traceback.
     """
     module = sys.modules["__main__"]
     assert module.__spec__ is not None, "stages are run as `python -m stages.NAME`"
@@ -217,13 +217,13 @@ def execute(
     parser = argparse.ArgumentParser(
         prog=f"python -m stages.{stage}",
         description=inspect.getdoc(module),
-        epilog=f"Parameters are read from {PARAMS_FILE}; see presets/ for the values there are.",
+        epilog=f"The stage reads its parameters from {PARAMS_FILE}; presets/ has examples.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    dry = "validate and print the parameters, do nothing"
+    dry = "only check the parameters and print them"
     parser.add_argument("--dry-run", action="store_true", help=dry)
     is_dry = parser.parse_args().dry_run
-    # As after an interrupt, `finally` blocks run and contexts close.
+    # So SIGTERM also runs `finally` blocks and closes contexts, as an interrupt does.
     signal.signal(signal.SIGTERM, lambda number, _frame: sys.exit(128 + number))
     try:
         started = time.perf_counter()
@@ -256,18 +256,18 @@ def execute(
         print(message, file=sys.stderr)
     if is_joined():
         sys.stderr.flush()
-        os._exit(code)  # gloo's threads would abort a process that ends as usual
+        os._exit(code)  # gloo's threads would abort the process during a normal exit
     sys.exit(code)
 
 
 def is_joined() -> bool:
-    """Whether this process has joined others."""
+    """Return whether torch.distributed has connected this process with others."""
     distributed = sys.modules.get("torch.distributed")
     return distributed is not None and distributed.is_available() and distributed.is_initialized()
 
 
 def leave_processes() -> None:
-    """Close the connections to the other processes: an open one can abort Python at its end."""
+    """Close the connections to other processes. An open one can abort Python when it exits."""
     if is_joined():
         import torch.distributed as dist
 

@@ -1,6 +1,6 @@
-"""The record in MLflow: live curves of trainings, and one row for each experiment.
+"""Records in MLflow: a run with live curves for each training, and a run for each experiment.
 
-The rows are complete even where every stage came from DVC's cache.
+An experiment's run, called its row, is complete even if all stages came from DVC's cache.
 """
 
 from stages.runtime.run import Run
@@ -26,11 +26,11 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
 
 TRAININGS, EXPERIMENTS = "contradiff-train", "contradiff"
-"""The names of our two experiments in MLflow."""
+"""MLflow's name for the group of all trainings, and for the group of all experiments' rows."""
 CHECKPOINT = Path("build/pretrain/model.safetensors")
 
-# Unless users set them: MLflow does not phone home, does not warn about git, and a server that is
-# away holds a training up for seconds instead of minutes.
+# Defaults that users can override. MLflow sends no telemetry and does not warn about git, and a
+# server that does not answer delays a training by seconds instead of minutes.
 _ENVIRONMENT = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "MLFLOW_DISABLE_AGENT_HINT": "true",
@@ -54,21 +54,21 @@ class Store:
     root: Path
 
     def locked(self) -> AbstractContextManager[None]:
-        """Let one process of this project at a time create or change shared records."""
+        """Lock, so that one process of this project at a time changes shared records."""
         return hold_lock(self.root / ".work/locks/mlflow")
 
     def experiment_id(self, name: str) -> str:
-        """Return the id of an experiment, creating it at first use; call it under `locked`."""
+        """Return the id of an MLflow experiment, creating it if needed; call this under `locked`."""
         if experiment := self.client.get_experiment_by_name(name):
             return experiment.experiment_id
-        # By default, files would lie where this process runs, perhaps in a temporary copy. A server
-        # has its own place for them.
+        # By default, MLflow would keep files where this process runs, perhaps in a temporary copy. A
+        # server has its own place for files.
         is_server = self.uri.startswith(("http", "databricks"))
         location = None if is_server else (self.root / "mlruns" / name).as_uri()
         return self.client.create_experiment(name, artifact_location=location)
 
     def create_run(self, experiment: str, *, run: Run, params: Any, **tags: str) -> str:
-        """Create a run with parameters, and with tags that say which code wrote it."""
+        """Create an MLflow run with parameters, and with tags that say which code wrote the run."""
         tags["baseline_rev"] = os.environ.get("DVC_EXP_BASELINE_REV") or revision() or ""
         tags |= {"mlflow.source.name": f"stages.{run.stage}", "mlflow.source.type": "LOCAL"}
         name = os.environ.get("DVC_EXP_NAME") or revision(short=True) or "workspace"
@@ -79,7 +79,7 @@ class Store:
     def log(
         self, run_id: str, *, points: Sequence[Point] = (), params: Mapping[str, str] | None = None
     ) -> None:
-        """Log all at once: one by one, 500 values take 15 s instead of 1."""
+        """Log all values in one call: 500 single calls take 15 s instead of 1 s."""
         from mlflow.entities import Metric, Param
 
         now = int(time.time() * 1000)
@@ -88,25 +88,25 @@ class Store:
 
 
 def connect(root: Path) -> Store:
-    """Open the store that MLFLOW_TRACKING_URI names, or else mlflow.db; ValueError if unusable."""
+    """Open the store at MLFLOW_TRACKING_URI, or mlflow.db; raise ValueError if it is unusable."""
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     from mlflow import MlflowClient
 
-    # after the import, which sets the levels itself
+    # This must come after the import, which sets the levels too.
     for name in ("mlflow", "alembic"):
         logging.getLogger(name).setLevel(logging.WARNING)
 
     uri = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{root}/mlflow.db"
     try:
-        # Two processes that create a new database at once would crash.
+        # Without the lock, two processes that create a new database at once would crash.
         with hold_lock(root / ".work/locks/mlflow"):
             client = MlflowClient(tracking_uri=uri)
             client.search_experiments(max_results=1)
     except Exception as error:  # each kind of store has its own errors
         raise ValueError(
             f"MLflow's store {uri} cannot be used: {error}. Correct the environment variable "
-            f"MLFLOW_TRACKING_URI, or unset it to use {root}/mlflow.db"
+            f"MLFLOW_TRACKING_URI, or unset the variable to use {root}/mlflow.db"
         ) from error
     return Store(client, uri, root)
 
@@ -121,7 +121,7 @@ def flatten(content: Mapping[str, Any], *, prefix: str = "") -> Iterator[tuple[s
 
 
 def flatten_params(content: Mapping[str, Any]) -> dict[str, str]:
-    """Return parameters as MLflow keeps them: dotted keys, values as text, without `runtime`."""
+    """Return parameters for MLflow: dotted keys and values as text, without section `runtime`."""
     return {
         key: value if isinstance(value, str) else json.dumps(value)
         for key, value in flatten({key: content[key] for key in content if key != "runtime"})
@@ -130,10 +130,10 @@ def flatten_params(content: Mapping[str, Any]) -> dict[str, str]:
 
 @dataclass
 class _TrainingLog:
-    """Collects points and sends them in batches; what a store refuses waits for the next batch.
+    """Collects the values of a training and sends them to MLflow in batches.
 
-    MLflow's own queue (`log_batch(synchronous=False)`) drops a batch that fails: a server that is
-    away for a while would leave a hole in the curve.
+    If a batch fails, its values are sent again with the next batch. MLflow's own queue
+    (`log_batch(synchronous=False)`) would drop them and leave a hole in the curve.
     """
 
     store: Store
@@ -144,7 +144,7 @@ class _TrainingLog:
     next_batch: float = 0.0
 
     def __call__(self, step: int, values: Mapping[str, float], /) -> None:
-        if step <= self.last_step:  # logged before an interruption
+        if step <= self.last_step:  # this step was logged before an interruption
             return
         self.waiting += [(name, float(value), step) for name, value in values.items()]
         if time.monotonic() >= self.next_batch:
@@ -153,8 +153,8 @@ class _TrainingLog:
     def send(self) -> None:
         try:
             self.store.log(self.run_id, points=self.waiting)
-        except Exception as error:  # noqa: BLE001  # a training of a day must survive its record
-            _warn(f"{len(self.waiting)} values wait to be logged: {error}")
+        except Exception as error:  # noqa: BLE001  # logging must not stop a long training
+            _warn(f"{len(self.waiting)} values could not be logged yet: {error}")
             self.next_batch = time.monotonic() + _SECONDS_BEFORE_RETRY
             return
         if self.waiting:
@@ -172,12 +172,12 @@ class _TrainingLog:
 def training_run(
     run: Run, work_dir: Path, params: Mapping[str, Any], *, files_checkpoint: bool
 ) -> Generator[Callable[[int, Mapping[str, float]], None]]:
-    """Yield a function that logs the values of a training's step live to MLflow.
+    """Open a training's run in MLflow; yield a function that logs the values of a step.
 
-    `work_dir` keeps the id of MLflow's run, so a resumed training goes on in the same one and logs
-    no step twice. If the block writes build/pretrain (`files_checkpoint`), the id is also filed
-    under the checkpoint's hash; the experiment's row then becomes the parent of MLflow's run. A
-    store that fails raises ValueError at the start and causes warnings later.
+    `work_dir` keeps the run's id, so a resumed training continues the same run and logs no step
+    twice. With `files_checkpoint`, the block writes build/pretrain. Then a note under the
+    checkpoint's hash also keeps the id, and `upsert_row` makes the experiment's row the run's
+    parent. A store that fails at the start raises ValueError; later it only causes warnings.
     """
     if not run.is_main:
         yield lambda _step, _values: None
@@ -206,8 +206,8 @@ def training_run(
         log.send()
         try:
             store.client.set_terminated(log.run_id, status=status)
-        except Exception as error:  # noqa: BLE001  # as in `send`
-            _warn(f"the training's end could not be logged: {error}")
+        except Exception as error:  # noqa: BLE001  # for the same reason as in `send`
+            _warn(f"the end of the training could not be logged: {error}")
     if files_checkpoint and CHECKPOINT.is_file():
         log.note = _note_of_checkpoint(run.root)
         log.remember(log.last_step)
@@ -216,12 +216,12 @@ def training_run(
 def upsert_row(
     run: Run, *, params: dict[str, Any], metrics: list[Path], curve: Path, artifacts: list[Path]
 ) -> str:
-    """Write the experiment's row, or add DVC's name to it if it already exists; return its run id.
+    """Write the experiment's row, a run in MLflow, and return its id.
 
-    Two runs with identical parameters (ignoring `runtime`) and identical results share one row. A
-    row that an interrupted process left incomplete is replaced. `metrics` are nested JSON files.
-    Every column of the CSV file `curve` except `step` becomes a metric `pretrain.<column>`. Copies
-    of `artifacts` are kept.
+    Experiments with identical parameters (except `runtime`) and results share one row, which lists
+    the names that DVC gave them. If a process was interrupted and left an incomplete row, the row
+    is replaced. `metrics` are nested JSON files. Each column of the CSV file `curve`, except
+    `step`, becomes a metric `pretrain.<column>`. Copies of the files `artifacts` are kept.
     """
     store = connect(run.root)
     client = store.client
@@ -261,7 +261,7 @@ def upsert_row(
 
 
 def _points(metrics: list[Path], curve: Path) -> Iterator[Point]:
-    """Yield all numbers of the metric files, and those of the training curve step by step."""
+    """Yield all numbers in the metric files, and the training curve's values at each step."""
     for path in metrics:
         for key, value in flatten(json.loads(path.read_text(encoding="utf-8"))):
             if isinstance(value, int | float) and not isinstance(value, bool):
@@ -274,7 +274,7 @@ def _points(metrics: list[Path], curve: Path) -> Iterator[Point]:
 
 
 def _read_note(note: Path, store: Store) -> dict[str, Any] | None:
-    """Return what a note says of a run, if the run is in this store and not deleted."""
+    """Read the note of a training's run; return None if `store` lacks the run or has deleted it."""
     from mlflow.exceptions import MlflowException
 
     if not note.is_file():
@@ -288,7 +288,7 @@ def _read_note(note: Path, store: Store) -> dict[str, Any] | None:
 
 
 def _note_of_checkpoint(root: Path) -> Path:
-    """Return the path of the note that names the training of the checkpoint as it is now."""
+    """Return the path of the note that names the run which trained the present checkpoint."""
     return root / ".work/runs" / f"{sha256_of(CHECKPOINT)}.json"
 
 

@@ -1,4 +1,4 @@
-"""A training as its user follows it: progress on stderr, values in MLflow, work that resumes."""
+"""Shows a training's progress on stderr, logs its values in MLflow, and lets it resume."""
 
 from stages.runtime.run import Run
 from stages.runtime.tracking import training_run
@@ -11,11 +11,11 @@ from typing import TypedDict
 from contradiff.config import Section
 
 OnStep = Callable[[int, Mapping[str, float] | None], None]
-"""The callback of `contradiff.training.loop.train`."""
+"""The type of the callback `on_step` of `contradiff.training.loop.train`."""
 
 
 class Session(TypedDict):
-    """What a trainer takes by keyword, and what changes no result."""
+    """Keyword arguments for a function that trains. None of them changes the result."""
 
     work_dir: Path
     num_workers: int
@@ -35,10 +35,10 @@ def follow_training(
     num_steps: int,
     files_checkpoint: bool = False,
 ) -> Generator[Session]:
-    """Open a training's folder, MLflow run and progress bar; yield what the trainer needs of them.
+    """Open a training's work folder, MLflow run and progress bar; yield arguments for the trainer.
 
-    The parameters, the `inputs` and the digest of the training split name the folder. Pretraining
-    alone says `files_checkpoint` (see `training_run`); its metrics begin with train/ in MLflow.
+    `params`, `inputs` and the digest of the training split decide the name of the folder. Only
+    pretraining sets `files_checkpoint` (see `training_run`) and has metrics named train/….
     """
     shown, runtime = params.model_dump(mode="json", by_alias=True), run.runtime
     prefix = "train" if files_checkpoint else run.stage
@@ -65,7 +65,7 @@ def follow_training(
 
 @contextmanager
 def show_steps(run: Run, description: str, num_steps: int) -> Generator[OnStep]:
-    """Show a bar; yield a callback that moves it to each step and shows the loss."""
+    """Show a progress bar; yield a callback that moves the bar to a step and shows the loss."""
     seen = 0
     with run.progress(description, num_steps, "step") as advance:
 

@@ -1,8 +1,8 @@
-"""Where an interrupted stage finds its own work again, and never another's.
+"""Names and prepares the work folder of a stage, where an interrupted run finds its own work again.
 
-The folder's name depends on what decides the result: the stage, its parameters and the content of
-its inputs. The code is left out, so that a training survives a corrected comment; unfinished work
-of another STATE_VERSION begins anew. A note names the commit that began the work.
+The name depends on the stage, its parameters and the content of its inputs, but not on the code,
+so that a training survives a corrected comment. Unfinished work of another STATE_VERSION is
+deleted. A note in the folder names the version and the commit that began the work.
 """
 
 import hashlib
@@ -20,17 +20,17 @@ NOTE_NAME = "begun.json"
 
 
 def take_up(folder: Path, *, state_version: int, log: Callable[[str], None]) -> None:
-    """Empty a work folder if its state has another version; say so, and which commit began it."""
+    """Prepare a work folder: empty it if another version wrote it, and log what is resumed."""
     note, commit = folder / NOTE_NAME, revision() or "no commit"
     begun = json.loads(note.read_text(encoding="utf-8")) if note.is_file() else None
     if begun is not None and begun["state_version"] == state_version:
         if begun["commit"] != commit:
-            log(f"resuming work that commit {begun['commit']} began; this is {commit}")
+            log(f"resuming work that commit {begun['commit']} began; the code is now {commit}")
         return
     if begun is not None:
         log(
-            f"beginning anew: the unfinished work has STATE_VERSION {begun['state_version']}, and "
-            f"this code saves version {state_version}"
+            f"starting again: the unfinished work has STATE_VERSION {begun['state_version']}, but "
+            f"this code needs version {state_version}"
         )
         shutil.rmtree(folder, ignore_errors=True)
     with replace_file(note) as path:
@@ -38,7 +38,7 @@ def take_up(folder: Path, *, state_version: int, log: Callable[[str], None]) -> 
 
 
 def revision(*, short: bool = False) -> str | None:
-    """Return git's revision, with `-dirty` if files differ from it; None without git."""
+    """Return the current commit, with `-dirty` if files have changed since; None without git."""
     command = ["git", "describe", "--always", "--abbrev=" + ("7" if short else "40")]
     try:
         done = subprocess.run(
@@ -50,10 +50,10 @@ def revision(*, short: bool = False) -> str | None:
 
 
 def key_of(stage: str, *, params: Mapping[str, object] | BaseModel, inputs: Sequence[Path]) -> str:
-    """Return 16 hexadecimal digits that change with everything that decides a stage's result.
+    """Return 16 hexadecimal digits, which name the work folder of a stage.
 
-    Whole files are hashed, because latents of other crops have the same sizes. An input that does
-    not exist raises FileNotFoundError.
+    They depend on the content of all input files, because latents of different crops have equal
+    sizes. Raises FileNotFoundError if an input is missing.
     """
     hashes: dict[str, dict[str, str]] = {}
     for path in inputs:

@@ -134,7 +134,7 @@ def test_a_killed_run_goes_on_where_it_was(
     monkeypatch.undo()
     os.chdir(run_to_be_killed.root)
     resumed, _ = call(run_to_be_killed, **settings)
-    assert "resumed: 6 of 10 images are still to be made" in capfd.readouterr().err
+    assert "resumed: 6 of 10 images are still missing" in capfd.readouterr().err
     assert not work.exists()
     whole, _ = call(run_to_be_killed, **settings)
     assert resumed == whole

@@ -144,7 +144,7 @@ def test_too_few_images_are_refused_before_any_is_seen(run: Run, monkeypatch: py
 
 def test_large_kid_subsets_and_images_of_other_sizes_are_refused_by_name(run: Run):
     make_reference(run)
-    with pytest.raises(ValueError, match=r"score.kid_subset_size is 31; it may be 30 at most"):
+    with pytest.raises(ValueError, match=r"score.kid_subset_size: 31 is more than 30"):
         make_score(run, kid_subset_size=31)
     sides = [32] * 30 + [24] * 10
     images = [torch.zeros(3, side, side, dtype=torch.uint8) for side in sides]

@@ -97,7 +97,7 @@ def test_threshold_is_no_reason_to_begin_anew(project: Path, capsys: pytest.Capt
     assert run_stage(project, ingest={"max_quarantined": 0.1}).num_samples("train") == 13
     told = capsys.readouterr().err
     assert "train: 1 unreadable images are left out; quarantine.json lists them" in told
-    assert "shards were there already" in told
+    assert "shards are finished" in told
 
 
 def test_too_little_space_is_told_before_the_work(project: Path, monkeypatch: pytest.MonkeyPatch):

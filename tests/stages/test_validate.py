@@ -265,5 +265,5 @@ def test_a_hub_that_cannot_be_reached_stops_nobody(
     """The base may come from DVC's cache; the tests have no network."""
     content["base"] = HUB
     assert faults(content, run=run) == []
-    message = "validate: the parameters are not checked against the base yet: base.path: somebody"
+    message = "validate: the parameters could not be checked against the base: base.path: somebody"
     assert capsys.readouterr().err.startswith(message)

@@ -149,7 +149,7 @@ def test_help_says_what_the_stage_does(call: Call):
 
 
 NOTHING_THERE = "data.root: nothing there"
-KILLED = "process 1 was killed by SIGKILL, perhaps for want of memory"
+KILLED = "process 1 was killed by SIGKILL, perhaps because memory ran out"
 
 
 @pytest.mark.parametrize(
@@ -279,10 +279,14 @@ def test_the_same_work_waits_for_the_end_of_another_process(
 def test_work_goes_on_under_another_commit_but_not_with_another_state(
     run: Run, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ):
-    anew = "track: beginning anew: the unfinished work has STATE_VERSION 1, and this code saves "
+    anew = "track: starting again: the unfinished work has STATE_VERSION 1, but this code needs "
     for state_version, commit, said in (
         (1, "commit-1", ""),
-        (1, "commit-2", "track: resuming work that commit commit-1 began; this is commit-2\n"),
+        (
+            1,
+            "commit-2",
+            "track: resuming work that commit commit-1 began; the code is now commit-2\n",
+        ),
         (2, "commit-1", f"{anew}version 2\n"),
     ):
         monkeypatch.setattr(work_dir, "revision", lambda: "commit-1")
@@ -320,9 +324,9 @@ def test_json_is_sorted_rounded_and_whole(run: Run, tmp_path: Path):
         '{ "a": 12345.7, "probe": { "classes": 10, "top1": 0.333333 } }'
     )
     for content in ({"top1": float("nan")}, {"top5": 1.0, "top1": [0.5, float("nan")]}):
-        with pytest.raises(ValueError, match=r"probe\.json: top1: NaN is no result"):
+        with pytest.raises(ValueError, match=r"probe\.json: top1: NaN is not a result"):
             run.write_json(path, {"probe": content})
-    with pytest.raises(ValueError, match=r"probe\.json: fid: -Infinity is no result"):
+    with pytest.raises(ValueError, match=r"probe\.json: fid: -Infinity is not a result"):
         run.write_json(path, {"name": "NaN", "fid": float("-inf")})
     assert [file.name for file in path.parent.iterdir()] == ["probe.json"]
 

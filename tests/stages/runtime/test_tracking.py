@@ -196,7 +196,7 @@ class TestTraining:
         monkeypatch.setattr(tracking, "_SECONDS_BEFORE_RETRY", 0.0)
         monkeypatch.setattr(tracking.Store, "log", log)
         train(range(4))  # the first call logs the parameters
-        assert "warning: MLflow: 2 values wait to be logged" in capfd.readouterr().err
+        assert "warning: MLflow: 2 values could not be logged yet" in capfd.readouterr().err
         [record] = records(client, "contradiff-train")
         expected = [(step, 1.0 - step / 8) for step in range(4)]
         assert curve(client, record.info.run_id, "loss") == expected
