@@ -1,17 +1,17 @@
-# `make` alone lists the targets. Needs CPython >= 3.11 with pip, make and git; the first target
-# that wants more sets up .venv from requirements.lock (hashed; no package index is named).
+# `make` without a target lists the targets. You need CPython >= 3.11 with pip, make and git. Targets
+# that need more first set up .venv from requirements.lock, which has hashes and names no index.
 
-# Not "/bin/sh": make would then run simple recipes itself, with the PATH that it was started with.
+# With "/bin/sh", make would run simple recipes without a shell, and ignore the PATH set below.
 SHELL := sh
 
-# The first of these that is new enough.
+# `make install` uses the first of these interpreters that is new enough.
 PYTHON ?= python3 python3.14 python3.13 python3.12 python3.11
 UV := uv==0.13.9
 STAMP := .venv/.installed
 
-# DVC looks `python` up here, and so do stages' subprocesses.
+# DVC and the subprocesses of stages find `python` in this PATH.
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
-# Bytecode makes the heavy libraries load two to three times as fast.
+# With bytecode files, large libraries load two to three times as fast.
 unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: help install repro test test-slow check smoke same format preset base ui lock clean
@@ -22,8 +22,8 @@ help:  ## list the targets (default)
 
 install: $(STAMP)  ## set up .venv only; PYTHON=/path/to/python chooses the interpreter
 
-# An environment whose interpreter is gone or too old is made anew. Without uv, pip does the same
-# in minutes rather than seconds. A zip download has no .git: DVC must be told, or it does nothing.
+# If .venv's interpreter is missing or too old, .venv is created again. If uv fails, pip installs
+# the same in minutes instead of seconds. In a zip download without .git, DVC needs core.no_scm.
 $(STAMP): requirements.lock pyproject.toml
 	@set -eu; \
 	fit='import sys; sys.exit(sys.version_info < (3, 11))'; \
@@ -43,7 +43,7 @@ $(STAMP): requirements.lock pyproject.toml
 	    && VIRTUAL_ENV="$(CURDIR)/.venv" uv pip sync --require-hashes --compile-bytecode \
 	        requirements.lock; then :; \
 	else \
-	    echo "uv failed; going on with pip"; \
+	    echo "uv failed; continuing with pip"; \
 	    .venv/bin/python -m pip install --disable-pip-version-check --no-deps --require-hashes \
 	        -r requirements.lock; \
 	fi; \
@@ -52,44 +52,44 @@ $(STAMP): requirements.lock pyproject.toml
 	if [ ! -e .git ]; then .venv/bin/dvc config --local core.no_scm true; fi; \
 	touch $@
 
-repro: $(STAMP)  ## reproduce everything that params.yaml asks for, from data to report
+repro: $(STAMP)  ## run the pipeline with params.yaml, from data to report
 	@python -m compileall -q contradiff stages
 	@dvc pull models/tiny || { \
-	    echo "The base model could not be fetched from the store that .dvc/config names (artifacts/" >&2; \
-	    echo "in a whole checkout). Restore it, or retrain the base: make base (about 80 minutes)." >&2; \
+	    echo "The base model is missing in DVC's store, which .dvc/config names (by default artifacts/)." >&2; \
+	    echo "Restore the store, or retrain the base model: make base (about 80 minutes)." >&2; \
 	    exit 1; }
 	dvc repro
 
-# Two workers of one thread each: the tests fit two cores in time and 24 GB in memory.
-test: $(STAMP)  ## the tests, less the slow ones, in two processes
+# Two processes with one thread each: enough for two cores and 24 GB of memory.
+test: $(STAMP)  ## run the tests, except the slow ones, in two processes
 	python -m pytest -n 2 --dist loadfile
 
-test-slow: $(STAMP)  ## the slow tests alone
+test-slow: $(STAMP)  ## run only the slow tests
 	python -m pytest -m slow
 
-check: $(STAMP)  ## lint, formatting, types, import order, and that dvc.yaml agrees with the code
+check: $(STAMP)  ## check style, format, types, import order, and that dvc.yaml agrees with the code
 	ruff check .
 	ruff format --check .
 	basedpyright
 	lint-imports
 	python -m pytest -q tests/test_pipeline.py
 
-smoke: $(STAMP)  ## the whole pipeline with presets/smoke.yaml, in a temporary copy
+smoke: $(STAMP)  ## run the pipeline with presets/smoke.yaml, in a temporary copy
 	python -m bench smoke
 
-same: $(STAMP)  ## REV=<commit>: does the working tree give that commit's losses and metrics?
+same: $(STAMP)  ## REV=<commit>: compare losses and metrics of a commit and the working tree
 	python -m bench same $(REV)
 
-format: $(STAMP)  ## sort imports, fix what can be fixed, format
+format: $(STAMP)  ## sort imports, fix lint errors where possible, format
 	ruff check --fix-only .
 	ruff format .
 
-preset:  ## NAME=paper: make presets/paper.yaml the current params.yaml
+preset:  ## NAME=paper: copy presets/paper.yaml to params.yaml
 	@set -eu; \
 	names=$$(cd presets && echo *.yaml | sed 's/\.yaml//g'); \
 	case " $$names " in \
 	    *" $(NAME) "*) ;; \
-	    *) echo "make preset NAME=...: '$(NAME)' is not one of: $$names" >&2; exit 1 ;; \
+	    *) echo "NAME='$(NAME)': no such preset; set NAME to one of: $$names" >&2; exit 1 ;; \
 	esac; \
 	kept=; \
 	for preset in presets/*.yaml; do \
@@ -97,24 +97,24 @@ preset:  ## NAME=paper: make presets/paper.yaml the current params.yaml
 	done; \
 	if [ -z "$$kept" ] && [ -e params.yaml ]; then \
 	    cp params.yaml params.yaml.bak; \
-	    echo "params.yaml equals no preset: kept as params.yaml.bak"; \
+	    echo "params.yaml differs from all presets; saved a copy as params.yaml.bak"; \
 	fi; \
 	cp "presets/$(NAME).yaml" params.yaml; \
 	echo "params.yaml is now presets/$(NAME).yaml"
 
-# The stage is frozen, so that nobody retrains the base by accident, not even by `dvc repro -f`.
+# The stage is frozen, so that even `dvc repro -f` does not retrain the base by accident.
 base: $(STAMP)  ## retrain the tiny base model (about 80 minutes); then `dvc push pretrain_base`
 	python -m stages.pretrain_base
 	dvc commit -f pretrain_base
 
-ui: $(STAMP)  ## MLflow's pages on this machine; they take up to a minute to start
+ui: $(STAMP)  ## start MLflow's web pages on this machine, which takes up to a minute
 	MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false mlflow ui --host 127.0.0.1 --workers 1
 
-lock: $(STAMP)  ## pin pyproject.toml's dependencies; ARGS=--upgrade takes the newest
+lock: $(STAMP)  ## pin the dependencies in requirements.lock; ARGS=--upgrade takes the newest
 	uv pip compile pyproject.toml --group dev --universal --python-version 3.11 \
 	    --generate-hashes --no-annotate --no-header \
 	    -o requirements.lock -q $(ARGS)
 
-clean:  ## remove build/, checkpoints and tools' caches (`dvc checkout` brings build/ back)
+clean:  ## remove build/, checkpoints and caches (`dvc checkout` restores build/)
 	rm -rf build .work .pytest_cache .ruff_cache .hypothesis .import_linter_cache .grimp_cache *.egg-info
 	find . -path ./.venv -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +

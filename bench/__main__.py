@@ -1,4 +1,4 @@
-"""Run a measurement: `python -m bench NAME` prints a table. Quote its ratios, not its seconds."""
+"""Run a measurement: `python -m bench NAME` prints a table. Quote ratios, not seconds."""
 
 import importlib
 import sys
@@ -15,4 +15,4 @@ if __name__ == "__main__":
         for name in NAMES:
             documentation = importlib.import_module(f"bench.{name}").__doc__ or ""
             print(f"  {name:12} {documentation.splitlines()[0]}")
-        sys.exit(f"there is no bench {sys.argv[1]}" if len(sys.argv) > 1 else 0)
+        sys.exit(f"there is no measurement {sys.argv[1]}" if len(sys.argv) > 1 else 0)

@@ -1,4 +1,4 @@
-"""Throw-away copies of the project: DVC projects without git, with records of their own."""
+"""Temporary copies of the project: DVC projects without git, with their own cache and records."""
 
 import os
 import subprocess
@@ -8,16 +8,16 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 
 _USERS_RECORDS = ("MLFLOW_TRACKING_URI", "MLFLOW_RUN_ID", "DVC_ROOT", "DVC_STAGE", "DVC_EXP_NAME")
-"""Environment variables that would make a run in a copy write to the user's own records."""
+"""Environment variables with which a run in a copy would write to the user's records."""
 
 
 def copy_project(folder: Path, *, revision: str | None = None) -> None:
-    """Copy a commit or, for None, the working tree with its edits; pull its base model."""
+    """Copy a commit, or the working tree if `revision` is None; then pull the tiny base model."""
     folder.mkdir(parents=True)
     names, store = b"", folder / "artifacts"
     pack = ["git", "archive", "--format=tar", str(revision)]
     if revision is None:
-        # An empty repository lists the files: the project may be a zip download without git.
+        # An empty repository lists the files, because a zip download of the project has no git.
         lister, store = folder.with_name(f"{folder.name}.lister"), ROOT / "artifacts"
         subprocess.run(["git", "init", "-q", str(lister)], check=True)
         git = ["git", f"--git-dir={lister}/.git", f"--work-tree={ROOT}"]
@@ -32,7 +32,7 @@ def copy_project(folder: Path, *, revision: str | None = None) -> None:
 
 
 def run_in(folder: Path, *command: str, environment: Mapping[str, str] | None = None) -> str:
-    """Run a command with the copy's own code; return its stdout. SystemExit tells of a failure."""
+    """Run a command with the copy's code; return its stdout, or raise SystemExit if it fails."""
     kept = {name: value for name, value in os.environ.items() if name not in _USERS_RECORDS}
     cache = str(folder.with_name(f"{folder.name}.site-cache"))
     env = {**kept, "PYTHONPATH": str(folder), "DVC_SITE_CACHE_DIR": cache, **(environment or {})}

@@ -1,10 +1,10 @@
-"""List DVC's experiments as a Markdown table, ready for docs/log.md.
+"""List DVC's experiments as a Markdown table, for docs/log.md.
 
-    python -m bench experiments           experiments of the present commit
+    python -m bench experiments           experiments of the current commit
     python -m bench experiments a1b2c3    experiments of another commit
 
-A row is named by the parameters in which it differs from its commit. An experiment that stopped at
-a stage (`dvc exp run ... probe`) shows its commit's scores for later stages.
+A row shows the parameters in which an experiment differs from its commit. If an experiment ran only
+up to some stage (`dvc exp run ... probe`), its scores of later stages are those of the commit.
 """
 
 import json
@@ -19,11 +19,11 @@ COLUMNS: Mapping[str, tuple[str, str, str]] = {
     "transfer, ridge": ("metrics/transfer.json", "transfer.ridge.mean", ".1%"),
     "transfer, SGD": ("metrics/transfer.json", "transfer.sgd.mean", ".1%"),
 }
-"""Title of a column => file, key and format."""
+"""Title of a column => metrics file, dotted key in the file, and number format."""
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Print the table."""
+    """Print the table of one commit's experiments."""
     revision = arguments[0] if arguments else "HEAD"
     command = ["dvc", "exp", "show", "--json", "--rev", revision]
     shown = subprocess.run(command, stdout=subprocess.PIPE, check=True)
@@ -31,7 +31,7 @@ def main(arguments: Sequence[str]) -> None:
 
 
 def table(commits: Sequence[Mapping[str, Any]]) -> Iterator[str]:
-    """Yield the table's lines from what `dvc exp show --json` prints; a missing score is empty."""
+    """Yield the lines of the table, from `dvc exp show --json`; a missing score is left empty."""
     yield "| commit | parameters | " + " | ".join(COLUMNS) + " |"
     yield "|---" * (len(COLUMNS) + 2) + "|"
     for commit in commits:

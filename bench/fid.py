@@ -1,8 +1,8 @@
-"""Fréchet distance and FID beside pytorch-fid and torch-fidelity: the same images and weights.
+"""Compare our Fréchet distance and scores with those of pytorch-fid and torch-fidelity.
 
-    OMP_NUM_THREADS=1 python -m bench fid 24    24 images a set: about two minutes on one core
+    OMP_NUM_THREADS=1 python -m bench fid 24    24 images in each set: about two minutes on one core
 
-The weights are random.
+All use the same images, and an Inception network with the same random weights.
 """
 
 import tempfile
@@ -29,14 +29,14 @@ from contradiff.files import sha256_of
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Print both tables."""
+    """Print a table of the Fréchet distance alone and a table of all scores."""
     frechet_table()
     with tempfile.TemporaryDirectory() as folder:
         agreement_table(Path(folder), int(arguments[0]) if arguments else 8)
 
 
 def frechet_table() -> None:
-    """The distance alone, for covariances of full rank."""
+    """Print time and value of the Fréchet distance alone, for covariances of full rank."""
     dimension = 2048
     generator = torch.Generator().manual_seed(0)
     means = torch.randn(2, dimension, generator=generator, dtype=torch.float64) / 10
@@ -49,7 +49,7 @@ def frechet_table() -> None:
         "torch-fidelity": lambda: fid_statistics_to_metric(*dicts, verbose=False).popitem()[1],
         "pytorch-fid": lambda: calculate_frechet_distance(*arrays),
     }
-    print(f"Fréchet distance, {dimension} dimensions: CPU time over ours, relative difference")
+    print(f"Fréchet distance, {dimension} dimensions: CPU time / our CPU time, relative difference")
     ours = seconds = 0.0
     for name, way in ways.items():
         started = time.process_time()
@@ -59,7 +59,7 @@ def frechet_table() -> None:
 
 
 def agreement_table(folder: Path, num_images: int) -> None:
-    """Scores of two sets of images; torch-fidelity goes its own way from the files on."""
+    """Print our scores of two sets of images, and those that torch-fidelity computes from files."""
     torch.save(random_inception(0), weights := folder / "inception.pth")
     with mock.patch.dict(inception.PINNED, {sha256_of(weights): inception.STATE_DICT_NAME}):
         save_inception(folder / "extractor", weights, resizers=["legacy_tensorflow"])
@@ -74,7 +74,7 @@ def agreement_table(folder: Path, num_images: int) -> None:
     (x, logits), (y, _) = found
     size = num_images // 2
     kid_mean, kid_std = kid(x, y, num_subsets=100, subset_size=size, seed=0)
-    # The distance that `fid` refuses to compute for fewer images than dimensions.
+    # Our function `fid` would refuse these sets, which have fewer images than dimensions.
     moments = [moment for z in (x, y) for moment in (z.double().mean(0), z.double().T.cov())]
     ours = {
         "frechet_inception_distance": frechet_distance(*moments),
@@ -96,13 +96,13 @@ def agreement_table(folder: Path, num_images: int) -> None:
 
 
 def features_of(extractor: Extractor, images: Tensor, resizer: Resizer) -> tuple[Tensor, Tensor]:
-    """Features and logits."""
+    """Return the features and logits of images."""
     prepared = torch.stack([extractor.prepare(image, resizer=resizer) for image in images])
     return extractor(prepared, resizer=resizer)
 
 
 def pictures(num_images: int, *, side: int = 64, seed: int, contrast: float) -> Tensor:
-    """Smooth random images with a little noise, uint8 (n 3 side side)."""
+    """Draw smooth random images with a little noise, uint8 (n 3 side side)."""
     generator = torch.Generator().manual_seed(seed)
     coarse = torch.randn(num_images, 3, 4, 4, generator=generator)
     smooth = F.interpolate(coarse, size=(side, side), mode="bicubic", align_corners=False)
@@ -111,7 +111,7 @@ def pictures(num_images: int, *, side: int = 64, seed: int, contrast: float) -> 
 
 
 def random_inception(seed: int) -> dict[str, Tensor]:
-    """A state dict that keeps activations of order one through all of Inception's layers."""
+    """Draw weights with which all of Inception's layers have activations of order one."""
     network = module.FeatureExtractorInceptionV3
     with (
         mock.patch.object(module, "load_state_dict_from_url"),

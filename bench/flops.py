@@ -1,16 +1,16 @@
-"""Count FLOPs and peak memory of a training step, and FLOPs of features, for each switch.
+"""Count FLOPs and peak memory of a training step, and FLOPs of features, for several options.
 
     python -m bench flops                     the paper preset: Stable Diffusion v1.4, 256 pixels
     python -m bench flops presets/tiny.yaml
 
-torch's FlopCounterMode counts matrix products, convolutions and attention of a step, forward and
-backward, on the meta device: the numbers are exact and the same on every machine.
+torch's FlopCounterMode counts matrix products, convolutions and attention, forward and backward, on
+the meta device. So the numbers are exact and equal on all machines.
 
-Peak memory is the largest sum of all tensors that are alive during a step on fake tensors. Under
-bf16 it follows CUDA: autocast runs norms in float32, and attention keeps what flash attention
-keeps. "peak MB" is for each image. "other MB" does not grow with the batch: the weights, and the
-latents that go through the up blocks at once. A GPU also needs twelve bytes a trained weight for
-the optimiser and DDP, working memory for its kernels, and what its allocator wastes.
+Peak memory is the largest total size of the tensors that are alive at one time, for a step on fake
+tensors. With bf16, norms run in float32 as in CUDA's autocast, and attention keeps the tensors that
+flash attention keeps. "peak MB" is the memory for each image. "other MB" does not grow with the
+batch: the weights, and the latents that pass the up blocks together. A GPU also needs 12 bytes for
+each trained weight (optimiser and DDP), and memory for its kernels and its allocator.
 """
 
 import weakref
@@ -42,9 +42,9 @@ from contradiff.training.recipe import PretrainParams
 from contradiff.types import Precision
 
 NUM_IMAGES = 4
-"""Images in a counted step; only the contrastive loss's few FLOPs an image depend on it."""
+"""Images in a counted step. The FLOPs per image hardly depend on this number."""
 BATCH_SIZES = (64, 128)
-"""Images of two steps, whose difference gives one image: the paper's 512 on 8 and on 4 GPUs."""
+"""Images in two steps, to compute the memory per image: the paper's 512 on 8 GPUs and on 4."""
 VARIANTS: list[dict[str, Any]] = [
     {},
     {"loss.lambda": 0.0},
@@ -62,7 +62,7 @@ VARIANTS: list[dict[str, Any]] = [
 
 
 class Params(Architecture):
-    """The sections that decide the FLOPs of a step."""
+    """The sections on which the FLOPs and the memory of a step depend."""
 
     data: dict[str, Any]
     base: BaseParams
@@ -72,10 +72,10 @@ class Params(Architecture):
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Print the table of a parameter file."""
+    """Print the table for a parameter file."""
     path = Path(arguments[0] if arguments else "presets/paper.yaml")
     content = read_params(path)
-    print(f"{path}: GFLOPs and peak megabytes (10^6 bytes) an image, other megabytes\n")
+    print(f"{path}: GFLOPs and peak megabytes (10^6 bytes) per image, other megabytes\n")
     units = f"{'peak MB':>10}{'other MB':>12}"
     print(f"{'':52}{'training step':>16}{'':>8}{'features':>12}{'':>8}{units}")
     first: tuple[float, float] | None = None
@@ -92,7 +92,7 @@ def main(arguments: Sequence[str]) -> None:
 
 
 def changed(content: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
-    """Return a copy of the parameters with some dotted keys changed."""
+    """Return a copy of the parameters, with the dotted keys in `changes` set to new values."""
     result = deepcopy(content)
     for key, value in changes.items():
         section, name = key.split(".")
@@ -101,7 +101,7 @@ def changed(content: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
 
 
 def build(params: Params, folder: Path, *, precision: Precision = "fp32") -> ContraDiff:
-    """Build the model for training on the meta device; only its noise schedule holds numbers."""
+    """Build the model on the meta device, ready to train; only its noise schedule has values."""
     schedule = NoiseSchedule.of_base(folder)
     sizes = {"image_size": params.data["image_size"], "downsampling": downsampling_of(folder)}
     with torch.device("meta"):
@@ -112,7 +112,7 @@ def build(params: Params, folder: Path, *, precision: Precision = "fp32") -> Con
 
 
 def of_training_step(params: Params, folder: Path) -> float:
-    """Count GFLOPs an image, forward and backward, in fp32; the precision does not change them."""
+    """Count the GFLOPs per image of a training step; the precision does not change them."""
     model = build(params, folder)
     with torch.device("meta"):
         batch = empty_batch(model, params, folder, num_images=NUM_IMAGES)
@@ -122,7 +122,7 @@ def of_training_step(params: Params, folder: Path) -> float:
 
 
 def peak_bytes(params: Params, folder: Path) -> tuple[float, float]:
-    """Count a training step's peak: bytes an image, and bytes that do not grow with the batch."""
+    """Count a step's peak memory: bytes per image, and bytes that do not grow with the batch."""
     few, more = BATCH_SIZES
     first, second = (_peak(params, folder, num_images=n) for n in BATCH_SIZES)
     an_image = (second - first) / (more - few)
@@ -134,7 +134,7 @@ def _peak(params: Params, folder: Path, *, num_images: int) -> int:
     model = build(params, folder, precision=precision)
     norms = cuda_norms() if (half := precision == "bf16") else nullcontext()
     with FakeTensorMode(allow_non_fake_inputs=True), LiveBytes() as live, norms:
-        # Autocast does not support the meta device; fake tensors claim to be on the CPU.
+        # Autocast does not support the meta device. Fake tensors can pretend to be on the CPU.
         model.to_empty(device="cpu")
         batch = empty_batch(model, params, folder, num_images=num_images)
         with torch.autocast("cpu", torch.bfloat16, enabled=half):
@@ -149,13 +149,13 @@ def cuda_norms() -> AbstractContextManager[Any]:
     def in_float32(norm: Callable[..., Tensor]) -> Callable[..., Tensor]:
         return lambda tensor, *args, **kwargs: norm(tensor.float(), *args, **kwargs)
 
-    # A TorchFunctionMode would be off while a checkpointed block is computed again.
+    # A TorchFunctionMode would have no effect while a checkpointed block is computed again.
     norms = {name: in_float32(getattr(F, name)) for name in ("group_norm", "layer_norm")}
     return patch.multiple(F, **norms)
 
 
 class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of the tensors that were created under it and are alive, and their peak."""
+    """Counts the bytes of living tensors that were created in this mode, and the peak."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -165,7 +165,7 @@ class LiveBytes(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        """Run the operation and note the storages that it creates."""
+        """Run an operation, and count the storages that the operation creates."""
         result = func(*args, **(kwargs or {}))
         for tensor in (leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)):
             storage = tensor.untyped_storage()
@@ -183,7 +183,7 @@ class LiveBytes(TorchDispatchMode):
 
 
 def training_step(model: ContraDiff, params: Params) -> TrainingStep:
-    """Return the training step with the preset's loss."""
+    """Return the training step with the loss of the parameter file."""
     decode_batch_size = params.pretrain.decode_batch_size
     return TrainingStep(model, loss=params.loss, decode_batch_size=decode_batch_size).train()
 
@@ -191,7 +191,7 @@ def training_step(model: ContraDiff, params: Params) -> TrainingStep:
 def empty_batch(
     model: ContraDiff, params: Params, folder: Path, *, num_images: int
 ) -> TrainingBatch:
-    """Return a batch without content on torch's default device."""
+    """Return a training batch of uninitialised tensors on torch's default device."""
     side = params.data["image_size"] // downsampling_of(folder)
     latent = model.unet.config["in_channels"], side, side
     views = (1 if params.conditioner.cond_view == "same" else 2), num_images
@@ -206,7 +206,7 @@ def empty_batch(
 
 
 def of_features(params: Params, folder: Path) -> float:
-    """Count GFLOPs an image of the feature h, with its condition."""
+    """Count the GFLOPs per image of the feature h, including the conditioner."""
     model = build(params, folder).eval()
     options = {"timesteps": params.features.timesteps, "blocks": [model.block]}
     with torch.device("meta"), torch.no_grad():

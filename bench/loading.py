@@ -1,10 +1,10 @@
-"""Images a second of the training loader, beside two usual ones on the same files in one run.
+"""Compare our training loader with ImageFolder and webdataset: images per second on the same files.
 
     python -m bench loading [number of images, 1000] [workers, 0] [side of the files, 256]
 
-Each decodes the JPEGs, cuts random crops (bicubic), and stacks batches of 50: ImageFolder with a
-DataLoader; webdataset's minimal pipeline; ours, which also picks the stored latents. `latents
-alone` decodes nothing. The table shows the best of three rounds, since other work only slows.
+Each loader decodes JPEGs, cuts random crops (bicubic) and stacks batches of 50. Ours also reads the
+stored latents. The row "latents alone" decodes no images. The table shows the best of three rounds,
+because other work on the machine can only slow a round down.
 """
 
 import io
@@ -35,7 +35,7 @@ BATCH_SIZE, ROUNDS, CROP_SCALE = 50, 3, 0.2
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Print the table."""
+    """Measure all loaders and print the table."""
     num_images, num_workers, size = map(int, [*arguments, *("1000", "0", "256")[len(arguments) :]])
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -52,7 +52,7 @@ def main(arguments: Sequence[str]) -> None:
                 start = time.perf_counter()
                 num_batches = sum(1 for _ in build())
                 best[loader] = min(best[loader], time.perf_counter() - start)
-                assert num_batches == num_images // BATCH_SIZE, "every loader has the same work"
+                assert num_batches == num_images // BATCH_SIZE, "every loader must do the same work"
     print(f"{num_images} JPEGs of {size} pixels, {num_bytes / num_images / 1e3:.0f} kB each")
     print(f"{num_workers} workers, {torch.get_num_threads()} threads, best of {ROUNDS} rounds\n")
     print(f"{'':28}{'images/s':>10}{'MB/s':>8}{'/ ImageFolder':>16}{'/ webdataset':>15}")
@@ -63,7 +63,7 @@ def main(arguments: Sequence[str]) -> None:
 
 
 def write_files(folder: Path, num_images: int, *, size: int) -> int:
-    """Write an ImageFolder tree and shards of images and latents; return the JPEGs' bytes."""
+    """Write an ImageFolder tree, image shards and latent shards; return the JPEGs' total bytes."""
     rng = np.random.default_rng(0)
     images, latents, num_bytes = [], [], 0
     for number in range(num_images):
@@ -86,7 +86,7 @@ def write_files(folder: Path, num_images: int, *, size: int) -> int:
 
 
 def draw_jpeg(rng: np.random.Generator, size: int) -> bytes:
-    """Noise of all scales, which JPEG packs about as well as photographs (1.3 bits a pixel)."""
+    """Draw noise of all scales, which JPEG compresses like photographs, to 1.3 bits per pixel."""
     pixels = np.zeros((size, size, 3), np.float32)
     for scale in (size // 8, size // 32, size // 128):
         coarse = rng.integers(256, size=(size // scale, size // scale, 3), dtype=np.uint8)
@@ -107,13 +107,13 @@ def _crop(size: int) -> Any:
 
 
 def image_folder(folder: Path, size: int, num_workers: int) -> Iterable[Any]:
-    """What most training scripts use."""
+    """Return the loader that most training scripts use."""
     images = ImageFolder(folder / "tree", _crop(size))
     return DataLoader(images, batch_size=BATCH_SIZE, shuffle=True, num_workers=num_workers)
 
 
 def minimal_webdataset(folder: Path, size: int, num_workers: int) -> Iterable[Any]:
-    """The pipeline of webdataset's own introduction."""
+    """Return the loader that webdataset's introduction shows."""
     urls = sorted(str(path) for path in (folder / "shards").glob("*.tar"))
     dataset = webdataset.WebDataset(urls, shardshuffle=len(urls), empty_check=False).shuffle(1000)
     dataset = dataset.decode("pil").to_tuple("jpg", "cls").map_tuple(_crop(size), int)
@@ -121,7 +121,7 @@ def minimal_webdataset(folder: Path, size: int, num_workers: int) -> Iterable[An
 
 
 def ours(folder: Path, condition: Literal["pixels", "latents"], num_workers: int) -> Iterable[Any]:
-    """As pretraining reads: one crop an image and two stored latents, or the latents alone."""
+    """Return pretraining's loader: two stored latents, and a crop of each image if asked for."""
     pairs = PairedShards.open(folder / "shards", folder / "latents", split="train")
     cond_view = "crop" if condition == "latents" else "same"
     views = {"latent_views": "two", "cond_view": cond_view, "condition": condition}

@@ -1,10 +1,10 @@
-"""A grid of linear probes, trained in one pass over cached features, against its peers.
+"""Compare a grid of linear probes, trained together, with one probe and LogisticRegression.
 
     python -m bench probe                 4,000 x 128 features of 12 classes, 12 settings, 10 epochs
     python -m bench probe 20000 1024 100  images, width, classes
 
-In one run, on the same features: `train_probes` with all settings, and with one; scikit-learn's
-LogisticRegression (L-BFGS, one setting). They stop at different points: see the accuracy too.
+All three train on the same features: our `train_probes` with all settings, the same with one
+setting, and scikit-learn (L-BFGS). They stop at different points, so compare the accuracy too.
 """
 
 import time
@@ -23,7 +23,7 @@ SCHEDULE = SgdSchedule(batch_size=256, epochs=10, warmup_epochs=1.0)
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Print the table."""
+    """Time the three ways and print the table."""
     num_images, width, num_classes = map(int, arguments) if arguments else (4000, 128, 12)
     train = draw(num_images, width=width, num_classes=num_classes, seed=1)
     test = draw(1000, width=width, num_classes=num_classes, seed=2)
@@ -33,7 +33,7 @@ def main(arguments: Sequence[str]) -> None:
         probes = train_probes(*train, settings=settings, seed=0, **shared)
         return evaluate(probes[number], *test).top1
 
-    top1(SETTINGS[:1], 0)  # torch.optim loads half of torch when it is first used
+    top1(SETTINGS[:1], 0)  # warm up: torch.optim loads much of torch at its first use
     rows: dict[str, tuple[int, Callable[[], float]]] = {
         f"grid of {len(SETTINGS)}, one pass": (len(SETTINGS), lambda: top1(SETTINGS, 4)),
         "one probe": (1, lambda: top1(SETTINGS[4:5], 0)),
@@ -50,7 +50,7 @@ def main(arguments: Sequence[str]) -> None:
 
 
 def draw(num_images: int, *, width: int, num_classes: int, seed: int) -> tuple[Tensor, Tensor]:
-    """Gaussian clusters that overlap: neither trivial nor hopeless."""
+    """Draw features and labels: overlapping Gaussian clusters, neither trivial nor impossible."""
     centres = torch.randn(num_classes, width, generator=torch.Generator().manual_seed(0))
     generator = torch.Generator().manual_seed(seed)
     labels = torch.randint(num_classes, (num_images,), generator=generator)
@@ -59,7 +59,7 @@ def draw(num_images: int, *, width: int, num_classes: int, seed: int) -> tuple[T
 
 
 def logistic(train: tuple[Tensor, Tensor], test: tuple[Tensor, Tensor]) -> float:
-    """scikit-learn's, on standardised features."""
+    """Return the accuracy of scikit-learn's LogisticRegression on standardised features."""
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler

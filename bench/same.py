@@ -1,12 +1,12 @@
 """Compare two revisions: does a refactoring change any loss or metric?
 
-    python -m bench same 85c8b5b          the working tree against a commit
-    python -m bench same 85c8b5b HEAD     two commits
+    python -m bench same 85c8b5b          compare a commit with the working tree
+    python -m bench same 85c8b5b HEAD     compare two commits
 
-Each side runs the whole pipeline in a throw-away copy, with presets/smoke.yaml and 21 steps of
-pretraining. Losses must be equal bit for bit. A metric may differ by 1e-4 of its value, because a
-library may sum in another order. The exit code is 1 if any number differs by more. A side takes two
-minutes; a commit's numbers are kept in .work/same. `make same REV=85c8b5b` calls this program.
+The whole pipeline runs for each revision, in a temporary copy, with presets/smoke.yaml and 21 steps
+of pretraining. Losses must be equal bit for bit. A metric may differ by 1e-4 of its value, because
+a library may sum in another order. If a number differs by more, the exit code is 1. A revision
+takes two minutes; a commit's numbers are kept in .work/same. `make same REV=85c8b5b` does the same.
 """
 
 import hashlib
@@ -23,9 +23,9 @@ from bench._copies import ROOT, copy_project, run_in
 
 TOLERANCE = 1e-4
 OVERRIDES = {("pretrain", "epochs"): 3, ("runtime", "log_every"): 1}
-"""Changes to presets/smoke.yaml: three epochs of seven steps, each step logged."""
+"""Changes to presets/smoke.yaml: three epochs of seven steps, and every step is logged."""
 
-# MLflow keeps every digit of the losses; metrics/pretrain.csv keeps six.
+# MLflow keeps all digits of the losses, but metrics/pretrain.csv only six.
 READ_LOSSES = """
 import json, sys
 from mlflow import MlflowClient
@@ -40,11 +40,11 @@ json.dump({
 """
 
 Numbers = dict[str, dict[str, float]]
-"""`losses` and `metrics`, each by name."""
+"""The keys are `losses` and `metrics`; each value maps names to numbers."""
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Run both sides and print the comparison."""
+    """Measure both revisions and print the comparison."""
     if not 1 <= len(arguments) <= 2:
         raise SystemExit("usage: python -m bench same REV [REV]   (make same REV=...)")
     first = numbers_of(arguments[0])
@@ -57,7 +57,7 @@ def main(arguments: Sequence[str]) -> None:
 
 
 def numbers_of(revision: str) -> Numbers:
-    """Return a commit's numbers, measured once and then read from .work/same."""
+    """Return a commit's numbers, from .work/same if they have been measured before."""
     commit = run_in(ROOT, "git", "rev-parse", "--verify", f"{revision}^{{commit}}")
     key = hashlib.sha256((commit + repr(OVERRIDES)).encode()).hexdigest()[:16]
     kept = ROOT / f".work/same/{commit[:12]}-{key}.json"
@@ -69,7 +69,7 @@ def numbers_of(revision: str) -> Numbers:
 
 
 def measure(revision: str | None) -> Numbers:
-    """Run the pipeline of a commit or, for None, of the working tree."""
+    """Run the pipeline of a commit, or of the working tree if `revision` is None."""
     with tempfile.TemporaryDirectory() as top:
         project = Path(top) / "project"
         copy_project(project, revision=revision)
@@ -85,7 +85,7 @@ def measure(revision: str | None) -> Numbers:
 
 
 def leaves(content: Any, prefix: str = "") -> Iterator[tuple[str, float]]:
-    """Yield the numbers in nested JSON, each with its dotted key."""
+    """Yield (dotted key, value) for each number in nested JSON."""
     if isinstance(content, Mapping):
         for name, value in content.items():
             yield from leaves(value, f"{prefix}.{name}" if prefix else name)
@@ -97,7 +97,7 @@ def leaves(content: Any, prefix: str = "") -> Iterator[tuple[str, float]]:
 
 
 def comparison(first: Numbers, second: Numbers) -> Iterator[tuple[str, bool]]:
-    """Yield a line for each number, and whether it differs by more than it may; NaN does."""
+    """Yield for each number a line, and whether the difference is too large; for NaN it is."""
     for kind, tolerance in (("losses", 0.0), ("metrics", TOLERANCE)):
         for name in first[kind] | second[kind]:
             a, b = first[kind].get(name), second[kind].get(name)

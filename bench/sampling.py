@@ -1,11 +1,11 @@
-"""Sampling beside diffusers' own pipeline: the same UNet, noise, conditions and evaluations.
+"""Compare our sampling with diffusers' pipeline: same UNet, noise and conditions.
 
     python -m bench sampling                       the tiny UNet, 16 samples, 25 steps, guidance 1.5
     python -m bench sampling --images 100 --steps 100
 
-From noise and conditions to uint8 images. The peer is StableDiffusionPipeline with DDIM, on the
-same UNet with LoRA unmerged, and merged. All run in turn; a ratio is the median over the rounds of
-the first peer's time over the row's. A solver in fewer steps is other work. Weights are random.
+Each way turns noise and conditions into uint8 images. diffusers' StableDiffusionPipeline runs DDIM,
+with LoRA unmerged (first row) and merged. A ratio is the first row's time divided by the row's own,
+as the median over the rounds. Rows with fewer steps do less work. The weights are random.
 """
 
 import argparse
@@ -35,7 +35,7 @@ GUIDANCE = 1.5
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Print the table."""
+    """Measure all ways and print the table."""
     parser = argparse.ArgumentParser(prog="python -m bench sampling", description=__doc__)
     for name, default in (("images", 16), ("steps", 25), ("rounds", 3)):
         parser.add_argument(f"--{name}", type=int, default=default)
@@ -48,7 +48,7 @@ def main(arguments: Sequence[str]) -> None:
 
 
 def random_model(base: Path) -> ContraDiff:
-    """The tiny preset's model; its LoRA, which starts as the identity, is random too."""
+    """Build the tiny preset's model. LoRA gets random weights: new ones would change nothing."""
     content = read_params(Path("presets/tiny.yaml"))
     sections = {name: content[name] for name in Architecture.model_fields}
     shapes = Architecture.model_validate(sections)
@@ -60,10 +60,7 @@ def random_model(base: Path) -> ContraDiff:
 
 
 def measure(base: Path, *, images: int, steps: int, rounds: int) -> list[tuple[str, float, str]]:
-    """Rows of a label, how many times faster than the first, and how far from its images.
-
-    It writes the tiny base, with random weights, to the folder `base`.
-    """
+    """Write a tiny random base to `base`; return rows of label, speed and difference of images."""
     torch.manual_seed(0)
     for name, build in (("vae", build_vae), ("unet", build_unet), ("scheduler", build_scheduler)):
         build().save_pretrained(base / name)
@@ -92,7 +89,7 @@ def measure(base: Path, *, images: int, steps: int, rounds: int) -> list[tuple[s
         images = (pipeline(**options).images * 255).round().astype("uint8")
         return torch.from_numpy(images).permute(0, 3, 1, 2)
 
-    fast = max(1, steps // 5)  # 20 for the paper's 100 of DDIM
+    fast = max(1, steps // 5)  # the paper's 100 steps of DDIM become 20
     contenders = {
         f"diffusers' pipeline, DDIM {steps}, LoRA unmerged": partial(peer, unmerged.unet),
         f"diffusers' pipeline, DDIM {steps}, LoRA merged": partial(peer, merged.unet),

@@ -1,7 +1,7 @@
-"""Run the whole pipeline on presets/smoke.yaml twice, in a throw-away copy: does everything run?
+"""Run the whole pipeline twice in a temporary copy, with presets/smoke.yaml: does everything run?
 
-The second run must repeat only `prepare` and `track`, which always run. `make smoke` calls it; it
-takes two to four minutes.
+The second run must repeat only the stages `prepare` and `track`, which always run. `make smoke`
+calls this program, which takes two to four minutes.
 """
 
 import re
@@ -16,7 +16,7 @@ ALWAYS = {"prepare", "track"}
 
 
 def main(_arguments: Sequence[str]) -> None:
-    """Run the pipeline twice; a failure ends with its output and exit code 1."""
+    """Run the pipeline twice. On a failure, print its output and exit with code 1."""
     with tempfile.TemporaryDirectory() as top:
         project = Path(top) / "project"
         copy_project(project)
@@ -27,7 +27,7 @@ def main(_arguments: Sequence[str]) -> None:
 
 
 def check_second_run(output: str) -> None:
-    """Raise SystemExit if `dvc repro` ran, or took from its cache, other stages than `ALWAYS`."""
+    """Raise SystemExit if `dvc repro` repeated, or took from its cache, stages not in `ALWAYS`."""
     ran = set(re.findall(r"(?m)^(?:Running stage|Stage) '(\w+)'(?::?$| is cached)", output))
     if ran != ALWAYS:
         raise SystemExit(

@@ -1,7 +1,6 @@
 """features: compute the frozen features of every image once, as shards that the probe reads.
 
-Several processes share the shards; their number does not change the result. An interrupted run
-keeps finished shards.
+Several processes can share the shards. An interrupted run keeps finished shards.
 """
 
 from stages.runtime.run import Run, execute

@@ -1,8 +1,7 @@
 """generate: sample images into shards of PNGs, and draw a grid of the first images.
 
 Images are unconditional, or conditioned on validation images or on classes, with or without
-guidance. Several processes share the shards; their number does not change the images. An
-interrupted run keeps finished shards.
+guidance. Several processes can share the shards. An interrupted run keeps finished shards.
 """
 
 from stages.runtime.run import Run, execute

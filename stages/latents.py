@@ -1,7 +1,7 @@
 """latents: encode each image's crops with the VAE; store the mean and log-variance of each latent.
 
-The new shards have the order of the image shards. Several processes share the shards; their number
-does not change the result. An interrupted run keeps finished shards.
+The new shards have the order of the image shards. Several processes can share the shards. An
+interrupted run keeps finished shards.
 """
 
 from stages.runtime.run import Run, execute

@@ -1,7 +1,7 @@
 """prepare: check raw data and given weights, and describe each in a manifest in build/manifest.
 
-A manifest is a JSON file with sizes and hashes: DVC tracks it in place of the data. The stage also
-renders the embedded default's images.
+A manifest lists sizes and hashes, and DVC tracks it in place of the data. The stage also renders
+the default's toy images.
 """
 
 from stages.runtime.run import Run, execute

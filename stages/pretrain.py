@@ -1,7 +1,4 @@
-"""pretrain: train LoRA, conditioner and attention head by reconstruction + lambda * contrast.
-
-Several processes share each batch.
-"""
+"""pretrain: train LoRA, conditioner and attention head by reconstruction + lambda * contrast."""
 
 from stages.runtime.run import PARAMS_FILE, Run, execute
 from stages.runtime.training import follow_training

@@ -1,7 +1,6 @@
 """transfer: classify another data set with few training images, from frozen features (Table 6).
 
-transfer.finetune_epochs also fine-tunes the model. Several processes share the work; their number
-does not change the result.
+transfer.finetune_epochs also fine-tunes the model. Several processes can share the work.
 """
 
 from stages.runtime.run import Run, execute

@@ -1,8 +1,7 @@
 """validate: check all of params.yaml before any other stage runs, and write build/validated.
 
-Other stages read only their own sections, so none of them would notice a mistyped section. This
-stage runs whenever params.yaml changes. build/validated always has the same content, so that a run
-of this stage makes no other stage run.
+Other stages read only their own sections, so none of them would notice a mistyped section.
+build/validated always has the same content, so a run of this stage makes no other stage run.
 """
 
 from stages.runtime.run import PARAMS_FILE, Run, RuntimeParams, execute

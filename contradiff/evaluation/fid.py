@@ -80,10 +80,9 @@ def frechet_distance(
     """Return |m_a - m_b|² + tr(A + B - 2 (A B)^½), the squared 2-Wasserstein distance of Gaussians.
 
     With A = L Lᵀ (Cholesky), A B has the same eigenvalues as the symmetric matrix Lᵀ B L. Computing
-    these takes a tenth of the time of `scipy.linalg.sqrtm`. But a rounding error of 1e-16 in an
-    eigenvalue becomes 1e-8 in its root. If an eigenvalue is that small, or A is singular, the roots
-    are computed as the singular values of Fᵀ G, where the eigenvectors give A = F Fᵀ and B = G Gᵀ.
-    The distance is never below 0.
+    them takes a tenth of the time of `scipy.linalg.sqrtm`. But an error of 1e-16 in an eigenvalue
+    becomes 1e-8 in its root. If an eigenvalue is that small, or A is singular, the roots come from
+    the singular values of Fᵀ G, where A = F Fᵀ and B = G Gᵀ. The distance is never below 0.
     """
     trace_of_root = None
     lower, failed = torch.linalg.cholesky_ex(covariance_a)

@@ -31,8 +31,7 @@ PINNED = {
     INCEPTION_SHA256: SCRIPT_NAME,
     "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2": STATE_DICT_NAME,
 }
-"""The sha256 of each accepted file => the name of its copy. Other projects publish these digests,
-such as k-diffusion. They were not computed here, because there is no network."""
+"""sha256 of each accepted file => the name of its copy. Other projects publish these digests."""
 
 
 class Inception(nn.Module):

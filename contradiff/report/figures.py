@@ -43,8 +43,7 @@ def plot_embeddings(
 ) -> bytes:
     """Draw several embeddings of the same images side by side, coloured by class, as a PNG.
 
-    `panels` maps a panel's title to the images' positions. Each class's number is written at the
-    median of its points.
+    `panels` maps a title to the images' positions. The median of a class shows the class's number.
     """
     from matplotlib import colormaps, patheffects, rc_context
     from matplotlib.figure import Figure

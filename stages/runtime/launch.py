@@ -1,9 +1,8 @@
 """Starts several processes that share one stage, and waits for them.
 
-A parallel stage starts one process for each GPU of the machine. dvc.yaml and dvc.lock do not
-mention the number of processes, because the result does not depend on it: a batch size in
-params.yaml counts the images of all processes. If torchrun or `accelerate launch` has started the
-stage, it starts no further processes.
+A parallel stage starts one process for each GPU of the machine. The number of processes changes no
+result, because a batch size in params.yaml counts the images of all processes together. If torchrun
+or `accelerate launch` has started the stage, the stage starts no further processes.
 """
 
 import hashlib

@@ -209,7 +209,8 @@ def execute(
 
     If the stage's module has a function `describe(params) -> str`, `--dry-run` prints its result.
     Several processes share a `parallel` stage (see `launch`). If a ValueError or OSError is raised,
-    the stage prints only its message, or with CONTRADIFF_TRACEBACK=1 the traceback.
+    the stage prints only its message and exits with code 2. CONTRADIFF_TRACEBACK=1 shows the
+    traceback.
     """
     module = sys.modules["__main__"]
     assert module.__spec__ is not None, "stages are run as `python -m stages.NAME`"

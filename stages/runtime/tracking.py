@@ -58,11 +58,11 @@ class Store:
         return hold_lock(self.root / ".work/locks/mlflow")
 
     def experiment_id(self, name: str) -> str:
-        """Return the id of an MLflow experiment, creating it if needed; call this under `locked`."""
+        """Return the id of an MLflow experiment, created if it is missing; call under `locked`."""
         if experiment := self.client.get_experiment_by_name(name):
             return experiment.experiment_id
-        # By default, MLflow would keep files where this process runs, perhaps in a temporary copy. A
-        # server has its own place for files.
+        # By default, MLflow would keep files where this process runs, perhaps in a temporary copy.
+        # A server has its own place for files.
         is_server = self.uri.startswith(("http", "databricks"))
         location = None if is_server else (self.root / "mlruns" / name).as_uri()
         return self.client.create_experiment(name, artifact_location=location)
