@@ -2,7 +2,7 @@
 
     OMP_NUM_THREADS=1 python -m bench fid 24    24 images in each set: about two minutes on one core
 
-All use the same images, and an Inception network with the same random weights.
+All libraries use the same images, and an Inception network with the same random weights.
 """
 
 import tempfile

@@ -42,7 +42,7 @@ def main(params: Params, run: Run) -> None:
             table = class_table.ClassTable(
                 num_classes=num_classes, width=section.width, cross_attention_dim=dim
             )
-            run.log(f"{sum(p.numel() for p in table.parameters()):,} trainable parameters")
+            run.log(f"training {sum(p.numel() for p in table.parameters()):,} parameters")
             inputs, digest = [BASE, CHECKPOINT], pairs.digest
             session = stack.enter_context(
                 follow_training(run, params, inputs, digest, STATE_VERSION, num_steps=num_steps)

@@ -47,7 +47,7 @@ def main(params: Params, run: Run) -> None:
             on_epoch=lambda loss: advance(epoch_steps, loss=f"{loss:.3f}"),
             **settings.model_dump(include={"width", "epochs", "batch_size", "lr"}),
         )
-    run.log(f"accuracy {accuracy:.1%} on {val_count} val images")
+    run.log(f"the classifier's accuracy is {accuracy:.1%} on {val_count} val images")
     save_classifier(
         EXTRACTOR, classifier, image_size=size, val_accuracy=accuracy, val_count=val_count
     )

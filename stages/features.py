@@ -45,7 +45,7 @@ def main(params: Params, run: Run) -> None:
     with run.work_dir(params, inputs, state_version=STATE_VERSION) as folder:
         if run.is_main:  # it holds the lock of `folder`; other processes wait before they write
             num_bytes = bytes_of_features(model, images)
-            run.log(f"{describe_bytes(num_bytes)} of features")
+            run.log(f"the features need {describe_bytes(num_bytes)} of disk space")
             ways_out = (
                 "store less: set probe.head to linear (no maps), or shorten features.more_triples "
                 "or features.more_blocks"
@@ -57,7 +57,7 @@ def main(params: Params, run: Run) -> None:
             options: dict[str, Any] = {"params": settings, "seed": seed, "models": models}
             options |= {"processes": processes, "on_progress": advance}
             write_cache(FEATURES, folder, model, images, **options)
-    run.log(f"features: {', '.join(column.name for column in model.columns)}")
+    run.log(f"stored features: {', '.join(column.name for column in model.columns)}")
 
 
 if __name__ == "__main__":

@@ -76,7 +76,7 @@ def main(params: Params, run: Run) -> None:
                 list(plan), make, work, name_of=str, processes=processes, on_progress=advance
             )
         rate = total / (time.perf_counter() - started)
-        run.log(f"{total} images, {rate:.2f} a second, on {processes.size} process(es)")
+        run.log(f"made {total} images, {rate:.2f} per second, with {processes.size} process(es)")
         if run.is_main:
             info = samples.describe_samples(section, seed=seed, checkpoint=CHECKPOINT, base=BASE)
             with replace_dir(SAMPLES) as folder:

@@ -1,7 +1,7 @@
 """probe: train linear or attentive classifiers on stored features; report top-1 and top-5.
 
 A grid of settings is trained in one pass. metrics/probe.json has the accuracy of the setting in
-params.yaml after the last epoch. build/probe/grid.csv lists all settings, including Table 2's.
+params.yaml after the last epoch. build/probe/grid.csv lists all settings, also that of Table 2.
 """
 
 from stages.runtime.run import Run, execute

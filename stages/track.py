@@ -26,7 +26,7 @@ def main(_params: Params, run: Run) -> None:
         curve=Path("metrics/pretrain.csv"),
         artifacts=[Path("build/figures/samples.png"), Path("build/report")],
     )
-    run.log(f"recorded as MLflow run {run_id}; to see it: mlflow ui")
+    run.log(f"recorded as MLflow run {run_id}; run `mlflow ui` to see the run")
 
 
 def table(summary: Path) -> str:

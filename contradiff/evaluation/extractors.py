@@ -81,8 +81,8 @@ class ExtractorCard(Section):
     num_classes: int = Field(gt=0)
     image_size: int | None = None
     width: int | None = None
-    val_accuracy: float | None = Field(default=None, ge=0, le=1, description="top-1")
-    val_count: int | None = Field(default=None, description="number of images behind val_accuracy")
+    val_accuracy: float | None = Field(default=None, ge=0, le=1, description="top-1 accuracy")
+    val_count: int | None = Field(default=None, description="images for val_accuracy")
     weights_sha256: str
 
 

@@ -38,7 +38,7 @@ class FeatureStatistics:
     ) -> "FeatureStatistics":
         """Compute the statistics of a batch; raise ValueError if a feature is not finite."""
         if not bool(features.isfinite().all()):
-            raise ValueError(f"the features of {source.images} hold NaN or infinities")
+            raise ValueError(f"the features of {source.images} contain NaN or infinities")
         batch = features.detach().double()
         mean = batch.mean(0)
         centred = batch - mean

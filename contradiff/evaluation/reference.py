@@ -18,7 +18,7 @@ CARD_NAME = "reference.json"
 class ReferenceParams(Section):
     """Section `reference`: the real images that generated ones are compared with."""
 
-    split: Literal["val", "train"] = Field(description="Table 4: val")
+    split: Literal["val", "train"] = Field(description="the paper uses val (Table 4)")
     num_kept: int = Field(gt=0, description="images whose features are kept, for KID and precision")
     batch_size: int = Field(gt=0, description="images that the extractor sees at once")
 

@@ -44,7 +44,9 @@ def scores_of(
 
     assert params.splits <= len(samples.logits), "the stage validate refuses this"
     if not bool(samples.logits.isfinite().all()):
-        raise ValueError(f"the logits of {samples.statistics.source.images} hold NaN or infinities")
+        raise ValueError(
+            f"the logits of {samples.statistics.source.images} contain NaN or infinities"
+        )
     x, y, size = samples.kept, reference.kept, params.kid_subset_size
     kid_mean, kid_std = kid(x, y, num_subsets=params.kid_subsets, subset_size=size, seed=seed)
     found = isc_features_to_metric(samples.logits, splits=params.splits, shuffle=False)

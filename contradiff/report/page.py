@@ -140,7 +140,7 @@ def render(template: str, results: RunResults, **figures: bytes) -> str:
         settings=settings,
         sections=sections,
         records={f"metrics/{stage}.json": _flatten(record) for stage, record in records},
-        small_samples=int.from_bytes(results.samples[16:20]) < 900,  # a PNG's width
+        small_samples=int.from_bytes(results.samples[16:20]) < 900,  # width of the PNG
         **figures,
     )
 

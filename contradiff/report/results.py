@@ -35,15 +35,15 @@ class ProbeRecord(_Record):
 
     top1: Fraction
     top5: Fraction
-    interval: tuple[float, float] = Field(description="95% interval of top1")
-    total: Count = Field(description="classified images")
+    interval: tuple[float, float] = Field(description="95% confidence interval of top1")
+    total: Count = Field(description="number of classified images")
     split: str
     head: str
     pool: str
 
 
 class MeanStd(_Record):
-    """Accuracy over random splits."""
+    """Mean and standard deviation of an accuracy over random splits."""
 
     mean: Fraction
     std: float | None = Field(ge=0, description="None for a single split")

@@ -44,9 +44,9 @@ class RuntimeParams(Section):
     """Section `runtime`. It changes no result, so no stage in dvc.yaml depends on this section."""
 
     device: Literal["auto", "cpu", "cuda"] = Field(description="auto: CUDA if there is a GPU")
-    num_workers: int = Field(ge=0, description="data-loading processes")
+    num_workers: int = Field(ge=0, description="workers that load data")
     log_every: int = Field(gt=0, description="steps between two logged losses")
-    checkpoint_every: int = Field(gt=0, description="steps between two checkpoints of pretraining")
+    checkpoint_every: int = Field(gt=0, description="steps between two checkpoints of a training")
     shards_from: str | None = Field(
         default=None,
         pattern="^[a-z0-9+]+://.",

@@ -103,7 +103,7 @@ def connect(root: Path) -> Store:
         with hold_lock(root / ".work/locks/mlflow"):
             client = MlflowClient(tracking_uri=uri)
             client.search_experiments(max_results=1)
-    except Exception as error:  # each kind of store has its own errors
+    except Exception as error:  # each kind of store raises its own exceptions
         raise ValueError(
             f"MLflow's store {uri} cannot be used: {error}. Correct the environment variable "
             f"MLFLOW_TRACKING_URI, or unset the variable to use {root}/mlflow.db"
@@ -193,7 +193,7 @@ def training_run(
                 run_id = store.create_run(TRAININGS, run=run, params=params, **tags)
             log = _TrainingLog(store, note, run_id)
             log.remember(log.last_step)
-    except Exception as error:  # each kind of store has its own errors
+    except Exception as error:  # each kind of store raises its own exceptions
         raise ValueError(f"MLflow's store {store.uri} cannot be written to: {error}") from error
     status = "FAILED"
     try:
@@ -254,7 +254,7 @@ def upsert_row(
                 elif path.is_file():
                     client.log_artifact(run_id, str(path))
             client.set_terminated(run_id)
-    except Exception as error:  # each kind of store has its own errors
+    except Exception as error:  # each kind of store raises its own exceptions
         fault = f"the results could not be recorded: {error}"
         raise ValueError(f"MLflow's store {store.uri}: {fault}") from error
     return run_id

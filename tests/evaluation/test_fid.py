@@ -42,7 +42,7 @@ def test_a_large_mean_costs_no_digits_and_nan_is_refused():
     near, far = statistics_of(features), statistics_of(features + 1e7)
     torch.testing.assert_close(far.covariance, near.covariance, rtol=1e-7, atol=0)
     for bad in (torch.nan, torch.inf):
-        with pytest.raises(ValueError, match="features of val hold NaN"):
+        with pytest.raises(ValueError, match="features of val contain NaN"):
             statistics_of(features.index_fill(0, torch.tensor([7]), bad))
 
 

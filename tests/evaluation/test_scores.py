@@ -113,5 +113,5 @@ def test_inception_score_equals_the_transcription(splits: int):
 
 
 def test_logits_that_are_not_finite_are_refused():
-    with pytest.raises(ValueError, match="the logits of samples hold NaN"):
+    with pytest.raises(ValueError, match="the logits of samples contain NaN"):
         inception_score(torch.full((40, 5), torch.nan))
