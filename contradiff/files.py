@@ -80,7 +80,10 @@ def file_manifest(folder: Path, names: Iterable[str]) -> dict[str, Any]:
 
 
 def weights_manifest(key: str, given: str | None, root: Path, remedy: str) -> dict[str, Any]:
-    """Return the manifest of a file that the parameter `key` names; ValueError if it is missing."""
+    """Return path, size and SHA-256 of the file `given` as parameter `key`; {} if `given` is None.
+
+    Raises ValueError if the file is missing; the message ends with `remedy`, what to do then.
+    """
     if given is None:
         return {}
     path = root / given

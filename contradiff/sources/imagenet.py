@@ -49,7 +49,7 @@ class RawImages:
     digest: str
 
     def check(self, batch_sizes: Mapping[str, int]) -> Iterator[str]:
-        """Yield a line for each split; raise ValueError if a batch exceeds the training images."""
+        """Yield a line for each split. Raises ValueError if a batch exceeds the training images."""
         num_train, classes = len(self.listing.splits["train"]), len(self.listing.class_ids)
         fault = f"is more than the {num_train} training images in {self.root}; lower it"
         if large := [f"{key}: {n} {fault}" for key, n in batch_sizes.items() if n > num_train]:

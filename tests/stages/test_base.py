@@ -71,5 +71,7 @@ def test_what_cannot_be_used_is_refused_before_weights(
 
 def test_a_hub_that_cannot_be_reached_is_said(run: Run):
     """The tests have no network."""
-    with pytest.raises(ConnectionError, match=r"^base\.path: somebody/model .* base\.source: loca"):
+    with pytest.raises(
+        ConnectionError, match=r"^base\.path: somebody/model .* set base\.source to"
+    ):
         base.main(base.Params(base=HUB), run)
