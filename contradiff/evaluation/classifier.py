@@ -77,8 +77,8 @@ def augment(
 ) -> UInt8[Tensor, "b 3 h w"]:
     """Flip each image with probability 1/2 and shift it by up to `max_shift` pixels on each axis.
 
-    Pixels that a shift uncovers are filled by reflection. All chance comes from
-    `generator`, on the CPU.
+    Pixels that a shift uncovers are filled by reflection. `generator` (on the CPU) draws the flips
+    and shifts.
     """
     num_images, _, *sides = images.shape
     shifts = torch.randint(-max_shift, max_shift + 1, (2, num_images, 1), generator=generator)

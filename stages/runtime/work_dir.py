@@ -52,8 +52,8 @@ def revision(*, short: bool = False) -> str | None:
 def key_of(stage: str, *, params: Mapping[str, object] | BaseModel, inputs: Sequence[Path]) -> str:
     """Return 16 hexadecimal digits, which name the work folder of a stage.
 
-    They depend on the content of all input files, because latents of different crops have equal
-    sizes. Raises FileNotFoundError if an input is missing.
+    They depend on the stage, its parameters and the content of its input files (latents of other
+    crops would have equal sizes). Raises FileNotFoundError if an input is missing.
     """
     hashes: dict[str, dict[str, str]] = {}
     for path in inputs:
