@@ -9,10 +9,13 @@ from jaxtyping import Float32, UInt8
 from numpy.random import Generator
 from PIL import Image, ImageDraw, ImageFilter
 
-from contradiff.toy.classes import CLASSES, SCENES, pick, vary
+from contradiff.toy.classes import CLASSES, SCENES, Scene, pick, vary
 from contradiff.toy.objects import Outline, Rgb, Shape, ellipse, rotation
 
 Picture: TypeAlias = Float32[np.ndarray, "height width 3"]
+
+OBJECT_SCALES = (0.29, 0.42)
+"""Least and greatest scale: an object takes 55 to 85 % of the picture's side."""
 
 
 def render_image(
@@ -30,22 +33,14 @@ def render_image(
     scenes = toy_class.scenes if rng.random() < 0.65 else tuple(SCENES)
     scene = SCENES[scenes[int(rng.integers(len(scenes)))]]
 
-    y, x = _pixel_centres(image_size)
-    if scene.has_horizon:
-        horizon, softness = rng.uniform(0.45, 0.75), rng.uniform(0.015, 0.06)
-        share = np.clip(0.5 + (y - horizon) / (2 * softness), 0, 1)
-    else:
-        share = np.clip(y * rng.uniform(0.8, 1.2) + rng.uniform(-0.15, 0.15), 0, 1)
-    top, bottom = vary(rng, scene.top), vary(rng, scene.bottom)
-    picture = np.full((image_size, image_size, 3), top, dtype=np.float32)
-    picture = _blend(picture, bottom, share.astype(np.float32))
+    picture = draw_background(rng, scene, image_size=image_size)
     if rng.random() < 0.2:  # a distractor: a small ellipse behind the object, near the border
         angle, radius = rng.uniform(0, 2 * math.pi), rng.uniform(0.06, 0.12)
         centre = 0.5 + 0.42 * math.cos(angle), 0.5 + 0.42 * math.sin(angle)
         distractor = ellipse(*centre, radius, radius * rng.uniform(0.7, 1.3))
         colour = pick(rng, other.palette)
         picture = _blend(picture, colour, _plane(_fill([distractor], image_size)))
-    picture = _add_object(rng, picture, toy_class.draw(rng, main, accent), toy_class.tilt)
+    picture = add_object(rng, picture, toy_class.draw(rng, main, accent), toy_class.tilt)
     if rng.random() < 0.15:  # an occluder: a larger ellipse in the foreground, near the border
         angle = rng.uniform(0, 2 * math.pi)
         centre = 0.5 + 0.6 * math.cos(angle), 0.5 + 0.6 * math.sin(angle)
@@ -54,7 +49,25 @@ def render_image(
         mask = _fill([ellipse(*centre, *radii, angle + math.pi / 2)], image_size)
         picture = _blend(picture, colour, _plane(mask.filter(ImageFilter.GaussianBlur(0.6))))
 
-    # Exposure, contrast and the colour of the light vary. One side is a little darker.
+    return light(rng, picture)
+
+
+def draw_background(rng: Generator, scene: Scene, *, image_size: int) -> Picture:
+    """Draw a scene's colours, each a little varied, from top to bottom."""
+    y, _ = _pixel_centres(image_size)
+    if scene.has_horizon:
+        horizon, softness = rng.uniform(0.45, 0.75), rng.uniform(0.015, 0.06)
+        share = np.clip(0.5 + (y - horizon) / (2 * softness), 0, 1)
+    else:
+        share = np.clip(y * rng.uniform(0.8, 1.2) + rng.uniform(-0.15, 0.15), 0, 1)
+    top, bottom = vary(rng, scene.top), vary(rng, scene.bottom)
+    picture = np.full((image_size, image_size, 3), top, dtype=np.float32)
+    return _blend(picture, bottom, share.astype(np.float32))
+
+
+def light(rng: Generator, picture: Picture) -> UInt8[np.ndarray, "height width 3"]:
+    """Vary exposure, contrast and the colour of the light. Darken one side a little."""
+    y, x = _pixel_centres(len(picture))
     across, down = rng.normal(0.0, 0.07, 2)
     fall_off = 1 + across * (2 * x - 1) + down * (2 * y - 1)
     gain = math.exp(rng.normal(0.0, 0.12)) * np.exp(rng.normal(0.0, 0.05, 3))
@@ -63,10 +76,17 @@ def render_image(
     return np.rint(np.clip(lit, 0, 1) * 255).astype(np.uint8)
 
 
-def _add_object(rng: Generator, picture: Picture, shapes: list[Shape], tilt: float) -> Picture:
-    """Add the object, with shaded edges, light from one side, and a soft shadow."""
+def add_object(
+    rng: Generator,
+    picture: Picture,
+    shapes: list[Shape],
+    tilt: float,
+    *,
+    scales: tuple[float, float] = OBJECT_SCALES,
+) -> Picture:
+    """Add an object with shaded edges, light from one side, and a soft shadow."""
     size = picture.shape[0]
-    scale = rng.uniform(0.29, 0.42)  # the object covers about 55 to 85 % of the side
+    scale = rng.uniform(*scales)
     angle = rng.uniform(-math.pi, math.pi) if math.isinf(tilt) else rng.normal(0.0, tilt)
     flip = -1.0 if rng.random() < 0.5 else 1.0
     stretch, shear = math.exp(rng.normal(0.0, 0.06)), rng.normal(0.0, 0.06)
