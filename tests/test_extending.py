@@ -8,6 +8,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 USE = """
+import math
 import torch
 from contradiff.evaluation.scores import vendi
 from contradiff.features.models import load_feature_model
@@ -16,11 +17,9 @@ from contradiff.method.losses import CONTRASTIVE_LOSSES, LossParams
 from contradiff.sources.transfer_set import TransferDataParams
 from tests.settings import TINY
 
-first, second = torch.randn(2, 4, 8)
-LossParams.model_validate(TINY["loss"] | {"contrastive": "dcl"})
-losses = [CONTRASTIVE_LOSSES["dcl"](*views, temperature=0.5) for views in
-          ((first, second), (second, first))]
-torch.testing.assert_close(*losses)
+LossParams.model_validate(TINY["loss"] | {"contrastive": "uniform"})
+aligned = CONTRASTIVE_LOSSES["uniform"](torch.eye(2), torch.eye(2), temperature=0.5)
+torch.testing.assert_close(aligned, torch.tensor((1 + math.exp(-4)) / 2).log())
 assert round(vendi(torch.eye(5)), 6) == 5.0 and round(vendi(torch.ones(5, 3)), 6) == 1.0
 changes = {"model": "pixels", "pool": "mean"}
 params = FeaturesParams.model_validate(TINY["features"] | changes)

@@ -1,4 +1,4 @@
-"""The reconstruction loss (Eq. 3) and three contrastive losses of two views (one is Eq. 6).
+"""The reconstruction loss (Eq. 3) and five contrastive losses of two views (one is Eq. 6).
 
 A view is one of two versions of every image in a batch. Each contrastive loss takes the projected
 features of both views, in which row i belongs to image i. Similarity is the cosine, so features
@@ -30,7 +30,7 @@ class LossParams(Section):
     """Parameters of section `loss`: reconstruction + lambda * contrastive (Eq. 7)."""
 
     weight: float = Field(alias="lambda", ge=0, description="lambda of Eq. 7")
-    contrastive: Literal["ntxent", "dcl_paper", "infonce"] = Field(
+    contrastive: Literal["ntxent", "dcl_paper", "dcl", "infonce", "dispersive"] = Field(
         description="which contrastive loss; dcl_paper is Eq. 6, averaged over images"
     )
     temperature: float = Field(gt=0, description="tau of Eq. 6")
@@ -110,17 +110,60 @@ def infonce(view1: View, view2: View, *, temperature: float, anchors: slice = AL
     return F.cross_entropy(_product(first[rows], second) / temperature, rows)
 
 
-CONTRASTIVE_LOSSES = {"ntxent": ntxent, "dcl_paper": dcl_paper, "infonce": infonce}
+def dcl(view1: View, view2: View, *, temperature: float, anchors: slice = ALL) -> Loss:
+    """Compute the symmetric DCL (Yeh et al., 2022): NT-Xent whose candidates are negatives only.
+
+    Example:
+        >>> view1 = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
+        >>> dcl(view1, view1, temperature=0.5)  # log(2 exp(0)) - 1 / 0.5
+        tensor(-1.3069)
+    """
+    forth = dcl_paper(view1, view2, temperature=temperature, anchors=anchors)
+    back = dcl_paper(view2, view1, temperature=temperature, anchors=anchors)
+    return (forth + back) / 2 + math.log(2)
+
+
+def dispersive(view1: View, view2: View, *, temperature: float, anchors: slice = ALL) -> Loss:
+    """Compute the dispersive loss (Wang and He, 2025): log mean exp(-d / tau), without positives.
+
+    d is the squared distance between two images in one view, divided by the width. Each image's
+    distance to itself, which is 0, is one of the terms, as in the authors' code. The loss is
+    averaged over images and over both views. *Deviation*: the authors apply it to flattened maps;
+    here it is applied to the projected h, without normalising it.
+
+    Example:
+        >>> view1 = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
+        >>> dispersive(view1, view1, temperature=0.5)  # log((1 + exp(-1 / 0.5)) / 2)
+        tensor(-0.5662)
+    """
+    _refuse_a_single_image(view1)
+    views = torch.stack([view1, view2]).float()
+    exact = "donot_use_mm_for_euclid_dist"  # the other way subtracts large numbers
+    distances = torch.cdist(views[:, anchors], views, compute_mode=exact).square() / views.shape[-1]
+    return (-distances / temperature).exp().mean(dim=-1).log().mean()
+
+
+CONTRASTIVE_LOSSES = {
+    "ntxent": ntxent,
+    "dcl_paper": dcl_paper,
+    "dcl": dcl,
+    "infonce": infonce,
+    "dispersive": dispersive,
+}
 """The contrastive losses by their names in the parameter loss.contrastive."""
 
 
 def _unit(view1: View, view2: View, anchors: slice) -> tuple[View, View, Int[Tensor, " anchors"]]:
     """Return both views as unit vectors in float32, and the row numbers of the anchors."""
-    if len(view1) < 2:
-        fault = "a contrastive loss needs at least two images in a batch; make it larger"
-        raise ValueError(f"pretrain.batch_size: {fault}")
+    _refuse_a_single_image(view1)
     first, second = (F.normalize(view.float(), dim=-1) for view in (view1, view2))
     return first, second, torch.arange(len(first), device=first.device)[anchors]
+
+
+def _refuse_a_single_image(view: View) -> None:
+    if len(view) < 2:
+        fault = "a contrastive loss needs at least two images in a batch; make it larger"
+        raise ValueError(f"pretrain.batch_size: {fault}")
 
 
 def _product(

@@ -72,9 +72,37 @@ def slow_infonce(views: Tensor, tau: float) -> float:
     return total / n
 
 
+def slow_dcl(views: Tensor, tau: float) -> float:
+    """Equation 6 of Yeh et al.: each of the 2N rows against the other images' rows."""
+    rows, total = views.flatten(0, 1).tolist(), 0.0
+    half = len(rows) // 2
+    for i in range(len(rows)):
+        positive = (i + half) % len(rows)
+        others = [k for k in range(len(rows)) if k not in (i, positive)]
+        below = sum(math.exp(cosine(rows[i], rows[k]) / tau) for k in others)
+        total += math.log(below) - cosine(rows[i], rows[positive]) / tau
+    return total / len(rows)
+
+
+def slow_dispersive(views: Tensor, tau: float) -> float:
+    """Table 2 of Wang and He, squared distance: the InfoNCE form, a view at a time."""
+    total, (_, n, width) = 0.0, views.shape
+    for view in views.tolist():
+        for z in view:
+            distances = [sum((a - b) ** 2 for a, b in zip(z, w, strict=True)) for w in view]
+            total += math.log(sum(math.exp(-d / width / tau) for d in distances) / n)
+    return total / (2 * n)
+
+
 @pytest.mark.parametrize(
     ("name", "slow"),
-    [("ntxent", slow_ntxent), ("dcl_paper", slow_dcl_paper), ("infonce", slow_infonce)],
+    [
+        ("ntxent", slow_ntxent),
+        ("dcl_paper", slow_dcl_paper),
+        ("dcl", slow_dcl),
+        ("infonce", slow_infonce),
+        ("dispersive", slow_dispersive),
+    ],
 )
 @pytest.mark.parametrize("num_images", [2, 7])
 @pytest.mark.parametrize("temperature", [0.1, 1.0])
@@ -112,4 +140,4 @@ def test_one_image_has_no_negatives(loss: Any):
 
 
 def test_the_examples_of_the_docstrings_run():
-    assert doctest.testmod(losses) == doctest.TestResults(failed=0, attempted=6)
+    assert doctest.testmod(losses) == doctest.TestResults(failed=0, attempted=10)
