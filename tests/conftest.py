@@ -97,6 +97,8 @@ def tiny_params() -> dict[str, Any]:
             "width": 16,
             "num_heads": 2,
             "mlp_ratio": 2,
+            "residual": "value",
+            "init": "identity",
             "projector_width": 12,
             "projector_out": 8,
         },

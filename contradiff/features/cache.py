@@ -49,7 +49,7 @@ class CacheIndex(BaseModel):
     dtype: str
     num_classes: int
     columns: tuple[FeatureSpec, ...]
-    head: dict[str, int] | None
+    head: dict[str, Any] | None
     shards: dict[str, tuple[Shard, ...]]
     maps: dict[str, tuple[Shard, ...]]
     made_with: dict[str, Any] = Field(validation_alias="facts", serialization_alias="facts")

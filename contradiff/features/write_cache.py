@@ -139,15 +139,15 @@ def bytes_of_features(model: FeatureModel, images: StoredImages) -> int:
 
 def initial_attention(
     features: DiffusionFeatures, checkpoint: Path
-) -> tuple[dict[str, int], TriTimestepAttention]:
+) -> tuple[dict[str, Any], TriTimestepAttention]:
     """Return an attentive probe's initial attention head, after its constructor arguments.
 
     ContraDiff has a trained head. Baselines get a new head, initialised with the features' seed.
     """
     unet, kind = features.model.unet, features.params.model
     shapes = parse(Architecture, read_config(checkpoint)["params"], source=str(checkpoint))
-    shape = {"in_channels": block_channels(unet, features.model.block)}
-    shape |= shapes.head.model_dump(include={"width", "num_heads", "mlp_ratio"})
+    shape: dict[str, Any] = {"in_channels": block_channels(unet, features.model.block)}
+    shape |= shapes.head.attention_arguments
     if kind == "contradiff":
         return shape, features.model.attention
     if kind == "diffeed":

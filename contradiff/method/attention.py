@@ -1,5 +1,7 @@
 """Tri-timestep attention: the UNet's maps at three noise levels => one feature h (Eq. 4)."""
 
+from typing import Any, Literal
+
 import torch
 from jaxtyping import Float, Int
 from pydantic import Field, model_validator
@@ -22,6 +24,13 @@ class HeadParams(Section):
         "mid+up.1: both"
     )
     width: int = Field(ge=1, description="width of the attention and of h; 1024 at paper scale")
+    residual: Literal["none", "value"] = Field(
+        description="none: Eq. 4 as printed (paper) | value: the attention adds to the values, and "
+        "the class token to the mean of the tokens"
+    )
+    init: Literal["random", "identity"] = Field(
+        description="initial weights; identity: h starts as the mean of the projected cleanest map"
+    )
     num_heads: int = Field(ge=1)
     mlp_ratio: int = Field(ge=1)
     self_conditioning: bool = Field(
@@ -29,6 +38,12 @@ class HeadParams(Section):
     )
     projector_width: int = Field(ge=1)
     projector_out: int = Field(ge=1)
+
+    @property
+    def attention_arguments(self) -> dict[str, Any]:
+        """Arguments of `TriTimestepAttention`, except `in_channels`, which the base decides."""
+        names = {"width", "num_heads", "mlp_ratio", "residual", "init"}
+        return self.model_dump(include=names)
 
     @model_validator(mode="after")
     def _heads_divide_width(self) -> "HeadParams":
@@ -55,9 +70,18 @@ class TriTimestepAttention(nn.Module):
     parameters (28M with the linear classifier), which these layers reproduce.
     """
 
-    def __init__(self, *, in_channels: int, width: int, num_heads: int, mlp_ratio: int) -> None:
+    def __init__(
+        self,
+        *,
+        in_channels: int,
+        width: int,
+        num_heads: int,
+        mlp_ratio: int,
+        residual: Literal["none", "value"],
+        init: Literal["random", "identity"],
+    ) -> None:
         super().__init__()
-        self.num_heads = num_heads
+        self.num_heads, self.residual = num_heads, residual
         self.norm_in = nn.LayerNorm(in_channels)
         self.to_q = nn.Linear(in_channels, width, bias=False)
         self.to_k = nn.Linear(in_channels, width, bias=False)
@@ -68,15 +92,41 @@ class TriTimestepAttention(nn.Module):
         self.class_token = nn.Parameter(torch.randn(1, 1, width) * 0.02)
         self.block = Block(width, num_heads=num_heads, mlp_ratio=mlp_ratio)
         self.norm_out = nn.LayerNorm(width)
+        if init == "identity":
+            self._start_as_identity()
 
     def forward(self, maps: LevelMaps) -> Features:
         """Compute the feature h of each image from its three maps, noisiest first."""
         noisiest, middle, cleanest = self.norm_in(maps.flatten(3).transpose(2, 3)).unbind(1)
         query, key, value = self.to_q(noisiest), self.to_k(middle), self.to_v(cleanest)
         tokens = self.to_out(attend(query, key, value, num_heads=self.num_heads))
+        if self.residual == "value":
+            tokens = tokens + value
         tokens = tokens + self.mlp(self.norm_mlp(tokens))
-        tokens = torch.cat([self.class_token.expand(len(tokens), -1, -1), tokens], dim=1)
-        return self.norm_out(self.block(tokens)[:, 0])
+        class_token = self.class_token.expand(len(tokens), -1, -1)
+        if self.residual == "value":
+            class_token = class_token + tokens.mean(dim=1, keepdim=True)
+        tokens = torch.cat([class_token, tokens], dim=1)
+        return self.norm_out(self.block(tokens, num_queries=1)[:, 0])
+
+    @torch.no_grad()
+    def _start_as_identity(self) -> None:
+        """Let every layer pass on what it gets, so that h starts as the pooled cleanest map.
+
+        W_V and the values of the class token's block are orthogonal, and both MLPs add nothing.
+        With the residual the two attentions add nothing either. Without it, their output layers
+        are identities instead: h would be a constant if nothing came through the attention.
+        """
+        nn.init.orthogonal_(self.to_v.weight)
+        nn.init.orthogonal_(self.block.to_qkv.weight[-len(self.to_v.weight) :])
+        for mlp in (self.mlp, self.block.mlp):
+            nn.init.zeros_(mlp[-1].weight)
+            nn.init.zeros_(mlp[-1].bias)
+        for to_out in (self.to_out, self.block.to_out):
+            (nn.init.zeros_ if self.residual == "value" else nn.init.eye_)(to_out.weight)
+            nn.init.zeros_(to_out.bias)
+        if self.residual == "value":
+            nn.init.zeros_(self.class_token)
 
 
 class Projector(nn.Sequential):

@@ -62,9 +62,8 @@ class ContraDiff(nn.Module):
         )
         self.self_condition = SelfCondition(unet) if head.self_conditioning else None
         self.block: MapBlock = head.block
-        shape = head.model_dump(include={"width", "num_heads", "mlp_ratio"})
-        shape["in_channels"] = block_channels(unet, head.block)
-        self.attention = TriTimestepAttention(**shape)
+        in_channels = block_channels(unet, head.block)
+        self.attention = TriTimestepAttention(in_channels=in_channels, **head.attention_arguments)
         self.projector = Projector(head)
 
     def encode_condition(self, conditions: Conditions) -> Tokens:

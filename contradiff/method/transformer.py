@@ -5,6 +5,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 Sequence = Float[Tensor, "batch num_tokens width"]
+Queries = Float[Tensor, "batch num_queries width"]
 
 
 class Mlp(nn.Sequential):
@@ -15,7 +16,7 @@ class Mlp(nn.Sequential):
         super().__init__(nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, width))
 
 
-def attend(query: Sequence, key: Sequence, value: Sequence, *, num_heads: int) -> Sequence:
+def attend(query: Queries, key: Sequence, value: Sequence, *, num_heads: int) -> Queries:
     """Compute multi-head scaled dot-product attention; a head has width / num_heads channels."""
     q, k, v = (t.unflatten(-1, (num_heads, -1)).transpose(1, 2) for t in (query, key, value))
     return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
@@ -33,8 +34,15 @@ class Block(nn.Module):
         self.norm_mlp = nn.LayerNorm(width)
         self.mlp = Mlp(width, ratio=mlp_ratio)
 
-    def forward(self, tokens: Sequence) -> Sequence:
-        """Apply attention between tokens, then the MLP to each token."""
-        query, key, value = self.to_qkv(self.norm_attention(tokens)).chunk(3, dim=-1)
-        tokens = tokens + self.to_out(attend(query, key, value, num_heads=self.num_heads))
+    def forward(self, tokens: Sequence, *, num_queries: int | None = None) -> Queries:
+        """Apply attention between tokens, then the MLP to each token.
+
+        Return the first `num_queries` tokens only, which takes less work; None returns all.
+        """
+        normed, width = self.norm_attention(tokens), tokens.shape[-1]
+        to_query, to_key_value = self.to_qkv.weight.split((width, 2 * width))
+        key, value = F.linear(normed, to_key_value).chunk(2, dim=-1)
+        query = F.linear(normed[:, :num_queries], to_query)
+        attended = attend(query, key, value, num_heads=self.num_heads)
+        tokens = tokens[:, :num_queries] + self.to_out(attended)
         return tokens + self.mlp(self.norm_mlp(tokens))

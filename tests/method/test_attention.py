@@ -45,8 +45,13 @@ def slow_attention(head: TriTimestepAttention, maps: Tensor) -> Tensor:
         key = middle @ head.to_k.weight.T
         value = cleanest @ head.to_v.weight.T
         tokens = head.to_out(heads(query, key, value))
+        if head.residual == "value":
+            tokens = tokens + value
         tokens = tokens + head.mlp(head.norm_mlp(tokens))
-        tokens = torch.cat([head.class_token[0], tokens])
+        class_token = head.class_token[0]
+        if head.residual == "value":
+            class_token = class_token + sum(tokens) / len(tokens)
+        tokens = torch.cat([class_token, tokens])
         q, k, v = (head.block.norm_attention(tokens) @ head.block.to_qkv.weight.T).split(8, dim=1)
         tokens = tokens + head.block.to_out(heads(q, k, v))
         tokens = tokens + head.block.mlp(head.block.norm_mlp(tokens))
@@ -54,12 +59,58 @@ def slow_attention(head: TriTimestepAttention, maps: Tensor) -> Tensor:
     return torch.stack(features)
 
 
-@torch.no_grad()
-def test_attention_equals_equation_4_written_out():
+def build_head(residual: str, init: str) -> TriTimestepAttention:
     torch.manual_seed(0)
-    head = TriTimestepAttention(in_channels=6, width=8, num_heads=2, mlp_ratio=2)
-    maps = torch.randn(2, 3, 6, 2, 3)
+    given: Any = {"in_channels": 6, "width": 8, "num_heads": 2, "mlp_ratio": 2}
+    return TriTimestepAttention(**given, residual=residual, init=init)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("residual", ["none", "value"])
+@pytest.mark.parametrize("init", ["random", "identity"])
+def test_attention_equals_equation_4_written_out(residual: str, init: str):
+    head, maps = build_head(residual, init), torch.randn(2, 3, 6, 2, 3)
     torch.testing.assert_close(head(maps), slow_attention(head, maps))
+
+
+@torch.no_grad()
+def test_with_residual_and_identity_start_h_is_the_normalised_mean_of_the_cleanest_map():
+    head, maps = build_head("value", "identity"), torch.randn(2, 3, 6, 2, 3)
+    projected = head.norm_in(maps[:, 2].flatten(2).mT) @ head.to_v.weight.T
+    expected = torch.nn.functional.layer_norm(projected.mean(dim=1), (8,))
+    torch.testing.assert_close(head(maps), expected)
+    noisier = torch.cat([torch.randn_like(maps[:, :2]), maps[:, 2:]], dim=1)
+    torch.testing.assert_close(head(noisier), expected)
+
+
+@torch.no_grad()
+def test_the_identity_start_of_equation_4_as_printed_still_sees_the_images():
+    """Output layers of zero would make h the same for every image."""
+    head, maps = build_head("none", "identity"), torch.randn(2, 3, 6, 2, 3)
+    first, second = head(maps)
+    assert not torch.allclose(first, second, atol=0.1)
+    for mlp in (head.mlp, head.block.mlp):
+        assert not mlp(torch.randn(3, 8)).any()
+    for weight in (head.to_v.weight.T, head.block.to_qkv.weight[16:]):
+        torch.testing.assert_close(weight @ weight.T, torch.eye(len(weight)))
+
+
+@pytest.mark.parametrize("residual", ["none", "value"])
+@pytest.mark.parametrize("init", ["random", "identity"])
+def test_every_parameter_learns_by_the_second_step(residual: str, init: str):
+    head, maps = build_head(residual, init), torch.randn(4, 3, 6, 2, 3)
+    optimizer, target = torch.optim.SGD(head.parameters(), lr=0.1), torch.randn(4, 8)
+    for _ in range(2):
+        optimizer.zero_grad()
+        (head(maps) - target).square().mean().backward()
+        optimizer.step()
+    assert all(p.grad is not None and p.grad.any() for p in head.parameters())
+
+
+@torch.no_grad()
+def test_the_class_token_alone_comes_out_of_the_last_block_as_it_does_with_all_tokens():
+    block, tokens = build_head("value", "random").block, torch.randn(2, 5, 8)
+    torch.testing.assert_close(block(tokens, num_queries=1), block(tokens)[:, :1])
 
 
 def test_heads_must_divide_the_width(tiny_params: dict[str, Any]):
