@@ -1,4 +1,4 @@
-"""Fine-tuning of LoRA, attention head and a linear classifier of h on few labelled images.
+"""Fine-tuning of LoRA, the attention head and a linear classifier on few labelled images.
 
 The paper does not fine-tune: its transfer experiment (Sec. 4.2.3) uses frozen features. Report
 these scores as `finetuned`, never as the paper's.
@@ -92,16 +92,17 @@ def finetune(
     device: torch.device,
     on_epoch: OnEpoch,
 ) -> nn.Linear:
-    """Train LoRA, attention head and a linear classifier of h in place; return the classifier.
+    """Train LoRA, the attention head and a new linear classifier; return the classifier.
 
-    The loss is the cross-entropy. The base's own weights and the conditioner do not change. h is
-    computed at the fixed timesteps of evaluation, but the noise is drawn anew at every step. Images
-    are not augmented. LoRA layers behind the maps that give h get no gradient. AdamW's
-    learning rate falls from `lr` along half a cosine. The batches of an epoch differ in size by one
-    at most. The seed decides the initial classifier, the order of the images and the noise. If
-    features.precision is bf16, the UNet's frozen weights become bfloat16 and the passes run under
-    autocast, as in testing; trained weights, loss and AdamW's state are float32. Raises ValueError,
-    with the key transfer.finetune_lr, if the loss is not finite.
+    The classifier reads the feature h (Eq. 4), and the loss is the cross-entropy. LoRA and head
+    change in place; the base's own weights and the conditioner do not change. h is computed at the
+    timesteps features.timesteps, with new noise at every step. Images are not augmented. LoRA
+    layers after the UNet block that the head reads get no gradient. AdamW's learning rate falls
+    from `lr` along half a cosine. The batches of an epoch differ in size by one at most. The seed
+    decides the initial classifier, the order of the images and the noise. If features.precision is
+    bf16, the UNet's frozen weights become bfloat16 and the passes run under autocast, as in
+    testing; trained weights, loss and AdamW's state are float32. Raises ValueError, which names the
+    parameter transfer.finetune_lr, if the loss is not finite.
     """
     generator = torch.Generator().manual_seed(seed)
     classifier = nn.Linear(model.attention.norm_out.normalized_shape[0], num_classes)

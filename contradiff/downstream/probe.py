@@ -25,10 +25,10 @@ from contradiff.downstream.accuracy import Accuracy, topk_correct, wilson_interv
 from contradiff.training.optim import SgdParams, SgdSchedule, SgdSetting, cosine_with_warmup
 
 OnEpoch: TypeAlias = Callable[[int, Mapping[str, float]], None]
-"""Called after each epoch: number of epochs done; the first probe's mean "loss" and last "lr"."""
+"""Called after each epoch with the epochs done, and "loss" (mean) and "lr" of the first probe."""
 
 Inputs: TypeAlias = Float[Tensor, "n ..."] | Dataset[Tensor]
-"""Features (n, d), or n maps (3, channels, h, w), noisiest level first; a Dataset reads files."""
+"""Features (n, d), or UNet maps (n, 3, c, h, w), noisiest first; a Dataset reads files."""
 
 TABLE_2 = SgdSetting(lr=0.01, momentum=0.9, weight_decay=0.05)
 """Table 2's own setting. Every grid includes it, although its weight decay destroys the layer."""
@@ -46,8 +46,8 @@ class ProbeParams(SgdParams):
     head: Literal["linear", "attentive"] = Field(
         description="linear: frozen features | attentive: also trains a copy of the attention head"
     )
-    lrs: list[float] = Field(description="more learning rates to try in the grid")
-    weight_decays: list[float] = Field(description="more weight decays to try in the grid")
+    lrs: list[float] = Field(description="learning rates to try in addition to lr")
+    weight_decays: list[float] = Field(description="decays to try in addition to weight_decay")
 
     @model_validator(mode="after")
     def _grid_is_positive(self) -> "ProbeParams":
@@ -59,9 +59,9 @@ class ProbeParams(SgdParams):
 
     @property
     def grid(self) -> tuple[SgdSetting, ...]:
-        """The configured setting, Table 2's, then each pair of rate and decay; none occurs twice.
+        """Settings to try: params.yaml's, Table 2's, then all pairs of rate and decay, each once.
 
-        An attentive grid has only the first two, since each attentive probe trains its own head.
+        Attentive probes try only the first two, since each attentive probe trains its own head.
         """
         if self.head == "attentive":
             return tuple(dict.fromkeys((self.setting, TABLE_2)))
@@ -118,7 +118,7 @@ def train_probes(
     Without an attention head, the probes are linear and share one BatchNorm, which has no
     parameters. With an attention head, the inputs are maps and each probe trains its own copy of
     the head. Rows 2 and 3 of Table 7 need this: the head is untrained without the contrastive loss.
-    All start with the same weights, see the same batches and are returned in evaluation mode.
+    All probes start with the same weights and see the same batches. Their mode is evaluation.
 
     The batches of an epoch differ in size by one at most, because BatchNorm's statistics over a
     small last batch would be poor. Raises ValueError if a batch would have a single sample.

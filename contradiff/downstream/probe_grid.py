@@ -42,12 +42,12 @@ def train_grid(
     device: torch.device,
     on_epoch: probes.OnEpoch = lambda *_: None,
 ) -> list[GridHead]:
-    """Train and test all probes; the first one is the headline: main feature, configured setting.
+    """Train and test all probes. The first is the headline: feature and setting of params.yaml.
 
     Linear probes are trained on every stored feature, one in memory at a time. Attentive probes are
-    trained only on the maps of the main timesteps (features.timesteps). With
-    probe.split: dev, nine tenths of the training images train and one tenth tests; val is not read.
-    Raises ValueError if the headline diverges, or if a split or the maps are missing.
+    trained only on the UNet's maps at features.timesteps. With probe.split: dev, nine tenths of the
+    training images train and one tenth tests; val is not read. Raises ValueError if the headline
+    diverges, or if a split or the maps are missing.
     """
     is_attentive, is_dev_split = params.head == "attentive", params.split == "dev"
     held_out = torch.tensor([is_dev_split and is_dev(key) for key in cache.keys("train")])

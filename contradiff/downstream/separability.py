@@ -17,8 +17,8 @@ from contradiff.config import Section
 class SeparabilityParams(Section):
     """Section `separability`: what Fig. 3 shows. The paper does not say which images or classes."""
 
-    num_images: int = Field(ge=4, description="most validation images, all of the drawn classes")
-    num_classes: int = Field(ge=2, description="most classes; drawn at random if there are more")
+    num_images: int = Field(ge=4, description="most validation images to use, of the drawn classes")
+    num_classes: int = Field(ge=2, description="most classes to use; others are dropped at random")
     num_neighbours: int = Field(ge=1, description="k of the k-nearest-neighbour vote")
 
     @model_validator(mode="after")
@@ -36,7 +36,7 @@ class Separability:
     """How well the classes of one set of features separate.
 
     `knn` is the accuracy in [0, 1] if the nearest other images vote for an image's class. The mean
-    `silhouette` is in [-1, 1], or None if all images have the same class or all a different one.
+    `silhouette` is in [-1, 1]. It is None with a single class, or with a single image per class.
     """
 
     knn: float

@@ -1,6 +1,8 @@
 """Few-shot transfer of features to another data set (Sec. 4.2.3, Table 6).
 
-draw few training images ("a split") => compute their features => train two classifiers => test them
+draw few training images => compute their features => train two classifiers => test them
+
+A random choice of training images is called a few-shot set; in the code, also a split.
 """
 
 import statistics
@@ -37,12 +39,13 @@ class TransferParams(SgdParams):
     section: ClassVar[str] = "transfer"
 
     shots: list[Shots] = Field(
-        min_length=1, description="training images per class, or full; first: the headline"
+        min_length=1,
+        description="training images per class, or full; first: the main result",
     )
-    num_splits: int = Field(ge=1, description="random draws per number of shots; full has one")
+    num_splits: int = Field(ge=1, description="random few-shot sets per number of shots; full: 1")
     ridge: float = Field(gt=0, description="penalty of ridge regression, not divided by n")
     finetune_epochs: int = Field(
-        ge=0, description="epochs that train LoRA, head and linear classifier; 0: none (paper)"
+        ge=0, description="epochs that train LoRA, head and a linear classifier; 0: none (paper)"
     )
     finetune_lr: float = Field(gt=0, description="AdamW's peak learning rate")
     finetune_weight_decay: float = Field(ge=0)
@@ -59,7 +62,7 @@ class TransferParams(SgdParams):
 
 @dataclass(frozen=True)
 class FewShots:
-    """One random draw of training images; `rows` are their indices in the pool, ascending."""
+    """A few-shot set: images drawn from the pool; `rows` are their indices there, ascending."""
 
     shots: Shots
     seed: int
@@ -68,10 +71,11 @@ class FewShots:
 
 @dataclass(frozen=True)
 class TransferTask:
-    """One transfer experiment: splits are drawn from `pool` and tested on all of `test`.
+    """One transfer experiment. Classifiers of few-shot sets are tested on all images of `test`.
 
-    `pool` has all training images of the data set. `encode` turns square images and their labels
-    into a batch for the feature model. `features` must ask for the main feature alone.
+    `pool` has all training images, from which the few-shot sets (`splits`) are drawn. `encode`
+    turns square images and their labels into a batch for the feature model. `features` must have
+    empty more_triples and more_blocks, so that an image has a single feature.
     """
 
     pool: TransferSplit
@@ -84,10 +88,10 @@ class TransferTask:
 
     @cached_property
     def splits(self) -> list[FewShots]:
-        """Draw splits for each number of shots; split i is `k_shot_split` with seed + i.
+        """Draw few-shot sets for each number of shots; `k_shot_split` draws set i with seed + i.
 
-        The splits of one seed are nested: a split with more shots contains those with fewer. "full"
-        is one split with the whole pool. Raises ValueError if a class has too few images.
+        The sets of one seed are nested: a set with more shots contains those with fewer. "full" is
+        one set with the complete pool. Raises ValueError if a class has too few images.
         """
         labels, drawn = self.pool.labels.tolist(), list[FewShots]()
         for n in self.params.shots:
@@ -100,15 +104,15 @@ class TransferTask:
 
     @cached_property
     def used(self) -> list[int]:
-        """Rows of the pool that occur in a split, ascending. Only these images need features."""
+        """Rows of the pool that are in any few-shot set, ascending. Only these need features."""
         return sorted({row for split in self.splits for row in split.rows})
 
     def places(self, split: FewShots) -> Int64[Tensor, " rows"]:
-        """Return the positions of a split's rows within `used`."""
+        """Return where the list `used` has the images of one few-shot set, as indices."""
         return torch.from_numpy(np.searchsorted(self.used, split.rows))
 
     def batches(self, images: TransferSplit, rows: Sequence[int]) -> Iterator[CleanBatch]:
-        """Yield the given rows of the pool or the test set. An image's row seeds its noise."""
+        """Yield batches of some rows of the pool or test set. An image's row seeds its noise."""
         for start in range(0, len(rows), self.features.batch_size):
             own = rows[start : start + self.features.batch_size]
             pixels, labels = images.read(own), images.labels[list(own)]
@@ -118,7 +122,7 @@ class TransferTask:
     def compute_features(
         self, model: FeatureModel, images: TransferSplit, rows: Sequence[int], on_progress: Tick
     ) -> LabelledFeatures:
-        """Compute features of the given rows, in order. Every process returns all of them.
+        """Compute features of some rows of `images`, in order. Every process returns all of them.
 
         Each process computes some of the batches. The batches are the same for any number of
         processes, and so are the features, bit for bit. `on_progress` gets the number of images
@@ -135,9 +139,10 @@ class TransferTask:
         return LabelledFeatures.joined(gather_object(found))
 
     def score(self, train: LabelledFeatures, test: LabelledFeatures) -> list[dict[str, float]]:
-        """Return each split's top-1 accuracy of "ridge" and "sgd", in [0, 1], on all test images.
+        """Train the classifiers "ridge" and "sgd" on each few-shot set; return their accuracies.
 
-        `train` has the features of the rows in `used`.
+        These are top-1 accuracies in [0, 1] on all test images. `train` has the features of the
+        pool's images whose rows the list `used` has, in this order.
         """
         scores: list[dict[str, float]] = []
         options: dict[str, Any] = {"num_classes": len(self.pool.class_names)}
@@ -152,10 +157,10 @@ class TransferTask:
         return scores
 
     def finetune(self, model: ContraDiff, device: torch.device, on_epoch: OnEpoch) -> list[float]:
-        """Fine-tune the model on each split, and return each split's top-1 accuracy.
+        """Fine-tune the model on each few-shot set, and return the top-1 accuracy for each set.
 
-        Each split starts from the given weights, which are restored afterwards. Each of n processes
-        takes every n-th split. Raises ValueError if a loss is not finite.
+        Each training starts from the given weights, which are restored afterwards. Each of n
+        processes trains on every n-th set. Raises ValueError if a loss is not finite.
         """
         from accelerate.utils import gather_object
 
@@ -175,7 +180,7 @@ class TransferTask:
         return [top1 for _, top1 in sorted(gather_object(done))]
 
     def describe(self, scores: Sequence[Mapping[str, float]]) -> dict[str, list[dict[str, Any]]]:
-        """Return the content of build/transfer/splits.json: all splits, by number of shots."""
+        """Return the content of build/transfer/splits.json: few-shot sets, by number of shots."""
         shown: dict[str, list[dict[str, Any]]] = {}
         for split, top1 in zip(self.splits, scores, strict=True):
             keys = [self.pool.keys[row] for row in split.rows]
@@ -205,7 +210,7 @@ def transfer_metrics(
 ) -> dict[str, dict[str, Any]]:
     """Return each classifier's mean top-1 accuracy and standard deviation, by number of shots.
 
-    The deviation is over the n splits, with n - 1 in the denominator. It is None if n is 1.
+    The deviation is over n few-shot sets, with n - 1 in the denominator. It is None if n is 1.
     """
     by_shots: dict[str, dict[str, Any]] = {}
     for shots in dict.fromkeys(split.shots for split in splits):

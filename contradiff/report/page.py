@@ -86,7 +86,7 @@ def _transfer_rows(results: RunResults) -> Iterator[TableRow]:
     transfer = results.transfer
     for shots, record in transfer.by_shots.items():
         number = record.num_splits
-        over = f"Mean ± standard deviation over {number} splits" if number > 1 else "One split"
+        over = f"Mean ± standard deviation over {number} random sets" if number > 1 else "One set"
         taken = f"{over} of {transfer.source}, {shots} images a class"
         if shots == "full":
             taken = f"Trained on all training images of {transfer.source}"
@@ -112,8 +112,8 @@ def summarise(results: RunResults, *, report: str) -> str:
 def render(template: str, results: RunResults, **figures: bytes) -> str:
     """Return the report as text, from the template "report.html" or "report.md".
 
-    The HTML page contains all its images, and the browser loads nothing else. For this, the figures
-    `loss` and `loss_dark` must be given (PNGs). The Markdown links to files in build/figures.
+    The HTML page contains all its images, so it needs the figures `loss` and `loss_dark` (PNGs).
+    In the Markdown text, images are links to the PNG files in build/figures.
     """
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 

@@ -43,10 +43,10 @@ class ProbeRecord(_Record):
 
 
 class MeanStd(_Record):
-    """Mean and standard deviation of an accuracy over random splits."""
+    """Mean and standard deviation of an accuracy over random few-shot training sets."""
 
     mean: Fraction
-    std: float | None = Field(ge=0, description="None for a single split")
+    std: float | None = Field(ge=0, description="None for a single set")
 
 
 class ShotsRecord(_Record):

@@ -134,8 +134,8 @@ Density, coverage ↑ | 0.604, 0.800 | 500 features a side
 Inception score ↑ | 6.28 ± 0.17 | 1,000 samples | domain-classifier | resizer none | seed 7
 Probe top-1 ↑ | 73.4% [70.6%, 76.0%] | 95% interval | 1,000 images | linear head | seed 3
 Probe top-5 ↑ | 95.1% | 1,000 images | split val | linear head | attention | seed 3
-Transfer top-1, ridge ↑ | 81.2% ± 1.0% | 3 splits of digits, 25 images a class | 797 test | seed 3
-Transfer top-1, SGD ↑ | 78.9% ± 1.2% | 3 splits of digits
+Transfer top-1, ridge ↑ | 81.2% ± 1.0% | random sets of digits, 25 images a class | 797 test | seed 3
+Transfer top-1, SGD ↑ | 78.9% ± 1.2% | 3 random sets of digits
 Transfer top-1, ridge, full shots ↑ | 95.0% | Trained on all training images of digits, 797 test
 Transfer top-1, SGD, full shots ↑ | 96.0%
 Transfer top-1, fine-tuned, full shots ↑ | 99.0%
@@ -162,7 +162,7 @@ def test_every_score_stands_beside_the_way_it_was_measured(root: Path):
         ("score", {"extractor_accuracy": None}, "FID ↓", "31.*extractor domain-classifier, seed 7"),
         ("score", {"resizer": "clean"}, "FID ↓", "31.*resizer clean"),
         ("score", {"old": RECORDS["by_resizer"] | {"fid": 3}}, "FID, old ↓", "3.00.*resizer old"),
-        ("transfer", ONCE, "Transfer top-1, ridge ↑", "80.0%, One split of digits, "),
+        ("transfer", ONCE, "Transfer top-1, ridge ↑", "80.0%, One set of digits, "),
     ],
 )
 def test_other_measurements(root: Path, stage: str, changes: dict[str, Any], name: str, row: str):
