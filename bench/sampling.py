@@ -3,9 +3,9 @@
     python -m bench sampling                       the tiny UNet, 16 samples, 25 steps, guidance 1.5
     python -m bench sampling --images 100 --steps 100
 
-Each way turns noise and conditions into uint8 images. diffusers' StableDiffusionPipeline runs DDIM,
-with LoRA unmerged (first row) and merged. A ratio is the first row's time divided by the row's own,
-as the median over the rounds. Rows with fewer steps do less work. The weights are random.
+Each way turns noise and conditions into uint8 images, with random weights. diffusers' pipeline runs
+DDIM, with LoRA separate (first row) or merged into the weights. A ratio is the first row's time
+divided by the row's own, as the median over the rounds. Rows with fewer steps do less work.
 """
 
 import argparse

@@ -124,15 +124,15 @@ def features_serve_their_users(params: AllParams) -> Iterator[str]:
 def conditions_are_trained(params: AllParams) -> Iterator[str]:
     """Sampling may use a null condition (noise instead of an image) only if it was trained."""
     generate, conditioner, table = params.generate, params.conditioner, params.class_condition
-    # The second view gives the last three of six draws.
+    # The last three of an image's six noisy latents belong to the second view.
     sees_noise = conditioner.cond_view == "noise" and params.loss.recon_passes > 3
     is_trained = conditioner.drop > 0 or sees_noise or params.pretrain.epochs == 0
     is_guided = generate.guidance != 1
     is_used = generate.condition == "noise" or (generate.condition == "image" and is_guided)
     if is_used and not is_trained:
         yield (
-            "conditioner.drop: 0 never trains the null condition, which generate.condition: noise "
-            "and generate.guidance use; set conditioner.drop to more than 0, such as 0.1"
+            "conditioner.drop: 0 never trains the null condition (noise), which generate.guidance "
+            "and generate.condition: noise use; set conditioner.drop to more than 0, such as 0.1"
         )
     if generate.condition == "class" and is_guided and table.drop == 0:
         yield (

@@ -28,7 +28,7 @@ class Params(Section):
     seed: Seed
     features: FeaturesParams
     head: Literal["linear", "attentive"] = Field(
-        alias="probe.head", description="attentive: also store the maps of the main triple"
+        alias="probe.head", description="attentive: also store the UNet's maps"
     )
 
 

@@ -79,7 +79,7 @@ def local_base(base: BaseParams, *, root: Path) -> Path:
 
 
 def base_manifest(base: BaseParams, *, root: Path) -> dict[str, Any]:
-    """Describe a base so that DVC sees changes: by its files if it is local, else by its commit."""
+    """Return what identifies a base for DVC: the hashes of its files, or its commit on the hub."""
     if base.source == "hub":
         return {"path": base.path, "revision": base.revision}
     folder = local_base(base, root=root)
@@ -109,7 +109,7 @@ def _config_faults(folder: Path) -> Iterator[str]:
     if unet.get("_class_name") != "UNet2DConditionModel" or not attends:
         yield "unet must be a UNet2DConditionModel with cross-attention"
     if not isinstance(width := unet.get("cross_attention_dim", 1280), int):
-        yield f"unet has cross_attention_dim {width!r}; all blocks must read tokens of one width"
+        yield f"unet has cross_attention_dim {width!r}; all blocks must have one width (an integer)"
     for key in UNUSED_INPUTS:
         if unet.get(key):
             yield f"unet has {key} {unet[key]!r}, which is not supported"

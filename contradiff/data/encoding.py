@@ -82,7 +82,7 @@ class LatentEncoder:
             yield from self.encode_cut(cut)
 
     def encode_cut(self, cut: CutImages) -> Iterator[StoredLatents]:
-        """Encode crops in one pass of the VAE and round the moments to 16 bits."""
+        """Encode crops in one pass of the VAE; round means and log-variances to 16 bits."""
         moments = vae.encode(self.vae, to_pixels(cut.pixels.to(self.vae.device))).cpu()
         rounded = moments.half() if self.params.dtype == "float16" else moments.bfloat16().float()
         by_image = rounded.unflatten(0, (len(cut.keys), -1)).numpy()

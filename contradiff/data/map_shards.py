@@ -110,7 +110,7 @@ def publish_shards(
 ) -> None:
     """Move finished shards to an empty folder and write its index, which contains `info`.
 
-    `made` gives the split and the result of each item. Raises ValueError if the disk is full.
+    `made` has each shard's split and what `make` returned. Raises ValueError if the disk is full.
     """
     splits: dict[str, tuple[Shard, ...]] = {}
     for split, item in made:

@@ -31,7 +31,7 @@ Item = TypeVar("Item")
 
 @dataclass(frozen=True)
 class ShardRange:
-    """Samples `first` to `last - 1` of the shard with number `shard`."""
+    """Samples number `first` to `last - 1` of shard number `shard`."""
 
     shard: int
     first: int
@@ -72,7 +72,7 @@ class TrainingOrder:
         return self.batch_size // self.num_row_groups
 
     def rows_of(self, *, rank: int, world_size: int) -> Iterator[tuple[int, range]]:
-        """Yield the row groups of a process, in order, and the rows of each that it reads."""
+        """Yield the row groups that a process reads, in order, each with the rows to read."""
         assert self.batch_size % world_size == 0, "every process must have the same number of rows"
         own, height = self.batch_size // world_size, self.rows_per_group
         first, last = rank * own, (rank + 1) * own

@@ -1,4 +1,4 @@
-"""What a folder's index says about all shards in the folder. Each kind of shards has a class.
+"""What index.json says about all shards of its folder. Each kind of shards has a class.
 
 A writer may add keys that only people read, such as the sampling solver or the class names.
 """
@@ -22,7 +22,7 @@ class ImageInfo(ShardInfo):
 
 
 class LatentInfo(ShardInfo):
-    """Describes latent shards, which hold the VAE's moments. `LatentsParams` explains the keys."""
+    """Describes shards of latents (means and log-variances); `LatentsParams` explains the keys."""
 
     kind: Literal["moments"] = "moments"
     dtype: Literal["float16", "bfloat16"]

@@ -65,7 +65,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class ShardIndex(Generic[InfoT]):
-    """The content of `index.json`: the shards of each split, and information about all shards."""
+    """The content of index.json: each split's shards in order, and facts about all shards."""
 
     splits: Mapping[str, tuple[Shard, ...]]
     info: InfoT
@@ -222,7 +222,7 @@ def image_record(sample: Sample, *, extension: str) -> Record:
 
 
 def image_of(record: Record) -> Sample:
-    """Return the image that `image_record` made the record from."""
+    """Turn a record, as made by `image_record`, back into an image."""
     extension = next(name for name in record if name in {"jpg", "jpeg", "png", "webp"})
     return Sample(record["__key__"].decode(), record[extension], int(record["cls"]))
 

@@ -129,7 +129,7 @@ class TrainingStream(IterableDataset["dict[str, Tensor] | Exception"]):
             raise ValueError(f"{pairs.images}: {has} of {batch_size}; lower batch_size")
 
     def __iter__(self) -> Iterator[dict[str, Tensor] | Exception]:
-        """Yield batches. Yield an error as the last item, since raising it prints a traceback."""
+        """Yield batches, or last an error: if a worker raised it, it would print a traceback."""
         worker = get_worker_info()
         # The loader takes batches from its workers in turn, beginning with worker 0.
         number, num_workers = (worker.id, worker.num_workers) if worker else (0, 1)

@@ -31,7 +31,7 @@ class Crop:
 
     @classmethod
     def from_array(cls, values: Int[np.ndarray, "5"]) -> "Crop":
-        """Return the crop that `to_array` made the integers from."""
+        """Return the crop that the five integers from `to_array` describe."""
         top, left, height, width, mirrored = (int(value) for value in values)
         return cls(top, left, height, width, bool(mirrored))
 

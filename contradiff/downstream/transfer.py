@@ -1,8 +1,6 @@
 """Few-shot transfer of features to another data set (Sec. 4.2.3, Table 6).
 
-draw few training images => compute their features => train two classifiers => test them
-
-A random choice of training images is called a few-shot set; in the code, also a split.
+draw few training images (a "few-shot set", or split) => features => train two classifiers => test
 """
 
 import statistics
@@ -142,7 +140,7 @@ class TransferTask:
         """Train the classifiers "ridge" and "sgd" on each few-shot set; return their accuracies.
 
         These are top-1 accuracies in [0, 1] on all test images. `train` has the features of the
-        pool's images whose rows the list `used` has, in this order.
+        pool's images that `used` lists, in this order.
         """
         scores: list[dict[str, float]] = []
         options: dict[str, Any] = {"num_classes": len(self.pool.class_names)}

@@ -72,7 +72,7 @@ class ExtractorParams(Section):
 
 
 class ExtractorCard(Section):
-    """Content of extractor.json, which is beside the weights. For Inception, some keys are null."""
+    """Content of extractor.json, stored with the weights. For Inception, some keys are null."""
 
     kind: Kind
     name: str

@@ -12,7 +12,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class FeatureSource:
-    """Which images, in words, and which network. `fingerprint` is the sha256 of its weights."""
+    """Where features come from: images (in words), resizer, network, sha256 of its weights."""
 
     images: str
     resizer: str
@@ -63,7 +63,7 @@ class FeatureStatistics:
 def fid(a: FeatureStatistics, b: FeatureStatistics) -> float:
     """Return the Fréchet distance of two sets of features, each seen as a Gaussian.
 
-    Few samples make it too large, so compare only distances of equal counts. With fewer samples
+    With few samples it is too large, so compare only distances of equal counts. With fewer samples
     than dimensions a covariance is singular; `contradiff.rules` and the stage reference refuse it.
     """
     assert replace(a.source, images="") == replace(b.source, images=""), "see read_reference"

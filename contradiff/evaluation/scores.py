@@ -21,7 +21,7 @@ _CHUNK = 1024
 class ScoreParams(Section):
     """Section `score`: how generated images are scored."""
 
-    splits: int = Field(gt=0, description="parts of the images that the inception score averages")
+    splits: int = Field(gt=0, description="the inception score is the mean over this many parts")
     batch_size: int = Field(gt=0, description="images that the extractor sees at once")
     kid_subsets: int = Field(gt=0, description="KID is the average over this many random subsets")
     kid_subset_size: int = Field(gt=DENSITY_NEIGHBOUR, description="images of each subset")

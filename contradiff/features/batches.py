@@ -102,7 +102,7 @@ def stored_batches(
 ) -> Iterator[CleanBatch]:
     """Yield batches of a split's images, in order.
 
-    If ascending indices `chosen` are given, only these images are read. They are numbered from 0.
+    If ascending indices `chosen` are given, the batches have only these images, numbered from 0.
     """
     pairs = PairedShards.open(images, latents, split=split)
     records = (pair for shard in range(pairs.num_shards) for pair in pairs.read(shard))
@@ -117,7 +117,7 @@ def stored_batches(
 def encode_images(
     vae: "AutoencoderKL", images: ByteImages, labels: Int64[Tensor, " n"], *, size: int
 ) -> CleanBatch:
-    """Resize square images (bicubic; 32 to 256 pixels for Table 6), encode them, make a batch."""
+    """Resize square images (bicubic; 32 to 256 pixels for Table 6) and encode them as a batch."""
     batch = resized_batch(images, labels, centre_crop(*images.shape[2:]), size=size)
     moments = encode(vae, batch.pixels.to(vae.device))
     return replace(batch, latents=mode(moments, scaling_factor=scaling_factor(vae)).cpu())

@@ -2,8 +2,8 @@
 
 Each image shard gets one file, `<split>-00000.safetensors`, with the images in the same order: a
 tensor (rows, width) for each column, the tensor `labels`, and the images' keys in the header. If
-maps are stored, `<split>-00000.maps.safetensors` has the tensor `maps`. `index.json` lists the
-files. Files are memory-mapped, so that readers load only the tensors that they use.
+the UNet's maps are stored, `<split>-00000.maps.safetensors` has the tensor `maps`. `index.json`
+lists the files. They are memory-mapped, so that readers load only the tensors that they use.
 """
 
 import hashlib
@@ -35,9 +35,9 @@ MAPS = "maps"
 class CacheIndex(BaseModel):
     """The content of `index.json`: which features a folder has, and how they were computed.
 
-    `checkpoint` is a hash of the model's weights. The first of `columns` is the main feature. Each
-    split has as many `shards` as its images. If maps are stored, `head` has the constructor
-    arguments of the attention head stored with them; otherwise it is None and `maps` is empty.
+    `checkpoint` is a hash of the model's weights. The first of `columns` is the main feature. A
+    split has a file in `shards` for each image shard. If maps are stored, an attention head is
+    stored too, and `head` has its constructor arguments; if not, it is None and `maps` is empty.
     `made_with` has the seed, the section `features` and the hash of a local timm file.
     """
 
@@ -129,7 +129,7 @@ class FeatureCache:
         return cls(folder, index)
 
     def column(self, split: str, name: str) -> Float[Tensor, "n width"]:
-        """Load one feature of a whole split, in the stored type."""
+        """Load one feature of all images of a split, in the stored type."""
         return torch.cat([self._tensor(shard, name) for shard in self.index.shards[split]])
 
     def labels(self, split: str) -> Int64[Tensor, " n"]:
@@ -149,7 +149,7 @@ class FeatureCache:
         return ConcatDataset([self._tensor(shard, MAPS) for shard in self.index.maps[split]])  # pyright: ignore[reportArgumentType]
 
     def attention(self) -> TriTimestepAttention:
-        """Load the attention head stored with the maps: trained, or new for a baseline."""
+        """Load the head stored with the maps: ContraDiff's is trained, a baseline's is new."""
         assert self.index.head is not None, "the head is stored only together with maps"
         head = TriTimestepAttention(**self.index.head)
         head.load_state_dict(load_file(self.folder / HEAD_NAME))

@@ -31,7 +31,7 @@ NUM_PASSES = 2  # passes of the UNet; each gives maps of the mid block and of `u
 def feedback_maps(
     unet: "UNet2DConditionModel", noisy_latents: Latents, timesteps: Timesteps, tokens: Tokens
 ) -> Maps:
-    """Stack the mid and second up blocks' maps of both passes as channels, at the mid's size."""
+    """Concatenate the maps of the mid and second up block, of both passes, at the mid's size."""
     split, decoded = SplitUNet(unet), list[Maps]()
     handles = [
         _last_layer(block).register_forward_hook(lambda *call: decoded.append(_map_of(call[2])))

@@ -1,6 +1,6 @@
 """The models that give frozen features: ContraDiff, its base alone, DifFeed and timm backbones.
 
-images => clean latents => noisy latents at three levels => the UNet's maps => h (Eq. 4), or means
+latents => noisy latents at three timesteps => the UNet's maps (outputs of a block) => h, or means
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -31,9 +31,9 @@ from contradiff.types import Tokens
 class DiffusionFeatures:
     """Features of ContraDiff, of its base alone, or of its base with DifFeed's two passes.
 
-    Noise is added to clean latents at three fixed timesteps (a "triple"). Each image's index seeds
-    its noise, so its features depend neither on the batch size nor on the number of processes. With
-    `keep_maps`, a call also returns the maps at the main triple, features.timesteps.
+    Noise is added to clean latents at three fixed timesteps, called a triple. Each image's index
+    seeds its noise, so its features depend neither on the batch size nor on the number of
+    processes. With `keep_maps`, a call also returns the UNet's maps at features.timesteps.
     """
 
     model: ContraDiff
@@ -44,7 +44,7 @@ class DiffusionFeatures:
 
     @property
     def columns(self) -> tuple[FeatureSpec, ...]:
-        """For each triple: the main block's feature, then the mean of each of `more_blocks`."""
+        """For each three timesteps: the feature of head.block, then means of `more_blocks`."""
         main = "diffeed" if self.params.model == "diffeed" else self.model.block
         kinds = [(main, self.params.pool), *((block, "mean") for block in self.params.more_blocks)]
         return tuple(
@@ -65,7 +65,7 @@ class DiffusionFeatures:
         found: dict[str, Tensor] = {}
         conditioner = self.model.conditioner
         with autocast(self.device, self.params.precision):
-            if self.params.model != "contradiff":  # zero tokens
+            if self.params.model != "contradiff":  # the base alone: zeros as condition
                 width = self.model.unet.config["cross_attention_dim"]
                 tokens = torch.zeros(len(batch.labels), 1, width, device=self.device)
             else:
@@ -90,7 +90,7 @@ class DiffusionFeatures:
     def _maps(
         self, batch: CleanBatch, tokens: Tokens, timesteps: Sequence[int]
     ) -> dict[str, LevelMaps]:
-        """Add noise, in one step or by DDIM inversion, and return each block's maps, main first."""
+        """Add noise, in one step or by DDIM inversion; return maps by block, head.block's first."""
         latents = batch.latents.to(self.device)
         blocks: list[MapBlock] = list(dict.fromkeys([self.model.block, *self.params.more_blocks]))
         if self.params.noising == "ddim_chain":
@@ -133,8 +133,8 @@ def load_feature_model(
 ) -> FeatureModel:
     """Load the model that features.model names.
 
-    `base` is Table 3's "SD Features": pooled maps without LoRA. Zero tokens replace CLIP's empty
-    prompt, because the method has no CLIP. Raises ValueError if weights are missing or do not fit.
+    `base` is Table 3's "SD Features": pooled maps without LoRA. Its condition is zeros, because the
+    method has no CLIP for an empty prompt. Raises ValueError if weights are missing or do not fit.
     """
     if params.model == "timm":
         return TimmFeatures(params, models.root, device)

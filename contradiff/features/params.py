@@ -13,7 +13,7 @@ from contradiff.types import Precision
 
 @dataclass(frozen=True)
 class FeatureSpec:
-    """One feature: pooled maps of `block` at the timesteps `triple`. timm has None for both."""
+    """A feature: UNet maps of `block` at three timesteps (`triple`), pooled; both None for timm."""
 
     name: str
     triple: tuple[int, ...] | None
@@ -25,16 +25,16 @@ class FeaturesParams(Section):
     """Section `features`: which frozen features are computed, and how they are stored."""
 
     model: Literal["contradiff", "base", "diffeed", "timm"] = Field(
-        description="contradiff: the trained model | base: its base alone, no LoRA and zero tokens "
+        description="contradiff: the trained model | base: its base, no LoRA, zeros as condition "
         "(Table 3's SD Features) | diffeed: two base passes with feedback | timm: a backbone"
     )
     timm_name: str | None = Field(description="timm: the name for timm.create_model")
     timm_weights: str | None = Field(description="timm: a local .safetensors file with weights")
     timm_pretrained: bool = Field(description="timm: download weights, not timm_weights")
     timesteps: list[int] = Field(description="the three fixed timesteps of evaluation")
-    more_triples: list[list[int]] = Field(description="more triples, for the probe's grid")
+    more_triples: list[list[int]] = Field(description="other lists of three timesteps to probe")
     more_blocks: list[MapBlock] = Field(
-        description="more features for the probe's grid: means of these blocks' maps"
+        description="UNet blocks whose maps, averaged over space, are probed as well"
     )
     noising: Literal["direct", "ddim_chain"] = Field(
         description="direct: noise in one step (Eq. 5) | ddim_chain: 20-step DDIM inversion"
@@ -52,7 +52,7 @@ class FeaturesParams(Section):
 
     @property
     def triples(self) -> list[list[int]]:
-        """All triples (three timesteps each): the main one, then those of `more_triples`."""
+        """Lists of three timesteps ("triples"): first `timesteps`, then those of `more_triples`."""
         return [self.timesteps, *self.more_triples]
 
     @model_validator(mode="after")
@@ -63,7 +63,7 @@ class FeaturesParams(Section):
                 raise ValueError(f"{key}: {triple}: set three different timesteps of 0 or more")
         if len(set(map(frozenset, self.triples))) < len(self.triples):
             key = "features.more_triples"
-            raise ValueError(f"{key}: a triple is repeated (features.timesteps is one); remove it")
+            raise ValueError(f"{key}: a list equals another or features.timesteps; remove it")
         if len(set(self.more_blocks)) < len(self.more_blocks):
             raise ValueError(f"features.more_blocks: {self.more_blocks}: name each block once")
         return self

@@ -140,7 +140,7 @@ def bytes_of_features(model: FeatureModel, images: StoredImages) -> int:
 def initial_attention(
     features: DiffusionFeatures, checkpoint: Path
 ) -> tuple[dict[str, Any], TriTimestepAttention]:
-    """Return an attentive probe's initial attention head, after its constructor arguments.
+    """Return the constructor arguments and the initial attention head of an attentive probe.
 
     ContraDiff has a trained head. Baselines get a new head, initialised with the features' seed.
     """

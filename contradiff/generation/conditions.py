@@ -26,7 +26,7 @@ Condition = Literal["noise", "image", "class"]
 
 @dataclass(frozen=True)
 class Conditioning:
-    """The samples' conditions, and their null conditions for classifier-free guidance.
+    """The samples' conditions, and the null conditions ("none") for classifier-free guidance.
 
     Sample i has the class i mod `num_classes`. Samples have no class if `num_classes` is None.
     """

@@ -27,7 +27,7 @@ DESCRIPTIONS = {
 def describe_samples(
     params: GenerateParams, *, seed: int, checkpoint: Path, base: Path
 ) -> SampleInfo:
-    """Return facts for the samples' index: settings, and hashes of the model and of its base."""
+    """Return the facts for the samples' index.json: settings, hashes of the model and its base."""
     settings = params.model_dump(exclude={"batch_size"}) | {
         "condition": DESCRIPTIONS[params.condition],
         "seed": seed,

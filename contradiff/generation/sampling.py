@@ -36,7 +36,7 @@ class GenerateParams(Section):
     @model_validator(mode="after")
     def _guidance_has_something_to_guide(self) -> "GenerateParams":
         if self.condition == "noise" and self.guidance != 1:
-            why = "generate.condition: noise is itself the null condition"
+            why = "guidance has no effect with generate.condition: noise"
             given = f"(got {self.guidance:g})"
             raise ValueError(f"generate.guidance: set it to 1, because {why} {given}")
         low, high = self.guidance_interval
@@ -65,8 +65,8 @@ def denoise(
 ) -> Latents:
     """Turn pure noise into clean latents by the reverse process, which is deterministic here.
 
-    With null tokens, classifier-free guidance (Ho and Salimans, 2022) predicts the noise as eps =
-    eps_null + guidance * (eps_cond - eps_null), and one pass computes both terms. Outside
+    With null tokens (no condition), classifier-free guidance (Ho and Salimans, 2022) predicts the
+    noise as eps = eps_null + guidance * (eps_cond - eps_null); one pass computes both. Outside
     `guidance_interval`, given in fractions of the schedule (Kynkäänniemi et al., 2024), eps is
     eps_cond, which takes half the time. The UNet runs in `precision`, the solver in float32.
     """

@@ -25,11 +25,11 @@ class HeadParams(Section):
     )
     width: int = Field(ge=1, description="width of the attention and of h; 1024 at paper scale")
     residual: Literal["none", "value"] = Field(
-        description="none: Eq. 4 as printed (paper) | value: the attention adds to the values, and "
-        "the class token to the mean of the tokens"
+        description="none: Eq. 4 as printed (paper) | value: the values V are added to the output, "
+        "and the mean of the tokens to the class token"
     )
     init: Literal["random", "identity"] = Field(
-        description="initial weights; identity: h starts as the mean of the projected cleanest map"
+        description="initial weights; identity: h starts as the mean of the map with least noise"
     )
     num_heads: int = Field(ge=1)
     mlp_ratio: int = Field(ge=1)
@@ -111,7 +111,7 @@ class TriTimestepAttention(nn.Module):
 
     @torch.no_grad()
     def _start_as_identity(self) -> None:
-        """Let every layer pass on what it gets, so that h starts as the pooled cleanest map.
+        """Let every layer return its input, so that h starts as the pooled map with least noise.
 
         W_V and the values of the class token's block are orthogonal, and both MLPs add nothing.
         With the residual the two attentions add nothing either. Without it, their output layers

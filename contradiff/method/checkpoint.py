@@ -53,7 +53,7 @@ def write_weights(
 def read_config(
     folder: Path, *, what: str = "checkpoint", stage: str = "pretrain"
 ) -> dict[str, Any]:
-    """Read the config.json that a stage wrote with `what`; raises ValueError if it is missing."""
+    """Read the config.json that `stage` wrote for `what`; raises ValueError if it is missing."""
     path = folder / CONFIG_NAME
     if not path.is_file():
         remedy = f"run `dvc repro {stage}`, or fetch it with `dvc pull {folder}`"

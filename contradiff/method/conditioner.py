@@ -24,7 +24,7 @@ class ConditionerParams(Section):
     drop: float = Field(ge=0, lt=1, description="chance that noise replaces a condition (App. A)")
     cond_view: Literal["same", "crop", "noise"] = Field(
         description="same: one clean image for both views (paper) | crop: one crop for each view"
-        " | noise: like same, but view 2 has the null condition (pure noise)"
+        " | noise: like same, but view 2 has noise as its condition"
     )
 
     @model_validator(mode="after")
@@ -61,7 +61,7 @@ class Conditioner(nn.Module):
         nn.init.zeros_(self.to_tokens.bias)
 
     def choose(self, *, pixels: Pixels, latents: Latents) -> Conditions:
-        """Return the argument that `forward` needs, as the parameter conditioner.input says."""
+        """Return the pixels or the latents: those that the parameter conditioner.input names."""
         return pixels if self.input == "pixels" else latents
 
     def forward(self, conditions: Conditions) -> Tokens:

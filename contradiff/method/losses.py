@@ -111,7 +111,7 @@ def infonce(view1: View, view2: View, *, temperature: float, anchors: slice = AL
 
 
 def dcl(view1: View, view2: View, *, temperature: float, anchors: slice = ALL) -> Loss:
-    """Compute the symmetric DCL (Yeh et al., 2022): NT-Xent whose candidates are negatives only.
+    """Compute the symmetric DCL (Yeh et al., 2022): NT-Xent without positives in the denominator.
 
     Example:
         >>> view1 = torch.tensor([[1.0, 0.0], [0.0, 1.0]])

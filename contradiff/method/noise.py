@@ -21,7 +21,9 @@ NUM_LEVELS = 3
 class NoiseParams(Section):
     """Parameters of section `noise`: how training timesteps are drawn."""
 
-    schedule: Literal["inverse_cosine", "uniform"] = Field(description="inverse_cosine: Sec. 3.4")
+    schedule: Literal["inverse_cosine", "uniform"] = Field(
+        description="inverse_cosine: mostly medium noise (Sec. 3.4) | uniform: all equally likely"
+    )
     uniform_mix: float = Field(
         ge=0, le=1, description="chance that a timestep of the reconstruction loss is uniform"
     )

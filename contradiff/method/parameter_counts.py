@@ -50,7 +50,7 @@ def count_parameters(model: ContraDiff, *, num_vae_parameters: int) -> Parameter
 
 
 def parameter_table(folder: Path, architecture: Architecture, *, image_size: int) -> str:
-    """Return a table of each module's parameters. The paper's base adds the paper's numbers.
+    """Return a table of each module's parameters. With the paper's base, it has the paper's too.
 
     The modules are built on the meta device from the base's configuration, without weights. The
     paper's sums include a linear classifier over 1000 classes, so the table then has it too.

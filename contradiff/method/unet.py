@@ -61,7 +61,7 @@ class SplitUNet:
     ) -> UNetState:
         """Run the down blocks, the mid block, and as many up blocks as the maps of `blocks` need.
 
-        The block "mid" needs no up blocks, which are 68% of a pass of Stable Diffusion's UNet.
+        The maps of "mid" need no up blocks, which are 68% of a pass of Stable Diffusion's UNet.
         """
         unet, tokens = self.unet, encoder_hidden_states
         time_embedding = unet.time_embedding(unet.get_time_embed(noisy_latents, timesteps))

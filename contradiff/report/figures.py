@@ -21,9 +21,7 @@ def plot_losses(curve: Mapping[str, Float[np.ndarray, " rows"]], *, dark: bool) 
         axes = iter(figure.subplots(2, 2).flat)
         for (name, title), axis in zip(panels.items(), axes, strict=False):
             values = curve[name]
-            dots = (
-                "." if len(values) < 20 else ""
-            )  # a line through a single point would be invisible
+            dots = "." if len(values) < 20 else ""  # a line of one point would be invisible
             axis.plot(curve["step"], values, color="C0", alpha=0.35, linewidth=0.8, marker=dots)
             # A moving average over a twentieth of the rows; the window is shorter at both ends.
             window, ones = np.ones(max(1, len(values) // 20)), np.ones(len(values))

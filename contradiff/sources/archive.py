@@ -4,7 +4,7 @@
 as n01440764). `ILSVRC2012_img_val.tar` contains the validation images, which are numbered. Their
 classes are in the development kit: line i of `ILSVRC2012_validation_ground_truth.txt` is the
 ILSVRC2012_ID of image i, and `meta.mat` says which wnid has this ID. The ILSVRC2012_ID is *not* the
-class label of this project, which is the wnid's place among the sorted wnids.
+class label of this project, which is the wnid's position in the sorted wnids.
 """
 
 import io
@@ -177,10 +177,8 @@ def _devkit_files(root: Path) -> dict[str, bytes]:
         if all((root / folder / name).is_file() for name in wanted):
             return {name: (root / folder / name).read_bytes() for name in wanted}
     if not path.is_file():
-        unpacked = f"{' or '.join(DEVKIT_FOLDERS)} with {' and '.join(wanted)}"
-        lacks = f"lacks {DEVKIT_ARCHIVE} (or the unpacked folder {unpacked})"
-        purpose = "which contains the labels of the validation images"
-        raise ValueError(f"data.root: {root} {lacks}, {purpose}")
+        lacks = f"lacks {DEVKIT_ARCHIVE}, which contains the labels of the validation images"
+        raise ValueError(f"data.root: {root} {lacks}; put it there, packed or unpacked")
     found: dict[str, bytes] = {}
     try:
         with tarfile.open(path, "r:gz") as archive:

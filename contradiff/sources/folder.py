@@ -30,7 +30,7 @@ def scan_folder(
     """List `train/<class>/*` and `<test>/<class>/*`. The classes are the sorted folders in train/.
 
     Messages name the parameter `key`. Raises ValueError if a folder is missing or unreadable, if
-    <test>/ has an unknown class, or if a class is empty (in <test>/ only without `may_be_empty`).
+    <test>/ has an unknown class, or if a class is empty. `may_be_empty` allows this in <test>/.
     """
     class_ids = _class_folders(root / "train", key)
     splits = {"train": _by_class(root / "train", class_ids, key)}

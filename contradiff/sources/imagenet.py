@@ -49,7 +49,7 @@ class RawImages:
     digest: str
 
     def check(self, batch_sizes: Mapping[str, int]) -> Iterator[str]:
-        """Yield a line for each split. Raises ValueError if a batch exceeds the training images."""
+        """Yield a line for each split; raises ValueError if a batch needs more training images."""
         num_train, classes = len(self.listing.splits["train"]), len(self.listing.class_ids)
         fault = f"is more than the {num_train} training images in {self.root}; lower it"
         if large := [f"{key}: {n} {fault}" for key, n in batch_sizes.items() if n > num_train]:
@@ -79,8 +79,8 @@ def scan_images(
 ) -> RawImages:
     """List the images below `root`. `scan_archives` explains `index_folder` and `verify`.
 
-    Raises ValueError if "auto" finds no layout or several, if data are missing, damaged or
-    contradictory, or if two images have the same key.
+    Raises ValueError if data are missing, damaged or contradictory, if two images have the same
+    key, or if the layout is "auto" and `root` has files of none or of several layouts (`MARKS`).
     """
     if layout == "auto":
         layout = _detect(root)
@@ -112,7 +112,7 @@ def scan_images(
 
 
 def reopen_images(manifest: Path, *, project: Path, **options: Any) -> RawImages:
-    """List a manifest's images again. Raises ValueError if they changed after it was written."""
+    """List the images that a manifest describes. Raises ValueError if they have changed since."""
     content = read_manifest(manifest)
     images = scan_images(project / content["root"], layout=content["layout"], **options)
     if images.digest != content["digest"]:

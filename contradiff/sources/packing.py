@@ -42,7 +42,7 @@ class IngestParams(Section):
     verify: Verify = Field(description="full: decode each image | header: check format and end")
     resize: int | None = Field(ge=8, description="shorter side to which larger images are scaled")
     max_quarantined: float = Field(
-        ge=0, lt=1, description="share of a split's images that may be unreadable and left out"
+        ge=0, lt=1, description="share of a split's images that may be left out as unreadable"
     )
 
 

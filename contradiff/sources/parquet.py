@@ -1,6 +1,6 @@
 """ImageNet from Hugging Face: parquet files with columns `image` {bytes, path} and `label`.
 
-A label is already the class's place among the sorted wnids (WordNet ids). This is checked if the
+A label is already the class's position in the sorted wnids (WordNet ids). This is checked if the
 images' names contain the wnids. To list the images, only labels, names and file footers are read.
 """
 
@@ -206,8 +206,8 @@ def _class_ids(
     ordered = [wnids[label] for label in sorted(wnids)]
     for earlier, later in pairwise(ordered):
         if earlier >= later:
-            order = "the wnids' places in sorted order, as in all other sources"
-            raise ValueError(f"data.root: {root}: labels are not {order} (see {later})")
+            fault = f"but {earlier} has a smaller label than {later}"
+            raise ValueError(f"data.root: {root}: labels must number the sorted wnids, {fault}")
     named = names if all(map(_WNID.fullmatch, names)) else []
     for ids in (ordered, named, sorted(synsets)):
         if len(ids) == num_classes and list(ids) == sorted(ids):

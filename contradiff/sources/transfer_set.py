@@ -73,7 +73,7 @@ class TransferSet:
         return content | described | {"sha256": hasher.hexdigest()}
 
     def check(self, shots: Sequence[int | Literal["full"]], *, verify: bool) -> Iterator[str]:
-        """Check the set, and yield a line about each split to log. `verify` checks the checksums.
+        """Check the data, and yield a line to log for each split. `verify` checks the checksums.
 
         Raises ValueError if data are missing or damaged, if an archive is not the official one, or
         if a class has fewer training images than the largest number in `shots`.

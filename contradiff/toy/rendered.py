@@ -16,7 +16,7 @@ from contradiff.files import hold_lock, replace_file, sha256_of
 RECIPE_NAME = ".rendered.json"
 """Name of the file with a folder's recipe. It is written last: incomplete folders lack it."""
 DIGITS_PER_CLASS = 60
-"""Number of training digits per class. Few-shot splits are drawn from them; others are tests."""
+"""Number of training digits per class. Few-shot sets are drawn from them; others are for tests."""
 
 
 def ensure_images(

@@ -27,7 +27,7 @@ class PretrainParams(Section):
     weight_decay: float = Field(ge=0)
     max_grad_norm: float = Field(gt=0)
     grad_accumulation: int = Field(
-        ge=1, description="microbatches per batch; contrastive negatives come from one only"
+        ge=1, description="parts (microbatches) of a batch; images are contrasted within a part"
     )
     ema_decay: float = Field(
         ge=0, lt=1, description="decay of the moving average of weights; 0: no average"

@@ -134,7 +134,7 @@ Density, coverage ↑ | 0.604, 0.800 | 500 features a side
 Inception score ↑ | 6.28 ± 0.17 | 1,000 samples | domain-classifier | resizer none | seed 7
 Probe top-1 ↑ | 73.4% [70.6%, 76.0%] | 95% interval | 1,000 images | linear head | seed 3
 Probe top-5 ↑ | 95.1% | 1,000 images | split val | linear head | attention | seed 3
-Transfer top-1, ridge ↑ | 81.2% ± 1.0% | random sets of digits, 25 images a class | 797 test | seed 3
+Transfer top-1, ridge ↑ | 81.2% ± 1.0% | 3 random sets of digits, 25 images | 797 test | seed 3
 Transfer top-1, SGD ↑ | 78.9% ± 1.2% | 3 random sets of digits
 Transfer top-1, ridge, full shots ↑ | 95.0% | Trained on all training images of digits, 797 test
 Transfer top-1, SGD, full shots ↑ | 96.0%

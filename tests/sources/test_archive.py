@@ -112,7 +112,7 @@ def test_missing_devkit_is_named_before_the_archives_are_read(
     (root / KIT).write_bytes(gzip.compress(tar_of([("kit/data/meta.mat", b"x")])))
     assert f"{KIT} lacks data/ILSVRC2012_validation_ground_truth.txt" in complaint(root)
     (root / KIT).unlink()
-    assert f"{root} lacks {KIT} (or the unpacked folder ILSVRC2012_" in complaint(root)
+    assert f"{root} lacks {KIT}, which contains the labels" in complaint(root)
 
 
 @pytest.mark.parametrize("wrong", ["1001", "2", "n01440764", "", "-1"])

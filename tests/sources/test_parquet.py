@@ -118,7 +118,7 @@ def test_labels_in_another_order_are_refused(tmp_path: Path, monkeypatch: pytest
     """By the ids of ILSVRC's kit, say: models would disagree with those of other sources."""
     monkeypatch.setattr("tests.sources.imagenet_layouts.WNIDS", tuple(reversed(WNIDS)))
     write_parquet(tmp_path, make_photos(seed=0))
-    with pytest.raises(ValueError, match=r"labels are not the wnids' places in sorted order"):
+    with pytest.raises(ValueError, match=r"labels must number the sorted wnids"):
         scan_parquet(tmp_path)
 
 

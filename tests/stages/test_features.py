@@ -240,7 +240,7 @@ def test_too_little_room_is_found_first(trained_project: Run, monkeypatch: pytes
         (HUB | {"more_triples": [[3, 2, 1]]}, r"features\.more_triples: "),
         ({"model": "diffeed", "pool": "mean", "noising": "ddim_chain"}, r"features\.noising: "),
         ({"model": "diffeed", "pool": "mean", "more_blocks": ["mid"]}, r"features\.more_blocks: "),
-        ({"more_triples": [[401, 101, 201]]}, r"features\.more_triples: a triple is repeated"),
+        ({"more_triples": [[401, 101, 201]]}, r"features\.more_triples: a list equals"),
         ({"more_triples": [[1, 2]]}, r"features\.more_triples: \[1, 2\]: set three"),
     ],
 )
