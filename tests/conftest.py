@@ -35,10 +35,7 @@ settings.load_profile("contradiff")
 
 @pytest.fixture(scope="session")
 def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A base with random weights in diffusers' format: 32 pixels, 8x8x4 latents, 2x2x32 bottleneck.
-
-    As in Stable Diffusion, the UNet's last down block and first up block lack cross-attention.
-    """
+    """A random base: 32 pixels, 8x8x4 latents, 2x2x32 bottleneck, attention as in SD's UNet."""
     import torch
     from diffusers import AutoencoderKL, UNet2DConditionModel
 
@@ -77,11 +74,7 @@ def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tiny_params() -> dict[str, Any]:
     """Parameters of `lora`, `conditioner` and `head` for a small ContraDiff on `tiny_base`."""
     return {
-        "lora": {
-            "rank": 4,
-            "alpha": 4.0,
-            "targets": ["attn2.to_q", "attn2.to_k", "attn2.to_v"],
-        },
+        "lora": {"rank": 4, "alpha": 4.0, "targets": ["attn2.to_q", "attn2.to_k", "attn2.to_v"]},
         "conditioner": {
             "input": "pixels",
             "patch_size": 8,
@@ -107,11 +100,7 @@ def tiny_params() -> dict[str, Any]:
 
 @pytest.fixture
 def build_tiny(tiny_base: Path, tiny_params: dict[str, Any]) -> Callable[..., ContraDiff]:
-    """Build a ContraDiff on `tiny_base` in evaluation mode. Keywords: `seed`, sections to change.
-
-    Weights that start at zero (LoRA's B, the conditioner's last layer) are made random, so that
-    all parts influence values and gradients.
-    """
+    """Build a ContraDiff on `tiny_base` in evaluation mode; weights that start at 0 get random."""
     import torch
 
     from contradiff.method.checkpoint import Architecture
@@ -121,12 +110,7 @@ def build_tiny(tiny_base: Path, tiny_params: dict[str, Any]) -> Callable[..., Co
         sections = {name: tiny_params[name] | changes.get(name, {}) for name in tiny_params}
         shapes = Architecture.model_validate(sections)
         with torch.random.fork_rng(devices=[]):
-            model = build_model(
-                tiny_base,
-                shapes,
-                image_size=32,
-                seed=seed,
-            )
+            model = build_model(tiny_base, shapes, image_size=32, seed=seed)
             with torch.no_grad():
                 for parameter in model.parameters():
                     if parameter.requires_grad and not parameter.any():
@@ -158,11 +142,7 @@ def save_tiny(tiny_base: Path, tiny_params: dict[str, Any]) -> Callable[..., Non
 
 @pytest.fixture(scope="session")
 def tiny_data(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with shards of images and latents: 24 train images (3 views), 8 val images (1 view).
-
-    A shard has six images: coloured waves of 40 x 36 pixels in three classes. The latents are the
-    moments that `tiny_base` gives for crops resized to 32 pixels.
-    """
+    """Shards (six images each) and latents of 24 train images (3 views) and 8 val images (1)."""
     import torch
 
     from contradiff.base.loading import load_vae
@@ -173,8 +153,7 @@ def tiny_data(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     from contradiff.data.shards import Sample, ShardIndex, image_record, write_split
     from tests.settings import LATENTS
 
-    folder = tmp_path_factory.mktemp("tiny_data")
-    vae = load_vae(tiny_base)
+    folder, vae = tmp_path_factory.mktemp("tiny_data"), load_vae(tiny_base)
     encoder = LatentEncoder(vae, LatentsParams.model_validate(LATENTS), image_size=32, seed=0)
     generator = torch.Generator().manual_seed(0)
     y, x = torch.meshgrid(torch.arange(40), torch.arange(36), indexing="ij")

@@ -35,8 +35,7 @@ def test_a_file_appears_at_the_end_only(tmp_path: Path):
         assert not path.exists()
     assert path.read_text() == "whole"
     interrupted(replace_file(path), lambda temporary: temporary.write_text("ha"))
-    assert path.read_text() == "whole"
-    assert names(path.parent) == ["file.txt"]
+    assert (path.read_text(), names(path.parent)) == ("whole", ["file.txt"])
 
 
 def test_a_folder_replaces_the_earlier_one_whole(tmp_path: Path):
@@ -46,8 +45,7 @@ def test_a_folder_replaces_the_earlier_one_whole(tmp_path: Path):
             (temporary / name).touch()
         assert names(path) == [name]
     interrupted(replace_dir(path), lambda temporary: (temporary / "half").touch())
-    assert names(path) == ["second"]
-    assert names(path.parent) == ["folder"]
+    assert (names(path), names(path.parent)) == (["second"], ["folder"])
     # Files left after a SIGKILL do not enter a new folder of a process with the same id.
     with replace_dir(path) as temporary:
         pass

@@ -51,11 +51,7 @@ def followers(stages: set[str]) -> set[str]:
 
 
 def touched_by(path: str) -> set[str]:
-    """Return the stages whose outs may change if a file changes.
-
-    Not among them: `validate`, whose out is constant, `prepare`, which always runs, and the frozen
-    stage `pretrain_base`, which runs only by hand.
-    """
+    """Return the stages whose outs a changed file may change, and that DVC runs because of it."""
     deps = {name: set(stage["deps"]) for name, stage in PIPELINE.items()}
     direct = {name for name in PIPELINE if is_within(path, deps[name])}
     return followers(direct - {"validate", "prepare", "pretrain_base"})
@@ -74,8 +70,7 @@ def test_rooms_are_those_that_the_stage_imports(stage: str, graph: grimp.ImportG
     files = [path for path in named if (ROOT / path).is_file()]
     code = {dep for dep in PIPELINE[stage]["deps"] if dep.startswith(("contradiff", "stages"))}
     assert [path for path in files if not is_within(path, code | NEVER_A_RESULT)] == []
-    idle = [dep for dep in code if not any(is_within(path, {dep}) for path in files)]
-    assert idle == []
+    assert [dep for dep in code if not any(is_within(path, {dep}) for path in files)] == []
 
 
 @pytest.mark.parametrize(

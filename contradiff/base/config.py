@@ -39,8 +39,7 @@ class BaseParams(Section):
             needed = "a full commit hash (40 digits) when base.source is hub"
             raise ValueError(f"base.revision must be {needed}")
         if self.source == "local" and self.revision is not None:
-            fault = "has no meaning when base.source is local"
-            raise ValueError(f"base.revision {fault}; set it to null")
+            raise ValueError("base.revision must be null when base.source is local")
         return self
 
 

@@ -37,7 +37,7 @@ def downsampling_factor(vae: "AutoencoderKL") -> int:
 
 @torch.no_grad()
 def encode(vae: "AutoencoderKL", pixels: Pixels) -> Moments:
-    """Encode images as moments, with log-variances clipped to LOG_VARIANCE_RANGE."""
+    """Encode images as moments: means, and log-variances clipped to LOG_VARIANCE_RANGE."""
     posterior = vae.encode(pixels).latent_dist  # pyright: ignore[reportAttributeAccessIssue]
     return torch.cat([posterior.mean, posterior.logvar.clamp(*LOG_VARIANCE_RANGE)], dim=1)
 

@@ -31,7 +31,7 @@ _TAR_BLOCK, _TAR_RECORD, _NPY_HEADER = 512, 10240, 128
 
 @dataclass(frozen=True)
 class CutImages:
-    """The crops of some images, image by image. The VAE encodes all of them in one pass."""
+    """The crops of some images, grouped by image. The VAE encodes all of them in one pass."""
 
     keys: tuple[str, ...]
     crops: tuple[tuple[Crop, ...], ...]

@@ -22,9 +22,9 @@ class LatentsParams(Section):
 
     views: int = Field(ge=1, description="K: one centre crop, plus K-1 random crops for training")
     flips: bool = Field(description="also encode the mirror image of each training crop")
-    crop_scale_min: float = Field(gt=0, le=1, description="smallest area share of a random crop")
+    crop_scale_min: float = Field(gt=0, le=1, description="smallest crop, as share of the area")
     colour_jitter: float = Field(ge=0, le=1, description="SimCLR's strength, for random crops")
-    dtype: Literal["float16", "bfloat16"] = Field(description="type of stored means, log-variances")
+    dtype: Literal["float16", "bfloat16"] = Field(description="type of the stored latents")
     min_psnr: float = Field(description="smallest allowed mean PSNR of decoded latents, in dB")
     batch_size: int = Field(ge=1, description="number of crops that the VAE encodes in one pass")
 
@@ -38,7 +38,7 @@ class LatentsParams(Section):
 
 @dataclass(frozen=True)
 class StoredLatents:
-    """The moments of an image's views. A view is an encoded crop; view 0 is the centre crop.
+    """Means and log-variances of an image's views (encoded crops). View 0 is the centre crop.
 
     If latents.flips is true, the mirror images follow the views, in the same order. The moments
     are float16, or float32 with bfloat16 values, since NumPy has no bfloat16.

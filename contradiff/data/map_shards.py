@@ -101,7 +101,7 @@ def map_shards(
 def missing_items(
     items: Sequence[Item], work_dir: Path, *, name_of: Callable[[Item], str]
 ) -> list[Item]:
-    """Return the items that `map_shards` has not finished, which are those without a valid note."""
+    """Return the items that `map_shards` has not finished: they have no valid note (JSON file)."""
     return [item for item in items if _read_note(work_dir / f"{name_of(item)}.json") is None]
 
 
@@ -123,7 +123,7 @@ def publish_shards(
 
 
 def _read_note(note: Path) -> Made | None:
-    """Read an item's note. Return None without a note, or if a file's size is not as noted."""
+    """Read an item's note; return None if it is missing or a file does not have the noted size."""
     if not note.is_file():
         return None
     content = json.loads(note.read_text(encoding="utf-8"))

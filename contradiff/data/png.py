@@ -25,7 +25,7 @@ def encode_png(image: UInt8[Tensor, "3 height width"]) -> bytes:
 def image_grid(images: ByteImages, *, columns: int, min_side: int = 64) -> bytes:
     """Return one PNG with square images in rows. The rest of the last row is white.
 
-    Images smaller than `min_side` pixels are enlarged by a whole factor, without smoothing.
+    Images smaller than `min_side` pixels are enlarged by an integer factor, without smoothing.
     """
     factor = -(-min_side // images.shape[-1])
     enlarged = images.repeat_interleave(factor, dim=2).repeat_interleave(factor, dim=3)
@@ -34,7 +34,7 @@ def image_grid(images: ByteImages, *, columns: int, min_side: int = 64) -> bytes
 
 
 def paired_grid(above: ByteImages, below: ByteImages, *, columns: int) -> bytes:
-    """Return a grid (`image_grid`) where each row of `above` is followed by its row of `below`."""
+    """Return a grid (`image_grid`) where each row of `above` has its row of `below` under it."""
     pairs = torch.stack([_rows(above, columns), _rows(below, columns)], dim=1)
     return image_grid(pairs.flatten(0, 2), columns=columns)
 

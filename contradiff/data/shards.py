@@ -109,7 +109,7 @@ class ShardIndex(Generic[InfoT]):
     def shards(self, split: str) -> tuple[Shard, ...]:
         """Return the shards of a split, in order. Raises ValueError if the split does not exist."""
         if split not in self.splits:
-            raise ValueError(f"no split {split!r} among {sorted(self.splits)}")
+            raise ValueError(f"there is no split {split!r}, only {sorted(self.splits)}")
         return self.splits[split]
 
 
@@ -202,7 +202,7 @@ def read_shard(path: Location, shard: Shard) -> Iterator[dict[str, bytes]]:
     if stream.hasher.hexdigest() != shard.sha256:
         raise _fault(path, f"damaged (its sha256 is not the one in {INDEX_NAME})")
     if num_samples != shard.num_samples:
-        raise _fault(path, f"{num_samples} samples, but {INDEX_NAME} says {shard.num_samples}")
+        raise _fault(path, f"has {num_samples} samples, but {INDEX_NAME} says {shard.num_samples}")
 
 
 def read_split(folder: Location, split: str) -> Iterator[dict[str, bytes]]:

@@ -116,9 +116,9 @@ def train_probes(
     """Train one probe for each setting; a probe that diverges does not affect the others.
 
     Without an attention head, the probes are linear and share one BatchNorm, which has no
-    parameters. With an attention head, the inputs are maps and each probe trains its own copy of
+    parameters. With an attention head, the inputs are UNet maps; each probe trains its own copy of
     the head. Rows 2 and 3 of Table 7 need this: the head is untrained without the contrastive loss.
-    All probes start with the same weights and see the same batches. Their mode is evaluation.
+    All start with the same weights and see the same batches. They are returned in evaluation mode.
 
     The batches of an epoch differ in size by one at most, because BatchNorm's statistics over a
     small last batch would be poor. Raises ValueError if a batch would have a single sample.

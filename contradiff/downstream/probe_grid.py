@@ -1,4 +1,4 @@
-"""Train a probe for every pair of cached feature and SGD setting, and write a table of them.
+"""Train a probe for each pair of a stored feature and an SGD setting, and write a table of them.
 
 The headline score is that of the configured setting after its last epoch, even if another setting
 of the grid is better. To choose a setting, set probe.split: dev, which tests on a tenth of the
@@ -93,8 +93,8 @@ def write_grid(
 ) -> None:
     """Write each probe's feature, setting and accuracy (empty if the training diverged) as CSV.
 
-    The column `name` is "configured" for the headline, "table2" for the main feature with Table 2's
-    setting, "configured+table2" if both are the same, and otherwise empty.
+    The column `name` is "configured" for the feature and setting of params.yaml, "table2" for this
+    feature with Table 2's setting, "configured+table2" if both are the same, and otherwise empty.
     """
     rows: list[dict[str, object]] = []
     for number, head in enumerate(grid):

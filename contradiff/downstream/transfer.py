@@ -60,7 +60,7 @@ class TransferParams(SgdParams):
 
 @dataclass(frozen=True)
 class FewShots:
-    """A few-shot set: images drawn from the pool; `rows` are their indices there, ascending."""
+    """A few-shot set: `rows` are indices in the pool (all training images), ascending."""
 
     shots: Shots
     seed: int
@@ -106,7 +106,7 @@ class TransferTask:
         return sorted({row for split in self.splits for row in split.rows})
 
     def places(self, split: FewShots) -> Int64[Tensor, " rows"]:
-        """Return where the list `used` has the images of one few-shot set, as indices."""
+        """Return the indices, within the list `used`, of the images of one few-shot set."""
         return torch.from_numpy(np.searchsorted(self.used, split.rows))
 
     def batches(self, images: TransferSplit, rows: Sequence[int]) -> Iterator[CleanBatch]:
@@ -192,7 +192,7 @@ def ridge_top1(train: LabelledFeatures, test: LabelledFeatures, *, ridge: float)
 
     Each feature is first scaled to mean 0 and variance 1 over the training samples. `ridge` is
     λ > 0 in ‖XW − Y‖² + λ‖W‖², not divided by n. The bias is not penalised. Features are not
-    decorrelated as well, because λ would then only scale the logits.
+    decorrelated, because λ would then only scale the logits.
     """
     from sklearn.linear_model import RidgeClassifier
     from sklearn.pipeline import make_pipeline

@@ -82,7 +82,7 @@ class ExtractorCard(Section):
     image_size: int | None = None
     width: int | None = None
     val_accuracy: float | None = Field(default=None, ge=0, le=1, description="top-1 accuracy")
-    val_count: int | None = Field(default=None, description="images for val_accuracy")
+    val_count: int | None = Field(default=None, description="images that gave val_accuracy")
     weights_sha256: str
 
 

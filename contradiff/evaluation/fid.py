@@ -55,7 +55,7 @@ class FeatureStatistics:
 
     @property
     def covariance(self) -> Float64[Tensor, "d d"]:
-        """The unbiased covariance."""
+        """The unbiased covariance of the features."""
         assert self.num_samples > 1, "one sample has no covariance"
         return self.scatter / (self.num_samples - 1)
 
@@ -100,7 +100,7 @@ def frechet_distance(
 
 
 def _factor(covariance: Float64[Tensor, "d d"]) -> Float64[Tensor, "d rank"]:
-    """Return V Λ^½, without eigenvalues that are zero up to rounding: their roots would add up."""
+    """Return V Λ^½ without eigenvalues that are only rounding errors, as their roots are large."""
     eigenvalues, eigenvectors = torch.linalg.eigh(covariance)
     rounding = len(eigenvalues) * torch.finfo(torch.float64).eps * eigenvalues.max()
     kept = eigenvalues > rounding.clamp(min=0)

@@ -102,7 +102,7 @@ class Measurement:
                 mean, scatter, kept, logits = map(file.get_tensor, _TENSORS)
         except (OSError, SafetensorError, KeyError) as error:
             raise ValueError(
-                f"{path}: no measurement that this version of ContraDiff reads ({error!r})"
+                f"{path}: not a measurement that this version of ContraDiff can read ({error!r})"
             ) from error
         source = FeatureSource(**facts["source"])
         return cls(FeatureStatistics(source, facts["num_samples"], mean, scatter), kept, logits)

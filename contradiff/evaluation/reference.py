@@ -45,7 +45,7 @@ class ReferenceCard(Section):
 def write_reference(
     folder: Path, card: ReferenceCard, measurements: Mapping[str, Measurement]
 ) -> None:
-    """Write the card and the measurement of each resizer to `folder`, which is replaced."""
+    """Write reference.json and each resizer's measurement to `folder`, which is replaced."""
     with replace_dir(folder) as temporary:
         for resizer, measurement in measurements.items():
             measurement.save(temporary / f"{resizer}.safetensors")

@@ -61,14 +61,14 @@ class CacheIndex(BaseModel):
 
     @classmethod
     def read(cls, folder: Path) -> "CacheIndex":
-        """Read an index; raises ValueError if it or a listed file is missing or of wrong size."""
+        """Read an index; raises ValueError if a file is missing, damaged or of the wrong size."""
         path, remedy = folder / INDEX_NAME, f"run `dvc repro features`, or `dvc pull {folder}`"
         if not path.is_file():
             raise ValueError(f"{path}: there are no features; {remedy}")
         try:
             index = cls.model_validate_json(path.read_text())
         except ValidationError:
-            raise ValueError(f"{path}: is not a valid index; run `dvc repro features`") from None
+            raise ValueError(f"{path}: not a valid index; run `dvc repro features`") from None
         for shard in chain(*index.shards.values(), *index.maps.values()):
             file = folder / shard.name
             if not file.is_file() or file.stat().st_size != shard.num_bytes:
@@ -99,7 +99,7 @@ class ModelFolders:
 
 @dataclass(frozen=True)
 class FeatureCache:
-    """A folder of features that is open for reading. The main feature is `index.columns[0]`."""
+    """A folder of features that is open for reading. `index.columns[0]` is the main feature."""
 
     folder: Path
     index: CacheIndex
@@ -142,7 +142,7 @@ class FeatureCache:
         return [key for header in headers for key in json.loads(header["keys"])]
 
     def maps(self, split: str) -> ConcatDataset[Tensor]:
-        """Memory-map a split's maps (3, channels, h, w). Raises ValueError if none are stored."""
+        """Memory-map a split's UNet maps (3, c, h, w). Raises ValueError if none are stored."""
         if not self.index.maps:
             fault = "no maps are stored; for probe.head: attentive, run `dvc repro features`"
             raise ValueError(f"{self.folder / INDEX_NAME}: {fault}")

@@ -1,4 +1,4 @@
-"""The UNet's maps during DDIM inversion, which turns an image into noise without random noise."""
+"""The UNet's maps during DDIM inversion, which turns an image into noise without random numbers."""
 
 from collections.abc import Sequence
 

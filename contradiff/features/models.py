@@ -159,7 +159,7 @@ class LabelledFeatures:
     keys: tuple[str, ...]
 
     def __getitem__(self, rows: Int64[Tensor, " rows"]) -> "LabelledFeatures":
-        """Return the images of the given rows, in that order."""
+        """Return the features of the given rows, in that order."""
         keys = tuple(self.keys[row] for row in rows.tolist())
         return LabelledFeatures(self.features[rows], self.labels[rows], keys)
 
@@ -176,7 +176,7 @@ class LabelledFeatures:
 def compute_features(
     model: FeatureModel, batches: Iterable[CleanBatch], *, on_progress: Tick = lambda _: None
 ) -> LabelledFeatures:
-    """Compute the main feature of all batches as float32, and keep all of them in memory."""
+    """Compute the model's first feature for all batches, as float32, and keep all in memory."""
     found: list[LabelledFeatures] = []
     for batch in batches:
         features = model(batch)[model.columns[0].name].float().cpu()

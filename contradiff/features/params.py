@@ -62,8 +62,8 @@ class FeaturesParams(Section):
                 key = "features.more_triples" if number else "features.timesteps"
                 raise ValueError(f"{key}: {triple}: set three different timesteps of 0 or more")
         if len(set(map(frozenset, self.triples))) < len(self.triples):
-            key = "features.more_triples"
-            raise ValueError(f"{key}: a list equals another or features.timesteps; remove it")
+            fault = "a list has the same timesteps as another list or features.timesteps"
+            raise ValueError(f"features.more_triples: {fault}; remove it")
         if len(set(self.more_blocks)) < len(self.more_blocks):
             raise ValueError(f"features.more_blocks: {self.more_blocks}: name each block once")
         return self
@@ -77,9 +77,9 @@ class FeaturesParams(Section):
                 "set features.pool: mean"
             )
         if self.model == "diffeed" and self.noising != "direct":
-            raise ValueError(f"features.noising: set it to direct; {model} supports no other")
+            raise ValueError(f"features.noising: set it to direct; {model} needs this")
         if self.model in ("diffeed", "timm") and self.more_blocks:
-            raise ValueError(f"features.more_blocks: set it to []; {model} supports no others")
+            raise ValueError(f"features.more_blocks: set it to []; {model} does not use it")
         if is_timm and self.timm_name is None:
             raise ValueError("features.timm_name: set a model, such as vit_base_patch16_224")
         if is_timm and (self.timm_weights is None) != self.timm_pretrained:

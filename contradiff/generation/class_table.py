@@ -38,14 +38,14 @@ class ClassConditionParams(Section):
 
     epochs: int = Field(ge=0, description="0: no table; generate.condition: class needs 1 or more")
     width: int = Field(ge=1, description="width of an embedding")
-    drop: float = Field(ge=0, lt=1, description="chance that a label is replaced by the null class")
+    drop: float = Field(ge=0, lt=1, description='chance that "no class" replaces a label')
     batch_size: int = Field(ge=1, description="images per optimiser step")
     lr: float = Field(gt=0, description="peak learning rate")
     lora: bool = Field(description="whether the denoiser keeps its LoRA, here and in generation")
 
 
 class ClassTable(nn.Module):
-    """An embedding for each class and for the null class, mapped to the UNet's width (Sec. 4.2.2).
+    """An embedding for each class and for "no class", mapped to the UNet's width (Sec. 4.2.2).
 
     The last layer starts at zero, as in the conditioner, so that all tokens are zero at first.
 
@@ -62,7 +62,7 @@ class ClassTable(nn.Module):
 
     @property
     def null_label(self) -> int:
-        """Return the label of the null class, which is the number of classes."""
+        """Return the label of the null class ("no class"), which is the number of classes."""
         return self.embedding.num_embeddings - 1
 
     def forward(self, labels: Int64[Tensor, " batch"]) -> Tokens:

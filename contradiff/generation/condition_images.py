@@ -41,7 +41,7 @@ def write_conditions(
 
 
 def condition_images(folder: Path, *, start: int) -> Iterator[tuple[ByteImages, Latents]]:
-    """Yield the stored images endlessly, from number `start` on. After the last comes the first.
+    """Yield the stored images endlessly, from number `start` on; the first follows the last.
 
     Each image is a batch of one, as pixels and as a latent. Shards before number `start` are not
     read. Raises ValueError if there are no images, or if a shard is missing or damaged.

@@ -65,7 +65,7 @@ def load_conditioning(
 def seeded_noise(
     shape: tuple[int, ...], *, seed: int, indices: range, stream: Literal["latent", "condition"]
 ) -> Float[Tensor, "batch ..."]:
-    """Draw Gaussian noise of `shape` for each sample, independent for each value of `stream`.
+    """Draw Gaussian noise of `shape` for each sample; each `stream` gets independent noise.
 
     The noise does not depend on batch size, device or number of processes.
     """
@@ -108,7 +108,7 @@ def image_conditional(model: ContraDiff, folder: Path, *, null_tokens: TokensOf)
 
 
 def class_conditional(table: class_table.ClassTable) -> Conditioning:
-    """Condition samples on all classes in turn (Table 5). The null condition is the null class."""
+    """Condition samples on all classes in turn (Table 5). The null condition is "no class"."""
 
     @torch.inference_mode()
     def tokens_of(labels: list[int]) -> Tokens:

@@ -23,7 +23,7 @@ class HeadParams(Section):
         description="UNet block that gives the maps: mid (paper) | up.1, pooled to mid's size | "
         "mid+up.1: both"
     )
-    width: int = Field(ge=1, description="width of the attention and of h; 1024 at paper scale")
+    width: int = Field(ge=1, description="width of the attention and the feature h; paper: 1024")
     residual: Literal["none", "value"] = Field(
         description="none: Eq. 4 as printed (paper) | value: the values V are added to the output, "
         "and the mean of the tokens to the class token"
@@ -34,7 +34,7 @@ class HeadParams(Section):
     num_heads: int = Field(ge=1)
     mlp_ratio: int = Field(ge=1)
     self_conditioning: bool = Field(
-        description="show the pooled bottleneck to the UNet's up blocks (paper: no)"
+        description="show the mid block's pooled output to the up blocks (paper: no)"
     )
     projector_width: int = Field(ge=1)
     projector_out: int = Field(ge=1)
@@ -114,8 +114,8 @@ class TriTimestepAttention(nn.Module):
         """Let every layer return its input, so that h starts as the pooled map with least noise.
 
         W_V and the values of the class token's block are orthogonal, and both MLPs add nothing.
-        With the residual the two attentions add nothing either. Without it, their output layers
-        are identities instead: h would be a constant if nothing came through the attention.
+        With residual "value", the two attentions add nothing either. With "none", their output
+        layers are identities instead: h would be a constant if nothing came through the attention.
         """
         nn.init.orthogonal_(self.to_v.weight)
         nn.init.orthogonal_(self.block.to_qkv.weight[-len(self.to_v.weight) :])

@@ -29,11 +29,11 @@ ALL = slice(None)
 class LossParams(Section):
     """Parameters of section `loss`: reconstruction + lambda * contrastive (Eq. 7)."""
 
-    weight: float = Field(alias="lambda", ge=0, description="lambda of Eq. 7")
+    weight: float = Field(alias="lambda", ge=0, description="weight of the contrastive loss")
     contrastive: Literal["ntxent", "dcl_paper", "dcl", "infonce", "dispersive"] = Field(
         description="which contrastive loss; dcl_paper is Eq. 6, averaged over images"
     )
-    temperature: float = Field(gt=0, description="tau of Eq. 6")
+    temperature: float = Field(gt=0, description="divides similarities (tau, Eq. 6)")
     latent_views: Literal["same", "two"] = Field(
         description="same: both views add noise to one latent (Eq. 5) | two: view 1 adds noise to"
         " the latent of the centre crop, view 2 to the latent of a random crop"

@@ -56,8 +56,8 @@ def draw_timesteps(
     """Draw three timesteps for each of the two views of each image (Eqs. 4, 5).
 
     The reconstruction loss uses the first `recon_passes` of the six timesteps, ordered by view,
-    then by level. With probability `uniform_mix`, a uniform draw replaces each of these, also for
-    the contrastive loss. The result is not sorted, so that each timestep follows the schedule.
+    then by level. With probability `uniform_mix`, each of these is drawn again uniformly, for both
+    losses. The result is not sorted, so that each timestep follows the schedule.
 
     *Deviation*: the paper draws no timesteps uniformly (uniform_mix 0). Timesteps above 700, which
     generation needs, are then only 1.7% of the draws.

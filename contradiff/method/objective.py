@@ -21,8 +21,8 @@ from contradiff.types import Features, Latents, Timesteps, Tokens
 class TrainingBatch:
     """The inputs of one training step: two views of each image, with three noise levels each.
 
-    All random numbers are in it. `cond_views` is 1 if both views share one condition, otherwise 2.
-    Where `dropped` is true, `condition_noise` replaces the condition.
+    `cond_views` is 1 if both views share one condition, otherwise 2. Where `dropped` is true,
+    `condition_noise` replaces the condition. The batch has all random numbers of the step.
     """
 
     latents: Float[Tensor, "2 batch channels h w"]
@@ -86,7 +86,7 @@ class TrainingStep(nn.Module):
         return {"loss": total, "reconstruction": reconstruction, "contrastive": contrastive}
 
     def _encode_conditions(self, batch: TrainingBatch, draws: slice) -> Tokens:
-        """Return encoder_hidden_states for the draws; a shared condition is encoded only once."""
+        """Return the tokens of the noisy latents `draws`; a shared condition is encoded once."""
         num_views = -(-draws.stop // NUM_LEVELS)
         # c(noise) is the unconditional mode (App. A) and the null condition of guidance.
         is_dropped = batch.dropped[:num_views, :, None, None, None]

@@ -142,7 +142,7 @@ def _attended(block: nn.Module, tokens: Tokens) -> dict[str, Tokens]:
 
 
 def block_channels(unet: "UNet2DConditionModel", block: MapBlock) -> int:
-    """Return the channels of `SplitUNet.maps`. Both blocks of Stable Diffusion have 1280."""
+    """Return the number of channels of `SplitUNet.maps`; Stable Diffusion's blocks have 1280."""
     widths: Sequence[int] = unet.config["block_out_channels"][::-1]
     if block == "mid":
         return widths[0]
@@ -151,7 +151,7 @@ def block_channels(unet: "UNet2DConditionModel", block: MapBlock) -> int:
 
 
 class SelfCondition(nn.Module):
-    """A layer that shows the bottleneck to the up blocks (DDAE++, Xiang et al., 2025).
+    """A layer that shows the mid block's output to the up blocks (DDAE++, Xiang et al., 2025).
 
     The layer projects the pooled bottleneck; the result is added to the up blocks' time embedding,
     so that the reconstruction loss trains the bottleneck to describe the complete image. The layer

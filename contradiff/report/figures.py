@@ -41,7 +41,7 @@ def plot_embeddings(
 ) -> bytes:
     """Draw several embeddings of the same images side by side, coloured by class, as a PNG.
 
-    `panels` maps a title to the images' positions. The median of a class shows the class's number.
+    `panels` maps a title to the images' positions. A class's number is at the median of its images.
     """
     from matplotlib import colormaps, patheffects, rc_context
     from matplotlib.figure import Figure

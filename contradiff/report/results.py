@@ -46,7 +46,7 @@ class MeanStd(_Record):
     """Mean and standard deviation of an accuracy over random few-shot training sets."""
 
     mean: Fraction
-    std: float | None = Field(ge=0, description="None for a single set")
+    std: float | None = Field(ge=0, description="None for one few-shot set")
 
 
 class ShotsRecord(_Record):
@@ -59,7 +59,7 @@ class ShotsRecord(_Record):
 
 
 class TransferRecord(ShotsRecord):
-    """Content of metrics/transfer.json: results of the main number of shots, and of all numbers."""
+    """Content of metrics/transfer.json: results of the first number of shots, and of all."""
 
     shots: int | Literal["full"] = Field(description="training images of each class")
     total: Count = Field(description="number of test images")

@@ -147,7 +147,7 @@ def _labelled(
 
 
 def read_devkit(root: Path) -> tuple[list[str], dict[str, str]]:
-    """Return the images' wnids, and class names by wnid. Raises ValueError if the kit is bad."""
+    """Return each validation image's wnid, and names by wnid; ValueError if the kit is damaged."""
     from scipy.io import loadmat
 
     contents = _devkit_files(root)

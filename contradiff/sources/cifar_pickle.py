@@ -29,7 +29,7 @@ class _ByteArray(np.ndarray):
 
 
 def _encode(text: str, encoding: object = "latin1") -> bytes:
-    """Python 3 writes bytes as a call of this function (pickle protocol 2)."""
+    """Replaces `_codecs.encode`; pickles of Python 3 (protocol 2) call it to build bytes."""
     if encoding not in ("latin1", b"latin1"):
         raise pickle.UnpicklingError(
             f"bytes have the encoding {encoding!r}, but only latin1 is allowed"
@@ -56,7 +56,7 @@ class _CifarUnpickler(pickle.Unpickler):
 
 
 def read_mapping(content: bytes, *, shown: str) -> dict[str, object]:
-    """Unpickle a mapping of plain data. Raise ValueError with the name `shown` for other data."""
+    """Unpickle a mapping of plain data; ValueError for other data, which names the file `shown`."""
     try:
         value: object = _CifarUnpickler(io.BytesIO(content), encoding="bytes").load()
     except Exception as error:  # pickle does not document which errors a damaged file causes

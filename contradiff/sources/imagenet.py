@@ -49,7 +49,7 @@ class RawImages:
     digest: str
 
     def check(self, batch_sizes: Mapping[str, int]) -> Iterator[str]:
-        """Yield a line for each split; raises ValueError if a batch needs more training images."""
+        """Yield a log line for each split; raises ValueError if a batch needs more images."""
         num_train, classes = len(self.listing.splits["train"]), len(self.listing.class_ids)
         fault = f"is more than the {num_train} training images in {self.root}; lower it"
         if large := [f"{key}: {n} {fault}" for key, n in batch_sizes.items() if n > num_train]:
@@ -112,7 +112,7 @@ def scan_images(
 
 
 def reopen_images(manifest: Path, *, project: Path, **options: Any) -> RawImages:
-    """List the images that a manifest describes. Raises ValueError if they have changed since."""
+    """List the images that a manifest file describes. Raises ValueError if they have changed."""
     content = read_manifest(manifest)
     images = scan_images(project / content["root"], layout=content["layout"], **options)
     if images.digest != content["digest"]:
@@ -127,7 +127,7 @@ def relative_to_project(path: Path, *, project: Path) -> str:
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
-    """Read a manifest that the stage `prepare` wrote. Raises ValueError if it is missing."""
+    """Read a manifest, a file from the stage `prepare`. Raises ValueError if it is missing."""
     if not path.is_file():
         raise ValueError(f"{path}: missing; run `dvc repro prepare`")
     return json.loads(path.read_text(encoding="utf-8"))

@@ -106,7 +106,7 @@ class ShardMaker:
     work: Path
 
     def __call__(self, planned: PlannedShard, tick: Tick) -> Made:
-        """Write one shard, completely or not at all. Without a readable image, there is no file.
+        """Write one shard, completely or not at all. If no image is readable, no file is written.
 
         Raises ValueError if an image's size has changed since the plan was made, or if earlier
         shards had too many unreadable images.

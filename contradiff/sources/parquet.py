@@ -207,7 +207,7 @@ def _class_ids(
     for earlier, later in pairwise(ordered):
         if earlier >= later:
             fault = f"but {earlier} has a smaller label than {later}"
-            raise ValueError(f"data.root: {root}: labels must number the sorted wnids, {fault}")
+            raise ValueError(f"data.root: {root}: labels must follow the wnids' order, {fault}")
     named = names if all(map(_WNID.fullmatch, names)) else []
     for ids in (ordered, named, sorted(synsets)):
         if len(ids) == num_classes and list(ids) == sorted(ids):

@@ -47,7 +47,7 @@ class TransferSet:
 
     @classmethod
     def reopen(cls, manifest: Path, *, project: Path) -> "TransferSet":
-        """Open the set that a manifest describes. Raises ValueError if the set has changed."""
+        """Open the set that a manifest file describes. Raises ValueError if it has changed."""
         content = read_manifest(manifest)
         images = cls(project / content["root"], content["source"])
         if images.manifest(project=project) != content:

@@ -78,7 +78,7 @@ class ViewChooser:
     def _choose(
         self, epoch: int, pair: Pair
     ) -> tuple[Float[Tensor, "2 moments h w"], Shaped[Tensor, "*shape"]]:
-        """Return the moments of two views of one image, and their condition."""
+        """Return means and log-variances of two views of an image, and their condition."""
         stored = StoredLatents.of_record(pair[1])
         rng = np.random.default_rng([self.seed, epoch, crc32(stored.key.encode())])
         num_stored = len(stored.crops)

@@ -97,8 +97,7 @@ def build_adamw(
     """
     trainable = [(name, param) for name, param in named_parameters if param.requires_grad]
     if not trainable:
-        remedy = "check lora.targets, and which modules are frozen"
-        raise ValueError(f"no trainable parameters; {remedy}")
+        raise ValueError("no trainable parameters; check lora.targets, and what is frozen")
     groups = [
         {"params": [p for n, p in trainable if is_decayed(n, p)], "weight_decay": weight_decay},
         {"params": [p for n, p in trainable if not is_decayed(n, p)], "weight_decay": 0.0},

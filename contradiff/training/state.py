@@ -39,7 +39,7 @@ class SavedState:
             save_file(contiguous, temporary, metadata)
 
     def resume(self, optimizer: torch.optim.Optimizer) -> int:
-        """Load weights, moments and curve; return the number of steps done (0 without a file)."""
+        """Load weights, optimiser's moments and curve; return the number of steps done (or 0)."""
         if not self.file.is_file():
             return 0
         moments: dict[int, dict[str, Tensor]] = {}

@@ -101,7 +101,7 @@ def test_a_manifest_sees_every_file_of_a_local_base(base: Path):
     [
         ("hub", None, "must be a full commit hash"),
         ("hub", "main", "must be a full commit hash"),
-        ("local", "a" * 40, "has no meaning"),
+        ("local", "a" * 40, "must be null"),
     ],
 )
 def test_a_hub_id_needs_its_commit_and_a_folder_has_none(

@@ -43,8 +43,7 @@ def test_sample_is_that_of_diffusers():
     posterior = DiagonalGaussianDistribution(moments.float())
     expected = posterior.sample(torch.Generator().manual_seed(3)) * 0.18215
     noise = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(3))
-    shown = sample(moments, noise=noise, scaling_factor=0.18215)
-    torch.testing.assert_close(shown, expected)
+    torch.testing.assert_close(sample(moments, noise=noise, scaling_factor=0.18215), expected)
     mean = mode(moments, scaling_factor=0.18215)
     assert mean.dtype == torch.float32
     assert mean.equal(sample(moments, noise=torch.zeros_like(noise), scaling_factor=0.18215))

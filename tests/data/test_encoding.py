@@ -28,8 +28,7 @@ CENTRE = Crop(2, 0, 36, 36, mirrored=False)
 @pytest.fixture(scope="module")
 def base(tiny_base: Path) -> LatentEncoder:
     """An encoder as `tiny_data` was made by."""
-    params = LatentsParams.model_validate(LATENTS)
-    return LatentEncoder(load_vae(tiny_base), params, 32, 0)
+    return LatentEncoder(load_vae(tiny_base), LatentsParams.model_validate(LATENTS), 32, 0)
 
 
 def changed(encoder: LatentEncoder, **changes: Any) -> LatentEncoder:
@@ -187,8 +186,7 @@ def test_unreadable_images_are_named_in_one_line(base: LatentEncoder, num_worker
 
 
 def test_sizes_are_those_of_written_shards(base: LatentEncoder, tiny_data: Path):
-    index = ShardIndex.read(tiny_data / "latents", LatentInfo)
-    for split, shards in index.splits.items():
+    for split, shards in ShardIndex.read(tiny_data / "latents", LatentInfo).splits.items():
         for shard in shards:
             assert base.shard_bytes(split, shard.num_samples) == shard.num_bytes
     more = changed(base, flips=True)
@@ -215,8 +213,7 @@ def test_reconstruction_is_diffusers_own(base: LatentEncoder, tiny_data: Path):
     assert error.max() <= 1 / 127.5 + 1e-3  # rounding to bytes, and float16
     assert found.std == pytest.approx(0.5 * mean.std().item(), rel=1e-3)
     squares = (found.originals.double() - found.decoded).square().mean(dim=(1, 2, 3))
-    expected = (10 * torch.log10(255**2 / squares)).mean().item()
-    assert found.psnr == pytest.approx(expected, rel=1e-5)
+    assert found.psnr == pytest.approx((10 * torch.log10(255**2 / squares)).mean().item(), rel=1e-5)
 
 
 def test_latents_that_show_too_little_are_refused(base: LatentEncoder, tiny_data: Path):
@@ -230,8 +227,7 @@ def test_another_scaling_factor_than_the_bases_shows(
     base: LatentEncoder, tiny_data: Path, monkeypatch: pytest.MonkeyPatch
 ):
     right = of_val(base, tiny_data)
-    other = base.info.model_copy(update={"scaling_factor": 1.0})
-    monkeypatch.setattr(LatentEncoder, "info", other)
+    monkeypatch.setattr(LatentEncoder, "info", base.info.model_copy(update={"scaling_factor": 1.0}))
     wrong = of_val(base, tiny_data)
     assert wrong.std == pytest.approx(2 * right.std)
     assert not wrong.decoded.equal(right.decoded)

@@ -68,8 +68,7 @@ def test_a_moved_or_shortened_file_is_made_again(tmp_path: Path):
     (tmp_path / "shard-4.tar").write_bytes(b"half a shard")
     (tmp_path / "shard-5.json").unlink()
     again = Maker(tmp_path)
-    assert again.map() == made
-    assert again.asked == [2, 4, 5]
+    assert (again.map(), again.asked) == (made, [2, 4, 5])
 
 
 def test_a_full_disk_is_told(tmp_path: Path):

@@ -58,8 +58,7 @@ def test_live_grid_shows_the_newest_images_and_is_renewed_in_time(
 ):
     now = 0.0
     monkeypatch.setattr("time.monotonic", lambda: now)
-    images = random_images(7, 64)
-    path = tmp_path / "preview.png"
+    images, path = random_images(7, 64), tmp_path / "preview.png"
     grid = LiveGrid(path, columns=2, max_images=4, seconds=10.0)
     grid.add(images[:2])
     assert path.read_bytes() == image_grid(images[:2], columns=2)

@@ -178,8 +178,7 @@ def test_batches_do_not_depend_on_who_reads_them(
     pairs = request.getfixturevalue(folder)
     expected = global_batches(pairs, 7, num_workers=0, world_size=1)
     assert len(set(expected)) == 7
-    found = global_batches(pairs, 7, num_workers=num_workers, world_size=world_size)
-    assert found == expected
+    assert global_batches(pairs, 7, num_workers=num_workers, world_size=world_size) == expected
     rest = global_batches(pairs, 2, num_workers=num_workers, world_size=world_size, start_step=5)
     assert rest == expected[5:]
 

@@ -85,8 +85,7 @@ def test_crop_is_resized_as_pillow_does(crop: Crop, size: int):
     right, bottom = crop.left + crop.width, crop.top + crop.height
     cut = image.crop((crop.left, crop.top, right, bottom))
     expected = tensor_of(cut.resize((size, size), Image.Resampling.BICUBIC))
-    shown = apply_crop(tensor_of(image), crop, size=size)
-    assert (shown.int() - expected.int()).abs().max() <= 1
+    assert (apply_crop(tensor_of(image), crop, size=size).int() - expected.int()).abs().max() <= 1
 
 
 def test_crop_of_the_right_size_is_a_plain_cut_and_a_mirrored_one_is_mirrored():
@@ -111,8 +110,7 @@ def test_colours_are_distorted_as_the_generator_says(strength: float):
 
 
 def test_colours_of_one_in_five_are_taken_away():
-    image = tensor_of(picture(6, 6))
-    rng = np.random.default_rng(0)
+    image, rng = tensor_of(picture(6, 6)), np.random.default_rng(0)
     distorted = [jitter_colours(image, rng, strength=0.5) for _ in range(500)]
     num_grey = sum(shown[0].equal(shown[1]) and shown[0].equal(shown[2]) for shown in distorted)
     assert 70 < num_grey < 130  # 100 on average, with a deviation of 9

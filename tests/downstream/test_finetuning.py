@@ -108,8 +108,7 @@ def test_trainable_parts_come_back_after_an_error(build_tiny: Build, data: Encod
 
 
 def test_same_seed_same_result(build_tiny: Build, data: EncodedImages):
-    model = build_tiny()
-    results = []
+    model, results = build_tiny(), []
     for _ in range(2):
         torch.manual_seed(len(results))  # the global generator must not matter
         with weights_kept(model):

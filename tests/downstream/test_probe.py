@@ -60,8 +60,7 @@ def test_equals_a_transcription_with_torch_optim():
         lambda step: step / 3 if step < 3 else 0.5 * (1 + math.cos(math.pi * (step - 3) / 9)),
     )
     for epoch in range(4):
-        order = torch.randperm(10, generator=generator)
-        total = 0.0
+        order, total = torch.randperm(10, generator=generator), 0.0
         for start, stop in ((0, 4), (4, 7), (7, 10)):
             rows = order[start:stop]
             loss = nn.functional.cross_entropy(reference(features[rows]), labels[rows])
@@ -155,8 +154,7 @@ def test_attentive_heads_are_trained_copies_as_if_alone_and_maps_may_lie_in_file
         for name, value in alone.state_dict().items():
             assert torch.equal(probe.state_dict()[name], value)
         assert not probe.training
-        moved = probe.attention_head.linear.weight - before["linear.weight"]
-        assert moved.abs().max() > 1e-4
+        assert (probe.attention_head.linear.weight - before["linear.weight"]).abs().max() > 1e-4
     assert all(head.state_dict()[name].equal(value) for name, value in before.items())
     assert not any(parameter.requires_grad for parameter in head.parameters())
 

@@ -33,8 +33,7 @@ def test_the_vote_equals_leaving_each_image_out(spread: float, num_neighbours: i
 
 def test_extremes():
     labels = np.repeat(np.arange(3), 4)
-    apart = separability(np.eye(3)[labels] * 7, labels, num_neighbours=3)
-    assert apart == Separability(1.0, 1.0)
+    assert separability(np.eye(3)[labels] * 7, labels, num_neighbours=3) == Separability(1.0, 1.0)
     # num_neighbours may be larger than the number of images
     assert separability(np.eye(3)[labels], labels, num_neighbours=50).knn == 0.0
     assert separability(np.eye(4), np.arange(4), num_neighbours=1).silhouette is None
@@ -49,8 +48,7 @@ def test_choice_of_images():
     fifty = module.SeparabilityParams(num_images=50, num_classes=5, num_neighbours=1)
     chosen = choose_images(labels, fifty, seed=0)
     assert chosen == sorted(set(chosen))
-    assert len(chosen) == 50
-    assert len({labels[index] for index in chosen}) == 5
+    assert (len(chosen), len({labels[index] for index in chosen})) == (50, 5)
     assert chosen == choose_images(labels, fifty, seed=0)
     assert chosen != choose_images(labels, fifty, seed=1)
     every = fifty.model_copy(update={"num_images": 900, "num_classes": 30})

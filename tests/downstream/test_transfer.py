@@ -114,8 +114,7 @@ def test_processes_share_whole_batches(num_processes: int):
 
 
 def test_each_split_is_scored_on_the_whole_test_set():
-    pool = samples(400, dim=12, seed=0)
-    test = samples(301, dim=12, seed=1)
+    pool, test = samples(400, dim=12, seed=0), samples(301, dim=12, seed=1)
     sgd = {"lr": 0.01, "batch_size": 16, "epochs": 20, "warmup_epochs": 1.0}
     task = task_of(pool.labels.tolist(), shots=[10], **sgd)
     scores = task.score(pool[torch.tensor(task.used)], test)

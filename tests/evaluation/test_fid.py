@@ -23,8 +23,7 @@ def statistics_of(features: Tensor) -> FeatureStatistics:
 def correlated(n: int, d: int, *, seed: int, shift: float = 0.0) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     mixing = torch.randn(d, d, generator=generator, dtype=torch.float64)
-    noise = torch.randn(n, d, generator=generator, dtype=torch.float64)
-    return noise @ mixing + shift
+    return torch.randn(n, d, generator=generator, dtype=torch.float64) @ mixing + shift
 
 
 @settings(max_examples=30)
@@ -52,8 +51,7 @@ def test_equals_pytorch_fid(dimensions: int):
     b = statistics_of(correlated(300, dimensions, seed=1, shift=0.5))
     mu1, sigma1, mu2, sigma2 = (x.numpy() for x in (a.mean, a.covariance, b.mean, b.covariance))
     # The formula of pytorch-fid and clean-fid, by a square root of the product.
-    covmean = linalg.sqrtm(sigma1.dot(sigma2)).real
-    diff = mu1 - mu2
+    covmean, diff = linalg.sqrtm(sigma1.dot(sigma2)).real, mu1 - mu2
     expected = diff.dot(diff) + np.trace(sigma1) + np.trace(sigma2) - 2 * np.trace(covmean)
     assert fid(a, b) == pytest.approx(expected, rel=1e-9)
     assert fid(b, a) == pytest.approx(expected, rel=1e-9)

@@ -121,7 +121,7 @@ def test_save_and_load(measure: Measure, tmp_path: Path):
     save_file({"mean": torch.zeros(2)}, tmp_path / "other")
     (tmp_path / "nonsense").write_bytes(b"nonsense")
     for name in ("other", "nonsense", "absent"):
-        with pytest.raises(ValueError, match=f"{name}: no measurement that this version"):
+        with pytest.raises(ValueError, match=f"{name}: not a measurement that this version"):
             Measurement.load(tmp_path / name)
 
 

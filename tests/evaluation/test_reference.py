@@ -21,8 +21,7 @@ CARD = ReferenceCard(**IMAGES, **NAMES, **SETTINGS)
 def measurement(resizer: str, *, images: str = CARD.description) -> Measurement:
     source = FeatureSource(images, resizer, extractor="inception", fingerprint="1" * 64)
     values = torch.randn(7, 3, generator=torch.Generator().manual_seed(0))
-    statistics = FeatureStatistics.of(values, source=source)
-    return Measurement(statistics, values[:5], torch.empty(0, 4))
+    return Measurement(FeatureStatistics.of(values, source=source), values[:5], torch.empty(0, 4))
 
 
 @pytest.fixture
@@ -40,8 +39,7 @@ def test_written_and_read(folder: Path):
     with pytest.raises(ValueError, match="run the stage reference first"):
         read(folder / "absent")
     card, found = read(folder)
-    assert card == CARD
-    assert card.description == "7 val images, centre crop 32 px"
+    assert (card, card.description) == (CARD, "7 val images, centre crop 32 px")
     assert list(found) == ["clean", "legacy_tensorflow"]
     assert torch.equal(found["clean"].statistics.mean, measurement("clean").statistics.mean)
 

@@ -76,8 +76,7 @@ def test_only_the_centre_is_seen(tiny_data: Path):
 def test_images_in_memory_are_encoded_as_stored_ones(tiny_base: Path, tiny_data: Path):
     (stored,) = batches_of(tiny_data, split="val")
     centres = [decode(i.image, name="")[:, 2:38] for i in read_images(tiny_data / "images", "val")]
-    images = torch.stack(centres)
-    batch = module.encode_images(load_vae(tiny_base), images, stored.labels, size=32)
+    batch = module.encode_images(load_vae(tiny_base), torch.stack(centres), stored.labels, size=32)
     assert batch.indices == stored.indices
     assert batch.labels.equal(stored.labels)
     assert batch.pixels.equal(stored.pixels)

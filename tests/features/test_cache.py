@@ -79,7 +79,7 @@ def test_damage_is_named(folder: Path):
 def test_missing_and_old_indices_are_refused(folder: Path):
     path = folder / "features/index.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"version": 0}))
-    with pytest.raises(ValueError, match="is not a valid index; run `dvc repro features`"):
+    with pytest.raises(ValueError, match="not a valid index; run `dvc repro features`"):
         open_in(folder)
     path.unlink()
     with pytest.raises(ValueError, match="no features; run `dvc repro features`"):

@@ -68,8 +68,7 @@ def test_both_passes_equal_a_transcription(tiny_base: Path):
 
 
 def test_blend_is_the_mean_with_a_map_of_equal_mean_and_deviation():
-    generator = torch.Generator().manual_seed(0)
-    maps, fed_back = torch.randn(2, 2, 3, 4, 4, generator=generator) * 3 + 1
+    maps, fed_back = torch.randn(2, 2, 3, 4, 4, generator=torch.Generator().manual_seed(0)) * 3 + 1
     for ours, own, other in zip(blend(maps, 7 * fed_back - 2), maps, fed_back, strict=True):
         scaled = (other - other.mean()) / other.std() * own.std() + own.mean()
         torch.testing.assert_close(ours, (own + scaled) / 2)

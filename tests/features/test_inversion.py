@@ -74,8 +74,7 @@ def test_chain_ends_at_the_noisiest_timestep(build_tiny: Build, block: str):
     model, (latents, tokens) = build_tiny(head={"block": block}), draw_inputs()
     ran: list[str] = []
     for name in ("mid_block", "up_blocks.0", "up_blocks.2"):
-        module = model.unet.get_submodule(name)
-        module.register_forward_hook(lambda *_, name=name: ran.append(name))
+        model.unet.get_submodule(name).register_forward_hook(lambda *_, name=name: ran.append(name))
     maps = inverted_maps(model, latents, tokens, timesteps=[401, 201, 101])
     assert (ran.count("mid_block"), ran.count("up_blocks.2")) == (9, 8)
     assert ran.count("up_blocks.0") == (8 if block == "mid" else 9)  # the ninth only for the map

@@ -32,8 +32,7 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def load(weights: Path | None, name: str = NAME) -> TimmFeatures:
     local = None if weights is None else str(weights)
     settings = {"model": "timm", "pool": "mean", "timm_name": name, "timm_weights": local}
-    params = features_params(timm_pretrained=weights is None, **settings)
-    return TimmFeatures(params, Path(), CPU)
+    return TimmFeatures(features_params(timm_pretrained=weights is None, **settings), Path(), CPU)
 
 
 def test_features_are_timms_own(weights: Path, tiny_data: Path):

@@ -140,8 +140,7 @@ def test_sample_i_is_conditioned_on_image_i(
 @torch.no_grad()
 def test_classes_come_in_turn(table: ClassTable):
     conditioning = class_conditional(table)
-    tokens = conditioning.tokens(range(4, 9))
-    assert torch.equal(tokens, table(torch.tensor([1, 2, 0, 1, 2])))
+    assert torch.equal(conditioning.tokens(range(4, 9)), table(torch.tensor([1, 2, 0, 1, 2])))
     assert torch.equal(conditioning.null_tokens(range(2)), table(torch.tensor([3, 3])))
     assert conditioning.num_classes == 3
 
@@ -153,7 +152,6 @@ def test_seeded_noise_repeats_and_its_streams_differ():
     for change in ({"seed": 6}, {"indices": range(3, 4)}, {"stream": "condition"}):
         other = seeded_noise((4, 32, 32), **key | change)[0]
         # Of 4096 independent pairs, the correlation stays within five standard errors.
-        correlation = torch.corrcoef(torch.stack([noise.flatten(), other.flatten()]))[0, 1]
-        assert abs(correlation) < 5 / 64
+        assert abs(torch.corrcoef(torch.stack([noise.flatten(), other.flatten()]))[0, 1]) < 5 / 64
     assert abs(noise.mean()) < 5 / 64
     assert abs(noise.std() - 1) < 5 / 64

@@ -11,8 +11,7 @@ from contradiff.method.lora import LoraParams, add_lora, merge_lora
 
 
 def lora(*, rank: int, alpha: float) -> LoraParams:
-    targets = ["attn2.to_q", "attn2.to_k", "attn2.to_v"]
-    return LoraParams(rank=rank, alpha=alpha, targets=targets)
+    return LoraParams(rank=rank, alpha=alpha, targets=["attn2.to_q", "attn2.to_k", "attn2.to_v"])
 
 
 @pytest.fixture

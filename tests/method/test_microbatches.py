@@ -10,8 +10,7 @@ from contradiff.method.microbatches import mean_in_microbatches
 
 
 def draw(*shape: int, seed: int) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(shape, generator=generator, dtype=torch.float64)
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 @pytest.mark.parametrize("microbatch_size", [1, 2, 3, 5, 9])
@@ -34,8 +33,7 @@ def test_mean_and_gradients_are_those_of_one_piece(microbatch_size: int):
     lengths.clear()
     given, trained = [inputs * source, constant], list(layer.parameters())
     mean = mean_in_microbatches(loss_of, given, trained, microbatch_size=microbatch_size)
-    assert sum(lengths) == 5
-    assert max(lengths) == min(microbatch_size, 5)
+    assert (sum(lengths), max(lengths)) == (5, min(microbatch_size, 5))
     torch.testing.assert_close(mean, expected)
     torch.testing.assert_close(gradients(mean), gradients(expected))
 

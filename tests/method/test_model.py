@@ -63,8 +63,7 @@ def test_trained_state_is_exactly_what_training_may_change(build_tiny: Build):
 
 def test_a_trained_state_that_does_not_fit_is_refused(build_tiny: Build):
     model = build_tiny()
-    state = model.trained_state()
-    name = "attention.to_q.weight"
+    state, name = model.trained_state(), "attention.to_q.weight"
     for other in (
         {key: value for key, value in state.items() if key != name},
         state | {"attention.extra": torch.zeros(1)},

@@ -75,8 +75,7 @@ def test_uniform_mix_touches_only_the_draws_that_are_reconstructed(
 
 def test_add_noise_equals_diffusers():
     scheduler = build_scheduler()
-    generator = torch.Generator().manual_seed(0)
-    latents, noise = torch.randn(2, 5, 4, 3, 3, generator=generator)
+    latents, noise = torch.randn(2, 5, 4, 3, 3, generator=torch.Generator().manual_seed(0))
     timesteps = torch.tensor([0, 1, 401, 998, 999])
     noisy = add_noise(latents, noise, timesteps, scheduler.alphas_cumprod)
     torch.testing.assert_close(noisy, scheduler.add_noise(latents, noise, timesteps))

@@ -122,10 +122,7 @@ def test_loss_equals_six_whole_passes(
 def test_decoding_in_parts_is_the_same_training_step(
     build_tiny: Build, changes: dict[str, Any], head: dict[str, Any], decode_batch_size: int
 ):
-    """Parts need not have equal sizes. The loss is divided by 3, as in gradient accumulation.
-
-    The tolerance is float32's rounding, as Eq. 3 is always computed in float32.
-    """
+    """The tolerance is float32's rounding. Parts may be unequal; 3 is as in accumulation."""
     model, batch = build_tiny(head=head).double().train(), in_float64(draw_batch(5))
     set_up(model, loss=loss_params(**changes), gradient_checkpointing="none", precision="fp32")
     whole = losses_of(model, batch, **changes)

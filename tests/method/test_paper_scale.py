@@ -1,7 +1,4 @@
-"""A training step, features and a sample with the configuration of Stable Diffusion v1.4.
-
-Weights are random. The default suite runs the same test on a shrunken copy of the configuration.
-"""
+"""Training step, features and sample of a random Stable Diffusion v1.4; by default a small copy."""
 
 import json
 import shutil

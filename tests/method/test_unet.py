@@ -28,8 +28,7 @@ def unet() -> UNet2DConditionModel:
 def draw_inputs(height: int, width: int) -> tuple[Tensor, Tensor, Tensor]:
     generator = torch.Generator().manual_seed(0)
     latents = torch.randn(3, 4, height, width, generator=generator)
-    tokens = torch.randn(3, 5, 8, generator=generator)
-    return latents, torch.tensor([0, 401, 999]), tokens
+    return latents, torch.tensor([0, 401, 999]), torch.randn(3, 5, 8, generator=generator)
 
 
 @pytest.mark.parametrize("block", ["mid", "up.1", "mid+up.1"])

@@ -215,8 +215,7 @@ def test_page_is_one_file_that_loads_nothing(root: Path):
     assert not re.search(r"<(script|link|iframe)|https?://|@import|url\(", page)
     kinds, pngs = zip(*(url.split(",") for url in parsed.urls), strict=True)
     assert set(kinds) == {"data:image/png;base64"}
-    shown = [base64.b64decode(png) for png in pngs]
-    assert shown == [SAMPLES, LOSS_DARK, LOSS, TSNE_DARK, TSNE]
+    assert [base64.b64decode(png) for png in pngs] == [SAMPLES, LOSS_DARK, LOSS, TSNE_DARK, TSNE]
 
 
 def test_all_rows_and_parameters_are_in_both_reports(root: Path):

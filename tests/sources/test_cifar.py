@@ -278,8 +278,7 @@ def test_other_names_are_refused(root: Path):
 
 
 def test_every_truncation_is_refused(root: Path, images: np.ndarray):
-    whole = python2_pickle(images[:1], [0])
-    rng = np.random.default_rng(0)
+    whole, rng = python2_pickle(images[:1], [0]), np.random.default_rng(0)
     contents = [whole[:n] for n in [*range(200), *range(len(whole) - 100, len(whole))]]
     rows = b"J" + struct.pack("<i", 1)  # more of them than there are bytes
     contents.append(whole.replace(rows, b"J" + struct.pack("<i", 2)))

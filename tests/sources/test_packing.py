@@ -123,8 +123,7 @@ def test_nothing_is_lost_or_doubled(data: Any, contents: dict[Any, bytes]):
     assert all(1 <= len(shard.files) <= samples_per_shard for shard in plan)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        order = data.draw(st.permutations(plan))
-        earlier = order[: data.draw(st.integers(0, len(plan)))]
+        earlier = data.draw(st.permutations(plan))[: data.draw(st.integers(0, len(plan)))]
         map_shards(earlier, source.maker(folder / "work"), folder / "work", name_of=name_of)
         index = source.pack(folder)
         assert all(shard.num_samples for shard in index.shards("train"))
@@ -189,8 +188,7 @@ def test_webdataset_reads_what_is_kept(tmp_path: Path):
 
 
 def test_index_tells_what_there_is(tmp_path: Path):
-    source = memory(10, bad=[4, 5])
-    grey = io.BytesIO()
+    source, grey = memory(10, bad=[4, 5]), io.BytesIO()
     Image.new("L", (4, 4), 7).save(grey, "JPEG")
     broken = png(0).replace(b"IHDR", b"IHDX")
     changed = {"train/a/0.png": broken, "train/a/3.png": grey.getvalue()}
@@ -269,8 +267,7 @@ def test_whole_shards_alone_are_found_after_a_kill(tmp_path: Path):
 def test_full_disk_leaves_whole_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Room for one of three: the second leaves nothing, and with more room the work goes on."""
     source = memory(10)
-    expected = source.pack(tmp_path / "undisturbed")
-    room = 7
+    expected, room = source.pack(tmp_path / "undisturbed"), 7
 
     def write(self: TarWriter, record: Any) -> None:
         nonlocal room
@@ -300,8 +297,7 @@ def test_shards_appear_where_they_are_wanted(
         monkeypatch.setattr(os, "link", Mock(side_effect=OSError(errno.EXDEV, "another disk")))
     memory(4).pack(tmp_path)
     work, out = (tmp_path / name / "train-00000.tar" for name in ("work", "out"))
-    assert work.read_bytes() == out.read_bytes()
-    assert work.samefile(out) == is_linked
+    assert (work.read_bytes(), work.samefile(out)) == (out.read_bytes(), is_linked)
 
 
 def test_impossible_parameters_are_refused():

@@ -83,8 +83,7 @@ def rewrite(root: Path, shard: str = FIRST, **columns: Any) -> None:
     """Replace columns of a shard; training's have six rows."""
     table = parquet.read_table(root / shard)
     for name, values in columns.items():
-        index = table.column_names.index(name)
-        table = table.set_column(index, name, pa.array(values))
+        table = table.set_column(table.column_names.index(name), name, pa.array(values))
     parquet.write_table(table, root / shard)
 
 
@@ -118,7 +117,7 @@ def test_labels_in_another_order_are_refused(tmp_path: Path, monkeypatch: pytest
     """By the ids of ILSVRC's kit, say: models would disagree with those of other sources."""
     monkeypatch.setattr("tests.sources.imagenet_layouts.WNIDS", tuple(reversed(WNIDS)))
     write_parquet(tmp_path, make_photos(seed=0))
-    with pytest.raises(ValueError, match=r"labels must number the sorted wnids"):
+    with pytest.raises(ValueError, match=r"labels must follow the wnids' order, but n"):
         scan_parquet(tmp_path)
 
 

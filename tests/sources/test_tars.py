@@ -102,8 +102,7 @@ def test_a_truncated_tar_is_refused_wherever_it_ends(tmp_path: Path, is_inner: b
     # of 10240 bytes those behind b.jpg are zero; a whole block of them closes the archive
     last = 2 * 512 + 1024 + 512
     for length in [*range(0, last, 101), *range(last - 3, last + 512, 37), last + 511]:
-        cut = TWO[:length]
-        path = tmp_path / f"{length}.tar"
+        cut, path = TWO[:length], tmp_path / f"{length}.tar"
         path.write_bytes(tar_of([("n.tar", cut), ("more", bytes(9000))]) if is_inner else cut)
         inner = walk_tar(path)[0] if is_inner else None
         with pytest.raises(ValueError, match=rf"{length}\.tar.* is truncated or damaged"):

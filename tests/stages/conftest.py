@@ -39,10 +39,7 @@ def trained_project(  # noqa: PLR0917
     build_tiny: Callable[..., "ContraDiff"],
     save_tiny: Callable[..., None],
 ) -> Run:
-    """Work in a folder with build/base, shards, latents and pretrain.
-
-    The run is of a stage of any name; its root is the folder.
-    """
+    """Work in a folder with build/base, shards, latents and pretrain, the run's root."""
     build = workplace / "build"
     build.mkdir()
     sources = {"base": tiny_base, "shards": tiny_data / "images", "latents": tiny_data / "latents"}

@@ -79,8 +79,7 @@ def test_several_shots_frozen_and_finetuned(project: Run):
         found, drawn = metrics["by_shots"][shots], splits[shots]
         assert found["num_splits"] == len(drawn) == number
         for index, split in enumerate(drawn):
-            assert split["seed"] == 3 + index
-            assert len(split["indices"]) == size
+            assert (split["seed"], len(split["indices"])) == (3 + index, size)
             labels = [Path(key).parent.name for key in split["keys"]]
             assert labels.count("dark") == labels.count("light") == size // 2
             assert set(split["top1"]) == {"finetuned", "ridge", "sgd"}

@@ -182,8 +182,7 @@ def test_two_processes_train_the_model_of_one(tmp_path: Path):
         assert torch.equal(first[name], second[name])
         # Adam's first steps have the size of the learning rate, even for tiny gradients. The sign
         # of a gradient near zero depends on rounding.
-        close = torch.isclose(first[name], tensor, atol=2e-5)
-        assert close.float().mean() > 0.98, name
+        assert torch.isclose(first[name], tensor, atol=2e-5).float().mean() > 0.98, name
 
 
 def test_batch_that_does_not_divide_is_refused(images: Tensor, tmp_path: Path):

@@ -42,8 +42,7 @@ def test_layout_and_format_are_imagenets_without_chroma_subsampling(root: Path) 
     assert wnids == sorted({toy_class.wnid for toy_class in CLASSES})
     for split, number in (("train", 50), ("val", 26)):
         counts = {path.name: len(list(path.iterdir())) for path in (root / split).iterdir()}
-        assert sorted(counts) == wnids
-        assert sum(counts.values()) == number
+        assert (sorted(counts), sum(counts.values())) == (wnids, number)
         assert max(counts.values()) - min(counts.values()) <= 1
     paths = list(root.rglob("train/*/*.JPEG"))
     assert all(path.name.startswith(f"{path.parent.name}_") for path in paths)
@@ -72,8 +71,7 @@ def test_twice_the_side_averaged_down_is_the_same_picture(class_index: int) -> N
         render_image(class_index, np.random.default_rng(0), image_size=size).astype(float)
         for size in (32, 64)
     )
-    averaged = large.reshape(32, 2, 32, 2, 3).mean(axis=(1, 3))
-    assert np.abs(averaged - small).mean() < 3
+    assert np.abs(large.reshape(32, 2, 32, 2, 3).mean(axis=(1, 3)) - small).mean() < 3
     assert small.std() > 5
 
 
@@ -81,8 +79,7 @@ def test_mean_colour_does_not_tell_the_class() -> None:
     labels = np.repeat(np.arange(len(CLASSES)), 20)
     rngs = [np.random.default_rng([label, i]) for i, label in enumerate(labels)]
     pairs = zip(labels.tolist(), rngs, strict=True)
-    images = [render_image(*pair, image_size=16) for pair in pairs]
-    colours = np.stack(images).mean(axis=(1, 2))
+    colours = np.stack([render_image(*pair, image_size=16) for pair in pairs]).mean(axis=(1, 2))
     distances = np.linalg.norm(colours[:, None] - colours, axis=2)
     np.fill_diagonal(distances, np.inf)
     assert (labels[distances.argmin(axis=1)] == labels).mean() < 0.35  # the nearest image
@@ -101,8 +98,7 @@ def test_an_interrupted_rendering_leaves_the_earlier_tree(tmp_path: Path) -> Non
     with pytest.raises(KeyboardInterrupt):
         render_tree(toy, num_train=24, num_val=12, image_size=32, seed=9, on_progress=interrupt)
     assert seen == [1] * 30  # every image is reported
-    assert contents_of(toy) == before
-    assert list(tmp_path.iterdir()) == [toy]
+    assert (contents_of(toy), list(tmp_path.iterdir())) == (before, [toy])
 
 
 def test_other_data_are_never_replaced(tmp_path: Path) -> None:

@@ -36,8 +36,7 @@ def test_images_are_rendered_once(tmp_path: Path):
     assert len(told) == 2 * NUM_CLASSES
     (folder / rendered.RECIPE_NAME).unlink()
     assert render(tmp_path, told=told.append) == folder
-    assert len(told) == 4 * NUM_CLASSES
-    assert photo.read_text() == "precious"
+    assert (len(told), photo.read_text()) == (4 * NUM_CLASSES, "precious")
 
 
 def test_images_are_rendered_anew_when_the_recipe_changes(tmp_path: Path):
@@ -59,8 +58,7 @@ def test_every_file_of_a_renderer_counts(tmp_path: Path, monkeypatch: pytest.Mon
     for name, content in contents.items():
         (tmp_path / name).write_bytes(content + b"#")
         assert render(tmp_path / "root") != images
-        changed = ensure_digits(tmp_path / "root", seed=0)
-        assert (changed != digits) == (name == "digits.py")
+        assert (ensure_digits(tmp_path / "root", seed=0) != digits) == (name == "digits.py")
         (tmp_path / name).write_bytes(content)
     assert render(tmp_path / "root") == images
 

@@ -54,10 +54,7 @@ def recipe_of(tiny_params: dict[str, Any]) -> Callable[..., TrainingRecipe]:
 
 @pytest.fixture
 def train(
-    pairs: PairedShards,
-    recipe_of: Callable[..., TrainingRecipe],
-    accelerator: Any,
-    tmp_path: Path,
+    pairs: PairedShards, recipe_of: Callable[..., TrainingRecipe], accelerator: Any, tmp_path: Path
 ) -> Callable[..., list[dict[str, float]]]:
     """Call `pretrain` with small settings. Keywords change settings or sections of the recipe."""
 

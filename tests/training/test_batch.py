@@ -93,8 +93,7 @@ def test_same_latent_view_is_shown_twice(pairs: PairedShards, views: Views):
 
 
 def test_choices_depend_on_seed_epoch_and_image_alone(pairs: PairedShards):
-    items = records(pairs)
-    changes = {"cond_view": "crop"}
+    items, changes = records(pairs), {"cond_view": "crop"}
     whole, other = (chooser_of(pairs, **changes, seed=seed)(1, items) for seed in (0, 1))
     single = chooser_of(pairs, **changes)(1, [items[5]])
     for name, tensor in whole.items():
@@ -228,8 +227,7 @@ def test_every_image_view_and_level_has_its_own_random_numbers(draw: Draw):
         assert noise.mean() == pytest.approx(0.0, abs=0.02)
         assert noise.std() == pytest.approx(1.0, abs=0.02)
         assert (noise.abs() > 2).float().mean() == pytest.approx(0.0455, abs=0.005)
-        correlation = noise.flatten(1).corrcoef() - torch.eye(len(noise))
-        assert correlation.abs().max() < 0.4, name
+        assert (noise.flatten(1).corrcoef() - torch.eye(len(noise))).abs().max() < 0.4, name
     timesteps = seen["timesteps"].flatten(0, 2)
     assert len(timesteps.unique(dim=0)) == len(timesteps) == 24
 

@@ -79,8 +79,7 @@ def train(root: Path, tmp_path: Path) -> Train:
     """Logs a training; all of them resume one another."""
 
     def train(steps: range, *, fails: bool = False) -> None:
-        pretrain = run_of(root, "pretrain")
-        with training_run(pretrain, tmp_path, PARAMS, files_checkpoint=True) as log:
+        with training_run(run_of(root, "pretrain"), tmp_path, PARAMS, files_checkpoint=True) as log:
             for step in steps:
                 log(step, {"loss": 1.0 - step / 8})
             if fails:
@@ -115,8 +114,7 @@ class TestRow:
         run_id = record()
         [row] = records(client, "contradiff")
         assert row.info.run_id == run_id
-        assert row.info.run_name == "tiled-bard"
-        assert row.info.status == "FINISHED"
+        assert (row.info.run_name, row.info.status) == ("tiled-bard", "FINISHED")
         assert row.data.params == FLAT
         scores = {"probe.top1": 0.5, "score.fid": 12.5, "score.is_mean": 3.0}
         assert row.data.metrics == scores | {"pretrain.loss": 1.0, "pretrain.lr": 0.1}
@@ -178,8 +176,7 @@ class TestTraining:
         assert record.info.status == "KILLED"
         train(range(2, 6))  # the checkpoint was older than the last logged step
         [record] = records(client, "contradiff-train")
-        assert record.info.status == "FINISHED"
-        assert record.data.params == FLAT
+        assert (record.info.status, record.data.params) == ("FINISHED", FLAT)
         expected = [(step, 1.0 - step / 8) for step in range(6)]
         assert curve(client, record.info.run_id, "loss") == expected
 
