@@ -16,13 +16,11 @@ import torch
 from contradiff.config import Section
 from contradiff.files import replace_dir
 from contradiff.toy import base_recipe
-from contradiff.toy.classes import CLASSES
-from contradiff.toy.render import render_image
+from contradiff.toy.generic import render_generic
 from contradiff.training.state import STATE_VERSION
 
 SEED = 1000
-"""Seed of the base's training images. No image of ContraDiff's data has a seed of this form."""
-NUM_IMAGES = 16_000
+NUM_IMAGES = 48_000
 
 
 class Params(Section):
@@ -33,8 +31,7 @@ def main(_params: Params, run: Run) -> None:
     images = torch.empty(NUM_IMAGES, 3, 32, 32, dtype=torch.uint8)
     with run.progress("render", NUM_IMAGES) as advance:
         for number in range(NUM_IMAGES):
-            rng = np.random.default_rng([SEED, 2, number])
-            drawn = render_image(int(rng.integers(len(CLASSES))), rng, image_size=32)
+            drawn = render_generic(np.random.default_rng([SEED, 2, number]), image_size=32)
             images[number] = torch.from_numpy(drawn).permute(2, 0, 1)
             advance(1)
     accelerator = run.accelerator()

@@ -1,7 +1,7 @@
 """How the tiny base is trained: a latent diffusion model of a few MB, trained without labels.
 
-The tiny base replaces Stable Diffusion in the embedded default. Its training images are rendered
-with other seeds than ContraDiff's. Without text there is no CLIP embedding, so vectors computed
+The tiny base replaces Stable Diffusion in the embedded default. It is trained on generic pictures,
+which show none of ContraDiff's classes. Without text there is no CLIP embedding, so vectors computed
 from the image's colours serve as captions. They teach the cross-attention, which LoRA adapts later.
 
 images (n 3 h w) in [-1, 1] -> AutoencoderKL, f = 4 -> latents (n 4 h/4 w/4) -> UNet2DConditionModel
@@ -36,7 +36,7 @@ CAPTION_DIM = 64
 CAPTION_DROP = 0.5
 """Probability that a caption is set to zero, so that the UNet learns "no condition" as zeros."""
 
-KL_WEIGHT = 1e-4
+KL_WEIGHT = 2e-5
 """Weight of the KL divergence to N(0, 1), which is divided by the number of values of an image."""
 
 MIN_SNR_GAMMA = 5.0
@@ -58,8 +58,8 @@ class Recipe:
     seed: int = 0
 
 
-VAE_RECIPE = Recipe(num_steps=2_500, batch_size=32)
-UNET_RECIPE = Recipe(num_steps=6_000, batch_size=128)
+VAE_RECIPE = Recipe(num_steps=5_500, batch_size=128)
+UNET_RECIPE = Recipe(num_steps=4_000, batch_size=128)
 
 
 def build_vae() -> "AutoencoderKL":
@@ -67,7 +67,7 @@ def build_vae() -> "AutoencoderKL":
     from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 
     return AutoencoderKL(
-        block_out_channels=(16, 32, 64),  # pyright: ignore[reportArgumentType]
+        block_out_channels=(24, 48, 96),  # pyright: ignore[reportArgumentType]
         down_block_types=("DownEncoderBlock2D",) * 3,  # pyright: ignore[reportArgumentType]
         up_block_types=("UpDecoderBlock2D",) * 3,  # pyright: ignore[reportArgumentType]
         norm_num_groups=8,
