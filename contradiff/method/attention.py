@@ -120,8 +120,8 @@ class TriTimestepAttention(nn.Module):
         nn.init.orthogonal_(self.to_v.weight)
         nn.init.orthogonal_(self.block.to_qkv.weight[-len(self.to_v.weight) :])
         for mlp in (self.mlp, self.block.mlp):
-            nn.init.zeros_(mlp[-1].weight)
-            nn.init.zeros_(mlp[-1].bias)
+            for parameter in mlp[-1].parameters():
+                nn.init.zeros_(parameter)
         for to_out in (self.to_out, self.block.to_out):
             (nn.init.zeros_ if self.residual == "value" else nn.init.eye_)(to_out.weight)
             nn.init.zeros_(to_out.bias)
