@@ -1,9 +1,9 @@
 """Data in the form that the method reads: shards of images and latents, and training batches.
 
-Read `shards` first (tar files with an index). `shard_info` defines the content of an index, and
-`remote` reads shards from a server. Then read `decoding` and `transforms` (encoded images =>
-crops), `latents` (the stored form of an image) and `encoding` (images => latents), `order` and
-`streams` (training batches), `subsets` and `png`. `map_shards` is the resumable loop of every stage
-that makes shards. `map_ahead` decodes images in threads. This package reads no raw data sets. It
-may import `method`, `base`, `types`, `config`, `files` and `processes`.
+Shards are tar files (`shards`) with an index (`shard_info`). `remote` reads shards from a server.
+`decoding` and `transforms` turn encoded images into crops. `encoding` turns crops into latents, and
+`latents` defines their stored form. `order` and `streams` make training batches. `map_shards` is
+the resumable loop of every stage that makes shards. `map_ahead` computes in threads. `subsets`
+draws few-shot training sets, and `png` writes pictures. This package does not read raw data sets.
+It may import `method`, `base`, `types`, `config`, `files` and `processes`.
 """

@@ -1,4 +1,4 @@
-"""Decode images of all common formats to RGB, and rotate them upright as their EXIF data say."""
+"""Decode images of all common formats to RGB, and turn them upright as their EXIF data say."""
 
 import io
 import struct
@@ -22,7 +22,7 @@ _UPRIGHT = {code: Image.Transpose[name] for code, name in enumerate(_TURNS.split
 
 @contextmanager
 def opened(encoded: bytes, *, name: str) -> Generator[Image.Image]:
-    """Open an encoded image. An error of Pillow in the block becomes a ValueError with `name`."""
+    """Open an encoded image. If Pillow fails in the block, raise a ValueError that names `name`."""
     try:
         with Image.open(io.BytesIO(encoded)) as image:
             yield image
@@ -33,11 +33,10 @@ def opened(encoded: bytes, *, name: str) -> Generator[Image.Image]:
 
 
 def decode_rgb(encoded: bytes, *, name: str) -> Image.Image:
-    """Decode an image of any colour mode to RGB, and rotate it as its EXIF data say.
+    """Decode an image of any colour mode to RGB, and turn it upright as its EXIF data say.
 
-    CMYK images (also in Adobe's inverted form), palette images and grey images with 8 or 16 bits
-    become RGB. An alpha channel is dropped, as in torchvision's loader. *Unlike* torchvision's
-    loader, this function applies the EXIF orientation. Raises ValueError if this fails.
+    An alpha channel is dropped, as in torchvision's loader. That loader ignores the EXIF data; this
+    function does not. Raises ValueError if the image cannot be decoded.
     """
     with opened(encoded, name=name) as image:
         rgb, turn = _to_rgb(image), _UPRIGHT.get(orientation_of(image))
@@ -45,7 +44,7 @@ def decode_rgb(encoded: bytes, *, name: str) -> Image.Image:
 
 
 def orientation_of(image: Image.Image) -> int:
-    """Return the EXIF orientation, 1 to 8, or 1 (upright) if the entry is missing or invalid."""
+    """Return the EXIF orientation, 1 to 8. Without a valid entry it is 1 (upright)."""
     try:
         value = image.getexif().get(ExifTags.Base.Orientation, 1)
     except _FAULTS:  # the EXIF data are damaged, but the image may be intact

@@ -1,6 +1,6 @@
-"""Image shards => latent shards, and a check of how well the latents reproduce the images.
+"""Encode images as latents, and check how well the latents reproduce the images.
 
-Other processes may decode and crop the images. This process encodes the crops with the VAE.
+Worker processes may decode and crop the images. The main process encodes the crops with the VAE.
 """
 
 from collections.abc import Iterable, Iterator
@@ -31,7 +31,7 @@ _TAR_BLOCK, _TAR_RECORD, _NPY_HEADER = 512, 10240, 128
 
 @dataclass(frozen=True)
 class CutImages:
-    """The crops of some images, grouped by image. The VAE encodes all of them in one pass."""
+    """The crops of several images, image after image. The VAE encodes all crops in one pass."""
 
     keys: tuple[str, ...]
     crops: tuple[tuple[Crop, ...], ...]
@@ -40,7 +40,7 @@ class CutImages:
 
 @dataclass(frozen=True)
 class LatentEncoder:
-    """Encodes crops of images. An image's result depends only on the image, its key and the seed.
+    """Encodes crops of images. Latents depend only on the image, the image's key and the seed.
 
     The VAE is frozen and in float32. `image_size` is the side of the crops in pixels.
     """
@@ -52,7 +52,7 @@ class LatentEncoder:
 
     @property
     def info(self) -> LatentInfo:
-        """Return what readers of the latent shards must know. The shards' index stores it."""
+        """Return facts about the latents, which the index of the latent shards stores."""
         return LatentInfo(
             scaling_factor=vae.scaling_factor(self.vae),
             image_size=self.image_size,
@@ -62,14 +62,14 @@ class LatentEncoder:
     def encode(
         self, samples: Iterable[Sample], *, split: str, num_workers: int = 0
     ) -> Iterator[StoredLatents]:
-        """Encode images in order. The split decides which crops are used (`views_of`).
+        """Encode images in order. The split decides how many crops an image has.
 
-        This process reads some images ahead. If `num_workers` > 0, that many other processes decode
-        and crop them. Raises ValueError, which names the image, if an image cannot be decoded.
+        If `num_workers` > 0, that many worker processes decode and crop the images. Raises
+        ValueError if an image cannot be decoded.
         """
         views, flips = self.params.views_of(split)
         samples, size = iter(samples), max(1, self.params.batch_size // (views * (1 + flips)))
-        # The sampler yields lists of images, not indices, and the loader sends them to its workers.
+        # The sampler yields lists of images, not indices. The loader sends the lists to workers.
         loader = DataLoader(
             _Cutter(self.params, views, flips, self.image_size, self.seed),
             sampler=iter(lambda: list(islice(samples, size)), []),
@@ -82,14 +82,14 @@ class LatentEncoder:
             yield from self.encode_cut(cut)
 
     def encode_cut(self, cut: CutImages) -> Iterator[StoredLatents]:
-        """Encode crops in one pass of the VAE; round means and log-variances to 16 bits."""
+        """Encode crops in one pass of the VAE, and round the result to 16 bits."""
         moments = vae.encode(self.vae, to_pixels(cut.pixels.to(self.vae.device))).cpu()
         rounded = moments.half() if self.params.dtype == "float16" else moments.bfloat16().float()
         by_image = rounded.unflatten(0, (len(cut.keys), -1)).numpy()
         return map(StoredLatents, cut.keys, by_image, cut.crops)
 
     def shard_bytes(self, split: str, num_samples: int) -> int:
-        """Return the bytes of an uncompressed latent shard; gzip would save only a few percent."""
+        """Return the size of a latent shard in bytes, without compression."""
         views, flips = self.params.views_of(split)
         side = self.image_size // vae.downsampling_factor(self.vae)
         moments = 2 * self.vae.config["latent_channels"] * side**2
@@ -98,7 +98,7 @@ class LatentEncoder:
         return _round_up(num_samples * sample + 2 * _TAR_BLOCK, _TAR_RECORD)
 
     def describe_size(self, index: ShardIndex[ImageInfo]) -> str:
-        """Return a line with the disk space of each split's latents and how it is computed."""
+        """Return a line for the log: the disk space of the latents, in total and by split."""
         total, lines = 0, list[str]()
         for split, shards in index.splits.items():
             views, flips = self.params.views_of(split)
@@ -128,7 +128,7 @@ def reconstruct(
 ) -> Reconstruction:
     """Decode the stored latents of centre crops, and compare the result with the images.
 
-    Raises ValueError, which names likely causes, if the mean PSNR is below latents.min_psnr.
+    Raises ValueError if the mean PSNR is below latents.min_psnr.
     """
     info, stored = encoder.info, [StoredLatents.of_record(record) for record in records]
     originals = list[Tensor]()
@@ -153,7 +153,7 @@ def reconstruct(
 
 @dataclass(frozen=True)
 class _Cutter(Dataset["CutImages | ValueError"]):
-    """Decodes images and cuts out their crops. An image's mirrored crops come after the others."""
+    """Decodes images and cuts out their crops. The mirror images of the crops come last."""
 
     params: LatentsParams
     views: int
@@ -164,7 +164,7 @@ class _Cutter(Dataset["CutImages | ValueError"]):
     def __getitem__(self, samples: list[Sample]) -> CutImages | ValueError:
         try:
             crops, pixels = zip(*map(self._cut, samples), strict=True)
-        except ValueError as error:  # if a worker raised it, a traceback would be printed
+        except ValueError as error:  # a worker that raises would print a traceback
             return error
         return CutImages(tuple(sample.key for sample in samples), crops, torch.cat(pixels))
 

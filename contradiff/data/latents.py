@@ -1,7 +1,8 @@
 """The stored form of latents: the output of the VAE's encoder for the crops of an image.
 
-crop, 3 x s x s in [-1, 1] => moments (mean, log-variance), 2c x s/f x s/f, in 16 bits
-(c: channels of the latent, f: downsampling factor of the VAE). The crop's box is stored too.
+For a crop of s x s pixels, the VAE returns means and log-variances. Both have the shape
+c x s/f x s/f, with c latent channels and the VAE's downsampling factor f. An array called `moments`
+has both, one after the other, in 16 bits. The position of the crop in the image is stored too.
 """
 
 from collections.abc import Mapping
@@ -20,10 +21,10 @@ from contradiff.data.transforms import Crop
 class LatentsParams(Section):
     """Section `latents`: which crops of an image to encode before training."""
 
-    views: int = Field(ge=1, description="K: one centre crop, plus K-1 random crops for training")
+    views: int = Field(ge=1, description="crops of an image: 1 centre crop, the others random")
     flips: bool = Field(description="also encode the mirror image of each training crop")
-    crop_scale_min: float = Field(gt=0, le=1, description="smallest crop, as share of the area")
-    colour_jitter: float = Field(ge=0, le=1, description="SimCLR's strength, for random crops")
+    crop_scale_min: float = Field(gt=0, le=1, description="smallest random crop (share of area)")
+    colour_jitter: float = Field(ge=0, le=1, description="colour changes in random crops; 0: none")
     dtype: Literal["float16", "bfloat16"] = Field(description="type of the stored latents")
     min_psnr: float = Field(description="smallest allowed mean PSNR of decoded latents, in dB")
     batch_size: int = Field(ge=1, description="number of crops that the VAE encodes in one pass")
@@ -31,17 +32,17 @@ class LatentsParams(Section):
     def views_of(self, split: str) -> tuple[int, bool]:
         """Return the number of crops of an image, and whether their mirror images are added.
 
-        The val split is used only for evaluation, so its images have only the centre crop.
+        In the split `val`, which serves only for evaluation, an image has only its centre crop.
         """
         return (1, False) if split == "val" else (self.views, self.flips)
 
 
 @dataclass(frozen=True)
 class StoredLatents:
-    """Means and log-variances of an image's views (encoded crops). View 0 is the centre crop.
+    """The latents of one image: `moments[i]` has the means and log-variances of crop i.
 
-    If latents.flips is true, the mirror images follow the views, in the same order. The moments
-    are float16, or float32 with bfloat16 values, since NumPy has no bfloat16.
+    Crop 0 is the centre crop. If latents.flips is true, the mirror images follow after all crops,
+    in the same order. NumPy has no bfloat16, so bfloat16 values are held in a float32 array.
     """
 
     key: str
@@ -49,10 +50,12 @@ class StoredLatents:
     crops: tuple[Crop, ...]
 
     def to_record(self) -> Record:
-        """Return the files to store: `moments.npy` (float16 or bfloat16 bits) and `crops.npy`."""
+        """Return the files that a shard stores. They keep bfloat16 values as 16-bit integers."""
         moments = self.moments
         if moments.dtype == np.float32:
-            moments = (moments.view(np.uint32) >> 16).astype(np.uint16)  # float32's upper half
+            moments = (moments.view(np.uint32) >> 16).astype(
+                np.uint16
+            )  # bfloat16 is float32's upper half
         return {
             "__key__": self.key.encode(),
             "moments.npy": array_to_bytes(moments),

@@ -1,4 +1,4 @@
-"""Compute results ahead in threads, such as the next decoded images while a network runs."""
+"""Apply a function to items in threads, ahead of the loop that uses the results."""
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -14,8 +14,8 @@ def map_ahead(
 ) -> Iterator[Result]:
     """Yield the same results as `map`, in order. Threads compute up to `num_ahead` results ahead.
 
-    With 0 threads, nothing is computed ahead. The calling thread reads the items. `function` should
-    release Python's global lock (GIL) for most of its time, as Pillow and torch do.
+    With 0 threads, nothing is computed ahead. Threads help only if `function` mostly releases
+    Python's global lock (GIL), as Pillow and torch do.
     """
     if num_threads == 0:
         yield from map(function, items)

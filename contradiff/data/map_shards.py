@@ -1,8 +1,8 @@
-"""One resumable loop over shards, for every stage that writes shards. Processes can share the loop.
+"""A resumable loop over shards, for all stages that write shards. Processes can share the loop.
 
-An item is the work on one shard (a planned shard, or an existing shard to read). For each item, the
-function `make` writes files to a work folder. Then a note, a JSON file in the same folder, records
-that these files are complete. A resumed stage skips items that have a note.
+An item stands for one shard: a planned shard, or an existing shard to read. For each item, the
+function `make` writes files to a work folder. Then the loop writes a note to the same folder: a
+JSON file that lists the item's complete files. A resumed stage skips items that have a note.
 """
 
 import json
@@ -28,7 +28,7 @@ from contradiff.files import explain_full_disk, replace_file
 from contradiff.processes import Processes
 
 STATE_VERSION = 1
-"""Increase this number if shards of an interrupted run must not be mixed with new shards."""
+"""Increase this number if new code must not continue the shards of an interrupted run."""
 SECONDS_BETWEEN_LOOKS = 0.2
 
 Item = TypeVar("Item")
@@ -38,7 +38,7 @@ Tick = Callable[[int], None]
 
 @dataclass(frozen=True)
 class Made:
-    """The result of one item: files in the work folder, and notes that can be written as JSON."""
+    """What `make` returns for one item: the written files, and other results as JSON (`notes`)."""
 
     files: tuple[Shard, ...]
     notes: dict[str, Any] = field(default_factory=dict[str, Any])
@@ -58,18 +58,18 @@ def map_shards(
     size_of: Callable[[Item], int] = lambda _: 1,
     on_progress: Tick = _ignore,
 ) -> list[Made]:
-    """Call `make` for every item that an interrupted run has not finished, and return all results.
+    """Call `make` for each item that has no note yet. Return the results of all items, in order.
 
     `make(item, tick)` writes files to `work_dir`, each completely or not at all. It calls `tick`
     with the number of newly finished samples. The item's note is `<name_of(item)>.json`.
 
-    Each of n processes does every n-th of the missing items. Then it looks for notes until all are
-    there, because a collective operation of torch would have a time limit. If `num_workers` > 0,
-    that many worker processes run `make`, which must be picklable, and `size_of` gives the number
-    of samples of an item. In process 0, `on_progress` gets the new samples of all processes.
+    Each of n processes makes every n-th missing item, and then waits until all items have notes.
+    If `num_workers` > 0, that many worker processes call `make`, which must be picklable. In a
+    worker, `tick` does nothing, so `size_of` must give the number of samples of an item. Process 0
+    calls `on_progress` with the number of newly finished samples of all processes.
 
-    Every process returns the results in the order of `items`. Raises ChildProcessError if another
-    process failed or a worker was killed, and ValueError if the disk is full.
+    Raises ChildProcessError if another process failed or a worker was killed, and ValueError if
+    the disk is full.
     """
     processes = processes or Processes()
     processes.barrier()  # now process 0 has locked the folder: no other run writes to it
@@ -83,7 +83,7 @@ def map_shards(
             if num_workers and own:
                 results = _in_workers(make, own, num_workers, size_of, crew.advance)
             for item, made in results:
-                crew.tell()  # before the note: when all notes exist, all progress is known
+                crew.tell()  # first: when all notes exist, all progress must be known
                 with replace_file(work_dir / f"{name_of(item)}.json") as path:
                     path.write_text(json.dumps(asdict(made)), encoding="utf-8")
             crew.wait(lambda: not missing_items(items, work_dir, name_of=name_of))
@@ -101,16 +101,17 @@ def map_shards(
 def missing_items(
     items: Sequence[Item], work_dir: Path, *, name_of: Callable[[Item], str]
 ) -> list[Item]:
-    """Return the items that `map_shards` has not finished: they have no valid note (JSON file)."""
+    """Return the items without a valid note, which `map_shards` has not finished."""
     return [item for item in items if _read_note(work_dir / f"{name_of(item)}.json") is None]
 
 
 def publish_shards(
     folder: Path, work_dir: Path, made: Iterable[tuple[str, Made]], info: ShardInfo
 ) -> None:
-    """Move finished shards to an empty folder and write its index, which contains `info`.
+    """Move finished shards from `work_dir` to `folder`, which is empty, and write their index.
 
-    `made` has each shard's split and what `make` returned. Raises ValueError if the disk is full.
+    `made` has the split and the result of each item. The index contains `info`. Raises ValueError
+    if the disk is full.
     """
     splits: dict[str, tuple[Shard, ...]] = {}
     for split, item in made:
@@ -123,7 +124,7 @@ def publish_shards(
 
 
 def _read_note(note: Path) -> Made | None:
-    """Read an item's note; return None if it is missing or a file does not have the noted size."""
+    """Read a note. Return None if the note is missing, or if a file in it is not complete."""
     if not note.is_file():
         return None
     content = json.loads(note.read_text(encoding="utf-8"))
@@ -136,7 +137,7 @@ def _read_note(note: Path) -> Made | None:
 
 
 class _Crew:
-    """Small files in which each process tells the others its progress, or that it has failed."""
+    """Small files by which the processes tell each other their progress and their failures."""
 
     def __init__(self, folder: Path, processes: Processes, on_progress: Tick) -> None:
         self.folder, self.processes, self.on_progress = folder, processes, on_progress
@@ -157,7 +158,7 @@ class _Crew:
             for rank in range(self.processes.size):
                 if self.file("failed", rank).exists():
                     raise ChildProcessError(f"process {rank} has failed; see its own message")
-            time.sleep(SECONDS_BETWEEN_LOOKS)
+            time.sleep(SECONDS_BETWEEN_LOOKS)  # waiting with torch would have a time limit
             self.tell()
         self.tell()
 
@@ -180,7 +181,7 @@ def _in_workers(
     size_of: Callable[[Item], int],
     tick: Tick,
 ) -> Iterator[tuple[Item, Made]]:
-    """Yield items in the order in which workers finish them. If one fails, end all workers."""
+    """Yield items as soon as a worker has finished them. If an item fails, end all workers."""
     others = set(multiprocessing.active_children())
     # Forking a process that has threads (torch's, OpenMP's) can hang: start new interpreters.
     context = multiprocessing.get_context("spawn")

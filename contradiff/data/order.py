@@ -1,17 +1,17 @@
-"""The order of training samples, which does not depend on the number of processes and workers.
+"""The order of training samples. It does not depend on the number of processes or workers.
 
-In each epoch, the shards are joined in a seeded random order and cut into streams, which are
-consecutive ranges of samples. A stream shuffles its range in a buffer. The rows of a batch come
-from several streams (one for each row group), and the next step uses other streams (those of the
-next step group). With 2 row groups and 2 step groups there are 4 streams, A to D:
+In each epoch, the shards are joined in a random order to one sequence of samples. The sequence is
+cut into streams, and each stream shuffles its samples in a buffer. A stream fills some rows of a
+batch (a row group) in some of the steps (a step group). With 2 row groups and 2 step groups there
+are 4 streams, A to D:
 
               step 0   step 1   step 2   step 3
     rows 0-3     A        B        A        B
     rows 4-7     C        D        C        D
 
-So a process reads only the streams of its rows, and each worker only the streams of its steps.
-With at least 64 shards, and if the numbers of processes and of workers per process are in `GROUPS`,
-a shard is read once in an epoch, or twice if it is cut between two streams.
+So a process reads only the streams of its rows, and a worker only the streams of its steps. Each
+shard is read once or twice in an epoch, if there are at least 64 shards, and if the number of
+processes and the number of workers per process are in `GROUPS`.
 """
 
 import random
@@ -24,14 +24,14 @@ import numpy as np
 GROUPS = (1, 2, 4, 8)
 """Possible numbers of row groups, and of step groups."""
 SHUFFLE_BUFFER = 32768
-"""Number of samples in the buffers of all streams. (Writers of shards have shuffled them too.)"""
+"""Number of samples in the buffers of all streams together. (Shards are already shuffled.)"""
 
 Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
 class ShardRange:
-    """Samples number `first` to `last - 1` of shard number `shard`."""
+    """The samples `first` to `last - 1` of the shard with the number `shard`."""
 
     shard: int
     first: int
@@ -42,9 +42,9 @@ class ShardRange:
 class TrainingOrder:
     """The order in which a training reads samples.
 
-    `sizes` are the numbers of samples in the shards. `batch_size` counts the samples of all
-    processes. An epoch has num_samples // batch_size steps and uses no sample twice. The remaining
-    samples, which would not fill a batch, are left out; they differ between epochs.
+    `sizes` has the number of samples of each shard. `batch_size` counts the samples of all
+    processes. An epoch uses no sample twice. If the last samples do not fill a batch, the epoch
+    leaves them out. These samples differ between epochs.
     """
 
     sizes: tuple[int, ...]
@@ -72,7 +72,7 @@ class TrainingOrder:
         return self.batch_size // self.num_row_groups
 
     def rows_of(self, *, rank: int, world_size: int) -> Iterator[tuple[int, range]]:
-        """Yield the row groups that a process reads, in order, each with the rows to read."""
+        """Yield each row group of a process, and which rows of this group the process reads."""
         assert self.batch_size % world_size == 0, "every process must have the same number of rows"
         own, height = self.batch_size // world_size, self.rows_per_group
         first, last = rank * own, (rank + 1) * own
@@ -84,11 +84,11 @@ class TrainingOrder:
         """Return the ranges of shards that one stream reads in an epoch."""
         order = np.random.default_rng([self.seed, epoch]).permutation(len(self.sizes))
         steps, groups = self.steps_per_epoch, self.num_step_groups
-        # Number of steps in each step group; the first groups may have one more.
+        # Number of steps in each step group. The first groups may have one step more.
         steps_of = [-(-(steps - group) // groups) for group in range(groups)]
         before = row_group * steps + sum(steps_of[:step_group])
         after = before + steps_of[step_group]
-        # Streams get samples in proportion to their steps, so that few equal shards are cut.
+        # A stream gets samples in proportion to its steps. So equally large shards are rarely cut.
         num_samples, all_steps = sum(self.sizes), steps * self.num_row_groups
         samples = range(before * num_samples // all_steps, after * num_samples // all_steps)
         place, found = 0, list[ShardRange]()
@@ -102,7 +102,7 @@ class TrainingOrder:
     def shuffled(
         self, items: Iterable[Item], *, epoch: int, row_group: int, step_group: int
     ) -> Iterator[Item]:
-        """Yield the items of a stream in random order, each drawn from a buffer of later items."""
+        """Shuffle the items of a stream: draw each item at random from a buffer of next items."""
         rng = random.Random(f"{self.seed}/{epoch}/{row_group}/{step_group}")
         size = max(1, SHUFFLE_BUFFER // (self.num_row_groups * self.num_step_groups))
         buffer: list[Item] = []

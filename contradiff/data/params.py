@@ -1,7 +1,4 @@
-"""Sections `data` and `raw` of the parameters.
-
-A stage that needs only the image size imports this module and no code that reads data.
-"""
+"""Sections `data` and `raw` of the parameters."""
 
 from typing import Literal
 
@@ -16,7 +13,7 @@ class DataParams(Section):
     """Section `data`: the raw images."""
 
     source: Literal["toy", "imagefolder", "archives", "kaggle", "parquet", "auto"] = Field(
-        description="toy: rendered into data.root; auto: detect the layout in data.root"
+        description="toy: render images into data.root; auto: detect the layout in data.root"
     )
     root: str = Field(min_length=1, description="folder of the raw images, relative to the project")
     image_size: int = Field(ge=8, multiple_of=8, description="side of the images in pixels")
@@ -26,7 +23,7 @@ class DataParams(Section):
     @model_validator(mode="after")
     def _counts_belong_to_toy(self) -> "DataParams":
         for name in ("num_train", "num_val"):
-            is_given, reason = getattr(self, name) is not None, f"data.source is {self.source}"
+            is_given, reason = getattr(self, name) is not None, f"data.source is {self.source!r}"
             if self.source == "toy" and not is_given:
                 raise ValueError(f"data.{name}: set a number, because {reason}")
             if self.source != "toy" and is_given:
@@ -40,6 +37,6 @@ class DataParams(Section):
 
 
 class RawParams(Section):
-    """Section `raw`: how to check raw data. It does not change any result."""
+    """Section `raw`: how to check raw data. The section does not change any result."""
 
     verify: bool = Field(description="check the md5 of ILSVRC's archives (reads every byte)")

@@ -34,7 +34,7 @@ def image_grid(images: ByteImages, *, columns: int, min_side: int = 64) -> bytes
 
 
 def paired_grid(above: ByteImages, below: ByteImages, *, columns: int) -> bytes:
-    """Return a grid (`image_grid`) where each row of `above` has its row of `below` under it."""
+    """Return a PNG (`image_grid`) in which rows of `above` and rows of `below` alternate."""
     pairs = torch.stack([_rows(above, columns), _rows(below, columns)], dim=1)
     return image_grid(pairs.flatten(0, 2), columns=columns)
 
@@ -45,7 +45,7 @@ def _rows(images: ByteImages, columns: int) -> UInt8[Tensor, "rows columns 3 hei
 
 
 class LiveGrid:
-    """A PNG of the newest images. `add` rewrites the file if it is older than `seconds`."""
+    """A PNG of the newest images. `add` writes the file at most once in `seconds` seconds."""
 
     def __init__(
         self, path: Path, *, columns: int = 16, max_images: int = 96, seconds: float = 10.0

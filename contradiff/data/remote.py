@@ -19,12 +19,12 @@ T = TypeVar("T")
 
 
 def join(folder: Location, name: str) -> Location:
-    """Return the path or URL of `name` in a folder."""
+    """Return the path or URL of the file `name` in a folder."""
     return f"{folder.rstrip('/')}/{name}" if isinstance(folder, str) else folder / name
 
 
 def read_bytes(place: Location) -> bytes:
-    """Read a whole file. Raises FileNotFoundError, and the errors that `open_file` names."""
+    """Read a file. Raises FileNotFoundError if it is missing, and the errors of `open_file`."""
     if isinstance(place, Path):
         return place.read_bytes()
     file_system, path = _resolve(place)
@@ -32,7 +32,7 @@ def read_bytes(place: Location) -> bytes:
 
 
 def size_of(place: Location) -> int | None:
-    """Return a file's size in bytes, or None if unknown. Raises the errors of `read_bytes`."""
+    """Return a file's size in bytes, or None if the server does not know the size."""
     if isinstance(place, Path):
         return place.stat().st_size
     file_system, path = _resolve(place)
@@ -79,7 +79,7 @@ class _Blocks(io.RawIOBase):
 
 
 def _resolve(url: str) -> tuple[Any, str]:
-    """Return file system and path. Do not cache them: a forked worker needs its own file system."""
+    """Return the URL's file system and path. Each forked worker needs its own file system."""
     from fsspec.core import url_to_fs
 
     # Forbid compression on the way: sizes and hashes must be those of the stored file.
@@ -90,12 +90,12 @@ def _resolve(url: str) -> tuple[Any, str]:
         remedy = "use a URL that begins with s3://, gs://, http:// or https://"
         if isinstance(error, ImportError):
             package = {"s3": "s3fs", "gs": "gcsfs", "gcs": "gcsfs"}.get(url.partition(":")[0])
-            remedy = f"`pip install {package}`" if package else "install the named package"
+            remedy = f"`pip install {package}`" if package else "install the missing package"
         raise ValueError(f"{url}: {error}; {remedy}") from error
 
 
 def _persist(action: Callable[[], T], url: str) -> T:
-    """Call `action`, and call it again after an error that may be temporary."""
+    """Call `action`. After an error that may be temporary, call it again."""
     for attempt in range(ATTEMPTS):
         try:
             return action()

@@ -1,6 +1,6 @@
-"""What index.json says about all shards of its folder. Each kind of shards has a class.
+"""Facts that index.json states about the shards of its folder, with a class for each kind.
 
-A writer may add keys that only people read, such as the sampling solver or the class names.
+An index may have more keys, for human readers: the sampling solver or the class names, for example.
 """
 
 from typing import Literal
@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict
 
 
 class ShardInfo(BaseModel):
-    """Describes shards of any kind; the base class of all other kinds."""
+    """Base class of all kinds of shards."""
 
     model_config = ConfigDict(frozen=True, extra="allow")
 
@@ -22,7 +22,7 @@ class ImageInfo(ShardInfo):
 
 
 class LatentInfo(ShardInfo):
-    """Describes shards of latents (means and log-variances); `LatentsParams` explains the keys."""
+    """Describes shards of latents (means and log-variances); `LatentsParams` explains most keys."""
 
     kind: Literal["moments"] = "moments"
     dtype: Literal["float16", "bfloat16"]
@@ -35,7 +35,7 @@ class LatentInfo(ShardInfo):
 
 
 class ConditionInfo(ShardInfo):
-    """Describes shards of validation images on which generated samples are conditioned."""
+    """Describes shards of the validation images from which samples are generated."""
 
     kind: Literal["conditions"] = "conditions"
 

@@ -1,6 +1,7 @@
-"""Shards: tar files in which images, latents and generated images are stored.
+"""Read and write shards: tar files of many images or latents.
 
-A folder of shards has `index.json` and files such as `train-00000.tar`, for WebDataset readers.
+A folder of shards contains `index.json` and tar files such as `train-00000.tar`. WebDataset can
+read the tar files.
 """
 
 import gzip
@@ -29,7 +30,7 @@ from contradiff.files import replace_file, sha256_of
 INDEX_NAME = "index.json"
 Compression = Literal["none", "gzip"]
 Record = Mapping[str, bytes]
-"""One sample of a shard: file extension => content. "__key__" is the sample's unique name."""
+"""One sample of a shard: file extension => content. "__key__" => the sample's unique name."""
 InfoT = TypeVar("InfoT", bound=ShardInfo)
 
 
@@ -37,12 +38,12 @@ class ShardParams(Section):
     """Section `shard`: how samples are packed into shards."""
 
     samples_per_shard: int = Field(ge=1)
-    compression: Compression = Field(description="gzip halves the size if images are small")
+    compression: Compression = Field(description="gzip: half the size, if images are small")
 
 
 @dataclass(frozen=True)
 class Shard:
-    """One tar file. `class_counts[c]` counts the samples of class c; it is () without classes."""
+    """One tar file. `class_counts[c]` is the number of samples of class c, if there are classes."""
 
     name: str
     num_samples: int
@@ -74,8 +75,8 @@ class ShardIndex(Generic[InfoT]):
     def read(cls, folder: Location, kind: type[InfoT]) -> "ShardIndex[InfoT]":
         """Read a folder's index, and check that each listed shard exists and has the right size.
 
-        Raises ValueError if the index or a shard is missing, damaged or of another kind or size,
-        and OSError if a server could not be reached.
+        Raises ValueError if the index or a shard is missing or not as expected, and OSError if a
+        server cannot be reached.
         """
         path = join(folder, INDEX_NAME)
         try:
@@ -87,7 +88,7 @@ class ShardIndex(Generic[InfoT]):
             raise _fault(path, "missing") from error
         except (ValueError, KeyError, TypeError) as error:
             reason = " ".join(f"{type(error).__name__}: {error}".split())
-            raise _fault(path, f"damaged (not an index as expected: {reason})") from error
+            raise _fault(path, f"damaged, or another kind of index ({reason})") from error
         shards = list(chain(*splits.values()))
         places = [join(folder, shard.name) for shard in shards]
         # Ask a server for many sizes at once, because each answer takes long.
@@ -127,8 +128,8 @@ def write_shard(
 ) -> Shard:
     """Write one shard, completely or not at all. Equal records give equal bytes.
 
-    `on_progress` is called with 1 after each sample. If records have an entry "cls" (the class
-    index), the samples of each class are counted.
+    `on_progress` is called with 1 after each sample. The entry "cls" of a record, if there is one,
+    is the class index.
     """
     from webdataset.writer import TarWriter
 
@@ -172,10 +173,10 @@ def write_split(
 
 
 def read_shard(path: Location, shard: Shard) -> Iterator[dict[str, bytes]]:
-    """Yield a shard's samples in order. A sample maps extension => content and "__key__" => key.
+    """Yield a shard's samples in order, in the form that `Record` explains.
 
-    Raises ValueError if the shard is damaged. Tar does not notice all damage, so the sha256 of all
-    bytes is compared after the last sample. Raises OSError if a server could not be reached.
+    Raises ValueError if the shard is damaged. Some damage is noticed only after the last sample,
+    when the sha256 is compared. Raises OSError if a server cannot be reached.
     """
     from webdataset.tariterators import group_by_keys, tar_file_expander
 
@@ -222,7 +223,7 @@ def image_record(sample: Sample, *, extension: str) -> Record:
 
 
 def image_of(record: Record) -> Sample:
-    """Turn a record, as made by `image_record`, back into an image."""
+    """Return the image in a record that `image_record` made."""
     extension = next(name for name in record if name in {"jpg", "jpeg", "png", "webp"})
     return Sample(record["__key__"].decode(), record[extension], int(record["cls"]))
 
@@ -235,7 +236,7 @@ def array_to_bytes(array: Shaped[np.ndarray, "..."]) -> bytes:
 
 
 def array_from_bytes(content: bytes) -> Shaped[np.ndarray, "..."]:
-    """Read an array from the content of an .npy file, without pickle."""
+    """Read an array from the content of an .npy file."""
     return np.load(io.BytesIO(content), allow_pickle=False)
 
 

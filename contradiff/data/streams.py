@@ -1,7 +1,7 @@
-"""Training batches from image shards and latent shards, in an order that a seed decides.
+"""Training batches from image shards and latent shards, in a random order that a seed fixes.
 
-Shard i of the images and shard i of the latents hold the same samples in the same order. The pairs
-are shuffled. In the loader's workers, the caller's `make_batch` stacks them into batches.
+Image shard i and latent shard i contain the same samples in the same order. So both give pairs of
+an image and its latents. The pairs are shuffled, and `make_batch` stacks them into batches.
 """
 
 import hashlib
@@ -29,7 +29,7 @@ MakeBatch = Callable[[int, Sequence[Pair]], dict[str, Tensor]]
 
 @dataclass(frozen=True)
 class PairedShards:
-    """Image shards and latent shards, in two folders, with the same keys in the same order."""
+    """Image shards and latent shards, in two folders, with the same samples in the same order."""
 
     images: Location
     latents: Location
@@ -76,8 +76,8 @@ class PairedShards:
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
     def read_range(self, wanted: ShardRange, *, with_images: bool) -> Iterator[Pair]:
-        """Yield the pairs of a range of a shard. Earlier pairs are read and skipped."""
-        # `read_shard` checks a shard after its last sample, so do not stop before that check.
+        """Yield some pairs of a shard. The pairs before them are read, but not yielded."""
+        # `read_shard` checks a shard after its last sample. Do not stop before that check.
         stop = None if wanted.last == self.sizes[wanted.shard] else wanted.last
         yield from islice(self.read(wanted.shard, with_images=with_images), wanted.first, stop)
 
@@ -102,13 +102,12 @@ class PairedShards:
 
 @dataclass(eq=False)
 class TrainingStream(IterableDataset["dict[str, Tensor] | Exception"]):
-    """An endless stream of one process's batches. It can start at any step.
+    """An endless stream of the batches of one process, from the step `start_step` on.
 
-    `batch_size` counts the samples of this process. The samples of a batch of all processes, and
-    their order, depend only on the seed, the total batch size and the shards, and not on the number
-    of processes and workers (see `TrainingOrder`). A stream that starts at a later step does not
-    read the epochs before it. `make_batch` runs in the workers and must be picklable. Raises
-    ValueError if there are fewer images than a batch of all processes needs.
+    `batch_size` counts the samples of this process. `TrainingOrder` decides the order of samples,
+    which does not depend on the number of processes or workers. Epochs before `start_step` are not
+    read. `make_batch` runs in the workers and must be picklable. Raises ValueError if the split has
+    fewer images than a batch of all processes.
     """
 
     pairs: PairedShards
@@ -129,7 +128,7 @@ class TrainingStream(IterableDataset["dict[str, Tensor] | Exception"]):
             raise ValueError(f"{pairs.images}: {has} of {batch_size}; lower batch_size")
 
     def __iter__(self) -> Iterator[dict[str, Tensor] | Exception]:
-        """Yield batches, or last an error: if a worker raised it, it would print a traceback."""
+        """Yield batches. An error is yielded too: a worker that raises would print a traceback."""
         worker = get_worker_info()
         # The loader takes batches from its workers in turn, beginning with worker 0.
         number, num_workers = (worker.id, worker.num_workers) if worker else (0, 1)
@@ -140,7 +139,7 @@ class TrainingStream(IterableDataset["dict[str, Tensor] | Exception"]):
             yield error
 
     def _batches(self, first_step: int, stride: int) -> Iterator[tuple[int, list[Pair]]]:
-        """Yield the epoch and the batch's pairs for every `stride`-th step."""
+        """For every `stride`-th step, yield the epoch and the pairs of the batch."""
         order, height = self.order, self.order.rows_per_group
         rows = list(order.rows_of(rank=self.rank, world_size=self.world_size))
         streams: dict[tuple[int, int, int], tuple[Iterator[Pair], int]] = {}
@@ -170,9 +169,9 @@ class TrainingStream(IterableDataset["dict[str, Tensor] | Exception"]):
 def training_batches(stream: TrainingStream, *, num_workers: int) -> Iterator[Mapping[str, Any]]:
     """Run the stream in worker processes. Their number does not change the batches.
 
-    With at least 64 shards, 1, 2, 4 or 8 workers read each shard once in an epoch; other numbers of
-    workers, or fewer shards, may read a shard several times (see `order.GROUPS`). Raises ValueError
-    if data are damaged, and OSError if a server cannot be reached.
+    Reading is fastest with at least 64 shards and 1, 2, 4 or 8 workers: then few shards are read
+    more than once in an epoch. Raises ValueError if data are damaged, and OSError if a server
+    cannot be reached.
     """
     pinned = torch.cuda.is_available()
     for batch in DataLoader(stream, None, num_workers=num_workers, pin_memory=pinned):

@@ -1,4 +1,4 @@
-"""Encoded images => cropped pixels. A `Crop` records which box of the image was cut out."""
+"""Decode images and cut out crops. A `Crop` says which rectangle of the image is cut out."""
 
 import math
 from dataclasses import astuple, dataclass, replace
@@ -44,16 +44,16 @@ def decode(encoded: bytes, *, name: str) -> UInt8[Tensor, "3 height width"]:
 
 
 def centre_crop(height: int, width: int) -> Crop:
-    """Return the largest centred square. Resized, it equals torchvision's Resize + CenterCrop."""
+    """Return the largest centred square (resized: torchvision's Resize, then CenterCrop)."""
     side = min(height, width)
     return Crop((height - side) // 2, (width - side) // 2, side, side, mirrored=False)
 
 
 def random_crop(rng: np.random.Generator, height: int, width: int, *, scale_min: float) -> Crop:
-    """Draw a random crop (Inception-style), which is mirrored with a chance of 1/2.
+    """Draw a random crop, as SimCLR does. The crop is mirrored with probability 1/2.
 
     The crop's share of the area is uniform in [`scale_min`, 1]. Its aspect ratio is log-uniform in
-    [3/4, 4/3]. If ten draws do not fit into the image, the result is the centre crop.
+    [3/4, 4/3]. If ten drawn crops do not fit, the result is the centre crop.
     """
     mirrored = bool(rng.random() < 0.5)
     for _ in range(10):
@@ -81,10 +81,10 @@ def apply_crop(
 def jitter_colours(
     image: UInt8[Tensor, "3 height width"], rng: np.random.Generator, *, strength: float
 ) -> UInt8[Tensor, "3 height width"]:
-    """Apply SimCLR's colour distortion: brightness, contrast, saturation and hue, sometimes grey.
+    """Apply SimCLR's colour distortion: change brightness, contrast, saturation and hue.
 
     `strength` is SimCLR's s. Brightness, contrast and saturation get factors in 1 ± 0.8 s. The hue
-    turns by up to ± 0.2 s of a circle. One image in five becomes grey. With s = 0 nothing changes.
+    turns by up to ± 0.2 s of a circle. One image in five becomes grey. With s = 0, nothing changes.
     """
     if strength == 0:
         return image

@@ -1,10 +1,10 @@
 """Read the official archives of ILSVRC2012 (ImageNet) without unpacking them.
 
-`ILSVRC2012_img_train.tar` contains a tar for each class, `<wnid>.tar` (a wnid is a WordNet id, such
-as n01440764). `ILSVRC2012_img_val.tar` contains the validation images, which are numbered. Their
-classes are in the development kit: line i of `ILSVRC2012_validation_ground_truth.txt` is the
-ILSVRC2012_ID of image i, and `meta.mat` says which wnid has this ID. The ILSVRC2012_ID is *not* the
-class label of this project, which is the wnid's position in the sorted wnids.
+`ILSVRC2012_img_train.tar` contains one tar for each class: `<wnid>.tar`. A wnid is a WordNet id,
+such as n01440764. `ILSVRC2012_img_val.tar` contains numbered validation images. The development kit
+has their classes: line i of `ILSVRC2012_validation_ground_truth.txt` is the ILSVRC2012_ID of the
+class of image i, and `meta.mat` maps this ID to a wnid. In this project, a class's label is *not*
+its ILSVRC2012_ID, but the position of its wnid in the sorted wnids.
 """
 
 import io
@@ -35,7 +35,7 @@ MD5S = {
 
 
 def read_member(root: Path, file: ImageFile) -> bytes:
-    """Read one image at its offset, in any thread or process. Raises ValueError if this fails."""
+    """Read one image, in any thread or process. Raises ValueError if the image is unreadable."""
     path = root / file.stored
     with listing.explain_unreadable(path):
         archive = _opened(path, path.stat().st_mtime_ns)
@@ -53,27 +53,27 @@ def _opened(path: Path, _time: int) -> int:
 def scan_archives(
     root: Path, *, index_folder: Path | None, verify: bool, on_message: Callable[[str], None]
 ) -> Listing:
-    """List the images in the archives. Classes are the sorted wnids, as in class folders.
+    """List the images in the archives. The classes are the sorted wnids.
 
-    The lists of the archives' files are kept in `index_folder`. If it is None, each run reads the
-    tar headers again. With `verify`, the md5 of each archive is compared, which takes minutes.
-    Raises ValueError if an archive or the kit is missing, damaged, or does not fit the other files.
+    `index_folder` keeps the list for later runs. If `index_folder` is None, each run reads all tar
+    headers. `verify` compares the md5 of each archive, which takes minutes. Raises ValueError if an
+    archive or the development kit is missing or damaged, or contradicts the other files.
     """
     for name in (TRAIN_ARCHIVE, VAL_ARCHIVE):
         if not (root / name).is_file():
-            raise ValueError(f"data.root: no {root / name}; put ILSVRC2012's archives there")
+            raise ValueError(f"data.root: {root / name} is missing; put the archive there")
     for name, expected in MD5S.items() if verify else ():
         path = root / name
         if name == DEVKIT_ARCHIVE and not path.is_file():
             on_message(f"{name} is missing (perhaps unpacked), so its md5 is not checked")
             continue
         on_message(f"reading {path.stat().st_size / 1e9:.1f} GB of {name} to check its md5")
-        remedy = "fetch it again, or set raw.verify to false for other data"
+        remedy = "fetch it again, or set raw.verify to false to use other data"
         check_digest(path, "md5", expected, remedy=remedy)
-    wnids, class_names = read_devkit(root)  # first, as it is often missing
+    wnids, class_names = read_devkit(root)  # first: the kit is often missing
 
     def walk(path: Path) -> Members:
-        on_message(f"reading the headers of {path} (again only if the file changes)")
+        on_message(f"reading the headers of {path} (later runs do so only if the file changes)")
         is_train = path.name == TRAIN_ARCHIVE
         return _walk_classes(path) if is_train else {"val": _images(walk_tar(path))}
 
@@ -124,7 +124,7 @@ def _images(members: Iterable[tarfile.TarInfo], *, start: int = 0) -> list[Membe
 def _labelled(
     members: list[Member], wnids: list[str], class_ids: tuple[str, ...], *, path: Path
 ) -> list[ImageFile]:
-    """Label validation images. Image i has the class that line i of the ground truth names."""
+    """Give validation images their labels. `wnids[i - 1]` is the wnid of image number i."""
     total = len(wnids)
     if len(members) != total:
         fault = f"{len(members)} images, but the devkit's ground truth has {total} lines"
@@ -147,7 +147,7 @@ def _labelled(
 
 
 def read_devkit(root: Path) -> tuple[list[str], dict[str, str]]:
-    """Return each validation image's wnid, and names by wnid; ValueError if the kit is damaged."""
+    """Return the validation images' wnids, and a map wnid => name. Raises ValueError on failure."""
     from scipy.io import loadmat
 
     contents = _devkit_files(root)

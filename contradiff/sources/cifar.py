@@ -1,6 +1,6 @@
 """Read CIFAR-10 and CIFAR-100 from their official archives, python or binary, packed or unpacked.
 
-Other images of 32 x 32 pixels in the same file format can be read too, such as the toy digits.
+The toy digits have the same file format, so this module reads them too.
 """
 
 import gzip
@@ -27,7 +27,7 @@ _PIXELS = 3 * SIDE * SIDE
 
 
 class CifarForm(NamedTuple):
-    """One published form of CIFAR: archive, the folder in the archive, and file of class names."""
+    """A published form of CIFAR: the archive, its folder, and its file of class names."""
 
     archive: str
     folder: str
@@ -35,12 +35,12 @@ class CifarForm(NamedTuple):
 
     @property
     def is_python(self) -> bool:
-        """Whether files are pickles. If not, they are records: label bytes, then 3072 pixels."""
+        """Whether files are pickles. Otherwise, an image is label bytes, then 3072 pixel bytes."""
         return "python" in self.archive
 
     @property
     def prefix(self) -> str:
-        """Prefix of the keys `labels` and `label_names`. CIFAR-100 also has coarse labels."""
+        """Prefix of keys for labels: `fine_` in CIFAR-100, which has `coarse_` labels too."""
         return "fine_" if "100" in self.archive else ""
 
     def split_files(self, split: Split) -> list[str]:
@@ -99,10 +99,10 @@ class CifarFiles(NamedTuple):
 
 @dataclass(frozen=True)
 class TransferSplit:
-    """One split of a labelled set: labels in [0, len(class_names)), and image names (`keys`).
+    """One split of a labelled set. A label is an index of `class_names`; `keys` are image names.
 
-    `read` takes row numbers and returns the images: RGB, 0 to 255, all of one size. Images in a
-    folder are read from disk only at that time, since all of them may not fit into memory.
+    `read` takes row numbers and returns the images: RGB, 0 to 255, all of one size. Image folders
+    may be larger than the memory, since only `read` loads their images.
     """
 
     labels: Int64[np.ndarray, " n"]
@@ -134,8 +134,8 @@ def find_cifar(root: Path, name: CifarName) -> CifarFiles:
 def read_cifar(files: CifarFiles, *, split: Split) -> TransferSplit:
     """Read one split, in the order of the files. For CIFAR-100, the labels are the fine classes.
 
-    The files decide how many images and classes there are. If they give an image no name, its key
-    is made of the split and a number. Raises ValueError if files are damaged or not CIFAR.
+    An image without a name in the files gets a key such as `test-00012`. Raises ValueError if the
+    files are damaged or not CIFAR.
     """
     form, place = files
     wanted = [form.names, *form.split_files(split)]
@@ -190,8 +190,8 @@ def _read_records(content: bytes, prefix: str, *, shown: str) -> _Batch:
     num_labels = 2 if prefix else 1  # CIFAR-100: coarse label, then fine label
     size = num_labels + _PIXELS
     if not content or len(content) % size:
-        form = f"records of {size} bytes ({num_labels} for labels, {_PIXELS} for pixels)"
-        fault = f"{len(content)} bytes are not a whole number of {form}"
+        form = f"{size} bytes (per image: {num_labels} for labels, {_PIXELS} for pixels)"
+        fault = f"the size of {len(content)} bytes is not a multiple of {form}"
         raise ValueError(f"{shown}: {fault}; the file is damaged, or from the other CIFAR data set")
     records = np.frombuffer(content, np.uint8).reshape(-1, size)
     return records[:, num_labels:], records[:, num_labels - 1].tolist(), []
@@ -206,14 +206,14 @@ def _list(mapping: Mapping[str, object], key: str, *, shown: str) -> list[object
 
 
 def _read_members(path: Path, wanted: Sequence[str]) -> dict[str, bytes]:
-    """Read files in a .tar.gz. Read the archive to its end, so that gzip checks its checksum."""
+    """Read the files `wanted` of a .tar.gz, and let gzip compare the archive's checksum."""
     contents: dict[str, bytes] = {}
     try:
         with gzip.open(path) as stream, tarfile.open(fileobj=stream, mode="r|") as archive:
             for member in archive:
                 check_member(member, shown=str(path))
                 if member.size > MAX_MEMBER_BYTES or member.name in contents:
-                    fault = f"contains {member.name} twice, or it is too large ({member.size:,} B)"
+                    fault = f"{member.name} exists twice or is too large ({member.size:,} B)"
                     raise ValueError(f"{path}: {fault}; fetch it again from {HOMEPAGE}")
                 if member.name in wanted and (file := archive.extractfile(member)):
                     contents[member.name] = file.read()

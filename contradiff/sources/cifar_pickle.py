@@ -1,6 +1,6 @@
 """Read the pickle files in CIFAR's python archives safely.
 
-A pickle can call any Python function. This reader allows only those that build arrays of bytes.
+A pickle can call any Python function. This reader allows only functions that build byte arrays.
 """
 
 import io
@@ -11,7 +11,7 @@ import numpy as np
 
 
 class _Dtype:
-    """Replaces numpy's dtype for bytes, which would accept harmful flags from a file."""
+    """Used instead of numpy's dtype, which would accept harmful flags from a file."""
 
     def __init__(self, name: object, *_flags: object) -> None:
         if name not in ("u1", "|u1", b"u1", b"|u1"):
@@ -29,7 +29,7 @@ class _ByteArray(np.ndarray):
 
 
 def _encode(text: str, encoding: object = "latin1") -> bytes:
-    """Replaces `_codecs.encode`; pickles of Python 3 (protocol 2) call it to build bytes."""
+    """Used instead of `_codecs.encode`, which some pickles of Python 3 call to build bytes."""
     if encoding not in ("latin1", b"latin1"):
         raise pickle.UnpicklingError(
             f"bytes have the encoding {encoding!r}, but only latin1 is allowed"
@@ -56,7 +56,7 @@ class _CifarUnpickler(pickle.Unpickler):
 
 
 def read_mapping(content: bytes, *, shown: str) -> dict[str, object]:
-    """Unpickle a mapping of plain data; ValueError for other data, which names the file `shown`."""
+    """Unpickle a dictionary. Raises ValueError, which begins with `shown`, if this fails."""
     try:
         value: object = _CifarUnpickler(io.BytesIO(content), encoding="bytes").load()
     except Exception as error:  # pickle does not document which errors a damaged file causes

@@ -1,7 +1,8 @@
 """List images that are separate files: in class folders, or in Kaggle's download of ILSVRC.
 
-Class folders are `train/<class>/*` and `val/<class>/*`. In `ILSVRC/Data/CLS-LOC`, Kaggle has
-`train/<class>/*` and one folder `val` of all validation images; their labels are in a CSV file.
+Class folders are `train/<class>/*` and `val/<class>/*`. Kaggle's download has only the class
+folders `train/<class>/*`. Its folder `val` contains all validation images, and a CSV file has their
+labels. The folders `train` and `val` are in `ILSVRC/Data/CLS-LOC`.
 """
 
 import csv
@@ -29,8 +30,8 @@ def scan_folder(
 ) -> Listing:
     """List `train/<class>/*` and `<test>/<class>/*`. The classes are the sorted folders in train/.
 
-    Messages name the parameter `key`. Raises ValueError if a folder is missing or unreadable, if
-    <test>/ has an unknown class, or if a class is empty. `may_be_empty` allows this in <test>/.
+    `key` is the parameter that messages name. Raises ValueError if a folder is missing, if a class
+    is only in <test>/, or if a class has no images. `may_be_empty` allows this in <test>/.
     """
     class_ids = _class_folders(root / "train", key)
     splits = {"train": _by_class(root / "train", class_ids, key)}
@@ -43,8 +44,8 @@ def scan_folder(
 def scan_kaggle(root: Path) -> Listing:
     """List the images in the unpacked zip of Kaggle's "ImageNet Object Localization Challenge".
 
-    The files' paths are relative to `KAGGLE_IMAGES`. Raises ValueError as `scan_folder` does, or if
-    `LOC_val_solution.csv` is missing or does not list exactly the validation images.
+    The paths in the list are relative to `KAGGLE_IMAGES`. Raises ValueError as `scan_folder` does,
+    or if `LOC_val_solution.csv` is missing or does not list exactly the validation images.
     """
     train, folder = root / KAGGLE_IMAGES / "train", root / KAGGLE_IMAGES / "val"
     table = root / "LOC_val_solution.csv"
@@ -77,7 +78,7 @@ def _class_folders(folder: Path, key: str = "data.root") -> tuple[str, ...]:
 def _by_class(
     folder: Path, class_ids: Sequence[str], key: str = "data.root", *, may_be_empty: bool = False
 ) -> tuple[ImageFile, ...]:
-    """List the images in class folders, sorted by class and name. Threads list several at once."""
+    """List the images in class folders, sorted by class and name."""
     images_in = partial(_images_in, key=key, may_be_empty=may_be_empty)
     with ThreadPoolExecutor(listing.NUM_THREADS) as pool:
         found = pool.map(images_in, (folder / class_id for class_id in class_ids))
@@ -108,10 +109,10 @@ def _names(root: Path, class_ids: Sequence[str]) -> tuple[str, ...]:
 
 
 def _kaggle_labels(path: Path, class_ids: Sequence[str]) -> dict[str, int]:
-    """Map image name => label. A line is `ILSVRC2012_val_00048981,n03995372 85 1 499 272 `."""
+    """Return name => label. A line is `ILSVRC2012_val_00048981,n03995372 85 1 499 272 `."""
     if not path.is_file():
-        purpose = "which contains the labels of Kaggle's validation images"
-        raise ValueError(f"data.root: no {path}, {purpose}")
+        purpose = "it contains the labels of Kaggle's validation images"
+        raise ValueError(f"data.root: {path} is missing; {purpose}")
     label_of = {class_id: label for label, class_id in enumerate(class_ids)}
     labels: dict[str, int] = {}
     with path.open(newline="", encoding="utf-8", errors="replace") as file:

@@ -1,4 +1,4 @@
-"""Check one raw image before it is put into a shard: is it readable, and is it irregular?
+"""Check a raw image before it is put into a shard: can it be read, and is it unusual?
 
 This module does not import torch, so that worker processes start quickly.
 """
@@ -14,7 +14,7 @@ from contradiff.data.decoding import decode_rgb, opened, orientation_of
 Verify = Literal["full", "header"]
 
 EXTENSION_OF = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}
-"""Formats that shards may contain, as Pillow names them => file extension in the shard."""
+"""Pillow's names of the formats that shards may contain => file extension in the shard."""
 FORMAT_OF_SUFFIX = {".jpg": "JPEG", ".jpeg": "JPEG", ".png": "PNG", ".webp": "WEBP"}
 IRREGULAR_MODES = {
     "CMYK": ("cmyk",),
@@ -33,7 +33,7 @@ ENCODING: dict[str, dict[str, Any]] = {
 
 
 class CheckedImage(NamedTuple):
-    """An image for a shard: encoded bytes, correct file extension, and its irregularities."""
+    """An image for a shard. `irregularities` are unusual properties, such as "greyscale"."""
 
     content: bytes
     extension: str
@@ -41,14 +41,13 @@ class CheckedImage(NamedTuple):
 
 
 def check_image(content: bytes, *, path: str, verify: Verify, resize: int | None) -> CheckedImage:
-    """Check an image, and make it smaller if its shorter side is longer than `resize` pixels.
+    """Check an image. If its shorter side has more than `resize` pixels, scale it down to them.
 
-    With `verify="full"`, the image is decoded (a JPEG at one eighth of its size, which still reads
-    all data but is fast). With `verify="header"`, only the header and the end marker are checked.
-    To make an image smaller, it is turned upright, converted to RGB, scaled (bicubic) so that its
-    shorter side is `resize`, and encoded again: a JPEG as JPEG, other formats as PNG. Other images
-    keep their bytes. The extension follows the content: a PNG named x.JPEG gets the extension png.
-    Raises ValueError, which names the file, if the image is unreadable.
+    `verify="full"` decodes the image (a JPEG at one eighth of its size, which is fast but reads all
+    data). `verify="header"` checks only the header and the end mark. An image that is scaled down
+    is also turned upright and converted to RGB. A scaled JPEG is saved as JPEG, other formats as
+    PNG. Images that are not scaled keep their bytes. The extension follows the content: a PNG named
+    x.JPEG gets the extension png. Raises ValueError if the image is unreadable.
     """
     with opened(content, name=path) as image:
         kind = image.format or "unknown"

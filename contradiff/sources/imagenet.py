@@ -1,8 +1,8 @@
-"""List the raw images in any supported layout, and make the manifest that DVC tracks.
+"""List the raw images in any supported layout, and describe them in a file for DVC: the manifest.
 
 Class folders, ILSVRC's archives, Kaggle's download and Hugging Face's parquet shards give the same
-images with the same labels. Hashing all raw data would take too long. So the manifest, a JSON file,
-contains one digest of all names and sizes and of the bytes of some sampled images.
+images with the same labels. The manifest, a JSON file, contains a digest of the names and sizes of
+all images and the bytes of some images. Hashing the bytes of all images would take too long.
 """
 
 import hashlib
@@ -25,15 +25,15 @@ MARKS: Mapping[Layout, tuple[str, ...]] = {
     "kaggle": (f"{KAGGLE_IMAGES}/train/",),
     "parquet": tuple(pattern.format("train") for pattern in parquet.PATTERNS),
 }
-"""Layout => files or folders. If one of them exists, the layout is found."""
+"""Layout => files or folders that are typical of the layout. One of them is enough."""
 
 
 @dataclass(frozen=True)
 class RawImages:
     """The raw images of one data set. `read` returns an image's original bytes, in any process.
 
-    The digest changes if an image is added, removed, renamed or changes its size, and probably if
-    many images change. Class folders, archives and Kaggle's download have the same digest.
+    `digest` changes if an image is added, removed, renamed or gets another size, and probably if
+    many images get other pixels. Class folders, archives and Kaggle's download have equal digests.
 
     Example:
         ```python
@@ -49,7 +49,7 @@ class RawImages:
     digest: str
 
     def check(self, batch_sizes: Mapping[str, int]) -> Iterator[str]:
-        """Yield a log line for each split; raises ValueError if a batch needs more images."""
+        """Yield a log line for each split. Raises ValueError if a batch size is too large."""
         num_train, classes = len(self.listing.splits["train"]), len(self.listing.class_ids)
         fault = f"is more than the {num_train} training images in {self.root}; lower it"
         if large := [f"{key}: {n} {fault}" for key, n in batch_sizes.items() if n > num_train]:
@@ -58,7 +58,7 @@ class RawImages:
             yield f"{len(files)} {split} images of {classes} classes in {self.root}"
 
     def manifest(self, *, project: Path) -> dict[str, Any]:
-        """Return the manifest, which can be written as JSON. `project` is the project's folder."""
+        """Return the content of the manifest. `project` is the project's folder."""
         listing = self.listing
         return {
             "root": relative_to_project(self.root, project=project),
@@ -79,12 +79,12 @@ def scan_images(
 ) -> RawImages:
     """List the images below `root`. `scan_archives` explains `index_folder` and `verify`.
 
-    Raises ValueError if data are missing, damaged or contradictory, if two images have the same
-    key, or if the layout is "auto" and `root` has files of none or of several layouts (`MARKS`).
+    With `layout="auto"`, `root` must contain files of exactly one layout (`MARKS`). Raises
+    ValueError if this is not so, or if data are missing, damaged or contradictory.
     """
     if layout == "auto":
         layout = _detect(root)
-        on_message(f"data.source: auto found {layout} ({' or '.join(MARKS[layout])}) in {root}")
+        on_message(f"data.source: auto is {layout!r} ({' or '.join(MARKS[layout])}) in {root}")
     if verify and layout != "archives":
         fault = f"true checks the md5 of ILSVRC's archives, but {root} is read as {layout}"
         raise ValueError(f"raw.verify: {fault}; set raw.verify to false")
@@ -112,7 +112,7 @@ def scan_images(
 
 
 def reopen_images(manifest: Path, *, project: Path, **options: Any) -> RawImages:
-    """List the images that a manifest file describes. Raises ValueError if they have changed."""
+    """List the images that a manifest file describes. Raises ValueError if images have changed."""
     content = read_manifest(manifest)
     images = scan_images(project / content["root"], layout=content["layout"], **options)
     if images.digest != content["digest"]:
@@ -127,7 +127,7 @@ def relative_to_project(path: Path, *, project: Path) -> str:
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
-    """Read a manifest, a file from the stage `prepare`. Raises ValueError if it is missing."""
+    """Read a manifest, which the stage `prepare` writes. Raises ValueError if it is missing."""
     if not path.is_file():
         raise ValueError(f"{path}: missing; run `dvc repro prepare`")
     return json.loads(path.read_text(encoding="utf-8"))
@@ -140,7 +140,7 @@ def _detect(root: Path) -> Layout:
     if len(found) == 1:
         return found[0]
     text = "; ".join(f"{layout}: {' or '.join(MARKS[layout])}" for layout in (found or MARKS))
-    fault = f"found no images in {root}; put there one of: {text} (nothing is downloaded)"
+    fault = f"found no images in {root}; put one layout there: {text} (nothing is downloaded)"
     if found:
         fault = f"{root} contains {len(found)} layouts ({text}); set data.source to one of them"
     raise ValueError(f"data.root: {fault}")

@@ -1,7 +1,7 @@
-"""The list of images by class, which has the same form for every source of raw images.
+"""The list of all raw images, which has the same form for every source.
 
-An image's `path` is `<split>/<class>/<file>` in all sources. So an image has the same key, label
-and position in class folders, ILSVRC's archives, Kaggle's download and parquet files.
+In every source, an image gets the path `<split>/<class>/<file>`. So it has the same key, label and
+position in class folders, ILSVRC's archives, Kaggle's download and parquet files.
 """
 
 import re
@@ -13,15 +13,15 @@ from pathlib import Path
 SPLITS = ("train", "val")
 EXTENSIONS = frozenset({".jpeg", ".jpg", ".png", ".webp"})
 NUM_THREADS = 16
-"""Number of threads that list folders. A network file system is slow, but serves many at once."""
+"""Number of threads that list folders. Many threads help on a slow network file system."""
 
 
 @dataclass(frozen=True, slots=True)
 class ImageFile:
     """One raw image. Its `path` is `<split>/<class>/<file>`, even if there is no such file.
 
-    `stored` is the file that contains the image (below the root; if empty, `path`), and `offset` is
-    its first byte there. In parquet, `offset` is a row, and `num_bytes` is an estimate.
+    `stored` is the file below the root that contains the image (if empty: `path`). `offset` is the
+    image's first byte in it. For parquet, `offset` is a row, and `num_bytes` is an estimate.
     """
 
     path: str
@@ -33,7 +33,7 @@ class ImageFile:
 
     @property
     def key(self) -> str:
-        """The image's name in shards: class and file name. WebDataset does not allow dots in it."""
+        """The image's name in shards: class and file name without extension, with `_` for dots."""
         parent, _, name = self.path.rpartition("/")
         dot = name.rfind(".")
         stem = (name[:dot] if dot > 0 else name).replace(".", "_")
@@ -49,8 +49,8 @@ Read = Callable[[ImageFile], bytes]
 class Listing:
     """All images of a source, sorted by class, then by name. A label is an index of `class_ids`.
 
-    `class_ids` are sorted. A class without a name has its id as name. The text `containers`
-    describes parquet files; the digest of the raw images includes it.
+    `class_ids` are sorted. A class without a name has its id as name. `containers` is a text that
+    describes parquet files, so that the digest of the raw images depends on them.
     """
 
     class_ids: tuple[str, ...]
@@ -59,7 +59,7 @@ class Listing:
     containers: str = ""
 
     def check(self, root: Path) -> None:
-        """Raise ValueError if a class has no image in a split, or a file cannot be given a key."""
+        """Raise ValueError if a class has no image in a split, or an image cannot get a key."""
         for split, files in self.splits.items():
             present = {file.label for file in files}
             empty = [name for label, name in enumerate(self.class_ids) if label not in present]
@@ -72,11 +72,11 @@ class Listing:
                     raise ValueError(f"data.root: the name {file.path!r} is not UTF-8: rename it")
                 if (other := seen.setdefault(key, file)) is not file:
                     both = " and ".join(f"{f.path} (in {f.stored or root})" for f in (other, file))
-                    raise ValueError(f"data.root: {both} both get the key {key}: rename one")
+                    raise ValueError(f"data.root: {both} both get the key {key}: rename one image")
 
 
 def is_image_name(name: str) -> bool:
-    """Return whether a file with this name is an image. Hidden files are not."""
+    """Return whether a file with this name is an image. Hidden files do not count."""
     dot = name.rfind(".")
     return dot > 0 and name[0] != "." and name[dot:].lower() in EXTENSIONS
 
@@ -92,7 +92,7 @@ def first_name(words: str) -> str:
 
 
 def read_synsets(root: Path) -> dict[str, str]:
-    """Map class id => name, as in Kaggle's list. Return {} if there is no such list in `root`."""
+    """Return class id => name from Kaggle's list in `root`, or {} if there is no such file."""
     path = root / "LOC_synset_mapping.txt"
     text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
     lines = (line.split(maxsplit=1) for line in text.splitlines())
@@ -101,7 +101,7 @@ def read_synsets(root: Path) -> dict[str, str]:
 
 @contextmanager
 def explain_unreadable(path: Path, *, key: str = "data.root") -> Generator[None]:
-    """Turn an OSError about `path` into a ValueError. `key` is the parameter that gave `path`."""
+    """Turn an OSError about `path` into a ValueError, which names the parameter `key`."""
     try:
         yield
     except OSError as error:

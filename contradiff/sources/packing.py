@@ -1,10 +1,10 @@
-"""Raw images => shards. All shards are planned first, then made with `map_shards`, then published.
+"""Put raw images into shards.
 
-    listing =plan_shards=> PlannedShard, ... =ShardMaker=> Made, ... =publish=> folder
+First, `plan_shards` divides the list of images among the shards. Then `map_shards` calls a
+`ShardMaker` for each planned shard. At last, `publish` puts the finished shards into their folder.
 
-The plan depends only on the images' names and sizes, the seed and the parameters. A shard's bytes
-depend only on its plan, the images and the parameters, and not on the process that writes it. An
-unreadable image is left out of its shard and listed in a file. No other shard changes.
+The shards depend only on the images, the seed and the parameters, and not on the number of
+processes. An unreadable image is left out and listed in a file. The other shards do not change.
 """
 
 import json
@@ -28,9 +28,9 @@ from contradiff.sources.image_check import Verify, check_image
 from contradiff.sources.listing import SPLITS, ImageFile, Listing, Read
 
 QUARANTINE_NAME = "quarantine.json"
-"""Name of the file that lists the images of each split that are left out."""
+"""Name of the file that lists, for each split, the images that are left out."""
 UNREADABLE = ".unreadable.json"
-"""End of the name of a file that lists a shard's unreadable images."""
+"""The unreadable images of a shard are listed in a file with this suffix."""
 
 
 class IngestParams(Section):
@@ -39,10 +39,10 @@ class IngestParams(Section):
     max_shard_megabytes: int | None = Field(
         ge=1, description="largest size of a shard before compression, in 10^6 bytes"
     )
-    verify: Verify = Field(description="full: decode each image | header: check format and end")
-    resize: int | None = Field(ge=8, description="shorter side to which larger images are scaled")
+    verify: Verify = Field(description="full: decode each image; header: check format and end")
+    resize: int | None = Field(ge=8, description="images are scaled down to this shorter side")
     max_quarantined: float = Field(
-        ge=0, lt=1, description="share of a split's images that may be left out as unreadable"
+        ge=0, lt=1, description="largest allowed share of unreadable images in a split"
     )
 
 
@@ -69,10 +69,10 @@ def tar_bytes(num_bytes: int) -> int:
 def plan_shards(
     listing: Listing, *, seed: int, shard: ShardParams, ingest: IngestParams
 ) -> list[PlannedShard]:
-    """Shuffle each split with the seed and cut it into shards. So each shard is a random sample.
+    """Shuffle the images of each split with the seed, and divide them among shards.
 
-    A shard has at most `shard.samples_per_shard` images and `ingest.max_shard_megabytes`. An
-    image that is larger than this gets its own shard.
+    A shard has at most `shard.samples_per_shard` images, and at most `ingest.max_shard_megabytes`
+    megabytes. An image that has more megabytes gets its own shard.
     """
     megabytes = ingest.max_shard_megabytes
     plan: list[PlannedShard] = []
@@ -97,7 +97,7 @@ def plan_shards(
 
 @dataclass(frozen=True)
 class ShardMaker:
-    """Makes planned shards in the folder `work`. This is the function `make` of `map_shards`."""
+    """Writes shards to the folder `work`. `map_shards` calls an object of this class as `make`."""
 
     read: Read
     num_images: Mapping[str, int]
@@ -108,8 +108,8 @@ class ShardMaker:
     def __call__(self, planned: PlannedShard, tick: Tick) -> Made:
         """Write one shard, completely or not at all. If no image is readable, no file is written.
 
-        Raises ValueError if an image's size has changed since the plan was made, or if earlier
-        shards had too many unreadable images.
+        Raises ValueError if an image's size has changed since the plan was made, or if the shards
+        so far have too many unreadable images.
         """
         self.unreadable_images()
         irregularities: Counter[str] = Counter()
@@ -149,7 +149,7 @@ class ShardMaker:
         return Made((shard,) if shard.num_samples else (), notes)
 
     def unreadable_images(self) -> dict[str, list[dict[str, str]]]:
-        """Return each split's unreadable images so far. Raises ValueError if there are too many."""
+        """Return the unreadable images found so far. Raises ValueError if they are too many."""
         found: dict[str, list[dict[str, str]]] = {}
         for split in self.num_images:
             paths = sorted(self.work.glob(f"{split}-*{UNREADABLE}"))
@@ -163,7 +163,7 @@ class ShardMaker:
                     f"ingest.max_quarantined: {len(items)} of {total} {split} images cannot be "
                     f"read, which is more than the allowed share of {share:g}. Examples:\n{shown}\n"
                     f"{self.work / QUARANTINE_NAME} lists the images found so far. Repair or "
-                    "remove them, or raise ingest.max_quarantined (finished shards are kept)"
+                    "delete them, or raise ingest.max_quarantined (finished shards are kept)"
                 )
         return found
 
@@ -173,7 +173,7 @@ def publish(
 ) -> ImageInfo:
     """Link or copy finished shards to an empty folder. Write their index and quarantine.json.
 
-    Raises ValueError if too many images, or all of a class, are unreadable, or the disk is full.
+    Raises ValueError if too many images are unreadable, or if the disk is full.
     """
     unreadable = maker.unreadable_images()
     splits: dict[str, tuple[Shard, ...]] = {}
@@ -213,7 +213,7 @@ def publish(
 
 
 def describe(info: ImageInfo) -> Iterator[str]:
-    """Yield lines that count the irregular images, and the images left out, of each split."""
+    """Yield lines for the log: how many images of a split are irregular or unreadable."""
     content = info.model_dump()
     for split, counts in content["irregularities"].items():
         if counts:

@@ -1,7 +1,7 @@
 """ImageNet from Hugging Face: parquet files with columns `image` {bytes, path} and `label`.
 
-A label is already the class's position in the sorted wnids (WordNet ids). This is checked if the
-images' names contain the wnids. To list the images, only labels, names and file footers are read.
+A label in these files is the class's position in the sorted wnids (WordNet ids). If the images'
+names contain wnids, the labels are checked. The images themselves are not read for the list.
 """
 
 import hashlib
@@ -21,7 +21,7 @@ from contradiff.sources.listing import ImageFile, Listing, first_name, in_order,
 PATTERNS = ("data/{}-*.parquet", "{}-*.parquet", "data/{}/*.parquet", "{}/*.parquet")
 SPLIT_NAMES = {"train": ("train",), "val": ("validation", "val")}
 NUM_CACHED_GROUPS = 4
-"""Row groups kept in memory. A row group (here 100 images, 11 MB) can only be read as a whole."""
+"""Row groups kept in memory. All rows of a group (here 100 images, 11 MB) are read together."""
 _SHARD = re.compile(r"-(\d{5})-of-(\d{5})")
 _WNID = re.compile(r"n\d{8}")
 _PREFIX, _SUFFIX = re.compile(r"(n\d{8})_"), re.compile(r"(.+)_(n\d{8})")
@@ -30,7 +30,7 @@ _PREFIX, _SUFFIX = re.compile(r"(n\d{8})_"), re.compile(r"(.+)_(n\d{8})")
 def read_row(root: Path, file: ImageFile) -> bytes:
     """Read one image. Raises ValueError if its file is missing or damaged or its row has no image.
 
-    This reads the whole row group, unless it is still in memory: reading in row order is fastest.
+    All images of its row group are read, unless they are in memory. So row order is fastest.
     """
     import pyarrow as pa
 
@@ -49,7 +49,7 @@ def read_row(root: Path, file: ImageFile) -> bytes:
 
 @cache
 def _opened(path: Path, _process: int, _time: int) -> tuple[Any, list[int]]:
-    """Open a file and find its row groups' first rows. Open it again after a fork or change."""
+    """Open a file, once in each process, and find the first row of each row group."""
     from pyarrow import parquet
 
     shard = parquet.ParquetFile(path, memory_map=True)
@@ -75,9 +75,9 @@ def parquet_files(root: Path, split: str) -> list[Path]:
 def scan_parquet(root: Path) -> Listing:
     """List the images in parquet files.
 
-    A class's id is its wnid if the images' names or `LOC_synset_mapping.txt` contain it. If not,
-    it is the label in four digits. An image without a name gets a name with its number. Raises
-    ValueError if files are missing, damaged or have other columns, or if labels are wrong.
+    The ids of the classes are wnids, if the files or `LOC_synset_mapping.txt` contain the wnids. If
+    not, the ids are labels in four digits. An image without a name is named by its number. Raises
+    ValueError if files are missing or damaged, or if columns or labels are not as expected.
     """
     images: dict[str, list[ImageFile]] = {}
     names: dict[str, list[str]] = {}
@@ -89,7 +89,7 @@ def scan_parquet(root: Path) -> Listing:
         for path in files:
             rows, found = _read_shard(root, path)
             if found != names.setdefault(split, found):
-                fault = "has other class names than the files before"
+                fault = "has other class names than the earlier files"
                 raise ValueError(f"data.root: {path} {fault}")
             images[split] += rows
             stored = path.relative_to(root).as_posix()
@@ -118,7 +118,7 @@ def _check_complete(root: Path, split: str, files: Sequence[Path]) -> None:
 
 
 def _read_shard(root: Path, path: Path) -> tuple[list[ImageFile], list[str]]:
-    """Return a file's images, with their names in the file as `path`, and its class names."""
+    """Return a file's images and class names. An image's `path` is its name in the file."""
     import pyarrow as pa
     from pyarrow import parquet
 
@@ -138,7 +138,7 @@ def _read_shard(root: Path, path: Path) -> tuple[list[ImageFile], list[str]]:
     except (pa.ArrowException, OSError) as error:
         fault = f"is damaged, truncated or no parquet file: {error}"
         raise ValueError(f"data.root: {path} {fault}") from error
-    try:  # the library `datasets` writes names here; other files may have none
+    try:  # the library `datasets` writes class names here; others may not
         features = json.loads(notes[b"huggingface"])["info"]["features"]
         class_names = [str(name) for name in features["label"]["names"]]
     except (KeyError, TypeError, ValueError):
@@ -168,7 +168,7 @@ def _check_columns(schema: Any, *, path: Path) -> bool:
 
 
 def _footer_digest(path: Path) -> str:
-    """Hash the footer. It has each column chunk's offset and size, so it shows most changes."""
+    """Hash a file's footer, which changes with almost every change of the file."""
     with path.open("rb") as file:
         file.seek(-8, os.SEEK_END)
         length = int.from_bytes(file.read(4), "little")
@@ -177,7 +177,7 @@ def _footer_digest(path: Path) -> str:
 
 
 def _stem_and_wnid(path: str) -> tuple[str, str | None]:
-    """Split a name: `n0_9_n0.JPEG` => `n0_9` and the wnid `n0`, which Hugging Face appended."""
+    """Return an image's name without its extension and appended wnid, and the wnid (or None)."""
     stem = path.rpartition("/")[2].rpartition(".")[0]
     if match := _SUFFIX.fullmatch(stem):
         return match[1], match[2]

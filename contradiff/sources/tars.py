@@ -1,7 +1,6 @@
-"""Read tar archives without unpacking: list their files, and compare official checksums.
+"""List the files of tar archives without unpacking them, and compare official checksums.
 
-To list a tar, only its headers are read (1.28 million headers for ILSVRC's 138 GB). The list can
-be kept in a file for the next run.
+Only the headers of a tar are read. The list can be kept in a file for the next run.
 """
 
 import hashlib
@@ -18,21 +17,21 @@ NUM_SAMPLED_BLOCKS, SAMPLED_BLOCK = 64, 4096
 
 
 class Member(NamedTuple):
-    """A file in a tar: its name, and the offset and number of its bytes in the outermost tar."""
+    """A file in a tar. `offset` is the position of its first byte in the outermost tar."""
 
     name: str
     offset: int
     num_bytes: int
 
 
-Members = dict[str, list[Member]]  # grouped by class or split
+Members = dict[str, list[Member]]  # class or split => its files
 
 
 def walk_tar(path: Path, *, inner: tarfile.TarInfo | None = None) -> list[tarfile.TarInfo]:
     """List the regular files of a tar, or of the tar `inner` inside it, in archive order.
 
-    Each member's `offset_data` counts from the start of the tar that directly holds it. Raises
-    ValueError if the tar is truncated or damaged, or if `check_member` refuses a member.
+    With `inner`, `offset_data` of a file counts from the start of the inner tar. Raises ValueError
+    if the tar is truncated or damaged, or if `check_member` refuses a file.
     """
     shown = f"data.root: {path}" if inner is None else f"data.root: {path}: {inner.name}"
     with path.open("rb", buffering=0) as outer:
@@ -69,10 +68,9 @@ def check_member(member: tarfile.TarInfo, *, shown: str) -> None:
 
 
 def kept_index(path: Path, folder: Path | None, read_headers: Callable[[Path], Members]) -> Members:
-    """Return the list that `read_headers` makes of a tar. Keep it in `folder` for the next run.
+    """Return the list that `read_headers` makes of a tar. Keep the list in `folder` for later runs.
 
-    The headers are read again if the tar's size, modification time or a sampled block has changed,
-    if the kept list is damaged, or if `folder` is None.
+    The headers are read again if the tar has changed, or if `folder` is None.
     """
     if folder is None:
         return read_headers(path)
@@ -104,7 +102,7 @@ def sampled_digest(path: Path) -> str:
 
 
 def check_digest(path: Path, algorithm: str, expected: str, *, remedy: str) -> None:
-    """Raise ValueError, which ends with `remedy`, if a file's digest is not `expected`."""
+    """Raise ValueError if a file's digest is not `expected`. The message ends with `remedy`."""
     with path.open("rb") as file:
         hasher = hashlib.new(algorithm, usedforsecurity=False)
         found = hashlib.file_digest(file, lambda: hasher).hexdigest()

@@ -1,4 +1,4 @@
-"""The data set of the transfer stage, where probes of the features are trained and tested."""
+"""The labelled data set on which the stage `transfer` trains and tests probes of features."""
 
 import hashlib
 from collections.abc import Iterator, Sequence
@@ -23,10 +23,10 @@ KEY = "transfer_data.root"
 
 
 class TransferDataParams(Section):
-    """Section `transfer_data`: the data set of the transfer stage."""
+    """Section `transfer_data`: the data set of the stage `transfer`."""
 
-    source: Source = Field(description="digits: written to root; other data must exist in root")
-    root: str = Field(min_length=1, description="folder of the data, or path of CIFAR's archive")
+    source: Source = Field(description="digits are written to root; other data must be there")
+    root: str = Field(min_length=1, description="folder of the data, or CIFAR's archive")
     verify: bool = Field(description="check that CIFAR's archives have the official checksums")
 
 
@@ -47,7 +47,7 @@ class TransferSet:
 
     @classmethod
     def reopen(cls, manifest: Path, *, project: Path) -> "TransferSet":
-        """Open the set that a manifest file describes. Raises ValueError if it has changed."""
+        """Open the set that a manifest file describes. Raises ValueError if the set has changed."""
         content = read_manifest(manifest)
         images = cls(project / content["root"], content["source"])
         if images.manifest(project=project) != content:
@@ -56,7 +56,7 @@ class TransferSet:
         return images
 
     def manifest(self, *, project: Path) -> dict[str, Any]:
-        """Return the manifest, which DVC tracks: hashes of all files of the set."""
+        """Return the content of the manifest, a file for DVC: hashes of all files of the set."""
         place = relative_to_project(self.root, project=project)
         content: dict[str, Any] = {"root": place, "source": self.source}
         if self.source != "imagefolder":
@@ -73,7 +73,7 @@ class TransferSet:
         return content | described | {"sha256": hasher.hexdigest()}
 
     def check(self, shots: Sequence[int | Literal["full"]], *, verify: bool) -> Iterator[str]:
-        """Check the data, and yield a line to log for each split. `verify` checks the checksums.
+        """Check the data, and yield a log line for each split. `verify` also compares checksums.
 
         Raises ValueError if data are missing or damaged, if an archive is not the official one, or
         if a class has fewer training images than the largest number in `shots`.
@@ -91,8 +91,8 @@ class TransferSet:
     def split(self, split: Split, *, image_size: int) -> TransferSplit:
         """Open one split. With class folders, "test" is `test/`, or `val/` if there is no `test/`.
 
-        The centre crop of an image in a folder is resized to `image_size` (bicubic). CIFAR images
-        keep their 32 pixels. Raises ValueError if data are missing or damaged.
+        Images in folders are cropped to the centre square and resized to `image_size` (bicubic).
+        CIFAR images keep their 32 pixels. Raises ValueError if data are missing or damaged.
         """
         if self.source != "imagefolder":
             return read_cifar(self._find_cifar(), split=split)
@@ -116,7 +116,7 @@ class TransferSet:
         return find_cifar(self.root, "cifar10" if self.source == "cifar10" else "cifar100")
 
     def _list_folders(self) -> Listing:
-        """List the class folders in `train/`, and in `test/` or, without `test/`, `val/`."""
+        """List the class folders in `train/` and `test/`. If there is no `test/`, use `val/`."""
         has_test = (self.root / "test").is_dir() or not (self.root / "val").is_dir()
         test = "test" if has_test else "val"
         listing = scan_folder(self.root, test=test, may_be_empty=True, key=KEY)

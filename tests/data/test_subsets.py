@@ -33,7 +33,7 @@ def test_classes_are_drawn_independently():
 
 
 def test_too_few_images_name_the_class_and_the_key():
-    with pytest.raises(ValueError, match=r"transfer\.shots: 3, but class 1 has only 2"):
+    with pytest.raises(ValueError, match=r"transfer\.shots: 3 is too large: class 1 has only 2"):
         k_shot_split([0, 1, 0, 1, 0], shots=3, seed=0)
 
 

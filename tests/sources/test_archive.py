@@ -78,7 +78,7 @@ def test_missing_and_truncated_archives_are_named(root: Path, name: str):
     assert f"{root}/{name}" in (fault := complaint(root))
     assert "truncated" in fault
     (root / name).unlink()
-    assert complaint(root).startswith(f"data.root: no {root}/{name}; put ILSVRC")
+    assert complaint(root).startswith(f"data.root: {root}/{name} is missing; put")
 
 
 def test_wrong_training_archives_are_named(root: Path):
@@ -139,7 +139,7 @@ def test_headers_are_read_once_for_each_set(root: Path, tmp_path: Path):
     listings = [scan(folder, **options) for folder in (root, other, root, other)]
     assert listings[:2] == listings[2:]
     assert listings[0] != listings[1]
-    assert [message.split(" (again")[0] for message in told] == [
+    assert [message.split(" (later")[0] for message in told] == [
         f"reading the headers of {place}/{name}" for place in (root, other) for name in (TRAIN, VAL)
     ]
 

@@ -157,7 +157,7 @@ def test_hostile_missing_repeated_and_enormous_members(tmp_path: Path):
     for members, fault in (
         ([("/etc/passwd", b"")], "'/etc/passwd' points out of the archive"),
         ([meta, ("other/train", b"")], "lacks cifar-100-python/train"),
-        ([meta, meta], "contains cifar-100-python/meta twice"),
+        ([meta, meta], "cifar-100-python/meta exists twice"),
     ):
         assert f"{path}: {fault}" in complaint(tar_gz(path, members))
     member = tarfile.TarInfo("cifar-100-python/train")
@@ -172,7 +172,7 @@ def test_wrong_sizes_and_labels_of_binary_files(tmp_path: Path):
     whole = file.read_bytes()
     for content in (whole[:-1], whole + b"\0", b""):
         file.write_bytes(content)
-        expected = f"{file}: {len(content)} bytes are not a whole number of records of 3074"
+        expected = f"{file}: the size of {len(content)} bytes is not a multiple of 3074"
         assert complaint(place).startswith(expected)
     file.write_bytes(whole[:3075] + b"\3" + whole[3076:])
     assert complaint(place).endswith("train.bin: fine_labels[1] is 3; expected 0 to 2")

@@ -93,7 +93,7 @@ def test_two_images_of_one_key_are_named(root: Path, first: str, second: str):
     for path in (root / split / name for name in (first, second) for split in ("train", "val")):
         path.parent.mkdir(exist_ok=True)
         path.write_text("x")
-    expected = rf"^data\.root: train/{first} .* and train/{second} .* both get .*: rename one"
+    expected = rf"^data\.root: train/{first} .* and train/{second} .* both get .*: rename one image"
     with pytest.raises(ValueError, match=expected):
         scan_images(root)
 
@@ -137,7 +137,7 @@ def test_missing_parts_of_kaggles_download_are_named(kaggle: Path):
         scan_kaggle(kaggle)
     for path, fault in (
         (images / "val", f"{images}/val contains no images"),
-        (kaggle / TABLE, f"no {kaggle}/{TABLE}, which contains"),
+        (kaggle / TABLE, f"{kaggle}/{TABLE} is missing; it contains"),
         (images / "train", f"no folder {images}/train; it must"),
     ):
         path.rename(kaggle / f"no-{path.name}")

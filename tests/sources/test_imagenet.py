@@ -133,12 +133,12 @@ def test_auto_tells_what_it_looks_for_and_what_it_finds(tmp_path: Path):
         with pytest.raises(ValueError, match=rf"^data\.root: found no images in {root}") as caught:
             scan(root)
         assert (
-            "put there one of: imagefolder: train/*/; archives: ILSVRC2012_img_train.tar or "
+            "put one layout there: imagefolder: train/*/; archives: ILSVRC2012_img_train.tar or "
             "ILSVRC2012_img_val.tar; kaggle: ILSVRC/Data/CLS-LOC/train/; parquet: data/train-*.par"
         ) in str(caught.value)
     WRITERS["archives"](tmp_path, photos)
     scan(tmp_path, on_message=told.append)
-    expected = "data.source: auto found archives (ILSVRC2012_img_train.tar or ILSVRC2012_img_"
+    expected = "data.source: auto is 'archives' (ILSVRC2012_img_train.tar or ILSVRC2012_img_"
     assert told[0].startswith(expected)
     WRITERS["imagefolder"](tmp_path, photos)
     expected = r"contains 2 layouts \(imagefolder: .*; archives: .*\); set data\.source to one"
@@ -165,8 +165,8 @@ def test_contradicting_parameters_are_refused():
     folder = PARAMS | {"source": "kaggle", "num_train": None, "num_val": None}
     assert DataParams.model_validate(folder).layout == "kaggle"
     for changes, fault in (
-        ({"num_train": None}, r"data\.num_train: set a number, because data\.source is toy"),
-        ({"source": "imagefolder"}, r"data\.num_train: set it to null, because data\.source is i"),
+        ({"num_train": None}, r"data\.num_train: set a number, because data\.source is 'toy'"),
+        ({"source": "imagefolder"}, r"data\.num_train: set it to null, because data\.source is 'i"),
         ({"image_size": 30}, "multiple of 8"),
         ({"root": ""}, "at least 1 character"),
     ):

@@ -126,7 +126,9 @@ def test_check_reads_all_and_counts(root: Path, tmp_path: Path):
     images = TransferSet(root, "imagefolder")
     expected = [f"{count} images of 3 classes in {root}" for count in ("4 train", "2 test")]
     assert list(images.check([1, "full"], verify=True)) == expected
-    with pytest.raises(ValueError, match=r"^transfer\.shots: 2, but class 0 has only 1 images"):
+    with pytest.raises(
+        ValueError, match=r"^transfer\.shots: 2 is too large: class 0 has only 1 images"
+    ):
         list(images.check([2, 1], verify=True))
     (root / "train/cat/1.PNG").write_text("no image")
     with pytest.raises(ValueError, match=r"train/cat/1\.PNG: not a readable image"):

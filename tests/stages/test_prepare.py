@@ -97,7 +97,7 @@ def test_more_than_the_images_that_there_are_is_refused_at_once(content: dict[st
     with pytest.raises(ValueError, match=expected) as caught:
         manifests(content, run)
     assert "\nclass_condition.batch_size: 16 is more than the 12 training" in str(caught.value)
-    assert "\ntransfer.shots: 61, but class 6 has only 60 images; " in str(caught.value)
+    assert "\ntransfer.shots: 61 is too large: class 6 has only 60 images; " in str(caught.value)
     assert not Path("build").exists()
     content["pretrain"]["epochs"] = content["class_condition"]["epochs"] = 0
     content["transfer"]["shots"] = [60, "full"]
