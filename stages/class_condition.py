@@ -11,10 +11,11 @@ from pathlib import Path
 
 import torch
 
-from contradiff.config import Section, Seed
+from contradiff.config import Seed
 from contradiff.data.streams import PairedShards
 from contradiff.generation import class_table
 from contradiff.method.checkpoint import load_checkpoint, read_config
+from contradiff.method.model import Architecture
 from contradiff.training.state import STATE_VERSION
 
 BASE, CHECKPOINT = Path("build/base"), Path("build/pretrain")
@@ -22,7 +23,7 @@ IMAGES, LATENTS = Path("build/shards"), Path("build/latents")
 CLASSES = Path("build/class_condition")
 
 
-class Params(Section):
+class Params(Architecture):
     seed: Seed
     class_condition: class_table.ClassConditionParams
 
@@ -35,7 +36,7 @@ def main(params: Params, run: Run) -> None:
     sizes, table = {"num_classes": num_classes, "num_steps": num_steps}, None
     with ExitStack() as stack:
         if num_steps:
-            model = load_checkpoint(CHECKPOINT, base=BASE).to(run.device)
+            model = load_checkpoint(CHECKPOINT, base=BASE, expected=params).to(run.device)
             class_table.choose_denoiser(model, lora=section.lora)
             torch.manual_seed(seed)
             dim = model.unet.config["cross_attention_dim"]

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from contradiff.config import Section, Seed
+from contradiff.config import Seed
 from contradiff.data.map_shards import STATE_VERSION
 from contradiff.features.batches import StoredImages
 from contradiff.features.cache import ModelFolders
@@ -19,25 +19,26 @@ from contradiff.features.models import DiffusionFeatures, load_feature_model
 from contradiff.features.params import FeaturesParams
 from contradiff.features.write_cache import bytes_of_features, write_cache
 from contradiff.files import check_free_space, describe_bytes
+from contradiff.method.model import Architecture
 
 BASE, PRETRAIN = Path("build/base"), Path("build/pretrain")
 IMAGES, LATENTS, FEATURES = Path("build/shards"), Path("build/latents"), Path("build/features")
 
 
-class Params(Section):
+class Params(Architecture):
     seed: Seed
     features: FeaturesParams
-    head: Literal["linear", "attentive"] = Field(
+    probe_head: Literal["linear", "attentive"] = Field(
         alias="probe.head", description="attentive: also store the UNet's maps"
     )
 
 
 def main(params: Params, run: Run) -> None:
     settings, seed, processes = params.features, params.seed, run.processes(run.accelerator())
-    models = ModelFolders(PRETRAIN, BASE, run.root)
+    models = ModelFolders(PRETRAIN, BASE, run.root, params)
     model = load_feature_model(settings, models, seed, run.device)
     if isinstance(model, DiffusionFeatures):
-        model = replace(model, keep_maps=params.head == "attentive")
+        model = replace(model, keep_maps=params.probe_head == "attentive")
     images = StoredImages(IMAGES, LATENTS, settings.batch_size, run.runtime.num_workers)
     inputs = [BASE, PRETRAIN, IMAGES / "index.json", LATENTS / "index.json"]
     if settings.model == "timm" and settings.timm_weights is not None:

@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 from contradiff.base.loading import load_vae
-from contradiff.config import Section, Seed
+from contradiff.config import Seed
 from contradiff.data import map_shards
 from contradiff.data.params import DataParams
 from contradiff.data.png import LiveGrid
@@ -22,13 +22,14 @@ from contradiff.generation.sampling import GenerateParams, generate
 from contradiff.generation.solvers import load_solver
 from contradiff.method.checkpoint import load_checkpoint
 from contradiff.method.lora import cast_frozen_weights
+from contradiff.method.model import Architecture
 
 BASE, CHECKPOINT = Path("build/base"), Path("build/pretrain")
 CLASSES, CONDITIONS = Path("build/class_condition"), Path("build/conditions")
 SAMPLES, GRID = Path("build/samples"), Path("build/figures/samples.png")
 
 
-class Params(Section):
+class Params(Architecture):
     seed: Seed
     data: DataParams
     shard: ShardParams
@@ -40,7 +41,7 @@ def main(params: Params, run: Run) -> None:
     num_steps = section.num_inference_steps
     solver = load_solver(BASE, solver=section.solver, num_inference_steps=num_steps)
     accelerator = run.accelerator()
-    model = load_checkpoint(CHECKPOINT, base=BASE).to(device)
+    model = load_checkpoint(CHECKPOINT, base=BASE, expected=params).to(device)
     vae = load_vae(BASE).to(device)  # pyright: ignore[reportArgumentType]
     seed, size, kind = params.seed, params.data.image_size, params.shard.compression
     conditioning = load_conditioning(

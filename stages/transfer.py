@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 
 from contradiff.base.loading import load_vae
-from contradiff.config import Section, Seed
+from contradiff.config import Seed
 from contradiff.data.params import DataParams
 from contradiff.downstream.transfer import TransferParams, TransferTask, transfer_metrics
 from contradiff.features.batches import encode_images
@@ -18,13 +18,14 @@ from contradiff.features.models import load_feature_model
 from contradiff.features.params import FeaturesParams
 from contradiff.features.timm_backbone import TimmFeatures
 from contradiff.method.checkpoint import load_checkpoint
+from contradiff.method.model import Architecture
 from contradiff.sources.transfer_set import TransferSet
 
 MANIFEST = Path("build/manifest/transfer.json")
 BASE, CHECKPOINT = Path("build/base"), Path("build/pretrain")
 
 
-class Params(Section):
+class Params(Architecture):
     seed: Seed
     data: DataParams
     features: FeaturesParams
@@ -34,7 +35,7 @@ class Params(Section):
 def main(params: Params, run: Run) -> None:
     processes, settings, device = run.processes(run.accelerator()), params.transfer, run.device
     features = params.features.model_copy(update={"more_triples": [], "more_blocks": []})
-    models = ModelFolders(CHECKPOINT, BASE, run.root)
+    models = ModelFolders(CHECKPOINT, BASE, run.root, params)
     model = load_feature_model(features, models, params.seed, device)
     if isinstance(model, TimmFeatures):
         encode, size = model.show, model.uncropped_size
@@ -52,7 +53,7 @@ def main(params: Params, run: Run) -> None:
     finetuned: list[float] = []
     if settings.finetune_epochs:
         num_own = settings.finetune_epochs * len(task.splits) // processes.size
-        tuned = load_checkpoint(CHECKPOINT, base=BASE).to(device)
+        tuned = load_checkpoint(CHECKPOINT, base=BASE, expected=params).to(device)
         with run.progress("fine-tune", num_own, "epoch") as advance:
             finetuned = task.finetune(
                 tuned, device, lambda _, row: advance(1, loss=f"{row['loss']:.3f}")

@@ -73,29 +73,9 @@ def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def tiny_params() -> dict[str, Any]:
     """Parameters of `lora`, `conditioner` and `head` for a small ContraDiff on `tiny_base`."""
-    return {
-        "lora": {"rank": 4, "alpha": 4.0, "targets": ["attn2.to_q", "attn2.to_k", "attn2.to_v"]},
-        "conditioner": {
-            "input": "pixels",
-            "patch_size": 8,
-            "width": 16,
-            "depth": 1,
-            "num_heads": 2,
-            "drop": 0.1,
-            "cond_view": "same",
-        },
-        "head": {
-            "block": "mid",
-            "self_conditioning": False,
-            "width": 16,
-            "num_heads": 2,
-            "mlp_ratio": 2,
-            "residual": "value",
-            "init": "identity",
-            "projector_width": 12,
-            "projector_out": 8,
-        },
-    }
+    from tests.settings import ARCHITECTURE
+
+    return ARCHITECTURE
 
 
 @pytest.fixture

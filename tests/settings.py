@@ -13,6 +13,30 @@ TINY: dict[str, Any] = read_params(Path(__file__).resolve().parents[1] / "preset
 GENERATE = TINY["generate"] | {"num_samples": 5, "num_inference_steps": 2, "batch_size": 4}
 LATENTS = TINY["latents"] | {"views": 3, "colour_jitter": 0.0, "min_psnr": 0.0, "batch_size": 24}
 """The parameters with which the fixture `tiny_data` was made."""
+ARCHITECTURE: dict[str, Any] = {
+    "lora": {"rank": 4, "alpha": 4.0, "targets": ["attn2.to_q", "attn2.to_k", "attn2.to_v"]},
+    "conditioner": {
+        "input": "pixels",
+        "patch_size": 8,
+        "width": 16,
+        "depth": 1,
+        "num_heads": 2,
+        "drop": 0.1,
+        "cond_view": "same",
+    },
+    "head": {
+        "block": "mid",
+        "self_conditioning": False,
+        "width": 16,
+        "num_heads": 2,
+        "mlp_ratio": 2,
+        "residual": "value",
+        "init": "identity",
+        "projector_width": 12,
+        "projector_out": 8,
+    },
+}
+"""Sections of a small ContraDiff on `tiny_base`; a trained project's checkpoint has them."""
 
 
 def features_params(**changes: Any) -> FeaturesParams:

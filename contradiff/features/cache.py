@@ -26,6 +26,7 @@ from contradiff.features.params import FeatureSpec
 from contradiff.files import replace_file, sha256_of
 from contradiff.method.attention import TriTimestepAttention
 from contradiff.method.checkpoint import base_digest
+from contradiff.method.model import Architecture
 
 INDEX_NAME, HEAD_NAME = "index.json", "attention.safetensors"
 MAPS = "maps"
@@ -79,11 +80,15 @@ class CacheIndex(BaseModel):
 
 @dataclass(frozen=True)
 class ModelFolders:
-    """Folders of checkpoint, base and project. features.timm_weights is relative to `root`."""
+    """Folders of checkpoint, base and project. features.timm_weights is relative to `root`.
+
+    If `architecture` is given, a checkpoint that was trained with other values is not loaded.
+    """
 
     checkpoint: Path
     base: Path
     root: Path
+    architecture: Architecture | None = None
 
     def fingerprint(self, model: str) -> str:
         """Hash contradiff's checkpoint (ValueError if missing), or the base for other models."""

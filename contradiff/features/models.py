@@ -138,7 +138,7 @@ def load_feature_model(
     """
     if params.model == "timm":
         return TimmFeatures(params, models.root, device)
-    model = load_checkpoint(models.checkpoint, base=models.base)
+    model = load_checkpoint(models.checkpoint, base=models.base, expected=models.architecture)
     assert max(map(max, params.triples)) < model.schedule.num_train_timesteps, "see rules.py"
     blocks = [*params.more_blocks, *(["up.1"] if params.model == "diffeed" else [])]
     assert set(blocks) <= {"mid"} or len(model.unet.up_blocks) > 1, "see rules.py"

@@ -1,7 +1,7 @@
 """Checkpoints of pretraining: the trained weights, and the settings to rebuild the model."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -61,12 +61,33 @@ def read_config(
     return json.loads(path.read_text())
 
 
-def load_checkpoint(folder: Path, *, base: Path) -> ContraDiff:
-    """Rebuild the model in evaluation mode; raises ValueError if it was trained on another base."""
+def load_checkpoint(
+    folder: Path, *, base: Path, expected: Architecture | None = None
+) -> ContraDiff:
+    """Rebuild the model in evaluation mode.
+
+    Raises ValueError if it was trained on another base, or if a value of its sections lora,
+    conditioner or head differs from `expected`, which are those of params.yaml.
+    """
     config = read_config(folder)
     if config["base_sha256"] != base_digest(base):
         raise ValueError(f"{folder}: trained on another base than {base}; run `dvc repro pretrain`")
+    if faults := "\n".join(_differences(folder, config["params"], expected)):
+        raise ValueError(faults)
     architecture = parse(Architecture, config["params"], source=str(folder / CONFIG_NAME))
     model = build_model(base, architecture, image_size=config["image_size"], seed=None)
     model.load_trained_state(load_file(folder / WEIGHTS_NAME))
     return model.eval()
+
+
+def _differences(
+    folder: Path, trained: Mapping[str, Any], expected: Architecture | None
+) -> Iterator[str]:
+    """Yield a message for each value of `expected` that the checkpoint was not trained with."""
+    for section in Architecture.model_fields if expected is not None else ():
+        old = trained.get(section, {})
+        for key, value in getattr(expected, section).model_dump(mode="json").items():
+            if key not in old or old[key] != value:
+                with_what = f"with {old[key]!r}" if key in old else "before this parameter existed"
+                fault = f"params.yaml has {value!r}, but {folder} was trained {with_what}"
+                yield f"{section}.{key}: {fault}; run `dvc repro pretrain`"

@@ -1,15 +1,17 @@
 """A saved checkpoint is loaded unchanged, and only with the same base."""
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from contradiff.method.checkpoint import base_digest, load_checkpoint, read_config
-from contradiff.method.model import ContraDiff
+from contradiff.method.model import Architecture, ContraDiff
 
 Save = Callable[..., None]
 
@@ -63,6 +65,31 @@ def test_another_base_and_a_missing_checkpoint_are_refused(
         load_checkpoint(checkpoint, base=other)
     with pytest.raises(ValueError, match="no checkpoint; run `dvc repro pretrain`"):
         load_checkpoint(tmp_path, base=tiny_base)
+
+
+def test_other_parameters_than_the_checkpoint_s_are_refused_by_key(
+    checkpoint: Path, tiny_base: Path, tiny_params: dict[str, Any]
+):
+    def load(**head: str) -> ContraDiff:
+        sections = tiny_params | {"head": tiny_params["head"] | head}
+        expected = Architecture.model_validate(sections)
+        return load_checkpoint(checkpoint, base=tiny_base, expected=expected)
+
+    load()
+    init = r"head\.init: params\.yaml has 'random', but {} was trained {}; run `dvc repro pretrain`"
+    with pytest.raises(ValueError, match=init.format(checkpoint, "with 'identity'")) as caught:
+        load(init="random", residual="none")
+    assert [line.split(":")[0] for line in str(caught.value).splitlines()] == [
+        "head.residual",
+        "head.init",
+    ]
+    config = read_config(checkpoint)
+    del config["params"]["head"]["init"]
+    (checkpoint / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=init.format(checkpoint, "before this parameter existed")):
+        load(init="random")
+    with pytest.raises(ValueError, match=r"config\.json: head\.init: missing"):
+        load_checkpoint(checkpoint, base=tiny_base)
 
 
 def test_an_earlier_checkpoint_is_replaced_whole(

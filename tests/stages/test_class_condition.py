@@ -12,6 +12,7 @@ from contradiff.config import parse
 from contradiff.files import sha256_of
 from contradiff.generation import class_table
 from stages import class_condition
+from tests.settings import ARCHITECTURE
 
 TABLE, CHECKPOINT = Path("build/class_condition"), Path("build/pretrain")
 
@@ -19,7 +20,7 @@ TABLE, CHECKPOINT = Path("build/class_condition"), Path("build/pretrain")
 def call(run: Run, **changes: Any) -> dict[str, Any]:
     """Run the stage; returns the config.json it wrote."""
     section: dict[str, Any] = {"epochs": 1, "width": 8, "drop": 0.1, "batch_size": 12, "lr": 0.01}
-    content = {"seed": 0, "class_condition": section | {"lora": True} | changes}
+    content = ARCHITECTURE | {"seed": 0, "class_condition": section | {"lora": True} | changes}
     class_condition.main(parse(class_condition.Params, content, source="params.yaml"), run)
     return json.loads((TABLE / "config.json").read_text())
 

@@ -24,6 +24,7 @@ from contradiff.features.models import DiffusionFeatures
 from contradiff.features.params import FeaturesParams
 from contradiff.method.checkpoint import base_digest, load_checkpoint
 from stages import features, probe
+from tests.settings import ARCHITECTURE
 
 ROOT = Path(__file__).resolve().parents[2]
 CACHE, PRETRAIN, BASE = Path("build/features"), Path("build/pretrain"), Path("build/base")
@@ -33,7 +34,7 @@ STORED = {"images": Path("build/shards"), "latents": Path("build/latents")}
 
 
 def content_of(*, probing: dict[str, Any] | None = None, **changes: Any) -> dict[str, Any]:
-    content = read_params(ROOT / "presets/tiny.yaml")
+    content = read_params(ROOT / "presets/tiny.yaml") | ARCHITECTURE
     content["features"] |= {"batch_size": 4} | changes
     content["probe"] |= {"epochs": 2, "warmup_epochs": 0, "batch_size": 8} | (probing or {})
     return content

@@ -23,14 +23,14 @@ from contradiff.generation.class_table import ClassConditionParams, ClassTable, 
 from contradiff.generation.condition_images import condition_images
 from contradiff.method.checkpoint import base_digest
 from stages import conditions, generate
-from tests.settings import GENERATE
+from tests.settings import ARCHITECTURE, GENERATE
 
 SAMPLES, TABLE = Path("build/samples"), Path("build/class_condition")
 
 
 def content_with(**changes: Any) -> dict[str, Any]:
     counts = {"image_size": 32, "num_train": 24, "num_val": 8}
-    return {
+    return ARCHITECTURE | {
         "seed": 0,
         "data": {"source": "toy", "root": "data/raw/toy", **counts},
         "shard": {"samples_per_shard": 4, "compression": "none"},

@@ -23,10 +23,10 @@ from contradiff.features.models import LabelledFeatures
 from contradiff.files import sha256_of
 from contradiff.sources.transfer_set import TransferSet
 from stages import transfer
-from tests.settings import TINY
+from tests.settings import ARCHITECTURE, TINY
 
 ROOT = Path(__file__).resolve().parents[2]
-CONTENT: dict[str, Any] = {
+CONTENT: dict[str, Any] = ARCHITECTURE | {
     "seed": 3,
     "data": TINY["data"] | {"image_size": 32},
     "features": TINY["features"] | {"batch_size": 4},
