@@ -122,11 +122,18 @@ def features_serve_their_users(params: AllParams) -> Iterator[str]:
 
 
 def conditions_are_trained(params: AllParams) -> Iterator[str]:
-    """Sampling may use a null condition (noise instead of an image) only if it was trained."""
+    """Sampling and features may use a null condition (noise, no image) only if it was trained."""
     generate, conditioner, table = params.generate, params.conditioner, params.class_condition
-    # The last three of an image's six noisy latents belong to the second view.
-    sees_noise = conditioner.cond_view == "noise" and params.loss.recon_passes > 3
-    is_trained = conditioner.drop > 0 or sees_noise or params.pretrain.epochs == 0
+    loss, features, second_is_null = params.loss, params.features, conditioner.cond_view == "noise"
+    # The last three of an image's six noisy latents belong to the second view. Contrast uses all.
+    is_dropped = conditioner.drop > 0 or params.pretrain.epochs == 0
+    is_trained = is_dropped or (second_is_null and loss.recon_passes > 3)
+    is_seen = is_trained or (second_is_null and loss.weight > 0)
+    if features.model == "contradiff" and features.condition == "noise" and not is_seen:
+        yield (
+            "features.condition: noise is a null condition that was never trained; set "
+            "conditioner.drop to more than 0, such as 0.1, or features.condition to image"
+        )
     is_guided = generate.guidance != 1
     is_used = generate.condition == "noise" or (generate.condition == "image" and is_guided)
     if is_used and not is_trained:

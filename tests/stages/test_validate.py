@@ -67,7 +67,8 @@ def test_all_faults_are_listed_once(content: Content):
     "change",
     [
         *(f"loss.lambda={value}" for value in ("null", "true", "abc", ".nan", "-0.1")),
-        *("loss.temperature=0.0", "lora.rank=0", "lora.targets=[]"),
+        *("loss.temperature=0.0", "lora.rank=0", "lora.targets=[]", "pretrain.batch_size=1"),
+        "pretrain.grad_accumulation=64",  # microbatches of one image have no negatives
         *(
             f"features.timesteps={value}"
             for value in ("[401,401,101]", "[401,201]", "[401,201,-1]")
@@ -81,6 +82,8 @@ def test_an_impossible_value_is_refused_by_its_key(content: Content, change: str
 
 
 NOISE_UNTRAINED = r"conditioner\.drop: 0 never trains the null condition"
+NULL_FEATURES = r"features\.condition: noise .* never trained; .* features\.condition to image"
+CROP = "conditioner.cond_view=crop"
 SAME, LATENTS = "loss.latent_views=same", "conditioner.input=latents"
 BATCH, TUNE = "class_condition.batch_size=4002", "transfer.finetune_epochs=1"
 CHAIN, SIX_PASSES = "features.noising=ddim_chain", "loss.recon_passes=6 latents.colour_jitter=0.0"
@@ -97,7 +100,10 @@ TIMM = "features.model=timm features.timm_name=x features.timm_pretrained=true f
         ("ingest.resize=31", r"ingest\.resize: 31 must be null or at least"),
         ("conditioner.patch_size=5", r"conditioner\.patch_size: 5 must divide data\.image"),
         (ONE_VIEW, r"loss\.latent_views: two .* set latents\.views to 2 or more"),
-        (f"{ONE_VIEW} {SAME} {LATENTS}", r"conditioner\.cond_view: crop .* latents\.views to 2 or"),
+        (
+            f"{ONE_VIEW} {SAME} {LATENTS} {CROP}",
+            r"conditioner\.cond_view: crop .* latents\.views to 2 or",
+        ),
         (
             f"latents.views=1 {SAME}",
             r"latents\.colour_jitter: only random .* latents\.colour_jitter to 0",
@@ -121,12 +127,15 @@ TIMM = "features.model=timm features.timm_name=x features.timm_pretrained=true f
             r"transfer\.finetune_epochs: .*features\.noising to direct, or .* to 0",
         ),
         ("features.pool=mean", None),
-        (NO_DROP, NOISE_UNTRAINED),
+        (NO_DROP, NOISE_UNTRAINED),  # although the second view's condition is null
         (f"{NO_DROP} generate.condition=image generate.guidance=2.0", NOISE_UNTRAINED),
         (f"{NO_DROP} generate.condition=image", None),
-        (f"{NO_DROP} pretrain.epochs=0", None),
-        (f"{NO_DROP} conditioner.cond_view=noise", NOISE_UNTRAINED),
-        (f"{NO_DROP} conditioner.cond_view=noise {SIX_PASSES}", None),
+        (f"{NO_DROP} {CROP} pretrain.epochs=0", None),
+        (f"{NO_DROP} {SIX_PASSES} loss.lambda=0.0", None),
+        (f"{NO_DROP} generate.condition=image {CROP}", NULL_FEATURES),
+        (f"{NO_DROP} generate.condition=image loss.lambda=0.0", NULL_FEATURES),
+        (f"{NO_DROP} generate.condition=image {CROP} features.condition=image", None),
+        (f"{NO_DROP} generate.condition=image {CROP} features.model=base features.pool=mean", None),
         (
             f"{CLASSES} generate.guidance=2.0",
             r"class_condition\.drop: 0 never trains the null clas",
