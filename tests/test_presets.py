@@ -1,4 +1,4 @@
-"""presets/paper.yaml has the numbers that are printed in the paper."""
+"""presets/paper.yaml has the numbers that are printed in the paper; tiny-long trains longer."""
 
 from functools import reduce
 from pathlib import Path
@@ -8,7 +8,8 @@ import pytest
 
 from contradiff.config import read_params
 
-PRESET = read_params(Path(__file__).resolve().parents[1] / "presets/paper.yaml")
+ROOT = Path(__file__).resolve().parents[1]
+PRESET = read_params(ROOT / "presets/paper.yaml")
 
 
 # AdamW, SGD and the cosine schedule have no parameter; tests/training/test_optim.py tests them.
@@ -51,9 +52,19 @@ OUR_READING = {
     "pretrain.ema_decay": 0.0,
     "loss.min_snr_gamma": 0.0,
     "head.self_conditioning": False,
+    "head.residual": "none",
+    "features.condition": "image",
+    # The paper does not say how the head starts.
+    "head.init": "identity",
 }
 
 
 @pytest.mark.parametrize(("key", "value"), (PRINTED | OUR_READING).items())
 def test_the_paper_s_preset_is_as_printed_or_as_we_read_it(key: str, value: Any):
     assert reduce(lambda section, name: section[name], key.split("."), PRESET) == value
+
+
+def test_the_long_preset_is_the_default_with_more_epochs():
+    tiny, long = (read_params(ROOT / f"presets/{name}.yaml") for name in ("tiny", "tiny-long"))
+    assert long.pop("pretrain") == tiny.pop("pretrain") | {"epochs": 16}
+    assert long == tiny
