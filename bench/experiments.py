@@ -15,6 +15,12 @@ from typing import Any
 COLUMNS: Mapping[str, tuple[str, str, str]] = {
     "probe top-1": ("metrics/probe.json", "probe.top1", ".1%"),
     "FID": ("metrics/score.json", "score.fid", ".2f"),
+    "KID": ("metrics/score.json", "score.kid", ".4f"),
+    "denoising error": (
+        "metrics/separability.json",
+        "separability.denoising_error.contradiff",
+        ".4f",
+    ),
     "IS": ("metrics/score.json", "score.inception_score", ".2f"),
     "transfer, ridge": ("metrics/transfer.json", "transfer.ridge.mean", ".1%"),
     "transfer, SGD": ("metrics/transfer.json", "transfer.sgd.mean", ".1%"),

@@ -5,7 +5,7 @@ The images are read from shards (`StoredImages`, `stored_batches`) or given as a
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import cached_property, partial
 from itertools import islice
 from pathlib import Path
@@ -44,6 +44,11 @@ class CleanBatch:
     pixels: Pixels
     labels: Int64[Tensor, " batch"]
     keys: tuple[str, ...]
+
+    def split(self, size: int) -> Iterator["CleanBatch"]:
+        """Yield the same images in batches of at most `size`."""
+        for rows in (slice(start, start + size) for start in range(0, len(self.keys), size)):
+            yield CleanBatch(*(getattr(self, field.name)[rows] for field in fields(self)))
 
 
 @dataclass(frozen=True)
@@ -98,18 +103,26 @@ class StoredImages:
 
 
 def stored_batches(
-    images: Path, latents: Path, *, split: str, batch_size: int, chosen: Sequence[int] | None = None
+    images: Path,
+    latents: Path,
+    *,
+    split: str,
+    batch_size: int,
+    chosen: Sequence[int] | None = None,
+    view: int = 0,
 ) -> Iterator[CleanBatch]:
     """Yield batches of a split's images, in order.
 
     If ascending indices `chosen` are given, the batches have only these images, numbered from 0.
+    The latents are those of the stored `view`, the pixels always those of the centre crop.
     """
     pairs = PairedShards.open(images, latents, split=split)
     records = (pair for shard in range(pairs.num_shards) for pair in pairs.read(shard))
     if chosen is not None:
         wanted = frozenset(chosen)
+        records = islice(records, max(chosen, default=-1) + 1)
         records = (pair for index, pair in enumerate(records) if index in wanted)
-    make = partial(_clean_row, info=pairs.latent_index.info, with_pixels=True)
+    make = partial(_clean_row, info=pairs.latent_index.info, with_pixels=True, view=view)
     yield from _batched(map(make, records), first_index=0, batch_size=batch_size)
 
 
@@ -152,13 +165,13 @@ def centre_row(sample: Sample, *, size: int, crop_fraction: float) -> _Row:
     return sample.key, sample.label, torch.empty(1, 0, 0), apply_crop(image, crop, size=size)
 
 
-def _clean_row(pair: Pair, *, info: LatentInfo, with_pixels: bool) -> _Row:
+def _clean_row(pair: Pair, *, info: LatentInfo, with_pixels: bool, view: int = 0) -> _Row:
     sample, stored = image_of(pair[0]), StoredLatents.of_record(pair[1])
     pixels = torch.empty(3, 0, 0, dtype=torch.uint8)
     if with_pixels:
         image = decode(sample.image, name=sample.key)
         pixels = apply_crop(image, stored.crops[0], size=info.image_size)
-    moments = torch.from_numpy(stored.moments[:1])
+    moments = torch.from_numpy(stored.moments[view : view + 1])
     [latent] = mode(moments, scaling_factor=info.scaling_factor)
     return sample.key, sample.label, latent, pixels
 

@@ -59,22 +59,28 @@ class DiffusionFeatures:
         with_pixels = shown and self.model.conditioner.input == "pixels"
         return images.latent_batches(split, number, with_pixels=with_pixels)
 
-    @torch.inference_mode()
-    def __call__(self, batch: CleanBatch) -> dict[str, Tensor]:
-        """Compute the features (batch, width) of each column, as float32 or as bfloat16."""
-        found: dict[str, Tensor] = {}
+    def tokens(self, batch: CleanBatch) -> Tokens:
+        """Encode what features.condition says: the images, or noise. The base gets zeros."""
+        if self.params.model != "contradiff":
+            width = self.model.unet.config["cross_attention_dim"]
+            return torch.zeros(len(batch.labels), 1, width, device=self.device)
         conditioner = self.model.conditioner
+        shown = (
+            conditioner.choose(pixels=batch.pixels, latents=batch.latents)
+            if self.params.condition == "image"
+            else image_noise(conditioner.shape, batch.indices, seed=self.seed + 1)
+        )
+        return self.model.encode_condition(shown.to(self.device))
+
+    @torch.inference_mode()
+    def __call__(self, batch: CleanBatch, shown: CleanBatch | None = None) -> dict[str, Tensor]:
+        """Compute the features (batch, width) of each column, as float32 or as bfloat16.
+
+        If `shown` is given, its images are the conditions, and not those of `batch`.
+        """
+        found: dict[str, Tensor] = {}
         with autocast(self.device, self.params.precision):
-            if self.params.model != "contradiff":  # the base alone: zeros as condition
-                width = self.model.unet.config["cross_attention_dim"]
-                tokens = torch.zeros(len(batch.labels), 1, width, device=self.device)
-            else:
-                shown = (
-                    conditioner.choose(pixels=batch.pixels, latents=batch.latents)
-                    if self.params.condition == "image"
-                    else image_noise(conditioner.shape, batch.indices, seed=self.seed + 1)
-                )
-                tokens = self.model.encode_condition(shown.to(self.device))
+            tokens = self.tokens(shown or batch)
             for triple in self.params.triples:
                 maps = self._maps(batch, tokens, triple)
                 if self.keep_maps:

@@ -29,6 +29,10 @@ def result_rows(results: RunResults) -> Iterator[TableRow]:
     yield TableRow("λ", settings["loss.lambda"], "Weight of the contrastive loss")
     yield TableRow("LoRA rank", settings["lora.rank"], "")
     yield from _score_rows(results.score)
+    error = results.separability.denoising_error
+    how = f"Of the predicted noise, null condition, {error.num_images:,} validation images"
+    how += f" at ten noise levels; the base alone has {error.base:.4f}."
+    yield TableRow("Denoising error ↓", f"{error.contradiff:.4f}", how)
     probe = results.probe
     low, high = probe.interval
     how = (
@@ -47,6 +51,14 @@ def result_rows(results: RunResults) -> Iterator[TableRow]:
     for name, space in (("features", found.contradiff), ("base alone", found.base)):
         shown = "not defined" if space.silhouette is None else f"{space.silhouette:.3f}"
         yield TableRow(f"Separability, {name} ↑", f"kNN {space.knn:.1%}, silhouette {shown}", how)
+    if found.diagnostics is not None:
+        rates, number = found.diagnostics.retrieval, found.diagnostics.num_images
+        how = (
+            f"Top-1 among {number:,} dev images, each view with its image as condition. With null "
+            f"conditions {rates.null:.1%}. If views are conditioned on another image, "
+            f"{rates.by_latent:.1%} find their partner, {rates.by_condition:.1%} the other image."
+        )
+        yield TableRow("Partner view found by h", f"{rates.own:.1%}", how)
     trainable, frozen = results.pretrain.parameters.trainable, results.pretrain.parameters.frozen
     total = trainable + frozen
     how = f"{trainable / max(total, 1):.1%} of {total:,} in all; {frozen:,} are frozen."

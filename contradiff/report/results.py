@@ -105,11 +105,37 @@ class Separation(_Record):
     silhouette: float | None = Field(ge=-1, le=1, description="None if it is not defined")
 
 
+class DenoisingError(_Record):
+    """Mean squared error of the predicted noise, of the trained model and of its base."""
+
+    contradiff: float = Field(ge=0)
+    base: float = Field(ge=0)
+    num_images: Count
+
+
+class Retrieval(_Record):
+    """How often h of an image's second view finds h of the first (`downstream.diagnostics`)."""
+
+    own: Fraction
+    null: Fraction
+    by_latent: Fraction
+    by_condition: Fraction
+
+
+class Diagnostics(_Record):
+    """What h follows; the spread of h and of the maps stands in further keys."""
+
+    retrieval: Retrieval
+    num_images: Count
+
+
 class SeparabilityRecord(_Record):
-    """Content of metrics/separability.json, for the features of the trained model and its base."""
+    """Content of metrics/separability.json, for the trained model and its base."""
 
     contradiff: Separation
     base: Separation
+    denoising_error: DenoisingError
+    diagnostics: Diagnostics | None = Field(description="None if the dev split is too small")
     num_images: Count
     num_classes: Count
     num_neighbours: Count
