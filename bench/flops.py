@@ -50,7 +50,7 @@ VARIANTS: list[dict[str, Any]] = [
     {"loss.lambda": 0.0},
     {"loss.recon_passes": 6},
     {"loss.min_snr_gamma": 5.0},
-    {"conditioner.cond_view": "crop"},
+    {"conditioner.cond_view": "noise"},
     {"conditioner.input": "latents", "conditioner.patch_size": 2},
     {"head.block": "mid+up.1"},
     {"head.self_conditioning": True},

@@ -59,7 +59,7 @@ def test_levels_and_condition_count_and_the_order_does_not(model: ContraDiff, ti
     batches = batches_of(tiny_data)
     first = features_of(model, batches, timesteps=[401, 201, 101]).features
     assert features_of(model, batches, timesteps=[101, 401, 201]).features.equal(first)
-    for changes, least in (({"timesteps": [402, 201, 101]}, 1e-6), ({"condition": "noise"}, 1e-4)):
+    for changes, least in (({"timesteps": [402, 201, 101]}, 1e-6), ({"condition": "image"}, 1e-4)):
         assert (features_of(model, batches, **changes).features - first).abs().max() > least
 
 
@@ -69,7 +69,7 @@ def test_only_direct_noising_is_random(model: ContraDiff, tiny_data: Path, noisi
     (batch,) = batches_of(tiny_data)
     latents, pixels = (each[:1].repeat(2, 1, 1, 1) for each in (batch.latents, batch.pixels))
     twins = CleanBatch((0, 1), latents, pixels, batch.labels[:2], batch.keys[:2])
-    settings = {"noising": noising, "pool": "mean"}
+    settings = {"noising": noising, "pool": "mean", "condition": "image"}
     first, second = features_of(model, [twins], **settings).features
     other, _ = features_of(model, [twins], seed=1, **settings).features
     for changed in (second, other):
