@@ -1,23 +1,32 @@
-"""probe: train linear or attentive classifiers on stored features; report top-1 and top-5.
+"""probe: train classifiers on stored features; report top-1 and top-5.
 
-A grid of settings is trained in one pass. metrics/probe.json has the accuracy of the setting in
-params.yaml after the last epoch. build/probe/grid.csv lists all settings, also that of Table 2.
+Logistic regression is trained to convergence. A grid of linear or attentive SGD probes is trained
+in one pass. metrics/probe.json has the accuracy of each protocol, with the features of the stage
+baselines for comparison. build/probe/grid.csv lists all SGD settings, also that of Table 2.
 """
 
 from stages.runtime.run import Run, execute
 
 from pathlib import Path
+from typing import Any
 
 from safetensors.torch import save_file
 
-from contradiff.config import Section, Seed
+from contradiff.config import Section, Seed, read_card
 from contradiff.downstream.probe import ProbeParams
-from contradiff.downstream.probe_grid import probe_metrics, train_grid, write_grid
+from contradiff.downstream.probe_grid import ProbeData, probe_metrics, train_grid, write_grid
 from contradiff.features.cache import FeatureCache, ModelFolders
 from contradiff.files import replace_dir
 
 BASE, PRETRAIN = Path("build/base"), Path("build/pretrain")
 FEATURES, PROBE = Path("build/features"), Path("build/probe")
+BASELINES = Path("metrics/baselines.json")
+
+
+class BaselinesCard(Section):
+    """Content of metrics/baselines.json."""
+
+    baselines: dict[str, Any]
 
 
 class Params(Section):
@@ -28,14 +37,36 @@ class Params(Section):
 def main(params: Params, run: Run) -> None:
     settings, seed, device = params.probe, params.seed, run.device
     cache = FeatureCache.open(FEATURES, ModelFolders(PRETRAIN, BASE, run.root))
-    index = cache.index
+    index, card = cache.index, read_card(BaselinesCard, BASELINES, stage="baselines")
     num_passes = 1 if settings.head == "attentive" else len(index.columns)
     with run.progress("train", settings.epochs * num_passes, "epoch") as advance:
         grid = train_grid(
             cache, settings, seed, device, lambda _, row: advance(1, loss=f"{row['loss']:.3f}")
         )
-    metrics = probe_metrics(grid, params=settings, index=index)
-    run.log(f"top-1 {metrics['top1']:.1%} on {metrics['total']} {settings.split} images")
+    logistic, few_labels, name = None, {}, index.columns[0].name
+    if settings.cs and settings.head == "linear":
+        data = ProbeData(cache, settings.split, seed)
+        logistic = data.logistic(name, settings.cs)
+        shares = settings.few_labels
+        few_labels = {share: data.few_labels(name, share, settings.cs) for share in shares}
+    metrics = probe_metrics(
+        grid,
+        params=settings,
+        index=index,
+        logistic=logistic,
+        few_labels=few_labels,
+        baselines={row: scores["top1"] for row, scores in card.baselines["rows"].items()},
+    )
+    how = f"{settings.headline}, {metrics['total']} {settings.split} images"
+    run.log(f"top-1 {metrics['top1']:.1%} ({how})")
+    for each in (*few_labels.values(), *([logistic] if logistic else [])):
+        each.check(run.log, settings.section)
+    if logistic and not metrics["sgd"]["converged"]:
+        run.log(
+            f"the SGD probe has not converged: its {metrics['sgd']['top1']:.1%} is more than a "
+            f"point below logistic regression's {logistic.accuracy.top1:.1%}; raise probe.epochs "
+            "or probe.lr"
+        )
     with replace_dir(PROBE) as folder:
         state = grid[0].probe.state_dict()
         save_file({k: v.cpu().contiguous() for k, v in state.items()}, folder / "head.safetensors")

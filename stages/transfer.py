@@ -60,7 +60,7 @@ def main(params: Params, run: Run) -> None:
             )
     if not run.is_main:
         return
-    scores = task.score(train, test)
+    scores = task.score(train, test, run.log)
     for top1, score in zip(scores, finetuned, strict=False):
         top1["finetuned"] = score
     run.write_json(Path("build/transfer/splits.json"), {"splits": task.describe(scores)})
@@ -70,7 +70,8 @@ def main(params: Params, run: Run) -> None:
         run.log(f"{shots} shots: top-1 {shown} on {total} test images")
     shots = settings.shots[0]
     facts = {"shots": shots, "total": total, "source": images.source, "by_shots": by_shots}
-    metrics = by_shots[str(shots)] | facts
+    main = by_shots[str(shots)]
+    metrics = main | facts | {"protocol": settings.headline, "top1": main[settings.headline]}
     run.write_json(Path("metrics/transfer.json"), {"transfer": metrics})
 
 

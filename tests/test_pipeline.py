@@ -80,7 +80,10 @@ def test_rooms_are_those_that_the_stage_imports(stage: str, graph: grimp.ImportG
         ("contradiff/toy", []),  # the manifest of prepare lists the rendered images
         ("contradiff/report", ["report", "track"]),
         ("contradiff/evaluation", ["extractor", "reference", "report", "score", "track"]),
-        ("contradiff/downstream", ["probe", "report", "separability", "track", "transfer"]),
+        (
+            "contradiff/downstream",
+            ["baselines", "probe", "report", "separability", "track", "transfer"],
+        ),
     ],
 )
 def test_a_message_invalidates_no_result_and_a_late_room_its_own_alone(
@@ -91,7 +94,8 @@ def test_a_message_invalidates_no_result_and_a_late_room_its_own_alone(
 
 def test_the_method_invalidates_training_and_no_data():
     touched = touched_by("contradiff/method")
-    assert touched >= followers({"pretrain"})
+    assert touched >= followers({"pretrain"}) > {"probe"}
+    assert "baselines" not in followers({"pretrain"})  # a λ sweep computes them once
     assert touched.isdisjoint({"shard", "base", "latents", "extractor", "reference"})
 
 

@@ -1,6 +1,7 @@
 """Top-k accuracy and its confidence interval."""
 
 from dataclasses import dataclass
+from typing import Any
 
 from jaxtyping import Float, Int64
 from torch import Tensor
@@ -15,6 +16,10 @@ class Accuracy:
     total: int
     interval: tuple[float, float]
 
+    def metrics(self) -> dict[str, Any]:
+        """Return what a metrics file says of a classifier that is not the headline."""
+        return {"top1": self.top1, "top5": self.top5, "interval": self.interval}
+
 
 def topk_correct(logits: Float[Tensor, "n classes"], labels: Int64[Tensor, " n"], k: int) -> int:
     """Count the samples whose label is among the sample's `k` highest logits.
@@ -26,6 +31,13 @@ def topk_correct(logits: Float[Tensor, "n classes"], labels: Int64[Tensor, " n"]
     if bool(logits.isnan().any()):
         raise ValueError("the logits contain NaN, because the training of the classifier diverged")
     return int((logits.topk(k, dim=1).indices == labels[:, None]).sum())
+
+
+def accuracy_of(logits: Float[Tensor, "n classes"], labels: Int64[Tensor, " n"]) -> Accuracy:
+    """Compute the accuracy of n ≥ 1 samples. Raises ValueError if a logit is NaN."""
+    total, num_classes = logits.shape
+    top1, top5 = (topk_correct(logits, labels, k) for k in (1, min(5, num_classes)))
+    return Accuracy(top1 / total, top5 / total, total, wilson_interval(top1, total))
 
 
 def wilson_interval(correct: int, total: int) -> tuple[float, float]:

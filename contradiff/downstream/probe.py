@@ -13,7 +13,7 @@ import math
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
-from typing import ClassVar, Literal, TypeAlias
+from typing import Annotated, ClassVar, Literal, TypeAlias
 
 import torch
 from jaxtyping import Float, Int64
@@ -21,7 +21,8 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from contradiff.downstream.accuracy import Accuracy, topk_correct, wilson_interval
+from contradiff.downstream.accuracy import Accuracy, accuracy_of
+from contradiff.downstream.logistic import Cs, refuse_headline_without_cs
 from contradiff.training.optim import SgdParams, SgdSchedule, SgdSetting, cosine_with_warmup
 
 OnEpoch: TypeAlias = Callable[[int, Mapping[str, float]], None]
@@ -46,6 +47,16 @@ class ProbeParams(SgdParams):
     head: Literal["linear", "attentive"] = Field(
         description="linear: frozen features | attentive: also trains a copy of the attention head"
     )
+    headline: Literal["logistic", "sgd"] = Field(
+        description="whose accuracy is the main score: logistic regression's or the SGD probe's"
+    )
+    cs: Cs = Field(description="inverse penalties of logistic regression to try; []: train none")
+    few_labels: list[Annotated[float, Field(gt=0, le=1)]] = Field(
+        description="shares of the training labels with which logistic regression is trained too"
+    )
+    baselines: Literal["all", "pooled", "none"] = Field(
+        description="which features of the untrained model are tested; pooled: without the widest"
+    )
     lrs: list[float] = Field(description="learning rates to try in addition to lr")
     weight_decays: list[float] = Field(description="decays to try in addition to weight_decay")
 
@@ -55,6 +66,21 @@ class ProbeParams(SgdParams):
             raise ValueError(f"probe.lrs: {self.lrs}: set all to more than 0")
         if min(self.weight_decays, default=0.0) < 0:
             raise ValueError(f"probe.weight_decays: {self.weight_decays}: set all to 0 or more")
+        return self
+
+    @model_validator(mode="after")
+    def _logistic_regression_is_possible(self) -> "ProbeParams":
+        if self.headline == "logistic" and self.head == "attentive":
+            raise ValueError(
+                "probe.headline: logistic regression needs frozen features, but probe.head: "
+                "attentive trains the head too; set probe.headline to sgd"
+            )
+        if self.few_labels and not self.cs:
+            raise ValueError(
+                "probe.few_labels: these are for logistic regression, which probe.cs: [] switches "
+                "off; set probe.few_labels to [], or probe.cs to a grid such as [0.01, 0.1, 1.0]"
+            )
+        refuse_headline_without_cs(self.section, self.headline, self.cs)
         return self
 
     @property
@@ -185,11 +211,6 @@ def evaluate(probe: Probe, inputs: Inputs, labels: Int64[Tensor, " n"]) -> Accur
     if len(labels) == 0:
         raise ValueError("probe.split: the split has no images to test on; choose another split")
     device = next(probe.parameters()).device
-    top1 = top5 = 0
-    for rows in torch.arange(len(labels)).split(1024):
-        logits = probe(_batch(inputs, rows, device))
-        targets = labels[rows.to(labels.device)].to(device)
-        top1 += topk_correct(logits, targets, 1)
-        top5 += topk_correct(logits, targets, min(5, logits.shape[1]))
-    total = len(labels)
-    return Accuracy(top1 / total, top5 / total, total, wilson_interval(top1, total))
+    rows = torch.arange(len(labels)).split(1024)
+    logits = torch.cat([probe(_batch(inputs, each, device)) for each in rows])
+    return accuracy_of(logits.cpu(), labels.cpu())

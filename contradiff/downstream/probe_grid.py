@@ -1,24 +1,28 @@
-"""Train a probe for each pair of a stored feature and an SGD setting, and write a table of them.
+"""Train classifiers on stored features: logistic regression, and a grid of SGD probes.
 
-The headline score is that of the configured setting after its last epoch, even if another setting
-of the grid is better. To choose a setting, set probe.split: dev, which tests on a tenth of the
-training images. A setting chosen by its validation score would make that score too optimistic.
+The main score is logistic regression's, or that of the configured SGD setting after its last epoch
+(probe.headline), even if another setting of the grid is better. To choose a setting, set
+probe.split: dev, which tests on a tenth of the training images. A setting chosen by its validation
+score would make that score too optimistic.
 """
 
 import csv
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from jaxtyping import Int64
+from jaxtyping import Bool
 from torch import Tensor
 from torch.utils.data import Subset
 
-from contradiff.data.subsets import is_dev
+from contradiff.data.subsets import is_dev, share_of_each_class
 from contradiff.downstream import probe as probes
 from contradiff.downstream.accuracy import Accuracy
+from contradiff.downstream.logistic import LogisticScore, logistic_score, stratified_folds
 from contradiff.downstream.probe import TABLE_2, ProbeParams
 from contradiff.features.cache import CacheIndex, FeatureCache
 from contradiff.features.params import FeatureSpec
@@ -35,6 +39,74 @@ class GridHead:
     accuracy: Accuracy | None
 
 
+@dataclass(frozen=True)
+class ProbeData:
+    """The cached images that train and test classifiers, as probe.split says.
+
+    val: all training images train, and the validation images test. dev: nine tenths of the training
+    images train and one tenth tests; the validation images are not read. Raises ValueError if the
+    dev split, which `folds` also needs, has no images or all of them.
+    """
+
+    cache: FeatureCache
+    split: str
+    seed: int
+
+    @cached_property
+    def dev(self) -> Bool[Tensor, " n"]:
+        """Which of the training images belong to the dev split."""
+        dev = torch.tensor([is_dev(key) for key in self.cache.keys("train")])
+        if dev.all() or not dev.any():
+            user, remedy = "split: dev", "set probe.split: val"
+            if self.split == "val":
+                user, remedy = "cs: C is chosen on the dev split, which", "switch it off: set "
+                remedy += "probe.headline: sgd, probe.cs: [] and probe.few_labels: []"
+            found = f"holds out {int(dev.sum())} of {len(dev)} training images (about a tenth)"
+            raise ValueError(f"probe.{user} {found}; use more images, or {remedy}")
+        return dev
+
+    def sides(self, read: Callable[[str], Any]) -> tuple[Any, Any]:
+        """Apply `read` to the splits, and return the training rows and the test rows."""
+        if self.split == "val":
+            return read("train"), read("val")
+        train = read("train")
+        return _rows(train, ~self.dev), _rows(train, self.dev)
+
+    def logistic(self, name: str, cs: Sequence[float]) -> LogisticScore:
+        """Test logistic regression on a cached feature.
+
+        The dev split chooses C. With split: dev, which tests, another tenth of the training images
+        chooses C instead. Then a classifier with this C is trained on all training images.
+        """
+        from sklearn.model_selection import ShuffleSplit
+
+        train, test = self._pairs(name)
+        if self.split == "dev":
+            splitter = ShuffleSplit(1, test_size=0.1, random_state=self.seed)
+            folds = list(splitter.split(train[0]))
+        else:
+            folds = [(np.flatnonzero(~self.dev), np.flatnonzero(self.dev))]
+        num_classes = self.cache.index.num_classes
+        return logistic_score(train, test, num_classes=num_classes, cs=cs, folds=folds)
+
+    def few_labels(self, name: str, share: float, cs: Sequence[float]) -> LogisticScore:
+        """Test logistic regression that is trained on a share of each class's training images.
+
+        Cross-validation among these images chooses C.
+        """
+        (features, labels), test = self._pairs(name)
+        rows = share_of_each_class(labels.tolist(), share=share, seed=self.seed)
+        train = features[rows], labels[rows]
+        folds = stratified_folds(train[1], seed=self.seed)
+        num_classes = self.cache.index.num_classes
+        return logistic_score(train, test, num_classes=num_classes, cs=cs, folds=folds)
+
+    def _pairs(self, name: str) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+        train, test = self.sides(lambda split: self.cache.column(split, name))
+        train_labels, labels = self.sides(self.cache.labels)
+        return (train, train_labels), (test, labels)
+
+
 def train_grid(
     cache: FeatureCache,
     params: ProbeParams,
@@ -42,38 +114,23 @@ def train_grid(
     device: torch.device,
     on_epoch: probes.OnEpoch = lambda *_: None,
 ) -> list[GridHead]:
-    """Train and test all probes. The first is the headline: feature and setting of params.yaml.
+    """Train and test all SGD probes. The first has the main feature and params.yaml's setting.
 
     Linear probes are trained on every stored feature, one in memory at a time. Attentive probes are
-    trained only on the UNet's maps at features.timesteps. With probe.split: dev, nine tenths of the
-    training images train and one tenth tests; val is not read. Raises ValueError if the headline
+    trained only on the UNet's maps at features.timesteps. Raises ValueError if the first probe
     diverges, or if a split or the maps are missing.
     """
-    is_attentive, is_dev_split = params.head == "attentive", params.split == "dev"
-    held_out = torch.tensor([is_dev_split and is_dev(key) for key in cache.keys("train")])
-    train_rows, dev_rows = (rows.nonzero().squeeze(1) for rows in (~held_out, held_out))
-    if is_dev_split and not (len(dev_rows) and len(train_rows)):
-        raise ValueError(
-            f"probe.split: dev holds out {len(dev_rows)} of {len(held_out)} training images (about "
-            "a tenth); use more images, or set probe.split: val"
-        )
-
-    def sides(read: Callable[[str], Any]) -> tuple[Any, Any]:
-        """Apply `read` to the splits, and return the training rows and the test rows."""
-        train = read("train")
-        judged = _rows(train, dev_rows) if is_dev_split else read("val")
-        return _rows(train, train_rows), judged
-
-    train_labels, labels = sides(cache.labels)
+    is_attentive, data = params.head == "attentive", ProbeData(cache, params.split, seed)
+    train_labels, labels = data.sides(cache.labels)
     options: dict[str, Any] = {"settings": params.grid, "schedule": params.schedule, "seed": seed}
     options |= {"num_classes": cache.index.num_classes, "device": device, "on_epoch": on_epoch}
     grid: list[GridHead] = []
     for column in cache.index.columns[:1] if is_attentive else cache.index.columns:
         if is_attentive:
-            train, judged = sides(cache.maps)
+            train, judged = data.sides(cache.maps)
             options["attention_head"] = cache.attention().to(device)
         else:
-            train, judged = sides(lambda s, name=column.name: cache.column(s, name).to(device))
+            train, judged = data.sides(lambda s, name=column.name: cache.column(s, name).to(device))
         heads = probes.train_probes(train, train_labels.to(device), **options)
         for setting, head in zip(params.grid, heads, strict=True):
             is_finite = all(bool(parameter.isfinite().all()) for parameter in head.parameters())
@@ -84,7 +141,35 @@ def train_grid(
     return grid
 
 
-def _rows(inputs: Any, rows: Int64[Tensor, " n"]) -> Any:
+def score_columns(
+    cache: FeatureCache,
+    params: ProbeParams,
+    seed: int,
+    device: torch.device,
+    on_column: Callable[[int], None],
+) -> dict[str, dict[str, Any]]:
+    """Test each cached feature by logistic regression; return its scores and width by its pool.
+
+    If probe.cs is empty, the SGD probe with the configured setting is tested instead.
+    """
+    found: dict[str, dict[str, Any]] = {}
+    data = ProbeData(cache, params.split, seed)
+    alone = params.model_copy(update={"head": "linear", "lrs": [], "weight_decays": []})
+    for column in cache.index.columns:
+        if params.cs:
+            scores = data.logistic(column.name, params.cs).metrics()
+        else:
+            one = FeatureCache(cache.folder, cache.index.model_copy(update={"columns": (column,)}))
+            [head, *_] = train_grid(one, alone, seed, device)
+            assert head.accuracy is not None
+            scores = head.accuracy.metrics()
+        found[column.pool] = scores | {"width": cache.width(column.name)}
+        on_column(1)
+    return found
+
+
+def _rows(inputs: Any, chosen: Bool[Tensor, " n"]) -> Any:
+    rows = chosen.nonzero().squeeze(1)
     return inputs[rows] if isinstance(inputs, Tensor) else Subset(inputs, rows.tolist())
 
 
@@ -123,18 +208,35 @@ def write_grid(
 
 
 def probe_metrics(
-    grid: Sequence[GridHead], *, params: ProbeParams, index: CacheIndex
+    grid: Sequence[GridHead],
+    *,
+    params: ProbeParams,
+    index: CacheIndex,
+    logistic: LogisticScore | None,
+    few_labels: Mapping[float, LogisticScore],
+    baselines: Mapping[str, float],
 ) -> dict[str, Any]:
-    """Return the content of metrics/probe.json: scores of the headline and of Table 2's setting."""
-    assert grid[0].accuracy is not None, "train_grid raises an error if the headline diverges"
+    """Return the content of metrics/probe.json; the headline's scores are at its top level.
+
+    The SGD probe counts as converged if it is at most one point worse than logistic regression.
+    """
+    sgd = grid[0].accuracy
+    assert sgd is not None, "train_grid raises an error if the first probe diverges"
+    headline = logistic.accuracy if logistic and params.headline == "logistic" else sgd
     table_2 = next(head for head in grid if head.setting == TABLE_2).accuracy
     scores = {} if table_2 is None else {"top1": table_2.top1, "top5": table_2.top5}
+    near = None if logistic is None else logistic.accuracy.top1 - sgd.top1 < 0.01 + 1e-9
     return {
-        **asdict(grid[0].accuracy),
+        **asdict(headline),
+        "protocol": params.headline,
         "split": params.split,
         "head": params.head,
         "pool": index.columns[0].pool,
         "model": index.model,
+        "logistic": None if logistic is None else logistic.metrics(),
+        "sgd": {**sgd.metrics(), "converged": near},
         # `literal`: the batch size, epochs and warm-up of the whole grid are also Table 2's.
         "table2": {**scores, "literal": params.schedule == SgdSchedule(256, 50, 5.0)},
+        "few_labels": {str(share): each.metrics() for share, each in few_labels.items()},
+        "baselines": dict(baselines),
     }

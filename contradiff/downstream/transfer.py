@@ -1,6 +1,6 @@
 """Few-shot transfer of features to another data set (Sec. 4.2.3, Table 6).
 
-draw few training images (a "few-shot set", or split) => features => train two classifiers => test
+draw few training images (a "few-shot set", or split) => features => train classifiers => test
 """
 
 import statistics
@@ -18,6 +18,12 @@ from torch import Tensor
 from contradiff.data.map_shards import Processes, Tick
 from contradiff.data.subsets import k_shot_split
 from contradiff.downstream.finetuning import EncodedImages, finetune, finetuned_top1, weights_kept
+from contradiff.downstream.logistic import (
+    Cs,
+    logistic_score,
+    refuse_headline_without_cs,
+    stratified_folds,
+)
 from contradiff.downstream.probe import OnEpoch, evaluate, train_probes
 from contradiff.features.batches import CleanBatch
 from contradiff.features.models import FeatureModel, LabelledFeatures, compute_features
@@ -40,6 +46,10 @@ class TransferParams(SgdParams):
         min_length=1,
         description="training images per class, or full; first: the main result",
     )
+    headline: Literal["logistic", "ridge", "sgd"] = Field(
+        description="which classifier's accuracy is the main score"
+    )
+    cs: Cs = Field(description="inverse penalties of logistic regression to try; []: train none")
     num_splits: int = Field(ge=1, description="random few-shot sets per number of shots; full: 1")
     ridge: float = Field(gt=0, description="penalty of ridge regression, not divided by n")
     finetune_epochs: int = Field(
@@ -55,6 +65,7 @@ class TransferParams(SgdParams):
         if len(set(self.shots)) < len(self.shots) or any(count < 1 for count in counts):
             remedy = f"list different numbers of 1 or more, or full (got {self.shots})"
             raise ValueError(f"transfer.shots: {remedy}")
+        refuse_headline_without_cs(self.section, self.headline, self.cs)
         return self
 
 
@@ -136,22 +147,36 @@ class TransferTask:
             found = [compute_features(model, batches, on_progress=on_progress)]
         return LabelledFeatures.joined(gather_object(found))
 
-    def score(self, train: LabelledFeatures, test: LabelledFeatures) -> list[dict[str, float]]:
-        """Train the classifiers "ridge" and "sgd" on each few-shot set; return their accuracies.
+    def score(
+        self, train: LabelledFeatures, test: LabelledFeatures, log: Callable[[str], None]
+    ) -> list[dict[str, float]]:
+        """Train the classifiers on each few-shot set; return their accuracies by name.
 
-        These are top-1 accuracies in [0, 1] on all test images. `train` has the features of the
-        pool's images that `used` lists, in this order.
+        They are "logistic" (unless transfer.cs is empty), "ridge" and "sgd". The accuracies are
+        top-1, in [0, 1], on all test images. Cross-validation within a few-shot set chooses C of
+        logistic regression. `train` has the features of the pool's images that `used` lists, in
+        this order. `log` gets a message if a logistic regression does not converge.
         """
         scores: list[dict[str, float]] = []
-        options: dict[str, Any] = {"num_classes": len(self.pool.class_names)}
-        options |= {"settings": [self.params.setting], "schedule": self.params.schedule}
-        options["device"] = torch.device("cpu")
+        num_classes, params = len(self.pool.class_names), self.params
+        options: dict[str, Any] = {"num_classes": num_classes, "device": torch.device("cpu")}
+        options |= {"settings": [params.setting], "schedule": params.schedule}
         for split in self.splits:
-            own = train[self.places(split)]
+            own, top1 = train[self.places(split)], dict[str, float]()
+            if params.cs:
+                found = logistic_score(
+                    (own.features, own.labels),
+                    (test.features, test.labels),
+                    num_classes=num_classes,
+                    cs=params.cs,
+                    folds=stratified_folds(own.labels, seed=split.seed),
+                )
+                found.check(log, self.params.section)
+                top1["logistic"] = found.accuracy.top1
+            top1["ridge"] = ridge_top1(own, test, ridge=params.ridge)
             [probe] = train_probes(own.features, own.labels, seed=split.seed, **options)
-            ridge = ridge_top1(own, test, ridge=self.params.ridge)
-            sgd = evaluate(probe, test.features, test.labels).top1
-            scores.append({"ridge": ridge, "sgd": sgd})
+            top1["sgd"] = evaluate(probe, test.features, test.labels).top1
+            scores.append(top1)
         return scores
 
     def finetune(self, model: ContraDiff, device: torch.device, on_epoch: OnEpoch) -> list[float]:

@@ -137,6 +137,10 @@ class FeatureCache:
         """Load one feature of all images of a split, in the stored type."""
         return torch.cat([self._tensor(shard, name) for shard in self.index.shards[split]])
 
+    def width(self, name: str) -> int:
+        """Return the number of values of one feature, without loading the feature."""
+        return self._file(self.index.shards["train"][0]).get_slice(name).get_shape()[1]
+
     def labels(self, split: str) -> Int64[Tensor, " n"]:
         """Load the class labels of a split, in the order of `column`."""
         return torch.cat([self._tensor(shard, "labels") for shard in self.index.shards[split]])

@@ -4,7 +4,8 @@ latents => noisy latents at three timesteps => the UNet's maps (outputs of a blo
 """
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TypeAlias
 
 import torch
@@ -21,7 +22,7 @@ from contradiff.features.timm_backbone import TimmFeatures
 from contradiff.method.attention import LevelMaps
 from contradiff.method.checkpoint import load_checkpoint
 from contradiff.method.lora import cast_frozen_weights, disable_lora
-from contradiff.method.model import ContraDiff
+from contradiff.method.model import Architecture, ContraDiff, build_model
 from contradiff.method.noise import NUM_LEVELS, add_noise
 from contradiff.method.unet import MapBlock
 from contradiff.types import Tokens
@@ -34,6 +35,7 @@ class DiffusionFeatures:
     Noise is added to clean latents at three fixed timesteps, called a triple. Each image's index
     seeds its noise, so its features depend neither on the batch size nor on the number of
     processes. With `keep_maps`, a call also returns the UNet's maps at features.timesteps.
+    `more_pools` are further ways to turn the maps of head.block into features (see `pool_maps`).
     """
 
     model: ContraDiff
@@ -41,12 +43,14 @@ class DiffusionFeatures:
     seed: int
     device: torch.device
     keep_maps: bool = False
+    more_pools: tuple[str, ...] = ()
 
     @property
     def columns(self) -> tuple[FeatureSpec, ...]:
-        """For each three timesteps: the feature of head.block, then means of `more_blocks`."""
+        """For each three timesteps: features of head.block, then means of `more_blocks`."""
         main = "diffeed" if self.params.model == "diffeed" else self.model.block
-        kinds = [(main, self.params.pool), *((block, "mean") for block in self.params.more_blocks)]
+        kinds = [(main, pool) for pool in (self.params.pool, *self.more_pools)]
+        kinds += [(block, "mean") for block in self.params.more_blocks]
         return tuple(
             FeatureSpec(f"{pool}:{block}@{'-'.join(map(str, triple))}", tuple(triple), block, pool)
             for triple in self.params.triples
@@ -87,10 +91,9 @@ class DiffusionFeatures:
                     found.setdefault(MAPS, next(iter(maps.values())))
                 for column in (each for each in self.columns if each.triple == tuple(triple)):
                     own = maps[column.block or ""]
-                    if column.pool == "attention":
-                        found[column.name] = self.model.attention(own)
-                    else:
-                        found[column.name] = own.float().mean(dim=(3, 4)).flatten(1)
+                    is_h = column.pool == "attention"
+                    pooled = self.model.attention(own) if is_h else pool_maps(own, column.pool)
+                    found[column.name] = pooled
         return found
 
     def _maps(
@@ -115,6 +118,16 @@ class DiffusionFeatures:
         noisy = add_noise(repeated, noise.flatten(0, 1), steps, alphas)
         maps = feedback_maps(self.model.unet, noisy, steps, tokens.repeat(NUM_LEVELS, 1, 1))
         return {"diffeed": maps.unflatten(0, (NUM_LEVELS, -1)).transpose(0, 1)}
+
+
+def pool_maps(maps: LevelMaps, pool: str) -> Float[Tensor, "batch width"]:
+    """Turn maps into features without any weights.
+
+    mean: each map's average over space, noisiest first | cleanest: that of the cleanest map alone |
+    unpooled: all values of the cleanest map.
+    """
+    chosen = maps.float() if pool == "mean" else maps[:, -1:].float()
+    return chosen.flatten(1) if pool == "unpooled" else chosen.mean(dim=(3, 4)).flatten(1)
 
 
 def image_noise(
@@ -145,6 +158,33 @@ def load_feature_model(
     if params.model == "timm":
         return TimmFeatures(params, models.root, device)
     model = load_checkpoint(models.checkpoint, base=models.base, expected=models.architecture)
+    return _frozen(model, params, seed, device)
+
+
+def untrained_features(
+    params: FeaturesParams,
+    base: Path,
+    architecture: Architecture,
+    *,
+    image_size: int,
+    more_pools: tuple[str, ...],
+    seed: int,
+    device: torch.device,
+) -> DiffusionFeatures:
+    """Build the features of the model that a pretraining with this `seed` starts from.
+
+    The first column is the base's pooled maps. The pool "attention" gives h of the new head. LoRA
+    and conditioner start without any effect, so the maps are those of the base with zero tokens.
+    """
+    changes = {"model": "base", "pool": "mean", "more_triples": [], "more_blocks": []}
+    model = build_model(base, architecture, image_size=image_size, seed=seed).eval()
+    own = _frozen(model, params.model_copy(update=changes), seed, device)
+    return replace(own, more_pools=more_pools)
+
+
+def _frozen(
+    model: ContraDiff, params: FeaturesParams, seed: int, device: torch.device
+) -> DiffusionFeatures:
     assert max(map(max, params.triples)) < model.schedule.num_train_timesteps, "see rules.py"
     blocks = [*params.more_blocks, *(["up.1"] if params.model == "diffeed" else [])]
     assert set(blocks) <= {"mid"} or len(model.unet.up_blocks) > 1, "see rules.py"

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from contradiff.data.subsets import is_dev, k_shot_split
+from contradiff.data.subsets import is_dev, k_shot_split, share_of_each_class
 
 LABELS = [index % 7 for index in range(700)]
 
@@ -30,6 +30,16 @@ def test_classes_are_drawn_independently():
     beside_another = k_shot_split([0, 1] * 50, shots=5, seed=1)
     assert alone == [index // 2 for index in beside_another if index % 2 == 0]
     assert alone != [index // 2 for index in beside_another if index % 2 == 1]
+
+
+@given(share=st.floats(0, 1, exclude_min=True), seed=st.integers(0, 2**31))
+def test_a_share_has_as_much_of_each_class_and_nests(share: float, seed: int):
+    labels = [0] * 80 + [1] * 3 + [2] * 41
+    drawn = share_of_each_class(labels, share=share, seed=seed)
+    assert drawn == sorted(set(drawn))
+    counts = Counter(labels[index] for index in drawn)
+    assert counts == {k: max(1, round(share * n)) for k, n in ((0, 80), (1, 3), (2, 41))}
+    assert set(share_of_each_class(labels, share=share / 2, seed=seed)) <= set(drawn)
 
 
 def test_too_few_images_name_the_class_and_the_key():

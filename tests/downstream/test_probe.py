@@ -176,13 +176,29 @@ def test_grid_of_params_has_the_configured_setting_first_and_none_twice():
     pairs = (0.1, 0.0), (0.1, 0.001), (0.3, 0.0), (0.3, 0.001)
     first, *others = (SgdSetting(lr, 0.9, decay) for lr, decay in pairs)
     assert ProbeParams.model_validate(PARAMS).grid == (first, TABLE_2, *others)
-    attentive = ProbeParams.model_validate(PARAMS | {"head": "attentive"})
+    attentive = ProbeParams.model_validate(PARAMS | {"head": "attentive", "headline": "sgd"})
     assert attentive.grid == (SgdSetting(0.1, 0.9, 0.0), TABLE_2)
     literal = PARAMS | {"lr": 0.01, "weight_decay": 0.05, "lrs": [], "weight_decays": []}
     assert ProbeParams.model_validate(literal).grid == (TABLE_2,)
 
 
+def test_logistic_regression_needs_values_of_c_and_frozen_features():
+    off = {"headline": "sgd", "cs": [], "few_labels": []}
+    ProbeParams.model_validate(PARAMS | off)
+    for changes, fault in (
+        ({"headline": "logistic"}, r"probe\.headline: logistic needs values of C"),
+        ({"few_labels": [0.1]}, r"probe\.few_labels: .* set probe\.few_labels to \[\]"),
+    ):
+        with pytest.raises(ValidationError, match=fault):
+            ProbeParams.model_validate(PARAMS | off | changes)
+    with pytest.raises(ValidationError, match=r"probe\.headline: .* set probe\.headline to sgd"):
+        ProbeParams.model_validate(PARAMS | {"head": "attentive"})
+
+
 def test_params_that_cannot_be_are_refused():
     for key, value in (("lrs", [0.0]), ("weight_decays", [-0.1]), ("warmup_epochs", 50)):
         with pytest.raises(ValidationError, match=rf"probe\.{key}"):
+            ProbeParams.model_validate(PARAMS | {key: value})
+    for key, value in (("cs", [0.0]), ("few_labels", [0.0]), ("few_labels", [1.1])):
+        with pytest.raises(ValidationError, match=rf"{key}\.0"):
             ProbeParams.model_validate(PARAMS | {key: value})

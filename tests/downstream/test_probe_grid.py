@@ -5,13 +5,21 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from contradiff.data.subsets import is_dev
+from contradiff.data.subsets import is_dev, share_of_each_class
+from contradiff.downstream.logistic import LogisticScore, logistic_score, stratified_folds
 from contradiff.downstream.probe import ProbeParams, evaluate
-from contradiff.downstream.probe_grid import GridHead, train_grid, write_grid
+from contradiff.downstream.probe_grid import (
+    GridHead,
+    ProbeData,
+    score_columns,
+    train_grid,
+    write_grid,
+)
 from contradiff.features.cache import CacheIndex, FeatureCache
 from contradiff.features.params import FeatureSpec
 from contradiff.features.write_cache import write_table
@@ -20,6 +28,7 @@ from tests.settings import TINY
 
 PARAMS = TINY["probe"] | {"split": "val", "head": "linear", "lr": 0.1, "weight_decay": 0.0}
 PARAMS |= {"lrs": [0.3, 0.1], "weight_decays": [0.001], "momentum": 0.9}
+CS, NAME = [0.01, 0.1, 1.0], "attention:mid@4-2-1"
 PARAMS |= {"batch_size": 32, "epochs": 3, "warmup_epochs": 1.0}
 
 
@@ -89,6 +98,60 @@ def test_dev_holds_out_training_images_and_never_reads_val(cache: FeatureCache, 
     assert grid[0].probe.linear.weight.allclose(alone.linear.weight)
 
 
+def chosen(cache: FeatureCache, split: str) -> tuple[LogisticScore, LogisticScore]:
+    """Return logistic regression with all labels, and with a fifth of them."""
+    data, name = ProbeData(cache, split, seed=0), cache.index.columns[0].name
+    return data.logistic(name, CS), data.few_labels(name, 0.2, CS)
+
+
+def test_c_is_chosen_on_the_dev_split_for_val(cache: FeatureCache):
+    train, val = ((cache.column(s, NAME), cache.labels(s)) for s in ("train", "val"))
+    dev = np.array([is_dev(key) for key in cache.keys("train")])
+    fold = (np.flatnonzero(~dev), np.flatnonzero(dev))
+    every, few = chosen(cache, "val")
+    assert every == logistic_score(train, val, num_classes=4, cs=CS, folds=[fold])
+    rows = share_of_each_class(train[1].tolist(), share=0.2, seed=0)
+    train = train[0][rows], train[1][rows]
+    folds = stratified_folds(train[1], seed=0)
+    assert few == logistic_score(train, val, num_classes=4, cs=CS, folds=folds)
+
+
+@pytest.mark.parametrize("split", ["val", "dev"])
+def test_labels_that_test_choose_nothing(cache: FeatureCache, tmp_path: Path, split: str):
+    """With wrong labels of the tested images, C and the classifier's predictions are the same."""
+    before = chosen(cache, split)
+    labels, wrong = {s: cache.labels(s) for s in ("train", "val")}, {}
+    for name, own in labels.items():
+        is_dev_image = torch.tensor([is_dev(key) for key in cache.keys(name)])
+        tested = torch.ones_like(is_dev_image) if name == "val" else is_dev_image & (split == "dev")
+        wrong[name] = torch.where(tested, (own + 1) % 4, own)
+    splits = {
+        name: {each.name: cache.column(name, each.name) for each in cache.index.columns}
+        | {"labels": wrong[name]}
+        for name in labels
+    }
+    (tmp_path / "wrong").mkdir()
+    after = chosen(cache_of(tmp_path / "wrong", splits, cache.index.columns), split)
+    assert [score.c for score in after] == [score.c for score in before]
+    for first, second in zip(before, after, strict=True):
+        assert first.accuracy.top1 + second.accuracy.top1 <= 1
+        assert first.accuracy.top1 > 0.5
+
+
+def test_baselines_are_tested_by_logistic_regression_or_by_the_configured_sgd(cache: FeatureCache):
+    params = ProbeParams.model_validate(PARAMS)
+    options = {"seed": 0, "device": torch.device("cpu"), "on_column": lambda _: None}
+    found = score_columns(cache, params=params, **options)
+    data = ProbeData(cache, "val", seed=0)
+    for pool, name, width in (("attention", NAME, 7), ("mean", cache.index.columns[1].name, 14)):
+        assert found[pool] == data.logistic(name, params.cs).metrics() | {"width": width}
+    off = {"headline": "sgd", "cs": [], "few_labels": []}
+    found = score_columns(cache, params=ProbeParams.model_validate(PARAMS | off), **options)
+    grid = [head for head in grid_of(cache, lrs=[], weight_decays=[]) if head.setting.lr == 0.1]
+    scores = [head.accuracy.metrics() for head in grid if head.accuracy]
+    assert [{k: v for k, v in row.items() if k != "width"} for row in found.values()] == scores
+
+
 def test_a_headline_that_diverges_is_refused(cache: FeatureCache):
     fault = r"^probe\.lr: the probe diverges with 1e\+30; set a lower rate"
     with pytest.raises(ValueError, match=fault):
@@ -97,7 +160,9 @@ def test_a_headline_that_diverges_is_refused(cache: FeatureCache):
 
 def test_dev_that_holds_out_nothing_is_refused(tmp_path: Path):
     features, labels = clusters(3, dim=7)
-    splits = {"train": {"c": features, "labels": labels}}
+    splits = {split: {"c": features, "labels": labels} for split in ("train", "val")}
     cache = cache_of(tmp_path, splits, (FeatureSpec("c", None, None, "mean"),))
     with pytest.raises(ValueError, match=r"^probe\.split: dev holds out 0 of 3"):
         grid_of(cache, split="dev")
+    with pytest.raises(ValueError, match=r"^probe\.cs: C is chosen on the dev split, which holds"):
+        chosen(cache, "val")

@@ -13,6 +13,7 @@ from torch import Tensor
 from contradiff.data.map_shards import Processes
 from contradiff.data.transforms import Crop
 from contradiff.downstream import transfer
+from contradiff.downstream.logistic import logistic_score, stratified_folds
 from contradiff.downstream.transfer import FewShots, TransferParams, TransferTask, ridge_top1
 from contradiff.features.batches import CleanBatch, resized_batch
 from contradiff.features.models import LabelledFeatures
@@ -117,7 +118,7 @@ def test_each_split_is_scored_on_the_whole_test_set():
     pool, test = samples(400, dim=12, seed=0), samples(301, dim=12, seed=1)
     sgd = {"lr": 0.01, "batch_size": 16, "epochs": 20, "warmup_epochs": 1.0}
     task = task_of(pool.labels.tolist(), shots=[10], **sgd)
-    scores = task.score(pool[torch.tensor(task.used)], test)
+    scores = task.score(pool[torch.tensor(task.used)], test, pytest.fail)
     for split, score in zip(task.splits, scores, strict=True):
         own = pool[torch.tensor(split.rows)]
         assert score["ridge"] == ridge_top1(own, test, ridge=1.0) > 0.5
@@ -125,6 +126,21 @@ def test_each_split_is_scored_on_the_whole_test_set():
         probe = train_one(own.features, own.labels, seed=split.seed, **settings)
         correct = (probe(test.features).argmax(1) == test.labels).sum().item()
         assert score["sgd"] == correct / 301 > 0.5
+        rows = split.rows
+        peer = logistic_score(
+            (pool.features[rows], pool.labels[rows]),
+            (test.features, test.labels),
+            num_classes=4,
+            cs=task.params.cs,
+            folds=stratified_folds(pool.labels[rows], seed=split.seed),
+        )
+        assert score["logistic"] == peer.accuracy.top1 > 0.5
+    # it can be switched off, and changes nothing of the others
+    off = task_of(pool.labels.tolist(), shots=[10], cs=[], headline="ridge", **sgd)
+    others = [{kind: score[kind] for kind in ("ridge", "sgd")} for score in scores]
+    assert off.score(pool[torch.tensor(off.used)], test, pytest.fail) == others
+    with pytest.raises(ValidationError, match=r"transfer\.headline: logistic needs values of C"):
+        params_of(cs=[])
 
 
 def test_metrics_are_means_and_deviations_over_splits():

@@ -124,6 +124,27 @@ def test_the_base_alone_is_the_model_before_training(  # noqa: PLR0917
     assert all(found[name].equal(expected[name]) for name in found)
 
 
+@pytest.mark.parametrize("condition", ["image", "noise"])
+def test_untrained_features_are_those_of_a_model_without_a_step(
+    tiny_base: Path, tiny_params: dict[str, Any], tiny_data: Path, condition: str
+):
+    shapes, pools = Architecture.model_validate(tiny_params), ("cleanest", "attention", "unpooled")
+    params = features_params(condition=condition, more_blocks=["up.1"], more_triples=[[9, 5, 1]])
+    options = {"image_size": 32, "more_pools": pools, "seed": 1, "device": CPU}
+    features = feature_models.untrained_features(params, tiny_base, shapes, **options)
+    untrained = build_model(tiny_base, shapes, image_size=32, seed=1).eval()
+    own = features_params(condition=condition)  # with conditioner and LoRA
+    (batch,) = batches_of(tiny_data)
+    found = features(batch)
+    expected = DiffusionFeatures(untrained, own, 1, CPU, keep_maps=True)(batch)
+    maps = expected["maps"]
+    assert found["attention:mid@401-201-101"].equal(expected["attention:mid@401-201-101"])
+    assert found["mean:mid@401-201-101"].equal(maps.mean(dim=(3, 4)).flatten(1))
+    assert found["cleanest:mid@401-201-101"].equal(maps[:, 2].mean(dim=(2, 3)))
+    assert found["unpooled:mid@401-201-101"].equal(maps[:, 2].flatten(1))
+    assert [column.pool for column in features.columns] == ["mean", *pools]
+
+
 @pytest.mark.parametrize("kind", ["contradiff", "base", "diffeed"])
 def test_frozen_weights_in_half_precision_are_autocast_s_own(  # noqa: PLR0917
     build_tiny: Build,

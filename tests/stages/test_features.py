@@ -30,6 +30,7 @@ ROOT = Path(__file__).resolve().parents[2]
 CACHE, PRETRAIN, BASE = Path("build/features"), Path("build/pretrain"), Path("build/base")
 TIMM = {"model": "timm", "pool": "mean", "timm_name": "test_vit"}
 HUB = TIMM | {"timm_pretrained": True}
+SGD = {"headline": "sgd", "cs": [], "few_labels": []}
 STORED = {"images": Path("build/shards"), "latents": Path("build/latents")}
 
 
@@ -46,6 +47,8 @@ def make(run: Run, **changes: Any) -> FeatureCache:
 
 
 def judge(run: Run, **probing: Any) -> dict[str, Any]:
+    probe.BASELINES.parent.mkdir(exist_ok=True)
+    probe.BASELINES.write_text('{"baselines": {"rows": {"chance": {"top1": 0.25}}}}')
     probe.main(parse(probe.Params, content_of(probing=probing), source="params.yaml"), run)
     return json.loads(Path("metrics/probe.json").read_text())["probe"]
 
@@ -130,7 +133,9 @@ def test_an_interrupted_run_does_the_rest(trained_project: Run, monkeypatch: pyt
     assert len(written) == 12
 
 
-def test_probe_writes_the_headline_its_head_and_the_grid(trained_project: Run):
+def test_probe_writes_the_headline_its_head_and_the_grid(
+    trained_project: Run, capsys: pytest.CaptureFixture[str]
+):
     cache = make(trained_project, more_blocks=["up.1"])
     result = judge(trained_project, lr=0.05, lrs=[0.2])
     assert {"top1", "top5", "interval", "total", "split", "head", "pool", "model"} < set(result)
@@ -140,23 +145,33 @@ def test_probe_writes_the_headline_its_head_and_the_grid(trained_project: Run):
     head.load_state_dict(load_file("build/probe/head.safetensors"))
     features = cache.column("val", "attention:mid@401-201-101").float()
     right = head.eval()(features).argmax(dim=1) == cache.labels("val")
-    assert right.float().mean().item() == result["top1"]
+    assert right.float().mean().item() == result["sgd"]["top1"]
+    assert result["protocol"] == "logistic"
+    assert result["top1"] == result["logistic"]["top1"]
+    near = result["top1"] - result["sgd"]["top1"] <= 0.01
+    assert result["sgd"]["converged"] == near
+    assert ("the SGD probe has not converged" in capsys.readouterr().err) != near
+    assert set(result["few_labels"]) == {"0.01", "0.1"}
+    assert result["baselines"] == {"chance": 0.25}
     with Path("build/probe/grid.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert [row["name"] for row in rows] == ["configured", "table2", "", "", "", ""]
-    assert float(rows[0]["top1"]) == result["top1"]
+    assert float(rows[0]["top1"]) == result["sgd"]["top1"]
     assert float(rows[1]["top1"]) == result["table2"]["top1"]
     assert {row["split"] for row in rows} == {"val"}
-    # the grid never moves the headline
-    assert judge(trained_project, lr=0.05, lrs=[])["top1"] == result["top1"]
+    # the grid moves no score of params.yaml's setting
+    alone = judge(trained_project, lr=0.05, lrs=[], **SGD)
+    assert (alone["top1"], alone["top5"]) == (result["sgd"]["top1"], result["sgd"]["top5"])
+    assert (alone["logistic"], alone["sgd"]["converged"], alone["few_labels"]) == (None, None, {})
 
 
 def test_attentive_probe_reads_maps_and_says_where_they_come_from(trained_project: Run):
     make(trained_project)
     with pytest.raises(ValueError, match=r"index\.json: no maps are .*dvc repro features"):
-        judge(trained_project, head="attentive")
+        judge(trained_project, head="attentive", headline="sgd")
     make(trained_project, probing={"head": "attentive"})
-    result = judge(trained_project, head="attentive", lrs=[])
+    result = judge(trained_project, head="attentive", lrs=[], headline="sgd")
+    assert result["logistic"] is None
     assert (result["head"], result["total"]) == ("attentive", 8)
     assert load_file("build/probe/head.safetensors")["attention_head.to_q.weight"].shape == (16, 32)
     # linear probes are there as well
@@ -164,10 +179,11 @@ def test_attentive_probe_reads_maps_and_says_where_they_come_from(trained_projec
 
 
 def test_diffeed_s_maps_get_a_head_of_their_own(trained_project: Run):
-    cache = make(trained_project, model="diffeed", pool="mean", probing={"head": "attentive"})
+    probing = SGD | {"head": "attentive"}
+    cache = make(trained_project, model="diffeed", pool="mean", probing=probing)
     assert cache.column("val", "mean:diffeed@401-201-101").shape == (8, 3 * 4 * 32)
     assert cache.maps("val")[7].shape == (3, 4 * 32, 2, 2)
-    assert judge(trained_project, head="attentive", lrs=[])["model"] == "diffeed"
+    assert judge(trained_project, head="attentive", lrs=[], **SGD)["model"] == "diffeed"
 
 
 @pytest.mark.parametrize("model", ["contradiff", "base", "diffeed"])

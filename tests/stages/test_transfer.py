@@ -82,11 +82,13 @@ def test_several_shots_frozen_and_finetuned(project: Run):
             assert (split["seed"], len(split["indices"])) == (3 + index, size)
             labels = [Path(key).parent.name for key in split["keys"]]
             assert labels.count("dark") == labels.count("light") == size // 2
-            assert set(split["top1"]) == {"finetuned", "ridge", "sgd"}
-        for kind in ("finetuned", "ridge", "sgd"):
+            assert set(split["top1"]) == {"finetuned", "logistic", "ridge", "sgd"}
+        for kind in ("finetuned", "logistic", "ridge", "sgd"):
             top1 = [split["top1"][kind] for split in drawn]
             assert found[kind]["mean"] == pytest.approx(np.mean(top1), rel=1e-5)
     assert metrics["ridge"] == metrics["by_shots"]["2"]["ridge"]
+    assert metrics["protocol"] == "logistic"
+    assert metrics["top1"] == metrics["logistic"] == metrics["by_shots"]["2"]["logistic"]
     # fine-tuning changes nothing of the frozen features' scores
     frozen, _ = call(project, finetune_epochs=0)
     assert "finetuned" not in frozen

@@ -1,0 +1,132 @@
+"""Logistic regression on standardised features, trained to convergence (scikit-learn's L-BFGS).
+
+choose C on held-out training samples => fit on all training samples => test
+
+Each feature is scaled to mean 0 and variance 1 over the samples of the fit, so test samples never
+influence a classifier. C is the inverse of the L2 penalty: a small C regularises strongly.
+"""
+
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any, TypeAlias
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int64
+from pydantic import Field
+from torch import Tensor
+
+from contradiff.downstream.accuracy import Accuracy, accuracy_of
+
+Cs: TypeAlias = list[Annotated[float, Field(gt=0)]]
+"""Values of C to choose from."""
+
+Fold: TypeAlias = tuple[Int64[np.ndarray, " _"], Int64[np.ndarray, " _"]]
+"""Rows of training samples: those to which each C is fitted, and held-out ones that test the C."""
+
+
+def refuse_headline_without_cs(section: str, headline: str, cs: Sequence[float]) -> None:
+    """Raise ValueError if a section's headline is logistic regression, but the grid is empty."""
+    if headline == "logistic" and not cs:
+        raise ValueError(
+            f"{section}.headline: logistic needs values of C, but {section}.cs is []; set "
+            f"{section}.cs to a grid such as [0.01, 0.1, 1.0], or {section}.headline to sgd"
+        )
+
+
+@dataclass(frozen=True)
+class LogisticScore:
+    """A tested logistic regression; `converged` is False if the solver reached its limits."""
+
+    accuracy: Accuracy
+    c: float
+    converged: bool
+
+    def check(self, log: Callable[[str], None], section: str) -> None:
+        """Send a message to `log` if the solver has not converged."""
+        if not self.converged:
+            fault = f"logistic regression with C = {self.c:g} has not converged"
+            log(f"{section}.cs: {fault}; remove the largest C")
+
+    def metrics(self) -> dict[str, Any]:
+        """Return the accuracy, its interval, C and whether the solver converged."""
+        return self.accuracy.metrics() | {"c": self.c, "converged": self.converged}
+
+
+def logistic_score(
+    train: tuple[Float[Tensor, "n d"], Int64[Tensor, " n"]],
+    test: tuple[Float[Tensor, "m d"], Int64[Tensor, " m"]],
+    *,
+    num_classes: int,
+    cs: Sequence[float],
+    folds: Sequence[Fold],
+) -> LogisticScore:
+    """Choose C among `cs`, fit to all of `train`, and test on `test`: pairs (features, labels).
+
+    The chosen C classifies the most held-out samples of the `folds` correctly. Among equals, it is
+    the smallest. Without folds, it is the middle of `cs`. Raises ValueError if all labels of
+    `train` are equal, or if `test` is empty.
+    """
+    from sklearn.exceptions import ConvergenceWarning
+
+    features, labels = train[0].float().cpu().numpy(), train[1].cpu().numpy()
+    if len(np.unique(labels)) < 2 or len(test[1]) == 0:
+        needs = "training images of at least two classes, and images to test on"
+        raise ValueError(f"logistic regression needs {needs}")
+    c = _choose_c(features, labels, cs=sorted(cs), folds=folds)
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always", ConvergenceWarning)
+        classifier = _classifier(c).fit(features, labels)
+    known = torch.from_numpy(classifier.decision_function(test[0].float().cpu().numpy())).float()
+    if known.ndim == 1:  # of two classes, scikit-learn gives the logit of the second alone
+        known = torch.stack([-known, known], dim=1)
+    # A class without training samples is never predicted.
+    logits = torch.full((len(test[1]), num_classes), -torch.inf)
+    logits[:, torch.from_numpy(classifier.classes_)] = known
+    converged = not any(issubclass(each.category, ConvergenceWarning) for each in found)
+    return LogisticScore(accuracy_of(logits, test[1].cpu()), c, converged)
+
+
+def stratified_folds(labels: Int64[Tensor, " n"], *, seed: int) -> list[Fold]:
+    """Split samples into folds with equal shares of each class, at most five.
+
+    The number of folds is the size of the smallest class. If that is 1, there are no folds.
+    """
+    from sklearn.model_selection import StratifiedKFold
+
+    num_folds = min(5, int(labels.unique(return_counts=True)[1].min()))
+    if num_folds < 2:
+        return []
+    splitter = StratifiedKFold(num_folds, shuffle=True, random_state=seed % 2**32)
+    return list(splitter.split(np.zeros(len(labels)), labels.cpu().numpy()))
+
+
+def _choose_c(
+    features: Float[np.ndarray, "n d"],
+    labels: Int64[np.ndarray, " n"],
+    *,
+    cs: Sequence[float],
+    folds: Sequence[Fold],
+) -> float:
+    from sklearn.metrics import accuracy_score, make_scorer
+    from sklearn.model_selection import GridSearchCV
+
+    if not folds or len(cs) == 1:
+        return cs[(len(cs) - 1) // 2]
+    # Counts have exact sums, unlike fractions, so equal scores are equal.
+    count = make_scorer(accuracy_score, normalize=False)
+    grid = {"logisticregression__C": cs}
+    search = GridSearchCV(_classifier(cs[0]), grid, scoring=count, cv=folds, refit=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # only the last fit must converge
+        search.fit(features, labels)
+    return float(search.best_params_["logisticregression__C"])
+
+
+def _classifier(c: float) -> Any:
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
+    return make_pipeline(StandardScaler(), LogisticRegression(C=c, max_iter=5000))
