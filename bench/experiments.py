@@ -22,8 +22,8 @@ COLUMNS: Mapping[str, tuple[str, str, str]] = {
         ".4f",
     ),
     "IS": ("metrics/score.json", "score.inception_score", ".2f"),
+    "transfer top-1": ("metrics/transfer.json", "transfer.top1.mean", ".1%"),
     "transfer, ridge": ("metrics/transfer.json", "transfer.ridge.mean", ".1%"),
-    "transfer, SGD": ("metrics/transfer.json", "transfer.sgd.mean", ".1%"),
 }
 """Title of a column => metrics file, dotted key in the file, and number format."""
 

@@ -6,7 +6,34 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from contradiff.report.results import PRETRAIN_FILE, ResizerScores, RunResults, ScoreRecord, fault
+from contradiff.report.results import (
+    PRETRAIN_FILE,
+    AccuracyRecord,
+    MeanStd,
+    ProbeRecord,
+    ResizerScores,
+    RunResults,
+    ScoreRecord,
+    fault,
+)
+
+CLASSIFIERS = {
+    "logistic": "logistic regression",
+    "ridge": "ridge regression",
+    "sgd": "SGD",
+    "finetuned": "fine-tuned",
+}
+BASELINES = {
+    "chance": ("Chance", "Every image gets the same class."),
+    "base_pooled": ("Base, pooled maps", "Means of the maps at all three timesteps;"),
+    "base_cleanest": ("Base, cleanest map pooled", "Mean of the map at the lowest timestep;"),
+    "base_cleanest_unpooled": (
+        "Base, cleanest map unpooled",
+        "All values of the map at the lowest timestep;",
+    ),
+    "untrained_head": ("Untrained head", "h before pretraining;"),
+}
+"""Rows of metrics/baselines.json => their names in the report, and how they were made."""
 
 
 class TableRow(NamedTuple):
@@ -33,16 +60,15 @@ def result_rows(results: RunResults) -> Iterator[TableRow]:
     how = f"Of the predicted noise, null condition, {error.num_images:,} validation images"
     how += f" at ten noise levels; the base alone has {error.base:.4f}."
     yield TableRow("Denoising error ↓", f"{error.contradiff:.4f}", how)
-    probe = results.probe
-    low, high = probe.interval
+    probe, transfer = results.probe, results.transfer
     how = (
-        f"{probe.total:,} images of split {probe.split}, "
+        f"{CLASSIFIERS[probe.protocol]}, {probe.total:,} images of split {probe.split}, "
         f"{probe.head} head on {probe.pool} features, seed {seed}."
     )
-    value = f"{probe.top1:.1%} [{low:.1%}, {high:.1%}]"
-    yield TableRow("Probe top-1 ↑", value, f"95% interval; {how}")
+    yield TableRow("Probe top-1 ↑", _accuracy(probe), f"95% interval; {how}")
     yield TableRow("Probe top-5 ↑", f"{probe.top5:.1%}", how)
-    yield from _transfer_rows(results)
+    taken = f"{CLASSIFIERS[transfer.protocol]}; {_shots(results, str(transfer.shots))}"
+    yield TableRow("Transfer top-1 ↑", _spread(transfer.top1), taken)
     found = results.separability
     how = (
         f"In feature space, cosine distance, {found.num_images:,} validation images of "
@@ -94,29 +120,75 @@ def _score_rows(score: ScoreRecord) -> Iterator[TableRow]:
         yield TableRow(f"Inception score{which} ↑", value, f"{how}{resizer}, seed {score.seed}.")
 
 
-def _transfer_rows(results: RunResults) -> Iterator[TableRow]:
-    transfer = results.transfer
-    for shots, record in transfer.by_shots.items():
-        number = record.num_splits
-        over = f"Mean ± standard deviation over {number} random sets" if number > 1 else "One set"
-        taken = f"{over} of {transfer.source}, {shots} images a class"
-        if shots == "full":
-            taken = f"Trained on all training images of {transfer.source}"
-        which = "" if shots == str(transfer.shots) else f", {shots} shots"
-        trained = {"ridge": record.ridge, "SGD": record.sgd, "fine-tuned": record.finetuned}
-        for name, result in trained.items():
-            if result is not None:
-                spread = "" if result.std is None else f" ± {result.std:.1%}"
-                yield TableRow(
-                    f"Transfer top-1, {name}{which} ↑",
-                    f"{result.mean:.1%}{spread}",
-                    f"{taken}, {transfer.total:,} test images, seed {results.seed}.",
-                )
+def feature_rows(results: RunResults) -> Iterator[TableRow]:
+    """Yield the rows of the table of features: top-1 accuracies of all classifiers.
+
+    The features of the stage baselines, which need no pretraining, come first.
+    """
+    probe, baselines = results.probe, results.baselines
+    for name, (title, how) in BASELINES.items():
+        if row := baselines.rows.get(name):
+            width = "" if row.width is None else f" {row.width:,} values; "
+            trained = f"{width}{_classifier(baselines.protocol, row)}." if width else ""
+            yield TableRow(title, _accuracy(row), f"{how}{trained}")
+    is_h = (probe.model, probe.pool) == ("contradiff", "attention")
+    feature = "h" if is_h else f"{probe.model}, {probe.pool}"
+    if probe.head == "attentive":
+        feature = "head trained with labels"
+    if probe.logistic is not None:
+        c, limit = probe.logistic.c, "" if probe.logistic.converged else " Not converged."
+        how = f"C = {c:g}, chosen on held-out training images.{limit}"
+        yield TableRow(f"{feature}, logistic regression", _accuracy(probe.logistic), how)
+    how = "The setting of params.yaml."
+    if probe.sgd.converged is False:
+        how += " Not converged: more than one point below logistic regression."
+    yield TableRow(f"{feature}, SGD", _accuracy(probe.sgd), how)
+    top1 = probe.table2.get("top1")
+    how = "Learning rate and weight decay of the paper's Table 2"
+    how += ", and its epochs and batch size." if probe.table2.get("literal") else "."
+    value = "diverged" if top1 is None else f"{top1:.1%}"
+    yield TableRow(f"{feature}, SGD as in the paper's Table 2", value, how)
+    for share, row in sorted(probe.few_labels.items(), key=lambda item: float(item[0])):
+        title = f"{feature}, {100 * float(share):g}% of the labels"
+        how = f"{_classifier('logistic', row)}; the same share of each class."
+        yield TableRow(title, _accuracy(row), how)
+    for shots, record in results.transfer.by_shots.items():
+        for name, classifier in CLASSIFIERS.items():
+            if (result := getattr(record, name)) is not None:
+                images = "all images" if shots == "full" else f"{shots} shots"
+                title = f"Transfer, {images}, {classifier}"
+                yield TableRow(title, _spread(result), _shots(results, shots))
+
+
+def _accuracy(row: AccuracyRecord | ProbeRecord) -> str:
+    if row.interval is None:
+        return f"{row.top1:.1%}"
+    low, high = row.interval
+    return f"{row.top1:.1%} [{low:.1%}, {high:.1%}]"
+
+
+def _classifier(protocol: str, row: AccuracyRecord) -> str:
+    known = "" if row.c is None else f", C = {row.c:g}"
+    return CLASSIFIERS[protocol] + known + (" (not converged)" if row.converged is False else "")
+
+
+def _spread(result: MeanStd) -> str:
+    return f"{result.mean:.1%}" + ("" if result.std is None else f" ± {result.std:.1%}")
+
+
+def _shots(results: RunResults, shots: str) -> str:
+    """Say how one number of shots was measured."""
+    transfer, number = results.transfer, results.transfer.by_shots[shots].num_splits
+    over = f"Mean ± standard deviation over {number} random sets" if number > 1 else "One set"
+    taken = f"{over} of {transfer.source}, {shots} images a class"
+    if shots == "full":
+        taken = f"Trained on all training images of {transfer.source}"
+    return f"{taken}, {transfer.total:,} test images, seed {results.seed}."
 
 
 def summarise(results: RunResults, *, report: str) -> str:
     """Return JSON for programs: name, value and detail of each result, and the path `report`."""
-    rows = result_rows(results)
+    rows = [*result_rows(results), *feature_rows(results)]
     pairs = [[row.name, " — ".join(filter(None, (row.value, row.detail)))] for row in rows]
     return json.dumps({"rows": pairs, "report": report}, indent=2, ensure_ascii=False) + "\n"
 
@@ -139,7 +211,7 @@ def render(template: str, results: RunResults, **figures: bytes) -> str:
     )
     environment.filters["cell"] = _cell
     environment.filters["url"] = _url
-    stages = ("probe", "transfer", "score", "separability")
+    stages = ("probe", "baselines", "transfer", "score", "separability")
     records = ((stage, getattr(results, stage).model_dump(exclude_unset=True)) for stage in stages)
     settings = _flatten(results.pretrain.params)
     sections: dict[str, dict[str, str]] = {"general": {}}
@@ -148,6 +220,7 @@ def render(template: str, results: RunResults, **figures: bytes) -> str:
         sections.setdefault(section, {})[name] = text
     return environment.get_template(template).render(
         rows=list(result_rows(results)),
+        features=list(feature_rows(results)),
         results=results,
         settings=settings,
         sections=sections,

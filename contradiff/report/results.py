@@ -30,6 +30,16 @@ class _Record(BaseModel):
     model_config = ConfigDict(extra="allow", allow_inf_nan=False, arbitrary_types_allowed=True)
 
 
+class AccuracyRecord(_Record):
+    """Accuracy of one classifier of one feature."""
+
+    top1: Fraction
+    interval: tuple[float, float] | None = Field(None, description="95% interval of top1")
+    c: float | None = Field(None, description="C of logistic regression")
+    converged: bool | None = None
+    width: Count | None = Field(None, description="number of values of a baseline's feature")
+
+
 class ProbeRecord(_Record):
     """Content of metrics/probe.json."""
 
@@ -40,6 +50,20 @@ class ProbeRecord(_Record):
     split: str
     head: str
     pool: str
+    model: str
+    protocol: Literal["logistic", "sgd"]
+    logistic: AccuracyRecord | None
+    sgd: AccuracyRecord
+    table2: dict[str, float | bool]
+    few_labels: dict[str, AccuracyRecord]
+
+
+class BaselinesRecord(_Record):
+    """Content of metrics/baselines.json."""
+
+    rows: dict[str, AccuracyRecord]
+    protocol: Literal["logistic", "sgd"]
+    split: str
 
 
 class MeanStd(_Record):
@@ -52,6 +76,7 @@ class MeanStd(_Record):
 class ShotsRecord(_Record):
     """Accuracies of classifiers that were trained on the same number of images of each class."""
 
+    logistic: MeanStd | None = None
     ridge: MeanStd
     sgd: MeanStd
     finetuned: MeanStd | None = None
@@ -64,6 +89,8 @@ class TransferRecord(ShotsRecord):
     shots: int | Literal["full"] = Field(description="training images of each class")
     total: Count = Field(description="number of test images")
     source: str
+    protocol: Literal["logistic", "ridge", "sgd"]
+    top1: MeanStd
     by_shots: dict[str, ShotsRecord]
 
 
@@ -163,6 +190,7 @@ class RunResults(_Record):
     seed: int
     pretrain: PretrainRecord
     probe: ProbeRecord
+    baselines: BaselinesRecord
     transfer: TransferRecord
     score: ScoreRecord
     separability: SeparabilityRecord
@@ -178,7 +206,7 @@ def read_results(root: Path, *, seed: int) -> RunResults:
     Raises ValueError if a file is missing or malformed; the message names the stage that makes it.
     """
     content = {"pretrain": _read(root, PRETRAIN_FILE, _parse_json)}
-    for stage in ("probe", "transfer", "separability", "score"):
+    for stage in ("probe", "baselines", "transfer", "separability", "score"):
         content |= _read(root, f"metrics/{stage}.json", _parse_json)  # one key: the stage's name
     for name in ("samples", "tsne", "tsne_dark"):
         content[name] = _read(root, f"build/figures/{name}.png", _parse_png)

@@ -16,17 +16,29 @@ import pytest
 from PIL import Image
 from ruamel.yaml import YAML
 
-from contradiff.report.page import render, result_rows
+from contradiff.report.page import feature_rows, render, result_rows
 from contradiff.report.results import read_results
 from stages import report
 
 RECORDS: dict[str, Any] = YAML(typ="safe").load("""
-probe: {top1: 0.734, top5: 0.951, interval: [0.7058, 0.7605], total: 1000, split: val, head: linear,
-        pool: attention}
+probe:
+  {top1: 0.734, top5: 0.951, interval: [0.7058, 0.7605], total: 1000, split: val, head: linear,
+   pool: attention, model: contradiff, protocol: logistic,
+   logistic: {top1: 0.734, interval: [0.7058, 0.7605], c: 0.1, converged: true},
+   sgd: {top1: 0.701, interval: [0.6719, 0.7285], converged: false},
+   table2: {top1: 0.62, top5: 0.9, literal: true},
+   few_labels: {"0.1": {top1: 0.6, c: 1.0, converged: false}, "0.01": {top1: 0.4, c: 0.001}}}
+baselines:
+  protocol: logistic
+  split: val
+  rows: {base_pooled: {top1: 0.81, interval: [0.784, 0.833], c: 0.1, converged: true, width: 1288},
+         chance: {top1: 0.0833333}}
 few_shot: &few_shot
-  {ridge: {mean: 0.8123, std: 0.0104}, sgd: {mean: 0.7891, std: 0.0123}, num_splits: 3}
+  {logistic: {mean: 0.8345, std: 0.0104},
+   ridge: {mean: 0.8123, std: 0.0104}, sgd: {mean: 0.7891, std: 0.0123}, num_splits: 3}
 transfer:
-  {<<: *few_shot, shots: 25, total: 797, source: digits, by_shots: {"25": *few_shot, full:
+  {<<: *few_shot, shots: 25, total: 797, source: digits, protocol: logistic,
+   top1: {mean: 0.8345, std: 0.0104}, by_shots: {"25": *few_shot, full:
    {ridge: {mean: 0.95, std: null}, sgd: {mean: 0.96, std: null},
     finetuned: {mean: 0.99, std: null}, num_splits: 1}}}
 separability: {contradiff: {knn: 0.625, silhouette: 0.0712}, base: {knn: 0.5, silhouette: null},
@@ -54,8 +66,9 @@ pretrain:
 NAMES = "score", "probe", "transfer", "pretrain"
 SCORE, PROBE, TRANSFER, PRETRAIN = (RECORDS[name] for name in NAMES)
 SPLIT = {"ridge": {"mean": 0.8, "std": None}, "sgd": {"mean": 0.7, "std": None}, "num_splits": 1}
+STAGES = "probe", "baselines", "transfer", "score", "separability"
 HALF = {"ridge": {"mean": 1}}
-ONCE = SPLIT | {"shots": 1, "by_shots": {"1": SPLIT}}
+ONCE = SPLIT | {"shots": 1, "by_shots": {"1": SPLIT}, "protocol": "ridge", "top1": SPLIT["ridge"]}
 CURVE = """step,epoch,lr,loss,reconstruction,contrastive,grad_norm
 10,0,0.0005,0.4,0.2,,0.1
 20,1,0.0005,0.35,0.2,0.67,0.05
@@ -79,7 +92,7 @@ def write_json(path: Path, content: object) -> None:
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
     """A project in which every stage but the report has run."""
-    for stage in ("probe", "transfer", "score", "separability"):
+    for stage in STAGES:
         write_json(tmp_path / f"metrics/{stage}.json", {stage: RECORDS[stage]})
     write_json(tmp_path / "build/pretrain/config.json", PRETRAIN)
     (tmp_path / "metrics/pretrain.csv").write_text(CURVE)
@@ -90,7 +103,9 @@ def root(tmp_path: Path) -> Path:
 
 
 def rows_of(root: Path) -> dict[str, tuple[str, str]]:
-    return {row.name: (row.value, row.detail) for row in result_rows(read_results(root, seed=3))}
+    results = read_results(root, seed=3)
+    rows = [*result_rows(results), *feature_rows(results)]
+    return {row.name: (row.value, row.detail) for row in rows}
 
 
 def page_of(root: Path) -> str:
@@ -136,18 +151,27 @@ Precision, recall ↑ | 0.700, 0.650 | 500 features a side
 Density, coverage ↑ | 0.604, 0.800 | 500 features a side
 Inception score ↑ | 6.28 ± 0.17 | 1,000 samples | domain-classifier | resizer none | seed 7
 Denoising error ↓ | 0.1065 | null condition, 250 validation images | base alone has 0.1061
-Probe top-1 ↑ | 73.4% [70.6%, 76.0%] | 95% interval | 1,000 images | linear head | seed 3
+Probe top-1 ↑ | 73.4% [70.6%, 76.0%] | 95% interval; logistic regression | 1,000 images | seed 3
 Probe top-5 ↑ | 95.1% | 1,000 images | split val | linear head | attention | seed 3
-Transfer top-1, ridge ↑ | 81.2% ± 1.0% | 3 random sets of digits, 25 images | 797 test | seed 3
-Transfer top-1, SGD ↑ | 78.9% ± 1.2% | 3 random sets of digits
-Transfer top-1, ridge, full shots ↑ | 95.0% | Trained on all training images of digits, 797 test
-Transfer top-1, SGD, full shots ↑ | 96.0%
-Transfer top-1, fine-tuned, full shots ↑ | 99.0%
+Transfer top-1 ↑ | 83.5% ± 1.0% | logistic regression | 25 images a class | 797 test | seed 3
 Separability, features ↑ | kNN 62.5%, silhouette 0.071 | 900 validation images | 12 classes
 Separability, base alone ↑ | kNN 50.0%, silhouette not defined | 10 neighbours
 Partner view found by h | 85.0% | 256 dev | null conditions 60.0% | 31.0% find their | 3.0% the
 Trainable parameters | 250,000 | 25.0% of 1,000,000 in all; 750,000 are frozen.
 Pretraining steps | 372 | Seed 3.
+Chance | 8.3%
+Base, pooled maps | 81.0% [78.4%, 83.3%] | 1,288 values; logistic regression, C = 0.1.
+h, logistic regression | 73.4% [70.6%, 76.0%] | C = 0.1, chosen on held-out training images.
+h, SGD | 70.1% [67.2%, 72.9%] | Not converged: more than one point below logistic regression.
+h, SGD as in the paper's Table 2 | 62.0% | and its epochs and batch size.
+h, 1% of the labels | 40.0% | C = 0.001;
+h, 10% of the labels | 60.0% | C = 1 (not converged)
+Transfer, 25 shots, logistic regression | 83.5% ± 1.0% | 3 random sets of digits, 25 images
+Transfer, 25 shots, ridge regression | 81.2% ± 1.0% | 3 random sets of digits, 25 images
+Transfer, 25 shots, SGD | 78.9% ± 1.2% | 3 random sets of digits
+Transfer, all images, ridge regression | 95.0% | Trained on all training images of digits, 797 test
+Transfer, all images, SGD | 96.0%
+Transfer, all images, fine-tuned | 99.0%
 """
 """Name, value, and facts in the detail."""
 
@@ -167,7 +191,7 @@ def test_every_score_stands_beside_the_way_it_was_measured(root: Path):
         ("score", {"extractor_accuracy": None}, "FID ↓", "31.*extractor domain-classifier, seed 7"),
         ("score", {"resizer": "clean"}, "FID ↓", "31.*resizer clean"),
         ("score", {"old": RECORDS["by_resizer"] | {"fid": 3}}, "FID, old ↓", "3.00.*resizer old"),
-        ("transfer", ONCE, "Transfer top-1, ridge ↑", "80.0%, One set of digits, "),
+        ("transfer", ONCE, "Transfer top-1 ↑", "80.0%, ridge regression; One set of digits, "),
         ("separability", {"diagnostics": None}, "Separability, features ↑", "kNN 62.5%"),
     ],
 )
@@ -177,7 +201,7 @@ def test_other_measurements(root: Path, stage: str, changes: dict[str, Any], nam
 
 
 MAKERS = {
-    **{f"metrics/{s}.json": s for s in ("probe", "transfer", "score", "separability")},
+    **{f"metrics/{stage}.json": stage for stage in STAGES},
     **dict.fromkeys(("metrics/pretrain.csv", "build/pretrain/config.json"), "pretrain"),
     **dict.fromkeys(("build/figures/tsne.png", "build/figures/tsne_dark.png"), "separability"),
     "build/figures/samples.png": "generate",
@@ -201,6 +225,7 @@ def test_missing_and_broken_files_are_named_with_their_stage(root: Path, name: s
         ("metrics/score.json", {"score": SCORE | {"fid": float("nan")}}, "score.fid"),
         ("metrics/probe.json", {"probe": PROBE | {"top1": 73.4}}, "probe.top1"),
         ("metrics/probe.json", {"probe": {**PROBE, "head": None}}, "probe.head"),
+        ("metrics/baselines.json", {"baselines": {"split": "val"}}, "baselines.rows"),
         ("metrics/separability.json", {}, "separability"),
         ("metrics/transfer.json", {"transfer": TRANSFER | HALF}, "transfer.ridge.std"),
         ("build/pretrain/config.json", PRETRAIN | {"num_steps": -1}, "num_steps"),
@@ -245,7 +270,7 @@ def test_tables_of_markdown_have_even_rows_and_list_unknown_keys(root: Path):
     for before, line in itertools.pairwise(lines):
         if before.startswith("|") and line.startswith("|"):
             assert before.count("|") == line.count("|")
-    assert sum(line.startswith("|--") for line in lines) == 4
+    assert sum(line.startswith("|--") for line in lines) == 5
 
 
 def test_stage_writes_its_outs(root: Path, monkeypatch: pytest.MonkeyPatch):
