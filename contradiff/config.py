@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pydantic_core import ErrorDetails
 
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
-"""A random seed. NumPy accepts no larger ones; seed * 1,000,003 + step must fit into 64 bits."""
+"""A random seed. NumPy accepts no larger seeds."""
 
 
 class Section(BaseModel):
@@ -35,14 +35,14 @@ SectionT = TypeVar("SectionT", bound=Section)
 def read_params(path: Path) -> dict[str, Any]:
     """Read a parameter file; raises ValueError if the file is missing, invalid or repeats a key.
 
-    DVC writes small numbers as `1e-05`. ruamel reads this as a float, but PyYAML as a string.
+    The reader is ruamel, because PyYAML would read small numbers like `1e-05` as strings.
     """
     from ruamel.yaml import YAML
     from ruamel.yaml.error import YAMLError
 
     if not path.is_file():
         raise ValueError(
-            f"{path}: no such file; go to the project's root, or copy presets/tiny.yaml there"
+            f"{path}: no such file; go to the project's root, or create it from presets/tiny.yaml"
         )
     try:
         content: object = YAML(typ="safe").load(path)  # pyright: ignore[reportUnknownMemberType]
@@ -57,7 +57,7 @@ def parse(schema: type[SectionT], content: Mapping[str, Any], *, source: str) ->
     """Validate those sections of a parameter file's `content` that are fields of `schema`.
 
     A field may also be a single key of a section, if its alias is a dotted key ("probe.head").
-    Raises ValueError with one line per wrong value, which begins with `source` and the dotted key.
+    Raises ValueError with a line for each wrong value. The line begins with `source` and the key.
     """
     chosen: dict[str, Any] = {}
     for field_name, field in schema.model_fields.items():
@@ -79,9 +79,9 @@ def parse_exactly(schema: type[SectionT], content: Mapping[str, Any], *, source:
 
 
 def read_card(schema: type[SectionT], path: Path, *, stage: str) -> SectionT:
-    """Read the JSON file in which `stage` described its outputs; raises ValueError if invalid."""
+    """Read the JSON file that `stage` wrote; raises ValueError if it is missing or invalid."""
     if not path.is_file():
-        raise ValueError(f"{path}: no such file; run the stage {stage} first")
+        raise ValueError(f"{path}: no such file; run the stage `{stage}` first")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:

@@ -46,9 +46,8 @@ def replace_dir(path: Path) -> Generator[Path]:
 def hold_lock(path: Path, *, on_wait: Callable[[str], None] | None = None) -> Generator[None]:
     """Lock the file `path` during the block; a crash of the process also releases the lock.
 
-    The lock file is never deleted. Otherwise one process could still lock the deleted file while
-    another process locks a new file at the same path. If another process has the lock, this calls
-    `on_wait` with that process's id, then waits.
+    If another process has the lock, call `on_wait` with that process's id, then wait. The lock file
+    is never deleted: two processes could then hold locks, on the deleted file and on a new file.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a+") as file:
@@ -80,9 +79,9 @@ def file_manifest(folder: Path, names: Iterable[str]) -> dict[str, Any]:
 
 
 def weights_manifest(key: str, given: str | None, root: Path, remedy: str) -> dict[str, Any]:
-    """Return path, size and SHA-256 of the file `given` as parameter `key`; {} if `given` is None.
+    """Return path, size and SHA-256 of the weights file `given`, or {} if `given` is None.
 
-    Raises ValueError if the file is missing; the message ends with `remedy`, what to do then.
+    Raises ValueError if the file is missing. The message begins with `key` and ends with `remedy`.
     """
     if given is None:
         return {}
@@ -101,7 +100,7 @@ def describe_bytes(num_bytes: int) -> str:
 
 
 def check_free_space(folder: Path, num_bytes: int, *, ways_out: str = "") -> None:
-    """Raise ValueError if `num_bytes` do not fit on the disk; the message adds `ways_out`."""
+    """Raise ValueError if `num_bytes` do not fit on the disk. The message ends with `ways_out`."""
     free = shutil.disk_usage(folder).free
     lacking = num_bytes + SPARE_BYTES - free
     if num_bytes > 0 and lacking > 0:
@@ -124,5 +123,5 @@ def explain_full_disk(folder: Path) -> Generator[None]:
         raise ValueError(
             f"{folder}: no space is left on the disk ({error.strerror}; "
             f"{describe_bytes(shutil.disk_usage(folder).free)} are free). Delete some files, then "
-            "run the same command again; it keeps complete results and continues after them"
+            "run the same command again; complete results are kept"
         ) from error

@@ -77,23 +77,23 @@ def random_crops_are_stored_where_needed(params: AllParams) -> Iterator[str]:
     is_alone, is_jittered = params.latents.views == 1, params.latents.colour_jitter != 0
     if is_alone and conditioner.input == "latents" and conditioner.cond_view == "crop":
         yield (
-            "conditioner.cond_view: crop needs stored random crops when conditioner.input is "
-            "latents; set latents.views to 2 or more"
+            'conditioner.cond_view: "crop" needs stored random crops when conditioner.input is '
+            '"latents"; set latents.views to 2 or more'
         )
     if is_alone and loss.latent_views == "two":
-        yield "loss.latent_views: two needs stored random crops; set latents.views to 2 or more"
+        yield 'loss.latent_views: "two" needs stored random crops; set latents.views to 2 or more'
     if is_alone and is_jittered:
-        none = "latents.views: 1 stores none; set latents.colour_jitter to 0"
+        none = "latents.views is 1 (no random crops); set latents.colour_jitter to 0"
         yield f"latents.colour_jitter: only random crops are distorted, but {none}"
     elif is_jittered and (loss.latent_views == "same" or loss.recon_passes > 3):
         yield (
-            "latents.colour_jitter: with loss.latent_views: same or loss.recon_passes above 3, the "
-            "model would learn to reconstruct distorted colours; set latents.colour_jitter to 0"
+            'latents.colour_jitter: with loss.latent_views "same", or loss.recon_passes above 3, '
+            "distorted colours would be reconstructed; set latents.colour_jitter to 0"
         )
 
 
 def batches_fit_the_rendered_images(params: AllParams) -> Iterator[str]:
-    """Only the number of rendered images is known here; the stage `prepare` checks other data."""
+    """Only the number of rendered images is in params.yaml. Stage `prepare` checks other data."""
     num_train = params.data.num_train
     sections = {"pretrain": params.pretrain, "class_condition": params.class_condition}
     for name, section in sections.items():
@@ -107,8 +107,8 @@ def features_serve_their_users(params: AllParams) -> Iterator[str]:
     features = params.features
     if params.probe.head == "attentive" and features.model == "timm":
         yield (
-            "probe.head: attentive learns from maps at three noise levels, but features.model: "
-            "timm gives no such maps; set probe.head to linear"
+            'probe.head: "attentive" needs maps at three noise levels, but features.model "timm" '
+            'has no such maps; set probe.head to "linear"'
         )
     for key, value, needed in (
         ("features.pool", features.pool, "attention"),
@@ -116,39 +116,39 @@ def features_serve_their_users(params: AllParams) -> Iterator[str]:
     ):
         if params.transfer.finetune_epochs and value != needed:
             yield (
-                f"transfer.finetune_epochs: fine-tuning needs {key}: {needed} (got {value}); set "
-                f"{key} to {needed}, or transfer.finetune_epochs to 0"
+                f'transfer.finetune_epochs: fine-tuning needs {key} "{needed}", not "{value}"; set '
+                f'{key} to "{needed}", or transfer.finetune_epochs to 0'
             )
 
 
 def conditions_are_trained(params: AllParams) -> Iterator[str]:
-    """Sampling and features may use a null condition (noise, no image) only if it was trained."""
+    """A null condition (noise instead of an image) may be used only if it was trained."""
     generate, conditioner, table = params.generate, params.conditioner, params.class_condition
     loss, features, second_is_null = params.loss, params.features, conditioner.cond_view == "noise"
-    # The last three of an image's six noisy latents belong to the second view. Contrast uses all.
+    # An image has six noisy latents, the last three of view 2. The contrastive loss uses all six.
     is_dropped = conditioner.drop > 0 or params.pretrain.epochs == 0
     is_trained = is_dropped or (second_is_null and loss.recon_passes > 3)
     is_seen = is_trained or (second_is_null and loss.weight > 0)
     if features.model == "contradiff" and features.condition == "noise" and not is_seen:
         yield (
-            "features.condition: noise is a null condition that was never trained; set "
-            "conditioner.drop to more than 0, such as 0.1, or features.condition to image"
+            'features.condition: "noise" is a null condition that was never trained; set '
+            'conditioner.drop to more than 0, such as 0.1, or features.condition to "image"'
         )
     is_guided = generate.guidance != 1
     is_used = generate.condition == "noise" or (generate.condition == "image" and is_guided)
     if is_used and not is_trained:
         yield (
-            "conditioner.drop: 0 never trains the null condition (noise), which generate.guidance "
-            "and generate.condition: noise use; set conditioner.drop to more than 0, such as 0.1"
+            'conditioner.drop: 0 never trains the null condition, but generate.condition "noise" '
+            "and generate.guidance need it; set conditioner.drop to more than 0, such as 0.1"
         )
     if generate.condition == "class" and is_guided and table.drop == 0:
         yield (
-            "class_condition.drop: 0 never trains the null class, which generate.guidance uses; "
+            "class_condition.drop: 0 never trains the null class, but generate.guidance needs it; "
             "set class_condition.drop to more than 0, such as 0.1, or generate.guidance to 1"
         )
     if generate.condition == "class" and table.epochs == 0:
         more = "set class_condition.epochs to 1 or more (got 0)"
-        yield f"generate.condition: class needs a trained table of class embeddings; {more}"
+        yield f'generate.condition: "class" needs a trained table of class embeddings; {more}'
 
 
 def scores_have_enough_images(params: AllParams) -> Iterator[str]:
@@ -162,8 +162,8 @@ def scores_have_enough_images(params: AllParams) -> Iterator[str]:
             yield f"score.{key}: {value} is more than {name} ({number}); lower score.{key}"
     if num_samples < extractor.num_features:
         yield (
-            f"generate.num_samples: FID needs as many images as extractor.kind: {extractor.kind} "
-            f"has features; set it to {extractor.num_features} or more (got {num_samples})"
+            f"generate.num_samples: {num_samples} is too few for FID with extractor.kind "
+            f'"{extractor.kind}"; set generate.num_samples to {extractor.num_features} or more'
         )
 
 
@@ -184,7 +184,7 @@ def with_base(params: AllParams, folder: Path) -> Iterator[str]:
     for key, value in asked:
         if value != "mid" and num_up_blocks < 2:
             why = f"reads the UNet's second up block, but the base has only {num_up_blocks}"
-            yield f"{key}: {value} {why}; use only the mid block, or choose another base"
+            yield f'{key}: "{value}" {why}; use only the mid block, or choose another base'
 
     yield from timesteps_are_in_the_schedule(params, NoiseSchedule.of_base(folder))
 
@@ -208,11 +208,11 @@ def timesteps_are_in_the_schedule(params: AllParams, schedule: NoiseSchedule) ->
         key = "features.more_triples" if number else "features.timesteps"
         beyond = [step for step in triple if step > last]
         if beyond:
-            yield f"{key}: {beyond} exceed the base's last timestep, {last}; lower them"
+            yield f"{key}: {beyond} exceed the base's last timestep, {last}; use lower timesteps"
         elif params.features.noising == "ddim_chain" and not set(triple) <= set(grid):
             yield (
                 f"{key}: {triple} must be on the base's {CHAIN_STEPS}-step grid when "
-                f"features.noising is ddim_chain; choose from {grid}"
+                f'features.noising is "ddim_chain"; choose from {grid}'
             )
     num_steps, most = params.generate.num_inference_steps, schedule.num_train_timesteps
     # Stable Diffusion's steps_offset of 1 would make the first of 1000 steps timestep 1000.

@@ -1,4 +1,4 @@
-"""Where the base (the pretrained model) is, and checks of its configuration without weights."""
+"""Finds the base (the pretrained model) and checks its configuration, without loading weights."""
 
 import json
 from collections.abc import Iterator
@@ -17,7 +17,7 @@ UNUSED_INPUTS = (
     *("addition_embed_type", "class_embed_type", "num_class_embeds"),
     *("encoder_hid_dim_type", "encoder_hid_dim", "center_input_sample"),
 )
-"""Settings of UNets (such as SDXL's) that need inputs which this project does not give."""
+"""UNets with these settings (such as SDXL's) need inputs that this project does not give."""
 
 PRESETS = Path(__file__).parents[2] / "presets"
 SHIPPED_CONFIGS = {"CompVis/stable-diffusion-v1-4": PRESETS / "stable-diffusion-v1-4"}
@@ -44,10 +44,10 @@ class BaseParams(Section):
 
 
 def config_folder(base: BaseParams, *, root: Path) -> Path:
-    """Return a folder with the base's configuration files, perhaps without weights.
+    """Return a folder with the base's configuration files. The weights may be missing.
 
-    Configurations that are not in presets/ are fetched once and stored in the folder .work of
-    `root`. Raises ValueError if the base is missing or unusable, ConnectionError if the hub fails.
+    If presets/ has no configuration for a model on the hub, it is fetched once and kept in .work.
+    Raises ValueError if the base is missing or unusable, ConnectionError if the hub fails.
     """
     if base.source == "local":
         folder = local_base(base, root=root)
@@ -65,8 +65,8 @@ def config_folder(base: BaseParams, *, root: Path) -> Path:
 def local_base(base: BaseParams, *, root: Path) -> Path:
     """Return the folder of a base whose source is local; raises ValueError if it is missing.
 
-    An experiment of DVC runs in a copy of the project, which lacks files that neither git nor DVC
-    tracks. Such files are found in `root`, the project itself.
+    DVC runs an experiment in a copy of the project, and the copy lacks untracked files. The folder
+    is then found in `root`, the project itself.
     """
     for folder in (Path(base.path), root / base.path):
         if folder.is_dir():
@@ -92,7 +92,7 @@ def check_base(folder: Path, *, weights: bool = True) -> None:
     """Raise ValueError if the base is unusable; check weight files only if `weights` is true."""
     faults = list(_config_faults(folder))
     faults += [
-        f"{name} contains no .safetensors file; convert its weights, as no other format is read"
+        f"{name} contains no .safetensors file; convert its weights to this format"
         for name in ("vae", "unet")
         if weights and not list((folder / name).glob("*.safetensors"))
     ]
@@ -101,14 +101,14 @@ def check_base(folder: Path, *, weights: bool = True) -> None:
 
 
 def _config_faults(folder: Path) -> Iterator[str]:
-    """Yield faults that begin with the component's name. A missing key means diffusers' default."""
+    """Yield a text for each fault. Diffusers' defaults replace missing keys."""
     vae, unet, scheduler = (read_config(folder, name) for name in COMPONENTS)
     blocks = [*unet.get("down_block_types", []), *unet.get("up_block_types", [])]
     attends = any("CrossAttn" in block for block in blocks)
     if unet.get("_class_name") != "UNet2DConditionModel" or not attends:
         yield "unet must be a UNet2DConditionModel with cross-attention"
     if not isinstance(width := unet.get("cross_attention_dim", 1280), int):
-        yield f"unet has cross_attention_dim {width!r}; all blocks must have one width (an integer)"
+        yield f"unet has cross_attention_dim {width!r}; it must be one integer for all blocks"
     for key in UNUSED_INPUTS:
         if unet.get(key):
             yield f"unet has {key} {unet[key]!r}, which is not supported"

@@ -24,10 +24,9 @@ class NoiseSchedule:
 
     @classmethod
     def of_base(cls, folder: Path) -> "NoiseSchedule":
-        """Read the configuration file of any scheduler as one for DDIM, like diffusers' pipelines.
+        """Read the base's scheduler file as settings of DDIM, as diffusers' pipelines do.
 
-        By default, DDIM clips predictions to [-1, 1]. Latents must not be clipped, so clipping is
-        turned off. (Stable Diffusion's file is for another scheduler, PNDM, and has no such key.)
+        DDIM's clipping to [-1, 1] is turned off, because latents must not be clipped.
         """
         from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 
 Moments = Float[Tensor, "batch moments h w"]
-"""Mean and log-variance of the VAE's posterior, stacked along the channels, not yet scaled."""
+"""Mean and log-variance of unscaled latents, stacked along the channels."""
 
 LOG_VARIANCE_RANGE = (-30.0, 20.0)
 """Diffusers' limits of log-variances. They also keep moments finite in float16."""
@@ -65,7 +65,7 @@ def decode_latents(vae: "AutoencoderKL", latents: Latents) -> ByteImages:
 def psnr(images: ByteImages, decoded: ByteImages) -> Float[Tensor, " batch"]:
     """Return each image's peak signal-to-noise ratio in dB.
 
-    The PSNR of identical images would be infinite. They count as if one value was wrong by 1.
+    Identical images would have an infinite PSNR. They count as if one value differed by 1.
     """
     error = (images.float() - decoded.float()).square().mean(dim=(1, 2, 3))
     return 10 * torch.log10(255**2 / error.clamp(min=1 / images[0].numel()))

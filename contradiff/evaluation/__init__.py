@@ -2,5 +2,5 @@
 
 An extractor is the network that sees the images: `classifier` (trained here) or `inception`.
 `extractors` loads it, `measuring` collects its features and logits, `reference` keeps the real
-images' features. This room may import `training`, `data` and the rooms that those may import.
+images' features. This package may import `training`, `data`, and what those two may import.
 """

@@ -18,7 +18,7 @@ from contradiff.training.loop import train
 
 
 class _ResidualBlock(nn.Module):
-    """A residual block of two 3x3 convolutions. `stride` (1 or 2) belongs to the first of them."""
+    """A residual block of two 3x3 convolutions. The first convolution has the stride (1 or 2)."""
 
     def __init__(self, channels_in: int, channels_out: int, *, stride: int) -> None:
         super().__init__()
@@ -108,22 +108,22 @@ def train_classifier(
 ) -> tuple[ResidualClassifier, float]:
     """Train with AdamW and one cycle of learning rates, on the device of `images`.
 
-    Return the classifier in evaluation mode, and its accuracy on `val_images` in [0, 1]. Equal
-    arguments on one machine give equal weights, and torch's global generator does not change. An
-    incomplete last batch is left out, because BatchNorm needs full batches. `on_epoch` gets the
-    epoch's mean loss. Raises ValueError if there are too few images, or their size does not fit.
+    Return the classifier in evaluation mode, and its accuracy on `val_images` in [0, 1]. On one
+    machine, equal arguments give equal weights. An incomplete last batch is skipped, because
+    BatchNorm needs full batches. `on_epoch` gets each epoch's mean loss. Raises ValueError if there
+    are too few images, or if their side is odd or below 8.
     """
     side = images.shape[-1]
     if len(images) < batch_size:
         raise ValueError(
             f"extractor.batch_size: {batch_size} is more than the {len(images)} training images; "
-            "lower it, or raise data.num_train"
+            "lower extractor.batch_size, or raise data.num_train"
         )
     if len(val_images) == 0:
         raise ValueError("data.num_val: the classifier needs validation images; raise data.num_val")
     if side < 8 or side % 2:
         raise ValueError(
-            f"data.image_size: {side}; extractor.kind classifier needs an even size of at least 8"
+            f'data.image_size: {side} must be even and at least 8 for extractor.kind "classifier"'
         )
     with torch.random.fork_rng():
         torch.manual_seed(seed)

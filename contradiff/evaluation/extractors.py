@@ -25,7 +25,7 @@ from contradiff.files import replace_dir, sha256_of
 Image = UInt8[Tensor, "3 height width"]
 Kind = Literal["classifier", "inception"]
 Resizer = Literal["none", "clean", "legacy_tensorflow", "legacy_pytorch"]
-"""Ways to resize images to Inception's 299 pixels. FIDs of two resizers differ by whole points."""
+"""Ways to resize images to Inception's 299 pixels. Another way can change a FID by more than 1."""
 
 CARD_NAME, CLASSIFIER_NAME = "extractor.json", "extractor.safetensors"
 
@@ -50,16 +50,16 @@ class ExtractorParams(Section):
         elif self.kind == "inception" and self.weights is None:
             fault = inception.no_weights("extractor.weights: null names no file")
         elif self.kind == "inception" and "none" in resizers:
-            fault = "extractor.resizers: extractor.kind inception cannot use none; set "
+            fault = 'extractor.resizers: extractor.kind "inception" cannot use "none"; set '
             fault += "extractor.resizers to [clean, legacy_tensorflow]"
         elif self.kind == "classifier" and self.weights is not None:
-            fault = "extractor.weights: extractor.kind classifier is trained here and loads none; "
-            fault += "set extractor.weights to null, or extractor.kind to inception"
+            fault = 'extractor.weights: extractor.kind "classifier" loads no weights; set '
+            fault += 'extractor.weights to null, or extractor.kind to "inception"'
         elif self.kind == "classifier" and self.download:
-            fault = "extractor.download: extractor.kind classifier is trained here and downloads "
-            fault += "nothing; set extractor.download to false"
+            fault = 'extractor.download: extractor.kind "classifier" downloads nothing; set '
+            fault += "extractor.download to false"
         elif self.kind == "classifier" and resizers != ["none"]:
-            fault = f"extractor.resizers: {resizers}, but extractor.kind classifier resizes no "
+            fault = f'extractor.resizers: {resizers}, but extractor.kind "classifier" resizes no '
             fault += "images; set extractor.resizers to [none]"
         if fault:
             raise ValueError(fault)
@@ -114,7 +114,7 @@ class Extractor:
         if (height, width) != (side, side):
             raise ValueError(
                 f"the extractor was trained on images of {side}x{side} pixels, not {height}x{width}"
-                "; run the stage extractor again on the data that you score"
+                "; run the stage `extractor` again on the data that you score"
             )
         return image
 
@@ -137,7 +137,7 @@ def save_classifier(
     val_accuracy: float,
     val_count: int,
 ) -> None:
-    """Write a trained classifier and its extractor.json to `folder`, which is replaced."""
+    """Replace `folder` by a trained classifier and its extractor.json."""
     from safetensors.torch import save_file
 
     state = {name: tensor.cpu().contiguous() for name, tensor in classifier.state_dict().items()}
@@ -152,9 +152,9 @@ def save_classifier(
 
 
 def save_inception(folder: Path, weights: Path, *, resizers: list[Resizer]) -> None:
-    """Check Inception's weights and copy them to `folder`, which is replaced.
+    """Replace `folder` by a checked copy of Inception's weights and an extractor.json.
 
-    Raises ValueError if the file is missing, or if its digest is not in `inception.PINNED`.
+    Raises ValueError if the file is missing, or if its sha256 is not in `inception.PINNED`.
     """
     if not weights.is_file():
         raise ValueError(inception.no_weights(f"extractor.weights: {weights} does not exist"))
@@ -188,7 +188,7 @@ def load_extractor(folder: Path, *, device: torch.device) -> Extractor:
     if not found or sha256_of(found[0]) != card.weights_sha256:
         raise ValueError(
             f"{folder}: the weights are missing, or extractor.json describes other weights; run "
-            "the stage extractor again"
+            "the stage `extractor` again"
         )
     if card.kind == "inception":
         return Extractor(Inception(found[0]), card, device=device)

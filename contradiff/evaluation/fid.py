@@ -24,7 +24,7 @@ class FeatureSource:
 class FeatureStatistics:
     """Count, mean and scatter matrix Σ (x - mean)(x - mean)ᵀ of features, in float64.
 
-    The statistics of two batches add up (Chan et al., 1983), exactly even if a mean is far from 0.
+    The sum `a + b` has the statistics of both batches together (Chan et al., 1983).
     """
 
     source: FeatureSource
@@ -63,8 +63,8 @@ class FeatureStatistics:
 def fid(a: FeatureStatistics, b: FeatureStatistics) -> float:
     """Return the Fréchet distance of two sets of features, each seen as a Gaussian.
 
-    With few samples it is too large, so compare only distances of equal counts. With fewer samples
-    than dimensions a covariance is singular; `contradiff.rules` and the stage reference refuse it.
+    Fewer samples give a larger distance, so compare distances only for equal numbers of samples.
+    `contradiff.rules` and the stage `reference` refuse fewer samples than dimensions.
     """
     assert replace(a.source, images="") == replace(b.source, images=""), "see read_reference"
     assert min(a.num_samples, b.num_samples) >= len(a.mean), "too few samples"
@@ -79,16 +79,17 @@ def frechet_distance(
 ) -> float:
     """Return |m_a - m_b|² + tr(A + B - 2 (A B)^½), the squared 2-Wasserstein distance of Gaussians.
 
-    With A = L Lᵀ (Cholesky), A B has the same eigenvalues as the symmetric matrix Lᵀ B L. Computing
-    them takes a tenth of the time of `scipy.linalg.sqrtm`. But an error of 1e-16 in an eigenvalue
-    becomes 1e-8 in its root. If an eigenvalue is that small, or A is singular, the roots come from
-    the singular values of Fᵀ G, where A = F Fᵀ and B = G Gᵀ. The distance is never below 0.
+    The trace of (A B)^½ is the sum of the roots of the eigenvalues of A B. With A = L Lᵀ
+    (Cholesky), these are also the eigenvalues of the symmetric matrix Lᵀ B L, which is ten times
+    faster than `scipy.linalg.sqrtm`. Roots of tiny eigenvalues are inaccurate. For tiny eigenvalues
+    or a singular A, the roots are therefore computed as the singular values of Fᵀ G, where
+    A = F Fᵀ and B = G Gᵀ. Negative distances (rounding errors) become 0.
     """
     trace_of_root = None
     lower, failed = torch.linalg.cholesky_ex(covariance_a)
     if not int(failed):
         squared = torch.linalg.eigvalsh(lower.T @ covariance_b @ lower)
-        # Then each root has an error below 1e-10 of the largest root.
+        # In this case, each root has an error below 1e-10 of the largest root.
         if bool(squared.min() > 1e-12 * squared.max()):
             trace_of_root = squared.sqrt().sum()
     if trace_of_root is None:
@@ -100,7 +101,7 @@ def frechet_distance(
 
 
 def _factor(covariance: Float64[Tensor, "d d"]) -> Float64[Tensor, "d rank"]:
-    """Return V Λ^½ without eigenvalues that are only rounding errors, as their roots are large."""
+    """Return F, where F Fᵀ is the covariance without the eigenvalues that are rounding errors."""
     eigenvalues, eigenvectors = torch.linalg.eigh(covariance)
     rounding = len(eigenvalues) * torch.finfo(torch.float64).eps * eigenvalues.max()
     kept = eigenvalues > rounding.clamp(min=0)

@@ -1,6 +1,7 @@
-"""The Inception network of 2015, with which published FIDs are computed. It loads one of two files.
+"""The Inception network of 2015, with which published FIDs are computed.
 
-clean-fid runs StyleGAN2-ADA's TorchScript file. torch-fidelity's layers load the state dict.
+One of two files gives the weights: StyleGAN2-ADA's TorchScript file, which clean-fid runs, or
+pytorch-fid's state dict, which torch-fidelity's layers load.
 
 images (b 3 299 299) from 0 to 255 => features (b 2048), logits without bias (b 1008)
 """
@@ -35,9 +36,9 @@ PINNED = {
 
 
 class Inception(nn.Module):
-    """The features after the last pooling, and logits without the output layer's bias.
+    """Images => features after the last pooling, and logits without the output layer's bias.
 
-    The first code of the inception score, StyleGAN2-ADA and torch-fidelity also omit the bias.
+    The original code of the inception score, StyleGAN2-ADA and torch-fidelity also omit this bias.
     """
 
     def __init__(self, weights: Path) -> None:
@@ -108,8 +109,8 @@ def download_inception(
 def no_weights(fault: str) -> str:
     """Return the message `fault`, followed by how to get Inception's weights."""
     return (
-        f"{fault}. extractor.kind inception needs inception-2015-12-05.pt (91 MiB, usually from "
+        f'{fault}. extractor.kind "inception" needs inception-2015-12-05.pt (91 MiB, usually from '
         f"{INCEPTION_URL}) or pt_inception-2015-12-05-6726825d.pth ({STATE_DICT_URL}). Download "
-        "one and set extractor.weights to its path, or set extractor.download to true if there is "
-        "a network, or set extractor.kind to classifier"
+        "one file and set extractor.weights to its path, or set extractor.download to true if there"
+        ' is a network, or set extractor.kind to "classifier"'
     )

@@ -63,8 +63,8 @@ def real_images(
 class Measurement:
     """What the scores need to know about images: features and logits by one extractor and resizer.
 
-    FID uses `statistics`, the statistics of all features. The inception score uses `logits`, which
-    are empty for the reference. `kept` has the features of a random choice of the images, in order.
+    `statistics` of all features are for FID. `kept`, the features of some randomly chosen images,
+    is for KID and precision. `logits` are for the inception score, and empty for real images.
     """
 
     statistics: FeatureStatistics
@@ -109,7 +109,7 @@ class Measurement:
 
 
 def choose_kept(num_images: int, *, num_kept: int, seed: int) -> Bool[Tensor, " num_images"]:
-    """Draw the `num_kept` images whose features are kept; if there are fewer images, choose all."""
+    """Choose at most `num_kept` random images, whose features are kept."""
     is_kept = torch.zeros(num_images, dtype=torch.bool)
     generator = torch.Generator().manual_seed(seed)
     is_kept[torch.randperm(num_images, generator=generator)[:num_kept]] = True
@@ -134,11 +134,11 @@ def measure_shards(
 ) -> dict[str, Measurement]:
     """Measure the images in shards with each resizer of the extractor.
 
-    Several processes share the shards through files in `work_dir`, and an interrupted run resumes.
-    Shards are measured separately and added in order, so any number of processes gives the same
-    bits. Process 0 returns the measurements by resizer, other processes return {}. `images`
-    describes the images in words. Raises ValueError if a feature is not finite, a shard is damaged,
-    or `load` refuses an image. Raises ChildProcessError if another process failed.
+    The processes share the shards. Finished shards are in `work_dir`, so that an interrupted run
+    can continue. Any number of processes gives the same bits. Process 0 returns a measurement for
+    each resizer; other processes return {}. `images` describes the images in words. Raises
+    ValueError if a feature is not finite, if a shard is damaged, or if `load` refuses an image.
+    Raises ChildProcessError if another process failed.
     """
     card = extractor.card
     num_images = sum(shard.num_samples for shard in shards)

@@ -45,7 +45,7 @@ class ReferenceCard(Section):
 def write_reference(
     folder: Path, card: ReferenceCard, measurements: Mapping[str, Measurement]
 ) -> None:
-    """Write reference.json and each resizer's measurement to `folder`, which is replaced."""
+    """Replace `folder` by reference.json and a measurement for each resizer."""
     with replace_dir(folder) as temporary:
         for resizer, measurement in measurements.items():
             measurement.save(temporary / f"{resizer}.safetensors")
@@ -57,7 +57,7 @@ def read_reference(
 ) -> tuple[ReferenceCard, dict[str, Measurement]]:
     """Read a reference's card, and its measurement for each resizer.
 
-    Raises ValueError if a file is missing or malformed, or if the extractor or size differs.
+    Raises ValueError if a file is missing or malformed, or has another extractor or image size.
     """
     path = folder / CARD_NAME
     card = read_card(ReferenceCard, path, stage="reference")
@@ -79,7 +79,7 @@ def read_reference(
         described = FeatureSource(card.description, resizer, card.extractor, card.extractor_sha256)
         if measurements[resizer].statistics.source != described:
             raise ValueError(
-                f"{path}: not the measurement that {CARD_NAME} describes; run the stage reference "
-                "again"
+                f"{path}: not the measurement that {CARD_NAME} describes; run the stage "
+                "`reference` again"
             )
     return card, measurements

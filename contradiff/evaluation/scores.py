@@ -21,10 +21,10 @@ _CHUNK = 1024
 class ScoreParams(Section):
     """Section `score`: how generated images are scored."""
 
-    splits: int = Field(gt=0, description="the inception score is the mean over this many parts")
+    splits: int = Field(gt=0, description="number of parts that the inception score averages over")
     batch_size: int = Field(gt=0, description="images that the extractor sees at once")
     kid_subsets: int = Field(gt=0, description="KID is the average over this many random subsets")
-    kid_subset_size: int = Field(gt=DENSITY_NEIGHBOUR, description="images of each subset")
+    kid_subset_size: int = Field(gt=DENSITY_NEIGHBOUR, description="images in each subset")
 
 
 def scores_of(
@@ -37,8 +37,8 @@ def scores_of(
 ) -> dict[str, float]:
     """Score generated images by one extractor and one resizer. `seed` chooses KID's subsets.
 
-    torch-fidelity computes the inception score (Salimans et al., 2016) over contiguous splits, so
-    the images must not be sorted by class. Raises ValueError if a logit is not finite.
+    The images must not be sorted by class, because the inception score (Salimans et al., 2016) is
+    averaged over contiguous parts. Raises ValueError if a logit is not finite.
     """
     from torch_fidelity.metric_isc import isc_features_to_metric
 
@@ -66,9 +66,8 @@ def kid(
 ) -> tuple[float, float]:
     """Return the mean and the standard deviation of KID (Bińkowski et al., 2018) over subsets.
 
-    KID is the unbiased squared MMD with the kernel (x·y/d + 1)³, in float64. Its expectation does
-    not depend on the number of images, and a value may be slightly below 0. clean-fid computes KID.
-    torch-fidelity draws the same random subsets for this seed.
+    KID is the unbiased squared MMD with the kernel (x·y/d + 1)³, computed by clean-fid in float64.
+    It may be slightly below 0. For this seed, torch-fidelity draws the same random subsets.
     """
     from cleanfid.fid import kernel_distance
 
@@ -95,8 +94,8 @@ def prdc(samples: Float[Tensor, "n d"], reference: Float[Tensor, "m d"]) -> dict
     Density is the mean number of the reference's balls that contain a sample, divided by k; it may
     exceed 1. Coverage is the fraction of the reference's balls that contain a sample.
 
-    All depend on the number of features, so compare only equal counts. A point at the radius itself
-    is inside, as in Kynkäänniemi et al. *Deviation*: in Naeem et al.'s code it is outside.
+    All four scores depend on the numbers of images, so compare scores only for equal numbers. Balls
+    include their surface, as in Kynkäänniemi et al. *Deviation*: not so in Naeem et al.'s code.
     """
     from torch_fidelity.metric_prc import prc_features_to_metric
 

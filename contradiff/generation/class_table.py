@@ -29,19 +29,19 @@ from contradiff.types import Precision, Tokens
 
 TABLE_NAME = "table.safetensors"
 MICROBATCH_SIZE = 32
-"""Images that go through the UNet at once. The gradients of a batch are summed over such parts,
-because Stable Diffusion's activations for a batch of 512 images fit no GPU."""
+"""Images that go through the UNet at once, because a complete batch of 512 images fits no GPU. The
+gradients of a batch are summed over these parts."""
 
 
 class ClassConditionParams(Section):
     """Section `class_condition`. The paper only mentions one embedding layer of width 512."""
 
-    epochs: int = Field(ge=0, description="0: no table; generate.condition: class needs 1 or more")
+    epochs: int = Field(ge=0, description='0: no table; generate.condition "class" needs a table')
     width: int = Field(ge=1, description="width of an embedding")
     drop: float = Field(ge=0, lt=1, description='chance that "no class" replaces a label')
     batch_size: int = Field(ge=1, description="images per optimiser step")
     lr: float = Field(gt=0, description="peak learning rate")
-    lora: bool = Field(description="whether the denoiser keeps its LoRA, here and in generation")
+    lora: bool = Field(description="false: training and generation use the base's UNet, no LoRA")
 
 
 class ClassTable(nn.Module):
@@ -50,7 +50,7 @@ class ClassTable(nn.Module):
     The last layer starts at zero, as in the conditioner, so that all tokens are zero at first.
 
     *Deviation*: the paper's encoder is "a single learnable embedding layer with a dimensionality of
-    512". A linear layer is added for the UNet, and a null class for classifier-free guidance.
+    512". Here a linear layer follows, for the UNet's width. A null class allows guidance.
     """
 
     def __init__(self, *, num_classes: int, width: int, cross_attention_dim: int) -> None:
@@ -71,7 +71,7 @@ class ClassTable(nn.Module):
 
 
 def choose_denoiser(model: ContraDiff, *, lora: bool) -> None:
-    """Merge LoRA into the UNet, or disable LoRA and self-conditioning to get the base's UNet."""
+    """If `lora` is true, merge LoRA into the UNet. Otherwise restore the base's UNet."""
     if lora:
         merge_lora(model.unet)
     else:
@@ -80,9 +80,9 @@ def choose_denoiser(model: ContraDiff, *, lora: bool) -> None:
 
 
 def count_steps(params: ClassConditionParams, *, num_samples: int) -> int:
-    """Count the optimiser steps of the training. Epochs leave out a last batch that is not full.
+    """Return the number of optimiser steps. An epoch skips its last batch if it is not full.
 
-    Raises ValueError if a batch needs more images than there are.
+    Raises ValueError if there are fewer images than a batch needs.
     """
     steps_per_epoch = num_samples // params.batch_size
     if params.epochs and steps_per_epoch == 0:
@@ -107,13 +107,13 @@ def train_class_table(
 ) -> None:
     """Train the table in place, on the model's device; resume if `work_dir` has a saved state.
 
-    The loss is Eq. 3 for latents of centre crops at uniform timesteps. Step s is seeded by (seed,
-    s), so a resumed training gives the same weights, bit for bit on the same machine. Call
-    `choose_denoiser` before; this function freezes the model. The UNet runs in `precision`, and the
-    table is float32. Raises ValueError if the loss is not finite.
+    The loss is Eq. 3 for centre crops, at uniform timesteps. Call `choose_denoiser` before. This
+    function freezes the model, whose UNet runs in `precision`; the table is float32. A resumed
+    training gives the weights of an uninterrupted one, bit for bit on the same machine. Raises
+    ValueError if the loss is not finite.
 
     *Deviation*: the paper says that "no additional fine-tuning is applied for image generation".
-    Here the embedding is trained, because it must be, but not the model.
+    Here only the table is trained, because classes need trained embeddings.
     """
     total_steps = count_steps(params, num_samples=pairs.num_samples)
     # The paper does not give a warm-up.
@@ -186,10 +186,10 @@ def save_class_table(
     num_steps: int,
     params: ClassConditionParams,
 ) -> None:
-    """Write table.safetensors and config.json to a new folder, which replaces an older one.
+    """Replace `folder` by a folder with config.json and, unless `table` is None, the table.
 
-    `table` is None if no step was taken. `checkpoint` is the folder of the model that the table was
-    trained with. `num_classes` does not include the null class.
+    `checkpoint` is the folder of the model that the table was trained with. `num_classes` does not
+    include the null class.
     """
     config = params.model_dump(include={"drop", "lora", "width"}) | {
         "checkpoint_sha256": sha256_of(checkpoint / WEIGHTS_NAME),
@@ -211,11 +211,11 @@ def load_class_table(folder: Path, *, checkpoint: Path) -> ClassTable:
     """
     config = read_class_config(folder)
     if config["num_steps"] == 0:
-        why = "generate.condition: class needs a trained table, but class_condition.epochs was 0"
+        why = 'generate.condition "class" needs a trained table, but class_condition.epochs was 0'
         remedy = "set class_condition.epochs to 1 or more, and run `dvc repro class_condition`"
         raise ValueError(f"{folder}: {why}; {remedy}")
     if config["checkpoint_sha256"] != sha256_of(checkpoint / WEIGHTS_NAME):
-        what = f"{folder}: the class table was trained with another model than that in {checkpoint}"
+        what = f"{folder}: the class table was trained with another model than {checkpoint}"
         raise ValueError(f"{what}; run `dvc repro class_condition`")
     weights = load_file(folder / TABLE_NAME)
     sizes = {name: config[name] for name in ("num_classes", "width")}

@@ -1,4 +1,4 @@
-"""Store and read the validation images, as pixels and latents, that samples are conditioned on."""
+"""Store and read the validation images that image-conditional generation needs."""
 
 from collections.abc import Callable, Iterable, Iterator
 from itertools import cycle, islice
@@ -24,7 +24,7 @@ def write_conditions(
     params: shards.ShardParams,
     on_progress: Callable[[int], None],
 ) -> None:
-    """Store the first `num_images` images losslessly, and an index that may be empty (0 images)."""
+    """Store the first `num_images` images losslessly, and an index. `num_images` may be 0."""
     records: Iterator[shards.Record] = (
         {
             "__key__": key.encode(),
@@ -41,16 +41,16 @@ def write_conditions(
 
 
 def condition_images(folder: Path, *, start: int) -> Iterator[tuple[ByteImages, Latents]]:
-    """Yield the stored images endlessly, from number `start` on; the first follows the last.
+    """Yield the stored images from number `start` on. After the last image comes the first.
 
-    Each image is a batch of one, as pixels and as a latent. Shards before number `start` are not
-    read. Raises ValueError if there are no images, or if a shard is missing or damaged.
+    Each image is a batch of one, as pixels and as a latent. Raises ValueError if there are no
+    images, or if a shard is missing or damaged.
     """
     index = shards.ShardIndex.read(folder, ConditionInfo)
     num_images = index.num_samples(SPLIT)
     if num_images == 0:
-        remedy = "set generate.condition to image, and run `dvc repro conditions`"
-        raise ValueError(f"{folder}: holds no images; {remedy}")
+        remedy = 'set generate.condition to "image", and run `dvc repro conditions`'
+        raise ValueError(f"{folder}: there are no images; {remedy}")
     skip = start % num_images
     for shard in cycle(index.shards(SPLIT)):
         if skip < shard.num_samples:

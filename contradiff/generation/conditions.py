@@ -26,7 +26,7 @@ Condition = Literal["noise", "image", "class"]
 
 @dataclass(frozen=True)
 class Conditioning:
-    """The samples' conditions, and the null conditions ("none") for classifier-free guidance.
+    """The samples' conditions, and the null conditions for classifier-free guidance.
 
     Sample i has the class i mod `num_classes`. Samples have no class if `num_classes` is None.
     """
@@ -75,7 +75,7 @@ def seeded_noise(
 
 
 def unconditional(model: ContraDiff, *, seed: int) -> Conditioning:
-    """Condition samples on encoded noise, c(noise), which is also the null condition (App. A)."""
+    """Condition samples on encoded noise, c(noise) (App. A). It is also the null condition."""
 
     def tokens(indices: range) -> Tokens:
         shape = model.conditioner.shape
@@ -88,7 +88,7 @@ def unconditional(model: ContraDiff, *, seed: int) -> Conditioning:
 def image_conditional(model: ContraDiff, folder: Path, *, null_tokens: TokensOf) -> Conditioning:
     """Condition sample i on image i (Fig. 4). After the last image comes the first.
 
-    If samples are generated in order, files are not reopened for each batch.
+    Reading is fast if samples are generated in order.
     """
     images: Iterator[tuple[ByteImages, Latents]] = iter(())
     position = -1

@@ -55,7 +55,7 @@ def sample_records(
 
 
 def sample_figure(samples: Path, *, conditions: Path | None) -> bytes:
-    """Draw the first samples as a PNG, each row below a row of conditions if they are given."""
+    """Draw the first samples as a PNG. With `conditions`, each row is below its conditions."""
     number = 96 if conditions is None else 48
     records = islice(shards.read_split(samples, SPLIT), number)
     images = torch.stack([decode(item["png"], name=str(item["__key__"])) for item in records])

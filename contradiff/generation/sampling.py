@@ -23,22 +23,21 @@ class GenerateParams(Section):
     """Section `generate`. Paper: 50,000 images in 100 steps. It does not mention guidance."""
 
     condition: Condition = Field(description="noise (App. A) | image (Fig. 4) | class (Table 5)")
-    guidance: float = Field(ge=0, description="classifier-free guidance; 1: none")
+    guidance: float = Field(ge=0, description="scale of classifier-free guidance; 1: no guidance")
     guidance_interval: list[float] = Field(
-        min_length=2, max_length=2, description="part of the schedule to guide: 0 clean, 1 noise"
+        min_length=2, max_length=2, description="noise levels with guidance: 0 is clean, 1 is noise"
     )
     num_samples: int = Field(ge=1)
-    solver: Solver = Field(description="ddim (paper, eta = 0) | dpmsolver++ | unipc: fewer steps")
+    solver: Solver = Field(description="ddim (paper, eta = 0); the others need fewer steps")
     num_inference_steps: int = Field(ge=1, description="steps of the solver")
-    batch_size: int = Field(ge=1, description="images generated at once, all of one shard")
+    batch_size: int = Field(ge=1, description="images generated at once")
     precision: Precision = Field(description="precision of the UNet's passes; the VAE runs in fp32")
 
     @model_validator(mode="after")
     def _guidance_has_something_to_guide(self) -> "GenerateParams":
         if self.condition == "noise" and self.guidance != 1:
-            why = "guidance has no effect with generate.condition: noise"
-            given = f"(got {self.guidance:g})"
-            raise ValueError(f"generate.guidance: set it to 1, because {why} {given}")
+            why = f'{self.guidance:g} has no effect with generate.condition "noise"'
+            raise ValueError(f"generate.guidance: {why}; set generate.guidance to 1")
         low, high = self.guidance_interval
         if not 0 <= low < high <= 1:
             remedy = "set two numbers from 0 to 1, the smaller one first"
@@ -46,7 +45,7 @@ class GenerateParams(Section):
         if self.guidance == 1 and (low, high) != (0, 1):
             raise ValueError(
                 f"generate.guidance_interval: {low:g} to {high:g} has no effect if "
-                "generate.guidance is 1; set the interval to [0, 1], or guidance to another number"
+                "generate.guidance is 1; set the interval to [0, 1], or change the guidance"
             )
         return self
 
@@ -63,12 +62,12 @@ def denoise(
     guidance_interval: tuple[float, float] = (0.0, 1.0),
     precision: Precision = "fp32",
 ) -> Latents:
-    """Turn pure noise into clean latents by the reverse process, which is deterministic here.
+    """Turn pure noise into clean latents by the deterministic reverse process.
 
-    With null tokens (no condition), classifier-free guidance (Ho and Salimans, 2022) predicts the
-    noise as eps = eps_null + guidance * (eps_cond - eps_null); one pass computes both. Outside
-    `guidance_interval`, given in fractions of the schedule (Kynkäänniemi et al., 2024), eps is
-    eps_cond, which takes half the time. The UNet runs in `precision`, the solver in float32.
+    With `null_tokens`, the predicted noise is eps_null + guidance * (eps_cond - eps_null), which is
+    classifier-free guidance (Ho and Salimans, 2022). Outside `guidance_interval`, which is given in
+    fractions of the schedule (Kynkäänniemi et al., 2024), it is eps_cond and takes half the time.
+    The UNet runs in `precision`, and the solver runs in float32.
     """
     assert null_tokens is not None or guidance == 1, "guidance needs null tokens"
     scheduler = deepcopy(scheduler)  # a solver's `step` changes its state
@@ -104,7 +103,7 @@ def generate(
     """Yield the images of the given sample indices, in order and in batches.
 
     The noise of sample i is seeded by (seed, i). Model and VAE must be in evaluation mode and on
-    the same device, and the VAE in float32.
+    the same device. The VAE must have float32 weights.
     """
     # The UNet's sample_size is not used: Stable Diffusion's is 64, which is for 512 pixels.
     side = image_size // downsampling_factor(vae)

@@ -20,10 +20,10 @@ Scheduler = Any
 def load_solver(folder: Path, *, solver: Solver, num_inference_steps: int) -> Scheduler:
     """Load a solver with the base's noise schedule, and set its timesteps.
 
-    DDIM keeps the base's grid of timesteps, which is "leading": sampling starts below the last
-    timestep, pure noise. With few steps this gap would be visible, so the other solvers start from
-    the last timestep and take equal steps (diffusers' `linspace`). dpmsolver++ is the multistep
-    solver of Lu et al. (2022), and unipc the solver of Zhao et al. (2023); both have second order.
+    DDIM uses the base's spacing of timesteps ("leading"), which starts below the last timestep
+    (pure noise). With few steps, this gap would be visible. So the other solvers start at the last
+    timestep and take equal steps (diffusers' "linspace"). dpmsolver++ is the multistep solver of Lu
+    et al. (2022). unipc is the solver of Zhao et al. (2023). Both have second order.
     """
     ddim = load_scheduler(folder, num_inference_steps=num_inference_steps)
     if solver == "ddim":

@@ -20,28 +20,28 @@ class HeadParams(Section):
     """Parameters of section `head`: the tri-timestep attention and the projector after it."""
 
     block: MapBlock = Field(
-        description="UNet block that gives the maps: mid (paper) | up.1, pooled to mid's size | "
-        "mid+up.1: both"
+        description="UNet block whose output the attention reads: mid (paper) | up.1: the second "
+        "up block, pooled to the size of mid | mid+up.1: both blocks"
     )
     width: int = Field(ge=1, description="width of the attention and the feature h; paper: 1024")
     residual: Literal["none", "value"] = Field(
-        description="none: Eq. 4 as printed (paper) | value: the values V are added to the output, "
-        "and the mean of the tokens to the class token"
+        description="none: Eq. 4 as printed (paper) | value: add V to the attention's output, and "
+        "add the mean of the tokens to the class token"
     )
     init: Literal["random", "identity"] = Field(
-        description="initial weights; identity: h starts as the mean of the map with least noise"
+        description="initial weights; identity: at first, h is the mean of the least noisy map"
     )
     num_heads: int = Field(ge=1)
     mlp_ratio: int = Field(ge=1)
     self_conditioning: bool = Field(
-        description="show the mid block's pooled output to the up blocks (paper: no)"
+        description="true: the up blocks also see the pooled output of mid (paper: false)"
     )
     projector_width: int = Field(ge=1)
     projector_out: int = Field(ge=1)
 
     @property
     def attention_arguments(self) -> dict[str, Any]:
-        """Arguments of `TriTimestepAttention`, except `in_channels`, which the base decides."""
+        """Arguments of `TriTimestepAttention`, except `in_channels`."""
         names = {"width", "num_heads", "mlp_ratio", "residual", "init"}
         return self.model_dump(include=names)
 
@@ -67,7 +67,7 @@ class TriTimestepAttention(nn.Module):
     Q comes from the noisiest map, K from the middle map and V from the cleanest map. The layers are
     a shared LayerNorm, W_Q, W_K and W_V without bias, multi-head attention, W_O, an MLP, one ViT
     block with a class token, and a last LayerNorm. The paper gives only Eq. 4 and the number of
-    parameters (28M with the linear classifier), which these layers reproduce.
+    parameters: 28M with the linear classifier. These layers have as many.
     """
 
     def __init__(
@@ -111,11 +111,11 @@ class TriTimestepAttention(nn.Module):
 
     @torch.no_grad()
     def _start_as_identity(self) -> None:
-        """Let every layer return its input, so that h starts as the pooled map with least noise.
+        """Initialise all layers so that h starts as the mean of the least noisy map.
 
-        W_V and the values of the class token's block are orthogonal, and both MLPs add nothing.
-        With residual "value", the two attentions add nothing either. With "none", their output
-        layers are identities instead: h would be a constant if nothing came through the attention.
+        W_V and the values in the ViT block start orthogonal. Both MLPs start at zero. The output
+        layers of both attentions start at zero if `residual` is "value". Otherwise they start as
+        the identity, because zeros would make h a constant.
         """
         nn.init.orthogonal_(self.to_v.weight)
         nn.init.orthogonal_(self.block.to_qkv.weight[-len(self.to_v.weight) :])
@@ -130,10 +130,10 @@ class TriTimestepAttention(nn.Module):
 
 
 class Projector(nn.Sequential):
-    """Layers between h and the contrastive loss: Linear, BatchNorm, ReLU, Linear. Probes read h.
+    """Layers between h and the contrastive loss: Linear, BatchNorm, ReLU, Linear, without biases.
 
-    *Deviation*: the paper mentions no projector, but it follows SimCLR and MAGE, which have one.
-    The first layer has no bias, because BatchNorm would cancel it. The last layer has none either.
+    *Deviation*: the paper mentions no projector. But the paper follows SimCLR and MAGE, and both
+    have a projector. As in these papers, probes use h, not the output of the projector.
     """
 
     def __init__(self, head: HeadParams) -> None:

@@ -53,7 +53,7 @@ def write_weights(
 def read_config(
     folder: Path, *, what: str = "checkpoint", stage: str = "pretrain"
 ) -> dict[str, Any]:
-    """Read the config.json that `stage` wrote for `what`; raises ValueError if it is missing."""
+    """Read the config.json that `stage` wrote; raises ValueError ("no `what`") if it is missing."""
     path = folder / CONFIG_NAME
     if not path.is_file():
         remedy = f"run `dvc repro {stage}`, or fetch it with `dvc pull {folder}`"
@@ -66,8 +66,8 @@ def load_checkpoint(
 ) -> ContraDiff:
     """Rebuild the model in evaluation mode.
 
-    Raises ValueError if it was trained on another base, or if a value of its sections lora,
-    conditioner or head differs from `expected`, which are those of params.yaml.
+    Raises ValueError if the model was trained on another base, or with other values of lora,
+    conditioner or head than `expected` (the values in params.yaml).
     """
     config = read_config(folder)
     if config["base_sha256"] != base_digest(base):

@@ -15,7 +15,7 @@ class ConditionerParams(Section):
     """Parameters of section `conditioner`. The paper gives only width 512 and a parameter count."""
 
     input: Literal["pixels", "latents"] = Field(
-        description="input of the ViT: the image (paper) or its latent"
+        description="what the ViT reads: the image (paper) or the latent of the image"
     )
     patch_size: int = Field(ge=1, description="side of a patch, in pixels or latent positions")
     width: int = Field(ge=1)
@@ -23,8 +23,8 @@ class ConditionerParams(Section):
     num_heads: int = Field(ge=1)
     drop: float = Field(ge=0, lt=1, description="chance that noise replaces a condition (App. A)")
     cond_view: Literal["same", "crop", "noise"] = Field(
-        description="same: one clean image for both views (paper) | crop: one crop for each view"
-        " | noise: like same, but view 2 has noise as its condition"
+        description="same: both views share one condition (paper) | crop: the condition of each"
+        " view is its own random crop | noise: like same, but the condition of view 2 is noise"
     )
 
     @model_validator(mode="after")
@@ -35,11 +35,11 @@ class ConditionerParams(Section):
 
 
 class Conditioner(nn.Module):
-    """A ViT over the clean image: patches, learned positions, pre-norm blocks, a linear layer.
+    """A ViT that encodes the clean image: patches, learned positions, pre-norm blocks, one Linear.
 
-    The last layer starts at zero, so all tokens are zero when training starts. The tiny base knows
-    zeros as "no condition". In Stable Diffusion, zeros make cross-attention add only its bias. The
-    paper does not say how its conditioner is initialised.
+    The last layer starts at zero, so all tokens are zero when training starts. The tiny base was
+    trained with zero tokens as "no condition". In Stable Diffusion, zero tokens make the output of
+    cross-attention a constant. The paper does not say how its conditioner is initialised.
     """
 
     def __init__(
@@ -61,10 +61,10 @@ class Conditioner(nn.Module):
         nn.init.zeros_(self.to_tokens.bias)
 
     def choose(self, *, pixels: Pixels, latents: Latents) -> Conditions:
-        """Return the pixels or the latents: those that the parameter conditioner.input names."""
+        """Return `pixels` if the parameter conditioner.input is "pixels", otherwise `latents`."""
         return pixels if self.input == "pixels" else latents
 
     def forward(self, conditions: Conditions) -> Tokens:
-        """Encode pixels, scaled latents, or Gaussian noise of the same shape as tokens."""
+        """Turn pixels, scaled latents or Gaussian noise into tokens."""
         patches = self.to_patches(conditions).flatten(2).transpose(1, 2)
         return self.to_tokens(self.norm(self.blocks(patches + self.positions)))

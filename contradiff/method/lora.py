@@ -13,15 +13,15 @@ if TYPE_CHECKING:
 
 
 class LoraParams(Section):
-    """Parameters of section `lora`. The paper has rank 16 in q, k and v of cross-attention."""
+    """Parameters of section `lora`. The paper uses rank 16 for q, k and v of cross-attention."""
 
     rank: int = Field(ge=1)
     alpha: float = Field(gt=0, description="the update is scaled by alpha / rank")
-    targets: list[str] = Field(min_length=1, description="layers to adapt, by the end of the name")
+    targets: list[str] = Field(min_length=1, description="how the names of adapted layers end")
 
 
 def add_lora(unet: "UNet2DConditionModel", params: LoraParams) -> None:
-    """Insert trainable low-rank updates in place. They start at zero, because B = 0."""
+    """Add trainable low-rank updates to layers of `unet`, in place. The updates start at zero."""
     from peft import LoraConfig, inject_adapter_in_model
 
     rank, alpha, targets = params.rank, params.alpha, params.targets
@@ -32,7 +32,7 @@ def add_lora(unet: "UNet2DConditionModel", params: LoraParams) -> None:
 
 
 def merge_lora(unet: nn.Module) -> None:
-    """Add the low-rank updates to the weights (float32). The same outputs then take less time."""
+    """Add the low-rank updates to the float32 weights, so that the UNet needs less time."""
     from peft.tuners.lora import LoraLayer
 
     for module in unet.modules():
@@ -52,9 +52,8 @@ def disable_lora(unet: nn.Module) -> None:
 def cast_frozen_weights(unet: nn.Module) -> None:
     """Convert the frozen weights of linear layers and convolutions to bfloat16.
 
-    Autocast would convert them to the same values in every pass, and would store these copies in
-    addition to the float32 weights until the backward pass. Trainable weights stay float32, and so
-    do norms, which autocast runs in float32 on CUDA.
+    Autocast gives the same values, but takes more time and memory: it converts the weights in every
+    pass, and keeps both versions until the backward pass. Trainable weights and norms stay float32.
     """
     for module in unet.modules():
         if isinstance(module, nn.Linear | nn.Conv2d) and not module.weight.requires_grad:

@@ -1,10 +1,10 @@
-"""The reconstruction loss (Eq. 3) and five contrastive losses of two views (one is Eq. 6).
+"""The reconstruction loss (Eq. 3) and five contrastive losses. The loss `dcl_paper` is Eq. 6.
 
-A view is one of two versions of every image in a batch. Each contrastive loss takes the projected
-features of both views, in which row i belongs to image i. Similarity is the cosine, so features
-need not be normalised. `anchors` are the images whose losses are averaged; the default is all. With
-several processes, the views hold the images of all processes and `anchors` are the images of this
-process. Each loss raises ValueError if there are fewer than two images.
+A batch has two versions ("views") of every image. A contrastive loss gets the projected features of
+both views; row i belongs to image i. All losses except `dispersive` normalise the features. A loss
+is averaged over the images `anchors` (default: all images). With several processes, the views have
+the images of all processes, but `anchors` are only the images of this process. Contrastive losses
+raise ValueError if there are fewer than two images.
 """
 
 import math
@@ -33,16 +33,16 @@ class LossParams(Section):
     contrastive: Literal["ntxent", "dcl_paper", "dcl", "infonce", "dispersive"] = Field(
         description="which contrastive loss; dcl_paper is Eq. 6, averaged over images"
     )
-    temperature: float = Field(gt=0, description="divides similarities (tau, Eq. 6)")
+    temperature: float = Field(gt=0, description="tau of Eq. 6, which divides the similarities")
     latent_views: Literal["same", "two"] = Field(
-        description="same: both views add noise to one latent (Eq. 5) | two: view 1 adds noise to"
-        " the latent of the centre crop, view 2 to the latent of a random crop"
+        description="same: both views are noisy versions of one latent (Eq. 5) | two: view 1 is"
+        " made from the centre crop, and view 2 is made from a random crop"
     )
     recon_passes: int = Field(
         ge=1, le=6, description="how many of an image's six noisy latents are denoised (Eq. 3)"
     )
     min_snr_gamma: float = Field(
-        ge=0, description="weight reconstruction by min(SNR, gamma) / SNR; 0: no weights (paper)"
+        ge=0, description="gamma of the weights min(SNR, gamma) / SNR of Eq. 3; 0: none (paper)"
     )
 
 
@@ -81,9 +81,9 @@ def ntxent(view1: View, view2: View, *, temperature: float, anchors: slice = ALL
 def dcl_paper(view1: View, view2: View, *, temperature: float, anchors: slice = ALL) -> Loss:
     """Compute Eq. 6 as printed, but averaged over images.
 
-    Only features of view 1 are anchors, the denominator lacks the positive pair, and the numerator
-    has a factor of 2. *Deviation*: Eq. 6 is a sum over images. With the mean, lambda does not
-    depend on the batch size.
+    Only view 1 has anchors. The denominator lacks the positive pair. The numerator has a factor of
+    2. *Deviation*: Eq. 6 is a sum over images. We average, so that lambda need not change with the
+    batch size.
 
     Example:
         >>> view1 = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
@@ -99,7 +99,7 @@ def dcl_paper(view1: View, view2: View, *, temperature: float, anchors: slice = 
 
 
 def infonce(view1: View, view2: View, *, temperature: float, anchors: slice = ALL) -> Loss:
-    """Compute InfoNCE (Oord 2018): each feature of view 1 finds its partner among all of view 2.
+    """Compute InfoNCE (Oord 2018): each feature of view 1 finds its partner among those of view 2.
 
     Example:
         >>> view1 = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
@@ -126,10 +126,10 @@ def dcl(view1: View, view2: View, *, temperature: float, anchors: slice = ALL) -
 def dispersive(view1: View, view2: View, *, temperature: float, anchors: slice = ALL) -> Loss:
     """Compute the dispersive loss (Wang and He, 2025): log mean exp(-d / tau), without positives.
 
-    d is the squared distance between two images in one view, divided by the width. Each image's
-    distance to itself, which is 0, is one of the terms, as in the authors' code. The loss is
-    averaged over images and over both views. *Deviation*: the authors apply it to flattened maps;
-    here it is applied to the projected h, without normalising it.
+    d is the squared distance between the features of two images in one view, divided by the width.
+    As in the authors' code, each image is also compared with itself (d = 0). The loss is averaged
+    over images and views. *Deviation*: the authors apply this loss to flattened maps. Here it is
+    applied to the projected h, which is not normalised.
 
     Example:
         >>> view1 = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
@@ -162,14 +162,14 @@ def _unit(view1: View, view2: View, anchors: slice) -> tuple[View, View, Int[Ten
 
 def _refuse_a_single_image(view: View) -> None:
     if len(view) < 2:
-        fault = "a contrastive loss needs at least two images in a batch; make it larger"
+        fault = "a contrastive loss needs at least two images in a batch; raise the batch size"
         raise ValueError(f"pretrain.batch_size: {fault}")
 
 
 def _product(
     first: View, second: Float[Tensor, "others width"]
 ) -> Float[Tensor, "num_images others"]:
-    """Compute cosines in float32. In bfloat16, 1 / tau would magnify the rounding errors."""
+    """Compute cosines in float32, because the division by tau magnifies rounding errors."""
     device = first.device.type
     known = torch.amp.is_autocast_available(device)  # False for the meta device
     with torch.autocast(device, enabled=False) if known else nullcontext():

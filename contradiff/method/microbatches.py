@@ -17,10 +17,10 @@ def mean_in_microbatches(
 ) -> Tensor:
     """Return the mean of `loss_of` over all rows, computed a microbatch (a few rows) at a time.
 
-    The gradient of a microbatch is computed directly after its loss, and its activations are freed
-    before the next microbatch runs. Unlike checkpointing, this computes nothing twice. The gradient
-    of the mean equals the usual one up to the order of float sums, and can be taken only once.
-    `loss_of` gets detached inputs. `parameters` must contain everything that `loss_of` trains.
+    Each microbatch computes its loss and gradient, then frees its activations. Unlike
+    checkpointing, this computes nothing twice. The result equals the usual mean and gradient up to
+    the order of float sums. Call `backward` only once. `loss_of` gets detached inputs, and
+    `parameters` must contain all parameters that `loss_of` trains.
     """
     return _Mean.apply(loss_of, microbatch_size, len(inputs), *inputs, *parameters)  # pyright: ignore[reportReturnType]
 

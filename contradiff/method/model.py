@@ -67,7 +67,7 @@ class ContraDiff(nn.Module):
         self.projector = Projector(head)
 
     def encode_condition(self, conditions: Conditions) -> Tokens:
-        """Encode images, or noise (the null condition), as encoder_hidden_states for the UNet."""
+        """Turn images, or noise (the null condition), into tokens for the UNet."""
         return self.conditioner(conditions)
 
     @property
@@ -115,8 +115,8 @@ class ContraDiff(nn.Module):
         given = {(name, tensor.shape) for name, tensor in state.items()}
         if expected != given:
             difference = sorted({name for name, _ in expected ^ given})[:3]
-            other = "made with other lora, conditioner or head parameters, so weights differ"
-            raise ValueError(f"checkpoint: {other} (such as {difference})")
+            other = "made with other lora, conditioner or head parameters than this model; its"
+            raise ValueError(f"checkpoint: {other} weights {difference} do not fit")
         self.load_state_dict(state, strict=False)
 
     def train(self, mode: bool = True) -> "ContraDiff":

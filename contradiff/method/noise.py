@@ -25,17 +25,17 @@ class NoiseParams(Section):
         description="inverse_cosine: mostly medium noise (Sec. 3.4) | uniform: all equally likely"
     )
     uniform_mix: float = Field(
-        ge=0, le=1, description="chance that a timestep of the reconstruction loss is uniform"
+        ge=0, le=1, description="chance that a reconstructed timestep is drawn uniformly"
     )
 
 
 def timestep_probabilities(alphas_cumprod: PerTimestep, *, schedule: str) -> PerTimestep:
     """Compute the probability of each training timestep, in float64.
 
-    SODA (Hudson et al., 2024) draws u uniformly and adds noise until alpha-bar is
-    (2/pi) arccos(sqrt(u)), so that P(alpha-bar <= a) = 1 - cos^2(pi a / 2). The base has only a
-    list of alpha-bars. Each timestep gets the probability of the interval between the midpoints to
-    its two neighbours. With schedule "uniform", all timesteps are equally likely.
+    SODA (Hudson et al., 2024) draws alpha-bar = (2/pi) arccos(sqrt(u)) with a uniform u. This means
+    P(alpha-bar <= a) = 1 - cos^2(pi a / 2). The base has only one alpha-bar for each timestep, so
+    the drawn alpha-bar is rounded to the nearest of these. With schedule "uniform", all timesteps
+    are equally likely.
     """
     alphas = alphas_cumprod.double()
     if schedule == "uniform":
@@ -55,12 +55,12 @@ def draw_timesteps(
 ) -> Int[Tensor, "views levels batch"]:
     """Draw three timesteps for each of the two views of each image (Eqs. 4, 5).
 
-    The reconstruction loss uses the first `recon_passes` of the six timesteps, ordered by view,
-    then by level. With probability `uniform_mix`, each of these is drawn again uniformly, for both
-    losses. The result is not sorted, so that each timestep follows the schedule.
+    The six timesteps of an image are ordered by view, then by level, but not sorted by noise. The
+    reconstruction loss uses the first `recon_passes` of them. With probability `uniform_mix`, such
+    a first timestep is replaced by a uniform draw, for the reconstruction and contrastive loss.
 
-    *Deviation*: the paper draws no timesteps uniformly (uniform_mix 0). Timesteps above 700, which
-    generation needs, are then only 1.7% of the draws.
+    *Deviation*: the paper draws no timesteps uniformly (uniform_mix 0). Then only 1.7% of the
+    timesteps are above 700, but generation needs these timesteps.
     """
     num_draws = NUM_VIEWS * NUM_LEVELS * batch_size
     draws = torch.multinomial(probabilities, num_draws, replacement=True, generator=generator)

@@ -22,7 +22,7 @@ class TrainingBatch:
     """The inputs of one training step: two views of each image, with three noise levels each.
 
     `cond_views` is 1 if both views share one condition, otherwise 2. Where `dropped` is true,
-    `condition_noise` replaces the condition. The batch has all random numbers of the step.
+    `condition_noise` replaces the condition. The step itself draws no random numbers.
     """
 
     latents: Float[Tensor, "2 batch channels h w"]
@@ -34,10 +34,10 @@ class TrainingBatch:
 
 
 class TrainingStep(nn.Module):
-    """The loss of a model on a batch; a module, because DDP averages gradients of modules only.
+    """The loss of a model on a batch. It is a module, because DDP needs a module.
 
-    At most `decode_batch_size` noisy latents (0: all) run at once through the up blocks that the
-    attention head does not read; see `SplitUNet.mean_loss`.
+    To save memory, at most `decode_batch_size` noisy latents (0: all) are denoised at once; see
+    `SplitUNet.mean_loss`.
     """
 
     def __init__(self, model: ContraDiff, *, loss: LossParams, decode_batch_size: int) -> None:
@@ -47,10 +47,10 @@ class TrainingStep(nn.Module):
     def forward(self, batch: TrainingBatch) -> dict[str, Loss]:
         """Compute the loss of this process's images and its terms: "reconstruction", "contrastive".
 
-        A draw is one of an image's six noisy latents, ordered by view, then by level. All six pass
-        the blocks up to `head.block`. Only the first `loss.recon_passes` draws pass the remaining
-        blocks, which predict the noise (Eq. 3). With lambda = 0, the other draws are skipped
-        entirely, and the result has no "contrastive".
+        An image has six noisy latents ("draws"), ordered by view, then by level. All six run
+        through the UNet up to `head.block`. Only the first `loss.recon_passes` of them run through
+        the other blocks, to predict the noise (Eq. 3). With lambda = 0, only these first draws are
+        computed, and the result has no "contrastive".
         """
         model, loss, unet = self.model, self.loss, self.model.split_unet
         num_images, has_contrast = batch.latents.shape[1], loss.weight > 0
@@ -113,9 +113,9 @@ class TrainingStep(nn.Module):
 def gather_views(h: Features) -> tuple[Features, slice]:
     """Gather h from all processes, with gradients; also return the slice of this process's images.
 
-    The result has all images of view 1, then all images of view 2. Every process thus gives the
-    same input to the projector, whose BatchNorm then sees the global batch. Each process uses its
-    own images as anchors, so that DDP's average gradient equals the gradient of a single process.
+    The result has all images of view 1, then all images of view 2. It is the same in all processes,
+    so that the projector's BatchNorm sees the global batch. Each process uses only its own images
+    as anchors. DDP's average gradient thus equals the gradient of a single process.
     """
     num_images = len(h) // NUM_VIEWS
     group = dist.group.WORLD if dist.is_initialized() else None

@@ -11,7 +11,7 @@ from contradiff.base.loading import NoiseSchedule, unet_without_weights, vae_wit
 from contradiff.method.model import TRAINED_MODULES, Architecture, ContraDiff
 
 PAPER_UNET_SIZE = 859_520_964
-"""Parameter count of Stable Diffusion v1's UNet, by which the paper's base is recognised."""
+"""Parameter count of Stable Diffusion v1's UNet. A base with this count is the paper's base."""
 
 NAMES = {
     "lora": "LoRA",
@@ -20,12 +20,12 @@ NAMES = {
     "attention": "tri-timestep attention",
     "projector": "projector",
 }
-"""Names of the trained modules in the table, where possible as in the paper."""
+"""Names of the trained modules in the table. Most are the paper's names."""
 
 NOTES = """
-28M and 68M include the linear classifier over 1000 classes, which the stage probe trains.
-The paper's frozen 980M are UNet and CLIP's text encoder, which the method does not use. Our frozen
-parameters are UNet and VAE."""
+28M and 68M include the linear classifier over 1000 classes, which the stage `probe` trains.
+The paper's frozen 980M are the UNet and CLIP's text encoder. The method does not use the text
+encoder, so our frozen parameters are the UNet and the VAE."""
 
 
 class ParameterCounts(TypedDict):
@@ -37,7 +37,7 @@ class ParameterCounts(TypedDict):
 
 
 def count_parameters(model: ContraDiff, *, num_vae_parameters: int) -> ParameterCounts:
-    """Count the parameters. Those of LoRA are not counted as parameters of the UNet."""
+    """Count the parameters of each module. LoRA counts as a module of its own."""
     lora = sum(p.numel() for name, p in model.unet.named_parameters() if "lora_" in name)
     unet = _size(model.unet) - lora
     modules = {"unet": (0, unet), "vae": (0, num_vae_parameters), "lora": (lora, 0)}
@@ -50,10 +50,10 @@ def count_parameters(model: ContraDiff, *, num_vae_parameters: int) -> Parameter
 
 
 def parameter_table(folder: Path, architecture: Architecture, *, image_size: int) -> str:
-    """Return a table of each module's parameters. With the paper's base, it has the paper's too.
+    """Return a table of parameter counts. For the paper's base, it also has the paper's counts.
 
-    The modules are built on the meta device from the base's configuration, without weights. The
-    paper's sums include a linear classifier over 1000 classes, so the table then has it too.
+    No weights are needed. The paper's sums include a linear classifier over 1000 classes, so the
+    table for the paper's base has a line for this classifier.
     """
     unet, schedule = unet_without_weights(folder), NoiseSchedule.of_base(folder)
     is_papers, factor = _size(unet) == PAPER_UNET_SIZE, downsampling_of(folder)

@@ -1,4 +1,4 @@
-"""The transformer block that the conditioner and the attention head are made of."""
+"""The transformer block of the conditioner and of the attention head."""
 
 import torch.nn.functional as F
 from jaxtyping import Float
@@ -37,7 +37,7 @@ class Block(nn.Module):
     def forward(self, tokens: Sequence, *, num_queries: int | None = None) -> Queries:
         """Apply attention between tokens, then the MLP to each token.
 
-        Return the first `num_queries` tokens only, which takes less work; None returns all.
+        Return only the first `num_queries` tokens, which is cheaper. None returns all tokens.
         """
         normed, width = self.norm_attention(tokens), tokens.shape[-1]
         to_query, to_key_value = self.to_qkv.weight.split((width, 2 * width))

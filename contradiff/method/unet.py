@@ -44,7 +44,7 @@ class UNetState:
 
 
 class SplitUNet:
-    """A wrapper around `unet` whose forward pass can be paused, read and continued."""
+    """A wrapper that can pause a forward pass of `unet`, read its maps, and continue it."""
 
     def __init__(
         self, unet: "UNet2DConditionModel", self_condition: "SelfCondition | None" = None
@@ -61,7 +61,7 @@ class SplitUNet:
     ) -> UNetState:
         """Run the down blocks, the mid block, and as many up blocks as the maps of `blocks` need.
 
-        The maps of "mid" need no up blocks, which are 68% of a pass of Stable Diffusion's UNet.
+        The maps of "mid" need no up block. In Stable Diffusion, up blocks are 68% of a pass.
         """
         unet, tokens = self.unet, encoder_hidden_states
         time_embedding = unet.time_embedding(unet.get_time_embed(noisy_latents, timesteps))
@@ -77,11 +77,11 @@ class SplitUNet:
         return self._up(state, max((_NUM_UP_BLOCKS[block] for block in blocks), default=0))
 
     def maps(self, state: UNetState, block: MapBlock) -> Maps:
-        """Return f(z_t), the maps that the tri-timestep attention reads, at the bottleneck's size.
+        """Return the maps f(z_t) of `block`, at the size of the mid block's output.
 
-        *Deviation*: the paper uses only the mid block. The output of "up.1" is larger (in Stable
-        Diffusion, four times the sides) and is averaged to that size. "mid+up.1" stacks the
-        channels of both, mid block first. `down` must have been called with this block.
+        `down` must have been called with this block. *Deviation*: the paper uses only "mid". The
+        larger output of "up.1" (in Stable Diffusion, its sides are four times as long) is averaged
+        to the size of "mid". "mid+up.1" stacks the channels of "mid", then those of "up.1".
         """
         if block == "mid":
             return state.bottleneck
@@ -136,7 +136,7 @@ class SplitUNet:
 
 
 def _attended(block: nn.Module, tokens: Tokens) -> dict[str, Tokens]:
-    """Return the tokens as keyword argument if the block has cross-attention, otherwise nothing."""
+    """Return `tokens` as a keyword argument if the block has cross-attention, else no argument."""
     has_attention = getattr(block, "has_cross_attention", False)
     return {"encoder_hidden_states": tokens} if has_attention else {}
 
@@ -153,9 +153,9 @@ def block_channels(unet: "UNet2DConditionModel", block: MapBlock) -> int:
 class SelfCondition(nn.Module):
     """A layer that shows the mid block's output to the up blocks (DDAE++, Xiang et al., 2025).
 
-    The layer projects the pooled bottleneck; the result is added to the up blocks' time embedding,
-    so that the reconstruction loss trains the bottleneck to describe the complete image. The layer
-    starts at zero. The paper has no such layer.
+    A linear layer projects the mid block's pooled output, and the result is added to the up blocks'
+    time embedding. The reconstruction loss thus trains the mid block to describe the complete
+    image. The layer starts at zero. The paper has no such layer.
     """
 
     def __init__(self, unet: "UNet2DConditionModel") -> None:

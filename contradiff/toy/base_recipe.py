@@ -127,10 +127,10 @@ def train_vae(
 ) -> "AutoencoderKL":
     """Train the autoencoder on |x - x'| + |grad x - grad x'| + KL_WEIGHT * KL.
 
-    The gradient term (finite differences at two scales) keeps edges sharp, which an L1 loss alone
-    would blur. Return the averaged weights, with the scaling factor 1 / std of the latents. Calling
-    again with the same `work_dir` resumes an interrupted training. Raises ValueError if the number
-    of processes does not divide the batch size.
+    The gradient term (finite differences at two scales) keeps edges sharp. Return the model with
+    averaged weights; its scaling factor is 1 / std of the latents. A new call with the same
+    `work_dir` resumes a stopped training. Raises ValueError if the batch size is not a multiple of
+    the number of processes.
     """
     device, size = accelerator.device, recipe.batch_size
     torch.manual_seed(recipe.seed)
@@ -168,9 +168,9 @@ def train_unet(
 ) -> "UNet2DConditionModel":
     """Train the denoiser on Eq. 3 with min-SNR weights and uniform timesteps.
 
-    Before training, one latent of each image and one of its mirror image are drawn from the VAE's
-    posterior. The VAE must be on the accelerator's device. Resuming and the ValueError are as in
-    `train_vae`.
+    The VAE encodes each image and its mirror image only once, before training. It must be on the
+    accelerator's device. Like `train_vae`, this function resumes a stopped training and may raise
+    ValueError.
     """
     device, size = accelerator.device, recipe.batch_size
     torch.manual_seed(recipe.seed + 1)
@@ -217,7 +217,7 @@ def _draw(
 
 
 def _edge_loss(difference: Float[Tensor, "batch 3 height width"]) -> Tensor:
-    """Return the mean absolute finite differences: the horizontal mean plus the vertical mean."""
+    """Return the mean absolute horizontal difference plus the mean absolute vertical difference."""
     return difference.diff(dim=-1).abs().mean() + difference.diff(dim=-2).abs().mean()
 
 
@@ -232,11 +232,11 @@ def _train(
 ) -> M:
     """Train with AdamW, warm-up and cosine decay; return the model with averaged weights.
 
-    Every process draws the complete batch but computes only its own rows, and gradients are
-    averaged. The number of processes therefore changes only the order of float sums.
+    Every process draws the complete batch and uses only its own rows. The number of processes thus
+    changes only the order of float sums.
     """
     if recipe.batch_size % (world_size := accelerator.num_processes):
-        raise ValueError(f"{recipe.batch_size} images do not divide over {world_size} processes")
+        raise ValueError(f"{world_size} processes cannot share {recipe.batch_size} images equally")
     mine = slice(accelerator.process_index, None, world_size)
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=recipe.lr, betas=(0.9, 0.99), weight_decay=1e-4

@@ -66,7 +66,7 @@ class ToyClass:
     wnid: str  # name of the class's folder, in the style of WordNet
     name: str  # as in the file LOC_synset_mapping.txt of Kaggle
     draw: Callable[[Generator, Rgb, Rgb], list[Shape]]  # colours: main, accent
-    palette: Sequence[str]  # main colours; one that occurs twice is twice as likely
+    palette: Sequence[str]  # main colours; a colour that occurs twice is twice as likely
     accents: Sequence[str]
     scenes: Sequence[str]
     tilt: float  # standard deviation of the rotation, in radians; inf: any angle

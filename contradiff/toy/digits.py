@@ -20,13 +20,13 @@ SIDE = 32  # side of CIFAR's images, in pixels
 def write_digits(root: Path, *, num_train_per_class: int, seed: int) -> None:
     """Write the digits as the files `train`, `test` and `meta` of cifar-100-python.
 
-    The fine classes are the ten digits. The coarse classes are even and odd. Few-shot training sets
-    are drawn from `train`, and `test` has all other scans. Both files are in random order. The name
-    of an image ends with its index in `sklearn.datasets.load_digits`. Digits from an earlier call
-    are replaced. Raises ValueError if `root` contains other files.
+    The fine classes are the ten digits. The coarse classes are even and odd. `train` has
+    `num_train_per_class` scans of each digit, and `test` has all others, both in random order. The
+    name of an image ends with its index in `sklearn.datasets.load_digits`. Digits from an earlier
+    call are replaced. Raises ValueError if `root` contains other files.
 
-    *Deviation* from CIFAR's files: the keys in a file are text, not byte strings, because only
-    Python 2 can pickle byte strings in this format. torchvision's reader accepts both.
+    *Deviation* from CIFAR's files: keys are text, because only Python 2 can write byte strings in
+    this format. torchvision's reader accepts text too.
     """
     from sklearn.datasets import load_digits
 

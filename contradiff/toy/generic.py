@@ -1,7 +1,7 @@
-"""What the tiny base was pretrained on: generic shapes, without any of the twelve classes.
+"""The training images of the tiny base: generic shapes, without any of the twelve classes.
 
-Stable Diffusion was not trained on ImageNet. Likewise the tiny base has seen outlines, light,
-shadow and colours, but none of the twelve objects, and none of their palettes and scenes.
+Stable Diffusion was not trained on ImageNet. In the same way, the tiny base is not trained on the
+twelve objects, their palettes or their scenes.
 """
 
 import math
@@ -18,10 +18,10 @@ from contradiff.toy.render import add_object, draw_background, light
 def render_generic(
     rng: Generator, *, image_size: int
 ) -> UInt8[np.ndarray, "image_size image_size 3"]:
-    """Render one random picture, RGB from 0 to 255: one to three shapes before a random scene."""
+    """Render one random picture, RGB from 0 to 255: one to three figures on a random background."""
     scene = Scene(_any_colour(rng), _any_colour(rng), has_horizon=bool(rng.random() < 0.4))
     picture = draw_background(rng, scene, image_size=image_size)
-    # Turned by a quarter, half the time: colours then change from side to side.
+    # With probability 0.5, colours change from side to side, not from top to bottom.
     picture = np.rot90(picture) if rng.random() < 0.5 else picture
     for _ in range(int(rng.integers(1, 4))):
         picture = add_object(rng, picture, _figure(rng), math.inf, scales=(0.15, 0.45))
@@ -34,7 +34,7 @@ def _any_colour(rng: Generator) -> Hsv:
 
 
 def _figure(rng: Generator) -> list[Shape]:
-    """Draw an outline, with up to four smaller ones within it."""
+    """Draw a shape with up to four smaller shapes on it."""
     main, accent = (vary(rng, _any_colour(rng)) for _ in range(2))
     shapes: list[Shape] = [(_outline(rng), main)]
     for _ in range(int(rng.integers(5))):

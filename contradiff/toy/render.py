@@ -23,8 +23,8 @@ def render_image(
 ) -> UInt8[np.ndarray, "image_size image_size 3"]:
     """Render one random image of the class CLASSES[class_index]: RGB, 0 to 255.
 
-    With probability 0.7, the colours are typical of the class, otherwise of a random class. With
-    probability 0.65, the background is typical of the class, otherwise it is any background.
+    With probability 0.7, the colours are typical of the class, otherwise they are typical of a
+    random class. The background is typical with probability 0.65, otherwise random.
     """
     toy_class = CLASSES[class_index]
     other = CLASSES[int(rng.integers(len(CLASSES)))]
@@ -53,7 +53,7 @@ def render_image(
 
 
 def draw_background(rng: Generator, scene: Scene, *, image_size: int) -> Picture:
-    """Draw a scene's colours, each a little varied, from top to bottom."""
+    """Draw a background from the scene's two colours, after varying each colour a little."""
     y, _ = _pixel_centres(image_size)
     if scene.has_horizon:
         horizon, softness = rng.uniform(0.45, 0.75), rng.uniform(0.015, 0.06)

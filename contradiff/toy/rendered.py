@@ -1,6 +1,6 @@
-"""The images and digits of the embedded default: each recipe is rendered once, to its own folder.
+"""Renders the images and digits of the embedded default, if their folder is missing.
 
-A recipe is the renderer's source code and its settings. Its hash is the folder's name, so that
+The folder's name is a hash of the renderer's source code and settings (the "recipe"), so that
 experiments with different seeds can run at the same time. Only the stage `prepare` renders.
 """
 
@@ -14,9 +14,9 @@ from contradiff.data.params import DataParams
 from contradiff.files import hold_lock, replace_file, sha256_of
 
 RECIPE_NAME = ".rendered.json"
-"""Name of the file with a folder's recipe. It is written last: incomplete folders lack it."""
+"""Name of the file with a folder's recipe. Only complete folders have this file."""
 DIGITS_PER_CLASS = 60
-"""Number of training digits per class. Few-shot sets are drawn from them; others are for tests."""
+"""Number of training digits per class. All other digits are test images."""
 
 
 def ensure_images(

@@ -30,8 +30,8 @@ def render_tree(
 
     The files are `train/<wnid>/<wnid>_<number>.JPEG`, `val/<wnid>/ILSVRC2012_val_<number>.JPEG` and
     `LOC_synset_mapping.txt`. The sizes of a split's classes differ by at most one image. An image
-    depends only on the seed, the split, the class and its number in the class. A larger split thus
-    begins with the images of a smaller split. `on_progress` is called with 1 for every image.
+    depends only on the seed, the split, the class and its number in the class. Raising `num_train`
+    or `num_val` only adds images. `on_progress` is called with 1 for every image.
 
     Raises:
         ValueError: A split has fewer images than there are classes, or `root` has other files.
@@ -41,7 +41,7 @@ def render_tree(
         if number < len(CLASSES):
             raise ValueError(
                 f"data.num_{split} is {number}, but each of the {len(CLASSES)} toy classes needs "
-                f"an image; set it to {len(CLASSES)} or more"
+                f"an image; set data.num_{split} to {len(CLASSES)} or more"
             )
     mapping = "".join(f"{toy_class.wnid} {toy_class.name}\n" for toy_class in CLASSES)
     own = root / "LOC_synset_mapping.txt"

@@ -33,9 +33,9 @@ if TYPE_CHECKING:
 class ViewChooser:
     """Chooses two stored views (encoded crops) of each image and their conditions.
 
-    It is the `make_batch` of `TrainingStream`. `condition` is the input of the conditioner, or
-    "labels" for a class table. Random numbers depend on the seed, the epoch and the image's key,
-    not on the process. Raises ValueError if two stored views are needed, but one is stored.
+    Pass it to `TrainingStream` as `make_batch`. `condition` is "pixels" or "latents" to train a
+    conditioner, "labels" to train a class table. Choices depend only on the seed, the epoch and the
+    image's key. Raises ValueError if a setting needs two stored views, but only one is stored.
     """
 
     pairs: PairedShards
@@ -49,17 +49,17 @@ class ViewChooser:
         self.info = self.pairs.latent_index.info
         crops_latents = self.condition == "latents" and self.cond_view == "crop"
         for setting, needs_two in (
-            ("loss.latent_views: two", self.latent_views == "two"),
-            ("conditioner.cond_view: crop with conditioner.input: latents", crops_latents),
+            ('loss.latent_views: "two"', self.latent_views == "two"),
+            ('conditioner.cond_view: "crop", with conditioner.input "latents",', crops_latents),
         ):
             if needs_two and self.info.views < 2:
                 raise ValueError(f"{setting} needs random crops; set latents.views to 2 or more")
 
     def __call__(self, epoch: int, batch: Sequence[Pair]) -> dict[str, Tensor]:
-        """Stack a batch: the "moments" of latents (2 batch 2c h w) and one kind of condition.
+        """Return a batch: the latents of two views, and one kind of condition.
 
-        Moments (mean, log-variance) are float16, or float32 if latents.dtype is bfloat16. Keys of
-        conditions: "conditions" (2 batch 3 s s), "condition_moments" (2 batch 2c h w) or "labels".
+        "moments" (2 batch 2c h w) has the mean and log-variance of each latent. Conditions are in
+        "conditions" (pixels, 2 batch 3 s s), "condition_moments" (2 batch 2c h w) or "labels".
         """
         chosen = [self._choose(epoch, pair) for pair in batch]
         stacked = {"moments": torch.stack([views for views, _ in chosen], dim=1)}
@@ -117,11 +117,11 @@ def draw_batch(
     scaling_factor: float,
     accelerator: "Accelerator",
 ) -> TrainingBatch:
-    """Complete a batch from `ViewChooser` by everything that is random in it.
+    """Add all random numbers of a training step to a batch from `ViewChooser`.
 
-    `recipe.seed` and the batch's `number`, counted from 0, seed the random numbers. Every process
-    draws the numbers of the complete batch and uses only its own rows. The numbers therefore do not
-    depend on the number of processes. `probabilities` has the probability of each timestep.
+    The numbers are seeded by `recipe.seed` and the batch's `number`, counted from 0. Every process
+    draws the numbers for the images of all processes and keeps its own part, so that the number of
+    processes changes nothing. `probabilities` has the probability of each timestep.
     """
     device = accelerator.device
     generator = torch.Generator(device).manual_seed(recipe.seed * 1_000_003 + number)

@@ -13,10 +13,10 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 StepFunction = Callable[[int], Mapping[str, Tensor | float]]
-"""Computes the gradients of a step from the number of steps done; returns values to report."""
+"""Gets the number of steps done; computes the next step's gradients; returns values to report."""
 
 OnStep = Callable[[int, Mapping[str, float] | None], None]
-"""Is called after every step with the number of steps done, and the values if reported."""
+"""Is called after every step with the number of steps done, and with its report or None."""
 
 
 def train(
@@ -36,14 +36,14 @@ def train(
 ) -> None:
     """Run all steps, report values, and save the state every `saved.every` steps.
 
-    Reading a value makes the CPU wait for the GPU. Values are therefore read only at reported
-    steps, at the last step, and before a state is saved. If a value is not finite, the state is not
-    saved, and a ValueError names `lr_key`, the dotted key of the learning rate.
+    There is a report if `is_reported` returns true, at the last step, and before a state is saved.
+    If a reported value is not finite, the state is not saved, and the training ends with a
+    ValueError that names `lr_key`, the dotted key of the learning rate.
 
-    `step_function` adds to gradients that are zero. `lr` returns the learning rate of a step. A
-    report has step, lr, the values of `step_function` (means over processes) and, if
-    `max_grad_norm` is given, grad_norm: the norm of all `clipped` gradients before clipping.
-    `update_average` is called after every optimiser step with the number of steps done.
+    `lr` returns the learning rate of a step. A report has "step", "lr" and the values of
+    `step_function`, averaged over processes. With `max_grad_norm`, the gradients of `clipped` are
+    clipped, and "grad_norm" is their norm before clipping. `update_average` is called after every
+    optimiser step with the number of steps done.
 
     Example:
         >>> model = nn.Linear(2, 1)

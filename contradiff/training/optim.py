@@ -41,7 +41,7 @@ class SgdParams(Section):
     lr: float = Field(gt=0, description="peak learning rate, not scaled by the batch size")
     momentum: float = Field(ge=0, lt=1)
     weight_decay: float = Field(
-        ge=0, description="L2 penalty; with Table 2's 0.05, SGD keeps a linear head near zero"
+        ge=0, description="L2 penalty; Table 2's 0.05 is too large: weights would stay near zero"
     )
     batch_size: int = Field(ge=2)
     epochs: int = Field(ge=1)
@@ -91,13 +91,13 @@ def build_adamw(
 ) -> torch.optim.AdamW:
     """Build AdamW (Table 1) for the trainable parameters among `named_parameters`.
 
-    The paper's "momentum 0.9" is the first beta. Weight decay does not apply to biases, norms,
-    class tokens and position embeddings; the paper does not mention such exceptions. Parameters
-    with weight decay are the first group. Raises ValueError if no parameter is trainable.
+    The paper's "momentum 0.9" is the first beta. Biases, norms, class tokens and position
+    embeddings have no weight decay; the paper does not mention such exceptions. Raises ValueError
+    if no parameter is trainable.
     """
     trainable = [(name, param) for name, param in named_parameters if param.requires_grad]
     if not trainable:
-        raise ValueError("no trainable parameters; check lora.targets, and what is frozen")
+        raise ValueError("lora.targets: there are no trainable parameters; name layers to adapt")
     groups = [
         {"params": [p for n, p in trainable if is_decayed(n, p)], "weight_decay": weight_decay},
         {"params": [p for n, p in trainable if not is_decayed(n, p)], "weight_decay": 0.0},
@@ -111,7 +111,7 @@ def build_adamw(
 class WeightAverage:
     """The exponential moving average (EMA) of trainable weights, computed by diffusers' EMAModel.
 
-    `tensors` has the average of each parameter by name. `decay` applies to each optimiser step.
+    `tensors` maps each parameter's name to its average.
     """
 
     def __init__(self, model: nn.Module, *, decay: float) -> None:
@@ -123,6 +123,6 @@ class WeightAverage:
         self.tensors: dict[str, Tensor] = dict(zip(named, self.ema.shadow_params, strict=True))
 
     def update(self, done: int) -> None:
-        """Update after step `done`. The decay is 0 once, then min(decay, done / (done + 9))."""
+        """Update the average after step `done`; in the first steps, `decay` is reduced."""
         self.ema.optimization_step = done - 1
         self.ema.step(self.parameters)

@@ -44,25 +44,24 @@ def pretrain(
 ) -> list[dict[str, float]]:
     """Train the model in place; a new call with the same `work_dir` resumes a stopped training.
 
-    Random numbers and the order of the data depend only on the seed and the step's number. A
-    resumed training therefore ends with the weights of an uninterrupted one: bit for bit on the
-    same machine with as many processes, otherwise up to the order of float sums.
+    A resumed training ends with the same weights as an uninterrupted training. They are equal bit
+    for bit if the machine and the number of processes are the same, otherwise up to the order of
+    float sums. Return the loss curve: rows with the columns `CURVE_COLUMNS`.
 
-    Return the loss curve, rows of `CURVE_COLUMNS`. Raises ValueError, which names a parameter, if
-    the batch size does not fit the data or the processes, or if the training diverges.
+    Raises ValueError if the batch is larger than the data, if processes and microbatches cannot
+    share it equally, or if the training diverges.
     """
     params, microbatches, seed = recipe.pretrain, recipe.pretrain.grad_accumulation, recipe.seed
     num_processes = accelerator.num_processes
     if params.batch_size % (num_processes * microbatches):
-        more = f" and {microbatches} microbatches (pretrain.grad_accumulation)"
         raise ValueError(
-            f"pretrain.batch_size: {params.batch_size} images do not divide over {num_processes} "
-            f"processes{more if microbatches > 1 else ''}"
+            f"pretrain.batch_size: {params.batch_size} must be a multiple of {num_processes} "
+            f"(processes) times {microbatches} (pretrain.grad_accumulation); change one of them"
         )
     steps_per_epoch = pairs.num_samples // params.batch_size
     if steps_per_epoch == 0:
         fault = f"{params.batch_size} is more than the {pairs.num_samples} images"
-        raise ValueError(f"pretrain.batch_size: {fault}")
+        raise ValueError(f"pretrain.batch_size: {fault}; lower pretrain.batch_size")
     total_steps = params.epochs * steps_per_epoch
     if total_steps == 0:
         return []
@@ -170,8 +169,8 @@ def set_up(
 ) -> None:
     """Freeze modules that get no gradient, and apply the settings that save memory.
 
-    With gradient checkpointing (diffusers' non-reentrant one), the backward pass recomputes resnets
-    and transformer blocks. Gradients reach LoRA although the UNet's input needs none.
+    With gradient checkpointing, the backward pass recomputes resnets and transformer blocks. LoRA
+    still gets gradients, because diffusers' checkpointing is non-reentrant.
     """
     if loss.weight == 0:
         # Only the contrastive loss trains these, and DDP refuses parameters without gradient.

@@ -20,14 +20,14 @@ class PretrainParams(Section):
     epochs: int = Field(ge=0, description="0: no training (first row of Table 7)")
     warmup_epochs: float = Field(ge=0)
     batch_size: int = Field(ge=2, description="images per step, in all processes together")
-    lr: float = Field(gt=0, description="peak learning rate, before scale_lr")
+    lr: float = Field(gt=0, description="peak learning rate, per 256 images if scale_lr is true")
     scale_lr: bool = Field(description="multiply lr by batch_size / 256, as MAE does")
     beta1: float = Field(ge=0, lt=1, description="the paper calls it momentum (0.9)")
     beta2: float = Field(ge=0, lt=1)
     weight_decay: float = Field(ge=0)
     max_grad_norm: float = Field(gt=0)
     grad_accumulation: int = Field(
-        ge=1, description="parts (microbatches) of a batch; images are contrasted within a part"
+        ge=1, description="parts of a batch; only images of the same part are contrasted"
     )
     ema_decay: float = Field(
         ge=0, lt=1, description="decay of the moving average of weights; 0: no average"
@@ -40,15 +40,15 @@ class PretrainParams(Section):
         description="where the backward pass recomputes activations: nowhere, in the first down "
         "block (which has the most), or in all blocks of the UNet"
     )
-    precision: Precision = Field(description="precision of passes; trained weights stay fp32")
+    precision: Precision = Field(description="of the computation; trained weights stay fp32")
 
     @model_validator(mode="after")
     def _microbatches_hold_pairs_and_warmup_ends(self) -> "PretrainParams":
         number, batch = self.grad_accumulation, self.batch_size
         if batch % number or batch < 2 * number:
             raise ValueError(
-                f"pretrain.grad_accumulation: {number} microbatches must share the {batch} images "
-                "of pretrain.batch_size equally, two or more each; change one of the two"
+                f"pretrain.grad_accumulation: {number} microbatches need equal numbers of images, "
+                f"two or more each, but pretrain.batch_size is {batch}; change one of the two"
             )
         if self.epochs and self.warmup_epochs >= self.epochs:
             raise ValueError(
@@ -77,5 +77,5 @@ class TrainingRecipe(Section):
             f"pretrain.grad_accumulation: the contrastive loss and the projector's BatchNorm see "
             f"the {batch // number} images of one microbatch, not all {batch} of "
             "pretrain.batch_size; pretrain.decode_batch_size and pretrain.gradient_checkpointing "
-            "save memory without this"
+            "save memory without this drawback"
         )

@@ -1,4 +1,4 @@
-"""The saved state of a training: weights, the optimiser's moments, the step and the curve."""
+"""The saved state of a training: weights, optimiser, number of steps, and loss curve."""
 
 import json
 from collections.abc import Mapping
@@ -12,15 +12,15 @@ from torch import Tensor
 from contradiff.files import replace_file
 
 STATE_VERSION = 1
-"""Increase this if older states must not be resumed, as weights or random numbers changed."""
+"""Increase this if a change of the code makes older states wrong: they are then not resumed."""
 
 
 class SavedState:
     """A safetensors file with the state of a training after some steps.
 
-    `tensors` are from a module's `state_dict()` and share memory with the module. `save` therefore
-    writes the module's weights, and `resume` overwrites them. `every` is the number of optimiser
-    steps between two saved states. `curve` has the rows of the loss curve, which are saved too.
+    `tensors` come from a module's `state_dict()` and share memory with the module. So `save` writes
+    the module's weights, and `resume` overwrites the module's weights. `every` is the number of
+    optimiser steps between two saved states. `curve` has the rows of the loss curve.
     """
 
     def __init__(self, file: Path, tensors: Mapping[str, Tensor], *, every: int) -> None:
@@ -39,7 +39,7 @@ class SavedState:
             save_file(contiguous, temporary, metadata)
 
     def resume(self, optimizer: torch.optim.Optimizer) -> int:
-        """Load weights, optimiser's moments and curve; return the number of steps done (or 0)."""
+        """Load the file and return the number of steps done; without a file, return 0."""
         if not self.file.is_file():
             return 0
         moments: dict[int, dict[str, Tensor]] = {}

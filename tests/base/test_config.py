@@ -60,7 +60,7 @@ NO_UNET = "unet must be a UNet2DConditionModel with cross-attention"
     [
         ("unet", {"_class_name": "DiTTransformer2DModel"}, f"{NO_UNET}$"),
         ("unet", {"down_block_types": ["X"], "up_block_types": ["X"]}, f"{NO_UNET}$"),
-        ("unet", {"cross_attention_dim": None}, r"cross_attention_dim None; .* one width"),
+        ("unet", {"cross_attention_dim": None}, r"cross_attention_dim None; .* one integer"),
         ("unet", {"cross_attention_dim": [16, 16]}, r"cross_attention_dim \[16, 16\]; "),
         # SDXL has this setting. Its added embedding would silently be left out.
         ("unet", {"addition_embed_type": "text_time"}, "addition_embed_type 'text_time', which"),

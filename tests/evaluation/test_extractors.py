@@ -22,15 +22,15 @@ INCEPTION = {"kind": "inception", "weights": "x", "resizers": ["clean"]}
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"weights": "x.pt"}, "extractor.weights: extractor.kind classifier is trained here"),
-        ({"download": True}, "extractor.download: extractor.kind classifier is trained here"),
+        ({"weights": "x.pt"}, 'weights: extractor.kind "classifier" loads no weights'),
+        ({"download": True}, 'download: extractor.kind "classifier" downloads nothing'),
         ({"resizers": ["clean"]}, "resizes no images"),
         ({"resizers": []}, "at least 1 item"),
         (
             INCEPTION | {"weights": None},
             f"weights: null names no file.*{INCEPTION_URL}.*extractor.download",
         ),
-        (INCEPTION | {"resizers": ["none"]}, "cannot use none"),
+        (INCEPTION | {"resizers": ["none"]}, 'cannot use "none"'),
         (INCEPTION | {"resizers": ["clean", "clean"]}, "lists a resizer twice"),
         (INCEPTION | {"resizers": ["bilinear"]}, "legacy_pytorch"),
     ],
@@ -59,7 +59,7 @@ def test_the_classifier_survives_saving_and_refuses_other_sizes(
 
 @pytest.mark.usefixtures("extractor")
 def test_load_refuses_wrong_files(tmp_path: Path):
-    with pytest.raises(ValueError, match="run the stage extractor first"):
+    with pytest.raises(ValueError, match="run the stage `extractor` first"):
         load_extractor(tmp_path / "absent", device=CPU)
     folder = tmp_path / "extractor"
     card = json.loads((folder / "extractor.json").read_text())

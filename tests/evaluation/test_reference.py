@@ -36,7 +36,7 @@ def read(folder: Path, *, image_size: int = 32, **changes: object):
 
 
 def test_written_and_read(folder: Path):
-    with pytest.raises(ValueError, match="run the stage reference first"):
+    with pytest.raises(ValueError, match="run the stage `reference` first"):
         read(folder / "absent")
     card, found = read(folder)
     assert (card, card.description) == (CARD, "7 val images, centre crop 32 px")

@@ -76,7 +76,7 @@ def test_earlier_shards_are_not_read(stored: Path):
 def test_no_images_are_said_to_be_none(tmp_path: Path):
     """To store no images, the folders of images and latents need not exist."""
     assert store(tmp_path / "nowhere", tmp_path, num_images=0) == []
-    with pytest.raises(ValueError, match=r"holds no images; set generate\.condition to image"):
+    with pytest.raises(ValueError, match=r'no images; set generate\.condition to "image"'):
         next(condition_images(tmp_path, start=0))
 
 

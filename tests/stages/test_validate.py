@@ -82,7 +82,7 @@ def test_an_impossible_value_is_refused_by_its_key(content: Content, change: str
 
 
 NOISE_UNTRAINED = r"conditioner\.drop: 0 never trains the null condition"
-NULL_FEATURES = r"features\.condition: noise .* never trained; .* features\.condition to image"
+NULL_FEATURES = r'features\.condition: "noise" .* never trained; .* features\.condition to "image"'
 CROP = "conditioner.cond_view=crop"
 SAME, LATENTS = "loss.latent_views=same", "conditioner.input=latents"
 BATCH, TUNE = "class_condition.batch_size=4002", "transfer.finetune_epochs=1"
@@ -99,10 +99,10 @@ TIMM = "features.model=timm features.timm_name=x features.timm_pretrained=true f
     [
         ("ingest.resize=31", r"ingest\.resize: 31 must be null or at least"),
         ("conditioner.patch_size=5", r"conditioner\.patch_size: 5 must divide data\.image"),
-        (ONE_VIEW, r"loss\.latent_views: two .* set latents\.views to 2 or more"),
+        (ONE_VIEW, r'loss\.latent_views: "two" .* set latents\.views to 2 or more'),
         (
             f"{ONE_VIEW} {SAME} {LATENTS} {CROP}",
-            r"conditioner\.cond_view: crop .* latents\.views to 2 or",
+            r'conditioner\.cond_view: "crop" .* latents\.views to 2 or',
         ),
         (
             f"latents.views=1 {SAME}",
@@ -119,15 +119,15 @@ TIMM = "features.model=timm features.timm_name=x features.timm_pretrained=true f
         (BATCH, None),  # with no epochs there are no batches
         (
             f"{TIMM} probe.head=attentive probe.headline=sgd",
-            r"probe\.head: attentive .* set probe\.head to linear",
+            r'probe\.head: "attentive" .* probe\.head to "linear"',
         ),
         (
             f"{TUNE} features.pool=mean",
-            r"transfer\.finetune_epochs: .*pool to attention, or .* to 0",
+            r'transfer\.finetune_epochs: .*pool to "attention", or .* to 0',
         ),
         (
             f"{TUNE} {CHAIN}",
-            r"transfer\.finetune_epochs: .*features\.noising to direct, or .* to 0",
+            r'transfer\.finetune_epochs: .*features\.noising to "direct", or .* to 0',
         ),
         ("features.pool=mean", None),
         (NO_DROP, NOISE_UNTRAINED),  # although the second view's condition is null
@@ -144,16 +144,19 @@ TIMM = "features.model=timm features.timm_name=x features.timm_pretrained=true f
             r"class_condition\.drop: 0 never trains the null clas",
         ),
         (CLASSES, None),
-        ("generate.condition=class", r"generate\.condition: class .* class_condition\.epochs to 1"),
+        (
+            "generate.condition=class",
+            r'generate\.condition: "class" .* class_condition\.epochs to 1',
+        ),
         ("generate.num_samples=499", r"score\.kid_subset_size: 500 .*num_samples \(499\)"),
         ("reference.num_kept=499", r"score\.kid_subset_size: 500 .*num_kept \(499\)"),
         ("score.splits=1001", r"score\.splits: 1001 is more than generate\.num_samples"),
-        ("extractor.width=502", r"generate\.num_samples: FID .* classifier .* 1004 or more"),
-        (INCEPTION, r"generate\.num_samples: FID .* inception .* 2048 or more"),
+        ("extractor.width=502", r'generate\.num_samples: .* FID .* "classifier"; .* 1004 or more'),
+        (INCEPTION, r'generate\.num_samples: .* FID .* "inception"; .* 2048 or more'),
         # within one section, for --dry-run's sake
         (
             "generate.guidance=1.5",
-            r"generate\.guidance: set it to 1, .* generate\.condition: noise",
+            r'generate\.guidance: .* generate\.condition "noise"; set',
         ),
     ],
 )

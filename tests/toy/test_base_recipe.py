@@ -187,5 +187,5 @@ def test_two_processes_train_the_model_of_one(tmp_path: Path):
 
 def test_batch_that_does_not_divide_is_refused(images: Tensor, tmp_path: Path):
     three = SimpleNamespace(num_processes=3, process_index=0, device=torch.device("cpu"))
-    with pytest.raises(ValueError, match="4 images do not divide over 3 processes"):
+    with pytest.raises(ValueError, match="3 processes cannot share 4 images equally"):
         call(train_vae, images, folder=tmp_path, accelerator=three)

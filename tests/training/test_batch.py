@@ -173,7 +173,7 @@ def test_mirrored_views_are_drawn_as_often_as_the_others(
 @pytest.mark.parametrize(
     ("changes", "key"),
     [
-        ({"latent_views": "two"}, r"loss\.latent_views: two"),
+        ({"latent_views": "two"}, r'loss\.latent_views: "two"'),
         ({"latent_views": "same", "cond_view": "crop", "condition": "latents"}, "conditioner.cond"),
     ],
 )
