@@ -1,8 +1,9 @@
 """How the tiny base is trained: a latent diffusion model of a few MB, trained without labels.
 
 The tiny base replaces Stable Diffusion in the embedded default. It is trained on generic pictures,
-which show none of ContraDiff's classes. Without text there is no CLIP embedding, so vectors computed
-from the image's colours serve as captions. They teach the cross-attention, which LoRA adapts later.
+which show none of the classes of ContraDiff. Without text there is no CLIP embedding, so vectors
+computed from the colours of an image serve as captions. They teach the cross-attention, which LoRA
+adapts later.
 
 images (n 3 h w) in [-1, 1] -> AutoencoderKL, f = 4 -> latents (n 4 h/4 w/4) -> UNet2DConditionModel
 """
