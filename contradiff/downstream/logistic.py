@@ -22,6 +22,9 @@ from contradiff.downstream.accuracy import Accuracy, accuracy_of
 Cs: TypeAlias = list[Annotated[float, Field(gt=0)]]
 """Values of C to choose from."""
 
+SEARCH_ITERATIONS = 100
+"""Most iterations of L-BFGS in the choice of C. A weak penalty needs thousands to converge."""
+
 Fold: TypeAlias = tuple[Int64[np.ndarray, " _"], Int64[np.ndarray, " _"]]
 """Rows of training samples: those to which each C is fitted, and held-out ones that test the C."""
 
@@ -117,16 +120,17 @@ def _choose_c(
     # Counts have exact sums, unlike fractions, so equal scores are equal.
     count = make_scorer(accuracy_score, normalize=False)
     grid = {"logisticregression__C": cs}
-    search = GridSearchCV(_classifier(cs[0]), grid, scoring=count, cv=folds, refit=False)
+    rough = _classifier(cs[0], max_iter=SEARCH_ITERATIONS)
+    search = GridSearchCV(rough, grid, scoring=count, cv=folds, refit=False)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # only the last fit must converge
         search.fit(features, labels)
     return float(search.best_params_["logisticregression__C"])
 
 
-def _classifier(c: float) -> Any:
+def _classifier(c: float, *, max_iter: int = 5000) -> Any:
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
 
-    return make_pipeline(StandardScaler(), LogisticRegression(C=c, max_iter=5000))
+    return make_pipeline(StandardScaler(), LogisticRegression(C=c, max_iter=max_iter))
