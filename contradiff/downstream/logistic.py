@@ -22,7 +22,7 @@ from contradiff.downstream.accuracy import Accuracy, accuracy_of
 Cs: TypeAlias = list[Annotated[float, Field(gt=0)]]
 """Values of C to choose from."""
 
-SEARCH_ITERATIONS = 100
+SEARCH_ITERATIONS = 50
 """Most iterations of L-BFGS in the choice of C. A weak penalty needs thousands to converge."""
 
 Fold: TypeAlias = tuple[Int64[np.ndarray, " _"], Int64[np.ndarray, " _"]]
