@@ -12,6 +12,7 @@ from contradiff.features.params import FeaturesParams
 TINY: dict[str, Any] = read_params(Path(__file__).resolve().parents[1] / "presets/tiny.yaml")
 GENERATE = TINY["generate"] | {"num_samples": 5, "num_inference_steps": 2, "batch_size": 4}
 LATENTS = TINY["latents"] | {"views": 3, "colour_jitter": 0.0, "min_psnr": 0.0, "batch_size": 24}
+LATENTS |= {"dtype": "float16"}
 """The parameters with which the fixture `tiny_data` was made."""
 ARCHITECTURE: dict[str, Any] = {
     "lora": {"rank": 4, "alpha": 4.0, "targets": ["attn2.to_q", "attn2.to_k", "attn2.to_v"]},
