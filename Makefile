@@ -1,5 +1,5 @@
-# `make` without a target lists the targets. You need CPython >= 3.11 with pip, make and git. Targets
-# that need more first set up .venv from requirements.lock, which has hashes and names no index.
+# `make` without a target lists the targets. You need CPython >= 3.11 with pip, make and git. Most
+# targets first set up .venv from requirements.lock.
 
 # With "/bin/sh", make would run simple recipes without a shell, and ignore the PATH set below.
 SHELL := sh
@@ -11,7 +11,7 @@ STAMP := .venv/.installed
 
 # DVC and the subprocesses of stages find `python` in this PATH.
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
-# With bytecode files, large libraries load two to three times as fast.
+# Let Python write bytecode files, because large libraries then load faster.
 unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: help install repro test test-slow check smoke same format preset base ui lock clean
@@ -23,7 +23,7 @@ help:  ## list the targets (default)
 install: $(STAMP)  ## set up .venv only; PYTHON=/path/to/python chooses the interpreter
 
 # If .venv's interpreter is missing or too old, .venv is created again. If uv fails, pip installs
-# the same in minutes instead of seconds. In a zip download without .git, DVC needs core.no_scm.
+# the same packages more slowly. In a zip download without .git, DVC needs core.no_scm.
 $(STAMP): requirements.lock pyproject.toml
 	@set -eu; \
 	fit='import sys; sys.exit(sys.version_info < (3, 11))'; \
@@ -33,7 +33,7 @@ $(STAMP): requirements.lock pyproject.toml
 	        if "$$python" -c "$$fit" 2>/dev/null; then found=$$python; break; fi; \
 	    done; \
 	    if [ -z "$$found" ]; then \
-	        echo "No CPython >= 3.11 among: $(PYTHON). Install one, or name it:" >&2; \
+	        echo "None of these is CPython >= 3.11: $(PYTHON). Install it, or type its path:" >&2; \
 	        echo "  make install PYTHON=/path/to/python3.11" >&2; \
 	        exit 1; \
 	    fi; \
@@ -55,7 +55,7 @@ $(STAMP): requirements.lock pyproject.toml
 repro: $(STAMP)  ## run the pipeline with params.yaml, from data to report
 	@python -m compileall -q contradiff stages
 	@dvc pull models/tiny || { \
-	    echo "The base model is missing in DVC's store, which .dvc/config names (by default artifacts/)." >&2; \
+	    echo "The base model is missing in DVC's store (artifacts/, or the address in .dvc/config)." >&2; \
 	    echo "Restore the store, or retrain the base model: make base (about 80 minutes)." >&2; \
 	    exit 1; }
 	dvc repro
@@ -77,14 +77,14 @@ check: $(STAMP)  ## check style, format, types, import order, and that dvc.yaml 
 smoke: $(STAMP)  ## run the pipeline with presets/smoke.yaml, in a temporary copy
 	python -m bench smoke
 
-same: $(STAMP)  ## REV=<commit>: compare losses and metrics of a commit and the working tree
+same: $(STAMP)  ## compare losses and metrics with those of a commit: make same REV=<commit>
 	python -m bench same $(REV)
 
 format: $(STAMP)  ## sort imports, fix lint errors where possible, format
 	ruff check --fix-only .
 	ruff format .
 
-preset:  ## NAME=paper: copy presets/paper.yaml to params.yaml
+preset:  ## copy a preset to params.yaml: make preset NAME=paper
 	@set -eu; \
 	names=$$(cd presets && echo *.yaml | sed 's/\.yaml//g'); \
 	case " $$names " in \
@@ -102,15 +102,15 @@ preset:  ## NAME=paper: copy presets/paper.yaml to params.yaml
 	cp "presets/$(NAME).yaml" params.yaml; \
 	echo "params.yaml is now presets/$(NAME).yaml"
 
-# The stage is frozen, so that even `dvc repro -f` does not retrain the base by accident.
+# dvc.yaml freezes this stage, so that `dvc repro -f` does not retrain the base by accident.
 base: $(STAMP)  ## retrain the tiny base model (about 80 minutes); then `dvc push pretrain_base`
 	python -m stages.pretrain_base
 	dvc commit -f pretrain_base
 
-ui: $(STAMP)  ## start MLflow's web pages on this machine, which takes up to a minute
+ui: $(STAMP)  ## start MLflow's web pages on this machine (takes up to a minute)
 	MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false mlflow ui --host 127.0.0.1 --workers 1
 
-lock: $(STAMP)  ## pin the dependencies in requirements.lock; ARGS=--upgrade takes the newest
+lock: $(STAMP)  ## pin the dependencies in requirements.lock; ARGS=--upgrade: take the newest versions
 	uv pip compile pyproject.toml --group dev --universal --python-version 3.11 \
 	    --generate-hashes --no-annotate --no-header \
 	    -o requirements.lock -q $(ARGS)

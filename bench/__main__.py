@@ -1,4 +1,4 @@
-"""Run a measurement: `python -m bench NAME` prints a table. Quote ratios, not seconds."""
+"""Run a measurement: `python -m bench NAME` prints a table."""
 
 import importlib
 import sys

@@ -8,7 +8,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 
 _USERS_RECORDS = ("MLFLOW_TRACKING_URI", "MLFLOW_RUN_ID", "DVC_ROOT", "DVC_STAGE", "DVC_EXP_NAME")
-"""Environment variables with which a run in a copy would write to the user's records."""
+"""Variables that are removed, so that a run in a copy does not write to the user's MLflow."""
 
 
 def copy_project(folder: Path, *, revision: str | None = None) -> None:
@@ -17,7 +17,7 @@ def copy_project(folder: Path, *, revision: str | None = None) -> None:
     names, store = b"", folder / "artifacts"
     pack = ["git", "archive", "--format=tar", str(revision)]
     if revision is None:
-        # An empty repository lists the files, because a zip download of the project has no git.
+        # A new, empty repository lists the files, because a zip download has no .git folder.
         lister, store = folder.with_name(f"{folder.name}.lister"), ROOT / "artifacts"
         subprocess.run(["git", "init", "-q", str(lister)], check=True)
         git = ["git", f"--git-dir={lister}/.git", f"--work-tree={ROOT}"]
@@ -32,7 +32,7 @@ def copy_project(folder: Path, *, revision: str | None = None) -> None:
 
 
 def run_in(folder: Path, *command: str, environment: Mapping[str, str] | None = None) -> str:
-    """Run a command with the copy's code; return its stdout, or raise SystemExit if it fails."""
+    """Run a command in a copy; return its stdout, or raise SystemExit if the command fails."""
     kept = {name: value for name, value in os.environ.items() if name not in _USERS_RECORDS}
     cache = str(folder.with_name(f"{folder.name}.site-cache"))
     env = {**kept, "PYTHONPATH": str(folder), "DVC_SITE_CACHE_DIR": cache, **(environment or {})}

@@ -3,8 +3,8 @@
     python -m bench experiments           experiments of the current commit
     python -m bench experiments a1b2c3    experiments of another commit
 
-A row shows the parameters in which an experiment differs from its commit. If an experiment ran only
-up to some stage (`dvc exp run ... probe`), its scores of later stages are those of the commit.
+A row shows the parameters in which an experiment differs from its commit. If an experiment did
+not run all stages (`dvc exp run ... probe`), the commit's scores are shown for the other stages.
 """
 
 import json

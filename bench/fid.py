@@ -1,8 +1,8 @@
 """Compare our Fréchet distance and scores with those of pytorch-fid and torch-fidelity.
 
-    OMP_NUM_THREADS=1 python -m bench fid 24    24 images in each set: about two minutes on one core
+    OMP_NUM_THREADS=1 python -m bench fid 24    24 images in each set; two minutes on one core
 
-All libraries use the same images, and an Inception network with the same random weights.
+All libraries use the same images, and Inception with the same random weights.
 """
 
 import tempfile
@@ -36,7 +36,7 @@ def main(arguments: Sequence[str]) -> None:
 
 
 def frechet_table() -> None:
-    """Print time and value of the Fréchet distance alone, for covariances of full rank."""
+    """Print time and value of the Fréchet distance between two random Gaussians."""
     dimension = 2048
     generator = torch.Generator().manual_seed(0)
     means = torch.randn(2, dimension, generator=generator, dtype=torch.float64) / 10
@@ -111,7 +111,7 @@ def pictures(num_images: int, *, side: int = 64, seed: int, contrast: float) -> 
 
 
 def random_inception(seed: int) -> dict[str, Tensor]:
-    """Draw weights with which all of Inception's layers have activations of order one."""
+    """Draw random weights with which all layers of Inception have activations near 1 in size."""
     network = module.FeatureExtractorInceptionV3
     with (
         mock.patch.object(module, "load_state_dict_from_url"),

@@ -3,14 +3,13 @@
     python -m bench flops                     the paper preset: Stable Diffusion v1.4, 256 pixels
     python -m bench flops presets/tiny.yaml
 
-torch's FlopCounterMode counts matrix products, convolutions and attention, forward and backward, on
-the meta device. So the numbers are exact and equal on all machines.
+torch's FlopCounterMode counts matrix products, convolutions and attention, forward and backward,
+from the tensors' shapes. So the numbers are exact and equal on all machines.
 
-Peak memory is the largest total size of the tensors that are alive at one time, for a step on fake
-tensors. With bf16, norms run in float32 as in CUDA's autocast, and attention keeps the tensors that
-flash attention keeps. "peak MB" is the memory for each image. "other MB" does not grow with the
-batch: the weights, and the latents that pass the up blocks together. A GPU also needs 12 bytes for
-each trained weight (optimiser and DDP), and memory for its kernels and its allocator.
+Peak memory is the largest total size of the tensors that are alive at one time. The column "peak
+MB" is the memory for each image. The column "other MB" does not grow with the batch: it has the
+weights, and the latents that pass the up blocks together. A GPU also needs 12 bytes for each
+trained weight (optimiser and DDP), and memory for its kernels and its allocator.
 """
 
 import weakref
@@ -44,7 +43,7 @@ from contradiff.types import Precision
 NUM_IMAGES = 4
 """Images in a counted step. The FLOPs per image hardly depend on this number."""
 BATCH_SIZES = (64, 128)
-"""Images in two steps, to compute the memory per image: the paper's 512 on 8 GPUs and on 4."""
+"""Two batch sizes, to compute the memory per image: the paper's 512 on 8 GPUs and on 4."""
 VARIANTS: list[dict[str, Any]] = [
     {},
     {"loss.lambda": 0.0},
@@ -101,7 +100,7 @@ def changed(content: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
 
 
 def build(params: Params, folder: Path, *, precision: Precision = "fp32") -> ContraDiff:
-    """Build the model on the meta device, ready to train; only its noise schedule has values."""
+    """Build the model for training on the meta device, without values of the weights."""
     schedule = NoiseSchedule.of_base(folder)
     sizes = {"image_size": params.data["image_size"], "downsampling": downsampling_of(folder)}
     with torch.device("meta"):
@@ -155,7 +154,7 @@ def cuda_norms() -> AbstractContextManager[Any]:
 
 
 class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of living tensors that were created in this mode, and the peak."""
+    """Counts the bytes of the tensors that are in memory, and keeps the largest count."""
 
     def __init__(self) -> None:
         super().__init__()

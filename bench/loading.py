@@ -2,9 +2,9 @@
 
     python -m bench loading [number of images, 1000] [workers, 0] [side of the files, 256]
 
-Each loader decodes JPEGs, cuts random crops (bicubic) and stacks batches of 50. Ours also reads the
-stored latents. The row "latents alone" decodes no images. The table shows the best of three rounds,
-because other work on the machine can only slow a round down.
+The loaders decode JPEGs, cut random crops and stack batches of 50. Our loader also reads stored
+latents; in the row "ours, latents alone", it decodes no images. The table shows the best of three
+rounds, because other work on the machine can only slow a round down.
 """
 
 import io
@@ -86,7 +86,7 @@ def write_files(folder: Path, num_images: int, *, size: int) -> int:
 
 
 def draw_jpeg(rng: np.random.Generator, size: int) -> bytes:
-    """Draw noise of all scales, which JPEG compresses like photographs, to 1.3 bits per pixel."""
+    """Draw noise that JPEG compresses as much as a photograph, to 1.3 bits per pixel."""
     pixels = np.zeros((size, size, 3), np.float32)
     for scale in (size // 8, size // 32, size // 128):
         coarse = rng.integers(256, size=(size // scale, size // scale, 3), dtype=np.uint8)
@@ -121,7 +121,7 @@ def minimal_webdataset(folder: Path, size: int, num_workers: int) -> Iterable[An
 
 
 def ours(folder: Path, condition: Literal["pixels", "latents"], num_workers: int) -> Iterable[Any]:
-    """Return pretraining's loader: two stored latents, and a crop of each image if asked for."""
+    """Return pretraining's loader. If `condition` is "latents", it decodes no images."""
     pairs = PairedShards.open(folder / "shards", folder / "latents", split="train")
     cond_view = "crop" if condition == "latents" else "same"
     views = {"latent_views": "two", "cond_view": cond_view, "condition": condition}

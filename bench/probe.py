@@ -3,8 +3,8 @@
     python -m bench probe                 4,000 x 128 features of 12 classes, 12 settings, 10 epochs
     python -m bench probe 20000 1024 100  images, width, classes
 
-All three train on the same features: our `train_probes` with all settings, the same with one
-setting, and scikit-learn (L-BFGS). They stop at different points, so compare the accuracy too.
+The three rows train on the same features: our `train_probes` with all settings, `train_probes` with
+one setting, and scikit-learn's LogisticRegression. Compare the accuracies too, not only the times.
 """
 
 import time
@@ -50,7 +50,7 @@ def main(arguments: Sequence[str]) -> None:
 
 
 def draw(num_images: int, *, width: int, num_classes: int, seed: int) -> tuple[Tensor, Tensor]:
-    """Draw features and labels: overlapping Gaussian clusters, neither trivial nor impossible."""
+    """Draw features and labels from overlapping Gaussian clusters."""
     centres = torch.randn(num_classes, width, generator=torch.Generator().manual_seed(0))
     generator = torch.Generator().manual_seed(seed)
     labels = torch.randint(num_classes, (num_images,), generator=generator)

@@ -3,10 +3,10 @@
     python -m bench same 85c8b5b          compare a commit with the working tree
     python -m bench same 85c8b5b HEAD     compare two commits
 
-The whole pipeline runs for each revision, in a temporary copy, with presets/smoke.yaml and 21 steps
-of pretraining. Losses must be equal bit for bit. A metric may differ by 1e-4 of its value, because
-a library may sum in another order. If a number differs by more, the exit code is 1. A revision
-takes two minutes; a commit's numbers are kept in .work/same. `make same REV=85c8b5b` does the same.
+For each revision, all stages run in a temporary copy, with presets/smoke.yaml and 21 steps of
+pretraining, which takes two minutes. Losses must be equal bit for bit. A metric may differ by 1e-4
+of its value, because a library may sum in another order. If a number differs by more, the exit code
+is 1. .work/same keeps the numbers of commits.
 """
 
 import hashlib
@@ -97,7 +97,7 @@ def leaves(content: Any, prefix: str = "") -> Iterator[tuple[str, float]]:
 
 
 def comparison(first: Numbers, second: Numbers) -> Iterator[tuple[str, bool]]:
-    """Yield for each number a line, and whether the difference is too large; for NaN it is."""
+    """Yield a line for each number, and whether its two values differ too much (NaN does)."""
     for kind, tolerance in (("losses", 0.0), ("metrics", TOLERANCE)):
         for name in first[kind] | second[kind]:
             a, b = first[kind].get(name), second[kind].get(name)

@@ -3,9 +3,9 @@
     python -m bench sampling                       the tiny UNet, 16 samples, 25 steps, guidance 1.5
     python -m bench sampling --images 100 --steps 100
 
-Each way turns noise and conditions into uint8 images, with random weights. diffusers' pipeline runs
-DDIM, with LoRA separate (first row) or merged into the weights. A ratio is the first row's time
-divided by the row's own, as the median over the rounds. Rows with fewer steps do less work.
+Each row turns the same noise and conditions into images, with random weights. In the first row,
+diffusers' pipeline runs DDIM with unmerged LoRA. The ratio says how many times as fast as the first
+row a row is (median over the rounds). The last row is faster partly because it has fewer steps.
 """
 
 import argparse
@@ -48,7 +48,7 @@ def main(arguments: Sequence[str]) -> None:
 
 
 def random_model(base: Path) -> ContraDiff:
-    """Build the tiny preset's model. LoRA gets random weights: new ones would change nothing."""
+    """Build the tiny preset's model, with random LoRA weights (untrained LoRA has no effect)."""
     content = read_params(Path("presets/tiny.yaml"))
     sections = {name: content[name] for name in Architecture.model_fields}
     shapes = Architecture.model_validate(sections)
@@ -60,7 +60,7 @@ def random_model(base: Path) -> ContraDiff:
 
 
 def measure(base: Path, *, images: int, steps: int, rounds: int) -> list[tuple[str, float, str]]:
-    """Write a tiny random base to `base`; return rows of label, speed and difference of images."""
+    """Write a tiny random base to `base`; return rows (label, speed, difference of images)."""
     torch.manual_seed(0)
     for name, build in (("vae", build_vae), ("unet", build_unet), ("scheduler", build_scheduler)):
         build().save_pretrained(base / name)

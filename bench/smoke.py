@@ -1,4 +1,4 @@
-"""Run the whole pipeline twice in a temporary copy, with presets/smoke.yaml: does everything run?
+"""Run all stages twice in a temporary copy, with presets/smoke.yaml, to see whether they work.
 
 The second run must repeat only the stages `prepare` and `track`, which always run. `make smoke`
 calls this program, which takes two to four minutes.

@@ -20,7 +20,7 @@ def main(params: Params, run: Run) -> None:
     with replace_dir(Path("build/base")) as folder:
         if base.source == "hub":
             run.log(f"downloading {base.path} at commit {base.revision}")
-            # Fetch and check the configuration first: an unusable base then costs no gigabytes.
+            # Check the small configuration first: if the base is unusable, skip the large weights.
             config.fetch_from_hub(base, folder, weights=False)
             check_base(folder, weights=False)
             config.fetch_from_hub(base, folder, weights=True)

@@ -1,7 +1,7 @@
-"""baselines: test features that need no pretraining, to compare the model's feature h with them.
+"""baselines: test features that need no pretraining, for comparison with the model's feature h.
 
-These are the base's own maps, and h of the model before training. No parameter of the losses or of
-pretraining has any influence, so experiments that differ only in these share the result.
+The tested features are the base's UNet maps, and h of the model before training. They do not depend
+on the sections `loss` and `pretrain`. So experiments that change only these share one result.
 """
 
 from stages.runtime.run import Run, execute
@@ -29,7 +29,7 @@ ROWS = {
     "attention": "untrained_head",
     "unpooled": "base_cleanest_unpooled",
 }
-"""How features are pooled => the name of their row in metrics/baselines.json."""
+"""Kind of pooling => name of the row in metrics/baselines.json."""
 
 
 class Params(Architecture):
@@ -58,7 +58,7 @@ def main(params: Params, run: Run) -> None:
             if run.is_main:
                 num_bytes = bytes_of_features(model, images)
                 num_bytes -= sum(file.stat().st_size for file in folder.iterdir())
-                ways_out = "store less: set probe.baselines to pooled or none"
+                ways_out = 'set probe.baselines to "pooled" or "none"'
                 check_free_space(folder, num_bytes, ways_out=ways_out)
             num_images = sum(images.num_samples(*shard) for shard in images.shards)
             with run.progress("features", num_images) as advance:

@@ -1,6 +1,6 @@
-"""class_condition: train a table of class embeddings, which conditions the trained model (Table 5).
+"""class_condition: train class embeddings, with which the model generates a given class (Table 5).
 
-If class_condition.epochs is 0, the stage writes only a note that there is no table.
+If class_condition.epochs is 0, the stage trains nothing and writes a file that says so.
 """
 
 from stages.runtime.run import Run, execute
@@ -48,7 +48,7 @@ def main(params: Params, run: Run) -> None:
             session = stack.enter_context(
                 follow_training(run, params, inputs, digest, STATE_VERSION, num_steps=num_steps)
             )
-            # Like pretraining, because the model does the same passes.
+            # The same precision as in pretraining.
             precision = read_config(CHECKPOINT)["params"]["pretrain"]["precision"]
             class_table.train_class_table(
                 model, table, pairs, params=section, precision=precision, seed=seed, **session

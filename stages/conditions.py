@@ -1,7 +1,7 @@
-"""conditions: store the validation images that samples are conditioned on, as pixels and latents.
+"""conditions: copy validation images and their latents, as conditions for the stage `generate`.
 
-So the stage generate can run on a machine that lacks build/shards and build/latents. If
-generate.condition is not image, this stage stores an empty index.
+The stage `generate` then needs neither build/shards nor build/latents. If generate.condition is not
+"image", this stage copies no images.
 """
 
 from stages.runtime.run import Run, execute

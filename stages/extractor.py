@@ -1,4 +1,4 @@
-"""extractor: train a classifier, or copy Inception: the network whose features the scores use."""
+"""extractor: train a classifier or copy Inception; the scores use the features of this network."""
 
 from stages.runtime.run import Run, execute
 

@@ -1,6 +1,6 @@
-"""features: compute the frozen features of every image once, as shards that the probe reads.
+"""features: compute the features of every image, and store them in shards for the stage `probe`.
 
-Several processes can share the shards. An interrupted run keeps finished shards.
+Several processes can share the work. After an interruption, the next run keeps finished shards.
 """
 
 from stages.runtime.run import Run, execute
@@ -44,12 +44,12 @@ def main(params: Params, run: Run) -> None:
     if settings.model == "timm" and settings.timm_weights is not None:
         inputs.append(run.resolve(settings.timm_weights))
     with run.work_dir(params, inputs, state_version=STATE_VERSION) as folder:
-        if run.is_main:  # it holds the lock of `folder`; other processes wait before they write
+        if run.is_main:  # the other processes write only after this check
             num_bytes = bytes_of_features(model, images)
             run.log(f"the features need {describe_bytes(num_bytes)} of disk space")
             ways_out = (
-                "store less: set probe.head to linear (no maps), or shorten features.more_triples "
-                "or features.more_blocks"
+                'set probe.head to "linear", which stores no maps, or shorten the list '
+                "features.more_triples or features.more_blocks"
             )
             num_bytes -= sum(file.stat().st_size for file in folder.iterdir())
             check_free_space(folder, num_bytes, ways_out=ways_out)

@@ -1,7 +1,7 @@
-"""generate: sample images into shards of PNGs, and draw a grid of the first images.
+"""generate: sample images, store them as PNGs in shards, and draw a grid of the first images.
 
-Images are unconditional, or conditioned on validation images or on classes, with or without
-guidance. Several processes can share the shards. An interrupted run keeps finished shards.
+generate.condition chooses the condition: none, validation images or classes. Several processes can
+share the work. After an interruption, the next run keeps finished shards.
 """
 
 from stages.runtime.run import Run, execute

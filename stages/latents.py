@@ -1,7 +1,7 @@
 """latents: encode each image's crops with the VAE; store the mean and log-variance of each latent.
 
-The new shards have the order of the image shards. Several processes can share the shards. An
-interrupted run keeps finished shards.
+Image shards and latent shards have the same order. Several processes can share the work. After an
+interruption, the next run keeps finished shards.
 """
 
 from stages.runtime.run import Run, execute
@@ -23,7 +23,7 @@ IMAGES = Path("build/shards")
 BASE, LATENTS = Path("build/base"), Path("build/latents")
 METRICS, FIGURE = Path("metrics/latents.json"), Path("build/figures/reconstructions.png")
 NUM_SHOWN = 48
-"""How many validation images are decoded again, checked, and shown in a figure."""
+"""Number of validation images whose reconstructions are checked and shown in a figure."""
 
 
 class Params(Section):
@@ -44,7 +44,7 @@ def main(params: Params, run: Run) -> None:
     vae = load_vae(BASE).to(run.device)  # pyright: ignore[reportArgumentType]
     encoder = LatentEncoder(vae, params.latents, params.data.image_size, params.seed)
     deciding = params.model_dump(by_alias=True)
-    del deciding["latents"]["min_psnr"]  # another threshold gives the same latents
+    del deciding["latents"]["min_psnr"]  # the latents do not depend on it
     shown = list(islice(shards.read_images(IMAGES, "val"), NUM_SHOWN))
     version = map_shards.STATE_VERSION
     with run.work_dir(deciding, [IMAGES / "index.json", BASE], state_version=version) as work:
@@ -58,7 +58,7 @@ def main(params: Params, run: Run) -> None:
             return map_shards.Made((written,))
 
         missing = [plan[name] for name in map_shards.missing_items(list(plan), work, name_of=str)]
-        if run.is_main:  # check space and quality before hours are spent
+        if run.is_main:  # check disk space and quality before the long work
             run.log(encoder.describe_size(index))
             LATENTS.parent.mkdir(exist_ok=True)
             size = sum(encoder.shard_bytes(split, shard.num_samples) for split, shard in missing)
@@ -79,7 +79,7 @@ def main(params: Params, run: Run) -> None:
                 records = islice(shards.read_split(folder, "val"), NUM_SHOWN)
                 written = reconstruct(encoder, shown, records)
             number, psnr, std = len(written.decoded), written.psnr, written.std
-            run.log(f"{number} decoded val images: PSNR {psnr:.1f} dB; latents: std {std:.2f}")
+            run.log(f"PSNR of {number} decoded val images {psnr:.1f} dB, std of latents {std:.2f}")
             content = {"psnr": psnr, "psnr_num_images": number, "std": std}
             run.write_json(METRICS, {"latents": content})
             with replace_file(FIGURE) as path:

@@ -1,7 +1,7 @@
-"""prepare: check raw data and given weights, and describe each in a manifest in build/manifest.
+"""prepare: check raw data and weights, and list the sizes and hashes of files in build/manifest.
 
-A manifest lists sizes and hashes, and DVC tracks it in place of the data. The stage also renders
-the default's toy images.
+DVC tracks these small lists (manifests) instead of the data. If data.source is "toy", the stage
+also renders the images.
 """
 
 from stages.runtime.run import Run, execute
@@ -22,8 +22,8 @@ from contradiff.sources.transfer_set import TransferDataParams, TransferSet
 from contradiff.toy.rendered import ensure_digits, ensure_images
 
 GET_EXTRACTOR = (
-    "download it (docs/scores.md says where), or set extractor.download to true if there is a "
-    "network, or set extractor.kind to classifier"
+    "download it (docs/scores.md has the address); or set extractor.download to true, which needs "
+    'a network; or set extractor.kind to "classifier"'
 )
 GET_TIMM = "download it, or set features.timm_weights to null and features.timm_pretrained to true"
 
@@ -38,7 +38,7 @@ class Params(Section):
     inception_download: bool = Field(alias="extractor.download")
     timm_name: str | None = Field(alias="features.timm_name")
     timm_weights: str | None = Field(alias="features.timm_weights")
-    # The stage checks these against the data, long before another stage uses them.
+    # This stage compares these values with the data. Other stages use them much later.
     epochs: int = Field(alias="pretrain.epochs")
     batch_size: int = Field(alias="pretrain.batch_size")
     class_epochs: int = Field(alias="class_condition.epochs")

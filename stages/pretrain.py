@@ -1,4 +1,4 @@
-"""pretrain: train LoRA, conditioner and attention head by reconstruction + lambda * contrast."""
+"""pretrain: train LoRA, conditioner and attention head with reconstruction and contrastive loss."""
 
 from stages.runtime.run import PARAMS_FILE, Run, execute
 from stages.runtime.training import follow_training
@@ -26,7 +26,7 @@ class Params(TrainingRecipe, Architecture):
 
 
 class BaseSection(Section):
-    """Section `base`. Only `--dry-run` reads this section, because training reads build/base."""
+    """Section `base`. Only `--dry-run` reads this section. Training reads build/base instead."""
 
     base: BaseParams
 

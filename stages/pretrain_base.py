@@ -1,7 +1,7 @@
 """pretrain_base: train the tiny base model without labels, and write models/tiny.
 
-The stage is frozen in dvc.yaml: `dvc repro` uses models/tiny without training it, as one uses
-Stable Diffusion. `make base` runs the stage, in CONTRADIFF_NUM_PROCESSES processes.
+`make base` runs this stage. `dvc repro` does not run it, because dvc.yaml marks it as frozen.
+CONTRADIFF_NUM_PROCESSES sets the number of processes.
 """
 
 from stages.runtime.run import Run, execute
@@ -43,7 +43,7 @@ def main(_params: Params, run: Run) -> None:
             unet = base_recipe.train_unet(images, vae, accelerator, work, on_step)
         if run.is_main:
             with replace_dir(Path("models/tiny")) as folder:
-                # Half precision halves the files. They are loaded as float32.
+                # Half precision halves the file sizes. Loading converts the weights to float32.
                 vae.half().save_pretrained(folder / "vae")
                 unet.half().save_pretrained(folder / "unet")
                 base_recipe.build_scheduler().save_pretrained(folder / "scheduler")

@@ -1,8 +1,8 @@
-"""probe: train classifiers on stored features; report top-1 and top-5.
+"""probe: train classifiers on stored features; report top-1 and top-5 accuracy.
 
-Logistic regression is trained to convergence. A grid of linear or attentive SGD probes is trained
-in one pass. metrics/probe.json has the accuracy of each protocol, with the features of the stage
-baselines for comparison. build/probe/grid.csv lists all SGD settings, also that of Table 2.
+The classifiers are logistic regression, and a grid of linear or attentive probes trained by SGD.
+metrics/probe.json has the accuracy of each classifier. For comparison, the file also has the
+accuracies of the stage `baselines`. build/probe/grid.csv lists all SGD settings.
 """
 
 from stages.runtime.run import Run, execute
@@ -63,9 +63,9 @@ def main(params: Params, run: Run) -> None:
         each.check(run.log, settings.section)
     if logistic and not metrics["sgd"]["converged"]:
         run.log(
-            f"the SGD probe has not converged: its {metrics['sgd']['top1']:.1%} is more than a "
-            f"point below logistic regression's {logistic.accuracy.top1:.1%}; raise probe.epochs "
-            "or probe.lr"
+            f"the SGD probe has not converged: its top-1 is {metrics['sgd']['top1']:.1%}, but "
+            f"logistic regression reaches {logistic.accuracy.top1:.1%}; raise probe.epochs or "
+            "probe.lr"
         )
     with replace_dir(PROBE) as folder:
         state = grid[0].probe.state_dict()

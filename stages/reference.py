@@ -1,4 +1,4 @@
-"""reference: measure real images with the extractor; scores compare samples with the result."""
+"""reference: measure real images with the extractor, for comparison with generated images."""
 
 from stages.runtime.run import Run, execute
 
@@ -37,9 +37,9 @@ def main(params: Params, run: Run) -> None:
     card = ReferenceCard(resizers=list(extractor.resizers), **facts)
     if card.num_images < extractor.num_features:
         raise ValueError(
-            f"reference.split: {card.num_images} samples ({card.description}) with "
-            f"{extractor.num_features} feature dimensions give no FID, which needs as many samples "
-            "as dimensions; set reference.split to a larger split, or raise its number of images"
+            f"reference.split: {card.num_images} images ({card.description}) are too few for FID, "
+            f"which needs {extractor.num_features}, as many as the extractor has features; "
+            "set reference.split to a larger split, or add images to the split"
         )
     load = partial(real_image, image_size=size)
     measure = partial(measure_shards, IMAGES, shards, load, with_logits=False)

@@ -1,4 +1,4 @@
-"""report: write all results of the run as a page, as Markdown, and as a summary in JSON."""
+"""report: write all results as a web page, as Markdown, and as a summary in JSON."""
 
 from stages.runtime.run import Run, execute
 

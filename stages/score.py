@@ -1,4 +1,4 @@
-"""score: compare generated images with the reference: FID, KID, precision, inception score."""
+"""score: compute FID, KID, precision and inception score of the generated images."""
 
 from stages.runtime.run import Run, execute
 
@@ -35,8 +35,8 @@ def main(params: Params, run: Run) -> None:
     if section.kid_subset_size > num_kept:
         raise ValueError(
             f"score.kid_subset_size: {section.kid_subset_size} is more than {num_kept}, the number "
-            "of images whose features are kept; lower it, or raise reference.num_kept, "
-            "generate.num_samples or data.num_val"
+            "of images whose features are kept; lower score.kid_subset_size, or raise "
+            "reference.num_kept, generate.num_samples or data.num_val"
         )
     inputs = [SAMPLES / "index.json", EXTRACTOR, REFERENCE]
     load = partial(generated_image, image_size=size)
@@ -63,8 +63,8 @@ def main(params: Params, run: Run) -> None:
             )
         if biased := num_smallest < MIN_UNBIASED_IMAGES:
             run.log(
-                f"FID is too large, because a set has fewer than {MIN_UNBIASED_IMAGES:,} images "
-                f"({num_samples} samples, {reference.num_images} in the reference); see KID"
+                f"FID is too large, because {num_samples} generated, {reference.num_images} real "
+                f"images are too few (at least {MIN_UNBIASED_IMAGES:,} of each); use KID instead"
             )
         main_one, *others = extractor.resizers
         facts: dict[str, object] = {"biased": biased, "resizer": main_one, "seed": params.seed}

@@ -1,6 +1,6 @@
 """separability: compare the model with its base: t-SNE, kNN, silhouette (Fig. 3), denoising error.
 
-It also diagnoses h: whether it follows the latent or the condition, and how evenly it spreads.
+The stage also measures whether the feature h depends on the latent or on the condition.
 """
 
 from stages.runtime.run import Run, execute
@@ -45,7 +45,7 @@ def main(params: Params, run: Run) -> None:
     errors: dict[str, float] = {}
     views = diagnostics.two_views(IMAGES, LATENTS)
     of_views: dict[str, object] | None = None
-    # Always compare the trained model with its base, whatever features.model is.
+    # Always compare the trained model with its base, even if features.model is another model.
     for kind, title, pool in (
         ("contradiff", trained, features.pool),
         ("base", "base alone: pooled bottleneck", "mean"),

@@ -27,14 +27,14 @@ def main(params: Params, run: Run) -> None:
     images = reopen_images(MANIFEST, project=run.root, index_folder=index, on_message=run.log)
     listing = images.listing
     plan = packing.plan_shards(listing, seed=params.seed, shard=params.shard, ingest=params.ingest)
-    # Shards of an interrupted run are used again, even if the threshold max_quarantined changes.
+    # Finished shards stay valid if only ingest.max_quarantined changes.
     decisive = params.model_dump(by_alias=True, exclude={"ingest": {"max_quarantined"}})
     with run.work_dir(decisive, [MANIFEST], state_version=STATE_VERSION) as work:
         missing = missing_items(plan, work, name_of=NAME_OF)
         if len(missing) < len(plan):
             run.log(f"resumed: {len(plan) - len(missing)} of {len(plan)} shards are finished")
         check_free_space(work, sum(planned.num_bytes for planned in missing))
-        if work.stat().st_dev != SHARDS.parent.stat().st_dev:  # another disk needs room for all
+        if work.stat().st_dev != SHARDS.parent.stat().st_dev:  # another disk, for all shards
             check_free_space(SHARDS.parent, sum(planned.num_bytes for planned in plan))
         num_images = {split: len(files) for split, files in listing.splits.items()}
         maker = packing.ShardMaker(images.read, num_images, params.shard, params.ingest, work)

@@ -14,7 +14,7 @@ from contradiff.config import Section, read_params
 
 
 class Params(Section):
-    """Empty, because the stage copies all parameters."""
+    """Empty, because the stage reads all of params.yaml."""
 
 
 def main(_params: Params, run: Run) -> None:
@@ -26,11 +26,11 @@ def main(_params: Params, run: Run) -> None:
         curve=Path("metrics/pretrain.csv"),
         artifacts=[Path("build/figures/samples.png"), Path("build/report")],
     )
-    run.log(f"recorded as MLflow run {run_id}; run `mlflow ui` to see the run")
+    run.log(f"recorded in MLflow as run {run_id}; `mlflow ui` shows the results")
 
 
 def table(summary: Path) -> str:
-    """Return the report's summary as a table in text, followed by the report's path."""
+    """Return the report's summary as a text table, with the report's path at the end."""
     content = json.loads(summary.read_text(encoding="utf-8"))
     rows: list[tuple[str, str]] = content["rows"]
     width = max((len(name) for name, _ in rows), default=0) + 2

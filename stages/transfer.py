@@ -1,6 +1,7 @@
-"""transfer: classify another data set with few training images, from frozen features (Table 6).
+"""transfer: classify another data set, with few training images and frozen features (Table 6).
 
-transfer.finetune_epochs also fine-tunes the model. Several processes can share the work.
+If transfer.finetune_epochs is above 0, the stage also fine-tunes the model. Several processes can
+share the work.
 """
 
 from stages.runtime.run import Run, execute

@@ -1,7 +1,7 @@
 """validate: check all of params.yaml before any other stage runs, and write build/validated.
 
-Other stages read only their own sections, so none of them would notice a mistyped section.
-build/validated always has the same content, so a run of this stage makes no other stage run.
+Other stages read only their own sections, so they would not notice a mistyped section.
+build/validated always has the same content, so DVC does not repeat other stages after this one.
 """
 
 from stages.runtime.run import PARAMS_FILE, Run, RuntimeParams, execute
@@ -38,9 +38,9 @@ def describe(_params: Params) -> str:
 
 
 def check(content: Mapping[str, Any], *, source: str, run: Run | None = None) -> None:
-    """Raise ValueError, with a line for each fault, if a stage cannot use a parameter file.
+    """Raise ValueError, with a line for each fault, if the parameters are not valid.
 
-    With a `run`, the parameters are also checked against the base, if the hub can be reached.
+    With a `run`, also compare the parameters with the base. Skip this if the hub is not reachable.
     """
     params = parse_exactly(WholeFile, content, source=source)
     faults = list(rules.between_sections(params))

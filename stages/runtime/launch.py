@@ -15,18 +15,18 @@ from pathlib import Path
 
 VARIABLE = "CONTRADIFF_NUM_PROCESSES"
 _MESSAGES = "CONTRADIFF_MESSAGES"
-"""Environment variable: a folder that a stage's processes share, to print each message once."""
+"""Environment variable: a folder in which processes note the messages that are printed."""
 
 
 def num_processes() -> int:
-    """Return how many processes to start; 1 if a launcher has started this process."""
+    """Return how many processes to start; 1 if torchrun or Accelerate has started this process."""
     if "WORLD_SIZE" in os.environ:
         return 1
     if text := os.environ.get(VARIABLE, ""):
         if not text.isdecimal() or int(text) < 1:
             raise ValueError(f"{VARIABLE}={text}: must be an integer of at least 1")
         return int(text)
-    # Without a device file of NVIDIA, AMD or WSL there is no GPU, and loading torch is needless.
+    # Without a device file of NVIDIA, AMD or WSL there is no GPU. Then skip the slow torch import.
     if not any(Path("/dev", name).exists() for name in ("nvidiactl", "kfd", "dxg")):
         return 1
     import torch
@@ -44,9 +44,9 @@ def run_several(module: str, *, count: int) -> int:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-    # The processes print what is wrong. torch's own report of 30 lines would hide their messages.
+    # Each process prints its own errors. torch's report of 30 lines would hide these messages.
     logging.disable()
-    # As in torchrun: if each process used all cores, they would slow each other down.
+    # As in torchrun. With more threads, the processes would slow each other down.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     config = LaunchConfig(
         1, 1, count, run_id=module, rdzv_backend="c10d", rdzv_endpoint="localhost:0", max_restarts=0

@@ -50,7 +50,7 @@ class RuntimeParams(Section):
     shards_from: str | None = Field(
         default=None,
         pattern="^[a-z0-9+]+://.",
-        description="URL of a folder with copies of build/shards and build/latents; null: build/",
+        description="URL of a folder with copies of build/shards and build/latents; null: none",
     )
 
 
@@ -61,7 +61,7 @@ class RuntimeSection(Section):
 
 
 class _LogFile(StringIO):
-    """Prints each status of tqdm on a new line. In a terminal, tqdm overwrites the last status."""
+    """Prints each progress line of tqdm on a new line, for an output that is not a terminal."""
 
     def write(self, text: str) -> int:
         if status := text.strip():
@@ -74,8 +74,8 @@ class Run:
     """One run of a stage: its settings, and functions to show progress and messages.
 
     `root` is the project's folder, with raw data, mlflow.db and .work. `dvc exp run --temp` and
-    `--queue` run a stage in a temporary copy. Then `root` is still the *main* project, but relative
-    paths such as build/ belong to the copy.
+    `--queue` run a stage in a temporary copy. `root` is then still the original project, but
+    relative paths such as build/ belong to the copy.
     """
 
     stage: str
@@ -89,13 +89,13 @@ class Run:
 
     @property
     def device(self) -> "torch.device":
-        """The device to compute on. Each of several processes has its own CUDA device."""
+        """The device for computations. With several processes, each has its own CUDA device."""
         import torch
 
         has_cuda = self.runtime.device != "cpu" and torch.cuda.is_available()
         if self.runtime.device == "cuda" and not has_cuda:
-            none = "is cuda, but torch finds no CUDA device"
-            raise ValueError(f"runtime.device: {none}; set runtime.device to auto or cpu")
+            fault = 'the value is "cuda", but torch finds no CUDA device'
+            raise ValueError(f'runtime.device: {fault}; set runtime.device to "auto" or "cpu"')
         if not has_cuda:
             return torch.device("cpu")
         return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
@@ -105,14 +105,14 @@ class Run:
         from accelerate import Accelerator
         from accelerate.utils import InitProcessGroupKwargs
 
-        # A process may wait hours for another that has more to do, but torch's default limit is
-        # minutes. If a process dies, the launcher notices this and ends the others.
+        # A process may wait hours for a slower one, but torch's default limit is minutes. A short
+        # limit is not needed: if a process dies, the launcher ends the others.
         accelerator = Accelerator(
             mixed_precision="no" if precision == "fp32" else precision,
             cpu=self.device.type == "cpu",
             kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(days=7))],
         )
-        # Without CUDA, processes of `accelerate launch` do not know of each other.
+        # Without CUDA, `accelerate launch` does not connect its processes.
         if accelerator.num_processes != int(os.environ.get("WORLD_SIZE", "1")):
             raise ValueError(
                 f"WORLD_SIZE is {os.environ.get('WORLD_SIZE')}, but Accelerate found "
@@ -127,7 +127,7 @@ class Run:
         return Processes(rank, size, accelerator.wait_for_everyone)
 
     def resolve(self, path: str) -> Path:
-        """Return the path of raw data from a path in params.yaml, which is relative to `root`."""
+        """Return the full path of raw data. A relative path in params.yaml starts at `root`."""
         return self.root / path
 
     def shards(self, folder: Path) -> "Path | str":
@@ -137,7 +137,7 @@ class Run:
         return f"{self.runtime.shards_from.rstrip('/')}/{folder.name}"
 
     def log(self, message: str) -> None:
-        """Print a line on stderr, in the main process only, without damaging a progress bar."""
+        """Print a line on stderr, in the main process only."""
         if self.is_main:
             tqdm.write(f"{self.stage}: {message}", file=sys.stderr)
 
@@ -166,7 +166,7 @@ class Run:
             yield advance
 
     def write_json(self, path: Path, content: Mapping[str, object]) -> None:
-        """Write JSON with floats of six digits; raise ValueError if one is NaN or infinite."""
+        """Write JSON with six digits a number; raise ValueError if a number is NaN or infinite."""
         if not self.is_main:
             return
         text = json.dumps(content)
@@ -182,11 +182,11 @@ class Run:
     def work_dir(
         self, params: Mapping[str, object] | Section, inputs: Sequence[Path], *, state_version: int
     ) -> Generator[Path]:
-        """Open a folder for checkpoints, which the next run finds again after an interruption.
+        """Open a folder for unfinished work, which the next run finds after an interruption.
 
-        The folder is found by `params` and by the content of the files and folders `inputs`. If
-        another `state_version` wrote the folder, it is emptied. When the block succeeds, the folder
-        is deleted. If another run uses the folder now, this run waits.
+        The next run must have the same `params`, and the same content of the files and folders
+        `inputs`. A folder of another `state_version` is emptied. If another run uses the folder,
+        this run waits. After the block, the folder is deleted, unless the block failed.
         """
         key = key_of(self.stage, params=params, inputs=inputs)
         folder = self.root / ".work" / self.stage / key
@@ -208,9 +208,9 @@ def execute(
     """Run a stage from the command line, in the project's folder.
 
     If the stage's module has a function `describe(params) -> str`, `--dry-run` prints its result.
-    Several processes share a `parallel` stage (see `launch`). If a ValueError or OSError is raised,
-    the stage prints only its message and exits with code 2. CONTRADIFF_TRACEBACK=1 shows the
-    traceback.
+    If `parallel` is true, several processes can share the stage (see `launch`). After a ValueError
+    or OSError, only the error's message is printed, and the exit code is 2. CONTRADIFF_TRACEBACK=1
+    shows the traceback.
     """
     module = sys.modules["__main__"]
     assert module.__spec__ is not None, "stages are run as `python -m stages.NAME`"
@@ -224,7 +224,7 @@ def execute(
     dry = "only check the parameters and print them"
     parser.add_argument("--dry-run", action="store_true", help=dry)
     is_dry = parser.parse_args().dry_run
-    # So SIGTERM also runs `finally` blocks and closes contexts, as an interrupt does.
+    # With this handler, SIGTERM also runs `finally` blocks, as Ctrl-C does.
     signal.signal(signal.SIGTERM, lambda number, _frame: sys.exit(128 + number))
     try:
         started = time.perf_counter()
@@ -268,7 +268,7 @@ def is_joined() -> bool:
 
 
 def leave_processes() -> None:
-    """Close the connections to other processes. An open one can abort Python when it exits."""
+    """Close the connections to other processes. Open connections can abort Python at its exit."""
     if is_joined():
         import torch.distributed as dist
 

@@ -1,6 +1,6 @@
-"""Records in MLflow: a run with live curves for each training, and a run for each experiment.
+"""Writes to MLflow: one run with live curves for each training, and one run for each experiment.
 
-An experiment's run, called its row, is complete even if all stages came from DVC's cache.
+An experiment's run is called its row. It is complete even if DVC took all stages from its cache.
 """
 
 from stages.runtime.run import Run
@@ -26,11 +26,11 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
 
 TRAININGS, EXPERIMENTS = "contradiff-train", "contradiff"
-"""MLflow's name for the group of all trainings, and for the group of all experiments' rows."""
+"""Two MLflow experiments, which are groups of runs: one of all trainings, one of all rows."""
 CHECKPOINT = Path("build/pretrain/model.safetensors")
 
-# Defaults that users can override. MLflow sends no telemetry and does not warn about git, and a
-# server that does not answer delays a training by seconds instead of minutes.
+# Defaults that users can override: no telemetry, no warnings about git, and only a short wait if a
+# server does not answer.
 _ENVIRONMENT = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "MLFLOW_DISABLE_AGENT_HINT": "true",
@@ -54,21 +54,21 @@ class Store:
     root: Path
 
     def locked(self) -> AbstractContextManager[None]:
-        """Lock, so that one process of this project at a time changes shared records."""
+        """Let only one process of this project write to MLflow at a time."""
         return hold_lock(self.root / ".work/locks/mlflow")
 
     def experiment_id(self, name: str) -> str:
-        """Return the id of an MLflow experiment, created if it is missing; call under `locked`."""
+        """Return the id of an MLflow experiment; create it if missing. Call within `locked`."""
         if experiment := self.client.get_experiment_by_name(name):
             return experiment.experiment_id
-        # By default, MLflow would keep files where this process runs, perhaps in a temporary copy.
-        # A server has its own place for files.
+        # By default, MLflow would keep files in the current folder, perhaps a temporary copy. A
+        # server keeps files itself.
         is_server = self.uri.startswith(("http", "databricks"))
         location = None if is_server else (self.root / "mlruns" / name).as_uri()
         return self.client.create_experiment(name, artifact_location=location)
 
     def create_run(self, experiment: str, *, run: Run, params: Any, **tags: str) -> str:
-        """Create an MLflow run with parameters, and with tags that say which code wrote the run."""
+        """Create an MLflow run with parameters, and with tags for the stage and the commit."""
         tags["baseline_rev"] = os.environ.get("DVC_EXP_BASELINE_REV") or revision() or ""
         tags |= {"mlflow.source.name": f"stages.{run.stage}", "mlflow.source.type": "LOCAL"}
         name = os.environ.get("DVC_EXP_NAME") or revision(short=True) or "workspace"
@@ -79,7 +79,7 @@ class Store:
     def log(
         self, run_id: str, *, points: Sequence[Point] = (), params: Mapping[str, str] | None = None
     ) -> None:
-        """Log all values in one call: 500 single calls take 15 s instead of 1 s."""
+        """Log all values in one call, because single calls are slow."""
         from mlflow.entities import Metric, Param
 
         now = int(time.time() * 1000)
@@ -88,12 +88,12 @@ class Store:
 
 
 def connect(root: Path) -> Store:
-    """Open the store at MLFLOW_TRACKING_URI, or mlflow.db; raise ValueError if it is unusable."""
+    """Connect to MLFLOW_TRACKING_URI, by default mlflow.db; raise ValueError if this fails."""
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     from mlflow import MlflowClient
 
-    # This must come after the import, which sets the levels too.
+    # This must come after the import, because the import also sets the levels.
     for name in ("mlflow", "alembic"):
         logging.getLogger(name).setLevel(logging.WARNING)
 
@@ -112,7 +112,7 @@ def connect(root: Path) -> Store:
 
 
 def flatten(content: Mapping[str, Any], *, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield the leaves of nested mappings as (dotted key, value); a list is a leaf."""
+    """Yield (dotted key, value) for each value in nested mappings; a list is one value."""
     for name, value in content.items():
         if isinstance(value, Mapping):
             yield from flatten(value, prefix=f"{prefix}{name}.")
@@ -132,8 +132,8 @@ def flatten_params(content: Mapping[str, Any]) -> dict[str, str]:
 class _TrainingLog:
     """Collects the values of a training and sends them to MLflow in batches.
 
-    If a batch fails, its values are sent again with the next batch. MLflow's own queue
-    (`log_batch(synchronous=False)`) would drop them and leave a hole in the curve.
+    If a batch fails, its values are sent again with the next batch. MLflow's own queue would lose
+    these values.
     """
 
     store: Store
@@ -175,9 +175,9 @@ def training_run(
     """Open a training's run in MLflow; yield a function that logs the values of a step.
 
     `work_dir` keeps the run's id, so a resumed training continues the same run and logs no step
-    twice. With `files_checkpoint`, the block writes build/pretrain. Then a note under the
-    checkpoint's hash also keeps the id, and `upsert_row` makes the experiment's row the run's
-    parent. A store that fails at the start raises ValueError; later it only causes warnings.
+    twice. `files_checkpoint` means that the training writes build/pretrain. `upsert_row` can then
+    find the training's run, and shows the run under the experiment's row. If MLflow fails at the
+    start, this function raises ValueError. Later failures only print warnings.
     """
     if not run.is_main:
         yield lambda _step, _values: None
@@ -206,7 +206,7 @@ def training_run(
         log.send()
         try:
             store.client.set_terminated(log.run_id, status=status)
-        except Exception as error:  # noqa: BLE001  # for the same reason as in `send`
+        except Exception as error:  # noqa: BLE001  # logging must not stop a training
             _warn(f"the end of the training could not be logged: {error}")
     if files_checkpoint and CHECKPOINT.is_file():
         log.note = _note_of_checkpoint(run.root)
@@ -216,12 +216,12 @@ def training_run(
 def upsert_row(
     run: Run, *, params: dict[str, Any], metrics: list[Path], curve: Path, artifacts: list[Path]
 ) -> str:
-    """Write the experiment's row, a run in MLflow, and return its id.
+    """Write the experiment's row (its run in MLflow), and return the row's id.
 
-    Experiments with identical parameters (except `runtime`) and results share one row, which lists
-    the names that DVC gave them. If a process was interrupted and left an incomplete row, the row
-    is replaced. `metrics` are nested JSON files. Each column of the CSV file `curve`, except
-    `step`, becomes a metric `pretrain.<column>`. Copies of the files `artifacts` are kept.
+    Experiments with equal parameters (except `runtime`) and equal results share one row. The row
+    lists the experiments' names in DVC. An incomplete row of an interrupted process is replaced.
+    `metrics` are nested JSON files. Each column of the CSV file `curve`, except `step`, becomes a
+    metric `pretrain.<column>`. The files and folders `artifacts` are copied to MLflow.
     """
     store = connect(run.root)
     client = store.client
@@ -274,7 +274,7 @@ def _points(metrics: list[Path], curve: Path) -> Iterator[Point]:
 
 
 def _read_note(note: Path, store: Store) -> dict[str, Any] | None:
-    """Read the note of a training's run; return None if `store` lacks the run or has deleted it."""
+    """Read the file that names a training's run; return None if `store` has no such run."""
     from mlflow.exceptions import MlflowException
 
     if not note.is_file():
@@ -288,7 +288,7 @@ def _read_note(note: Path, store: Store) -> dict[str, Any] | None:
 
 
 def _note_of_checkpoint(root: Path) -> Path:
-    """Return the path of the note that names the run which trained the present checkpoint."""
+    """Return the path of the file that names the training run of the current checkpoint."""
     return root / ".work/runs" / f"{sha256_of(CHECKPOINT)}.json"
 
 

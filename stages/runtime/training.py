@@ -37,8 +37,8 @@ def follow_training(
 ) -> Generator[Session]:
     """Open a training's work folder, MLflow run and progress bar; yield arguments for the trainer.
 
-    `params`, `inputs` and the digest of the training split decide the name of the folder. Only
-    pretraining sets `files_checkpoint` (see `training_run`) and has metrics named train/….
+    An interrupted training is resumed if `params`, `inputs` and `data_digest` (the hash of the
+    training images) are the same. Only pretraining sets `files_checkpoint` (see `training_run`).
     """
     shown, runtime = params.model_dump(mode="json", by_alias=True), run.runtime
     prefix = "train" if files_checkpoint else run.stage

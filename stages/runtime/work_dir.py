@@ -1,8 +1,8 @@
-"""Names and prepares the work folder of a stage, where an interrupted run finds its own work again.
+"""Names and prepares the work folder, where a stage keeps unfinished work for the next run.
 
-The name depends on the stage, its parameters and the content of its inputs, but not on the code,
-so that a training survives a corrected comment. Unfinished work of another STATE_VERSION is
-deleted. A note in the folder names the version and the commit that began the work.
+The name depends on the stage, its parameters and the content of its inputs, but not on the code. So
+a training can continue after a small change of the code. If the change makes old unfinished work
+unusable, the stage gets a new `state_version`, and the old work is deleted.
 """
 
 import hashlib
@@ -20,7 +20,7 @@ NOTE_NAME = "begun.json"
 
 
 def take_up(folder: Path, *, state_version: int, log: Callable[[str], None]) -> None:
-    """Prepare a work folder: empty it if another version wrote it, and log what is resumed."""
+    """Prepare a work folder: empty the folder if another `state_version` wrote it."""
     note, commit = folder / NOTE_NAME, revision() or "no commit"
     begun = json.loads(note.read_text(encoding="utf-8")) if note.is_file() else None
     if begun is not None and begun["state_version"] == state_version:
@@ -29,8 +29,8 @@ def take_up(folder: Path, *, state_version: int, log: Callable[[str], None]) -> 
         return
     if begun is not None:
         log(
-            f"starting again: the unfinished work has STATE_VERSION {begun['state_version']}, but "
-            f"this code needs version {state_version}"
+            f"starting again: the unfinished work has version {begun['state_version']}, but this "
+            f"code needs version {state_version}"
         )
         shutil.rmtree(folder, ignore_errors=True)
     with replace_file(note) as path:
@@ -52,8 +52,8 @@ def revision(*, short: bool = False) -> str | None:
 def key_of(stage: str, *, params: Mapping[str, object] | BaseModel, inputs: Sequence[Path]) -> str:
     """Return 16 hexadecimal digits, which name the work folder of a stage.
 
-    They depend on the stage, its parameters and the content of its input files (latents of other
-    crops would have equal sizes). Raises FileNotFoundError if an input is missing.
+    The digits depend on the stage, its parameters and the content of its input files. Raises
+    FileNotFoundError if an input is missing.
     """
     hashes: dict[str, dict[str, str]] = {}
     for path in inputs:

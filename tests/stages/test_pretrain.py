@@ -194,7 +194,7 @@ def test_a_stopped_training_survives_an_edit_and_begins_anew_with_another_state_
     command = [sys.executable, "-c", STOP_EDIT_RESUME]
     done = subprocess.run(command, check=True, capture_output=True, text=True, env=environment)
     assert done.stdout.split() == ["0", "1", "0"]
-    expected = r"starting again: the unfinished work has STATE_VERSION (\d+), .* needs version 10\1"
+    expected = r"starting again: the unfinished work has version (\d+), .* needs version 10\1"
     assert len(re.findall(expected, done.stderr)) == 1
 
 

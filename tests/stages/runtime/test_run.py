@@ -279,7 +279,7 @@ def test_the_same_work_waits_for_the_end_of_another_process(
 def test_work_goes_on_under_another_commit_but_not_with_another_state(
     run: Run, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ):
-    anew = "track: starting again: the unfinished work has STATE_VERSION 1, but this code needs "
+    anew = "track: starting again: the unfinished work has version 1, but this code needs "
     for state_version, commit, said in (
         (1, "commit-1", ""),
         (
