@@ -33,7 +33,7 @@ $(STAMP): requirements.lock pyproject.toml
 	        if "$$python" -c "$$fit" 2>/dev/null; then found=$$python; break; fi; \
 	    done; \
 	    if [ -z "$$found" ]; then \
-	        echo "None of these is CPython >= 3.11: $(PYTHON). Install it, or type its path:" >&2; \
+	        echo "None of these is CPython >= 3.11: $(PYTHON). Install a newer Python, or type its path:" >&2; \
 	        echo "  make install PYTHON=/path/to/python3.11" >&2; \
 	        exit 1; \
 	    fi; \

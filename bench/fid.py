@@ -111,7 +111,7 @@ def pictures(num_images: int, *, side: int = 64, seed: int, contrast: float) -> 
 
 
 def random_inception(seed: int) -> dict[str, Tensor]:
-    """Draw random weights with which all layers of Inception have activations near 1 in size."""
+    """Draw random weights that keep the activations of all of Inception's layers near 1 in size."""
     network = module.FeatureExtractorInceptionV3
     with (
         mock.patch.object(module, "load_state_dict_from_url"),

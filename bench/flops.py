@@ -7,8 +7,8 @@ torch's FlopCounterMode counts matrix products, convolutions and attention, forw
 from the tensors' shapes. So the numbers are exact and equal on all machines.
 
 Peak memory is the largest total size of the tensors that are alive at one time. The column "peak
-MB" is the memory for each image. The column "other MB" does not grow with the batch: it has the
-weights, and the latents that pass the up blocks together. A GPU also needs 12 bytes for each
+MB" is the memory for each image. The column "other MB" is memory that does not grow with the batch:
+the weights, and the latents that pass the up blocks together. A GPU also needs 12 bytes for each
 trained weight (optimiser and DDP), and memory for its kernels and its allocator.
 """
 

@@ -4,8 +4,8 @@
     python -m bench sampling --images 100 --steps 100
 
 Each row turns the same noise and conditions into images, with random weights. In the first row,
-diffusers' pipeline runs DDIM with unmerged LoRA. The ratio says how many times as fast as the first
-row a row is (median over the rounds). The last row is faster partly because it has fewer steps.
+diffusers' pipeline runs DDIM with unmerged LoRA. A ratio of 2 means twice as fast as the
+first row (median over the rounds). The last row is faster partly because it has fewer steps.
 """
 
 import argparse

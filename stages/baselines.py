@@ -1,7 +1,7 @@
 """baselines: test features that need no pretraining, for comparison with the model's feature h.
 
-The tested features are the base's UNet maps, and h of the model before training. They do not depend
-on the sections `loss` and `pretrain`. So experiments that change only these share one result.
+The tested features are the base's UNet maps, and h of the model before training. The result does
+not depend on the sections `loss` and `pretrain`: if only these change, DVC skips this stage.
 """
 
 from stages.runtime.run import Run, execute

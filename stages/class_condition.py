@@ -1,4 +1,4 @@
-"""class_condition: train class embeddings, with which the model generates a given class (Table 5).
+"""class_condition: train class embeddings, to generate images of a given class (Table 5).
 
 If class_condition.epochs is 0, the stage trains nothing and writes a file that says so.
 """

@@ -63,7 +63,7 @@ def main(params: Params, run: Run) -> None:
             )
         if biased := num_smallest < MIN_UNBIASED_IMAGES:
             run.log(
-                f"FID is too large, because {num_samples} generated, {reference.num_images} real "
+                f"FID is too large, because {num_samples} generated or {reference.num_images} real "
                 f"images are too few (at least {MIN_UNBIASED_IMAGES:,} of each); use KID instead"
             )
         main_one, *others = extractor.resizers

@@ -50,7 +50,7 @@ class RuntimeParams(Section):
     shards_from: str | None = Field(
         default=None,
         pattern="^[a-z0-9+]+://.",
-        description="URL of a folder with copies of build/shards and build/latents; null: none",
+        description="URL of a folder with copies of build/shards and build/latents; null: build/",
     )
 
 
@@ -166,7 +166,7 @@ class Run:
             yield advance
 
     def write_json(self, path: Path, content: Mapping[str, object]) -> None:
-        """Write JSON with six digits a number; raise ValueError if a number is NaN or infinite."""
+        """Write JSON, with six digits for a float; raise ValueError if a float is NaN or infinite."""
         if not self.is_main:
             return
         text = json.dumps(content)

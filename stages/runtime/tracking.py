@@ -1,6 +1,6 @@
 """Writes to MLflow: one run with live curves for each training, and one run for each experiment.
 
-An experiment's run is called its row. It is complete even if DVC took all stages from its cache.
+An experiment's run is called its row. A row is complete even if DVC took all stages from its cache.
 """
 
 from stages.runtime.run import Run
@@ -54,7 +54,7 @@ class Store:
     root: Path
 
     def locked(self) -> AbstractContextManager[None]:
-        """Let only one process of this project write to MLflow at a time."""
+        """Let only one process of this project create or change a row at a time."""
         return hold_lock(self.root / ".work/locks/mlflow")
 
     def experiment_id(self, name: str) -> str:
