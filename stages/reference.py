@@ -37,8 +37,8 @@ def main(params: Params, run: Run) -> None:
     card = ReferenceCard(resizers=list(extractor.resizers), **facts)
     if card.num_images < extractor.num_features:
         raise ValueError(
-            f"reference.split: {card.num_images} images ({card.description}) are too few for FID, "
-            f"which needs {extractor.num_features}, as many as the extractor has features; "
+            f"reference.split: the extractor has {extractor.num_features} features, so FID needs "
+            f"at least {extractor.num_features} images, but the split has {card.num_images}; "
             "set reference.split to a larger split, or add images to the split"
         )
     load = partial(real_image, image_size=size)

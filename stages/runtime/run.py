@@ -166,7 +166,7 @@ class Run:
             yield advance
 
     def write_json(self, path: Path, content: Mapping[str, object]) -> None:
-        """Write JSON, with six digits for a float; raise ValueError if a float is NaN or infinite."""
+        """Write JSON, floats with six digits; raise ValueError if a float is NaN or infinite."""
         if not self.is_main:
             return
         text = json.dumps(content)

@@ -73,5 +73,5 @@ def test_too_little_room_is_found_first(
 ):
     full = lambda _: SimpleNamespace(free=0)  # noqa: E731
     monkeypatch.setattr("shutil.disk_usage", full)
-    with pytest.raises(ValueError, match=r"set probe\.baselines to pooled or none"):
+    with pytest.raises(ValueError, match=r'set probe\.baselines to "pooled" or "none"'):
         call(trained_project, tiny_params)

@@ -242,7 +242,7 @@ def test_other_timm_weights_are_refused(trained_project: Run, monkeypatch: pytes
 def test_too_little_room_is_found_first(trained_project: Run, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=32 * (8 + 2 * 16) - 1))
     monkeypatch.setattr(write_cache, "write_table", lambda *_: pytest.fail("it began"))
-    with pytest.raises(ValueError, match=r"kB are to be written, .* set probe\.head to linear"):
+    with pytest.raises(ValueError, match=r"kB are to be written, .* set probe\.head to \"linear\""):
         make(trained_project)
 
 
