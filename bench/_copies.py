@@ -1,4 +1,4 @@
-"""Temporary copies of the project: DVC projects without git, with their own cache and records."""
+"""Makes temporary copies of the project, which have no git and their own cache of DVC."""
 
 import os
 import subprocess

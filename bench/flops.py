@@ -111,7 +111,7 @@ def build(params: Params, folder: Path, *, precision: Precision = "fp32") -> Con
 
 
 def of_training_step(params: Params, folder: Path) -> float:
-    """Count the GFLOPs per image of a training step; the precision does not change them."""
+    """Count the GFLOPs per image of a training step. The precision does not matter."""
     model = build(params, folder)
     with torch.device("meta"):
         batch = empty_batch(model, params, folder, num_images=NUM_IMAGES)
@@ -164,7 +164,7 @@ class LiveBytes(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        """Run an operation, and count the storages that the operation creates."""
+        """Run an operation, and count the bytes of its new tensors."""
         result = func(*args, **(kwargs or {}))
         for tensor in (leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)):
             storage = tensor.untyped_storage()

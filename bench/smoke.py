@@ -27,7 +27,7 @@ def main(_arguments: Sequence[str]) -> None:
 
 
 def check_second_run(output: str) -> None:
-    """Raise SystemExit if `dvc repro` repeated, or took from its cache, stages not in `ALWAYS`."""
+    """Raise SystemExit if the second `dvc repro` updated stages that are not in `ALWAYS`."""
     ran = set(re.findall(r"(?m)^(?:Running stage|Stage) '(\w+)'(?::?$| is cached)", output))
     if ran != ALWAYS:
         raise SystemExit(

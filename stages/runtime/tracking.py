@@ -54,11 +54,11 @@ class Store:
     root: Path
 
     def locked(self) -> AbstractContextManager[None]:
-        """Let only one process of this project create or change a row at a time."""
+        """Hold a lock, so that two processes of this project do not create the same run."""
         return hold_lock(self.root / ".work/locks/mlflow")
 
     def experiment_id(self, name: str) -> str:
-        """Return the id of an MLflow experiment; create it if missing. Call within `locked`."""
+        """Return the id of an MLflow experiment; create it if missing. Use within `locked`."""
         if experiment := self.client.get_experiment_by_name(name):
             return experiment.experiment_id
         # By default, MLflow would keep files in the current folder, perhaps a temporary copy. A
@@ -132,8 +132,8 @@ def flatten_params(content: Mapping[str, Any]) -> dict[str, str]:
 class _TrainingLog:
     """Collects the values of a training and sends them to MLflow in batches.
 
-    If a batch fails, its values are sent again with the next batch. MLflow's own queue would lose
-    these values.
+    If a batch fails, its values are sent again with the next batch. (MLflow's own queue would
+    lose the values.)
     """
 
     store: Store

@@ -15,7 +15,7 @@ OnStep = Callable[[int, Mapping[str, float] | None], None]
 
 
 class Session(TypedDict):
-    """Keyword arguments for a function that trains. None of them changes the result."""
+    """Keyword arguments for a function that trains. The arguments do not change the result."""
 
     work_dir: Path
     num_workers: int
