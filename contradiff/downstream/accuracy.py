@@ -9,23 +9,22 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Accuracy:
-    """Top-1 and top-5 accuracy in [0, 1] on `total` samples; Wilson's 95% interval of `top1`."""
+    """Top-1 and top-5 accuracy in [0, 1], and Wilson's 95% interval of `top1`."""
 
     top1: float
     top5: float  # always 1 if there are at most five classes
-    total: int
+    total: int  # number of samples
     interval: tuple[float, float]
 
     def metrics(self) -> dict[str, Any]:
-        """Return what a metrics file says of a classifier that is not the headline."""
+        """Return the accuracies and the interval by their names in a metrics file."""
         return {"top1": self.top1, "top5": self.top5, "interval": self.interval}
 
 
 def topk_correct(logits: Float[Tensor, "n classes"], labels: Int64[Tensor, " n"], k: int) -> int:
     """Count the samples whose label is among the sample's `k` highest logits.
 
-    Counts of batches of different sizes can be added, but their means cannot. `torch.topk` decides
-    between equal logits. Raises ValueError if a logit is NaN.
+    `torch.topk` decides between equal logits. Raises ValueError if a logit is NaN.
     """
     assert 1 <= k <= logits.shape[1], k
     if bool(logits.isnan().any()):
@@ -43,8 +42,8 @@ def accuracy_of(logits: Float[Tensor, "n classes"], labels: Int64[Tensor, " n"])
 def wilson_interval(correct: int, total: int) -> tuple[float, float]:
     """Compute the 95% confidence interval of an accuracy (Wilson, 1927), in [0, 1].
 
-    The interval is also correct for accuracies near 0 and 1. It shows how much the accuracy depends
-    on the choice of test images, not on the seed of the training.
+    The interval is also correct for accuracies near 0 and 1. It shows how much the accuracy may
+    change with other test images. It does not show how much another training seed changes it.
     """
     from scipy.stats import binomtest
 

@@ -1,7 +1,8 @@
-"""Diagnostics of a trained model: what h follows, how its features spread, how well it denoises.
+"""Diagnostics of a trained model: what its feature h depends on, and how well the model denoises.
 
-The two views of an image are its stored centre crop and a stored random crop. They come from the
-dev split of the training images, since validation images have one view. Pretraining has seen them.
+The two views of an image are its stored centre crop and a stored random crop. Validation images
+have only one view, so the images are training images: about a tenth of them, the dev split. The
+model has been trained on these images too.
 """
 
 from collections.abc import Iterable
@@ -25,11 +26,11 @@ from contradiff.features.models import DiffusionFeatures, autocast, image_noise
 from contradiff.method.noise import add_noise
 
 NUM_PAIRS = 256
-"""Images among which a view looks for its partner, at most."""
+"""Most images that are used to compare two views."""
 NUM_DENOISED = 250
-"""Validation images of the denoising error, at most."""
+"""Most validation images that are used for the denoising error."""
 NUM_STEPS = 10
-"""Noise levels of the denoising error."""
+"""Number of noise levels at which the denoising error is measured."""
 
 Table: TypeAlias = Float[Tensor, "n width"]
 
@@ -37,7 +38,8 @@ Table: TypeAlias = Float[Tensor, "n width"]
 def two_views(images: Path, latents: Path) -> tuple[CleanBatch, CleanBatch] | None:
     """Read both views of the first NUM_PAIRS dev images; None if there are fewer than two images.
 
-    The pixels of both are those of the centre crop. If latents.views is 1, the latents are, too.
+    Both views have the pixels of the centre crop; only the latents differ. If latents.views is 1,
+    the latents are those of the centre crop as well.
     """
     samples = enumerate(read_images(images, "train"))
     dev = list(islice((index for index, sample in samples if is_dev(sample.key)), NUM_PAIRS))
@@ -50,27 +52,27 @@ def two_views(images: Path, latents: Path) -> tuple[CleanBatch, CleanBatch] | No
 
 
 def partners(queries: Table, candidates: Table) -> Int64[Tensor, " n"]:
-    """Return the row of the candidate with the largest cosine, for each query."""
+    """Return, for each query, the row of the candidate with the largest cosine similarity."""
     queries, candidates = (F.normalize(each.double(), dim=1) for each in (queries, candidates))
     return (queries @ candidates.T).argmax(dim=1)
 
 
 def alignment(first: Table, second: Table) -> float:
-    """Mean squared distance of the partners' unit vectors, in [0, 4] (Wang and Isola, 2020)."""
+    """Mean squared distance of two views' unit vectors, in [0, 4] (Wang and Isola, 2020)."""
     one, two = (F.normalize(each.double(), dim=1) for each in (first, second))
     return float((one - two).square().sum(dim=1).mean())
 
 
 def uniformity(features: Table) -> float:
-    """Log of the mean of exp(-2 d^2) over pairs of unit vectors; lower is more even (the same)."""
+    """Log of the mean of exp(-2 d^2); d: distance of two unit vectors (Wang and Isola, 2020)."""
     return float(F.pdist(F.normalize(features.double(), dim=1)).square().mul(-2).exp().mean().log())
 
 
 def effective_rank(features: Table) -> float:
-    """Compute exp(entropy) of the centred features' singular values, as shares of their sum.
+    """Compute exp(entropy) of the centred features' singular values, divided by their sum.
 
-    It is 1 if all features lie on a line, and the width if they spread alike in all directions
-    (Roy and Vetterli, 2007).
+    The result is 1 if all features lie on a line. The result is the features' width if they vary
+    equally in all directions (Roy and Vetterli, 2007).
     """
     values = torch.linalg.svdvals(features.double() - features.double().mean(dim=0))
     return float(torch.special.entr(values / values.sum()).sum().exp())
@@ -79,13 +81,14 @@ def effective_rank(features: Table) -> float:
 def view_metrics(
     model: DiffusionFeatures, first: CleanBatch, second: CleanBatch
 ) -> dict[str, dict[str, float]]:
-    """Ask in which cases h of the second view finds h of the first; measure the spread of h.
+    """Measure how often h finds an image's other view, and how h and the UNet's maps spread.
 
-    Each view has its own noise at features.timesteps. "retrieval" has top-1 shares. "own": both
-    views are conditioned on their image. "null": on noise, drawn for each view. Otherwise the
-    second view's conditions are exchanged between images: "by_latent" is the share that finds the
-    view of the same latent, "by_condition" the share that finds the view of the same condition.
-    The spread of h and of the maps' means ("maps") is measured with the features.condition given.
+    "retrieval": each second view looks for the first view with the most similar h. "own" is the
+    share that finds the same image, if both views have this image as condition. "null" is this
+    share if noise is the condition. For the other two shares, the second view has another image as
+    condition: "by_latent" is the share that finds the view's own image, "by_condition" the share
+    that finds that other image.
+    "h" and "maps" (the maps' means) tell the spread, with the condition of features.condition.
     """
     block, width = model.model.block, model.params.batch_size
     changes = {"pool": "attention", "more_blocks": [block], "more_triples": []}
@@ -99,7 +102,7 @@ def view_metrics(
 
     order = np.random.default_rng(model.seed).permutation(len(first.keys))
     exchanged = torch.empty(len(order), dtype=torch.long)
-    exchanged[order] = torch.from_numpy(np.roll(order, 1))  # nobody keeps its own
+    exchanged[order] = torch.from_numpy(np.roll(order, 1))  # no image keeps its own
     other = replace(first, latents=first.latents[exchanged], pixels=first.pixels[exchanged])
     own = [features(view, "image", first, number) for number, view in enumerate((first, second))]
     null = [features(view, "noise", view, number) for number, view in enumerate((first, second))]
@@ -126,7 +129,7 @@ def view_metrics(
 def denoising_error(model: DiffusionFeatures, batches: Iterable[CleanBatch]) -> float:
     """Mean squared error of the predicted noise (Eq. 3) at 5%, 15%, ... 95% of the schedule.
 
-    The condition is features.condition; the base has zero tokens. Image and level seed the noise.
+    The condition is features.condition; for the base, it is zeros. Image indices seed the noise.
     """
     schedule, errors = model.model.schedule, list[Tensor]()
     spacing = schedule.num_train_timesteps / NUM_STEPS

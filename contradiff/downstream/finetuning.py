@@ -28,11 +28,10 @@ from contradiff.types import ByteImages, Latents, to_bytes, to_pixels
 
 @dataclass(frozen=True)
 class EncodedImages:
-    """Latents and pixels of images that were encoded once and are kept in memory.
+    """Latents and pixels of images, encoded once and kept in memory.
 
-    Pixels are kept as bytes, a quarter of their size as float32. An image of 256 x 256 pixels takes
-    0.2 MB: 25 images of each of 100 classes take 0.5 GB, all of CIFAR-100's training images 10 GB.
-    In testing, an image's entry in `indices` seeds the noise that is added to its latent.
+    Pixels are kept as bytes. An image of 256 x 256 pixels takes 0.2 MB; all training images of
+    CIFAR-100 take 10 GB. In testing, an image's entry in `indices` seeds the image's noise.
     """
 
     indices: Int64[Tensor, " batch"]
@@ -42,7 +41,7 @@ class EncodedImages:
 
     @classmethod
     def of(cls, batches: Iterable[CleanBatch]) -> "EncodedImages":
-        """Join batches. Their pixels were made from bytes, so the conversion back is exact."""
+        """Join batches. Pixels become bytes again without loss."""
         kept = list(batches)
         return cls(
             torch.tensor([index for batch in kept for index in batch.indices]),
@@ -57,7 +56,7 @@ class EncodedImages:
         return EncodedImages(*(field[rows] for field in fields))
 
     def batches(self, batch_size: int) -> Iterator[CleanBatch]:
-        """Yield the images in order as float pixels; each image's index also serves as its key."""
+        """Yield batches of the images, in order, with float pixels. An image's key is its index."""
         for rows in torch.arange(len(self.labels)).split(batch_size):
             some, indices = self[rows], tuple(self.indices[rows].tolist())
             pixels, keys = to_pixels(some.images), tuple(map(str, indices))
@@ -94,15 +93,13 @@ def finetune(
 ) -> nn.Linear:
     """Train LoRA, the attention head and a new linear classifier; return the classifier.
 
-    The classifier reads the feature h (Eq. 4), and the loss is the cross-entropy. LoRA and head
-    change in place; the base's own weights and the conditioner do not change. h is computed at the
-    timesteps features.timesteps, with new noise at every step. Images are not augmented. LoRA
-    layers after the UNet block that the head reads get no gradient. AdamW's learning rate falls
-    from `lr` along half a cosine. The batches of an epoch differ in size by one at most. The seed
-    decides the initial classifier, the order of the images and the noise. If features.precision is
-    bf16, the UNet's frozen weights become bfloat16 and the passes run under autocast, as in
-    testing; trained weights, loss and AdamW's state are float32. Raises ValueError, which names the
-    parameter transfer.finetune_lr, if the loss is not finite.
+    The classifier reads the feature h (Eq. 4). The loss is the cross-entropy. LoRA and the head
+    change in place; all other weights of the model stay as they are. h is computed at
+    features.timesteps, with new noise at every step. Images are not augmented. AdamW's learning
+    rate falls from `lr` along half a cosine. The seed decides the initial classifier, the order of
+    the images and the noise. If features.precision is bf16, the UNet's frozen weights become
+    bfloat16, and the model runs under autocast. Trained weights, loss and AdamW's state are
+    float32. Raises ValueError if the loss is not finite; the message names transfer.finetune_lr.
     """
     generator = torch.Generator().manual_seed(seed)
     classifier = nn.Linear(model.attention.norm_out.normalized_shape[0], num_classes)
@@ -126,7 +123,7 @@ def finetune(
     loss_sum = torch.zeros((), dtype=torch.float64, device=device)
 
     def take_gradients(step: int) -> dict[str, Tensor]:
-        """Compute a batch's gradients; at an epoch's last step, "loss" is the epoch's mean."""
+        """Compute one batch's gradients. At an epoch's last step, "loss" is the epoch's mean."""
         if step % steps_per_epoch == 0:
             loss_sum.zero_()
         batch = data[next(batches)]
@@ -172,7 +169,7 @@ def finetuned_top1(
     seed: int,
     device: torch.device,
 ) -> float:
-    """Return the top-1 accuracy in [0, 1]. As for frozen features, image indices seed the noise."""
+    """Return the top-1 accuracy in [0, 1] of a classifier. Image indices seed the noise."""
     frozen = DiffusionFeatures(model, features, seed, device)
     featured = compute_features(frozen, data.batches(features.batch_size))
     logits = classifier(featured.features.to(device)).cpu()

@@ -2,8 +2,8 @@
 
 choose C on held-out training samples => fit on all training samples => test
 
-Each feature is scaled to mean 0 and variance 1 over the samples of the fit, so test samples never
-influence a classifier. C is the inverse of the L2 penalty: a small C regularises strongly.
+Each feature is scaled to mean 0 and variance 1 over the training samples. C is the inverse of the
+L2 penalty: a small C regularises strongly.
 """
 
 import warnings
@@ -20,17 +20,17 @@ from torch import Tensor
 from contradiff.downstream.accuracy import Accuracy, accuracy_of
 
 Cs: TypeAlias = list[Annotated[float, Field(gt=0)]]
-"""Values of C to choose from."""
+"""Values of C (inverse penalties) to choose from."""
 
 SEARCH_ITERATIONS = 50
-"""Most iterations of L-BFGS in the choice of C. A weak penalty needs thousands to converge."""
+"""Most iterations of each fit that helps to choose C. These fits need not converge."""
 
 Fold: TypeAlias = tuple[Int64[np.ndarray, " _"], Int64[np.ndarray, " _"]]
-"""Rows of training samples: those to which each C is fitted, and held-out ones that test the C."""
+"""Two sets of rows of the training samples: rows to fit a classifier to, and rows to test C on."""
 
 
 def refuse_headline_without_cs(section: str, headline: str, cs: Sequence[float]) -> None:
-    """Raise ValueError if a section's headline is logistic regression, but the grid is empty."""
+    """Raise ValueError if the headline is logistic regression, but there is no C to try."""
     if headline == "logistic" and not cs:
         raise ValueError(
             f"{section}.headline: logistic needs values of C, but {section}.cs is []; set "
@@ -40,7 +40,7 @@ def refuse_headline_without_cs(section: str, headline: str, cs: Sequence[float])
 
 @dataclass(frozen=True)
 class LogisticScore:
-    """A tested logistic regression; `converged` is False if the solver reached its limits."""
+    """Accuracy and C of a logistic regression, and whether its solver has converged."""
 
     accuracy: Accuracy
     c: float
@@ -67,9 +67,9 @@ def logistic_score(
 ) -> LogisticScore:
     """Choose C among `cs`, fit to all of `train`, and test on `test`: pairs (features, labels).
 
-    The chosen C classifies the most held-out samples of the `folds` correctly. Among equals, it is
-    the smallest. Without folds, it is the middle of `cs`. Raises ValueError if all labels of
-    `train` are equal, or if `test` is empty.
+    The best C is the one with the most correct classifications of held-out samples of the `folds`.
+    If several are best, the smallest is chosen. Without folds, the middle one of `cs` is chosen.
+    Raises ValueError if all labels of `train` are equal, or if `test` is empty.
     """
     from sklearn.exceptions import ConvergenceWarning
 
@@ -82,7 +82,7 @@ def logistic_score(
         warnings.simplefilter("always", ConvergenceWarning)
         classifier = _classifier(c).fit(features, labels)
     known = torch.from_numpy(classifier.decision_function(test[0].float().cpu().numpy())).float()
-    if known.ndim == 1:  # of two classes, scikit-learn gives the logit of the second alone
+    if known.ndim == 1:  # for two classes, scikit-learn gives only the second logit
         known = torch.stack([-known, known], dim=1)
     # A class without training samples is never predicted.
     logits = torch.full((len(test[1]), num_classes), -torch.inf)
@@ -92,9 +92,10 @@ def logistic_score(
 
 
 def stratified_folds(labels: Int64[Tensor, " n"], *, seed: int) -> list[Fold]:
-    """Split samples into folds with equal shares of each class, at most five.
+    """Split samples into folds, each with the same share of each class.
 
-    The number of folds is the size of the smallest class. If that is 1, there are no folds.
+    The number of folds is the size of the smallest class, at most 5. If this size is 1, the list of
+    folds is empty.
     """
     from sklearn.model_selection import StratifiedKFold
 
@@ -117,7 +118,7 @@ def _choose_c(
 
     if not folds or len(cs) == 1:
         return cs[(len(cs) - 1) // 2]
-    # Counts have exact sums, unlike fractions, so equal scores are equal.
+    # Sums of counts are exact, so equally good values of C get equal scores.
     count = make_scorer(accuracy_score, normalize=False)
     grid = {"logisticregression__C": cs}
     rough = _classifier(cs[0], max_iter=SEARCH_ITERATIONS)

@@ -1,11 +1,11 @@
 """Linear and attentive classifiers ("probes") of frozen features (Table 2).
 
 Probes with different SGD settings are trained together on the same batches, as in DINOv2's
-evaluation; each is a module with its own parameter group. The learning rate changes at every step:
-it rises linearly, then falls along half a cosine. The result is the last epoch, never the best one.
+evaluation. The learning rate changes at every step: first it rises linearly, then it falls along
+half a cosine. The probe is tested after the last epoch, even if an earlier epoch was better.
 
-*Deviation*: the presets set no weight decay, because Table 2's 0.05, used as SGD's L2 penalty,
-destroys a linear layer. Sec. 4.2.1 has a "fixed learning rate", Table 2 a cosine; Table 2 is used.
+*Deviation*: Table 2's weight decay of 0.05 is too strong for a linear layer trained by SGD. So the
+presets set it to 0. Sec. 4.2.1 says "fixed learning rate"; this code uses Table 2's cosine.
 """
 
 import copy
@@ -26,13 +26,13 @@ from contradiff.downstream.logistic import Cs, refuse_headline_without_cs
 from contradiff.training.optim import SgdParams, SgdSchedule, SgdSetting, cosine_with_warmup
 
 OnEpoch: TypeAlias = Callable[[int, Mapping[str, float]], None]
-"""Called after each epoch with the epochs done, and "loss" (mean) and "lr" of the first probe."""
+"""Called after each epoch with the epochs done and the first probe's mean "loss" and "lr"."""
 
 Inputs: TypeAlias = Float[Tensor, "n ..."] | Dataset[Tensor]
-"""Features (n, d), or UNet maps (n, 3, c, h, w), noisiest first; a Dataset reads files."""
+"""Features (n, d), or UNet maps (n, 3, c, h, w), noisiest first; a Dataset reads the maps."""
 
 TABLE_2 = SgdSetting(lr=0.01, momentum=0.9, weight_decay=0.05)
-"""Table 2's own setting. Every grid includes it, although its weight decay destroys the layer."""
+"""The setting of the paper's Table 2. Every grid includes this setting."""
 
 
 class ProbeParams(SgdParams):
@@ -41,21 +41,21 @@ class ProbeParams(SgdParams):
     section: ClassVar[str] = "probe"
 
     split: Literal["val", "dev"] = Field(
-        description="images to test on: val | dev: a tenth of the training images, held out to "
-        "choose a setting of the grid"
+        description="images to test on: val | dev: a held-out tenth of the training images, with "
+        "which to choose a setting of the grid"
     )
     head: Literal["linear", "attentive"] = Field(
-        description="linear: frozen features | attentive: also trains a copy of the attention head"
+        description="linear: trains a linear layer | attentive: also trains the attention head"
     )
     headline: Literal["logistic", "sgd"] = Field(
-        description="whose accuracy is the main score: logistic regression's or the SGD probe's"
+        description="classifier with the main score: logistic regression, or the SGD probe"
     )
-    cs: Cs = Field(description="inverse penalties of logistic regression to try; []: train none")
+    cs: Cs = Field(description="values of C that logistic regression tries; []: do not train it")
     few_labels: list[Annotated[float, Field(gt=0, le=1)]] = Field(
-        description="shares of the training labels with which logistic regression is trained too"
+        description="logistic regression is also trained with only these shares of the labels"
     )
     baselines: Literal["all", "pooled", "none"] = Field(
-        description="which features of the untrained model are tested; pooled: without the widest"
+        description="features of the untrained model to test; pooled: all except the unpooled map"
     )
     lrs: list[float] = Field(description="learning rates to try in addition to lr")
     weight_decays: list[float] = Field(description="decays to try in addition to weight_decay")
@@ -77,17 +77,17 @@ class ProbeParams(SgdParams):
             )
         if self.few_labels and not self.cs:
             raise ValueError(
-                "probe.few_labels: these are for logistic regression, which probe.cs: [] switches "
-                "off; set probe.few_labels to [], or probe.cs to a grid such as [0.01, 0.1, 1.0]"
+                "probe.few_labels: only logistic regression uses this list, but probe.cs is []; "
+                "set probe.few_labels to [], or probe.cs to a grid such as [0.01, 0.1, 1.0]"
             )
         refuse_headline_without_cs(self.section, self.headline, self.cs)
         return self
 
     @property
     def grid(self) -> tuple[SgdSetting, ...]:
-        """Settings to try: params.yaml's, Table 2's, then all pairs of rate and decay, each once.
+        """Settings to try: params.yaml's, Table 2's, then all other pairs of rate and decay.
 
-        Attentive probes try only the first two, since each attentive probe trains its own head.
+        Attentive probes try only the first two, because each trains its own attention head.
         """
         if self.head == "attentive":
             return tuple(dict.fromkeys((self.setting, TABLE_2)))
@@ -103,8 +103,7 @@ class LinearProbe(nn.Module):
     """BatchNorm without affine parameters, as in MAE's probe, then a linear layer.
 
     Thanks to BatchNorm, the best learning rate does not depend on the scale of the features. The
-    initial weights are normal with standard deviation 0.01, truncated at ±2, and drawn from
-    `generator` (torch's global one if None). The initial biases are 0.
+    argument `generator` draws the initial weights, with standard deviation 0.01.
     """
 
     def __init__(
@@ -112,7 +111,7 @@ class LinearProbe(nn.Module):
     ) -> None:
         super().__init__()
         self.norm = nn.BatchNorm1d(dim, affine=False)
-        # Without this, nn.Linear's own initialisation would draw from the global generator.
+        # Without this line, nn.Linear's own initialisation would draw from the global generator.
         with torch.random.fork_rng(devices=[]):
             self.linear = nn.Linear(dim, num_classes)
         nn.init.trunc_normal_(self.linear.weight, std=0.01, generator=generator)
@@ -124,7 +123,7 @@ class LinearProbe(nn.Module):
 
 
 Probe: TypeAlias = LinearProbe | nn.Sequential
-"""A linear probe; or an attentive one, which is "attention_head" (trained too), then "probe"."""
+"""A linear probe, or an attentive probe: the modules "attention_head" and "probe" in sequence."""
 
 
 def train_probes(
@@ -141,13 +140,12 @@ def train_probes(
 ) -> list[Probe]:
     """Train one probe for each setting; a probe that diverges does not affect the others.
 
-    Without an attention head, the probes are linear and share one BatchNorm, which has no
-    parameters. With an attention head, the inputs are UNet maps; each probe trains its own copy of
-    the head. Rows 2 and 3 of Table 7 need this: the head is untrained without the contrastive loss.
-    All start with the same weights and see the same batches. They are returned in evaluation mode.
+    Without `attention_head`, the probes are linear, and the inputs are features. Otherwise the
+    inputs are UNet maps, and each probe trains its own copy of the head. All probes start with the
+    same weights and see the same batches. The probes are returned in evaluation mode.
 
-    The batches of an epoch differ in size by one at most, because BatchNorm's statistics over a
-    small last batch would be poor. Raises ValueError if a batch would have a single sample.
+    The batches of an epoch differ in size by one at most, because a small last batch would give
+    BatchNorm poor statistics. Raises ValueError if a batch would have a single sample.
     """
     num_samples = len(labels)
     steps_per_epoch = math.ceil(num_samples / schedule.batch_size)
@@ -207,7 +205,7 @@ def _batch(inputs: Inputs, rows: Int64[Tensor, " b"], device: torch.device) -> T
 
 @torch.no_grad()
 def evaluate(probe: Probe, inputs: Inputs, labels: Int64[Tensor, " n"]) -> Accuracy:
-    """Test a probe on all samples. Raises ValueError if there are none or if a logit is NaN."""
+    """Test a probe on all samples. Raises ValueError for no samples, or if a logit is NaN."""
     if len(labels) == 0:
         raise ValueError("probe.split: the split has no images to test on; choose another split")
     device = next(probe.parameters()).device

@@ -1,9 +1,9 @@
 """Train classifiers on stored features: logistic regression, and a grid of SGD probes.
 
-The main score is logistic regression's, or that of the configured SGD setting after its last epoch
-(probe.headline), even if another setting of the grid is better. To choose a setting, set
-probe.split: dev, which tests on a tenth of the training images. A setting chosen by its validation
-score would make that score too optimistic.
+probe.headline says which classifier gives the main score: logistic regression, or the SGD probe
+with the setting of params.yaml, even if another setting of the grid is better. To choose a setting,
+set probe.split: dev, which tests on a tenth of the training images. A choice by the validation
+score would make this score too optimistic.
 """
 
 import csv
@@ -41,11 +41,11 @@ class GridHead:
 
 @dataclass(frozen=True)
 class ProbeData:
-    """The cached images that train and test classifiers, as probe.split says.
+    """The features and labels with which classifiers are trained and tested.
 
-    val: all training images train, and the validation images test. dev: nine tenths of the training
-    images train and one tenth tests; the validation images are not read. Raises ValueError if the
-    dev split, which `folds` also needs, has no images or all of them.
+    If `split` is "val", classifiers are trained on all training images and tested on the validation
+    images. If `split` is "dev", classifiers are tested on a tenth of the training images, called
+    the dev split, and trained on the rest. Raises ValueError if a dev split is needed but empty.
     """
 
     cache: FeatureCache
@@ -54,19 +54,19 @@ class ProbeData:
 
     @cached_property
     def dev(self) -> Bool[Tensor, " n"]:
-        """Which of the training images belong to the dev split."""
+        """For each training image, whether it belongs to the dev split."""
         dev = torch.tensor([is_dev(key) for key in self.cache.keys("train")])
         if dev.all() or not dev.any():
             user, remedy = "split: dev", "set probe.split: val"
             if self.split == "val":
-                user, remedy = "cs: C is chosen on the dev split, which", "switch it off: set "
+                user, remedy = "cs: C is chosen on the dev split, which", "do without C: set "
                 remedy += "probe.headline: sgd, probe.cs: [] and probe.few_labels: []"
-            found = f"holds out {int(dev.sum())} of {len(dev)} training images (about a tenth)"
+            found = f"holds out {int(dev.sum())} of {len(dev)} training images, not about a tenth"
             raise ValueError(f"probe.{user} {found}; use more images, or {remedy}")
         return dev
 
     def sides(self, read: Callable[[str], Any]) -> tuple[Any, Any]:
-        """Apply `read` to the splits, and return the training rows and the test rows."""
+        """Read the needed splits with `read`; return the training rows and the test rows."""
         if self.split == "val":
             return read("train"), read("val")
         train = read("train")
@@ -75,8 +75,8 @@ class ProbeData:
     def logistic(self, name: str, cs: Sequence[float]) -> LogisticScore:
         """Test logistic regression on a cached feature.
 
-        The dev split chooses C. With split: dev, which tests, another tenth of the training images
-        chooses C instead. Then a classifier with this C is trained on all training images.
+        C is chosen on the dev split. But if `split` is "dev", the dev split is only for testing,
+        and C is chosen on a tenth of the other images. All training rows train the last classifier.
         """
         from sklearn.model_selection import ShuffleSplit
 
@@ -92,7 +92,7 @@ class ProbeData:
     def few_labels(self, name: str, share: float, cs: Sequence[float]) -> LogisticScore:
         """Test logistic regression that is trained on a share of each class's training images.
 
-        Cross-validation among these images chooses C.
+        C is chosen by cross-validation among these images.
         """
         (features, labels), test = self._pairs(name)
         rows = share_of_each_class(labels.tolist(), share=share, seed=self.seed)
@@ -114,11 +114,11 @@ def train_grid(
     device: torch.device,
     on_epoch: probes.OnEpoch = lambda *_: None,
 ) -> list[GridHead]:
-    """Train and test all SGD probes. The first has the main feature and params.yaml's setting.
+    """Train and test all SGD probes; first the main feature's with params.yaml's setting.
 
-    Linear probes are trained on every stored feature, one in memory at a time. Attentive probes are
-    trained only on the UNet's maps at features.timesteps. Raises ValueError if the first probe
-    diverges, or if a split or the maps are missing.
+    Linear probes are trained on every stored feature. Attentive probes are trained only on the
+    UNet's maps at features.timesteps. Raises ValueError if the first probe diverges, if there are
+    no images to test on, or if attentive probes find no maps.
     """
     is_attentive, data = params.head == "attentive", ProbeData(cache, params.split, seed)
     train_labels, labels = data.sides(cache.labels)
@@ -148,9 +148,9 @@ def score_columns(
     device: torch.device,
     on_column: Callable[[int], None],
 ) -> dict[str, dict[str, Any]]:
-    """Test each cached feature by logistic regression; return its scores and width by its pool.
+    """Test each cached feature by logistic regression; return scores and widths of the features.
 
-    If probe.cs is empty, the SGD probe with the configured setting is tested instead.
+    The keys are the ways of pooling. If probe.cs is empty, SGD probes are tested instead.
     """
     found: dict[str, dict[str, Any]] = {}
     data = ProbeData(cache, params.split, seed)
@@ -176,10 +176,10 @@ def _rows(inputs: Any, chosen: Bool[Tensor, " n"]) -> Any:
 def write_grid(
     path: Path, grid: Sequence[GridHead], *, params: ProbeParams, index: CacheIndex
 ) -> None:
-    """Write each probe's feature, setting and accuracy (empty if the training diverged) as CSV.
+    """Write a CSV file with a row for each probe. If a probe diverged, its accuracy is empty.
 
-    The column `name` is "configured" for the feature and setting of params.yaml, "table2" for this
-    feature with Table 2's setting, "configured+table2" if both are the same, and otherwise empty.
+    The column `name` is "configured" for the first probe, "table2" for the main feature with
+    Table 2's setting, "configured+table2" if both are the same probe, and otherwise empty.
     """
     rows: list[dict[str, object]] = []
     for number, head in enumerate(grid):
@@ -201,7 +201,7 @@ def write_grid(
             row |= {name: float(f"{score:.6g}") for name, score in scores.items()}
         rows.append(row)
     with path.open("w", newline="") as file:
-        # The headline always has an accuracy, so its row has every column.
+        # The first probe always has an accuracy, so the first row has every column.
         writer = csv.DictWriter(file, list(rows[0]), restval="", lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
@@ -216,9 +216,9 @@ def probe_metrics(
     few_labels: Mapping[float, LogisticScore],
     baselines: Mapping[str, float],
 ) -> dict[str, Any]:
-    """Return the content of metrics/probe.json; the headline's scores are at its top level.
+    """Return the content of metrics/probe.json, with the main score at its top level.
 
-    The SGD probe counts as converged if it is at most one point worse than logistic regression.
+    The SGD probe counts as converged if its accuracy is at most 0.01 below logistic regression's.
     """
     sgd = grid[0].accuracy
     assert sgd is not None, "train_grid raises an error if the first probe diverges"
@@ -235,7 +235,7 @@ def probe_metrics(
         "model": index.model,
         "logistic": None if logistic is None else logistic.metrics(),
         "sgd": {**sgd.metrics(), "converged": near},
-        # `literal`: the batch size, epochs and warm-up of the whole grid are also Table 2's.
+        # `literal`: whether batch size, epochs and warm-up are also those of Table 2.
         "table2": {**scores, "literal": params.schedule == SgdSchedule(256, 50, 5.0)},
         "few_labels": {str(share): each.metrics() for share, each in few_labels.items()},
         "baselines": dict(baselines),

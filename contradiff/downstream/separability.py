@@ -1,7 +1,7 @@
 """How well classes separate in feature space (Fig. 3), for the trained model and for its base.
 
 A k-nearest-neighbour accuracy and a silhouette are computed from the features with cosine distance.
-t-SNE only draws the features in the plane, where distances between groups mean little.
+t-SNE only draws the features in the plane. In this drawing, distances between groups mean little.
 """
 
 from collections.abc import Sequence
@@ -15,10 +15,10 @@ from contradiff.config import Section
 
 
 class SeparabilityParams(Section):
-    """Section `separability`: what Fig. 3 shows. The paper does not say which images or classes."""
+    """Section `separability`: images and classes of Fig. 3. The paper does not name them."""
 
-    num_images: int = Field(ge=4, description="most validation images to use, of the drawn classes")
-    num_classes: int = Field(ge=2, description="most classes to use; others are dropped at random")
+    num_images: int = Field(ge=4, description="maximum number of validation images")
+    num_classes: int = Field(ge=2, description="maximum number of classes, drawn at random")
     num_neighbours: int = Field(ge=1, description="k of the k-nearest-neighbour vote")
 
     @model_validator(mode="after")
@@ -35,8 +35,8 @@ class SeparabilityParams(Section):
 class Separability:
     """How well the classes of one set of features separate.
 
-    `knn` is the accuracy in [0, 1] if the nearest other images vote for an image's class. The mean
-    `silhouette` is in [-1, 1]. It is None with a single class, or with a single image per class.
+    `knn`, in [0, 1], is the accuracy of a vote of each image's nearest other images. `silhouette`,
+    in [-1, 1], is a mean over images, or None if there is one class, or one image per class.
     """
 
     knn: float
@@ -50,8 +50,8 @@ class Separability:
 def choose_images(labels: Sequence[int], params: SeparabilityParams, *, seed: int) -> list[int]:
     """Draw classes, then images of these classes; return the images' indices, ascending.
 
-    Classes are limited because an image needs neighbours of its own class: 1000 images of 1000
-    classes would have none. Raises ValueError if fewer than four images are left.
+    With too many classes, an image would have no neighbours of its own class. Raises ValueError if
+    fewer than four images are left.
     """
     rng = np.random.default_rng(seed)
     classes = np.unique(labels)
@@ -61,7 +61,7 @@ def choose_images(labels: Sequence[int], params: SeparabilityParams, *, seed: in
     if len(chosen) > params.num_images:
         chosen = np.sort(rng.choice(chosen, params.num_images, replace=False))
     if len(chosen) < 4:
-        reason = f"{len(chosen)} validation images are too few for the section separability"
+        reason = f"{len(chosen)} validation images are too few for the stage `separability`"
         raise ValueError(f"data.root: {reason}; provide at least 4")
     return chosen.tolist()
 
@@ -69,7 +69,7 @@ def choose_images(labels: Sequence[int], params: SeparabilityParams, *, seed: in
 def separability(
     features: Float[np.ndarray, "n width"], labels: Int[np.ndarray, " n"], *, num_neighbours: int
 ) -> Separability:
-    """Measure features with cosine distance 1 - cos, and with at most n - 1 neighbours.
+    """Measure features with the distance 1 - cosine. At most n - 1 neighbours vote.
 
     If several classes have the most votes, the smallest label wins. Raises ValueError if a feature
     vector is zero or not finite.

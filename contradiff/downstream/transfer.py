@@ -38,24 +38,27 @@ Shots: TypeAlias = int | Literal["full"]
 
 
 class TransferParams(SgdParams):
-    """Section `transfer`: few-shot classification of another data set; SGD trains the probe."""
+    """Section `transfer`: few-shot classification of another data set."""
 
     section: ClassVar[str] = "transfer"
 
     shots: list[Shots] = Field(
         min_length=1,
-        description="training images per class, or full; first: the main result",
+        description="training images per class, or full: all; the first gives the main result",
     )
     headline: Literal["logistic", "ridge", "sgd"] = Field(
-        description="which classifier's accuracy is the main score"
+        description="classifier with the main score; sgd: the probe trained by SGD"
     )
-    cs: Cs = Field(description="inverse penalties of logistic regression to try; []: train none")
-    num_splits: int = Field(ge=1, description="random few-shot sets per number of shots; full: 1")
-    ridge: float = Field(gt=0, description="penalty of ridge regression, not divided by n")
+    cs: Cs = Field(description="values of C that logistic regression tries; []: do not train it")
+    num_splits: int = Field(
+        ge=1, description="random few-shot sets for each number of shots; full: 1 set"
+    )
+    ridge: float = Field(gt=0, description="factor of ridge regression's L2 penalty")
     finetune_epochs: int = Field(
-        ge=0, description="epochs that train LoRA, head and a linear classifier; 0: none (paper)"
+        ge=0,
+        description="epochs of fine-tuning the model with a classifier; 0: none, as in the paper",
     )
-    finetune_lr: float = Field(gt=0, description="AdamW's peak learning rate")
+    finetune_lr: float = Field(gt=0, description="highest learning rate of fine-tuning")
     finetune_weight_decay: float = Field(ge=0)
     finetune_batch_size: int = Field(ge=1)
 
@@ -63,7 +66,7 @@ class TransferParams(SgdParams):
     def _shots_are_counts(self) -> "TransferParams":
         counts = [shots for shots in self.shots if shots != "full"]
         if len(set(self.shots)) < len(self.shots) or any(count < 1 for count in counts):
-            remedy = f"list different numbers of 1 or more, or full (got {self.shots})"
+            remedy = f"list different numbers of 1 or more, or 'full' (got {self.shots})"
             raise ValueError(f"transfer.shots: {remedy}")
         refuse_headline_without_cs(self.section, self.headline, self.cs)
         return self
@@ -71,7 +74,7 @@ class TransferParams(SgdParams):
 
 @dataclass(frozen=True)
 class FewShots:
-    """A few-shot set: `rows` are indices in the pool (all training images), ascending."""
+    """A few-shot set. `rows` are ascending indices of images in the pool (all training images)."""
 
     shots: Shots
     seed: int
@@ -80,11 +83,11 @@ class FewShots:
 
 @dataclass(frozen=True)
 class TransferTask:
-    """One transfer experiment. Classifiers of few-shot sets are tested on all images of `test`.
+    """One transfer experiment: classifiers are trained on few-shot sets and tested on `test`.
 
     `pool` has all training images, from which the few-shot sets (`splits`) are drawn. `encode`
-    turns square images and their labels into a batch for the feature model. `features` must have
-    empty more_triples and more_blocks, so that an image has a single feature.
+    turns square images and their labels into a batch for the feature model. In `features`, the
+    lists more_triples and more_blocks must be empty.
     """
 
     pool: TransferSplit
@@ -97,10 +100,10 @@ class TransferTask:
 
     @cached_property
     def splits(self) -> list[FewShots]:
-        """Draw few-shot sets for each number of shots; `k_shot_split` draws set i with seed + i.
+        """Few-shot sets for each number of shots. Set i is drawn with the seed `seed + i`.
 
-        The sets of one seed are nested: a set with more shots contains those with fewer. "full" is
-        one set with the complete pool. Raises ValueError if a class has too few images.
+        Of two sets with the same seed, the larger set contains the smaller one. "full" gives one
+        set with all images of the pool. Raises ValueError if a class has too few images.
         """
         labels, drawn = self.pool.labels.tolist(), list[FewShots]()
         for n in self.params.shots:
@@ -113,15 +116,15 @@ class TransferTask:
 
     @cached_property
     def used(self) -> list[int]:
-        """Rows of the pool that are in any few-shot set, ascending. Only these need features."""
+        """Rows of the pool in any few-shot set, ascending. Only these rows need features."""
         return sorted({row for split in self.splits for row in split.rows})
 
     def places(self, split: FewShots) -> Int64[Tensor, " rows"]:
-        """Return the indices, within the list `used`, of the images of one few-shot set."""
+        """Return the positions of a few-shot set's rows in the list `used`."""
         return torch.from_numpy(np.searchsorted(self.used, split.rows))
 
     def batches(self, images: TransferSplit, rows: Sequence[int]) -> Iterator[CleanBatch]:
-        """Yield batches of some rows of the pool or test set. An image's row seeds its noise."""
+        """Yield batches of the given rows of `images`. An image's row number seeds its noise."""
         for start in range(0, len(rows), self.features.batch_size):
             own = rows[start : start + self.features.batch_size]
             pixels, labels = images.read(own), images.labels[list(own)]
@@ -131,11 +134,10 @@ class TransferTask:
     def compute_features(
         self, model: FeatureModel, images: TransferSplit, rows: Sequence[int], on_progress: Tick
     ) -> LabelledFeatures:
-        """Compute features of some rows of `images`, in order. Every process returns all of them.
+        """Compute features of the given rows, in order. Every process returns all features.
 
-        Each process computes some of the batches. The batches are the same for any number of
-        processes, and so are the features, bit for bit. `on_progress` gets the number of images
-        after each batch of this process.
+        Each process computes some of the batches. The features do not depend on the number of
+        processes. After each batch of this process, `on_progress` gets the batch's size.
         """
         from accelerate.utils import gather_object
 
@@ -152,10 +154,10 @@ class TransferTask:
     ) -> list[dict[str, float]]:
         """Train the classifiers on each few-shot set; return their accuracies by name.
 
-        They are "logistic" (unless transfer.cs is empty), "ridge" and "sgd". The accuracies are
-        top-1, in [0, 1], on all test images. Cross-validation within a few-shot set chooses C of
-        logistic regression. `train` has the features of the pool's images that `used` lists, in
-        this order. `log` gets a message if a logistic regression does not converge.
+        The names are "logistic" (unless transfer.cs is empty), "ridge" and "sgd". The accuracies
+        are top-1, in [0, 1], on all test images. For logistic regression, C is chosen by
+        cross-validation within a few-shot set. `train` has the features of the rows in `used`, in
+        the same order. `log` gets a message if a logistic regression does not converge.
         """
         scores: list[dict[str, float]] = []
         num_classes, params = len(self.pool.class_names), self.params
@@ -182,8 +184,8 @@ class TransferTask:
     def finetune(self, model: ContraDiff, device: torch.device, on_epoch: OnEpoch) -> list[float]:
         """Fine-tune the model on each few-shot set, and return the top-1 accuracy for each set.
 
-        Each training starts from the given weights, which are restored afterwards. Each of n
-        processes trains on every n-th set. Raises ValueError if a loss is not finite.
+        Each training starts from the given weights, which are restored afterwards. The processes
+        share the few-shot sets. Raises ValueError if a loss is not finite.
         """
         from accelerate.utils import gather_object
 
@@ -203,7 +205,7 @@ class TransferTask:
         return [top1 for _, top1 in sorted(gather_object(done))]
 
     def describe(self, scores: Sequence[Mapping[str, float]]) -> dict[str, list[dict[str, Any]]]:
-        """Return the content of build/transfer/splits.json: few-shot sets, by number of shots."""
+        """Return the content of build/transfer/splits.json: few-shot sets and their accuracies."""
         shown: dict[str, list[dict[str, Any]]] = {}
         for split, top1 in zip(self.splits, scores, strict=True):
             keys = [self.pool.keys[row] for row in split.rows]
@@ -213,11 +215,10 @@ class TransferTask:
 
 
 def ridge_top1(train: LabelledFeatures, test: LabelledFeatures, *, ridge: float) -> float:
-    """Return the test accuracy of one-against-rest ridge regression to ±1, in closed form.
+    """Return the test accuracy of ridge regression. Targets are 1 for the label, otherwise -1.
 
     Each feature is first scaled to mean 0 and variance 1 over the training samples. `ridge` is
-    λ > 0 in ‖XW − Y‖² + λ‖W‖², not divided by n. The bias is not penalised. Features are not
-    decorrelated, because λ would then only scale the logits.
+    λ in the loss ‖XW − Y‖² + λ‖W‖². The bias is not penalised.
     """
     from sklearn.linear_model import RidgeClassifier
     from sklearn.pipeline import make_pipeline
@@ -233,7 +234,7 @@ def transfer_metrics(
 ) -> dict[str, dict[str, Any]]:
     """Return each classifier's mean top-1 accuracy and standard deviation, by number of shots.
 
-    The deviation is over n few-shot sets, with n - 1 in the denominator. It is None if n is 1.
+    For n few-shot sets, the deviation has n - 1 in the denominator. It is None if n is 1.
     """
     by_shots: dict[str, dict[str, Any]] = {}
     for shots in dict.fromkeys(split.shots for split in splits):

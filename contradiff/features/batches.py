@@ -35,8 +35,8 @@ _Row: TypeAlias = tuple[str, int, Tensor, Tensor]  # key, label, clean latent, p
 class CleanBatch:
     """A batch of images for a feature model. An image's index in its data set seeds its noise.
 
-    `latents` are clean and at unit scale, or empty, (batch, 1, 0, 0), for models that read pixels.
-    `pixels` are in [-1, 1], or empty, (batch, 3, 0, 0), for models that read only latents.
+    `latents` are clean and at unit scale. If a model reads no latents, they are empty: (batch, 1,
+    0, 0). `pixels` are in [-1, 1]. If a model reads no pixels, they are empty: (batch, 3, 0, 0).
     """
 
     indices: tuple[int, ...]
@@ -79,7 +79,7 @@ class StoredImages:
         return self.index.shards(split)[number].num_samples
 
     def latent_batches(self, split: str, number: int, *, with_pixels: bool) -> Iterator[CleanBatch]:
-        """Yield one shard's clean latents and, with `with_pixels`, the same crops' pixels."""
+        """Yield one shard's clean latents. `with_pixels` adds the pixels of the same crops."""
         pairs = PairedShards.open(self.images, self.latents, split=split)
         make = partial(_clean_row, info=pairs.latent_index.info, with_pixels=with_pixels)
         yield from self._batches(split, number, make, pairs.read(number))
@@ -97,7 +97,7 @@ class StoredImages:
         self, split: str, number: int, make: Callable[[Item], _Row], items: Iterable[Item]
     ) -> Iterator[CleanBatch]:
         first_index = sum(self.num_samples(split, earlier) for earlier in range(number))
-        num_ahead = 2 * self.batch_size  # images that are decoded in advance
+        num_ahead = 2 * self.batch_size  # number of images that are decoded in advance
         rows = map_ahead(make, items, num_threads=self.num_threads, num_ahead=num_ahead)
         yield from _batched(rows, first_index=first_index, batch_size=self.batch_size)
 
@@ -114,7 +114,7 @@ def stored_batches(
     """Yield batches of a split's images, in order.
 
     If ascending indices `chosen` are given, the batches have only these images, numbered from 0.
-    The latents are those of the stored `view`, the pixels always those of the centre crop.
+    `view` is the number of the stored view whose latents are read. Pixels are the centre crop's.
     """
     pairs = PairedShards.open(images, latents, split=split)
     records = (pair for shard in range(pairs.num_shards) for pair in pairs.read(shard))
@@ -130,7 +130,7 @@ def stored_batches(
 def encode_images(
     vae: "AutoencoderKL", images: ByteImages, labels: Int64[Tensor, " n"], *, size: int
 ) -> CleanBatch:
-    """Resize square images (bicubic; 32 to 256 pixels for Table 6) and encode them as a batch."""
+    """Resize square images to `size` pixels (bicubic), and encode them as one batch."""
     batch = resized_batch(images, labels, centre_crop(*images.shape[2:]), size=size)
     moments = encode(vae, batch.pixels.to(vae.device))
     return replace(batch, latents=mode(moments, scaling_factor=scaling_factor(vae)).cpu())
@@ -157,8 +157,8 @@ def central_crop(height: int, width: int, *, crop_fraction: float) -> Crop:
 def centre_row(sample: Sample, *, size: int, crop_fraction: float) -> _Row:
     """Crop the image's centre, `crop_fraction` of its shorter side, and resize it to `size`.
 
-    timm first resizes to size / crop_fraction, then crops. The results differ only at the border.
-    *Deviation*: the resize is always antialiased bicubic, even if the backbone's own is different.
+    timm first resizes, then crops. The results differ only at the border.
+    *Deviation*: the resize is always antialiased bicubic, even if timm's differs for this backbone.
     """
     image = decode(sample.image, name=sample.key)
     crop = central_crop(*image.shape[1:], crop_fraction=crop_fraction)

@@ -1,9 +1,9 @@
 """Features on disk: a table with a row for each image and a column for each feature.
 
-Each image shard gets one file, `<split>-00000.safetensors`, with the images in the same order: a
-tensor (rows, width) for each column, the tensor `labels`, and the images' keys in the header. If
-the UNet's maps are stored, `<split>-00000.maps.safetensors` has the tensor `maps`. `index.json`
-lists the files. They are memory-mapped, so that readers load only the tensors that they use.
+Each image shard gives one file, `<split>-00000.safetensors`, with the images in the same order. The
+file has a tensor (rows, width) for each column, the tensor `labels`, and the images' keys in the
+header. If the UNet's maps are stored, `<split>-00000.maps.safetensors` has the tensor `maps`.
+`index.json` lists the files. Readers load only the tensors that they use.
 """
 
 import hashlib
@@ -36,10 +36,10 @@ MAPS = "maps"
 class CacheIndex(BaseModel):
     """The content of `index.json`: which features a folder has, and how they were computed.
 
-    `checkpoint` is a hash of the model's weights. The first of `columns` is the main feature. A
-    split has a file in `shards` for each image shard. If maps are stored, an attention head is
-    stored too, and `head` has its constructor arguments; if not, it is None and `maps` is empty.
-    `made_with` has the seed, the section `features` and the hash of a local timm file.
+    `checkpoint` is a hash of the model's weights. The first of `columns` is the main feature.
+    `shards` lists the files of each split. If the UNet's maps are stored, `maps` lists their files,
+    and `head` has the constructor arguments of the stored attention head. Otherwise `head` is None.
+    `made_with` has the seed, the section `features` and the hash of the file features.timm_weights.
     """
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, populate_by_name=True)
@@ -62,7 +62,7 @@ class CacheIndex(BaseModel):
 
     @classmethod
     def read(cls, folder: Path) -> "CacheIndex":
-        """Read an index; raises ValueError if a file is missing, damaged or of the wrong size."""
+        """Read `index.json`. Raises ValueError if a file is missing, damaged or truncated."""
         path, remedy = folder / INDEX_NAME, f"run `dvc repro features`, or `dvc pull {folder}`"
         if not path.is_file():
             raise ValueError(f"{path}: there are no features; {remedy}")
@@ -80,9 +80,9 @@ class CacheIndex(BaseModel):
 
 @dataclass(frozen=True)
 class ModelFolders:
-    """Folders of checkpoint, base and project. features.timm_weights is relative to `root`.
+    """Folders of the checkpoint, the base and the project (`root`).
 
-    If `architecture` is given, a checkpoint that was trained with other values is not loaded.
+    If `architecture` is given, a checkpoint with another architecture is refused.
     """
 
     checkpoint: Path
@@ -91,7 +91,7 @@ class ModelFolders:
     architecture: Architecture | None = None
 
     def fingerprint(self, model: str) -> str:
-        """Hash contradiff's checkpoint (ValueError if missing), or the base for other models."""
+        """Hash contradiff's checkpoint (ValueError if missing). For other models, hash the base."""
         if model != "contradiff":
             return base_digest(self.base)
         files = sorted(file for file in self.checkpoint.rglob("*") if file.is_file())
@@ -114,7 +114,7 @@ class FeatureCache:
         """Open a cache, and check the hash of every file except the maps.
 
         Raises ValueError if the cache is missing or damaged, or if the model's weights have changed
-        since. timm's weights may be missing, because `dvc pull` does not fetch them.
+        since the features were computed. The file features.timm_weights may be missing.
         """
         index = CacheIndex.read(folder)
         if index.model == "timm":
@@ -158,7 +158,7 @@ class FeatureCache:
         return ConcatDataset([self._tensor(shard, MAPS) for shard in self.index.maps[split]])  # pyright: ignore[reportArgumentType]
 
     def attention(self) -> TriTimestepAttention:
-        """Load the head stored with the maps: ContraDiff's is trained, a baseline's is new."""
+        """Load the attention head stored with the maps. The head of a baseline is untrained."""
         assert self.index.head is not None, "the head is stored only together with maps"
         head = TriTimestepAttention(**self.index.head)
         head.load_state_dict(load_file(self.folder / HEAD_NAME))

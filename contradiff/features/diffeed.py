@@ -2,14 +2,13 @@
 
 Mukhopadhyay et al., "Do text-free diffusion models learn discriminative visual representations?"
 (2023), run a frozen guided-diffusion UNet on a noisy image. Small convolutional layers carry maps
-of the decoder back to the mirrored places of the encoder, which then runs again. An attention head
-fuses blocks of both passes and several noise levels. Layers and head are trained on labels.
+of the decoder back to the mirrored places of the encoder. Then the UNet runs again. An attention
+head combines blocks of both passes and several noise levels. Layers and head are trained on labels.
 
-*Deviation*: nothing is trained here, so that one probe can test the features of every model. The
-decoder's map before each upsampling has the shape of the mirrored encoder map. It is scaled to the
-encoder map's mean and standard deviation, and both are averaged. The probe's classifier, linear or
-attentive, fuses the mid and the second up block of both passes. The UNet is the base's, and the
-noise levels are features.timesteps.
+*Deviation*: nothing is trained here, so that one probe can test the features of every model. Each
+map of the decoder is scaled to the mean and standard deviation of the mirrored map of the encoder.
+Then these two maps are averaged. The features are maps of the mid block and of the second up block,
+of both passes. The UNet is the base's, and the noise levels are features.timesteps.
 """
 
 from functools import partial
@@ -31,7 +30,7 @@ NUM_PASSES = 2  # passes of the UNet; each gives maps of the mid block and of `u
 def feedback_maps(
     unet: "UNet2DConditionModel", noisy_latents: Latents, timesteps: Timesteps, tokens: Tokens
 ) -> Maps:
-    """Concatenate the maps of the mid and second up block, of both passes, at the mid's size."""
+    """Concatenate both passes' maps of the mid and second up block, at the mid block's size."""
     split, decoded = SplitUNet(unet), list[Maps]()
     handles = [
         _last_layer(block).register_forward_hook(lambda *call: decoded.append(_map_of(call[2])))
@@ -54,7 +53,7 @@ def feedback_maps(
 
 
 def blend(maps: Maps, fed_back: Maps) -> Maps:
-    """Bring `fed_back` to the mean and deviation of `maps`, image by image, and average both."""
+    """Scale `fed_back` to the mean and deviation of `maps` for each image; average the two."""
     dims = (1, 2, 3)
     scale = maps.std(dim=dims, keepdim=True) / fed_back.std(dim=dims, keepdim=True).clamp(min=1e-6)
     centred = (fed_back - fed_back.mean(dim=dims, keepdim=True)) * scale
@@ -68,7 +67,7 @@ def _last_layer(block: Any) -> nn.Module:
 
 
 def _map_of(output: Any) -> Tensor:
-    """Return the map: attention layers return it in a tuple, residual blocks return it alone."""
+    """Return the map of a layer's output, which is a tuple for attention layers."""
     return output[0] if isinstance(output, tuple) else output
 
 

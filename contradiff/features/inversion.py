@@ -10,7 +10,7 @@ from contradiff.method.unet import MapBlock
 from contradiff.types import Latents, Maps, Tokens
 
 CHAIN_STEPS = 20
-"""Timesteps in the grid of the inversion; the paper's probe is "using 20 denoising steps"."""
+"""Number of timesteps of the inversion. The paper's probe is "using 20 denoising steps"."""
 
 
 def inverted_maps(
@@ -24,14 +24,13 @@ def inverted_maps(
     """Return maps at three timesteps of a deterministic DDIM inversion (eta = 0), noisiest first.
 
     The inversion goes up the base's 20-step grid t_0 < t_1 < ... (Stable Diffusion: 1, 51, ...,
-    951). The clean latent is used as z_{t_0}. It is not scaled to the noise level of t_0, where
-    alpha-bar is 0.998. At each t_k the UNet runs once, on z_{t_k} at timestep t_k. This pass gives
-    the maps of t_k and the predicted noise e, which leads to the next latent (Eq. 12 of Song et
-    al., 2021, in reverse). With a and a' the alpha-bars of t_k and t_{k+1}:
+    951). The clean latent is used as z_{t_0}, unscaled. At each t_k the UNet runs once, on z_{t_k}.
+    This pass gives the maps of t_k and the predicted noise e. From e follows the next latent
+    (Eq. 12 of Song et al., 2021, in reverse). a and a' are the alpha-bars of t_k and t_{k+1}:
 
         z_{t_{k+1}} = sqrt(a') (z_{t_k} - sqrt(1 - a) e) / sqrt(a) + sqrt(1 - a') e
 
-    This is exact only if e is the same at t_k and t_{k+1}. diffusers' pipelines predict e from
+    This step is exact only if e is the same at t_k and t_{k+1}. diffusers' pipelines predict e from
     z_{t_k} at timestep t_{k+1} instead, so their maps would have less noise than the timestep says.
     The inversion stops at the noisiest of `timesteps`, where only the maps are computed.
 

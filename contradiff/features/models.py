@@ -32,10 +32,10 @@ from contradiff.types import Tokens
 class DiffusionFeatures:
     """Features of ContraDiff, of its base alone, or of its base with DifFeed's two passes.
 
-    Noise is added to clean latents at three fixed timesteps, called a triple. Each image's index
-    seeds its noise, so its features depend neither on the batch size nor on the number of
-    processes. With `keep_maps`, a call also returns the UNet's maps at features.timesteps.
-    `more_pools` are further ways to turn the maps of head.block into features (see `pool_maps`).
+    Noise is added to clean latents at three fixed timesteps, called a triple. An image's index
+    seeds its noise. So features depend neither on the batch size nor on the number of processes.
+    With `keep_maps`, a call also returns the UNet's maps at features.timesteps. `more_pools` are
+    further ways to turn the maps of the UNet block head.block into features (see `pool_maps`).
     """
 
     model: ContraDiff
@@ -47,7 +47,7 @@ class DiffusionFeatures:
 
     @property
     def columns(self) -> tuple[FeatureSpec, ...]:
-        """For each three timesteps: features of head.block, then means of `more_blocks`."""
+        """Features of head.block, then means of `more_blocks`; both for each triple."""
         main = "diffeed" if self.params.model == "diffeed" else self.model.block
         kinds = [(main, pool) for pool in (self.params.pool, *self.more_pools)]
         kinds += [(block, "mean") for block in self.params.more_blocks]
@@ -58,13 +58,13 @@ class DiffusionFeatures:
         )
 
     def read(self, images: StoredImages, split: str, number: int) -> Iterator[CleanBatch]:
-        """Yield the latents of one shard, and also the pixels if the conditioner reads pixels."""
+        """Yield the latents of one shard, with pixels only if the conditioner reads pixels."""
         shown = self.params.model == "contradiff" and self.params.condition == "image"
         with_pixels = shown and self.model.conditioner.input == "pixels"
         return images.latent_batches(split, number, with_pixels=with_pixels)
 
     def tokens(self, batch: CleanBatch) -> Tokens:
-        """Encode what features.condition says: the images, or noise. The base gets zeros."""
+        """Encode the images or noise, as features.condition says. The base gets zeros."""
         if self.params.model != "contradiff":
             width = self.model.unet.config["cross_attention_dim"]
             return torch.zeros(len(batch.labels), 1, width, device=self.device)
@@ -80,7 +80,7 @@ class DiffusionFeatures:
     def __call__(self, batch: CleanBatch, shown: CleanBatch | None = None) -> dict[str, Tensor]:
         """Compute the features (batch, width) of each column, as float32 or as bfloat16.
 
-        If `shown` is given, its images are the conditions, and not those of `batch`.
+        If `shown` is given, the images of `shown` are the conditions instead of those of `batch`.
         """
         found: dict[str, Tensor] = {}
         with autocast(self.device, self.params.precision):
@@ -123,8 +123,8 @@ class DiffusionFeatures:
 def pool_maps(maps: LevelMaps, pool: str) -> Float[Tensor, "batch width"]:
     """Turn maps into features without any weights.
 
-    mean: each map's average over space, noisiest first | cleanest: that of the cleanest map alone |
-    unpooled: all values of the cleanest map.
+    mean: the average over space of each map, noisiest first | cleanest: the average of only the
+    cleanest map | unpooled: all values of the cleanest map.
     """
     chosen = maps.float() if pool == "mean" else maps[:, -1:].float()
     return chosen.flatten(1) if pool == "unpooled" else chosen.mean(dim=(3, 4)).flatten(1)
@@ -152,8 +152,8 @@ def load_feature_model(
 ) -> FeatureModel:
     """Load the model that features.model names.
 
-    `base` is Table 3's "SD Features": pooled maps without LoRA. Its condition is zeros, because the
-    method has no CLIP for an empty prompt. Raises ValueError if weights are missing or do not fit.
+    The model "base" is Table 3's "SD Features": pooled maps without LoRA, with zeros as condition.
+    Raises ValueError if weights are missing or do not fit the model.
     """
     if params.model == "timm":
         return TimmFeatures(params, models.root, device)
@@ -171,10 +171,10 @@ def untrained_features(
     seed: int,
     device: torch.device,
 ) -> DiffusionFeatures:
-    """Build the features of the model that a pretraining with this `seed` starts from.
+    """Build the features of ContraDiff as it is before a pretraining with this `seed`.
 
-    The first column is the base's pooled maps. The pool "attention" gives h of the new head. LoRA
-    and conditioner start without any effect, so the maps are those of the base with zero tokens.
+    The first feature is the pooled maps. In `more_pools`, "attention" adds h of the untrained head.
+    LoRA and conditioner have no effect before training, so the maps are the base's.
     """
     changes = {"model": "base", "pool": "mean", "more_triples": [], "more_blocks": []}
     model = build_model(base, architecture, image_size=image_size, seed=seed).eval()
@@ -222,7 +222,7 @@ class LabelledFeatures:
 def compute_features(
     model: FeatureModel, batches: Iterable[CleanBatch], *, on_progress: Tick = lambda _: None
 ) -> LabelledFeatures:
-    """Compute the model's first feature for all batches, as float32, and keep all in memory."""
+    """Compute the model's main feature for all batches, as float32."""
     found: list[LabelledFeatures] = []
     for batch in batches:
         features = model(batch)[model.columns[0].name].float().cpu()

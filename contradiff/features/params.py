@@ -13,7 +13,7 @@ from contradiff.types import Precision
 
 @dataclass(frozen=True)
 class FeatureSpec:
-    """A feature: UNet maps of `block` at three timesteps (`triple`), pooled; both None for timm."""
+    """A feature. For timm, `triple` (three timesteps) and `block` (of the UNet) are None."""
 
     name: str
     triple: tuple[int, ...] | None
@@ -26,15 +26,15 @@ class FeaturesParams(Section):
 
     model: Literal["contradiff", "base", "diffeed", "timm"] = Field(
         description="contradiff: the trained model | base: its base, no LoRA, zeros as condition "
-        "(Table 3's SD Features) | diffeed: two base passes with feedback | timm: a backbone"
+        "(Table 3's SD Features) | diffeed: the base runs twice, with feedback | timm: a backbone"
     )
     timm_name: str | None = Field(description="timm: the name for timm.create_model")
     timm_weights: str | None = Field(description="timm: a local .safetensors file with weights")
-    timm_pretrained: bool = Field(description="timm: download weights, not timm_weights")
+    timm_pretrained: bool = Field(description="timm: download weights; set timm_weights: null")
     timesteps: list[int] = Field(description="the three fixed timesteps of evaluation")
-    more_triples: list[list[int]] = Field(description="other lists of three timesteps to probe")
+    more_triples: list[list[int]] = Field(description="other lists of three timesteps to test")
     more_blocks: list[MapBlock] = Field(
-        description="UNet blocks whose maps, averaged over space, are probed as well"
+        description="other UNet blocks whose maps, averaged over space, are tested as well"
     )
     noising: Literal["direct", "ddim_chain"] = Field(
         description="direct: noise in one step (Eq. 5) | ddim_chain: 20-step DDIM inversion"
@@ -62,8 +62,8 @@ class FeaturesParams(Section):
                 key = "features.more_triples" if number else "features.timesteps"
                 raise ValueError(f"{key}: {triple}: set three different timesteps of 0 or more")
         if len(set(map(frozenset, self.triples))) < len(self.triples):
-            fault = "a list has the same timesteps as another list or features.timesteps"
-            raise ValueError(f"features.more_triples: {fault}; remove it")
+            fault = "a list has the same timesteps as another, or as features.timesteps"
+            raise ValueError(f"features.more_triples: {fault}; remove this list")
         if len(set(self.more_blocks)) < len(self.more_blocks):
             raise ValueError(f"features.more_blocks: {self.more_blocks}: name each block once")
         return self
@@ -73,11 +73,11 @@ class FeaturesParams(Section):
         is_timm, model = self.model == "timm", f"features.model: {self.model}"
         if self.model != "contradiff" and self.pool == "attention":
             raise ValueError(
-                f"features.pool: attention needs contradiff's trained head, but this is {model}; "
-                "set features.pool: mean"
+                "features.pool: attention needs contradiff's trained head, which is not part of "
+                f"{model}; set features.pool: mean"
             )
         if self.model == "diffeed" and self.noising != "direct":
-            raise ValueError(f"features.noising: set it to direct; {model} needs this")
+            raise ValueError(f"features.noising: set it to direct, as {model} requires")
         if self.model in ("diffeed", "timm") and self.more_blocks:
             raise ValueError(f"features.more_blocks: set it to []; {model} does not use it")
         if is_timm and self.timm_name is None:

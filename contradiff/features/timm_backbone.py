@@ -76,7 +76,7 @@ class TimmFeatures:
 
 
 def load_weights(model: nn.Module, path: Path) -> None:
-    """Load all weights but the classifier's. Raises ValueError if the file does not fit."""
+    """Load all weights except the classifier's. Raises ValueError if they do not fit."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 

@@ -42,14 +42,14 @@ def write_cache(
 ) -> None:
     """Compute the features of all unfinished shards in `work_dir`; then move all files to `folder`.
 
-    Processes share `work_dir`, which keeps finished shards if the run is interrupted. Process 0
-    writes the index. `on_progress` first gets the number of images that were already done, then of
-    each new batch. Raises ValueError if a feature is not finite, or if the disk is full.
+    If the run is interrupted, `work_dir` keeps the finished shards. All processes share `work_dir`.
+    `on_progress` first gets the number of images that were already done, then the size of each new
+    batch. Raises ValueError if a feature is not finite, or if the disk is full.
     """
     name_of = "{0[0]}-{0[1]:05d}".format
 
     def make(shard: tuple[str, int], tick: Tick) -> Made:
-        """Write one shard's features to a file, and its maps, if there are any, to another."""
+        """Write one shard's features to a file. UNet maps, if any, go to a second file."""
         keys: list[str] = []
         columns: dict[str, list[Tensor]] = {}
         for batch in model.read(images, *shard):
@@ -98,7 +98,7 @@ def write_cache(
             maps={split: tuple(own[1] for own in files[split]) for split in files if head},
             made_with=made_with,
         ).write(temporary)
-        # Moved last, so that `work_dir` still has the files if the disk gets full before.
+        # Moved last: if the disk gets full before, `work_dir` still has the files.
         for file in (file for each in made for file in each.files):
             shutil.move(work_dir / file.name, temporary / file.name)
 
@@ -131,7 +131,7 @@ def write_table(path: Path, tensors: Mapping[str, Tensor], *, keys: Sequence[str
 
 
 def bytes_of_features(model: FeatureModel, images: StoredImages) -> int:
-    """Compute the bytes of all images' features from the size of the first image's."""
+    """Compute how many bytes the features of all images take."""
     batch = next(iter(model.read(images, *images.shards[0])))
     width = sum(features[:1].numel() for features in model(batch).values())
     return (8 + 2 * width) * sum(images.num_samples(*shard) for shard in images.shards)
@@ -140,9 +140,9 @@ def bytes_of_features(model: FeatureModel, images: StoredImages) -> int:
 def initial_attention(
     features: DiffusionFeatures, checkpoint: Path
 ) -> tuple[dict[str, Any], TriTimestepAttention]:
-    """Return the constructor arguments and the initial attention head of an attentive probe.
+    """Return the constructor arguments and the attention head with which attentive probes start.
 
-    ContraDiff has a trained head. Baselines get a new head, initialised with the features' seed.
+    ContraDiff has a trained head. For baselines, the features' seed draws a new head.
     """
     unet, kind = features.model.unet, features.params.model
     shapes = parse(Architecture, read_config(checkpoint)["params"], source=str(checkpoint))

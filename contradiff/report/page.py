@@ -25,15 +25,12 @@ CLASSIFIERS = {
 }
 BASELINES = {
     "chance": ("Chance", "Every image gets the same class."),
-    "base_pooled": ("Base, pooled maps", "Means of the maps at all three timesteps;"),
-    "base_cleanest": ("Base, cleanest map pooled", "Mean of the map at the lowest timestep;"),
-    "base_cleanest_unpooled": (
-        "Base, cleanest map unpooled",
-        "All values of the map at the lowest timestep;",
-    ),
-    "untrained_head": ("Untrained head", "h before pretraining;"),
+    "base_pooled": ("Base, means of three maps", "UNet maps at all three timesteps;"),
+    "base_cleanest": ("Base, mean of the cleanest map", "UNet map at the lowest timestep;"),
+    "base_cleanest_unpooled": ("Base, cleanest map unpooled", "All values of this UNet map;"),
+    "untrained_head": ("Untrained attention head", "h before pretraining;"),
 }
-"""Rows of metrics/baselines.json => their names in the report, and how they were made."""
+"""Each row of metrics/baselines.json => its name in the report, and what it was computed from."""
 
 
 class TableRow(NamedTuple):
@@ -57,7 +54,7 @@ def result_rows(results: RunResults) -> Iterator[TableRow]:
     yield TableRow("LoRA rank", settings["lora.rank"], "")
     yield from _score_rows(results.score)
     error = results.separability.denoising_error
-    how = f"Of the predicted noise, null condition, {error.num_images:,} validation images"
+    how = f"MSE of predicted noise, null condition, {error.num_images:,} validation images"
     how += f" at ten noise levels; the base alone has {error.base:.4f}."
     yield TableRow("Denoising error ↓", f"{error.contradiff:.4f}", how)
     probe, transfer = results.probe, results.transfer
@@ -72,7 +69,7 @@ def result_rows(results: RunResults) -> Iterator[TableRow]:
     found = results.separability
     how = (
         f"In feature space, cosine distance, {found.num_images:,} validation images of "
-        f"{found.num_classes} classes, {found.num_neighbours} neighbours, each image left out."
+        f"{found.num_classes} classes, {found.num_neighbours} neighbours among the other images."
     )
     for name, space in (("features", found.contradiff), ("base alone", found.base)):
         shown = "not defined" if space.silhouette is None else f"{space.silhouette:.3f}"
@@ -81,10 +78,10 @@ def result_rows(results: RunResults) -> Iterator[TableRow]:
         rates, number = found.diagnostics.retrieval, found.diagnostics.num_images
         how = (
             f"Top-1 among {number:,} dev images, each view with its image as condition. With null "
-            f"conditions {rates.null:.1%}. If views are conditioned on another image, "
-            f"{rates.by_latent:.1%} find their partner, {rates.by_condition:.1%} the other image."
+            f"conditions {rates.null:.1%}. If views have another image as condition, "
+            f"{rates.by_latent:.1%} find their own image, {rates.by_condition:.1%} the other one."
         )
-        yield TableRow("Partner view found by h", f"{rates.own:.1%}", how)
+        yield TableRow("Image found by h in another view", f"{rates.own:.1%}", how)
     trainable, frozen = results.pretrain.parameters.trainable, results.pretrain.parameters.frozen
     total = trainable + frozen
     how = f"{trainable / max(total, 1):.1%} of {total:,} in all; {frozen:,} are frozen."
@@ -103,7 +100,7 @@ def _score_rows(score: ScoreRecord) -> Iterator[TableRow]:
     mark = " (biased)" if score.biased else ""
     if score.biased:
         compared = f"Fewer than 10,000 images bias the FID upwards; the KID has no bias. {compared}"
-    kept = f"On {score.num_kept:,} features a side; otherwise measured as the FID above."
+    kept = f"On {score.num_kept:,} images of each set; otherwise measured as the FID above."
     extra = (score.model_extra or {}).items()
     others = {key: ResizerScores(**item) for key, item in extra if isinstance(item, Mapping)}
     for resizer, scores in {score.resizer: score, **others}.items():
@@ -123,7 +120,7 @@ def _score_rows(score: ScoreRecord) -> Iterator[TableRow]:
 def feature_rows(results: RunResults) -> Iterator[TableRow]:
     """Yield the rows of the table of features: top-1 accuracies of all classifiers.
 
-    The features of the stage baselines, which need no pretraining, come first.
+    The features of the stage `baselines` come first. They need no pretraining.
     """
     probe, baselines = results.probe, results.baselines
     for name, (title, how) in BASELINES.items():

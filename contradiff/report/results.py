@@ -84,7 +84,7 @@ class ShotsRecord(_Record):
 
 
 class TransferRecord(ShotsRecord):
-    """Content of metrics/transfer.json: results of the first number of shots, and of all."""
+    """Content of metrics/transfer.json: results for the first number of shots; then `by_shots`."""
 
     shots: int | Literal["full"] = Field(description="training images of each class")
     total: Count = Field(description="number of test images")
@@ -109,12 +109,12 @@ class ResizerScores(_Record):
 
 
 class ScoreRecord(ResizerScores):
-    """Content of metrics/score.json; the scores with each further resizer are under its name."""
+    """Content of metrics/score.json. Scores with another resizer have its name as key."""
 
     biased: bool = Field(description="whether a set has fewer than 10,000 images")
     num_samples: Count
     num_reference: Count
-    num_kept: Count = Field(description="images of each set for KID and precision")
+    num_kept: Count = Field(description="number of images per set for KID and precision")
     extractor: str
     extractor_accuracy: float | None
     condition: str
@@ -150,7 +150,7 @@ class Retrieval(_Record):
 
 
 class Diagnostics(_Record):
-    """What h follows; the spread of h and of the maps stands in further keys."""
+    """How often h finds another view of an image. Further keys have the spread of features."""
 
     retrieval: Retrieval
     num_images: Count
@@ -203,7 +203,7 @@ class RunResults(_Record):
 def read_results(root: Path, *, seed: int) -> RunResults:
     """Read what the other stages wrote below `root`, the project's folder.
 
-    Raises ValueError if a file is missing or malformed; the message names the stage that makes it.
+    Raises ValueError if a file is missing or malformed. The message names the stage to run.
     """
     content = {"pretrain": _read(root, PRETRAIN_FILE, _parse_json)}
     for stage in ("probe", "baselines", "transfer", "separability", "score"):
@@ -229,7 +229,7 @@ def fault(file: str, what: str) -> str:
     stem = Path(file).stem.removesuffix("_dark")
     makers = {"config": "pretrain", "samples": "generate", "tsne": "separability"}
     stage = makers.get(stem, stem)
-    return f"{file}: {what}; the {stage} stage makes it: run `dvc repro {stage}`"
+    return f"{file}: {what}; the stage {stage} makes this file: run `dvc repro {stage}`"
 
 
 def _read(root: Path, file: str, parse: Callable[[bytes], Any]) -> Any:

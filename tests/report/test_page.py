@@ -146,9 +146,9 @@ ROWS = """
 λ | 0.1 | Weight of the contrastive loss
 LoRA rank | 16
 FID ↓ | 31.42 (biased) | bias the FID | 1,000 samples | 900 reference | val images, crop | seed 7
-KID ↓ | 0.0123 ± 0.0020 | 500 features a side; otherwise measured as the FID
-Precision, recall ↑ | 0.700, 0.650 | 500 features a side
-Density, coverage ↑ | 0.604, 0.800 | 500 features a side
+KID ↓ | 0.0123 ± 0.0020 | 500 images of each set; otherwise measured as the FID
+Precision, recall ↑ | 0.700, 0.650 | 500 images of each set
+Density, coverage ↑ | 0.604, 0.800 | 500 images of each set
 Inception score ↑ | 6.28 ± 0.17 | 1,000 samples | domain-classifier | resizer none | seed 7
 Denoising error ↓ | 0.1065 | null condition, 250 validation images | base alone has 0.1061
 Probe top-1 ↑ | 73.4% [70.6%, 76.0%] | 95% interval; logistic regression | 1,000 images | seed 3
@@ -156,11 +156,11 @@ Probe top-5 ↑ | 95.1% | 1,000 images | split val | linear head | attention | s
 Transfer top-1 ↑ | 83.5% ± 1.0% | logistic regression | 25 images a class | 797 test | seed 3
 Separability, features ↑ | kNN 62.5%, silhouette 0.071 | 900 validation images | 12 classes
 Separability, base alone ↑ | kNN 50.0%, silhouette not defined | 10 neighbours
-Partner view found by h | 85.0% | 256 dev | null conditions 60.0% | 31.0% find their | 3.0% the
+Image found by h in another view | 85.0% | 256 dev | null conditions 60.0% | 31.0% find | 3.0% the
 Trainable parameters | 250,000 | 25.0% of 1,000,000 in all; 750,000 are frozen.
 Pretraining steps | 372 | Seed 3.
 Chance | 8.3%
-Base, pooled maps | 81.0% [78.4%, 83.3%] | 1,288 values; logistic regression, C = 0.1.
+Base, means of three maps | 81.0% [78.4%, 83.3%] | 1,288 values; logistic regression, C = 0.1.
 h, logistic regression | 73.4% [70.6%, 76.0%] | C = 0.1, chosen on held-out training images.
 h, SGD | 70.1% [67.2%, 72.9%] | Not converged: more than one point below logistic regression.
 h, SGD as in the paper's Table 2 | 62.0% | and its epochs and batch size.
@@ -215,7 +215,7 @@ def test_missing_and_broken_files_are_named_with_their_stage(root: Path, name: s
         with pytest.raises(ValueError, match=rf"^{name}: .*dvc repro {stage}"):
             read_results(root, seed=3)
     (root / name).unlink()
-    with pytest.raises(ValueError, match=rf"^{name}: no such file; the {stage} stage"):
+    with pytest.raises(ValueError, match=rf"^{name}: no such file; the stage {stage}"):
         read_results(root, seed=3)
 
 
