@@ -47,7 +47,7 @@ def test_no_epochs_leave_a_note_and_need_no_model(
     monkeypatch.delattr(class_condition, "load_checkpoint")
     assert call(trained_project, epochs=0, batch_size=1000)["num_steps"] == 0
     assert [path.name for path in TABLE.iterdir()] == ["config.json"]
-    expected = r"generate\.condition: class .*class_condition\.epochs was 0"
+    expected = r'generate\.condition "class" .*class_condition\.epochs was 0'
     with pytest.raises(ValueError, match=expected):
         class_table.load_class_table(TABLE, checkpoint=CHECKPOINT)
 

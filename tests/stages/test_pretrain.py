@@ -61,8 +61,8 @@ def test_paper_scale_counts(paper: dict[str, Any]):
     text = describe(paper)
     assert read_table(text) == PAPER_SCALE
     assert "together: 1,011,279,763." in text
-    assert "CLIP's text encoder, which the method does not use" in text
-    assert "linear classifier over 1000 classes, which the stage probe trains" in text
+    assert "CLIP's text encoder. The method does not use the text" in text
+    assert "linear classifier over 1000 classes, which the stage `probe` trains" in text
     paper["conditioner"] |= {"input": "latents", "patch_size": 2}
     assert read_table(describe(paper))["conditional encoder"][0] == "38,344,960"
 
