@@ -21,7 +21,7 @@ Row = dict[str, Any]
 
 
 class Rig:
-    """Runs rows one after the other; a row that fails or no longer fits leaves the others alone."""
+    """Runs measurements in turn. One that fails, or for which no time is left, stops no other."""
 
     def __init__(self, device: torch.device, *, seconds: float, output: Path | None) -> None:
         self.device, self.output = device, output

@@ -169,7 +169,7 @@ def finetuned_top1(
     seed: int,
     device: torch.device,
 ) -> float:
-    """Return the top-1 accuracy in [0, 1] of a classifier. Image indices seed the noise."""
+    """Return the top-1 accuracy in [0, 1]. The index of an image seeds its noise."""
     frozen = DiffusionFeatures(model, features, seed, device)
     featured = compute_features(frozen, data.batches(features.batch_size))
     logits = classifier(featured.features.to(device)).cpu()

@@ -48,14 +48,14 @@ class ProbeParams(SgdParams):
         description="linear: trains a linear layer | attentive: also trains the attention head"
     )
     headline: Literal["logistic", "sgd"] = Field(
-        description="classifier with the main score: logistic regression, or the SGD probe"
+        description="whose accuracy is the main score: that of logistic regression or of SGD"
     )
     cs: Cs = Field(description="values of C that logistic regression tries; []: do not train it")
     few_labels: list[Annotated[float, Field(gt=0, le=1)]] = Field(
         description="logistic regression is also trained with only these shares of the labels"
     )
     baselines: Literal["all", "pooled", "none"] = Field(
-        description="features of the untrained model to test; pooled: all except the unpooled map"
+        description="features of the untrained model to test as well; pooled: not the full map"
     )
     lrs: list[float] = Field(description="learning rates to try in addition to lr")
     weight_decays: list[float] = Field(description="decays to try in addition to weight_decay")

@@ -75,8 +75,9 @@ class ProbeData:
     def logistic(self, name: str, cs: Sequence[float]) -> LogisticScore:
         """Test logistic regression on a cached feature.
 
-        C is chosen on the dev split. But if `split` is "dev", the dev split is only for testing,
-        and C is chosen on a tenth of the other images. All training rows train the last classifier.
+        C is chosen on the dev split, and then all training images train the final classifier. If
+        `split` is "dev", the dev split is used only for testing. C is then chosen on a tenth of the
+        other training images, and all of these train the final classifier.
         """
         from sklearn.model_selection import ShuffleSplit
 

@@ -47,7 +47,7 @@ class TransferParams(SgdParams):
         description="training images per class, or full: all; the first gives the main result",
     )
     headline: Literal["logistic", "ridge", "sgd"] = Field(
-        description="classifier with the main score; sgd: the probe trained by SGD"
+        description="classifier whose accuracy is reported as the main score; sgd: a linear probe"
     )
     cs: Cs = Field(description="values of C that logistic regression tries; []: do not train it")
     num_splits: int = Field(

@@ -63,7 +63,7 @@ class FeaturesParams(Section):
                 raise ValueError(f"{key}: {triple}: set three different timesteps of 0 or more")
         if len(set(map(frozenset, self.triples))) < len(self.triples):
             fault = "a list has the same timesteps as another, or as features.timesteps"
-            raise ValueError(f"features.more_triples: {fault}; remove this list")
+            raise ValueError(f"features.more_triples: {fault}; remove one of the two")
         if len(set(self.more_blocks)) < len(self.more_blocks):
             raise ValueError(f"features.more_blocks: {self.more_blocks}: name each block once")
         return self

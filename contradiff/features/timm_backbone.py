@@ -95,4 +95,6 @@ def load_weights(model: nn.Module, path: Path) -> None:
         model.load_state_dict({k: v for k, v in state.items() if not k.startswith(prefixes)})
     except RuntimeError as error:
         reason = str(error).splitlines()[1].strip()[:200]
-        raise ValueError(f"{key}: does not fit features.timm_name: {reason}") from None
+        raise ValueError(
+            f"{key}: these weights do not fit the model features.timm_name: {reason}"
+        ) from None

@@ -4,7 +4,8 @@ First, `plan_shards` divides the list of images among the shards. Then `map_shar
 `ShardMaker` for each planned shard. At last, `publish` puts the finished shards into their folder.
 
 The shards depend only on the images, the seed and the parameters, and not on the number of
-processes. An unreadable image is left out and listed in a file. The other shards do not change.
+processes. An unreadable image is left out of its shard and listed in a file. This changes no
+other shard.
 """
 
 import json

@@ -77,10 +77,10 @@ def build_vae() -> "AutoencoderKL":
 
 
 def build_unet() -> "UNet2DConditionModel":
-    """Build a UNet2DConditionModel for 8x8x4 latents with random weights; bottleneck 96x4x4.
+    """Build a UNet2DConditionModel for 4x8x8 latents with random weights; bottleneck 96x4x4.
 
     The bottleneck has 4 x 4 positions, as Stable Diffusion's has at 256 pixels. Only the bottleneck
-    has attention: at 8 x 8, wider convolutions of the same cost gave a lower loss (docs/log.md).
+    has attention. At 8 x 8, wider convolutions gave a lower loss than attention of the same cost.
     """
     from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 

@@ -27,7 +27,7 @@ class PretrainParams(Section):
     weight_decay: float = Field(ge=0)
     max_grad_norm: float = Field(gt=0)
     grad_accumulation: int = Field(
-        ge=1, description="parts of a batch; only images of the same part are contrasted"
+        ge=1, description="number of parts of a batch; only images of the same part are contrasted"
     )
     ema_decay: float = Field(
         ge=0, lt=1, description="decay of the moving average of weights; 0: no average"
