@@ -129,7 +129,7 @@ def view_metrics(
 def denoising_error(model: DiffusionFeatures, batches: Iterable[CleanBatch]) -> float:
     """Mean squared error of the predicted noise (Eq. 3) at 5%, 15%, ... 95% of the schedule.
 
-    The condition is features.condition. For the base, it is zeros. An image's index seeds its noise.
+    The condition is features.condition (zeros for the base). An image's index seeds its noise.
     """
     schedule, errors = model.model.schedule, list[Tensor]()
     spacing = schedule.num_train_timesteps / NUM_STEPS
