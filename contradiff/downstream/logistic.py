@@ -22,8 +22,8 @@ from contradiff.downstream.accuracy import Accuracy, accuracy_of
 Cs: TypeAlias = list[Annotated[float, Field(gt=0)]]
 """Values of C (inverse penalties) to choose from."""
 
-SEARCH_ITERATIONS = 50
-"""Most iterations of each fit that helps to choose C. These fits need not converge."""
+SEARCH_TOLERANCE = 1e-3
+"""Largest gradient at which a fit ends in the choice of C; scikit-learn's 1e-4 takes twice as long."""
 
 Fold: TypeAlias = tuple[Int64[np.ndarray, " _"], Int64[np.ndarray, " _"]]
 """Two sets of rows of the training samples: rows to fit a classifier to, and rows to test C on."""
@@ -121,7 +121,7 @@ def _choose_c(
     # Sums of counts are exact, so equally good values of C get equal scores.
     count = make_scorer(accuracy_score, normalize=False)
     grid = {"logisticregression__C": cs}
-    rough = _classifier(cs[0], max_iter=SEARCH_ITERATIONS)
+    rough = _classifier(cs[0], tol=SEARCH_TOLERANCE)
     search = GridSearchCV(rough, grid, scoring=count, cv=folds, refit=False)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # only the last fit must converge
@@ -129,9 +129,9 @@ def _choose_c(
     return float(search.best_params_["logisticregression__C"])
 
 
-def _classifier(c: float, *, max_iter: int = 5000) -> Any:
+def _classifier(c: float, *, tol: float = 1e-4) -> Any:
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
 
-    return make_pipeline(StandardScaler(), LogisticRegression(C=c, max_iter=max_iter))
+    return make_pipeline(StandardScaler(), LogisticRegression(C=c, tol=tol, max_iter=5000))
