@@ -23,7 +23,7 @@ Cs: TypeAlias = list[Annotated[float, Field(gt=0)]]
 """Values of C (inverse penalties) to choose from."""
 
 SEARCH_TOLERANCE = 1e-3
-"""Largest gradient at which a fit ends in the choice of C. The default, 1e-4, takes twice as long."""
+"""Largest gradient at which a fit in the choice of C ends. The default 1e-4 takes twice as long."""
 
 Fold: TypeAlias = tuple[Int64[np.ndarray, " _"], Int64[np.ndarray, " _"]]
 """Two sets of rows of the training samples: rows to fit a classifier to, and rows to test C on."""
