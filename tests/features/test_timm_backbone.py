@@ -70,7 +70,7 @@ def test_faults_are_named(weights: Path, tmp_path: Path):
     with pytest.raises(ValueError, match=r"^features\.timm_weights: .*not a safetensors file"):
         load(tmp_path / "w.safetensors")
     save_file({"cls_token": torch.zeros(1, 1, 64)}, tmp_path / "w.safetensors")
-    with pytest.raises(ValueError, match=r"^features\.timm_weights: .*does not fit"):
+    with pytest.raises(ValueError, match=r"^features\.timm_weights: .*do not fit"):
         load(tmp_path / "w.safetensors")
     with pytest.raises(ValueError, match=r"^features\.timm_pretrained: .*could not be"):
         load(None, "resnet10t.c3_in1k")
