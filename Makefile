@@ -56,7 +56,7 @@ repro: $(STAMP)  ## run the pipeline with params.yaml, from data to report
 	@python -m compileall -q contradiff stages
 	@dvc pull models/tiny || { \
 	    echo "The base model is missing in DVC's store (artifacts/, or the address in .dvc/config)." >&2; \
-	    echo "Restore the store, or retrain the base model: make base (about 80 minutes)." >&2; \
+	    echo "Restore the store, or retrain the base model: make base (hours on a CPU, minutes on a GPU)." >&2; \
 	    exit 1; }
 	dvc repro
 
@@ -103,7 +103,7 @@ preset:  ## copy a preset to params.yaml: make preset NAME=paper
 	echo "params.yaml is now presets/$(NAME).yaml"
 
 # dvc.yaml freezes this stage, so that `dvc repro -f` does not retrain the base by accident.
-base: $(STAMP)  ## retrain the tiny base model (about 80 minutes); then `dvc push pretrain_base`
+base: $(STAMP)  ## retrain the tiny base model (hours on a CPU, minutes on a GPU); then `dvc push pretrain_base`
 	python -m stages.pretrain_base
 	dvc commit -f pretrain_base
 
