@@ -72,20 +72,22 @@ def logistic_score(
     Raises ValueError if all labels of `train` are equal, or if `test` is empty.
     """
     from sklearn.exceptions import ConvergenceWarning
+    from threadpoolctl import threadpool_limits
 
-    features, labels = train[0].float().cpu().numpy(), train[1].cpu().numpy()
+    features, labels = train[0].double().cpu().numpy(), train[1].cpu().numpy()
     if len(np.unique(labels)) < 2 or len(test[1]) == 0:
         needs = "training images of at least two classes, and images to test on"
         raise ValueError(f"logistic regression needs {needs}")
-    c = _choose_c(features, labels, cs=sorted(cs), folds=folds)
-    with warnings.catch_warnings(record=True) as found:
+    # In float64 the result does not depend on the number of threads, and one is the fastest here.
+    with threadpool_limits(1), warnings.catch_warnings(record=True) as found:
+        c = _choose_c(features, labels, cs=sorted(cs), folds=folds)
         warnings.simplefilter("always", ConvergenceWarning)
         classifier = _classifier(c).fit(features, labels)
-    known = torch.from_numpy(classifier.decision_function(test[0].float().cpu().numpy())).float()
+    known = torch.from_numpy(classifier.decision_function(test[0].double().cpu().numpy()))
     if known.ndim == 1:  # for two classes, scikit-learn gives only the second logit
         known = torch.stack([-known, known], dim=1)
     # A class without training samples is never predicted.
-    logits = torch.full((len(test[1]), num_classes), -torch.inf)
+    logits = known.new_full((len(test[1]), num_classes), -torch.inf)
     logits[:, torch.from_numpy(classifier.classes_)] = known
     converged = not any(issubclass(each.category, ConvergenceWarning) for each in found)
     return LogisticScore(accuracy_of(logits, test[1].cpu()), c, converged)
