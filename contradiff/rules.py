@@ -124,11 +124,11 @@ def features_serve_their_users(params: AllParams) -> Iterator[str]:
 def conditions_are_trained(params: AllParams) -> Iterator[str]:
     """A null condition (noise instead of an image) may be used only if it was trained."""
     generate, conditioner, table = params.generate, params.conditioner, params.class_condition
-    loss, features, second_is_null = params.loss, params.features, conditioner.cond_view == "noise"
+    loss, features, cond_view = params.loss, params.features, conditioner.cond_view
     # An image has six noisy latents, the last three of view 2. The contrastive loss uses all six.
     is_dropped = conditioner.drop > 0 or params.pretrain.epochs == 0
-    is_trained = is_dropped or (second_is_null and loss.recon_passes > 3)
-    is_seen = is_trained or (second_is_null and loss.weight > 0)
+    is_trained = is_dropped or (cond_view == "noise" and loss.recon_passes > 3)
+    is_seen = is_trained or (cond_view in ("noise", "noise_both") and loss.weight > 0)
     if features.model == "contradiff" and features.condition == "noise" and not is_seen:
         yield (
             'features.condition: "noise" is a null condition that was never trained; set '

@@ -22,9 +22,10 @@ class ConditionerParams(Section):
     depth: int = Field(ge=1)
     num_heads: int = Field(ge=1)
     drop: float = Field(ge=0, lt=1, description="chance that noise replaces a condition (App. A)")
-    cond_view: Literal["same", "crop", "noise"] = Field(
+    cond_view: Literal["same", "crop", "noise", "noise_both"] = Field(
         description="same: both views share one condition (paper) | crop: the condition of each"
-        " view is its own random crop | noise: like same, but the condition of view 2 is noise"
+        " view is its own random crop | noise: like same, but the condition of view 2 is noise |"
+        " noise_both: only reconstruction sees the condition, the contrastive loss sees noise"
     )
 
     @model_validator(mode="after")

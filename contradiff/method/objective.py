@@ -21,8 +21,10 @@ from contradiff.types import Features, Latents, Timesteps, Tokens
 class TrainingBatch:
     """The inputs of one training step: two views of each image, with three noise levels each.
 
-    `cond_views` is 1 if both views share one condition, otherwise 2. Where `dropped` is true,
-    `condition_noise` replaces the condition. The step itself draws no random numbers.
+    `cond_views` is 1 if all draws of an image share one condition, 2 if each view has its own, and
+    3 if the draws of reconstruction have the first one, the other draws of views 1 and 2 the second
+    and the third. Where `dropped` is true, `condition_noise` replaces the condition. The step
+    itself draws no random numbers.
     """
 
     latents: Float[Tensor, "2 batch channels h w"]
@@ -87,13 +89,19 @@ class TrainingStep(nn.Module):
 
     def _encode_conditions(self, batch: TrainingBatch, draws: slice) -> Tokens:
         """Return the tokens of the noisy latents `draws`; a shared condition is encoded once."""
-        num_views = -(-draws.stop // NUM_LEVELS)
+        number, passes = len(batch.conditions), self.loss.recon_passes
+        views = [draw // NUM_LEVELS for draw in range(NUM_VIEWS * NUM_LEVELS)]
+        if number == 1:
+            views = [0] * len(views)
+        elif number == 3:
+            views = [0 if draw < passes else 1 + view for draw, view in enumerate(views)]
+        views = views[draws]
+        used = slice(max(views) + 1)
         # c(noise) is the unconditional mode (App. A) and the null condition of guidance.
-        is_dropped = batch.dropped[:num_views, :, None, None, None]
-        clean, noise = batch.conditions[:num_views], batch.condition_noise[:num_views]
-        tokens = self.model.conditioner(torch.where(is_dropped, noise, clean).flatten(0, 1))
-        tokens = tokens.unflatten(0, (-1, batch.latents.shape[1])).expand(num_views, -1, -1, -1)
-        return tokens.repeat_interleave(NUM_LEVELS, dim=0)[draws].flatten(0, 1)
+        is_dropped = batch.dropped[used, :, None, None, None]
+        pixels = torch.where(is_dropped, batch.condition_noise[used], batch.conditions[used])
+        tokens = self.model.conditioner(pixels.flatten(0, 1))
+        return tokens.unflatten(0, pixels.shape[:2])[views].flatten(0, 1)
 
     def _reconstruct(self, state: UNetState, noise: Latents, timesteps: Timesteps) -> Loss:
         """Compute Eq. 3, with min-SNR weights if loss.min_snr_gamma is above 0."""

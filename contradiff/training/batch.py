@@ -41,7 +41,7 @@ class ViewChooser:
     pairs: PairedShards
     _: KW_ONLY
     latent_views: Literal["same", "two"]
-    cond_view: Literal["same", "crop", "noise"]
+    cond_view: Literal["same", "crop", "noise", "noise_both"]
     condition: Literal["pixels", "latents", "labels"]
     seed: int
 
@@ -134,9 +134,11 @@ def draw_batch(
         return torch.randn(shape, generator=generator, device=device)
 
     # Changing the order of these draws changes the results.
+    cond_view = recipe.conditioner.cond_view
+    cond_views = NUM_VIEWS + 1 if cond_view == "noise_both" else NUM_VIEWS
     posterior_noise = gaussian(NUM_VIEWS, whole, *latent_shape)[:, mine]
-    dropped = torch.rand(NUM_VIEWS, whole, generator=generator, device=device)[:, mine]
-    condition_noise = gaussian(NUM_VIEWS, whole, *model.conditioner.shape)[:, mine]
+    dropped = torch.rand(cond_views, whole, generator=generator, device=device)[:, mine]
+    condition_noise = gaussian(cond_views, whole, *model.conditioner.shape)[:, mine]
     timesteps = draw_timesteps(
         probabilities,
         batch_size=whole,
@@ -149,10 +151,10 @@ def draw_batch(
     if recipe.loss.latent_views == "same":
         posterior_noise[1] = posterior_noise[0]
     dropped = dropped < recipe.conditioner.drop
-    if recipe.conditioner.cond_view == "noise":
-        dropped[1] = True
+    if cond_view in ("noise", "noise_both"):
+        dropped[1:] = True
     # A condition that both views share is given, and later encoded, only once.
-    cond_views = slice(1 if recipe.conditioner.cond_view == "same" else NUM_VIEWS)
+    shown = [0] if cond_view == "same" else [0, 1, 1][:cond_views]
     posterior_noise = posterior_noise.flatten(0, 1)
     latents = sample(moments.flatten(0, 1), noise=posterior_noise, scaling_factor=scaling_factor)
     if recipe.conditioner.input == "pixels":
@@ -163,9 +165,9 @@ def draw_batch(
         conditions = conditions.unflatten(0, (NUM_VIEWS, num_images))
     return TrainingBatch(
         latents=latents.unflatten(0, (NUM_VIEWS, num_images)),
-        conditions=conditions[cond_views],
-        condition_noise=condition_noise[cond_views],
-        dropped=dropped[cond_views],
+        conditions=conditions[shown],
+        condition_noise=condition_noise[: len(shown)],
+        dropped=dropped[: len(shown)],
         timesteps=timesteps,
         noise=noise,
     )

@@ -31,20 +31,19 @@ def watch_maps(model: ContraDiff, block: str) -> list[Tensor]:
     return seen
 
 
-def draw_batch(num_images: int, *, shared: bool = False, seed: int = 0) -> TrainingBatch:
-    """Draw a random batch. If `shared` is true, both views have the same condition."""
+def draw_batch(num_images: int, *, cond_views: int = 2, seed: int = 0) -> TrainingBatch:
+    """Draw a random batch with this number of conditions for each image."""
     generator = torch.Generator().manual_seed(seed)
 
     def gaussian(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator)
 
-    num_views = 1 if shared else 2
-    dropped = torch.zeros(num_views, num_images, dtype=torch.bool)
+    dropped = torch.zeros(cond_views, num_images, dtype=torch.bool)
     dropped[0, 0] = dropped[-1, 1] = True
     return TrainingBatch(
         latents=gaussian(2, num_images, 4, 8, 8),
-        conditions=gaussian(num_views, num_images, 3, 32, 32),
-        condition_noise=gaussian(num_views, num_images, 3, 32, 32),
+        conditions=gaussian(cond_views, num_images, 3, 32, 32),
+        condition_noise=gaussian(cond_views, num_images, 3, 32, 32),
         dropped=dropped,
         timesteps=torch.randint(1000, (2, 3, num_images), generator=generator),
         noise=gaussian(2, 3, num_images, 4, 8, 8),

@@ -245,6 +245,17 @@ def test_views_share_latents_if_asked_to_and_noise_alone_conditions_the_second(
     assert first.float().mean() == pytest.approx(0.3, abs=0.2)
 
 
+def test_with_noise_both_only_reconstruction_sees_an_image(draw: Draw):
+    """Each view has its own noise, so that no shared noise marks an image."""
+    seen = draw(conditioner={"cond_view": "noise_both", "drop": 0.3})
+    first, *others = seen["dropped"].unbind(1)
+    assert first.float().mean() == pytest.approx(0.3, abs=0.2)
+    assert len(others) == 2
+    assert all(dropped.all() for dropped in others)
+    noise = seen["condition_noise"].flatten(0, 2).flatten(1)
+    assert (noise.corrcoef() - torch.eye(len(noise))).abs().max() < 0.4
+
+
 @pytest.mark.parametrize(("mix", "shares"), [(0.0, (0.017, 0.017)), (0.5, (0.158, 0.017))])
 def test_uniform_draws_are_those_of_reconstruction(
     draw: Draw, mix: float, shares: tuple[float, float]
