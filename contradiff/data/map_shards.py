@@ -214,5 +214,6 @@ def _start_worker() -> None:
         parent.join()
         os._exit(1)
 
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process handles Ctrl-C
+    for number in (signal.SIGINT, signal.SIGUSR1):  # the main process handles them
+        signal.signal(number, signal.SIG_IGN)
     threading.Thread(target=end_with_parent, daemon=True).start()

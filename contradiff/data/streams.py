@@ -20,6 +20,7 @@ from contradiff.data.order import ShardRange, TrainingOrder
 from contradiff.data.remote import Location, join
 from contradiff.data.shard_info import ImageInfo, LatentInfo
 from contradiff.data.shards import ShardIndex, read_shard
+from contradiff.signals import outlive_signals
 
 Pair = tuple[dict[str, bytes], dict[str, bytes]]
 """The two records of one sample: the image file with its label, and the latents."""
@@ -174,7 +175,8 @@ def training_batches(stream: TrainingStream, *, num_workers: int) -> Iterator[Ma
     cannot be reached.
     """
     pinned = torch.cuda.is_available()
-    for batch in DataLoader(stream, None, num_workers=num_workers, pin_memory=pinned):
+    settings = {"num_workers": num_workers, "pin_memory": pinned}
+    for batch in DataLoader(stream, None, worker_init_fn=outlive_signals, **settings):
         if isinstance(batch, Exception):
             raise batch
         yield batch

@@ -13,6 +13,8 @@ import sys
 import tempfile
 from pathlib import Path
 
+from contradiff.signals import Stopped
+
 VARIABLE = "CONTRADIFF_NUM_PROCESSES"
 _MESSAGES = "CONTRADIFF_MESSAGES"
 """Environment variable: a folder in which processes note the messages that are printed."""
@@ -37,8 +39,9 @@ def num_processes() -> int:
 def run_several(module: str, *, count: int) -> int:
     """Run `python -m module` in `count` processes, and wait for them.
 
-    Returns 0, or the exit code of the first process that failed. If a signal ends this process, the
-    code is 128 + the signal's number. Raises ChildProcessError if a process was killed.
+    Returns 0, or the exit code of the first process that failed. If a signal ends this process and
+    another process has said so, the code is 128 + the signal's number. Otherwise raises `Stopped`.
+    Raises ChildProcessError if a process was killed.
     """
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -49,13 +52,22 @@ def run_several(module: str, *, count: int) -> int:
     # As in torchrun. With more threads, the processes would slow each other down.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     config = LaunchConfig(
-        1, 1, count, run_id=module, rdzv_backend="c10d", rdzv_endpoint="localhost:0", max_restarts=0
+        1,
+        1,
+        count,
+        run_id=module,
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        max_restarts=0,
+        signals_to_handle="SIGINT,SIGTERM,SIGUSR1,SIGHUP,SIGQUIT",
     )
     with tempfile.TemporaryDirectory() as folder:
         os.environ[_MESSAGES] = folder
         try:
             elastic_launch(config, sys.executable)("-m", module)
         except SignalException as error:
+            if not any(Path(folder).iterdir()):
+                raise Stopped(error.sigval) from None
             return 128 + error.sigval
         except ChildFailedError as error:
             rank, failure = error.get_first_failure()
@@ -66,6 +78,11 @@ def run_several(module: str, *, count: int) -> int:
         finally:
             del os.environ[_MESSAGES]
     return 0
+
+
+def is_started_here() -> bool:
+    """Return whether `run_several` has started this process. Only it knows why a signal came."""
+    return _MESSAGES in os.environ
 
 
 def is_new_message(text: str) -> bool:

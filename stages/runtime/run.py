@@ -1,6 +1,12 @@
 """Runs a stage: reads its parameters, shows progress and messages, and resumes unfinished work."""
 
-from stages.runtime.launch import VARIABLE, is_new_message, num_processes, run_several
+from stages.runtime.launch import (
+    VARIABLE,
+    is_new_message,
+    is_started_here,
+    num_processes,
+    run_several,
+)
 from stages.runtime.work_dir import key_of, take_up
 
 import argparse
@@ -9,7 +15,6 @@ import json
 import os
 import re
 import shutil
-import signal
 import sys
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
@@ -26,6 +31,7 @@ from tqdm import tqdm
 from contradiff.config import Section, SectionT, parse, read_params
 from contradiff.files import hold_lock, replace_file
 from contradiff.processes import Processes
+from contradiff.signals import Stopped, stop_at_once
 
 if TYPE_CHECKING:
     import torch
@@ -210,7 +216,7 @@ def execute(
     If the stage's module has a function `describe(params) -> str`, `--dry-run` prints its result.
     If `parallel` is true, several processes can share the stage (see `launch`). After a ValueError
     or OSError, only the error's message is printed, and the exit code is 2. CONTRADIFF_TRACEBACK=1
-    shows the traceback.
+    shows the traceback. After a signal, the exit code is 128 + its number.
     """
     module = sys.modules["__main__"]
     assert module.__spec__ is not None, "stages are run as `python -m stages.NAME`"
@@ -224,8 +230,7 @@ def execute(
     dry = "only check the parameters and print them"
     parser.add_argument("--dry-run", action="store_true", help=dry)
     is_dry = parser.parse_args().dry_run
-    # With this handler, SIGTERM also runs `finally` blocks, as Ctrl-C does.
-    signal.signal(signal.SIGTERM, lambda number, _frame: sys.exit(128 + number))
+    stop_at_once()
     try:
         started = time.perf_counter()
         content = read_params(PARAMS_FILE)
@@ -250,10 +255,11 @@ def execute(
         if os.environ.get("CONTRADIFF_TRACEBACK") == "1":
             raise
         text, code = str(error), 2
-    except KeyboardInterrupt:
-        text, code = "interrupted", 128 + signal.SIGINT
+    except Stopped as error:
+        is_shown = error.saved or not is_started_here()
+        text, code = str(error) if is_shown else "", 128 + error.number
     message = f"contradiff: {stage}: {text}"
-    if is_new_message(message):
+    if text and is_new_message(message):
         print(message, file=sys.stderr)
     if is_joined():
         sys.stderr.flush()

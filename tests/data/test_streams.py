@@ -1,5 +1,7 @@
 """Every image in its turn, whoever reads it and wherever one starts."""
 
+import multiprocessing
+import os
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -18,6 +20,7 @@ from contradiff.data.shard_info import ShardInfo
 from contradiff.data.shards import ShardIndex, read_split, write_split
 from contradiff.data.streams import PairedShards, TrainingStream, training_batches
 from contradiff.data.transforms import decode
+from contradiff.signals import STOPPING
 from contradiff.training import batch as views_of_a_batch
 from contradiff.training.batch import ViewChooser
 
@@ -232,3 +235,13 @@ def test_without_images_their_shards_are_not_read(
     chooser = ViewChooser(pairs, **settings)
     seen = keys(batches_of(without_images, 6, make_batch=chooser, with_images=False), views)
     assert len(set(seen)) == NUM_IMAGES
+
+
+def test_a_worker_serves_the_step_in_hand_if_a_signal_reaches_the_whole_group(pairs: PairedShards):
+    before = set(multiprocessing.active_children())
+    batches = training_batches(stream_of(pairs), num_workers=1)
+    next(batches)
+    [worker] = set(multiprocessing.active_children()) - before
+    for number in STOPPING:
+        os.kill(worker.pid, number)
+    assert len(list(islice(batches, 12))) == 12

@@ -2,6 +2,7 @@
 
 import doctest
 import math
+import signal
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from contradiff import signals
+from contradiff.signals import STOPPING, Stopped
 from contradiff.training import loop
 from contradiff.training.loop import train
 from contradiff.training.state import SavedState
@@ -86,6 +89,45 @@ def test_killed_and_resumed_equals_uninterrupted(tmp_path: Path, killed_at: int)
     last, others = (load_file(tmp_path / name) for name in ("whole", "cut"))
     torch.testing.assert_close(others, last, rtol=0, atol=0)
     torch.testing.assert_close(resumed.state_dict(), whole.state_dict(), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("number", STOPPING)
+@pytest.mark.parametrize("stopped_at", [1, 4, 9])
+def test_a_signal_ends_a_training_after_its_step_and_no_step_is_lost(
+    tmp_path: Path, stopped_at: int, number: signal.Signals
+):
+    """The signal comes in the middle of a step. Saved states are far apart."""
+
+    def stop(step: int) -> float:
+        if step + 1 == stopped_at:
+            signal.raise_signal(number)
+        return 0.1 / (step + 1)
+
+    expected = run(build(), tmp_path / "whole", every=100)
+    cut, handlers = tmp_path / "cut", [signal.getsignal(each) for each in STOPPING]
+    with pytest.raises(Stopped, match=f"^saved at step {stopped_at}; run the same command to go"):
+        run(build(), cut, every=100, lr=stop)
+    assert [signal.getsignal(each) for each in STOPPING] == handlers
+    steps: list[int] = []
+    resumed = run(build(seed=7), cut, every=100, on_step=lambda done, _: steps.append(done))
+    assert steps == list(range(stopped_at + 1, 10))
+    assert [row for row in resumed if row["step"] % 3 == 0] == expected
+
+
+def test_a_second_signal_ends_a_training_at_once_unless_it_is_the_same_signal_sent_twice(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def stop(_: int) -> float:
+        signal.raise_signal(signal.SIGTERM)
+        signal.raise_signal(signal.SIGTERM)
+        return 0.1
+
+    with pytest.raises(Stopped, match=r"^saved at step 1;"):
+        run(build(), tmp_path / "once", lr=stop)
+    monkeypatch.setattr(signals, "SECONDS_OF_ONE_SIGNAL", -1.0)
+    with pytest.raises(Stopped, match=r"^interrupted; run the same command"):
+        run(build(), tmp_path / "twice", lr=stop)
+    assert not (tmp_path / "twice").exists()
 
 
 def test_values_are_reported_where_asked_at_the_end_and_where_the_state_is_saved(tmp_path: Path):

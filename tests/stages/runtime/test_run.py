@@ -11,6 +11,7 @@ import importlib.util
 import json
 import multiprocessing
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -22,6 +23,8 @@ from pathlib import Path
 from typing import NoReturn
 
 import pytest
+
+from contradiff.signals import Stopped
 
 ROOT = Path(__file__).resolve().parents[3]
 RUNTIME = "runtime: {device: cpu, num_workers: 0, log_every: 1, checkpoint_every: 1}\n"
@@ -60,11 +63,38 @@ def main(params: Params, run: Run) -> None:
                     time.sleep(60)
                 finally:
                     Path("cleaned").touch()
+        case "train", _:
+            train(run)
         case "gather", _:
             import torch
             numbers = run.accelerator().gather(torch.tensor([int(os.environ["RANK"])]))
             Path(f"seen-by-{os.environ['RANK']}").write_text(str(numbers.tolist()))
     run.write_json(Path("build/out.json"), {"root": str(run.root), "weight": params.loss.weight})
+
+def train(run: Run) -> None:
+    import torch
+    from contradiff.training import loop, state
+    model = torch.nn.Linear(1, 1)
+
+    def step_function(step: int) -> dict[str, torch.Tensor]:
+        Path(f"started-{os.environ.get('RANK', 0)}").touch()
+        time.sleep(0.1)
+        loss = model(torch.ones(1, 1)).sum()
+        loss.backward()
+        return {"loss": loss}
+
+    with run.work_dir({}, [], state_version=1) as folder:
+        loop.train(
+            step_function,
+            steps=range(10_000),
+            optimizer=torch.optim.SGD(model.parameters()),
+            lr=lambda _: 1e-6,
+            lr_key="lr",
+            is_reported=lambda _: False,
+            on_step=lambda *_: None,
+            saved=state.SavedState(folder / "checkpoint", model.state_dict(), every=10_000),
+            accelerator=run.accelerator(),
+        )
 
 if __name__ == "__main__":
     execute(Params, main, parallel=True)
@@ -149,6 +179,8 @@ def test_help_says_what_the_stage_does(call: Call):
 
 
 NOTHING_THERE = "data.root: nothing there"
+GO_ON = "; run the same command to go on"
+INTERRUPTED = "interrupted" + GO_ON
 KILLED = "process 1 was killed by SIGKILL, perhaps because memory ran out"
 
 
@@ -157,7 +189,12 @@ KILLED = "process 1 was killed by SIGKILL, perhaps because memory ran out"
     [
         (ValueError(NOTHING_THERE), 2, NOTHING_THERE),
         (FileNotFoundError(2, "No such file", "a.txt"), 2, "[Errno 2] No such file: 'a.txt'"),
-        (KeyboardInterrupt(), 130, "interrupted"),
+        (Stopped(2), 130, INTERRUPTED),
+        (
+            Stopped(15, saved="saved at step 22"),
+            143,
+            "saved at step 22; run the same command to go on",
+        ),
     ],
 )
 def test_a_fault_gives_one_message(call: Call, fault: BaseException, code: int, message: str):
@@ -192,9 +229,19 @@ def test_wrong_parameters_are_named(project: Path, call: Call):
     assert "params.yaml: runtime.device: " in call()[2]
 
 
-@pytest.mark.parametrize(("number", "processes"), [("TERM", 1), ("TERM", 2), ("INT", 2)])
-def test_a_stopped_stage_cleans_up_and_keeps_its_work(project: Path, number: str, processes: int):
-    process = start(project, "wait", processes=processes)
+@pytest.mark.parametrize(
+    ("number", "processes", "act", "message"),
+    [
+        ("TERM", 1, "wait", INTERRUPTED),
+        ("INT", 2, "wait", INTERRUPTED),
+        ("INT", 1, "train", r"saved at step \d+" + GO_ON),
+        ("USR1", 2, "train", r"saved at step \d+" + GO_ON),
+    ],
+)
+def test_a_stopped_stage_cleans_up_and_keeps_its_work(
+    project: Path, number: str, processes: int, act: str, message: str
+):
+    process = start(project, act, processes=processes)
     while len(list(project.glob("started-*"))) < processes:
         assert process.poll() is None
         time.sleep(0.05)
@@ -202,8 +249,8 @@ def test_a_stopped_stage_cleans_up_and_keeps_its_work(project: Path, number: str
     process.send_signal(sent)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 128 + sent
-    assert "Traceback" not in err
-    assert (project / "cleaned").exists()
+    assert re.fullmatch(f"contradiff: demo: {message}\n", err)
+    assert (project / "cleaned").exists() == (act == "wait")
     assert len(list(project.glob(".work/demo/*/checkpoint"))) == 1
 
 
