@@ -14,13 +14,13 @@ export PATH := $(CURDIR)/.venv/bin:$(PATH)
 # Let Python write bytecode files, because large libraries then load faster.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help install repro test test-slow check smoke same format preset base ui lock clean
+.PHONY: help install settings repro test test-slow check smoke same format preset base ui lock clean
 
 help:  ## list the targets (default)
 	@sed -n 's/^\([a-z-]*\):.*##  *\(.*\)/\1	\2/p' $(MAKEFILE_LIST) | \
 	    while IFS='	' read -r name text; do printf '  make %-10s %s\n' "$$name" "$$text"; done
 
-install: $(STAMP)  ## set up .venv only; PYTHON=/path/to/python chooses the interpreter
+install: $(STAMP) settings  ## set up .venv only; PYTHON=/path/to/python chooses the interpreter
 
 # If .venv's interpreter is missing or too old, .venv is created again. If uv fails, pip installs
 # the same packages more slowly. In a zip download without .git, DVC needs core.no_scm.
@@ -52,7 +52,21 @@ $(STAMP): requirements.lock pyproject.toml
 	if [ ! -e .git ]; then .venv/bin/dvc config --local core.no_scm true; fi; \
 	touch $@
 
-repro: $(STAMP)  ## run the pipeline with params.yaml, from data to report
+# `dvc exp push` reads .dvc/config from a commit, where the store's relative path leads to /artifacts.
+# So .dvc/config.local, which git ignores, has the full path. Another address there stays as it is.
+settings: $(STAMP)
+	@set -eu; \
+	case "$$(sed -n 's/^ *url = //p' .dvc/config.local 2>/dev/null)" in \
+	    "$(CURDIR)/artifacts") ;; \
+	    ''|*/artifacts) dvc remote modify --local store url "$(CURDIR)/artifacts" ;; \
+	esac; \
+	if [ -e .git ] && ! { git config user.name && git config user.email; } >/dev/null; then \
+	    echo "Git does not know who you are, so \`dvc exp run\` would end in \"unexpected error\". Type:"; \
+	    echo "  git config user.name 'Your Name'"; \
+	    echo "  git config user.email you@example.com"; \
+	fi
+
+repro: $(STAMP) settings  ## run the pipeline with params.yaml, from data to report
 	@python -m compileall -q contradiff stages
 	@dvc pull models/tiny || { \
 	    echo "The base model is missing in DVC's store (artifacts/, or the address in .dvc/config)." >&2; \
