@@ -7,6 +7,7 @@ CONTRADIFF_NUM_PROCESSES sets the number of processes.
 from stages.runtime.run import Run, execute
 from stages.runtime.training import show_steps
 
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
@@ -16,11 +17,12 @@ import torch
 from contradiff.config import Section
 from contradiff.files import replace_dir
 from contradiff.toy import base_recipe
-from contradiff.toy.generic import render_generic
+from contradiff.toy.generic import render_shapes, render_tinted
 from contradiff.training.state import STATE_VERSION
 
 SEED = 1000
-NUM_IMAGES = 48_000
+NUM_SHAPES, NUM_TINTED = 48_000, 24_000
+"""Numbers of images that train the autoencoder and the denoiser."""
 
 
 class Params(Section):
@@ -28,19 +30,23 @@ class Params(Section):
 
 
 def main(_params: Params, run: Run) -> None:
-    images = torch.empty(NUM_IMAGES, 3, 32, 32, dtype=torch.uint8)
-    with run.progress("render", NUM_IMAGES) as advance:
-        for number in range(NUM_IMAGES):
-            drawn = render_generic(np.random.default_rng([SEED, 2, number]), image_size=32)
-            images[number] = torch.from_numpy(drawn).permute(2, 0, 1)
-            advance(1)
+    def rendered(render: Callable[..., np.ndarray], number: int) -> torch.Tensor:
+        images = torch.empty(number, 3, 32, 32, dtype=torch.uint8)
+        with run.progress("render", number) as advance:
+            for index in range(number):
+                drawn = render(np.random.default_rng([SEED, 2, index]), image_size=32)
+                images[index] = torch.from_numpy(drawn).permute(2, 0, 1)
+                advance(1)
+        return images
+
+    shapes, tinted = rendered(render_shapes, NUM_SHAPES), rendered(render_tinted, NUM_TINTED)
     accelerator = run.accelerator()
     recipes = {"vae": asdict(base_recipe.VAE_RECIPE), "unet": asdict(base_recipe.UNET_RECIPE)}
     with run.work_dir(recipes, [], state_version=STATE_VERSION) as work:
         with show_steps(run, "autoencoder", base_recipe.VAE_RECIPE.num_steps) as on_step:
-            vae = base_recipe.train_vae(images, accelerator, work, on_step)
+            vae = base_recipe.train_vae(shapes, accelerator, work, on_step)
         with show_steps(run, "denoiser", base_recipe.UNET_RECIPE.num_steps) as on_step:
-            unet = base_recipe.train_unet(images, vae, accelerator, work, on_step)
+            unet = base_recipe.train_unet(tinted, vae, accelerator, work, on_step)
         if run.is_main:
             with replace_dir(Path("models/tiny")) as folder:
                 # Half precision halves the file sizes. Loading converts the weights to float32.

@@ -1,9 +1,9 @@
 """How the tiny base is trained: a latent diffusion model of a few MB, trained without labels.
 
-The tiny base replaces Stable Diffusion in the embedded default. It is trained on generic pictures,
-which show none of the classes of ContraDiff. Without text there is no CLIP embedding, so vectors
-computed from the colours of an image serve as captions. They teach the cross-attention, which LoRA
-adapts later.
+The tiny base replaces Stable Diffusion in the embedded default. Its autoencoder is trained on
+shapes, its denoiser on images of the twelve classes in other colours (module `generic`). Without
+text there is no CLIP embedding, so vectors computed from the colours of an image serve as captions.
+They teach the cross-attention, which LoRA adapts later.
 
 images (n 3 h w) in [-1, 1] -> AutoencoderKL, f = 4 -> latents (n 4 h/4 w/4) -> UNet2DConditionModel
 """
@@ -60,7 +60,7 @@ class Recipe:
 
 
 VAE_RECIPE = Recipe(num_steps=5_500, batch_size=128)
-UNET_RECIPE = Recipe(num_steps=4_000, batch_size=128)
+UNET_RECIPE = Recipe(num_steps=6_000, batch_size=128)
 
 
 def build_vae() -> "AutoencoderKL":

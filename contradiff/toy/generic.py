@@ -1,7 +1,7 @@
-"""The training images of the tiny base: generic shapes, without any of the twelve classes.
+"""The training images of the tiny base: shapes for its VAE, tinted images for its denoiser.
 
-Stable Diffusion was not trained on ImageNet. In the same way, the tiny base is not trained on the
-twelve objects, their palettes or their scenes.
+Stable Diffusion knows most objects of ImageNet, but from other pictures. In the same way, the tiny
+base knows the twelve objects, but never in their own colours: its fish swim in green or red water.
 """
 
 import math
@@ -9,13 +9,14 @@ import math
 import numpy as np
 from jaxtyping import UInt8
 from numpy.random import Generator
+from PIL import Image
 
-from contradiff.toy.classes import Hsv, Scene, vary
+from contradiff.toy.classes import CLASSES, Hsv, Scene, vary
 from contradiff.toy.objects import Outline, Shape, box, ellipse, mix, smooth, star
-from contradiff.toy.render import add_object, draw_background, light
+from contradiff.toy.render import add_object, draw_background, light, render_image
 
 
-def render_generic(
+def render_shapes(
     rng: Generator, *, image_size: int
 ) -> UInt8[np.ndarray, "image_size image_size 3"]:
     """Render one random picture, RGB from 0 to 255: one to three figures on a random background."""
@@ -26,6 +27,16 @@ def render_generic(
     for _ in range(int(rng.integers(1, 4))):
         picture = add_object(rng, picture, _figure(rng), math.inf, scales=(0.15, 0.45))
     return light(rng, picture)
+
+
+def render_tinted(
+    rng: Generator, *, image_size: int
+) -> UInt8[np.ndarray, "image_size image_size 3"]:
+    """Render an image of a random class and turn its hues by 60 to 300 degrees."""
+    image = render_image(int(rng.integers(len(CLASSES))), rng, image_size=image_size)
+    hsv = np.array(Image.fromarray(image).convert("HSV"))
+    hsv[..., 0] += np.uint8(256 * rng.uniform(1 / 6, 5 / 6))  # modulo 256
+    return np.array(Image.fromarray(hsv, "HSV").convert("RGB"))
 
 
 def _any_colour(rng: Generator) -> Hsv:
