@@ -9,7 +9,12 @@ from contradiff.data.params import DataParams
 from contradiff.data.shard_info import ImageInfo
 from contradiff.data.shards import ShardIndex
 from contradiff.evaluation.classifier import train_classifier
-from contradiff.evaluation.extractors import ExtractorParams, save_classifier, save_inception
+from contradiff.evaluation.extractors import (
+    ExtractorParams,
+    read_extractor_card,
+    save_classifier,
+    save_inception,
+)
 from contradiff.evaluation.inception import download_inception
 from contradiff.evaluation.measuring import real_images
 
@@ -49,8 +54,15 @@ def main(params: Params, run: Run) -> None:
         )
     run.log(f"the classifier's accuracy is {accuracy:.1%} on {val_count} val images")
     save_classifier(
-        EXTRACTOR, classifier, image_size=size, val_accuracy=accuracy, val_count=val_count
+        EXTRACTOR,
+        classifier,
+        image_size=size,
+        val_accuracy=accuracy,
+        val_count=val_count,
+        val_chance=images_and_labels[3].bincount().max().item() / val_count,
     )
+    if weakness := read_extractor_card(EXTRACTOR).weakness:
+        run.log(f"the stage `score` will give no scores: {weakness}")
 
 
 if __name__ == "__main__":

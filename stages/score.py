@@ -11,9 +11,9 @@ from contradiff.data.params import DataParams
 from contradiff.data.shard_info import SampleInfo
 from contradiff.data.shards import ShardIndex
 from contradiff.evaluation.extractors import load_extractor, read_extractor_card
-from contradiff.evaluation.measuring import generated_image, measure_shards
+from contradiff.evaluation.measuring import Measurement, generated_image, measure_shards
 from contradiff.evaluation.reference import read_reference
-from contradiff.evaluation.scores import MIN_UNBIASED_IMAGES, ScoreParams, scores_of
+from contradiff.evaluation.scores import MIN_UNBIASED_IMAGES, SCORES, ScoreParams, scores_of
 
 SAMPLES, EXTRACTOR, REFERENCE = map(Path, ("build/samples", "build/extractor", "build/reference"))
 
@@ -48,31 +48,36 @@ def main(params: Params, run: Run) -> None:
         run.work_dir(params, inputs, state_version=STATE_VERSION) as work_dir,
         run.progress("images", num_samples) as advance,
     ):
-        measure = partial(measure, load_extractor(EXTRACTOR, device=run.device), work_dir)
-        found = measure(seed=params.seed, processes=processes, on_progress=advance)
+        found: dict[str, Measurement] = {}
+        if extractor.weakness is None:
+            measure = partial(measure, load_extractor(EXTRACTOR, device=run.device), work_dir)
+            found = measure(seed=params.seed, processes=processes, on_progress=advance)
+        else:
+            run.log(f"there are no scores: {extractor.weakness}")
         if not run.is_main:
             return
-        scores: dict[str, dict[str, float]] = {}
+        main_one, *others = extractor.resizers
+        scores: dict[str, dict[str, float] | dict[str, None]] = {main_one: dict.fromkeys(SCORES)}
         score = partial(scores_of, params=section, seed=params.seed, device=run.device)
         for resizer, measurement in found.items():
-            scores[resizer] = values = score(measurement, real[resizer])
+            values = scores[resizer] = score(measurement, real[resizer])
             run.log(
                 f"FID ({extractor.name}, resizer {resizer}) {values['fid']:.2f}, "
                 f"KID {values['kid']:.4f} ± {values['kid_std']:.4f}, "
                 f"IS {values['inception_score']:.2f} ± {values['inception_score_std']:.2f}"
             )
-        if biased := num_smallest < MIN_UNBIASED_IMAGES:
+        if (biased := num_smallest < MIN_UNBIASED_IMAGES) and found:
             run.log(
                 f"FID is too large, because {num_samples} generated or {reference.num_images} real "
                 f"images are too few (at least {MIN_UNBIASED_IMAGES:,} of each); use KID instead"
             )
-        main_one, *others = extractor.resizers
         facts: dict[str, object] = {"biased": biased, "resizer": main_one, "seed": params.seed}
         facts |= {"num_samples": num_samples, "num_reference": reference.num_images}
         facts |= {"condition": samples.info.condition, "guidance": samples.info.guidance}
         facts |= {"reference": reference.description, "reference_sha256": reference.images_sha256}
         facts |= {"extractor": extractor.name, "extractor_accuracy": extractor.val_accuracy}
-        facts |= {"num_kept": num_kept, **{resizer: scores[resizer] for resizer in others}}
+        facts |= {"num_kept": num_kept, "withheld": extractor.weakness}
+        facts |= {resizer: scores[resizer] for resizer in others}
         run.write_json(Path("metrics/score.json"), {"score": scores[main_one] | facts})
 
 

@@ -83,7 +83,36 @@ class ExtractorCard(Section):
     width: int | None = None
     val_accuracy: float | None = Field(default=None, ge=0, le=1, description="top-1 accuracy")
     val_count: int | None = Field(default=None, description="images that gave val_accuracy")
+    val_chance: float | None = Field(
+        default=None, description="accuracy of always answering with their most frequent class"
+    )
     weights_sha256: str
+
+    @property
+    def weakness(self) -> str | None:
+        """Why no score may use this network: a classifier near chance. None if scores may use it.
+
+        Features of a network that has learned nothing hardly depend on the image. All sets of
+        images then look alike, which gives splendid scores. The lower end of the accuracy's 95%
+        interval (Wilson, 1927) must exceed twice the chance, or, if the chance is above a third,
+        the middle between the chance and 1.
+        """
+        from scipy.stats import binomtest
+
+        if self.val_accuracy is None or self.val_count is None or self.val_chance is None:
+            assert self.kind == "inception", "save_classifier states the accuracy and the chance"
+            return None
+        num_correct, chance = round(self.val_accuracy * self.val_count), self.val_chance
+        low = float(binomtest(num_correct, self.val_count).proportion_ci(method="wilson").low)
+        needed = min(2 * chance, (1 + chance) / 2)
+        if low > needed:
+            return None
+        return (
+            f"the classifier is right on {self.val_accuracy:.1%} of {self.val_count:,} validation "
+            f"images (95% interval from {low:.1%}), and the most frequent class is right on "
+            f"{chance:.1%}. Scores need an interval above {needed:.1%}, because a classifier near "
+            "chance rates all images alike. Raise extractor.epochs or add training images"
+        )
 
 
 class Extractor:
@@ -136,6 +165,7 @@ def save_classifier(
     image_size: int,
     val_accuracy: float,
     val_count: int,
+    val_chance: float,
 ) -> None:
     """Replace `folder` by a trained classifier and its extractor.json."""
     from safetensors.torch import save_file
@@ -146,7 +176,8 @@ def save_classifier(
         names = "num_features", "num_classes", "width"
         facts: dict[str, Any] = {name: getattr(classifier, name) for name in names}
         facts |= {"kind": "classifier", "name": "domain-classifier", "resizers": ["none"]}
-        facts |= {"val_accuracy": val_accuracy, "val_count": val_count, "image_size": image_size}
+        facts |= {"val_accuracy": val_accuracy, "val_count": val_count, "val_chance": val_chance}
+        facts |= {"image_size": image_size}
         card = ExtractorCard(weights_sha256=sha256_of(weights), **facts)
         (temporary / CARD_NAME).write_text(card.model_dump_json(indent=2) + "\n", encoding="utf-8")
 

@@ -10,6 +10,11 @@ from contradiff.config import Section
 from contradiff.evaluation.fid import fid
 from contradiff.evaluation.measuring import Measurement
 
+SCORES = (
+    *("fid", "kid", "kid_std", "precision", "recall", "density", "coverage"),
+    *("inception_score", "inception_score_std"),
+)
+"""Keys of metrics/score.json. They are null if no score may be given ("withheld" says why)."""
 MIN_UNBIASED_IMAGES = 10_000
 """If either set has fewer images, metrics/score.json says that the FID is biased."""
 PRECISION_NEIGHBOUR, DENSITY_NEIGHBOUR = 3, 5

@@ -101,20 +101,31 @@ def _score_rows(score: ScoreRecord) -> Iterator[TableRow]:
     if score.biased:
         compared = f"Fewer than 10,000 images bias the FID upwards; the KID has no bias. {compared}"
     kept = f"On {score.num_kept:,} images of each set; otherwise measured as the FID above."
+    classes = f"{score.num_samples:,} samples, no reference, classes of {score.extractor}"
+    if score.withheld is not None:
+        compared, mark = f"No score: {score.withheld}. {compared}", ""
+        kept = "No score, for the same reason."
+        classes = f"{kept} {classes}"
     extra = (score.model_extra or {}).items()
     others = {key: ResizerScores(**item) for key, item in extra if isinstance(item, Mapping)}
     for resizer, scores in {score.resizer: score, **others}.items():
         which = "" if scores is score else f", {resizer}"
         how = f"{compared}, resizer {resizer}."
-        yield TableRow(f"FID{which} ↓", f"{scores.fid:.2f}{mark}", how)
-        yield TableRow(f"KID{which} ↓", f"{scores.kid:.4f} ± {scores.kid_std:.4f}", kept)
-        pair = f"{scores.precision:.3f}, {scores.recall:.3f}"
+        yield TableRow(f"FID{which} ↓", _numbers("", ".2f", scores.fid) + mark, how)
+        yield TableRow(f"KID{which} ↓", _numbers(" ± ", ".4f", scores.kid, scores.kid_std), kept)
+        pair = _numbers(", ", ".3f", scores.precision, scores.recall)
         yield TableRow(f"Precision, recall{which} ↑", pair, kept)
-        pair = f"{scores.density:.3f}, {scores.coverage:.3f}"
+        pair = _numbers(", ", ".3f", scores.density, scores.coverage)
         yield TableRow(f"Density, coverage{which} ↑", pair, kept)
-        value = f"{scores.inception_score:.2f} ± {scores.inception_score_std:.2f}"
-        how = f"{score.num_samples:,} samples, no reference, classes of {score.extractor}, resizer "
-        yield TableRow(f"Inception score{which} ↑", value, f"{how}{resizer}, seed {score.seed}.")
+        value = _numbers(" ± ", ".2f", scores.inception_score, scores.inception_score_std)
+        how = f"{classes}, resizer {resizer}, seed {score.seed}."
+        yield TableRow(f"Inception score{which} ↑", value, how)
+
+
+def _numbers(between: str, form: str, *values: float | None) -> str:
+    """Return numbers as text. A dash stands for scores that may not be given."""
+    given = [format(value, form) for value in values if value is not None]
+    return between.join(given) if len(given) == len(values) else "–"
 
 
 def feature_rows(results: RunResults) -> Iterator[TableRow]:

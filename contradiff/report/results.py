@@ -97,20 +97,21 @@ class TransferRecord(ShotsRecord):
 class ResizerScores(_Record):
     """Scores of the generated images with one resizer."""
 
-    fid: float
-    kid: float
-    kid_std: float
-    precision: float
-    recall: float
-    density: float
-    coverage: float
-    inception_score: float
-    inception_score_std: float
+    fid: float | None = Field(description="None, like all other scores, if `withheld` says why")
+    kid: float | None
+    kid_std: float | None
+    precision: float | None
+    recall: float | None
+    density: float | None
+    coverage: float | None
+    inception_score: float | None
+    inception_score_std: float | None
 
 
 class ScoreRecord(ResizerScores):
     """Content of metrics/score.json. Scores with another resizer have its name as key."""
 
+    withheld: str | None = Field(description="why there are no scores")
     biased: bool = Field(description="whether a set has fewer than 10,000 images")
     num_samples: Count
     num_reference: Count

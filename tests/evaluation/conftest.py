@@ -67,5 +67,6 @@ def classifier() -> ResidualClassifier:
 def extractor(classifier: ResidualClassifier, tmp_path: Path) -> Extractor:
     """Of images of 16 pixels: eight features, three classes."""
     folder = tmp_path / "extractor"
-    save_classifier(folder, classifier, image_size=16, val_accuracy=0.9, val_count=50)
+    facts = {"val_accuracy": 0.9, "val_count": 50, "val_chance": 0.4}
+    save_classifier(folder, classifier, image_size=16, **facts)
     return load_extractor(folder, device=torch.device("cpu"))

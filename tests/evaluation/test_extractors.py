@@ -57,6 +57,27 @@ def test_the_classifier_survives_saving_and_refuses_other_sizes(
         extractor.prepare(torch.zeros(3, 16, 20, dtype=torch.uint8), resizer="none")
 
 
+@pytest.mark.parametrize(
+    ("num_correct", "count", "chance", "is_weak"),
+    [
+        (10, 100, 0.1, True),  # at chance
+        (22, 100, 0.1, True),  # the interval begins at 15.0%
+        (30, 100, 0.1, False),  # at 21.9%
+        (3, 4, 0.25, True),  # too few images to know, 30.1%
+        (70, 100, 0.5, True),  # two classes: twice the chance would be 1
+        (90, 100, 0.5, False),
+        (100, 100, 1.0, True),  # one class teaches nothing
+    ],
+)
+def test_only_a_classifier_clearly_above_chance_may_score(
+    extractor: Extractor, num_correct: int, count: int, chance: float, is_weak: bool
+):
+    facts = {"val_accuracy": num_correct / count, "val_count": count, "val_chance": chance}
+    weakness = extractor.card.model_copy(update=facts).weakness
+    assert (weakness is not None) == is_weak
+    assert weakness is None or "extractor.epochs" in weakness
+
+
 @pytest.mark.usefixtures("extractor")
 def test_load_refuses_wrong_files(tmp_path: Path):
     with pytest.raises(ValueError, match="run the stage `extractor` first"):

@@ -50,9 +50,10 @@ by_resizer: &by_resizer
   {fid: 31.4159, kid: 0.01234, kid_std: 0.002, precision: 0.7, recall: 0.65, density: 0.6042,
    coverage: 0.8, inception_score: 6.28, inception_score_std: 0.17}
 score:
-  {<<: *by_resizer, biased: true, num_kept: 500, reference_sha256: a191c74b00, num_samples: 1000,
-   num_reference: 900, extractor: domain-classifier, extractor_accuracy: 0.95, guidance: 1.0,
-   condition: "unconditional: c(noise)", resizer: none, seed: 7, reference: "val images, crop"}
+  {<<: *by_resizer, biased: true, withheld: null, num_kept: 500, reference_sha256: a191c74b00,
+   num_samples: 1000, num_reference: 900, extractor: domain-classifier, extractor_accuracy: 0.95,
+   guidance: 1.0, condition: "unconditional: c(noise)", resizer: none, seed: 7,
+   reference: "val images, crop"}
 pretrain:
   params:
     seed: 3
@@ -69,6 +70,7 @@ SPLIT = {"ridge": {"mean": 0.8, "std": None}, "sgd": {"mean": 0.7, "std": None},
 STAGES = "probe", "baselines", "transfer", "score", "separability"
 HALF = {"ridge": {"mean": 1}}
 ONCE = SPLIT | {"shots": 1, "by_shots": {"1": SPLIT}, "protocol": "ridge", "top1": SPLIT["ridge"]}
+WITHHELD = dict.fromkeys(RECORDS["by_resizer"]) | {"withheld": "near chance"}
 CURVE = """step,epoch,lr,loss,reconstruction,contrastive,grad_norm
 10,0,0.0005,0.4,0.2,,0.1
 20,1,0.0005,0.35,0.2,0.67,0.05
@@ -188,6 +190,9 @@ def test_every_score_stands_beside_the_way_it_was_measured(root: Path):
     ("stage", "changes", "name", "row"),
     [
         ("score", {"biased": False}, "FID ↓", r"31\.42, 1,000 samples"),
+        ("score", WITHHELD, "FID ↓", "–, No score: near chance. .* seed 7"),
+        ("score", WITHHELD, "KID ↓", "–, No score, for the same reason.$"),
+        ("score", WITHHELD, "Inception score ↑", "–, No score, for the same reason. 1,000 samples"),
         ("score", {"extractor_accuracy": None}, "FID ↓", "31.*extractor domain-classifier, seed 7"),
         ("score", {"resizer": "clean"}, "FID ↓", "31.*resizer clean"),
         ("score", {"old": RECORDS["by_resizer"] | {"fid": 3}}, "FID, old ↓", "3.00.*resizer old"),

@@ -49,7 +49,7 @@ def run(run_of: Callable[[str], Run]) -> Run:
     write_images("shards", "val", pictures(COUNT, side=36, seed=0, contrast=40.0))
     write_images("samples", "sample", pictures(COUNT, side=32, seed=1, contrast=50.0))
     torch.manual_seed(0)
-    facts = {"image_size": 32, "val_accuracy": 0.9, "val_count": COUNT}
+    facts = {"image_size": 32, "val_accuracy": 0.9, "val_count": COUNT, "val_chance": 0.35}
     save_classifier(BUILD / "extractor", ResidualClassifier(width=4, num_classes=3), **facts)
     return run_of("score")
 
@@ -107,10 +107,24 @@ def test_metrics_state_all_that_decides_a_score(run: Run, capsys: pytest.Capture
     facts |= {"extractor": "domain-classifier", "extractor_accuracy": 0.9}
     facts["reference"] = "40 val images, centre crop 32 px"
     facts["reference_sha256"] = hashlib.sha256(digests.encode()).hexdigest()
+    facts["withheld"] = None
     assert {name: value for name, value in metrics.items() if name not in VALUES} == facts
     assert metrics["fid"] > 0
     assert "FID is too large" in capsys.readouterr().err
     assert list((run.root / ".work/score").iterdir()) == []
+
+
+def test_a_classifier_near_chance_yields_no_scores(run: Run, capsys: pytest.CaptureFixture[str]):
+    card = json.loads((BUILD / "extractor/extractor.json").read_text())
+    weak = card | {"val_accuracy": 0.5, "val_chance": 0.35}  # 20 of 40: the interval is from 35.2%
+    (BUILD / "extractor/extractor.json").write_text(json.dumps(weak))
+    make_reference(run)
+    metrics = make_score(run)
+    assert {metrics[name] for name in VALUES} == {None}
+    assert "right on 50.0% of 40 validation images (95% interval from 35.2%)" in metrics["withheld"]
+    said = capsys.readouterr().err
+    assert metrics["withheld"] in said
+    assert "FID" not in said
 
 
 def test_the_scores_of_the_reference_itself_are_perfect(run: Run):
