@@ -60,10 +60,21 @@ def mode(moments: Moments, *, scaling_factor: float) -> Latents:
 
 
 @torch.no_grad()
-def decode_latents(vae: "AutoencoderKL", latents: Latents) -> ByteImages:
-    """Decode scaled latents to images of uint8."""
-    decoded = vae.decode(latents / vae.config["scaling_factor"])
-    return to_bytes(decoded.sample)  # pyright: ignore[reportAttributeAccessIssue]
+def decode_latents(vae: "AutoencoderKL", latents: Latents, *, first: int = 0) -> ByteImages:
+    """Decode scaled latents to images of uint8.
+
+    `first` is the number of the first image, for messages. Raises ValueError if an image has NaN or
+    infinite values, which uint8 would show as black.
+    """
+    decoded: Tensor = vae.decode(latents / vae.config["scaling_factor"]).sample  # pyright: ignore[reportAttributeAccessIssue]
+    is_finite = decoded.isfinite().flatten(1).all(1)
+    if not bool(is_finite.all()):
+        number = first + is_finite.tolist().index(False)
+        raise ValueError(
+            f"base.path: the VAE decodes image {number} to NaN or infinite values; the weights in "
+            "build/base/vae are broken, or the latents are far too large"
+        )
+    return to_bytes(decoded)
 
 
 def psnr(images: ByteImages, decoded: ByteImages) -> Float[Tensor, " batch"]:

@@ -5,6 +5,7 @@ Worker processes may decode and crop the images. The main process encodes the cr
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import islice
 from typing import TYPE_CHECKING
 from zlib import crc32
@@ -82,10 +83,21 @@ class LatentEncoder:
             yield from self.encode_cut(cut)
 
     def encode_cut(self, cut: CutImages) -> Iterator[StoredLatents]:
-        """Encode crops in one pass of the VAE, and round the result to 16 bits."""
+        """Encode crops in one pass of the VAE, and round the result to 16 bits.
+
+        Raises ValueError if a latent is not finite.
+        """
         moments = vae.encode(self.vae, to_pixels(cut.pixels.to(self.vae.device))).cpu()
         rounded = moments.half() if self.params.dtype == "float16" else moments.bfloat16().float()
-        by_image = rounded.unflatten(0, (len(cut.keys), -1)).numpy()
+        rounded = rounded.unflatten(0, (len(cut.keys), -1))
+        is_finite = rounded.isfinite().flatten(1).all(1).tolist()
+        if not all(is_finite):
+            why = "base.path: the VAE's weights are broken"
+            if bool(moments.isfinite().all()):
+                why = "latents.dtype: the values exceed float16; set latents.dtype to bfloat16"
+            key = cut.keys[is_finite.index(False)]
+            raise ValueError(f"{why} (the latents of image {key} are NaN or infinite)")
+        by_image = rounded.numpy()
         return map(StoredLatents, cut.keys, by_image, cut.crops)
 
     def shard_bytes(self, split: str, num_samples: int) -> int:
@@ -137,7 +149,8 @@ def reconstruct(
         originals.append(transforms.apply_crop(pixels, item.crops[0], size=info.image_size))
     moments = (torch.from_numpy(item.moments[:1]).to(encoder.vae.device) for item in stored)
     latents = [vae.mode(item, scaling_factor=info.scaling_factor) for item in moments]
-    decoded = torch.cat([vae.decode_latents(encoder.vae, item).cpu() for item in latents])
+    decode = partial(vae.decode_latents, encoder.vae)
+    decoded = torch.cat([decode(item, first=n).cpu() for n, item in enumerate(latents)])
     psnr = vae.psnr(torch.stack(originals), decoded).mean().item()
     std, floor = torch.cat(latents).std().item(), encoder.params.min_psnr
     if not psnr >= floor:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from pydantic import Field, model_validator
+from torch import Tensor
 
 from contradiff.base.vae import decode_latents, downsampling_factor
 from contradiff.config import Section
@@ -61,19 +62,22 @@ def denoise(
     guidance: float = 1.0,
     guidance_interval: tuple[float, float] = (0.0, 1.0),
     precision: Precision = "fp32",
+    first: int = 0,
 ) -> Latents:
     """Turn pure noise into clean latents by the deterministic reverse process.
 
     With `null_tokens`, the predicted noise is eps_null + guidance * (eps_cond - eps_null), which is
     classifier-free guidance (Ho and Salimans, 2022). Outside `guidance_interval`, which is given in
     fractions of the schedule (Kynkäänniemi et al., 2024), it is eps_cond and takes half the time.
-    The UNet runs in `precision`, and the solver runs in float32.
+    The UNet runs in `precision`, and the solver runs in float32. `first` is the number of the first
+    sample, for messages. Raises ValueError if a sample becomes NaN or infinite.
     """
     assert null_tokens is not None or guidance == 1, "guidance needs null tokens"
     scheduler = deepcopy(scheduler)  # a solver's `step` changes its state
     low, high = (part * model.schedule.num_train_timesteps for part in guidance_interval)
     both = None if null_tokens is None else torch.cat([tokens, null_tokens])
     latents = noise * scheduler.init_noise_sigma
+    is_finite: list[Tensor] = []  # read only at the end, so that a GPU need not wait at each step
     autocast = torch.autocast(noise.device.type, torch.bfloat16, enabled=precision == "bf16")
     with cache_keys_and_values(model.unet), autocast:
         for timestep in scheduler.timesteps:
@@ -86,7 +90,33 @@ def denoise(
                 conditional, null = model.noise_pred(*twice, both).float().chunk(2)
                 noise_pred = null + guidance * (conditional - null)
             latents = scheduler.step(noise_pred, timestep, latents).prev_sample
+            both_results = torch.stack([noise_pred, latents])
+            is_finite.append(both_results.isfinite().flatten(2).all(2))
+    faults = torch.stack(is_finite).logical_not().nonzero().tolist()
+    if faults:  # sorted by step; at the same step, the predicted noise comes before the latents
+        step, by_solver, position = faults[0]
+        timestep = int(scheduler.timesteps[step])
+        raise ValueError(
+            f"sample {first + position} became NaN or infinite at timestep {timestep}: "
+            + _likely_cause(by_solver=bool(by_solver), precision=precision, guidance=guidance)
+        )
     return latents
+
+
+def _likely_cause(*, by_solver: bool, precision: Precision, guidance: float) -> str:
+    if by_solver:
+        return (
+            "the UNet's prediction is finite, but the solver's step is not. base.path: the base's "
+            "scheduler_config.json does not fit generate.solver"
+        )
+    if precision == "bf16":
+        return "generate.precision: bf16 may be too coarse for this model; set it to fp32"
+    if guidance != 1:
+        return f"generate.guidance: {guidance:g} may be too large; lower it"
+    return (
+        "the UNet predicts it. base.path: the weights of the base are broken, or pretrain.lr: "
+        "pretraining diverged"
+    )
 
 
 def generate(
@@ -103,7 +133,7 @@ def generate(
     """Yield the images of the given sample indices, in order and in batches.
 
     The noise of sample i is seeded by (seed, i). Model and VAE must be in evaluation mode and on
-    the same device. The VAE must have float32 weights.
+    the same device. The VAE must have float32 weights. Raises ValueError if a sample is not finite.
     """
     # The UNet's sample_size is not used: Stable Diffusion's is 64, which is for 512 pixels.
     side = image_size // downsampling_factor(vae)
@@ -122,5 +152,6 @@ def generate(
             guidance=params.guidance,
             guidance_interval=(low, high),
             precision=params.precision,
+            first=batch.start,
         )
-        yield decode_latents(vae, clean).cpu()
+        yield decode_latents(vae, clean, first=batch.start).cpu()

@@ -185,6 +185,29 @@ def test_unreadable_images_are_named_in_one_line(base: LatentEncoder, num_worker
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("bias", "dtype", "message"),
+    [
+        (torch.nan, "bfloat16", r"^base.path: the VAE's weights .* image number-2 are NaN"),
+        (1e5, "float16", r"^latents.dtype: .* set latents.dtype to bfloat16 .* image number-2 are"),
+    ],
+)
+def test_latents_that_are_not_finite_are_refused(
+    tiny_base: Path, images: list[Sample], bias: float, dtype: str, message: str
+):
+    vae = load_vae(tiny_base)
+    encoder = changed(LatentEncoder(vae, LatentsParams.model_validate(LATENTS), 32, 0), dtype=dtype)
+    one_view = replace(encoder, params=encoder.params.model_copy(update={"views": 1}))
+    samples = [replace(image, key=f"number-{n}") for n, image in enumerate(images)]
+
+    def spoil(_: Any, __: Any, moments: Tensor) -> None:
+        moments[2] += bias
+
+    vae.quant_conv.register_forward_hook(spoil)
+    with pytest.raises(ValueError, match=message):
+        encoded(one_view, samples)
+
+
 def test_sizes_are_those_of_written_shards(base: LatentEncoder, tiny_data: Path):
     for split, shards in ShardIndex.read(tiny_data / "latents", LatentInfo).splits.items():
         for shard in shards:

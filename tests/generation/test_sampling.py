@@ -165,6 +165,56 @@ def test_bf16_is_autocast_of_the_unet_alone(model: ContraDiff, tiny_base: Path):
     assert all(torch.equal(p, before[n]) for n, p in model.named_parameters() if n in before)
 
 
+@pytest.mark.parametrize(
+    ("broken", "changes", "message"),
+    [
+        ("unet", {}, "sample 3 became NaN .* timestep 334: the UNet .*base.path.*pretrain.lr"),
+        ("unet", {"precision": "bf16"}, "sample 3 .* timestep 334: generate.precision: bf16"),
+        ("unet", {"guidance": 9.0, "condition": "class"}, "sample 3 .*: generate.guidance: 9"),
+        (
+            "scheduler",
+            {},
+            "sample 0 .* timestep 999: .* solver's step is not. base.path: .*_config",
+        ),
+        ("vae", {}, "base.path: the VAE decodes image 0 to NaN"),
+    ],
+)
+def test_the_first_sample_that_is_not_finite_ends_generation(
+    model: ContraDiff,
+    tiny_base: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    broken: str,
+    changes: dict[str, Any],
+    message: str,
+):
+    """Without the check, NaN becomes black PNGs, which get a FID."""
+    params = GenerateParams.model_validate(GENERATE | {"batch_size": 2} | changes)
+    vae, solver = load_vae(tiny_base), load_scheduler(tiny_base, num_inference_steps=3)
+    predict = model.noise_pred
+
+    def breaking(latents: Tensor, timesteps: Tensor, tokens: Tensor) -> Tensor:
+        found = predict(latents, timesteps, tokens)
+        if int(timesteps[0]) == 334 and tokens[0, 0, 0] == 2:
+            found[1, 0, 0, 0] = torch.inf
+        return found
+
+    if broken == "unet":
+        monkeypatch.setattr(model, "noise_pred", breaking)
+    elif broken == "vae":
+        torch.nn.init.constant_(vae.decoder.conv_out.bias, torch.nan)
+    else:  # alpha-bar is 0 at the last timestep, and DDIM divides by its root
+        zero_snr = {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+        solver = type(solver).from_config(solver.config, **zero_snr)
+        solver.set_timesteps(3)
+
+    def tokens(indices: range) -> Tensor:
+        return torch.full((len(indices), 16, 16), float(indices.start))
+
+    settings: dict[str, Any] = {"params": params, "image_size": 32, "seed": 0}
+    with pytest.raises(ValueError, match=message):
+        list(generate(model, vae, solver, range(5), Conditioning(tokens, tokens), **settings))
+
+
 def test_null_condition_is_encoded_only_for_guidance(model: ContraDiff, tiny_base: Path):
     asked: list[range] = []
 

@@ -110,12 +110,12 @@ def run_to_be_killed(trained_project: Run, monkeypatch: pytest.MonkeyPatch) -> R
     """A run that dies at the fourth batch: in the second of the shards of two batches each."""
     decoded = 0
 
-    def dying(vae: Any, latents: Any) -> Any:
+    def dying(vae: Any, latents: Any, *, first: int) -> Any:
         nonlocal decoded
         decoded += 1
         if decoded == 4:
             raise KeyboardInterrupt
-        return decode_latents(vae, latents)
+        return decode_latents(vae, latents, first=first)
 
     monkeypatch.setattr("contradiff.generation.sampling.decode_latents", dying)
     return trained_project
