@@ -107,7 +107,14 @@ class Run:
         return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
 
     def accelerator(self, *, precision: "Precision" = "fp32") -> "Accelerator":
-        """Connect this process with the others of the stage; raise ValueError if that fails."""
+        """Connect this process with the others of the stage; raise ValueError if that fails.
+
+        Accelerate would read many settings from environment variables, such as
+        ACCELERATE_GRADIENT_ACCUMULATION_STEPS. They are removed, so that params.yaml alone decides.
+        Raises ValueError if they ask for FSDP, DeepSpeed or another strategy.
+        """
+        if ignored := drop_accelerates_variables():
+            self.log(f"ignored, because params.yaml decides: {', '.join(ignored)}")
         from accelerate import Accelerator
         from accelerate.utils import InitProcessGroupKwargs
 
@@ -265,6 +272,23 @@ def execute(
         sys.stderr.flush()
         os._exit(code)  # gloo's threads would abort the process during a normal exit
     sys.exit(code)
+
+
+def drop_accelerates_variables() -> list[str]:
+    """Remove Accelerate's settings from this process's environment; return their names and values.
+
+    Raises ValueError if a variable asks for a training strategy that this project does not have.
+    """
+    settings = {name: os.environ[name] for name in os.environ if name.startswith("ACCELERATE_")}
+    for name, value in settings.items():
+        is_strategy = name.startswith("ACCELERATE_USE_") and name != "ACCELERATE_USE_CPU"
+        if is_strategy and value.lower() not in {"", "0", "false", "no", "off"}:
+            raise ValueError(
+                f"the environment variable {name} is {value}, but the stages only have plain data "
+                f"parallelism; type `unset {name}`, or start the stage without `accelerate launch`"
+            )
+        del os.environ[name]
+    return [f"{name}={value}" for name, value in sorted(settings.items())]
 
 
 def is_joined() -> bool:

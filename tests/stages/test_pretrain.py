@@ -126,6 +126,53 @@ def start(trained_project: Run, tiny: dict[str, Any], monkeypatch: pytest.Monkey
     return run
 
 
+HOSTILE = {
+    "GRADIENT_ACCUMULATION_STEPS": "4",
+    "MIXED_PRECISION": "bf16",
+    "DYNAMO_BACKEND": "inductor",
+    "DYNAMO_USE_FULLGRAPH": "maybe",
+    "TORCH_DEVICE": "meta",
+    "USE_CPU": "true",
+    "USE_FSDP": "false",
+    "DEBUG_MODE": "1",
+    "FP8_BACKEND": "TE",
+}
+"""Environment variables of Accelerate, without ACCELERATE_."""
+
+
+def test_accelerates_variables_change_no_bit_of_a_training(
+    trained_project: Run,
+    tiny: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+):
+    from accelerate.state import AcceleratorState
+
+    monkeypatch.setattr(training, "training_run", lambda *_, **__: nullcontext(lambda *_: None))
+    tiny["pretrain"] |= {"epochs": 1}
+    sections = {name: tiny[name] for name in pretrain.Params.model_fields}
+    params = parse(pretrain.Params, sections, source="params.yaml")
+    weights: list[bytes] = []
+    for environment in ({}, HOSTILE):
+        for name, value in environment.items():
+            monkeypatch.setenv(f"ACCELERATE_{name}", value)
+        AcceleratorState._reset_state(reset_partial_state=True)
+        pretrain.main(params, trained_project)
+        weights.append(Path("build/pretrain/model.safetensors").read_bytes())
+    AcceleratorState._reset_state(reset_partial_state=True)
+    assert weights[0] == weights[1]
+    assert (
+        "ignored, because params.yaml decides: ACCELERATE_DEBUG_MODE=1" in capsys.readouterr().err
+    )
+
+
+@pytest.mark.parametrize("name", ["FSDP", "DEEPSPEED", "MEGATRON_LM", "PARALLELISM_CONFIG"])
+def test_strategies_of_accelerate_are_refused(start: Start, name: str, monkeypatch: Any):
+    monkeypatch.setenv(f"ACCELERATE_USE_{name}", "True")
+    with pytest.raises(ValueError, match=f"ACCELERATE_USE_{name} is True, .* `unset ACCELERATE"):
+        start()
+
+
 @pytest.mark.parametrize(("precision", "mixed"), [("fp32", "no"), ("bf16", "bf16")])
 def test_the_precision_reaches_accelerate(start: Start, precision: str, mixed: str):
     assert start(pretrain={"precision": precision}) == mixed
