@@ -215,7 +215,15 @@ def timesteps_are_in_the_schedule(params: AllParams, schedule: NoiseSchedule) ->
                 f'features.noising is "ddim_chain"; choose from {grid}'
             )
     num_steps, most = params.generate.num_inference_steps, schedule.num_train_timesteps
+    key = f"generate.num_inference_steps: {num_steps}"
     # Stable Diffusion's steps_offset of 1 would make the first of 1000 steps timestep 1000.
     if num_steps > most or schedule.ddim_timesteps(num_steps)[-1] >= most:
-        fault = f"is too many for the base's schedule of {most} timesteps"
-        yield f"generate.num_inference_steps: {num_steps} {fault}; lower it"
+        yield f"{key} is too many for the base's schedule of {most} timesteps; lower it"
+    elif params.generate.solver == "ddim" and not schedule.has_even_grid(num_steps):
+        usable = filter(schedule.has_even_grid, range(1, most + 1))
+        nearest = min(usable, key=lambda number: abs(number - num_steps), default=None)
+        remedy = "" if nearest is None else f"set it to {nearest}, or "
+        yield (
+            f"{key} steps of DDIM do not divide the base's {most} timesteps evenly, so sampling "
+            f"would begin at another noise level; {remedy}set generate.solver to dpmsolver++"
+        )

@@ -1,7 +1,7 @@
 """Finds the base (the pretrained model) and checks its configuration, without loading weights."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,11 +13,23 @@ from contradiff.files import file_manifest, replace_dir
 COMPONENTS = ("vae", "unet", "scheduler")
 """The folders used from a model in diffusers' format. Others (text encoder, ...) are ignored."""
 
-UNUSED_INPUTS = (
-    *("addition_embed_type", "class_embed_type", "num_class_embeds"),
-    *("encoder_hid_dim_type", "encoder_hid_dim", "center_input_sample"),
-)
-"""UNets with these settings (such as SDXL's) need inputs that this project does not give."""
+UNSUPPORTED = {
+    # These UNets (such as SDXL's) need inputs, or apply steps, that `method.unet` does not have.
+    "unet": (
+        *("addition_embed_type", "class_embed_type", "num_class_embeds"),
+        *("encoder_hid_dim_type", "encoder_hid_dim", "center_input_sample"),
+        *("time_cond_proj_dim", "time_embedding_act_fn"),
+    ),
+    # `base.vae` only multiplies latents by scaling_factor.
+    "vae": ("shift_factor", "latents_mean", "latents_std"),
+    # At a signal-to-noise ratio of zero, the noise (Eq. 3) says nothing about the image.
+    "scheduler": ("rescale_betas_zero_snr", "use_flow_sigmas"),
+}
+"""Settings that are refused unless they are null, false or 0."""
+SCHEDULE_KEYS = "num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas"
+"""The settings of a scheduler file that define its noise schedule."""
+UNET_BLOCKS = {"DownBlock2D", "CrossAttnDownBlock2D", "UpBlock2D", "CrossAttnUpBlock2D"}
+"""The down and up blocks that `method.unet` can run."""
 
 PRESETS = Path(__file__).parents[2] / "presets"
 SHIPPED_CONFIGS = {"CompVis/stable-diffusion-v1-4": PRESETS / "stable-diffusion-v1-4"}
@@ -102,19 +114,31 @@ def check_base(folder: Path, *, weights: bool = True) -> None:
 
 def _config_faults(folder: Path) -> Iterator[str]:
     """Yield a text for each fault. Diffusers' defaults replace missing keys."""
-    vae, unet, scheduler = (read_config(folder, name) for name in COMPONENTS)
+    configs = vae, unet, scheduler = [read_config(folder, name) for name in COMPONENTS]
+    for name, config in zip(COMPONENTS, configs, strict=True):
+        for key in UNSUPPORTED[name]:
+            if config.get(key):
+                yield f"{name} has {key} {config[key]!r}, which is not supported"
     blocks = [*unet.get("down_block_types", []), *unet.get("up_block_types", [])]
     attends = any("CrossAttn" in block for block in blocks)
     if unet.get("_class_name") != "UNet2DConditionModel" or not attends:
         yield "unet must be a UNet2DConditionModel with cross-attention"
+    elif others := sorted(set(blocks) - UNET_BLOCKS):
+        yield f"unet has blocks {', '.join(others)}, which are not supported"
     if not isinstance(width := unet.get("cross_attention_dim", 1280), int):
         yield f"unet has cross_attention_dim {width!r}; it must be one integer for all blocks"
-    for key in UNUSED_INPUTS:
-        if unet.get(key):
-            yield f"unet has {key} {unet[key]!r}, which is not supported"
+    if unet.get("norm_num_groups", 32) is None:
+        yield "unet has norm_num_groups null; its output must be normalised"
+    if (attention := unet.get("attention_type", "default")) != "default":
+        yield f"unet has attention_type {attention!r}, not default"
     mid = "UNetMidBlock2DCrossAttn"
     if unet.get("mid_block_type", mid) != mid:
         yield f"unet has mid_block_type {unet['mid_block_type']!r}, not {mid}"
+    if (kind := vae.get("_class_name")) != "AutoencoderKL":
+        yield f"vae is of class {kind!r}; it must be an AutoencoderKL"
+    for key in ("in_channels", "out_channels"):
+        if vae.get(key, 3) != 3:
+            yield f"vae has {key} {vae[key]}; images have 3"
     of_vae, of_unet = vae.get("latent_channels", 4), unet.get("in_channels", 4)
     if of_vae != of_unet:
         yield f"unet has in_channels {of_unet}, but its vae has latent_channels {of_vae}"
@@ -123,6 +147,28 @@ def _config_faults(folder: Path) -> Iterator[str]:
         yield f"unet has in_channels {of_unet} and out_channels {predicted}; {why}"
     if (prediction := scheduler.get("prediction_type", "epsilon")) != "epsilon":
         yield f"scheduler predicts {prediction}; Eq. 3 needs epsilon (noise)"
+    else:
+        yield from _schedule_faults(scheduler)
+
+
+def _schedule_faults(config: Mapping[str, Any]) -> Iterator[str]:
+    """Yield a text if DDIM, which reads the file later, would have another noise schedule."""
+    import diffusers
+    import torch
+
+    name, settings = config.get("_class_name"), {k: config[k] for k in SCHEDULE_KEYS if k in config}
+    try:
+        classes = getattr(diffusers, str(name)), diffusers.DDIMScheduler
+        own, ddim = (kind(**settings).alphas_cumprod for kind in classes)
+        is_equal = own.shape == ddim.shape and torch.allclose(own, ddim)
+    except Exception as error:  # noqa: BLE001  # each class has its own faults
+        yield f"scheduler is of class {name!r}, which has no usable alphas_cumprod ({error})"
+        return
+    if not is_equal:
+        yield (
+            f"scheduler is of class {name!r}, whose noise schedule differs from DDIM's with the "
+            "same settings; state beta_start, beta_end and beta_schedule"
+        )
 
 
 def read_config(folder: Path, component: str) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from copy import deepcopy
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,11 +27,13 @@ class NoiseSchedule:
     def of_base(cls, folder: Path) -> "NoiseSchedule":
         """Read the base's scheduler file as settings of DDIM, as diffusers' pipelines do.
 
-        DDIM's clipping to [-1, 1] is turned off, because latents must not be clipped.
+        Clipping to [-1, 1] and thresholding are turned off, because latents must not be clipped.
         """
         from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 
-        scheduler = DDIMScheduler.from_pretrained(folder / "scheduler", clip_sample=False)
+        scheduler = DDIMScheduler.from_pretrained(
+            folder / "scheduler", clip_sample=False, thresholding=False
+        )
         assert isinstance(scheduler, DDIMScheduler)
         return cls(scheduler)
 
@@ -53,6 +56,17 @@ class NoiseSchedule:
     def ddim_timesteps(self, num_inference_steps: int) -> list[int]:
         """Return the timesteps of `ddim` in rising order: 1, 51, ... for 20 steps of 1000."""
         return sorted(self.ddim(num_inference_steps).timesteps.tolist())
+
+    def has_even_grid(self, num_inference_steps: int) -> bool:
+        """Whether DDIM's steps are equal, and begin within one step of the schedule's end.
+
+        diffusers rounds a step down: 150 steps of 1000 timesteps are steps of 6 and begin at 895,
+        where the UNet takes pure noise for a noisy image.
+        """
+        total, grid = self.num_train_timesteps, self.ddim_timesteps(num_inference_steps)
+        step = total // num_inference_steps
+        is_even = all(above - below == step for below, above in pairwise(grid))
+        return is_even and total - 1 - step <= grid[-1] < total
 
 
 def load_scheduler(folder: Path, *, num_inference_steps: int) -> "DDIMScheduler":

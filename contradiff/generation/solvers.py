@@ -4,12 +4,12 @@ The paper uses DDIM (eta = 0). The other solvers are second-order methods for th
 equation, so they reach the same images in fewer steps.
 """
 
-import inspect
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
+from contradiff.base.config import SCHEDULE_KEYS
 from contradiff.base.loading import load_scheduler
 
 Solver = Literal["ddim", "dpmsolver++", "unipc"]
@@ -20,10 +20,11 @@ Scheduler = Any
 def load_solver(folder: Path, *, solver: Solver, num_inference_steps: int) -> Scheduler:
     """Load a solver with the base's noise schedule, and set its timesteps.
 
-    DDIM uses the base's spacing of timesteps ("leading"), which starts below the last timestep
-    (pure noise). With few steps, this gap would be visible. So the other solvers start at the last
-    timestep and take equal steps (diffusers' "linspace"). dpmsolver++ is the multistep solver of Lu
-    et al. (2022). unipc is the solver of Zhao et al. (2023). Both have second order.
+    DDIM uses the base's spacing of timesteps, mostly "leading". It starts up to a step below the
+    last timestep (pure noise), and `contradiff.rules` refuses numbers of steps with a larger gap.
+    With few steps, this gap would be visible. So the other solvers start at the last timestep and
+    take equal steps (diffusers' "linspace"). dpmsolver++ is the multistep solver of Lu et al.
+    (2022). unipc is the solver of Zhao et al. (2023). Both have second order.
     """
     ddim = load_scheduler(folder, num_inference_steps=num_inference_steps)
     if solver == "ddim":
@@ -34,10 +35,10 @@ def load_solver(folder: Path, *, solver: Solver, num_inference_steps: int) -> Sc
     multistep: type[Any] = (
         DPMSolverMultistepScheduler if solver == "dpmsolver++" else UniPCMultistepScheduler
     )
-    # Settings are copied by name, so that other defaults of the new class do not replace them.
-    known = inspect.signature(multistep.__init__).parameters
-    settings = {name: value for name, value in ddim.config.items() if name in known}
-    scheduler = multistep(**settings | {"timestep_spacing": "linspace", "solver_order": 2})
+    # Only the noise schedule is the base's. A base's file may also have settings of another solver,
+    # such as Karras's noise levels, or steps that add noise.
+    settings = {name: ddim.config[name] for name in SCHEDULE_KEYS}
+    scheduler = multistep(**settings, timestep_spacing="linspace", solver_order=2)
     assert torch.equal(scheduler.alphas_cumprod, ddim.alphas_cumprod), "the schedules differ"
     scheduler.set_timesteps(num_inference_steps)
     return scheduler

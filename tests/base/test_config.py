@@ -6,9 +6,18 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import pytest
+import torch
 
-from contradiff.base.config import BaseParams, base_manifest, check_base, config_folder
+from contradiff.base.config import (
+    SCHEDULE_KEYS,
+    BaseParams,
+    base_manifest,
+    check_base,
+    config_folder,
+)
+from contradiff.base.loading import NoiseSchedule
 
 STABLE_DIFFUSION = Path(__file__).resolve().parents[2] / "presets/stable-diffusion-v1-4"
 
@@ -70,6 +79,23 @@ NO_UNET = "unet must be a UNet2DConditionModel with cross-attention"
         ("unet", {"out_channels": 8}, "in_channels 4 and out_channels 8; Eq"),
         ("vae", {"latent_channels": 16}, "in_channels 4, but its vae has latent_channels 16"),
         ("scheduler", {"prediction_type": "v_prediction"}, r"predicts v_prediction; Eq\. 3 needs"),
+        # what other models on the hub have
+        ("unet", {"time_cond_proj_dim": 256}, "time_cond_proj_dim 256, which"),  # LCM
+        ("unet", {"attention_type": "gated"}, "attention_type 'gated', not default"),  # GLIGEN
+        ("unet", {"time_embedding_act_fn": "silu"}, "time_embedding_act_fn 'silu', which"),
+        ("unet", {"norm_num_groups": None}, "norm_num_groups null"),
+        ("unet", {"up_block_types": ["KCrossAttnUpBlock2D"]}, "blocks KCrossAttnUpBlock2D, which"),
+        ("vae", {"_class_name": "AutoencoderTiny"}, "class 'AutoencoderTiny'; it must be an Auto"),
+        ("vae", {"shift_factor": 0.0609}, "vae has shift_factor 0.0609, which"),  # SD 3
+        ("vae", {"latents_mean": [0.0] * 4}, r"vae has latents_mean \[0.0, 0.0, 0.0, 0.0\], which"),
+        ("vae", {"in_channels": 4}, "vae has in_channels 4; images have 3"),
+        ("scheduler", {"rescale_betas_zero_snr": True}, "rescale_betas_zero_snr True, which"),
+        ("scheduler", {"use_flow_sigmas": True}, "use_flow_sigmas True, which"),
+        ("scheduler", {"beta_schedule": "sigmoid"}, "no usable alphas_cumprod .*sigmoid"),
+        *(
+            ("scheduler", {"_class_name": f"{name}Scheduler"}, f"class '{name}Scheduler', which")
+            for name in ("FlowMatchEulerDiscrete", "EDMEuler", "CogVideoXDDIM", "NoSuch")
+        ),
     ],
 )
 def test_a_base_that_the_method_cannot_use_is_refused(
@@ -79,6 +105,36 @@ def test_a_base_that_the_method_cannot_use_is_refused(
     edit_json(base / component / name, **changes)
     with pytest.raises(ValueError, match=rf"^base\.path: {base}/.*{fault}"):
         check_base(base, weights=False)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"_class_name": "PNDMScheduler"},
+        {"_class_name": "EulerDiscreteScheduler"},
+        {"_class_name": "DPMSolverMultistepScheduler", "use_karras_sigmas": True},
+        {"beta_schedule": "squaredcos_cap_v2"},
+        {"timestep_spacing": "trailing", "thresholding": True, "num_train_timesteps": 50},
+    ],
+)
+def test_schedules_that_ddim_has_too_are_read_from_files_of_other_schedulers(
+    base: Path, changes: dict[str, Any]
+):
+    path = base / "scheduler/scheduler_config.json"
+    edit_json(path, **changes)
+    check_base(base)
+    schedule, content = NoiseSchedule.of_base(base), json.loads(path.read_text())
+    settings = {name: content[name] for name in SCHEDULE_KEYS}
+    own = getattr(diffusers, content["_class_name"])(**settings)
+    torch.testing.assert_close(schedule.alphas_cumprod, own.alphas_cumprod)
+    assert not schedule.scheduler.config["thresholding"]
+
+
+def test_a_class_with_other_defaults_must_state_its_schedule(base: Path):
+    path = base / "scheduler/scheduler_config.json"
+    path.write_text(json.dumps({"_class_name": "LCMScheduler"}))
+    with pytest.raises(ValueError, match="'LCMScheduler', whose noise schedule differs .* state"):
+        check_base(base)
 
 
 def test_configurations_are_found_without_a_network(tiny_base: Path, tmp_path: Path):

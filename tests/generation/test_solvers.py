@@ -1,5 +1,7 @@
 """Solvers must approach a closed-form solution, and equal diffusers' own classes."""
 
+import json
+import shutil
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -90,6 +92,23 @@ def test_solvers_are_diffusers_own(tiny_base: Path, solver: str, base: str):
         steps_of(ours, noise, plain.alphas_cumprod)[-1],
         steps_of(plain, noise, plain.alphas_cumprod)[-1],
     )
+
+
+@pytest.mark.parametrize("solver", FAST)
+def test_settings_of_the_bases_own_solver_are_not_taken_over(
+    tiny_base: Path, tmp_path: Path, solver: Any
+):
+    shutil.copytree(tiny_base, tmp_path / "base")
+    path = tmp_path / "base/scheduler/scheduler_config.json"
+    foreign = {"use_karras_sigmas": True, "thresholding": True, "algorithm_type": "sde-dpmsolver++"}
+    path.write_text(json.dumps(json.loads(path.read_text()) | foreign))
+    noise = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(1))
+    solvers = [
+        load_solver(base, solver=solver, num_inference_steps=9)
+        for base in (tiny_base, tmp_path / "base")
+    ]
+    one, other = (steps_of(each, noise, each.alphas_cumprod)[-1] for each in solvers)
+    assert torch.equal(one, other)
 
 
 def test_ddim_is_the_bases_own(tiny_base: Path):

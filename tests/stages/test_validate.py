@@ -186,6 +186,11 @@ def test_sections_agree(content: Content, changes: str, fault: str | None):
         ("generate.num_inference_steps=1000", r"generate\.num_inference_steps: 1000 is"),
         ("generate.num_inference_steps=1001", r"generate\.num_inference_steps: 1001 is"),
         ("generate.num_inference_steps=999", None),
+        (
+            "generate.num_inference_steps=150",  # DDIM would begin at timestep 895
+            r"generate\.num_inference_steps: 150 steps of DDIM .*; set it to 125, or set gen",
+        ),
+        ("generate.num_inference_steps=150 generate.solver=unipc", None),
         # The VAE makes 4x, the UNet 4x smaller: 8 latents a side, 2 at the bottleneck.
         ("data.image_size=40", r"data\.image_size: 40 must be a multiple of 16"),
         (
