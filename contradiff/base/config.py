@@ -119,6 +119,22 @@ def _config_faults(folder: Path) -> Iterator[str]:
         for key in UNSUPPORTED[name]:
             if config.get(key):
                 yield f"{name} has {key} {config[key]!r}, which is not supported"
+    yield from _unet_faults(unet)
+    if (kind := vae.get("_class_name")) != "AutoencoderKL":
+        yield f"vae is of class {kind!r}; it must be an AutoencoderKL"
+    for key in ("in_channels", "out_channels"):
+        if vae.get(key, 3) != 3:
+            yield f"vae has {key} {vae[key]}; images have 3"
+    of_vae, of_unet = vae.get("latent_channels", 4), unet.get("in_channels", 4)
+    if of_vae != of_unet:
+        yield f"unet has in_channels {of_unet}, but its vae has latent_channels {of_vae}"
+    if (prediction := scheduler.get("prediction_type", "epsilon")) != "epsilon":
+        yield f"scheduler predicts {prediction}; Eq. 3 needs epsilon (noise)"
+    else:
+        yield from _schedule_faults(scheduler)
+
+
+def _unet_faults(unet: Mapping[str, Any]) -> Iterator[str]:
     blocks = [*unet.get("down_block_types", []), *unet.get("up_block_types", [])]
     attends = any("CrossAttn" in block for block in blocks)
     if unet.get("_class_name") != "UNet2DConditionModel" or not attends:
@@ -129,26 +145,14 @@ def _config_faults(folder: Path) -> Iterator[str]:
         yield f"unet has cross_attention_dim {width!r}; it must be one integer for all blocks"
     if unet.get("norm_num_groups", 32) is None:
         yield "unet has norm_num_groups null; its output must be normalised"
-    if (attention := unet.get("attention_type", "default")) != "default":
-        yield f"unet has attention_type {attention!r}, not default"
-    mid = "UNetMidBlock2DCrossAttn"
-    if unet.get("mid_block_type", mid) != mid:
-        yield f"unet has mid_block_type {unet['mid_block_type']!r}, not {mid}"
-    if (kind := vae.get("_class_name")) != "AutoencoderKL":
-        yield f"vae is of class {kind!r}; it must be an AutoencoderKL"
-    for key in ("in_channels", "out_channels"):
-        if vae.get(key, 3) != 3:
-            yield f"vae has {key} {vae[key]}; images have 3"
-    of_vae, of_unet = vae.get("latent_channels", 4), unet.get("in_channels", 4)
-    if of_vae != of_unet:
-        yield f"unet has in_channels {of_unet}, but its vae has latent_channels {of_vae}"
-    if (predicted := unet.get("out_channels", 4)) != of_unet:
+    needed = {"mid_block_type": "UNetMidBlock2DCrossAttn", "attention_type": "default"}
+    for key, value in needed.items():
+        if (found := unet.get(key, value)) != value:
+            yield f"unet has {key} {found!r}, not {value}"
+    num_in, num_out = unet.get("in_channels", 4), unet.get("out_channels", 4)
+    if num_in != num_out:
         why = "Eq. 3 needs equal numbers"
-        yield f"unet has in_channels {of_unet} and out_channels {predicted}; {why}"
-    if (prediction := scheduler.get("prediction_type", "epsilon")) != "epsilon":
-        yield f"scheduler predicts {prediction}; Eq. 3 needs epsilon (noise)"
-    else:
-        yield from _schedule_faults(scheduler)
+        yield f"unet has in_channels {num_in} and out_channels {num_out}; {why}"
 
 
 def _schedule_faults(config: Mapping[str, Any]) -> Iterator[str]:

@@ -133,7 +133,7 @@ def test_schedules_that_ddim_has_too_are_read_from_files_of_other_schedulers(
 def test_a_class_with_other_defaults_must_state_its_schedule(base: Path):
     path = base / "scheduler/scheduler_config.json"
     path.write_text(json.dumps({"_class_name": "LCMScheduler"}))
-    with pytest.raises(ValueError, match="'LCMScheduler', whose noise schedule differs .* state"):
+    with pytest.raises(ValueError, match=r"'LCMScheduler', whose noise schedule differs .* state"):
         check_base(base)
 
 

@@ -179,7 +179,7 @@ def test_bf16_is_autocast_of_the_unet_alone(model: ContraDiff, tiny_base: Path):
         ("vae", {}, "base.path: the VAE decodes image 0 to NaN"),
     ],
 )
-def test_the_first_sample_that_is_not_finite_ends_generation(
+def test_the_first_sample_that_is_not_finite_ends_generation(  # noqa: PLR0917
     model: ContraDiff,
     tiny_base: Path,
     monkeypatch: pytest.MonkeyPatch,
