@@ -10,6 +10,7 @@ from pydantic import Field, model_validator
 from contradiff.config import Section
 from contradiff.files import file_manifest, replace_dir
 
+WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
 COMPONENTS = ("vae", "unet", "scheduler")
 """The folders used from a model in diffusers' format. Others (text encoder, ...) are ignored."""
 
@@ -28,6 +29,17 @@ UNSUPPORTED = {
 """Settings that are refused unless they are null, false or 0."""
 SCHEDULE_KEYS = "num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas"
 """The settings of a scheduler file that define its noise schedule."""
+BETA_SCHEDULES = "linear", "scaled_linear", "squaredcos_cap_v2"
+SCHEDULERS = tuple(
+    f"{name}Scheduler"
+    for name in (
+        *("DDIM", "DDPM", "DEISMultistep", "DPMSolverMultistep", "DPMSolverSDE"),
+        *("DPMSolverSinglestep", "EulerAncestralDiscrete", "EulerDiscrete", "HeunDiscrete"),
+        *("KDPM2AncestralDiscrete", "KDPM2Discrete", "LCM", "LMSDiscrete", "PNDM", "TCD"),
+        "UniPCMultistep",
+    )
+)
+"""Classes of diffusers whose noise schedule is DDIM's, if SCHEDULE_KEYS are equal."""
 UNET_BLOCKS = {"DownBlock2D", "CrossAttnDownBlock2D", "UpBlock2D", "CrossAttnUpBlock2D"}
 """The down and up blocks that `method.unet` can run."""
 
@@ -103,11 +115,13 @@ def base_manifest(base: BaseParams, *, root: Path) -> dict[str, Any]:
 def check_base(folder: Path, *, weights: bool = True) -> None:
     """Raise ValueError if the base is unusable; check weight files only if `weights` is true."""
     faults = list(_config_faults(folder))
-    faults += [
-        f"{name} contains no .safetensors file; convert its weights to this format"
-        for name in ("vae", "unet")
-        if weights and not list((folder / name).glob("*.safetensors"))
-    ]
+    if weights:
+        for name in ("vae", "unet"):
+            files = (WEIGHTS_NAME, f"{WEIGHTS_NAME}.index.json")
+            if not any((folder / name / file).is_file() for file in files):
+                others = sorted(path.name for path in (folder / name).glob("*.safetensors"))
+                remedy = f"rename {others[0]}" if others else "convert its weights to this format"
+                faults.append(f"{name} contains no {WEIGHTS_NAME}; {remedy}")
     if faults:
         raise ValueError("\n".join(f"base.path: {folder}/{fault}" for fault in faults))
 
@@ -128,10 +142,7 @@ def _config_faults(folder: Path) -> Iterator[str]:
     of_vae, of_unet = vae.get("latent_channels", 4), unet.get("in_channels", 4)
     if of_vae != of_unet:
         yield f"unet has in_channels {of_unet}, but its vae has latent_channels {of_vae}"
-    if (prediction := scheduler.get("prediction_type", "epsilon")) != "epsilon":
-        yield f"scheduler predicts {prediction}; Eq. 3 needs epsilon (noise)"
-    else:
-        yield from _schedule_faults(scheduler)
+    yield from _scheduler_faults(scheduler)
 
 
 def _unet_faults(unet: Mapping[str, Any]) -> Iterator[str]:
@@ -155,24 +166,18 @@ def _unet_faults(unet: Mapping[str, Any]) -> Iterator[str]:
         yield f"unet has in_channels {num_in} and out_channels {num_out}; {why}"
 
 
-def _schedule_faults(config: Mapping[str, Any]) -> Iterator[str]:
-    """Yield a text if DDIM, which reads the file later, would have another noise schedule."""
-    import diffusers
-    import torch
-
-    name, settings = config.get("_class_name"), {k: config[k] for k in SCHEDULE_KEYS if k in config}
-    try:
-        classes = getattr(diffusers, str(name)), diffusers.DDIMScheduler
-        own, ddim = (kind(**settings).alphas_cumprod for kind in classes)
-        is_equal = own.shape == ddim.shape and torch.allclose(own, ddim)
-    except Exception as error:  # noqa: BLE001  # each class has its own faults
-        yield f"scheduler is of class {name!r}, which has no usable alphas_cumprod ({error})"
+def _scheduler_faults(scheduler: Mapping[str, Any]) -> Iterator[str]:
+    if (prediction := scheduler.get("prediction_type", "epsilon")) != "epsilon":
+        yield f"scheduler predicts {prediction}; Eq. 3 needs epsilon (noise)"
+    if (kind := scheduler.get("_class_name")) not in SCHEDULERS:
+        yield f"scheduler is of class {kind!r}; DDIM can replace only {', '.join(SCHEDULERS)}"
         return
-    if not is_equal:
-        yield (
-            f"scheduler is of class {name!r}, whose noise schedule differs from DDIM's with the "
-            "same settings; state beta_start, beta_end and beta_schedule"
-        )
+    # The classes have other defaults, so a missing key would give another noise schedule.
+    for key in ("beta_start", "beta_end", "beta_schedule"):
+        if key not in scheduler:
+            yield f"scheduler does not state {key}; write it into scheduler_config.json"
+    if (betas := scheduler.get("beta_schedule", "linear")) not in BETA_SCHEDULES:
+        yield f"scheduler has beta_schedule {betas!r}, not {', '.join(BETA_SCHEDULES)}"
 
 
 def read_config(folder: Path, component: str) -> dict[str, Any]:
@@ -202,7 +207,7 @@ def fetch_from_hub(base: BaseParams, destination: Path, *, weights: bool) -> Non
 
     patterns = [f"{name}/*.json" for name in COMPONENTS]
     if weights:
-        patterns += [f"{name}/diffusion_pytorch_model.safetensors" for name in ("vae", "unet")]
+        patterns += [f"{name}/{WEIGHTS_NAME}" for name in ("vae", "unet")]
     try:
         snapshot_download(
             base.path, revision=base.revision, allow_patterns=patterns, local_dir=destination
