@@ -15,7 +15,7 @@ from contradiff.data import map_shards
 from contradiff.data.params import DataParams
 from contradiff.data.png import LiveGrid
 from contradiff.data.shards import ShardParams, write_shard
-from contradiff.files import replace_dir, replace_file
+from contradiff.files import check_free_space, describe_bytes, replace_dir, replace_file
 from contradiff.generation import samples
 from contradiff.generation.conditions import load_conditioning
 from contradiff.generation.sampling import GenerateParams, generate
@@ -53,6 +53,8 @@ def main(params: Params, run: Run) -> None:
     own_inputs = {"noise": [], "class": [CLASSES], "image": [CONDITIONS]}[section.condition]
     inputs, version = [BASE, CHECKPOINT, *own_inputs], map_shards.STATE_VERSION
     with run.work_dir(params, inputs, state_version=version) as work:
+        if run.is_main:
+            check_disk(run, work, section.num_samples, image_size=size)
         plan = samples.plan_samples(section.num_samples, params.shard)
         preview = LiveGrid(work / "preview.png")
 
@@ -71,7 +73,18 @@ def main(params: Params, run: Run) -> None:
         if total < section.num_samples:
             run.log(f"resumed: {total} of {section.num_samples} images are still missing")
         run.log(f"the newest images are shown in {preview.path}")
-        processes, started = run.processes(accelerator), time.perf_counter()
+        processes = run.processes(accelerator)
+        num_batches = -(-total // section.batch_size) // processes.size
+        if run.is_main and num_batches > 10:  # else the estimate would take too much of the time
+
+            def sample(num_steps: int) -> None:
+                few = load_solver(BASE, solver=section.solver, num_inference_steps=num_steps)
+                batch, settings = range(section.batch_size), {"image_size": size, "seed": seed}
+                next(generate(model, vae, few, batch, conditioning, params=section, **settings))
+
+            seconds = num_batches * samples.seconds_of_batch(sample, num_steps=num_steps)
+            run.log(f"about {seconds / 3600:,.2g} hours with {processes.size} process(es)")
+        started = time.perf_counter()
         with run.progress("sample", total) as advance:
             made = map_shards.map_shards(
                 list(plan), make, work, name_of=str, processes=processes, on_progress=advance
@@ -86,6 +99,16 @@ def main(params: Params, run: Run) -> None:
             with replace_file(GRID) as path:
                 given = CONDITIONS if section.condition == "image" else None
                 path.write_bytes(samples.sample_figure(SAMPLES, conditions=given))
+
+
+def check_disk(run: Run, work: Path, num_samples: int, *, image_size: int) -> None:
+    """Say how large the samples can become. Raises ValueError if they may not fit on the disk."""
+    num_bytes = samples.max_bytes(num_samples, image_size=image_size)
+    run.log(f"{num_samples:,} images, at most {describe_bytes(num_bytes)}")
+    num_bytes -= sum(file.stat().st_size for file in work.glob("*.tar*"))
+    SAMPLES.parent.mkdir(exist_ok=True)
+    for place in (work, SAMPLES.parent):
+        check_free_space(place, num_bytes, ways_out="lower generate.num_samples")
 
 
 if __name__ == "__main__":

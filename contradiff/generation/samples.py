@@ -1,6 +1,7 @@
 """Shards of generated images, and a figure of the first images."""
 
-from collections.abc import Iterable, Iterator
+import time
+from collections.abc import Callable, Iterable, Iterator
 from itertools import chain, islice
 from pathlib import Path
 
@@ -35,6 +36,23 @@ def describe_samples(
         "base_sha256": base_digest(base),
     }
     return SampleInfo.model_validate(settings)
+
+
+def max_bytes(num_samples: int, *, image_size: int) -> int:
+    """Return the most bytes that the shards of samples can have: pixels, PNG and tar headers."""
+    return num_samples * (image_size * (3 * image_size + 1) + 3072)
+
+
+def seconds_of_batch(sample: Callable[[int], object], *, num_steps: int) -> float:
+    """Extrapolate the seconds of a batch of `num_steps` steps; `sample(n)` makes one in n steps."""
+    sample(1)  # the first call is slower
+    seconds: list[float] = []
+    for few in (2, 4):
+        started = time.perf_counter()
+        sample(few)
+        seconds.append(time.perf_counter() - started)
+    of_step = max(0.0, seconds[1] - seconds[0]) / 2
+    return max(seconds[0] + (num_steps - 2) * of_step, 0.0)
 
 
 def plan_samples(num_samples: int, params: shards.ShardParams) -> dict[str, range]:

@@ -77,6 +77,14 @@ def test_unconditional_samples(trained_project: Run):
     assert decode(generate.GRID.read_bytes(), name="grid").shape == (3, 64, 16 * 64)
 
 
+def test_samples_that_do_not_fit_on_the_disk_are_refused_first(
+    trained_project: Run, capsys: pytest.CaptureFixture[str]
+):
+    with pytest.raises(ValueError, match=r"are to be written, but .*, or lower generate.num_sam"):
+        run_stage(trained_project, num_samples=10**11)
+    assert "generate: 100,000,000,000 images, at most 61" in capsys.readouterr().err
+
+
 def test_image_conditional_samples_lie_below_their_images(trained_project: Run):
     records, info = call(trained_project, condition="image", guidance=2.0, num_samples=18)
     assert info["condition"].startswith("image-conditional")
