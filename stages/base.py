@@ -7,6 +7,7 @@ from pathlib import Path
 
 from contradiff.base import config
 from contradiff.base.config import BaseParams, check_base
+from contradiff.base.weights import check_weights
 from contradiff.config import Section
 from contradiff.files import replace_dir
 
@@ -24,10 +25,12 @@ def main(params: Params, run: Run) -> None:
             config.fetch_from_hub(base, folder, weights=False)
             check_base(folder, weights=False)
             config.fetch_from_hub(base, folder, weights=True)
+            check_weights(folder, values=True)
             shutil.rmtree(folder / ".cache", ignore_errors=True)
         else:
             source = config.local_base(base, root=run.root)
             check_base(source)
+            check_weights(source, values=True)
             for name in config.COMPONENTS:
                 shutil.copytree(source / name, folder / name)
         check_base(folder)

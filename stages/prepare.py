@@ -6,17 +6,21 @@ also renders the images.
 
 from stages.runtime.run import Run, execute
 
-from collections.abc import Generator
+from collections import Counter
+from collections.abc import Generator, Iterable
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from pydantic import Field
 
-from contradiff.base.config import BaseParams, base_manifest
-from contradiff.config import Section, Seed
+from contradiff.base.config import BaseParams, base_manifest, local_base
+from contradiff.base.weights import check_weights
+from contradiff.config import Seed
 from contradiff.data.params import DataParams, RawParams
 from contradiff.files import weights_manifest
+from contradiff.sources.cifar import SIDE
+from contradiff.sources.counts import CountParams, count_faults, transfer_faults
 from contradiff.sources.imagenet import scan_images
 from contradiff.sources.transfer_set import TransferDataParams, TransferSet
 from contradiff.toy.rendered import ensure_digits, ensure_images
@@ -28,7 +32,7 @@ GET_EXTRACTOR = (
 GET_TIMM = "download it, or set features.timm_weights to null and features.timm_pretrained to true"
 
 
-class Params(Section):
+class Params(CountParams):
     seed: Seed
     data: DataParams
     raw: RawParams
@@ -38,12 +42,6 @@ class Params(Section):
     inception_download: bool = Field(alias="extractor.download")
     timm_name: str | None = Field(alias="features.timm_name")
     timm_weights: str | None = Field(alias="features.timm_weights")
-    # This stage compares these values with the data. Other stages use them much later.
-    epochs: int = Field(alias="pretrain.epochs")
-    batch_size: int = Field(alias="pretrain.batch_size")
-    class_epochs: int = Field(alias="class_condition.epochs")
-    class_batch_size: int = Field(alias="class_condition.batch_size")
-    shots: list[int | Literal["full"]] = Field(alias="transfer.shots")
 
 
 def main(params: Params, run: Run) -> None:
@@ -57,6 +55,8 @@ def main(params: Params, run: Run) -> None:
             faults.append(f"features.timm_name: timm {timm.__version__} has no model {name!r}")
     with collect(faults):
         manifests["base"] = base_manifest(params.base, root=root)
+        if params.base.source == "local":
+            check_weights(local_base(params.base, root=root))
     with collect(faults):
         given = None if params.inception_download else params.inception_weights
         manifests["extractor"] = weights_manifest("extractor.weights", given, root, GET_EXTRACTOR)
@@ -72,25 +72,29 @@ def main(params: Params, run: Run) -> None:
         images = scan_images(
             folder, layout=data.layout, index_folder=index, verify=verify, on_message=run.log
         )
-        sizes = {
-            "pretrain.batch_size": params.batch_size if params.epochs else 0,
-            "class_condition.batch_size": params.class_batch_size if params.class_epochs else 0,
-        }
-        for line in images.check(sizes):
+        for line in images.describe():
             run.log(line)
+        add(faults, count_faults(params, images.listing.splits))
         manifests["images"] = images.manifest(project=root)
     with collect(faults):
         data, folder = params.transfer_data, run.resolve(params.transfer_data.root)
         if data.source == "digits":
             folder = ensure_digits(folder, seed=seed)
         images = TransferSet(folder, data.source)
-        for line in images.check(params.shots, verify=data.verify):
+        for line in images.check(verify=data.verify):
             run.log(line)
+        labels = images.split("train", image_size=SIDE).labels
+        add(faults, transfer_faults(params, Counter(labels.tolist())))
         manifests["transfer"] = images.manifest(project=root)
     if faults:
         raise ValueError("\n".join(faults))
     for name, manifest in manifests.items():
         run.write_json(Path(f"build/manifest/{name}.json"), manifest)
+
+
+def add(faults: list[str], found: Iterable[tuple[str, str]]) -> None:
+    """Add messages to `faults`, each of a dotted key and a text."""
+    faults += [f"{key}: {text}" for key, text in found]
 
 
 @contextmanager

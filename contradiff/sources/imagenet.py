@@ -16,7 +16,7 @@ from typing import Any, Literal
 from contradiff.data.params import Layout
 from contradiff.sources import archive, parquet
 from contradiff.sources.folder import KAGGLE_IMAGES, read_file, scan_folder, scan_kaggle
-from contradiff.sources.listing import Listing, Read
+from contradiff.sources.listing import Listing, Read, describe_ignored
 
 NUM_SAMPLED_HASHES = 200
 MARKS: Mapping[Layout, tuple[str, ...]] = {
@@ -48,14 +48,12 @@ class RawImages:
     read: Read
     digest: str
 
-    def check(self, batch_sizes: Mapping[str, int]) -> Iterator[str]:
-        """Yield a log line for each split. Raises ValueError if a batch size is too large."""
-        num_train, classes = len(self.listing.splits["train"]), len(self.listing.class_ids)
-        fault = f"is more than the {num_train} training images in {self.root}; lower it"
-        if large := [f"{key}: {n} {fault}" for key, n in batch_sizes.items() if n > num_train]:
-            raise ValueError("\n".join(large))
+    def describe(self) -> Iterator[str]:
+        """Yield a log line for each split."""
+        classes = len(self.listing.class_ids)
         for split, files in self.listing.splits.items():
-            yield f"{len(files)} {split} images of {classes} classes in {self.root}"
+            ignored = describe_ignored(self.listing.ignored.get(split, {}))
+            yield f"{len(files)} {split} images of {classes} classes in {self.root}{ignored}"
 
     def manifest(self, *, project: Path) -> dict[str, Any]:
         """Return the content of the manifest. `project` is the project's folder."""

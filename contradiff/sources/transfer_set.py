@@ -1,7 +1,7 @@
 """The labelled data set on which the stage `transfer` trains and tests probes of features."""
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -11,12 +11,12 @@ from jaxtyping import UInt8
 from pydantic import Field
 
 from contradiff.config import Section
-from contradiff.data.subsets import k_shot_split
 from contradiff.files import file_manifest
 from contradiff.sources.cifar import SIDE, CifarFiles, Split, TransferSplit, find_cifar, read_cifar
 from contradiff.sources.folder import scan_folder
+from contradiff.sources.image_check import check_image
 from contradiff.sources.imagenet import read_manifest, relative_to_project
-from contradiff.sources.listing import Listing
+from contradiff.sources.listing import Listing, describe_ignored, explain_unreadable
 
 Source = Literal["digits", "cifar100", "cifar10", "imagefolder"]
 KEY = "transfer_data.root"
@@ -72,21 +72,41 @@ class TransferSet:
         described = {"classes": list(listing.class_ids), "num_images": counts}
         return content | described | {"sha256": hasher.hexdigest()}
 
-    def check(self, shots: Sequence[int | Literal["full"]], *, verify: bool) -> Iterator[str]:
+    def check(self, *, verify: bool) -> Iterator[str]:
         """Check the data, and yield a log line for each split. `verify` also compares checksums.
 
-        Raises ValueError if data are missing or damaged, if an archive is not the official one, or
-        if a class has fewer training images than the largest number in `shots`.
+        Raises ValueError if data are missing or damaged, or if an archive is not the official one.
+        Of images in folders, only the header and the end mark are read.
         """
         if verify and self.source in {"cifar10", "cifar100"}:
             self._find_cifar().verify()
-        splits = {name: self.split(name, image_size=SIDE) for name in ("train", "test")}
-        labels = splits["train"].labels.tolist()
-        for number in sorted(number for number in shots if number != "full"):
-            k_shot_split(labels, shots=number, seed=0)
-        for name, split in splits.items():
-            number = len(split.class_names)
-            yield f"{len(split.labels)} {name} images of {number} classes in {self.root}"
+        if self.source == "imagefolder":
+            self._check_headers()
+        for name in ("train", "test"):
+            split = self.split(name, image_size=SIDE)
+            number, ignored = len(split.class_names), describe_ignored(self.ignored.get(name, {}))
+            yield f"{len(split.labels)} {name} images of {number} classes in {self.root}{ignored}"
+
+    def _check_headers(self) -> None:
+        faults: list[str] = []
+        for file in (file for files in self._list_folders().splits.values() for file in files):
+            with explain_unreadable(self.root / file.path, key=KEY):
+                content = (self.root / file.path).read_bytes()
+            try:
+                check_image(content, path=file.path, verify="header", resize=None)
+            except ValueError as error:
+                faults.append(str(error))
+        if faults:
+            shown = "; ".join(faults[:5])
+            raise ValueError(
+                f"{KEY}: {len(faults)} images in {self.root} cannot be read; repair or delete "
+                f"them: {shown}"
+            )
+
+    @property
+    def ignored(self) -> Mapping[str, Mapping[str, int]]:
+        """Return what `Listing.ignored` has of the splits "train" and "test"; {} for CIFAR."""
+        return self._list_folders().ignored if self.source == "imagefolder" else {}
 
     def split(self, split: Split, *, image_size: int) -> TransferSplit:
         """Open one split. With class folders, "test" is `test/`, or `val/` if there is no `test/`.
@@ -123,4 +143,5 @@ class TransferSet:
         if not listing.splits[test]:
             raise ValueError(f"{KEY}: {self.root / test} contains no images")
         train, files = listing.splits.values()
-        return replace(listing, splits={"train": train, "test": files})
+        ignored = {"train": listing.ignored["train"], "test": listing.ignored[test]}
+        return replace(listing, splits={"train": train, "test": files}, ignored=ignored)

@@ -73,7 +73,7 @@ def test_faults_of_folders_are_named(root: Path):
     (root / "test/owl").mkdir()
     assert f"{root}/test has classes that train/ lacks: ['owl']" in complaint()
     (root / "train/owl").mkdir()
-    assert f"{root}/train/owl contains no images (.jpeg" in complaint()
+    assert f"{root}/train/owl contains no images (.bmp" in complaint()
     (root / "train/owl/o.png").write_bytes((root / "train/cat/1.PNG").read_bytes())
     for name in ("cat/2.png", "bee/3.png"):
         (root / "test" / name).unlink()
@@ -125,15 +125,18 @@ def test_manifest_of_cifar_covers_every_file(tmp_path: Path, source: Source):
 def test_check_reads_all_and_counts(root: Path, tmp_path: Path):
     images = TransferSet(root, "imagefolder")
     expected = [f"{count} images of 3 classes in {root}" for count in ("4 train", "2 test")]
-    assert list(images.check([1, "full"], verify=True)) == expected
-    with pytest.raises(
-        ValueError, match=r"^transfer\.shots: 2 is too large: class 0 has only 1 images"
-    ):
-        list(images.check([2, 1], verify=True))
+    expected[0] += "; ignored files: 1 .txt, 2 hidden"
+    assert list(images.check(verify=True)) == expected
     (root / "train/cat/1.PNG").write_text("no image")
+    (root / "test/bee/3.png").write_bytes(b"")
     with pytest.raises(ValueError, match=r"train/cat/1\.PNG: not a readable image"):
         read(root, "train").read([1])
+    fault = (
+        rf"^transfer_data.root: 2 images in {root} .*train/cat/1.PNG: .*3.png: .* \(empty file\)"
+    )
+    with pytest.raises(ValueError, match=fault):
+        list(images.check(verify=True))
     archive = TransferSet(pack(tmp_path, "cifar10", FORMS["cifar10"][0]), "cifar10")
     with pytest.raises(ValueError, match="not the official cifar-10-python"):
-        list(archive.check([], verify=True))
-    assert len(list(archive.check([], verify=False))) == 2
+        list(archive.check(verify=True))
+    assert len(list(archive.check(verify=False))) == 2

@@ -69,6 +69,15 @@ def test_what_cannot_be_used_is_refused_before_weights(
     assert [path for path in fetched if path.endswith(".safetensors")] == []
 
 
+def test_weights_that_are_not_finite_are_refused(tiny_base: Path, run: Run):
+    other = Path(shutil.copytree(tiny_base, run.root / "other"))
+    weights = other / "unet/diffusion_pytorch_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-4] + b"\xff\xff\xff\x7f")  # NaN
+    with pytest.raises(ValueError, match=r"^base\.path: .* has NaN or infinite values"):
+        base.main(base.Params(base=local(other)), run)
+    assert not Path("build/base").exists()
+
+
 def test_a_hub_that_cannot_be_reached_is_said(run: Run):
     """The tests have no network."""
     with pytest.raises(

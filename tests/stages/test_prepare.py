@@ -24,7 +24,10 @@ def content(tiny_base: Path, tmp_path: Path) -> dict[str, Any]:
     content["data"] |= {"num_train": 12, "num_val": 12, "image_size": 16}
     shutil.copytree(tiny_base, tmp_path / "mine")
     content["base"]["path"] = "mine"
-    content["pretrain"]["batch_size"] = content["class_condition"]["batch_size"] = 12
+    for section in ("pretrain", "class_condition", "extractor"):
+        content[section]["batch_size"] = 12
+    content["extractor"]["width"], content["score"]["kid_subset_size"] = 2, 12
+    content["probe"]["cs"] = []  # no image is in the dev split
     return content
 
 
@@ -49,7 +52,9 @@ def test_a_changed_base_has_another_manifest(content: dict[str, Any], run: Run):
         assert (run.root / before[name]["root"] / "train").exists()
     for changed in ("unet/config.json", "unet/diffusion_pytorch_model.safetensors"):
         path = Path("mine") / changed
-        path.write_bytes(path.read_bytes() + b"\n")
+        content_of = bytearray(path.read_bytes() + b"\n" * (path.suffix == ".json"))
+        content_of[-1] ^= path.suffix != ".json"
+        path.write_bytes(content_of)
         after = manifests(content, run)
         assert {name for name in before if before[name] != after[name]} == {"base"}
         before = after
@@ -89,6 +94,13 @@ def test_all_that_is_missing_is_named_at_once(content: dict[str, Any], run: Run)
     assert not Path("build").exists()
 
 
+def test_weights_that_do_not_fit_are_refused(content: dict[str, Any], run: Run):
+    path = Path("mine/vae/diffusion_pytorch_model.safetensors")
+    path.write_bytes(path.read_bytes()[:-4])
+    with pytest.raises(ValueError, match=r"^base\.path: .*/vae/diffusion_.* damaged or incomplete"):
+        manifests(content, run)
+
+
 def test_more_than_the_images_that_there_are_is_refused_at_once(content: dict[str, Any], run: Run):
     content["pretrain"]["batch_size"] = content["class_condition"]["batch_size"] = 16
     content["class_condition"]["epochs"] = 1
@@ -97,7 +109,7 @@ def test_more_than_the_images_that_there_are_is_refused_at_once(content: dict[st
     with pytest.raises(ValueError, match=expected) as caught:
         manifests(content, run)
     assert "\nclass_condition.batch_size: 16 is more than the 12 training" in str(caught.value)
-    assert "\ntransfer.shots: 61 is too large: class 6 has only 60 images; " in str(caught.value)
+    assert "\ntransfer.shots: 61 is too large: class " in str(caught.value)
     assert not Path("build").exists()
     content["pretrain"]["epochs"] = content["class_condition"]["epochs"] = 0
     content["transfer"]["shots"] = [60, "full"]

@@ -1,0 +1,83 @@
+"""Checks the weights of a base before expensive work: their names, shapes, types and values."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from contradiff.base.config import WEIGHTS_NAME
+from contradiff.base.loading import unet_without_weights, vae_without_weights
+
+TYPES = "F64", "F32", "F16", "BF16"
+EARLIER_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+"""Parts of names in early files, such as Stable Diffusion v1's VAE. diffusers renames them."""
+
+
+def check_weights(folder: Path, *, values: bool = False) -> None:
+    """Raise ValueError if the weight files of the base in `folder` do not fit its configuration.
+
+    Only the headers are read, unless `values` is true. Then every value must be finite. Without
+    this check, diffusers would fill missing tensors with random values.
+    """
+    builders = {"vae": vae_without_weights, "unet": unet_without_weights}
+    faults = [
+        f"base.path: {folder / name}/{fault}"
+        for name, build in builders.items()
+        for fault in _faults(
+            folder / name,
+            {name: list(tensor.shape) for name, tensor in build(folder).state_dict().items()},
+            values=values,
+        )
+    ]
+    if faults:
+        raise ValueError("\n".join(faults))
+
+
+def _faults(folder: Path, shapes: dict[str, list[int]], *, values: bool) -> Iterator[str]:
+    """Yield a text for each fault, which begins with a file's name."""
+    from safetensors import SafetensorError, safe_open
+
+    found: set[str] = set()
+    for file in _files(folder):
+        if _is_pointer(folder / file):
+            yield f"{file} is only a Git-LFS pointer; type `git lfs pull` where it comes from"
+            return
+        try:
+            with safe_open(folder / file, framework="pt") as tensors:
+                for stored in tensors.keys():  # noqa: SIM118  # this object is no dict
+                    name = ".".join(EARLIER_NAMES.get(part, part) for part in stored.split("."))
+                    found.add(name)
+                    view = tensors.get_slice(stored)
+                    if name not in shapes:
+                        yield f"{file} has a tensor {stored} that config.json does not ask for"
+                    elif (shape := view.get_shape()) != shapes[name]:
+                        yield f"{file}: {stored} has shape {shape}, not {shapes[name]}"
+                    elif (kind := view.get_dtype()) not in TYPES:
+                        yield f"{file}: {stored} has type {kind}, not one of {', '.join(TYPES)}"
+                    elif values and not bool(torch.isfinite(tensors.get_tensor(stored)).all()):
+                        yield f"{file}: {stored} has NaN or infinite values"
+        except (OSError, SafetensorError) as error:
+            yield f"{file} is missing, damaged or incomplete ({error}); get it again"
+            return
+    if missing := [name for name in shapes if name not in found]:
+        more = f"{len(missing)} of {len(shapes)} tensors are missing, such as {missing[0]}"
+        yield f"{WEIGHTS_NAME} does not fit config.json: {more}"
+
+
+def _files(folder: Path) -> list[str]:
+    """Return the names of the weight files. Large models have several, which an index lists."""
+    index = folder / f"{WEIGHTS_NAME}.index.json"
+    if (folder / WEIGHTS_NAME).is_file() or not index.is_file():
+        return [WEIGHTS_NAME]
+    try:
+        return sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"base.path: {index} is damaged ({error!r}); get it again") from error
+
+
+def _is_pointer(path: Path) -> bool:
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        return file.read(100).startswith(b"version https://git-lfs")
