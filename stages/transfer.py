@@ -69,8 +69,20 @@ def main(params: Params, run: Run) -> None:
     for shots, kinds in by_shots.items():
         shown = ", ".join(f"{name} {kinds[name]['mean']:.1%}" for name in scores[0])
         run.log(f"{shots} shots: top-1 {shown} on {total} test images")
+        if "logistic" in kinds and kinds["sgd"]["mean"] < kinds["logistic"]["mean"] - 0.01:
+            remedy = "raise transfer.epochs or transfer.lr"
+            run.log(
+                f"{shots} shots: SGD has not converged, as logistic regression is better; {remedy}"
+            )
     shots = settings.shots[0]
-    facts = {"shots": shots, "total": total, "source": images.source, "by_shots": by_shots}
+    facts: dict[str, object] = {
+        "shots": shots,
+        "total": total,
+        "source": images.source,
+        "by_shots": by_shots,
+    }
+    if any(images.ignored.values()):
+        facts["ignored"] = images.ignored
     main = by_shots[str(shots)]
     metrics = main | facts | {"protocol": settings.headline, "top1": main[settings.headline]}
     run.write_json(Path("metrics/transfer.json"), {"transfer": metrics})

@@ -53,8 +53,10 @@ def orientation_of(image: Image.Image) -> int:
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I;16"):  # 16-bit grey: Pillow would clip the values at 255
-        grey = (np.asarray(image, dtype=np.float32) / 257).round().astype(np.uint8)
+    if image.mode == "F" or (image.mode == "I" and image.format == "TIFF"):
+        raise ValueError(f"pixels of Pillow's mode {image.mode} have no known range")
+    if image.mode.startswith("I"):  # 16-bit grey: Pillow would clip the values at 255
+        grey = (np.asarray(image, dtype=np.float32) / 257).round().clip(0, 255).astype(np.uint8)
         return Image.fromarray(grey).convert("RGB")
     if image.mode == "P" and "transparency" in image.info:  # avoids a Pillow warning
         return image.convert("RGBA").convert("RGB")

@@ -37,7 +37,7 @@ class Crop:
 
 
 def decode(encoded: bytes, *, name: str) -> UInt8[Tensor, "3 height width"]:
-    """Decode a JPEG, PNG or WebP image to upright RGB, as `decode_rgb` does."""
+    """Decode an image to upright RGB, as `decode_rgb` does."""
     pixels = np.array(decode_rgb(encoded, name=name))
     # The memory stays channels-last, which makes resizing faster and does not change its result.
     return torch.from_numpy(pixels).permute(2, 0, 1)

@@ -52,6 +52,13 @@ def result_rows(results: RunResults) -> Iterator[TableRow]:
             raise ValueError(fault(PRETRAIN_FILE, f"params.{key}: missing"))
     yield TableRow("λ", settings["loss.lambda"], "Weight of the contrastive loss")
     yield TableRow("LoRA rank", settings["lora.rank"], "")
+    facts, number = results.images.facts, dict[str, int]()
+    for split, shards in results.images.splits.items():
+        number[split] = sum(shard.num_samples for shard in shards)
+    shown = ", ".join(f"{count:,} {split}" for split, count in number.items())
+    unreadable = {split: {"unreadable": n} for split, n in facts.num_quarantined.items() if n}
+    left_out = f"{_left_out(facts.ignored)}{_left_out(unreadable)}"
+    yield TableRow("Images", shown, f"{len(facts.class_ids):,} classes.{left_out}")
     yield from _score_rows(results.score)
     error = results.separability.denoising_error
     how = f"MSE of predicted noise, null condition, {error.num_images:,} validation images"
@@ -65,6 +72,7 @@ def result_rows(results: RunResults) -> Iterator[TableRow]:
     yield TableRow("Probe top-1 ↑", _accuracy(probe), f"95% interval; {how}")
     yield TableRow("Probe top-5 ↑", f"{probe.top5:.1%}", how)
     taken = f"{CLASSIFIERS[transfer.protocol]}; {_shots(results, str(transfer.shots))}"
+    taken += _left_out(transfer.ignored)
     yield TableRow("Transfer top-1 ↑", _spread(transfer.top1), taken)
     found = results.separability
     how = (
@@ -87,6 +95,12 @@ def result_rows(results: RunResults) -> Iterator[TableRow]:
     how = f"{trainable / max(total, 1):.1%} of {total:,} in all; {frozen:,} are frozen."
     yield TableRow("Trainable parameters", f"{trainable:,}", how)
     yield TableRow("Pretraining steps", f"{results.pretrain.num_steps:,}", f"Seed {seed}.")
+
+
+def _left_out(files: Mapping[str, Mapping[str, int]]) -> str:
+    """Say which files were not read, as a sentence after another one; "" if there are none."""
+    kinds = [f"{n:,} {kind} ({split})" for split, by in files.items() for kind, n in by.items()]
+    return f" Left out: {', '.join(kinds)}." if kinds else ""
 
 
 def _score_rows(score: ScoreRecord) -> Iterator[TableRow]:
@@ -165,7 +179,10 @@ def feature_rows(results: RunResults) -> Iterator[TableRow]:
             if (result := getattr(record, name)) is not None:
                 images = "all images" if shots == "full" else f"{shots} shots"
                 title = f"Transfer, {images}, {classifier}"
-                yield TableRow(title, _spread(result), _shots(results, shots))
+                how = _shots(results, shots)
+                if name == "sgd" and record.sgd_lags:
+                    how += " Not converged: more than one point below logistic regression."
+                yield TableRow(title, _spread(result), how)
 
 
 def _accuracy(row: AccuracyRecord | ProbeRecord) -> str:

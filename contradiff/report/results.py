@@ -13,8 +13,10 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(gt=0)]
+IgnoredFiles = dict[str, dict[str, int]]
+"""Split => kind of files, such as ".gif" or "hidden" => number of files that were not read."""
 
-PRETRAIN_FILE = "build/pretrain/config.json"
+PRETRAIN_FILE, IMAGES_FILE = "build/pretrain/config.json", "build/shards/index.json"
 CURVES = {
     "loss": "total loss",
     "reconstruction": "reconstruction loss",
@@ -82,6 +84,11 @@ class ShotsRecord(_Record):
     finetuned: MeanStd | None = None
     num_splits: Count
 
+    @property
+    def sgd_lags(self) -> bool:
+        """Whether SGD is more than one point below logistic regression: it has not converged."""
+        return self.logistic is not None and self.sgd.mean < self.logistic.mean - 0.01
+
 
 class TransferRecord(ShotsRecord):
     """Content of metrics/transfer.json: results for the first number of shots; then `by_shots`."""
@@ -92,6 +99,7 @@ class TransferRecord(ShotsRecord):
     protocol: Literal["logistic", "ridge", "sgd"]
     top1: MeanStd
     by_shots: dict[str, ShotsRecord]
+    ignored: IgnoredFiles = Field(default_factory=dict)
 
 
 class ResizerScores(_Record):
@@ -169,6 +177,27 @@ class SeparabilityRecord(_Record):
     num_neighbours: Count
 
 
+class ImagesShard(_Record):
+    """A shard of images."""
+
+    num_samples: Count
+
+
+class ImagesFacts(_Record):
+    """Facts about the images."""
+
+    class_ids: list[str]
+    num_quarantined: dict[str, int] = Field(description="split => number of unreadable images")
+    ignored: IgnoredFiles = Field(default_factory=dict)
+
+
+class ImagesRecord(_Record):
+    """Content of build/shards/index.json."""
+
+    splits: dict[str, list[ImagesShard]]
+    facts: ImagesFacts
+
+
 class ModelSize(_Record):
     """Numbers of parameters; `modules` has the pair (trainable, frozen) of each module."""
 
@@ -189,6 +218,7 @@ class RunResults(_Record):
     """Everything that the report shows."""
 
     seed: int
+    images: ImagesRecord
     pretrain: PretrainRecord
     probe: ProbeRecord
     baselines: BaselinesRecord
@@ -206,7 +236,8 @@ def read_results(root: Path, *, seed: int) -> RunResults:
 
     Raises ValueError if a file is missing or malformed. The message names the stage to run.
     """
-    content = {"pretrain": _read(root, PRETRAIN_FILE, _parse_json)}
+    files = {"pretrain": PRETRAIN_FILE, "images": IMAGES_FILE}
+    content = {name: _read(root, file, _parse_json) for name, file in files.items()}
     for stage in ("probe", "baselines", "transfer", "separability", "score"):
         content |= _read(root, f"metrics/{stage}.json", _parse_json)  # one key: the stage's name
     for name in ("samples", "tsne", "tsne_dark"):
@@ -217,18 +248,18 @@ def read_results(root: Path, *, seed: int) -> RunResults:
     except ValidationError as error:
         stage = error.errors()[0]["loc"][0]
         faults = "; ".join(
-            f"{'.'.join(map(str, each['loc'])).removeprefix('pretrain.')}: {each['msg']}"
+            f"{'.'.join(map(str, each['loc'][stage in files :]))}: {each['msg']}"
             for each in error.errors()
             if each["loc"][0] == stage
         )
-        file = PRETRAIN_FILE if stage == "pretrain" else f"metrics/{stage}.json"
+        file = files.get(str(stage), f"metrics/{stage}.json")
         raise ValueError(fault(file, faults)) from None
 
 
 def fault(file: str, what: str) -> str:
     """Return a message: what is wrong with a file, and which stage makes the file."""
     stem = Path(file).stem.removesuffix("_dark")
-    makers = {"config": "pretrain", "samples": "generate", "tsne": "separability"}
+    makers = {"config": "pretrain", "index": "shard", "samples": "generate", "tsne": "separability"}
     stage = makers.get(stem, stem)
     return f"{file}: {what}; the stage {stage} makes this file: run `dvc repro {stage}`"
 

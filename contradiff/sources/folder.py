@@ -1,12 +1,14 @@
 """List images that are separate files: in class folders, or in Kaggle's download of ILSVRC.
 
-Class folders are `train/<class>/*` and `val/<class>/*`. Kaggle's download has only the class
-folders `train/<class>/*`. Its folder `val` contains all validation images, and a CSV file has their
-labels. The folders `train` and `val` are in `ILSVRC/Data/CLS-LOC`.
+Class folders are `train/<class>/` and `val/<class>/`. Images lie in them or in their sub-folders,
+as in torchvision's ImageFolder. Hidden files and folders are ignored. Kaggle's download has only
+the class folders in `train`. Its folder `val` contains all validation images, and a CSV file has
+their labels. The folders `train` and `val` are in `ILSVRC/Data/CLS-LOC`.
 """
 
 import csv
 import os
+from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -28,17 +30,19 @@ def read_file(root: Path, file: ImageFile) -> bytes:
 def scan_folder(
     root: Path, *, test: str = "val", may_be_empty: bool = False, key: str = "data.root"
 ) -> Listing:
-    """List `train/<class>/*` and `<test>/<class>/*`. The classes are the sorted folders in train/.
+    """List `train/<class>/` and `<test>/<class>/`. The classes are the sorted folders in train/.
 
     `key` is the parameter that messages name. Raises ValueError if a folder is missing, if a class
     is only in <test>/, or if a class has no images. `may_be_empty` allows this in <test>/.
     """
     class_ids = _class_folders(root / "train", key)
-    splits = {"train": _by_class(root / "train", class_ids, key)}
+    splits, ignored = dict[str, tuple[ImageFile, ...]](), dict[str, Counter[str]]()
+    splits["train"], ignored["train"] = _by_class(root / "train", class_ids, key)
     if unknown := sorted(set(_class_folders(root / test, key)) - set(class_ids)):
         raise ValueError(f"{key}: {root / test} has classes that train/ lacks: {unknown[:5]}")
-    splits[test] = _by_class(root / test, class_ids, key, may_be_empty=may_be_empty)
-    return Listing(class_ids, _names(root, class_ids), splits)
+    found = _by_class(root / test, class_ids, key, may_be_empty=may_be_empty)
+    splits[test], ignored[test] = found
+    return Listing(class_ids, _names(root, class_ids), splits, ignored=ignored)
 
 
 def scan_kaggle(root: Path) -> Listing:
@@ -52,7 +56,8 @@ def scan_kaggle(root: Path) -> Listing:
     class_ids = _class_folders(train)
     labels = _kaggle_labels(table, class_ids)
     val: list[ImageFile] = []
-    for name, num_bytes in _images_in(folder):
+    images, ignored = _images_in(folder)
+    for name, num_bytes in images:
         label = labels.pop(name.rpartition(".")[0], None)
         if label is None:
             raise ValueError(f"data.root: {table} has no line for {folder / name}")
@@ -60,8 +65,10 @@ def scan_kaggle(root: Path) -> Listing:
     if labels:
         fault = f"{len(labels)} images that are not in {folder}: {', '.join(sorted(labels)[:5])}"
         raise ValueError(f"data.root: {table} names {fault}")
-    splits = {"train": _by_class(train, class_ids), "val": listing.in_order(val)}
-    return Listing(class_ids, _names(root, class_ids), splits)
+    of_train, ignored_in_train = _by_class(train, class_ids)
+    splits = {"train": of_train, "val": listing.in_order(val)}
+    counts = {"train": ignored_in_train, "val": ignored}
+    return Listing(class_ids, _names(root, class_ids), splits, ignored=counts)
 
 
 def _class_folders(folder: Path, key: str = "data.root") -> tuple[str, ...]:
@@ -69,7 +76,7 @@ def _class_folders(folder: Path, key: str = "data.root") -> tuple[str, ...]:
         expected = "it must contain a folder of images for each class"
         raise ValueError(f"{key}: no folder {folder}; {expected}")
     with explain_unreadable(folder, key=key), os.scandir(folder) as entries:
-        names = sorted(entry.name for entry in entries if entry.is_dir())
+        names = sorted(entry.name for entry in entries if entry.is_dir() and entry.name[0] != ".")
     if not names:
         raise ValueError(f"{key}: {folder} has no class folders with images in them")
     return tuple(names)
@@ -77,30 +84,55 @@ def _class_folders(folder: Path, key: str = "data.root") -> tuple[str, ...]:
 
 def _by_class(
     folder: Path, class_ids: Sequence[str], key: str = "data.root", *, may_be_empty: bool = False
-) -> tuple[ImageFile, ...]:
-    """List the images in class folders, sorted by class and name."""
+) -> tuple[tuple[ImageFile, ...], Counter[str]]:
+    """List the images of all classes, in order; count what is ignored, by kind."""
+    with explain_unreadable(folder, key=key), os.scandir(folder) as entries:
+        ignored = Counter(
+            "hidden" if entry.name[0] == "." else "outside the class folders"
+            for entry in entries
+            if entry.name[0] == "." or not entry.is_dir()
+        )
     images_in = partial(_images_in, key=key, may_be_empty=may_be_empty)
+    files: list[ImageFile] = []
     with ThreadPoolExecutor(listing.NUM_THREADS) as pool:
         found = pool.map(images_in, (folder / class_id for class_id in class_ids))
-        return tuple(
-            ImageFile(f"{folder.name}/{class_ids[label]}/{name}", label, num_bytes)
-            for label, images in enumerate(found)
-            for name, num_bytes in images
-        )
+        for label, (images, ignored_in_class) in enumerate(found):
+            place = f"{folder.name}/{class_ids[label]}"
+            files += [ImageFile(f"{place}/{name}", label, size) for name, size in images]
+            ignored.update(ignored_in_class)
+    return tuple(files), ignored
 
 
 def _images_in(
     folder: Path, *, key: str = "data.root", may_be_empty: bool = False
-) -> list[tuple[str, int]]:
-    found: list[tuple[str, int]] = []
-    if folder.is_dir():
-        with explain_unreadable(folder, key=key), os.scandir(folder) as entries:
-            images = (entry for entry in entries if listing.is_image_name(entry.name))
-            found = sorted((image.name, image.stat().st_size) for image in images)
+) -> tuple[list[tuple[str, int]], Counter[str]]:
+    """List the images in a folder and its sub-folders: names below `folder`, and sizes.
+
+    Images are sorted by sub-folder, then by name, as in torchvision. Also count what is ignored.
+    """
+    found, ignored = list[tuple[str, str, int]](), Counter[str]()
+    waiting = [folder] if folder.is_dir() else []
+    while waiting:
+        place = waiting.pop()
+        inside = "" if place == folder else f"{place.relative_to(folder).as_posix()}/"
+        with explain_unreadable(place, key=key), os.scandir(place) as entries:
+            for entry in entries:
+                if entry.name[0] == ".":
+                    ignored["hidden"] += 1
+                elif entry.is_dir():
+                    sub_folder = Path(entry)
+                    if place.resolve().is_relative_to(sub_folder.resolve()):
+                        raise ValueError(f"{key}: {sub_folder} links to its own parent; remove it")
+                    waiting.append(sub_folder)
+                elif listing.is_image_name(entry.name):
+                    found.append((inside, entry.name, entry.stat().st_size))
+                else:
+                    ignored[Path(entry).suffix.lower() or "without extension"] += 1
     if not found and not may_be_empty:
         kinds = ", ".join(sorted(listing.EXTENSIONS))
-        raise ValueError(f"{key}: {folder} contains no images ({kinds})")
-    return found
+        fault = f"{folder} contains no images ({kinds}){listing.describe_ignored(ignored)}"
+        raise ValueError(f"{key}: {fault}")
+    return [(f"{inside}{name}", size) for inside, name, size in sorted(found)], ignored
 
 
 def _names(root: Path, class_ids: Sequence[str]) -> tuple[str, ...]:

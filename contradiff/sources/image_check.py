@@ -15,7 +15,10 @@ Verify = Literal["full", "header"]
 
 EXTENSION_OF = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}
 """Pillow's names of the formats that shards may contain => file extension in the shard."""
+CONVERTED = {"BMP", "PPM", "TIFF"}
+"""Formats that are stored as PNG, which keeps every pixel."""
 FORMAT_OF_SUFFIX = {".jpg": "JPEG", ".jpeg": "JPEG", ".png": "PNG", ".webp": "WEBP"}
+FORMAT_OF_SUFFIX |= {".bmp": "BMP", ".pgm": "PPM", ".ppm": "PPM", ".tif": "TIFF", ".tiff": "TIFF"}
 IRREGULAR_MODES = {
     "CMYK": ("cmyk",),
     "LA": ("greyscale", "alpha"),
@@ -46,16 +49,17 @@ def check_image(content: bytes, *, path: str, verify: Verify, resize: int | None
     `verify="full"` decodes the image (a JPEG at one eighth of its size, which is fast but reads all
     data). `verify="header"` checks only the header and the end mark. An image that is scaled down
     is also turned upright and converted to RGB. A scaled JPEG is saved as JPEG, other formats as
-    PNG. Images that are not scaled keep their bytes. The extension follows the content: a PNG named
+    PNG. BMP, PPM and TIFF are always turned into PNG. Other images that are not scaled keep their
+    bytes. The extension follows the content: a PNG named
     x.JPEG gets the extension png. Raises ValueError if the image is unreadable.
     """
     with opened(content, name=path) as image:
         kind = image.format or "unknown"
-        if kind not in EXTENSION_OF:
+        if kind not in EXTENSION_OF and kind not in CONVERTED:
             raise ValueError(f"the format is {kind}; allowed are {', '.join(FORMAT_OF_SUFFIX)}")
         size, mode = image.size, image.mode
         has_transparency = "transparency" in image.info
-        if verify == "full":
+        if verify == "full" or kind in CONVERTED:
             image.draft(None, (1, 1))  # pyright: ignore[reportArgumentType]  # keep the mode
             image.load()
         elif not _has_end(content, kind):
@@ -72,14 +76,20 @@ def check_image(content: bytes, *, path: str, verify: Verify, resize: int | None
     claimed = FORMAT_OF_SUFFIX.get(PurePosixPath(path).suffix.lower(), kind)
     if claimed != kind:
         irregularities.append(f"{kind.lower()}_named_{claimed.lower()}")
-    extension = EXTENSION_OF[kind]
-    if resize is not None and min(size) > resize:
+    if kind in CONVERTED:
+        irregularities.append(f"{kind.lower()}_stored_as_png")
+    extension = EXTENSION_OF.get(kind, "png")
+    is_large = resize is not None and min(size) > resize
+    if is_large or kind in CONVERTED:
         extension = "jpg" if kind == "JPEG" else "png"
         image = decode_rgb(content, name=path)
-        scale = resize / min(image.size)
-        width, height = (max(resize, round(side * scale)) for side in image.size)
+        if is_large:
+            assert resize is not None
+            scale = resize / min(image.size)
+            width, height = (max(resize, round(side * scale)) for side in image.size)
+            image = image.resize((width, height), Image.Resampling.BICUBIC)
         buffer = io.BytesIO()
-        image.resize((width, height), Image.Resampling.BICUBIC).save(buffer, **ENCODING[extension])
+        image.save(buffer, **ENCODING[extension])
         content = buffer.getvalue()
     return CheckedImage(content, extension, tuple(irregularities))
 

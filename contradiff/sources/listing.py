@@ -7,11 +7,12 @@ position in class folders, ILSVRC's archives, Kaggle's download and parquet file
 import re
 from collections.abc import Callable, Generator, Iterable, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 SPLITS = ("train", "val")
-EXTENSIONS = frozenset({".jpeg", ".jpg", ".png", ".webp"})
+EXTENSIONS = frozenset({".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"})
+"""The files that torchvision's ImageFolder takes for images."""
 NUM_THREADS = 16
 """Number of threads that list folders. Many threads help on a slow network file system."""
 
@@ -19,6 +20,8 @@ NUM_THREADS = 16
 @dataclass(frozen=True, slots=True)
 class ImageFile:
     """One raw image. Its `path` is `<split>/<class>/<file>`, even if there is no such file.
+
+    In class folders, `<file>` may have folders too, as in `train/cat/indoors/5.jpg`.
 
     `stored` is the file below the root that contains the image (if empty: `path`). `offset` is the
     image's first byte in it. For parquet, `offset` is a row, and `num_bytes` is an estimate.
@@ -33,11 +36,10 @@ class ImageFile:
 
     @property
     def key(self) -> str:
-        """The image's name in shards: class and file name without extension, with `_` for dots."""
-        parent, _, name = self.path.rpartition("/")
-        dot = name.rfind(".")
-        stem = (name[:dot] if dot > 0 else name).replace(".", "_")
-        folder = parent.rpartition("/")[2].replace(".", "_")
+        """The image's name in shards: class and file, no extension, `_` for dots and slashes."""
+        _, folder, file = self.path.split("/", maxsplit=2)
+        stem = re.sub("[./]", "_", re.sub(r"(?<=[^/])\.[^./]*$", "", file))
+        folder = folder.replace(".", "_")
         return stem if stem.startswith(folder) else f"{folder}_{stem}"
 
 
@@ -50,13 +52,15 @@ class Listing:
     """All images of a source, sorted by class, then by name. A label is an index of `class_ids`.
 
     `class_ids` are sorted. A class without a name has its id as name. `containers` is a text that
-    describes parquet files, so that the digest of the raw images depends on them.
+    describes parquet files, so that the digest of the raw images depends on them. `ignored` counts
+    the files in folders that are not read: split => kind, such as ".gif" or "hidden" => number.
     """
 
     class_ids: tuple[str, ...]
     class_names: tuple[str, ...]
     splits: Mapping[str, tuple[ImageFile, ...]]
     containers: str = ""
+    ignored: Mapping[str, Mapping[str, int]] = field(default_factory=dict[str, dict[str, int]])
 
     def check(self, root: Path) -> None:
         """Raise ValueError if a class has no image in a split, or an image cannot get a key."""
@@ -73,6 +77,12 @@ class Listing:
                 if (other := seen.setdefault(key, file)) is not file:
                     both = " and ".join(f"{f.path} (in {f.stored or root})" for f in (other, file))
                     raise ValueError(f"data.root: {both} both get the key {key}: rename one image")
+
+
+def describe_ignored(ignored: Mapping[str, int]) -> str:
+    """Return the end of a log line: how many files of which kinds are ignored; "" for none."""
+    kinds = ", ".join(f"{number} {kind}" for kind, number in sorted(ignored.items()))
+    return f"; ignored files: {kinds}" if kinds else ""
 
 
 def is_image_name(name: str) -> bool:

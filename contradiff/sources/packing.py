@@ -26,7 +26,7 @@ from contradiff.data.shard_info import ImageInfo
 from contradiff.data.shards import Record, Shard, ShardIndex, ShardParams, shard_name, write_shard
 from contradiff.files import explain_full_disk, replace_file
 from contradiff.sources.image_check import Verify, check_image
-from contradiff.sources.listing import SPLITS, ImageFile, Listing, Read
+from contradiff.sources.listing import SPLITS, ImageFile, Listing, Read, describe_ignored
 
 QUARANTINE_NAME = "quarantine.json"
 """Name of the file that lists, for each split, the images that are left out."""
@@ -193,7 +193,7 @@ def publish(
         if 0 in class_counts[split]:
             class_id = listing.class_ids[class_counts[split].index(0)]
             raise ValueError(f"data.root: all {split} images of class {class_id} are unreadable")
-    described = {
+    described: dict[str, object] = {
         "class_ids": listing.class_ids,
         "seed": seed,
         "class_names": listing.class_names,
@@ -201,6 +201,8 @@ def publish(
         "irregularities": irregularities,
         "num_quarantined": {split: len(items) for split, items in unreadable.items()},
     }
+    if any(listing.ignored.values()):
+        described["ignored"] = listing.ignored
     info = ImageInfo.model_validate(described)
     with explain_full_disk(folder):
         for shard in (shard for shards in splits.values() for shard in shards):
@@ -214,13 +216,15 @@ def publish(
 
 
 def describe(info: ImageInfo) -> Iterator[str]:
-    """Yield lines for the log: how many images of a split are irregular or unreadable."""
+    """Yield lines for the log: how many images of a split are irregular, unreadable or ignored."""
     content = info.model_dump()
     for split, counts in content["irregularities"].items():
         if counts:
             yield f"{split} images: " + ", ".join(f"{n} {name}" for name, n in counts.items())
         if number := content["num_quarantined"][split]:
             yield f"{split}: {number} unreadable images are left out; {QUARANTINE_NAME} lists them"
+        if ignored := describe_ignored(content.get("ignored", {}).get(split, {})):
+            yield f"{split} images{ignored}"
 
 
 def _write_json(path: Path, content: object) -> None:

@@ -54,6 +54,10 @@ score:
    num_samples: 1000, num_reference: 900, extractor: domain-classifier, extractor_accuracy: 0.95,
    guidance: 1.0, condition: "unconditional: c(noise)", resizer: none, seed: 7,
    reference: "val images, crop"}
+images:
+  splits: {train: [{num_samples: 1000}, {num_samples: 234}], val: [{num_samples: 900}]}
+  facts: {class_ids: [a, b], num_quarantined: {train: 0, val: 2},
+          ignored: {train: {.gif: 3, hidden: 1}, val: {}}}
 pretrain:
   params:
     seed: 3
@@ -97,6 +101,7 @@ def root(tmp_path: Path) -> Path:
     for stage in STAGES:
         write_json(tmp_path / f"metrics/{stage}.json", {stage: RECORDS[stage]})
     write_json(tmp_path / "build/pretrain/config.json", PRETRAIN)
+    write_json(tmp_path / "build/shards/index.json", RECORDS["images"])
     (tmp_path / "metrics/pretrain.csv").write_text(CURVE)
     (tmp_path / "build/figures").mkdir()
     for name, png in (("samples", SAMPLES), ("tsne", TSNE), ("tsne_dark", TSNE_DARK)):
@@ -147,6 +152,7 @@ class PageParser(HTMLParser):
 ROWS = """
 λ | 0.1 | Weight of the contrastive loss
 LoRA rank | 16
+Images | 1,234 train, 900 val | 2 classes. | 3 .gif (train), 1 hidden (train). | 2 unreadable (val).
 FID ↓ | 31.42 (biased) | bias the FID | 1,000 samples | 900 reference | val images, crop | seed 7
 KID ↓ | 0.0123 ± 0.0020 | 500 images of each set; otherwise measured as the FID
 Precision, recall ↑ | 0.700, 0.650 | 500 images of each set
@@ -170,9 +176,9 @@ h, 1% of the labels | 40.0% | C = 0.001;
 h, 10% of the labels | 60.0% | C = 1 (not converged)
 Transfer, 25 shots, logistic regression | 83.5% ± 1.0% | 3 random sets of digits, 25 images
 Transfer, 25 shots, ridge regression | 81.2% ± 1.0% | 3 random sets of digits, 25 images
-Transfer, 25 shots, SGD | 78.9% ± 1.2% | 3 random sets of digits
+Transfer, 25 shots, SGD | 78.9% ± 1.2% | 3 random sets of digits | Not converged: more than one
 Transfer, all images, ridge regression | 95.0% | Trained on all training images of digits, 797 test
-Transfer, all images, SGD | 96.0%
+Transfer, all images, SGD | 96.0% | 797 test images, seed 3.
 Transfer, all images, fine-tuned | 99.0%
 """
 """Name, value, and facts in the detail."""
@@ -196,6 +202,12 @@ def test_every_score_stands_beside_the_way_it_was_measured(root: Path):
         ("score", {"extractor_accuracy": None}, "FID ↓", "31.*extractor domain-classifier, seed 7"),
         ("score", {"resizer": "clean"}, "FID ↓", "31.*resizer clean"),
         ("score", {"old": RECORDS["by_resizer"] | {"fid": 3}}, "FID, old ↓", "3.00.*resizer old"),
+        (
+            "transfer",
+            {"ignored": {"test": {".gif": 2}}},
+            "Transfer top-1 ↑",
+            r".* 2 \.gif \(test\)",
+        ),
         ("transfer", ONCE, "Transfer top-1 ↑", "80.0%, ridge regression; One set of digits, "),
         ("separability", {"diagnostics": None}, "Separability, features ↑", "kNN 62.5%"),
     ],
@@ -210,6 +222,7 @@ MAKERS = {
     **dict.fromkeys(("metrics/pretrain.csv", "build/pretrain/config.json"), "pretrain"),
     **dict.fromkeys(("build/figures/tsne.png", "build/figures/tsne_dark.png"), "separability"),
     "build/figures/samples.png": "generate",
+    "build/shards/index.json": "shard",
 }
 
 
@@ -234,6 +247,7 @@ def test_missing_and_broken_files_are_named_with_their_stage(root: Path, name: s
         ("metrics/separability.json", {}, "separability"),
         ("metrics/transfer.json", {"transfer": TRANSFER | HALF}, "transfer.ridge.std"),
         ("build/pretrain/config.json", PRETRAIN | {"num_steps": -1}, "num_steps"),
+        ("build/shards/index.json", {"splits": {}}, "facts"),
         ("build/pretrain/config.json", PRETRAIN | {"params": {}}, "params.loss.lambda"),
     ],
 )

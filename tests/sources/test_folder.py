@@ -7,12 +7,12 @@ from unittest.mock import Mock
 import pytest
 from torchvision.datasets import ImageFolder
 
-from contradiff.sources.folder import scan_folder, scan_kaggle
+from contradiff.sources.folder import KAGGLE_IMAGES, scan_folder, scan_kaggle
 from contradiff.sources.imagenet import scan_images
 from contradiff.sources.listing import ImageFile
 from tests.sources.imagenet_layouts import make_photos, write_folder, write_kaggle
 
-TABLE = "LOC_val_solution.csv"
+TABLE, OUTSIDE = "LOC_val_solution.csv", "outside the class folders"
 
 
 @pytest.fixture
@@ -27,23 +27,54 @@ def root(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_torchvision_lists_the_same(root: Path):
-    for name in ("notes.txt", "checksums"):
-        (root / "train/n02119789" / name).write_text("x")
-    listing = scan_folder(root)
-    for split, files in listing.splits.items():
-        peer = ImageFolder(str(root / split))
+@pytest.mark.parametrize("source", ["imagefolder", "kaggle", "transfer"])
+@pytest.mark.parametrize(
+    ("names", "ignored"),
+    [
+        ("a/sub/9.jpg a/sub/deep/8.PNG a/sub-x/7.jpg a/z.jpg b/sub/9.jpg", {}),
+        ("a/2.bmp a/3.TIF a/4.ppm b/5.pgm b/6.tiff b/7.webp", {}),
+        ("a/2.gif a/3.GIF b/4.jfif b/notes.txt", {".gif": 2, ".jfif": 1, ".txt": 1}),
+        ("a/checksums a/sub/Makefile 5.jpg", {"without extension": 2, OUTSIDE: 1}),
+        (".ipynb_checkpoints/5.jpg a/.ipynb_checkpoints/6.jpg a/._1.jpg .DS_Store", {"hidden": 4}),
+    ],
+)
+def test_torchvision_lists_the_same(
+    tmp_path: Path, source: str, names: str, ignored: dict[str, int]
+):
+    """Except for hidden files and folders, which become images and classes in torchvision."""
+    test = "test" if source == "transfer" else "val"
+    root = tmp_path / KAGGLE_IMAGES if source == "kaggle" else tmp_path
+    for name in ("a/1.jpg", "b/1.jpg", *names.split()):
+        for split in ("train", test) if source != "kaggle" else ("train",):
+            (root / split / name).parent.mkdir(parents=True, exist_ok=True)
+            (root / split / name).write_text(name)
+    if source == "kaggle":
+        (root / "val").mkdir()
+        (root / "val/1.jpg").touch()
+        (tmp_path / TABLE).write_text("1,a 1 2 3 4\n")
+    listing = {
+        "imagefolder": lambda: scan_images(root).listing,
+        "kaggle": lambda: scan_kaggle(tmp_path),
+        "transfer": lambda: scan_folder(root, test="test", key="transfer_data.root"),
+    }[source]()
+    assert dict(listing.ignored["train"]) == ignored
+    for split in ("train",) if source == "kaggle" else ("train", test):
+        assert os.system(f"find {root / split} -name '.*' -exec rm -rf {{}} +") == 0
+        peer, files = ImageFolder(str(root / split)), listing.splits[split]
         assert [(str(root / file.path), file.label) for file in files] == peer.samples
         assert list(listing.class_ids) == peer.classes
         assert [f.num_bytes for f in files] == [Path(p).stat().st_size for p, _ in peer.samples]
 
 
-def test_hidden_files_are_no_images_and_classes_have_names(root: Path):
-    """MacOS leaves `._name.JPEG` beside each file that it packs."""
-    before = scan_folder(root)
-    for name in ("._ILSVRC2012_val_00000001.JPEG", ".png"):
-        (root / "val/n02119789" / name).touch()
-    assert scan_folder(root) == before
+def test_ignored_files_are_named_in_the_log(root: Path):
+    (root / "train/n02119789/1.gif").touch()
+    (root / "val/.git").mkdir()
+    [train, val] = scan_images(root).describe()
+    assert train.endswith(f"12 train images of 3 classes in {root}; ignored files: 1 .gif")
+    assert val.endswith(f"in {root}; ignored files: 1 hidden")
+
+
+def test_classes_have_names(root: Path):
     (root / "LOC_synset_mapping.txt").write_text("n02119789 tench, Tinca tinca\nn03 other\n\n")
     assert scan_folder(root).class_names == ("n01440764", "tench", "n04557648")
 
@@ -56,6 +87,8 @@ def test_hidden_files_are_no_images_and_classes_have_names(root: Path):
         ("rm train/n02119789/*", "{}/train/n02119789 contains no images"),
         ("mv val/n02119789 other", "{}/val/n02119789 contains no images"),
         ("mkdir val/n03", r"{}/val has classes that train/ lacks: \['n03'\]"),
+        ("ln -s . val/n02119789/sub", "{}/val/n02119789/sub links to its own parent; remove it"),
+        ("rm val/n02119789/*; touch val/n02119789/1.gif", ".*pgm.*; ignored files: 1 .gif"),
         ("ln -s nowhere val/n02119789/x.JPEG", "{}/val/n02119789/x.JPEG cannot be read: No such"),
     ],
 )
@@ -82,6 +115,7 @@ def test_key_names_class_and_file():
         ("train/cat/a.b.jpg", "cat_a_b"),
         ("train/v1.0 cats/5.jpg", "v1_0 cats_5"),
         ("train/v1.0/v1.0_5.jpg", "v1_0_5"),
+        ("train/cat/in.doors/5.jpg", "cat_in_doors_5"),
     ):
         assert ImageFile(path, 0).key == key
 

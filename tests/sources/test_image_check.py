@@ -68,6 +68,24 @@ def test_bytes_are_kept_and_irregularities_named(name: str, verify: Verify):
     assert list(check(expected[0], path=path, verify=verify)) == expected
 
 
+@each_verify
+@pytest.mark.parametrize(("kind", "suffix"), [("BMP", "bmp"), ("PPM", "ppm"), ("TIFF", "tif")])
+def test_formats_that_shards_do_not_have_become_png(kind: str, suffix: str, verify: Verify):
+    content = encoded(IMAGE, kind)
+    stored, *rest = check(content, path=f"train/n1/a.{suffix}", verify=verify)
+    assert rest == ["png", (f"{kind.lower()}_stored_as_png",)]
+    assert stored.startswith(b"\x89PNG")
+    assert np.array_equal(np.asarray(decode_rgb(stored, name="a")), np.asarray(IMAGE))
+    with pytest.raises(ValueError, match="not a readable image"):
+        check(content[:200], path=f"train/n1/a.{suffix}", verify=verify)
+
+
+def test_pixels_of_an_unknown_range_are_refused():
+    floats = Image.fromarray(np.linspace(0, 1, 64, dtype=np.float32).reshape(8, 8))
+    with pytest.raises(ValueError, match="mode F have no known range"):
+        check(encoded(floats, "TIFF"), path="train/n1/a.tif")
+
+
 @pytest.mark.parametrize("progressive", [False, True])
 def test_truncation_is_noticed_where_a_full_decode_notices_it(progressive: bool):
     """Decoding at an eighth of the size reads all the data."""

@@ -9,6 +9,7 @@ import os
 import re
 import tempfile
 from collections.abc import Sequence
+from dataclasses import replace
 from operator import attrgetter
 from pathlib import Path
 from typing import Any
@@ -196,6 +197,8 @@ def test_index_tells_what_there_is(tmp_path: Path):
         [(f.path, f.label, changed.get(f.path, source(f))) for f in source.files],
         max_quarantined=0.3,
     )
+    ignored = {"train": {".gif": 2, "hidden": 1}}
+    source.listing = replace(source.listing, ignored=ignored)
     index = source.pack(tmp_path)
     assert index.info.model_dump() == {
         "kind": "images",
@@ -205,6 +208,7 @@ def test_index_tells_what_there_is(tmp_path: Path):
         "class_counts": {"train": [3, 2, 2]},
         "irregularities": {"train": {"greyscale": 1, "jpeg_named_png": 1}},
         "num_quarantined": {"train": 3},
+        "ignored": ignored,
     }
     assert index.num_samples("train") == 7
     reason = "not a readable image (unknown format)"
@@ -213,6 +217,7 @@ def test_index_tells_what_there_is(tmp_path: Path):
     assert list(packing.describe(index.info)) == [
         "train images: 1 greyscale, 1 jpeg_named_png",
         "train: 3 unreadable images are left out; quarantine.json lists them",
+        "train images; ignored files: 2 .gif, 1 hidden",
     ]
 
 
