@@ -99,7 +99,7 @@ class TransferRecord(ShotsRecord):
     protocol: Literal["logistic", "ridge", "sgd"]
     top1: MeanStd
     by_shots: dict[str, ShotsRecord]
-    ignored: IgnoredFiles = Field(default_factory=dict)
+    ignored: IgnoredFiles = Field(default_factory=dict[str, dict[str, int]])
 
 
 class ResizerScores(_Record):
@@ -188,7 +188,7 @@ class ImagesFacts(_Record):
 
     class_ids: list[str]
     num_quarantined: dict[str, int] = Field(description="split => number of unreadable images")
-    ignored: IgnoredFiles = Field(default_factory=dict)
+    ignored: IgnoredFiles = Field(default_factory=dict[str, dict[str, int]])
 
 
 class ImagesRecord(_Record):

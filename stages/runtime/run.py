@@ -41,6 +41,11 @@ if TYPE_CHECKING:
 
 PARAMS_FILE = Path("params.yaml")
 SECONDS_BETWEEN_LINES = 10.0
+STRATEGIES = {
+    *("ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP", "ACCELERATE_USE_MEGATRON_LM"),
+    *("ACCELERATE_USE_PARALLELISM_CONFIG", "ACCELERATE_USE_SAGEMAKER"),
+}
+"""Environment variables that ask Accelerate for a training strategy."""
 
 Advance = Callable[..., None]
 """`advance(n, name=value, ...)` moves a progress bar by n units and shows the named values."""
@@ -281,8 +286,7 @@ def drop_accelerates_variables() -> list[str]:
     """
     settings = {name: os.environ[name] for name in os.environ if name.startswith("ACCELERATE_")}
     for name, value in settings.items():
-        is_strategy = name.startswith("ACCELERATE_USE_") and name != "ACCELERATE_USE_CPU"
-        if is_strategy and value.lower() not in {"", "0", "false", "no", "off"}:
+        if name in STRATEGIES and value.lower() not in {"", "0", "false", "no", "off"}:
             raise ValueError(
                 f"the environment variable {name} is {value}, but the stages only have plain data "
                 f"parallelism; type `unset {name}`, or start the stage without `accelerate launch`"
