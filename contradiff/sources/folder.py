@@ -114,7 +114,7 @@ def _images_in(
     waiting = [folder] if folder.is_dir() else []
     while waiting:
         place = waiting.pop()
-        inside = "" if place == folder else f"{place.relative_to(folder).as_posix()}/"
+        inside = "" if place == folder else place.relative_to(folder).as_posix()
         with explain_unreadable(place, key=key), os.scandir(place) as entries:
             for entry in entries:
                 if entry.name[0] == ".":
@@ -132,7 +132,8 @@ def _images_in(
         kinds = ", ".join(sorted(listing.EXTENSIONS))
         fault = f"{folder} contains no images ({kinds}){listing.describe_ignored(ignored)}"
         raise ValueError(f"{key}: {fault}")
-    return [(f"{inside}{name}", size) for inside, name, size in sorted(found)], ignored
+    files = [(f"{inside}/{name}".lstrip("/"), size) for inside, name, size in sorted(found)]
+    return files, ignored
 
 
 def _names(root: Path, class_ids: Sequence[str]) -> tuple[str, ...]:
