@@ -17,8 +17,17 @@ EXTENSION_OF = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}
 """Pillow's names of the formats that shards may contain => file extension in the shard."""
 CONVERTED = {"BMP", "PPM", "TIFF"}
 """Formats that are stored as PNG, which keeps every pixel."""
-FORMAT_OF_SUFFIX = {".jpg": "JPEG", ".jpeg": "JPEG", ".png": "PNG", ".webp": "WEBP"}
-FORMAT_OF_SUFFIX |= {".bmp": "BMP", ".pgm": "PPM", ".ppm": "PPM", ".tif": "TIFF", ".tiff": "TIFF"}
+FORMAT_OF_SUFFIX = {
+    ".jpg": "JPEG",
+    ".jpeg": "JPEG",
+    ".png": "PNG",
+    ".webp": "WEBP",
+    ".bmp": "BMP",
+    ".pgm": "PPM",
+    ".ppm": "PPM",
+    ".tif": "TIFF",
+    ".tiff": "TIFF",
+}
 IRREGULAR_MODES = {
     "CMYK": ("cmyk",),
     "LA": ("greyscale", "alpha"),
