@@ -4,7 +4,7 @@ DVC tracks these small lists (manifests) instead of the data. If data.source is 
 also renders the images.
 """
 
-from stages.runtime.run import Run, execute
+from stages.runtime.run import Run, execute, say_how_to_restore_params
 
 from collections import Counter
 from collections.abc import Generator, Iterable
@@ -87,7 +87,8 @@ def main(params: Params, run: Run) -> None:
         add(faults, transfer_faults(params, Counter(labels.tolist())))
         manifests["transfer"] = images.manifest(project=root)
     if faults:
-        raise ValueError("\n".join(faults))
+        with say_how_to_restore_params():
+            raise ValueError("\n".join(faults))
     for name, manifest in manifests.items():
         run.write_json(Path(f"build/manifest/{name}.json"), manifest)
 

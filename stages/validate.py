@@ -4,7 +4,7 @@ Other stages read only their own sections, so they would not notice a mistyped s
 build/validated always has the same content, so DVC does not repeat other stages after this one.
 """
 
-from stages.runtime.run import PARAMS_FILE, Run, RuntimeParams, execute
+from stages.runtime.run import PARAMS_FILE, Run, RuntimeParams, execute, say_how_to_restore_params
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -25,8 +25,8 @@ class WholeFile(rules.AllParams):
 
 
 def main(_params: Params, run: Run) -> None:
-    content = read_params(PARAMS_FILE)
-    check(content, source=str(PARAMS_FILE), run=run)
+    with say_how_to_restore_params():
+        check(read_params(PARAMS_FILE), source=str(PARAMS_FILE), run=run)
     with replace_file(Path("build/validated")) as temporary:
         temporary.write_text("params.yaml is valid\n", encoding="utf-8")
 
@@ -40,11 +40,12 @@ def describe(_params: Params) -> str:
 def check(content: Mapping[str, Any], *, source: str, run: Run | None = None) -> None:
     """Raise ValueError, with a line for each fault, if the parameters are not valid.
 
-    With a `run`, also compare the parameters with the base. Skip this if the hub is not reachable.
+    With a `run`, also compare the parameters with the base. Skip this if the hub is not reachable,
+    or if the file alone shows a fault: the message then comes without the import of diffusers.
     """
     params = parse_exactly(WholeFile, content, source=source)
     faults = list(rules.between_sections(params))
-    if run is not None:
+    if run is not None and not faults:
         try:
             faults += rules.with_base(params, config_folder(params.base, root=run.root))
         except ConnectionError as error:

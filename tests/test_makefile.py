@@ -8,7 +8,10 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 SECTION = """['remote "store"']\n    url = """
-STAGE = "stages: {s: {cmd: cp params.yaml out, params: [seed], outs: [out]}}\n"
+STAGE = """
+stages:
+  s: {cmd: mkdir -p build && cp params.yaml build/out, params: [seed], outs: [build/out]}
+"""
 
 
 @pytest.fixture

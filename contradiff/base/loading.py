@@ -97,10 +97,15 @@ def unet_without_weights(folder: Path) -> "UNet2DConditionModel":
 
 
 def _build(folder: Path, component: str, *, weights: bool) -> Any:
-    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
-    from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+    kind: Any
+    if component == "vae":
+        from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 
-    kind: Any = {"vae": AutoencoderKL, "unet": UNet2DConditionModel}[component]
+        kind = AutoencoderKL
+    else:
+        from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+
+        kind = UNet2DConditionModel
     if weights:
         check_base(folder)
         module = kind.from_pretrained(

@@ -7,7 +7,6 @@ import numpy as np
 import torch
 from jaxtyping import Int, UInt8
 from torch import Tensor
-from torchvision.transforms.v2 import functional as transforms
 
 from contradiff.data.decoding import decode_rgb
 
@@ -73,6 +72,8 @@ def apply_crop(
     """Cut out a crop, resize it to size x size (antialiased bicubic), and mirror it if needed."""
     cut = image[:, crop.top : crop.top + crop.height, crop.left : crop.left + crop.width]
     if cut.shape[1:] != (size, size):
+        from torchvision.transforms.v2 import functional as transforms
+
         bicubic = transforms.InterpolationMode.BICUBIC
         cut = transforms.resize(cut, [size, size], interpolation=bicubic, antialias=True)
     return cut.flip(-1) if crop.mirrored else cut.contiguous()
@@ -88,6 +89,8 @@ def jitter_colours(
     """
     if strength == 0:
         return image
+    from torchvision.transforms.v2 import functional as transforms
+
     low, high = max(0.0, 1 - 0.8 * strength), 1 + 0.8 * strength
     image = transforms.adjust_brightness(image, rng.uniform(low, high))
     image = transforms.adjust_contrast(image, rng.uniform(low, high))

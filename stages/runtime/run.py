@@ -15,6 +15,7 @@ import json
 import os
 import re
 import shutil
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
@@ -293,6 +294,28 @@ def drop_accelerates_variables() -> list[str]:
             )
         del os.environ[name]
     return [f"{name}={value}" for name, value in sorted(settings.items())]
+
+
+@contextmanager
+def say_how_to_restore_params() -> Generator[None]:
+    """Add a line to a ValueError: DVC leaves a refused `-S` in params.yaml, for the next run too.
+
+    The line is missing if params.yaml is as in the last commit, or in DVC's temporary copy.
+    """
+    try:
+        yield
+    except ValueError as error:
+        is_copy = Path(os.environ.get("DVC_ROOT") or ".").resolve() != Path.cwd()
+        if is_copy or not shutil.which("git"):
+            raise
+        command = ["git", "status", "--porcelain", "--", str(PARAMS_FILE)]
+        state = subprocess.run(command, capture_output=True, check=False).stdout
+        if not state.strip().startswith(b"M"):  # not modified, or no repository
+            raise
+        raise ValueError(
+            f"{error}\n{PARAMS_FILE} keeps refused values for the next run, also those of -S. "
+            f"Correct them, or go back to the last commit's file: git checkout {PARAMS_FILE}"
+        ) from error
 
 
 def is_joined() -> bool:

@@ -5,6 +5,8 @@ from stages.runtime.run import Run
 import copy
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -231,21 +233,26 @@ def test_the_second_up_block_must_be_there_where_it_is_asked_for(
         assert fault.endswith("has only 1; use only the mid block, or choose another base")
 
 
-def test_all_rules_are_asked_at_once_before_the_stage_writes_its_out(content: Content, run: Run):
+def test_all_rules_are_asked_before_the_stage_writes_its_out(content: Content, run: Run):
+    """At once, except that the base is looked at only if the file itself is valid."""
     YAML().dump(content, Path("params.yaml"))
     validate.main(validate.Params(), run)
     assert Path("build/validated").is_file()
     assert "sections are valid" in validate.describe(validate.Params())
     Path("build/validated").unlink()
-    override(content, "ingest.resize=8 lora.targets=[nothing,attn2.to_q,nil]")
-    override(content, "features.timesteps=[101,1000,401] generate.num_inference_steps=1001")
-    YAML().dump(content, Path("params.yaml"))
-    with pytest.raises(ValueError, match="nothing") as caught:
-        validate.main(validate.Params(), run)
-    assert [line.split(": ")[1] for line in str(caught.value).splitlines()] == [
-        *("ingest.resize", "lora.targets", "lora.targets", "features.timesteps"),
-        "generate.num_inference_steps",
-    ]
+    override(content, "lora.targets=[nothing,attn2.to_q,nil] generate.num_inference_steps=1001")
+    override(content, "features.timesteps=[101,1000,401]")
+    of_base = ["lora.targets", "lora.targets", "features.timesteps"]
+    of_base.append("generate.num_inference_steps")
+    for change, expected in (
+        ("ingest.resize=8 score.splits=1001", ["ingest.resize", "score.splits"]),
+        ("ingest.resize=null score.splits=10", of_base),
+    ):
+        override(content, change)
+        YAML().dump(content, Path("params.yaml"))
+        with pytest.raises(ValueError, match=expected[0]) as caught:
+            validate.main(validate.Params(), run)
+        assert [line.split(": ")[1] for line in str(caught.value).splitlines()] == expected
     assert not Path("build/validated").exists()
 
 
@@ -287,3 +294,44 @@ def test_a_hub_that_cannot_be_reached_stops_nobody(
     assert faults(content, run=run) == []
     message = "validate: the parameters could not be checked against the base: base.path: somebody"
     assert capsys.readouterr().err.startswith(message)
+
+
+HEAVY = """
+import sys
+from stages.validate import check
+from tests.settings import TINY, override
+
+content = dict(TINY)
+override(content, "conditioner.drop=0.0")
+try:
+    check(content, source="params.yaml", run=object())
+except ValueError as error:
+    print(error)
+names = {"diffusers", "mlflow", "peft", "sklearn", "torchvision", "transformers", "torch._dynamo"}
+print(sorted(names & set(sys.modules)))
+"""
+
+
+def test_a_refusal_needs_no_heavy_library():
+    command = [sys.executable, "-c", HEAVY]
+    out = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert out.startswith("params.yaml: conditioner.drop: 0 never trains the null condition")
+    assert out.endswith("\n[]\n")
+
+
+@pytest.mark.parametrize(
+    ("edited", "root", "is_told"), [(True, ".", True), (False, ".", False), (True, "..", False)]
+)
+def test_a_refusal_tells_how_to_restore_params(
+    run: Run, monkeypatch: pytest.MonkeyPatch, *, edited: bool, root: str, is_told: bool
+):
+    """But not if nothing has changed, and not in the copy of a queued experiment."""
+    monkeypatch.setenv("DVC_ROOT", root)
+    Path("params.yaml").write_text("a: 1\n")
+    git = ["git", "-c", "user.name=a", "-c", "user.email=b"]
+    for command in (["init"], ["add", "."], ["commit", "-m", "a"]):
+        subprocess.run([*git, *command], check=True, capture_output=True)
+    Path("params.yaml").write_text("a: 2\n" if edited else "a: 1\n")
+    with pytest.raises(ValueError, match=r"a: unknown key") as refusal:
+        validate.main(validate.Params(), run)
+    assert str(refusal.value).endswith("commit's file: git checkout params.yaml") == is_told
