@@ -58,8 +58,11 @@ class Store:
         return hold_lock(self.root / ".work/locks/mlflow")
 
     def experiment_id(self, name: str) -> str:
-        """Return the id of an MLflow experiment; create it if missing. Use within `locked`."""
+        """Return the id of an MLflow experiment; create or restore it. Use within `locked`."""
         if experiment := self.client.get_experiment_by_name(name):
+            if experiment.lifecycle_stage != "active":  # no run can be written to it
+                _warn(f"the experiment {name} was deleted; it is restored with its runs")
+                self.client.restore_experiment(experiment.experiment_id)
             return experiment.experiment_id
         # By default, MLflow would keep files in the current folder, perhaps a temporary copy. A
         # server keeps files itself.

@@ -225,3 +225,21 @@ def test_two_processes_may_create_the_store_at_once(tmp_path: Path):
     assert [process.exitcode for process in processes] == [0, 0]
     trainings = records(connect(tmp_path).client, "contradiff-train")
     assert [len(training.data.metrics) for training in trainings] == [1, 1]
+
+
+def test_a_deleted_experiment_is_restored(
+    root: Path, record: Record, tmp_path: Path, client: Any, capfd: pytest.CaptureFixture[str]
+):
+    def train_and_record() -> str:
+        with training_run(run_of(root, "pretrain"), tmp_path, PARAMS, files_checkpoint=False):
+            pass
+        return record()
+
+    first = train_and_record()
+    for name in (tracking.TRAININGS, tracking.EXPERIMENTS):
+        client.delete_experiment(client.get_experiment_by_name(name).experiment_id)
+    assert train_and_record() == first
+    said = capfd.readouterr().err
+    for name in (tracking.TRAININGS, tracking.EXPERIMENTS):
+        assert client.get_experiment_by_name(name).lifecycle_stage == "active"
+        assert f"the experiment {name} was deleted; it is restored" in said
