@@ -175,8 +175,14 @@ def training_batches(stream: TrainingStream, *, num_workers: int) -> Iterator[Ma
     cannot be reached.
     """
     pinned = torch.cuda.is_available()
-    settings = {"num_workers": num_workers, "pin_memory": pinned}
-    for batch in DataLoader(stream, None, worker_init_fn=outlive_signals, **settings):
+    loader = DataLoader(
+        stream,
+        None,
+        num_workers=num_workers,
+        pin_memory=pinned,
+        worker_init_fn=outlive_signals,
+    )
+    for batch in loader:
         if isinstance(batch, Exception):
             raise batch
         yield batch

@@ -13,6 +13,7 @@ from pathlib import Path
 SPLITS = ("train", "val")
 EXTENSIONS = frozenset({".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"})
 """The files that torchvision's ImageFolder takes for images."""
+_OFFICIAL = re.compile(r"(n\d{8})/(?:\1_(?=\d+\.)|(?=ILSVRC2012_val_))(\w+)\.JPEG", re.ASCII)
 NUM_THREADS = 16
 """Number of threads that list folders. Many threads help on a slow network file system."""
 
@@ -36,11 +37,17 @@ class ImageFile:
 
     @property
     def key(self) -> str:
-        """The image's name in shards: class and file, no extension, `_` for dots and slashes."""
-        _, folder, file = self.path.split("/", maxsplit=2)
-        stem = re.sub("[./]", "_", re.sub(r"(?<=[^/])\.[^./]*$", "", file))
-        folder = folder.replace(".", "_")
-        return stem if stem.startswith(folder) else f"{folder}_{stem}"
+        """The image's name in shards. Different paths in a split have different keys.
+
+        Official names of ImageNet give short keys, such as `n01440764_10026`. Otherwise, the key is
+        the path in the split, with %2E for dots: `cat/5%2Ejpg`. (WebDataset cuts names at dots, and
+        skips names such as `__cat__/5`.)
+        """
+        place = self.path.partition("/")[2]
+        if match := _OFFICIAL.fullmatch(place):
+            return f"{match[1]}_{match[2]}"
+        quoted = place.replace("%", "%25").replace(".", "%2E")
+        return re.sub("^__", "%5F%5F", quoted)
 
 
 Read = Callable[[ImageFile], bytes]

@@ -9,6 +9,7 @@ import json
 import os
 import re
 from bisect import bisect_right
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cache, lru_cache
@@ -76,8 +77,9 @@ def scan_parquet(root: Path) -> Listing:
     """List the images in parquet files.
 
     The ids of the classes are wnids, if the files or `LOC_synset_mapping.txt` contain the wnids. If
-    not, the ids are labels in four digits. An image without a name is named by its number. Raises
-    ValueError if files are missing or damaged, or if columns or labels are not as expected.
+    not, the ids are labels in four digits. An image without a name of its own is named by its
+    number. Raises ValueError if files are missing or damaged, or if columns or labels are not as
+    expected.
     """
     images: dict[str, list[ImageFile]] = {}
     names: dict[str, list[str]] = {}
@@ -96,10 +98,11 @@ def scan_parquet(root: Path) -> Listing:
             containers += f"{stored}\t{path.stat().st_size}\t{_footer_digest(path)}\n"
     synsets = read_synsets(root)
     class_ids = _class_ids(root, images, names["train"], synsets)
-    splits = {
-        split: in_order(_named(split, *item, class_ids) for item in enumerate(rows))
-        for split, rows in images.items()
-    }
+    splits: dict[str, tuple[ImageFile, ...]] = {}
+    for split, rows in images.items():
+        times = Counter((image.label, image.path) for image in rows)
+        unique = (i if times[i.label, i.path] == 1 else replace(i, path="") for i in rows)
+        splits[split] = in_order(_named(split, *item, class_ids) for item in enumerate(unique))
     shown = [first_name(name) for name in names["train"]] or [synsets.get(i, i) for i in class_ids]
     return Listing(class_ids, tuple(shown), splits, containers)
 

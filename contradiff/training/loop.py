@@ -110,6 +110,7 @@ def _agreement(accelerator: "Accelerator | None") -> Callable[[int], int]:
     if accelerator is None or accelerator.num_processes == 1:
         return lambda number: number
     group = dist.new_group(backend="gloo", timeout=timedelta(days=7))
+    assert isinstance(group, dist.ProcessGroup)
 
     def agree(number: int) -> int:
         largest = torch.tensor(number)

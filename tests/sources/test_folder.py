@@ -1,12 +1,18 @@
 """Class folders and Kaggle's download: as torchvision lists them; whatever is wrong is named."""
 
 import os
+import shutil
+from itertools import product
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from unittest.mock import Mock
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from torchvision.datasets import ImageFolder
 
+from contradiff.data.shards import read_shard, write_shard
 from contradiff.sources.folder import KAGGLE_IMAGES, scan_folder, scan_kaggle
 from contradiff.sources.imagenet import scan_images
 from contradiff.sources.listing import ImageFile
@@ -110,26 +116,41 @@ def test_unreadable_folder_is_named(root: Path, monkeypatch: pytest.MonkeyPatch)
 
 def test_key_names_class_and_file():
     for path, key in (
-        ("train/n01/n01_5.JPEG", "n01_5"),
-        ("val/n01/ILSVRC2012_val_5.JPEG", "n01_ILSVRC2012_val_5"),
-        ("train/cat/a.b.jpg", "cat_a_b"),
-        ("train/v1.0 cats/5.jpg", "v1_0 cats_5"),
-        ("train/v1.0/v1.0_5.jpg", "v1_0_5"),
-        ("train/cat/in.doors/5.jpg", "cat_in_doors_5"),
+        ("train/n02119789/n02119789_5.JPEG", "n02119789_5"),
+        ("val/n02119789/ILSVRC2012_val_5.JPEG", "n02119789_ILSVRC2012_val_5"),
+        ("train/n02119789/5.JPEG", "n02119789/5%2EJPEG"),
+        ("train/n02119789/n02119789_5.jpg", "n02119789/n02119789_5%2Ejpg"),
+        ("train/v1.0 cats/in.doors/a.b.jpg", "v1%2E0 cats/in%2Edoors/a%2Eb%2Ejpg"),
     ):
         assert ImageFile(path, 0).key == key
 
 
-@pytest.mark.parametrize(
-    ("first", "second"), [("n01/a.b.jpg", "n01/a_b.jpg"), ("n/n01_9.jpg", "n01/n01_9.JPEG")]
-)
-def test_two_images_of_one_key_are_named(root: Path, first: str, second: str):
-    for path in (root / split / name for name in (first, second) for split in ("train", "val")):
-        path.parent.mkdir(exist_ok=True)
+def test_digits_in_folders_of_digits_are_a_data_set(root: Path):
+    """As MNIST, unpacked: `0` to `11` with `0.png` to `14.png`."""
+    shutil.rmtree(root)
+    for split, label, number in product(("train", "val"), range(12), range(15)):
+        path = root / split / str(label) / f"{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("x")
-    expected = rf"^data\.root: train/{first} .* and train/{second} .* both get .*: rename one image"
-    with pytest.raises(ValueError, match=expected):
-        scan_images(root)
+    assert len(scan_images(root).listing.splits["train"]) == 180
+
+
+NAMES = st.text(st.sampled_from("n01234567_.%/JPEGé ILSVRC2012val-"), min_size=1, max_size=12)
+OFFICIAL = [f"n01234567/{name}" for name in ("n01234567_1", "1", "n01234567_1.JPEG", "1.JPEG")]
+PATHS = st.sampled_from([*OFFICIAL, "__a__/1", "%5F%5Fa__/1"]) | NAMES
+
+
+@given(paths=st.sets(PATHS, min_size=2, max_size=6))
+def test_different_paths_have_different_keys_which_a_shard_keeps(paths: set[str]):
+    keys = [ImageFile(f"train/{path}", 0).key for path in paths]
+    assert len(set(keys)) == len(paths)
+    paths = {path for path in paths if all(path.split("/"))}  # as names of files are
+    keys = [ImageFile(f"train/{path}", 0).key for path in paths]
+    with TemporaryDirectory() as folder:
+        file = Path(folder, "train-00000.tar")
+        records = [{"__key__": key.encode(), "png": b"x", "cls": b"0"} for key in keys]
+        shard = write_shard(file, records, compression="none")
+        assert [record["__key__"].decode() for record in read_shard(file, shard)] == keys
 
 
 def test_name_that_is_not_utf8_is_refused(root: Path):

@@ -39,16 +39,18 @@ def test_names_as_ilsvrc_has_them_give_the_same_listing(tmp_path: Path):
         assert [file.path for file in files] == [file.path for file in other.splits[split]]
 
 
-@pytest.mark.parametrize("has_synsets", [True, False])
-def test_images_without_names_go_by_row(tmp_path: Path, has_synsets: bool):
-    write_parquet(tmp_path, make_photos(seed=0), path_of=lambda _: None, has_names=False)
+@pytest.mark.parametrize(("has_synsets", "name"), [(True, None), (False, None), (False, "a.jpg")])
+def test_images_without_names_of_their_own_go_by_row(
+    tmp_path: Path, has_synsets: bool, name: str | None
+):
+    write_parquet(tmp_path, make_photos(seed=0), path_of=lambda _: name, has_names=False)
     if has_synsets:
         write_synsets(tmp_path)
     listing = scan_parquet(tmp_path)
     assert listing.class_ids == (WNIDS if has_synsets else ("0000", "0001", "0002"))
     assert listing.class_names[0] == ("tench" if has_synsets else "0000")
-    assert {file.key.rpartition("_")[2] for file in listing.splits["train"]} == {
-        f"{row:08d}" for row in range(12)
+    assert {Path(file.path).name for file in listing.splits["train"]} == {
+        f"train_{row:08d}.jpg" for row in range(12)
     }
     assert contents(tmp_path) == EXPECTED
 
