@@ -4,50 +4,128 @@ import errno
 import fcntl
 import hashlib
 import os
+import re
 import shutil
 from collections.abc import Callable, Generator, Iterable
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
+
+from safetensors import SafetensorError
 
 SPARE_BYTES = 50_000_000
 """Bytes that `check_free_space` leaves free for other files that a run writes."""
 
+_TEMPORARY_NAME = re.compile(r"\.(.+)\.(\d+)\.part")
+"""Name of a temporary file or folder: the final name and the id of the process."""
+
 
 @contextmanager
 def replace_file(path: Path) -> Generator[Path]:
-    """Yield a temporary path in the same folder; rename it to `path` if the block succeeds."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
+    """Yield a temporary path in the same folder; rename it to `path` if the block succeeds.
+
+    Raises ValueError, with `path` and what to do, if the disk is full or the folder is read-only.
+    """
+    with explain_failed_write(path), _temporary(path) as temporary:
         yield temporary
         temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 @contextmanager
 def replace_dir(path: Path) -> Generator[Path]:
-    """Yield a new, empty folder next to `path`; it replaces `path` if the block succeeds."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir()
-    try:
+    """Yield a new, empty folder next to `path`; it replaces `path` if the block succeeds.
+
+    Raises ValueError, with `path` and what to do, if the disk is full or the folder is read-only.
+    """
+    with explain_failed_write(path), _temporary(path) as temporary:
+        temporary.mkdir()
         yield temporary
         if path.exists():
             shutil.rmtree(path)
         temporary.replace(path)
+
+
+@contextmanager
+def _temporary(path: Path) -> Generator[Path]:
+    """Yield a new path next to `path`, and delete what is there at the end."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    own = path.with_name(f".{path.name}.{os.getpid()}.part")
+    # Also delete what killed processes left; one of them may have had the id of this process.
+    for left in path.parent.iterdir():
+        parts = _TEMPORARY_NAME.fullmatch(left.name)
+        if left == own or (parts and parts[1] == path.name and not _is_alive(int(parts[2]))):
+            _delete(left)
+    try:
+        yield own
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        _delete(own)
+
+
+def _delete(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with suppress(OSError):  # the first error counts
+            path.unlink(missing_ok=True)
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
+
+
+@contextmanager
+def explain_failed_write(path: Path) -> Generator[None]:
+    """If the block cannot write `path`, raise a ValueError that names it and says what to do.
+
+    Other errors of the block are raised as they are. An OSError that names no file gets the path.
+    """
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        # The errors of safetensors and shutil.copytree have the number only in their text.
+        found = re.search(r"(?:\(os error |\[Errno )(\d+)", str(error))
+        number = int(found[1]) if found else 0
+        # A folder inside `replace_dir` is shown under its final name.
+        shown = Path(*(_TEMPORARY_NAME.sub(r"\1", part) for part in path.parts))
+        again = "then run the same command again"
+        if number in {errno.ENOSPC, errno.EDQUOT}:
+            there = next(folder for folder in path.absolute().parents if folder.exists())
+            free = describe_bytes(shutil.disk_usage(there).free)
+            what = f"no space is left on the disk ({os.strerror(number)}; {free} are free)"
+            remedy = f"Delete some files, {again}; complete results are kept"
+            raise ValueError(f"{shown}: {what}. {remedy}") from error
+        name = getattr(error, "filename", None)
+        is_own = name is None or Path(name) in path.parents or path.parent in Path(name).parents
+        if number == errno.EROFS or (number in {errno.EACCES, errno.EPERM} and is_own):
+            what = f"it cannot be written ({os.strerror(number)})"
+            raise ValueError(f"{shown}: {what}. Make {shown.parent} writable, {again}") from error
+        if isinstance(error, OSError) and error.errno and name is None:
+            what = f"it could not be written ({error.strerror})"
+            raise ValueError(f"{shown}: {what}") from error
+        raise
+
+
+def link_or_copy(source: Path, target: Path) -> None:
+    """Make `target` the same file as `source`; on another file system, or without links, copy."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
 
 
 @contextmanager
 def hold_lock(path: Path, *, on_wait: Callable[[str], None] | None = None) -> Generator[None]:
     """Lock the file `path` during the block; a crash of the process also releases the lock.
 
-    If another process has the lock, call `on_wait` with that process's id, then wait. The lock file
-    is never deleted: two processes could then hold locks, on the deleted file and on a new file.
+    If another process has the lock, call `on_wait` with that process's id, then wait. An exception
+    of `on_wait` ends the waiting. The lock file is never deleted: two processes could then hold
+    locks, on the deleted file and on a new file.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a+") as file:
@@ -58,9 +136,10 @@ def hold_lock(path: Path, *, on_wait: Callable[[str], None] | None = None) -> Ge
             if on_wait is not None:
                 on_wait(file.read().strip() or "(unknown)")
             fcntl.flock(file, fcntl.LOCK_EX)
-        file.truncate(0)
-        file.write(str(os.getpid()))
-        file.flush()
+        with explain_failed_write(path):
+            file.truncate(0)
+            file.write(str(os.getpid()))
+            file.flush()
         yield
 
 
@@ -110,18 +189,3 @@ def check_free_space(folder: Path, num_bytes: int, *, ways_out: str = "") -> Non
             f"{describe_bytes(free)} are free, and {describe_bytes(SPARE_BYTES)} must stay free; "
             f"{remedy}{f', or {ways_out}' if ways_out else ''}"
         )
-
-
-@contextmanager
-def explain_full_disk(folder: Path) -> Generator[None]:
-    """If the block fails because the disk is full, raise a ValueError that says what to do."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in {errno.ENOSPC, errno.EDQUOT}:
-            raise
-        raise ValueError(
-            f"{folder}: no space is left on the disk ({error.strerror}; "
-            f"{describe_bytes(shutil.disk_usage(folder).free)} are free). Delete some files, then "
-            "run the same command again; complete results are kept"
-        ) from error

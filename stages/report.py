@@ -5,7 +5,7 @@ from stages.runtime.run import Run, execute
 from pathlib import Path
 
 from contradiff.config import Section, Seed
-from contradiff.files import replace_file
+from contradiff.files import replace_dir, replace_file
 from contradiff.report.figures import plot_losses
 from contradiff.report.page import render, summarise
 from contradiff.report.results import read_results
@@ -20,14 +20,15 @@ def main(params: Params, run: Run) -> None:
     page = Path("build/report/index.html")
     loss, loss_dark = (plot_losses(results.curve, dark=dark) for dark in (False, True))
     outs = {
-        Path("build/figures/loss.png"): loss,
-        page.with_name("report.md"): render("report.md", results).encode(),
-        page.with_name("summary.json"): summarise(results, report=page.as_posix()).encode(),
-        page: render("report.html", results, loss=loss, loss_dark=loss_dark).encode(),
+        "report.md": render("report.md", results).encode(),
+        "summary.json": summarise(results, report=page.as_posix()).encode(),
+        page.name: render("report.html", results, loss=loss, loss_dark=loss_dark).encode(),
     }
-    for path, content in outs.items():
-        with replace_file(path) as temporary:
-            temporary.write_bytes(content)
+    with replace_dir(page.parent) as folder:
+        for name, content in outs.items():
+            (folder / name).write_bytes(content)
+    with replace_file(Path("build/figures/loss.png")) as temporary:
+        temporary.write_bytes(loss)
     run.log(f"wrote {page}")
 
 

@@ -5,6 +5,7 @@ The stage runs at the end of every `dvc repro`, even if DVC took all other stage
 
 from stages.runtime.run import PARAMS_FILE, Run, execute
 from stages.runtime.tracking import upsert_row
+from stages.runtime.work_dir import delete_finished
 
 import json
 import textwrap
@@ -26,6 +27,7 @@ def main(_params: Params, run: Run) -> None:
         curve=Path("metrics/pretrain.csv"),
         artifacts=[Path("build/figures/samples.png"), Path("build/report")],
     )
+    delete_finished(run.root)  # DVC has recorded all results by now
     run.log(f"recorded in MLflow as run {run_id}; `mlflow ui` shows the results")
 
 

@@ -3,11 +3,14 @@
 import errno
 import os
 import shutil
+import subprocess
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
+from safetensors import SafetensorError
 
 from contradiff import files
 from contradiff.files import replace_dir, replace_file
@@ -83,10 +86,88 @@ def test_what_fits_with_some_to_spare_may_begin(tmp_path: Path, monkeypatch: pyt
     files.check_free_space(tmp_path, 0)
 
 
-@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
-def test_a_full_disk_is_explained(tmp_path: Path, number: int):
-    fault = rf"^{tmp_path}: no space is left .*run the same command again"
-    with pytest.raises(ValueError, match=fault), files.explain_full_disk(tmp_path):
-        raise OSError(number, os.strerror(number))
-    with pytest.raises(PermissionError), files.explain_full_disk(tmp_path):
-        raise PermissionError(errno.EACCES, "no")
+FULL = "no space is left on the disk .* Delete some files, then run the same command again"
+READ_ONLY = r"it cannot be written \(Read-only file system\)\. Make .* writable, then run"
+
+
+def os_error(number: int, *names: str) -> OSError:
+    return OSError(number, os.strerror(number), *names)
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (os_error(errno.ENOSPC), FULL),
+        (os_error(errno.EDQUOT), FULL),
+        (SafetensorError("I/O error: No space left on device (os error 28)"), FULL),
+        (shutil.Error([("a", "b", "[Errno 28] No space left on device: 'b'")]), FULL),
+        (os_error(errno.EROFS, ".a.part"), READ_ONLY),
+        (SafetensorError("I/O error: Read-only file system (os error 30)"), READ_ONLY),
+        (os_error(errno.EFBIG), r"it could not be written \(File too large\)$"),
+    ],
+)
+def test_a_failed_write_names_the_file_and_what_to_do(
+    tmp_path: Path, error: Exception, message: str
+):
+    path = tmp_path / "build/score.json"
+    for replace, written in ((replace_file, path), (replace_dir, path.parent)):
+        with pytest.raises(ValueError, match=f"^{written}: {message}"), replace(written):
+            raise error
+    # A file in a folder that is not complete yet is shown under its final name.
+    with (
+        pytest.raises(ValueError, match=f"^{path}: {message}"),
+        replace_dir(path.parent) as temporary,
+        replace_file(temporary / path.name),
+    ):
+        raise error
+    assert names(path.parent) == []
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        os_error(errno.EACCES, "/data/raw/a.png"),
+        os_error(errno.ENOENT, "/data/raw/a.png"),
+        ConnectionError("the server is away"),
+        SafetensorError("header too small"),
+        KeyError("a bug"),
+    ],
+)
+def test_other_errors_inside_a_write_stay_as_they_are(tmp_path: Path, error: Exception):
+    with pytest.raises(type(error)) as caught, replace_file(tmp_path / "score.json"):
+        raise error
+    assert caught.value is error
+
+
+def test_a_folder_without_permission_is_named(tmp_path: Path):
+    """As root, nothing is forbidden: the errors of `mkdir` and `open` are raised here."""
+    path = tmp_path / "build/score.json"
+    for refused in (path.parent, path.with_name(".score.json.1.part")):
+        expected = pytest.raises(ValueError, match=rf"^{path}: it .*Permission denied")
+        with expected, replace_file(path):
+            raise os_error(errno.EACCES, str(refused))
+
+
+def test_what_killed_processes_left_is_deleted(tmp_path: Path):
+    killed = subprocess.Popen(["true"])
+    killed.wait()
+    of_killed = tmp_path / f".latents.{killed.pid}.part"
+    of_living, of_others = (tmp_path / f".latents.{os.getppid()}.part", tmp_path / ".index.1.part")
+    for folder in (of_killed, of_living, of_others):
+        folder.mkdir()
+        (folder / "half").touch()
+    with replace_dir(tmp_path / "latents"):
+        pass
+    assert names(tmp_path) == sorted([".index.1.part", of_living.name, "latents"])
+
+
+def test_a_linked_file_is_the_same_and_without_links_a_copy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    (source := tmp_path / "a").write_text("whole")
+    files.link_or_copy(source, tmp_path / "b")
+    assert source.samefile(tmp_path / "b")
+    monkeypatch.setattr(os, "link", Mock(side_effect=os_error(errno.EXDEV)))
+    files.link_or_copy(source, tmp_path / "c")
+    assert (tmp_path / "c").read_text() == "whole"
+    assert not source.samefile(tmp_path / "c")

@@ -9,7 +9,6 @@ import json
 import math
 import multiprocessing
 import os
-import shutil
 import signal
 import threading
 import time
@@ -24,7 +23,7 @@ from typing import Any, TypeVar
 
 from contradiff.data.shard_info import ShardInfo
 from contradiff.data.shards import Shard, ShardIndex
-from contradiff.files import explain_full_disk, replace_file
+from contradiff.files import link_or_copy, replace_file
 from contradiff.processes import Processes
 
 STATE_VERSION = 1
@@ -78,15 +77,14 @@ def map_shards(
     processes.barrier()  # every process lists missing items before any process writes
     own = missing[processes.rank :: processes.size]
     try:
-        with explain_full_disk(work_dir):
-            results = ((item, make(item, crew.advance)) for item in own)
-            if num_workers and own:
-                results = _in_workers(make, own, num_workers, size_of, crew.advance)
-            for item, made in results:
-                crew.tell()  # first: when all notes exist, all progress must be known
-                with replace_file(work_dir / f"{name_of(item)}.json") as path:
-                    path.write_text(json.dumps(asdict(made)), encoding="utf-8")
-            crew.wait(lambda: not missing_items(items, work_dir, name_of=name_of))
+        results = ((item, make(item, crew.advance)) for item in own)
+        if num_workers and own:
+            results = _in_workers(make, own, num_workers, size_of, crew.advance)
+        for item, made in results:
+            crew.tell()  # first: when all notes exist, all progress must be known
+            with replace_file(work_dir / f"{name_of(item)}.json") as path:
+                path.write_text(json.dumps(asdict(made)), encoding="utf-8")
+        crew.wait(lambda: not missing_items(items, work_dir, name_of=name_of))
     except BaseException:  # a killed process cannot write the file; torchrun ends the others
         with suppress(OSError):  # on a full disk this fails too; the first error counts
             crew.file("failed", processes.rank).touch()
@@ -108,19 +106,17 @@ def missing_items(
 def publish_shards(
     folder: Path, work_dir: Path, made: Iterable[tuple[str, Made]], info: ShardInfo
 ) -> None:
-    """Move finished shards from `work_dir` to `folder`, which is empty, and write their index.
+    """Link or copy finished shards from `work_dir` to the empty `folder`, and write their index.
 
-    `made` has the split and the result of each item. The index contains `info`. Raises ValueError
-    if the disk is full.
+    `made` has the split and the result of each item. The index contains `info`. The shards stay in
+    `work_dir`, so that nothing is lost if the process is killed before `folder` is complete.
     """
     splits: dict[str, tuple[Shard, ...]] = {}
     for split, item in made:
         splits[split] = (*splits.get(split, ()), *item.files)
-    with explain_full_disk(folder.parent):
-        # Write the index first: if the disk is full, this fails before any shard has been moved.
-        ShardIndex(splits, info).write(folder)
-        for shard in chain(*splits.values()):
-            shutil.move(work_dir / shard.name, folder / shard.name)
+    for shard in chain(*splits.values()):
+        link_or_copy(work_dir / shard.name, folder / shard.name)
+    ShardIndex(splits, info).write(folder)
 
 
 def _read_note(note: Path) -> Made | None:

@@ -1,7 +1,6 @@
 """Run a feature model on all image shards, and store the features as a cache (see `cache`)."""
 
 import json
-import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ from contradiff.features.diffeed import NUM_PASSES
 from contradiff.features.models import DiffusionFeatures, FeatureModel
 from contradiff.features.params import FeaturesParams
 from contradiff.features.timm_backbone import TimmFeatures
-from contradiff.files import explain_full_disk, replace_dir, replace_file, sha256_of
+from contradiff.files import link_or_copy, replace_dir, replace_file, sha256_of
 from contradiff.method.attention import TriTimestepAttention
 from contradiff.method.checkpoint import Architecture, read_config
 from contradiff.method.unet import block_channels
@@ -40,7 +39,7 @@ def write_cache(
     processes: Processes,
     on_progress: Tick,
 ) -> None:
-    """Compute the features of all unfinished shards in `work_dir`; then move all files to `folder`.
+    """Compute the features of all unfinished shards in `work_dir`; then link all files to `folder`.
 
     If the run is interrupted, `work_dir` keeps the finished shards. All processes share `work_dir`.
     `on_progress` first gets the number of images that were already done, then the size of each new
@@ -81,7 +80,7 @@ def write_cache(
     files: dict[str, list[tuple[Shard, ...]]] = {}
     for (split, _), each in zip(images.shards, made, strict=True):
         files.setdefault(split, []).append(each.files)
-    with replace_dir(folder) as temporary, explain_full_disk(folder.parent):
+    with replace_dir(folder) as temporary:
         head: dict[str, int] | None = None
         if isinstance(model, DiffusionFeatures) and model.keep_maps:
             head, attention = initial_attention(model, models.checkpoint)
@@ -98,9 +97,8 @@ def write_cache(
             maps={split: tuple(own[1] for own in files[split]) for split in files if head},
             made_with=made_with,
         ).write(temporary)
-        # Moved last: if the disk gets full before, `work_dir` still has the files.
         for file in (file for each in made for file in each.files):
-            shutil.move(work_dir / file.name, temporary / file.name)
+            link_or_copy(work_dir / file.name, temporary / file.name)
 
 
 def to_stored(

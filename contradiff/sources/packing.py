@@ -9,8 +9,6 @@ other shard.
 """
 
 import json
-import os
-import shutil
 import tarfile
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -24,7 +22,7 @@ from contradiff.config import Section
 from contradiff.data.map_shards import Made, Tick
 from contradiff.data.shard_info import ImageInfo
 from contradiff.data.shards import Record, Shard, ShardIndex, ShardParams, shard_name, write_shard
-from contradiff.files import explain_full_disk, replace_file
+from contradiff.files import link_or_copy, replace_file
 from contradiff.sources.image_check import Verify, check_image
 from contradiff.sources.listing import SPLITS, ImageFile, Listing, Read, describe_ignored
 
@@ -204,14 +202,10 @@ def publish(
     if any(listing.ignored.values()):
         described["ignored"] = listing.ignored
     info = ImageInfo.model_validate(described)
-    with explain_full_disk(folder):
-        for shard in (shard for shards in splits.values() for shard in shards):
-            try:
-                os.link(maker.work / shard.name, folder / shard.name)
-            except OSError:  # another file system, or a file system without links
-                shutil.copyfile(maker.work / shard.name, folder / shard.name)
-        _write_json(folder / QUARANTINE_NAME, unreadable)
-        ShardIndex(splits, info).write(folder)
+    for shard in (shard for shards in splits.values() for shard in shards):
+        link_or_copy(maker.work / shard.name, folder / shard.name)
+    _write_json(folder / QUARANTINE_NAME, unreadable)
+    ShardIndex(splits, info).write(folder)
     return info
 
 

@@ -38,7 +38,7 @@ def train(
     saved: SavedState | None = None,
     accelerator: "Accelerator | None" = None,
 ) -> None:
-    """Run all steps, report values, and save the state every `saved.every` steps.
+    """Run all steps, report values, and save the state every `saved.every` steps and at the end.
 
     There is a report if `is_reported` returns true, at the last step, and before a state is saved.
     If a reported value is not finite, the state is not saved, and the training ends with a
@@ -85,9 +85,11 @@ def train(
             if update_average is not None:
                 update_average(done)
             stop = agree(signalled())
-            due = saved if saved is not None and (stop or done % saved.every == 0) else None
+            is_last = done == steps.stop
+            is_due = saved is not None and (stop or is_last or done % saved.every == 0)
+            due = saved if is_due else None
             row = None
-            if due is not None or is_reported(done) or done == steps.stop:
+            if due is not None or is_reported(done) or is_last:
                 row = {name: _read(value, accelerator) for name, value in values.items()}
                 for name, value in row.items():
                     if not math.isfinite(value):

@@ -7,7 +7,7 @@ from stages.runtime.launch import (
     num_processes,
     run_several,
 )
-from stages.runtime.work_dir import key_of, take_up
+from stages.runtime.work_dir import code_digest, finish, key_of, lock_of, take_up
 
 import argparse
 import inspect
@@ -205,7 +205,9 @@ class Run:
 
         The next run must have the same `params`, and the same content of the files and folders
         `inputs`. A folder of another `state_version` is emptied. If another run uses the folder,
-        this run waits. After the block, the folder is deleted, unless the block failed.
+        this run waits, and then takes the finished work over. DVC may have been killed before it
+        recorded a result. So a run of DVC takes finished work over, but a run by hand begins again.
+        The stage `track` deletes finished work.
         """
         key = key_of(self.stage, params=params, inputs=inputs)
         folder = self.root / ".work" / self.stage / key
@@ -213,12 +215,18 @@ class Run:
         if not self.is_main:
             yield folder
             return
-        lock = self.root / ".work/locks" / f"{self.stage}-{key}"
-        wait = "waiting for process {}, which is doing the same work"
-        with hold_lock(lock, on_wait=lambda pid: self.log(wait.format(pid))):
-            take_up(folder, state_version=state_version, log=self.log)
+        code, take_over = code_digest(), "DVC_ROOT" in os.environ
+
+        def wait(pid: str) -> None:
+            nonlocal take_over
+            take_over = True
+            self.log(f"waiting for process {pid}, which is doing the same work")
+
+        with hold_lock(lock_of(self.root, self.stage, key), on_wait=wait):
+            usable = code if take_over else None
+            take_up(folder, state_version=state_version, code=usable, log=self.log)
             yield folder
-            shutil.rmtree(folder, ignore_errors=True)
+            finish(folder, code=code)
 
 
 def execute(

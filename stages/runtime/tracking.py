@@ -12,6 +12,7 @@ import json
 import logging
 import math
 import os
+import socket
 import sys
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
@@ -20,7 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from contradiff.files import hold_lock, replace_file, sha256_of
+from contradiff.files import check_free_space, hold_lock, replace_file, sha256_of
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -53,6 +54,11 @@ class Store:
     uri: str
     root: Path
 
+    @property
+    def is_server(self) -> bool:
+        """Whether a server keeps the files of runs. Otherwise this project keeps them."""
+        return self.uri.startswith(("http", "databricks"))
+
     def locked(self) -> AbstractContextManager[None]:
         """Hold a lock, so that two processes of this project do not create the same run."""
         return hold_lock(self.root / ".work/locks/mlflow")
@@ -64,10 +70,8 @@ class Store:
                 _warn(f"the experiment {name} was deleted; it is restored with its runs")
                 self.client.restore_experiment(experiment.experiment_id)
             return experiment.experiment_id
-        # By default, MLflow would keep files in the current folder, perhaps a temporary copy. A
-        # server keeps files itself.
-        is_server = self.uri.startswith(("http", "databricks"))
-        location = None if is_server else (self.root / "mlruns" / name).as_uri()
+        # By default, MLflow would keep files in the current folder, perhaps a temporary copy.
+        location = None if self.is_server else (self.root / "mlruns" / name).as_uri()
         return self.client.create_experiment(name, artifact_location=location)
 
     def create_run(self, experiment: str, *, run: Run, params: Any, **tags: str) -> str:
@@ -78,6 +82,18 @@ class Store:
         created = self.client.create_run(self.experiment_id(experiment), tags=tags, run_name=name)
         self.log(created.info.run_id, params=flatten_params(params))
         return created.info.run_id
+
+    def end_killed(self, experiment: str, place: str) -> None:
+        """End the runs that killed processes left "running" with the tag `place`.
+
+        A run without values is deleted. Use within `locked`.
+        """
+        where = f"tags.`contradiff.work` = '{place}' and attributes.status = 'RUNNING'"
+        for left in self.client.search_runs([self.experiment_id(experiment)], where):
+            if left.data.metrics:
+                self.client.set_terminated(left.info.run_id, status="KILLED")
+            else:
+                self.client.delete_run(left.info.run_id)
 
     def log(
         self, run_id: str, *, points: Sequence[Point] = (), params: Mapping[str, str] | None = None
@@ -191,8 +207,10 @@ def training_run(
             store.client.update_run(known["run_id"], status="RUNNING")
             log = _TrainingLog(store, note, known["run_id"], known["last_step"])
         else:
-            tags = {"world_size": os.environ.get("WORLD_SIZE", "1")}
+            place = hashlib.sha256(f"{socket.gethostname()}:{note.resolve()}".encode()).hexdigest()
+            tags = {"world_size": os.environ.get("WORLD_SIZE", "1"), "contradiff.work": place}
             with store.locked():
+                store.end_killed(TRAININGS, place)
                 run_id = store.create_run(TRAININGS, run=run, params=params, **tags)
             log = _TrainingLog(store, note, run_id)
             log.remember(log.last_step)
@@ -232,6 +250,9 @@ def upsert_row(
     content = {"params": flatten_params(params), "files": hashes}
     key = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:32]
     points = list(_points(metrics, curve))
+    if not store.is_server:  # otherwise a full disk would leave a half-written page in MLflow
+        files = (file for path in artifacts for file in (path, *path.rglob("*")) if file.is_file())
+        check_free_space(store.root, sum(file.stat().st_size for file in files))
     try:
         with store.locked():
             run_id = None

@@ -3,38 +3,92 @@
 The name depends on the stage, its parameters and the content of its inputs, but not on the code. So
 a training can continue after a small change of the code. If the change makes old unfinished work
 unusable, the stage gets a new `state_version`, and the old work is deleted.
+
+Finished work stays until the stage `track`, because DVC can be killed before it has recorded the
+result. The next run then takes the finished work over, if the code is still the same.
 """
 
 import hashlib
 import json
+import os
 import shutil
 import subprocess
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from pydantic import BaseModel
 
-from contradiff.files import replace_file, sha256_of
+from contradiff.files import hold_lock, replace_file, sha256_of
 
 NOTE_NAME = "begun.json"
+_CODE = Path(__file__).resolve().parents[2]
 
 
-def take_up(folder: Path, *, state_version: int, log: Callable[[str], None]) -> None:
-    """Prepare a work folder: empty the folder if another `state_version` wrote it."""
+def take_up(
+    folder: Path, *, state_version: int, code: str | None, log: Callable[[str], None]
+) -> None:
+    """Prepare a work folder: empty it if the work in it cannot be used.
+
+    Work of another `state_version` cannot be used. Finished work is used only if its code had the
+    digest `code`.
+    """
     note, commit = folder / NOTE_NAME, revision() or "no commit"
     begun = json.loads(note.read_text(encoding="utf-8")) if note.is_file() else None
-    if begun is not None and begun["state_version"] == state_version:
-        if begun["commit"] != commit:
-            log(f"resuming work that commit {begun['commit']} began; the code is now {commit}")
-        return
-    if begun is not None:
+    if begun is not None and begun["state_version"] != state_version:
         log(
             f"starting again: the unfinished work has version {begun['state_version']}, but this "
             f"code needs version {state_version}"
         )
+    elif begun is not None and (finished := begun.get("finished")):
+        if finished["code"] == code:
+            what = f"process {finished['pid']} has finished the same work; taking its result over"
+            log(f"{what} (to compute it again, delete {folder})")
+            return
+    elif begun is not None:
+        if begun["commit"] != commit:
+            log(f"resuming work that commit {begun['commit']} began; the code is now {commit}")
+        return
+    if begun is not None:
         shutil.rmtree(folder, ignore_errors=True)
-    with replace_file(note) as path:
-        path.write_text(json.dumps({"state_version": state_version, "commit": commit}))
+    _write_note(folder, {"state_version": state_version, "commit": commit})
+
+
+def finish(folder: Path, *, code: str) -> None:
+    """Note that the work in a work folder is finished, and the digest of the code that did it."""
+    begun = json.loads((folder / NOTE_NAME).read_text(encoding="utf-8"))
+    _write_note(folder, begun | {"finished": {"pid": os.getpid(), "code": code}})
+
+
+def delete_finished(root: Path) -> None:
+    """Delete the finished work of all stages, except work that a process is taking over now."""
+
+    def skip(_pid: str) -> None:
+        raise BlockingIOError
+
+    for note in root.glob(f".work/*/*/{NOTE_NAME}"):
+        lock = lock_of(root, *note.parts[-3:-1])
+        with suppress(BlockingIOError), hold_lock(lock, on_wait=skip):
+            if note.is_file() and "finished" in json.loads(note.read_text(encoding="utf-8")):
+                shutil.rmtree(note.parent, ignore_errors=True)
+
+
+def lock_of(root: Path, stage: str, key: str) -> Path:
+    """Return the file that a process locks while it uses the work folder of a stage and a key."""
+    return root / ".work/locks" / f"{stage}-{key}"
+
+
+def code_digest() -> str:
+    """Return a hash of all Python files of the stages and the library."""
+    files = (file for room in ("contradiff", "stages") for file in (_CODE / room).rglob("*.py"))
+    lines = (f"{file.relative_to(_CODE)} {sha256_of(file)}\n" for file in sorted(files))
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+def _write_note(folder: Path, content: Mapping[str, Any]) -> None:
+    with replace_file(folder / NOTE_NAME) as path:
+        path.write_text(json.dumps(content), encoding="utf-8")
 
 
 def revision(*, short: bool = False) -> str | None:

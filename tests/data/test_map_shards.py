@@ -1,6 +1,5 @@
 """Everything is made once: by several processes, after a kill, and when a file has gone."""
 
-import errno
 import os
 import signal
 import subprocess
@@ -69,13 +68,6 @@ def test_a_moved_or_shortened_file_is_made_again(tmp_path: Path):
     (tmp_path / "shard-5.json").unlink()
     again = Maker(tmp_path)
     assert (again.map(), again.asked) == (made, [2, 4, 5])
-
-
-def test_a_full_disk_is_told(tmp_path: Path):
-    fault = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-    with pytest.raises(ValueError, match=r"no space is left .*run the same command again"):
-        Maker(tmp_path, faults={1: fault}).map()
-    assert missing_items(ITEMS, tmp_path, name_of=name_of) == ITEMS[1:]
 
 
 def in_threads(size: int, work: Callable[[Processes], object]) -> list[object]:

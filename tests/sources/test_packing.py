@@ -284,7 +284,9 @@ def test_full_disk_leaves_whole_shards(tmp_path: Path, monkeypatch: pytest.Monke
 
     written = TarWriter.write
     monkeypatch.setattr(TarWriter, "write", write)
-    message = rf"^{re.escape(str(tmp_path / 'work'))}: no space is left .* files, then run the"
+    message = (
+        rf"^{re.escape(str(tmp_path / 'work'))}/train-00001\.tar: no space is left .* then run"
+    )
     with pytest.raises(ValueError, match=message):
         source.pack(tmp_path)
     left = {path.name for path in (tmp_path / "work").glob("*.tar*")}

@@ -111,7 +111,7 @@ def test_a_stopped_stage_goes_on_shard_by_shard(
     encoded.clear()
     with monkeypatch.context() as patch:
         patch.setattr(latents.shards.ShardIndex, "write", full_disk)
-        with pytest.raises(ValueError, match=r"^build: no space is left .*same command again"):
+        with pytest.raises(ValueError, match=r"^build/latents: no space is left .*command again"):
             latents.main(params_of(min_psnr=2.0), run)  # which decides nothing about the shards
     # 12 of 24 training images; the validation images once for the check and once for their shards
     assert sorted(encoded) == sorted(

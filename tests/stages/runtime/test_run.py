@@ -5,7 +5,7 @@ from stages.runtime import work_dir
 from stages.runtime.launch import num_processes
 from stages.runtime.run import Run, RuntimeParams, execute
 from stages.runtime.tracking import training_run
-from stages.runtime.work_dir import NOTE_NAME, key_of
+from stages.runtime.work_dir import NOTE_NAME, delete_finished, key_of
 
 import importlib.util
 import json
@@ -287,18 +287,45 @@ def leave_work(run: Run, params: Mapping[str, object]) -> Path:
     return folder
 
 
-def test_work_is_kept_on_failure_and_deleted_on_success(run: Run):
+def test_unfinished_work_goes_on(run: Run):
     folder = leave_work(run, {"seed": 0})
     with run.work_dir({"seed": 0}, [], state_version=1) as again:
         assert again == folder
         assert (again / "checkpoint").exists()
-    assert not folder.exists()
-    with run.work_dir({"seed": 0}, [], state_version=1) as fresh:
-        assert [file.name for file in fresh.iterdir()] == [NOTE_NAME]
+
+
+@pytest.mark.parametrize(
+    ("by_dvc", "edited", "taken_over"),
+    [(True, False, True), (True, True, False), (False, False, False)],
+)
+def test_finished_work_is_taken_over_if_dvc_may_not_have_recorded_it(
+    run: Run, monkeypatch: pytest.MonkeyPatch, *, by_dvc: bool, edited: bool, taken_over: bool
+):
+    """A result of other code, or of another run by hand, is computed again."""
+    with run.work_dir({"seed": 0}, [], state_version=1) as folder:
+        (folder / "checkpoint").touch()
+    if by_dvc:
+        monkeypatch.setenv("DVC_ROOT", str(run.root))
+    if edited:
+        monkeypatch.setattr(run_module, "code_digest", lambda: "of other code")
+    with run.work_dir({"seed": 0}, [], state_version=1) as again:
+        left = {file.name for file in again.iterdir()}
+        assert left == ({"checkpoint", NOTE_NAME} if taken_over else {NOTE_NAME})
+
+
+def test_only_finished_work_that_nobody_uses_is_deleted(run: Run):
+    unfinished = leave_work(run, {"seed": 0})
+    with run.work_dir({"seed": 1}, [], state_version=1) as finished:
+        pass
+    with run.work_dir({"seed": 2}, [], state_version=1) as used:
+        delete_finished(run.root)
+        assert (unfinished.exists(), finished.exists(), used.exists()) == (True, False, True)
+    delete_finished(run.root)
+    assert (unfinished.exists(), used.exists()) == (True, False)
 
 
 @pytest.mark.parametrize("killed", [False, True])
-def test_the_same_work_waits_for_the_end_of_another_process(
+def test_the_same_work_waits_for_another_process_and_takes_its_result_over(
     run: Run, capfd: pytest.CaptureFixture[str], *, killed: bool
 ):
     context = multiprocessing.get_context("fork")
@@ -317,10 +344,11 @@ def test_the_same_work_waits_for_the_end_of_another_process(
         process.kill()
         process.join()
     with run.work_dir({"seed": 0}, [], state_version=1) as folder:
-        assert (folder / "checkpoint").exists() == killed
+        assert (folder / "checkpoint").exists()
     process.join()
-    waited = f"waiting for process {process.pid}" in capfd.readouterr().err
-    assert waited != killed
+    said = capfd.readouterr().err
+    assert (f"waiting for process {process.pid}, which is doing the same" in said) != killed
+    assert (f"process {process.pid} has finished the same work; taking its " in said) != killed
 
 
 def test_work_goes_on_under_another_commit_but_not_with_another_state(
