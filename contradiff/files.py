@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 SPARE_BYTES = 50_000_000
 """Bytes that `check_free_space` leaves free for other files that a run writes."""
 
-_TEMPORARY_NAME = re.compile(r"\.(.+)\.(\d+)\.part")
+_TEMPORARY_NAME = re.compile(r"^\.(.+)\.(\d+)\.part$")
 """Name of a temporary file or folder: the final name and the id of the process."""
 
 

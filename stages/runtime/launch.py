@@ -39,9 +39,9 @@ def num_processes() -> int:
 def run_several(module: str, *, count: int) -> int:
     """Run `python -m module` in `count` processes, and wait for them.
 
-    Returns 0, or the exit code of the first process that failed. If a signal ends this process and
-    another process has said so, the code is 128 + the signal's number. Otherwise raises `Stopped`.
-    Raises ChildProcessError if a process was killed.
+    Returns 0, or the exit code of a process that failed. If a signal ends this process and another
+    process has said so, the code is 128 + the signal's number. Otherwise raises `Stopped`. Raises
+    ChildProcessError if a process was killed.
     """
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -70,7 +70,8 @@ def run_several(module: str, *, count: int) -> int:
                 raise Stopped(error.sigval) from None
             return 128 + error.sigval
         except ChildFailedError as error:
-            rank, failure = error.get_first_failure()
+            # If one process is killed, the others fail because they miss it.
+            rank, failure = min(error.failures.items(), key=lambda item: item[1].exitcode)
             if failure.exitcode >= 0:
                 return failure.exitcode
             killed = f"process {rank} was killed by {signal.Signals(-failure.exitcode).name}"

@@ -47,6 +47,7 @@ STRATEGIES = {
     *("ACCELERATE_USE_PARALLELISM_CONFIG", "ACCELERATE_USE_SAGEMAKER"),
 }
 """Environment variables that ask Accelerate for a training strategy."""
+_LOST_CONNECTION = "(?i)closed by peer|reset by peer|broken pipe|pair closure|remote process exited"
 
 Advance = Callable[..., None]
 """`advance(n, name=value, ...)` moves a progress bar by n units and shows the named values."""
@@ -205,9 +206,11 @@ class Run:
 
         The next run must have the same `params`, and the same content of the files and folders
         `inputs`. A folder of another `state_version` is emptied. If another run uses the folder,
-        this run waits, and then takes the finished work over. DVC may have been killed before it
-        recorded a result. So a run of DVC takes finished work over, but a run by hand begins again.
-        The stage `track` deletes finished work.
+        this run waits. After the block, the folder is deleted, unless the block failed.
+
+        If DVC has started this run, finished work stays until the stage `track`, because DVC may be
+        killed before it records the result. A later run of DVC, or a run that has waited, takes the
+        finished work over.
         """
         key = key_of(self.stage, params=params, inputs=inputs)
         folder = self.root / ".work" / self.stage / key
@@ -215,7 +218,8 @@ class Run:
         if not self.is_main:
             yield folder
             return
-        code, take_over = code_digest(), "DVC_ROOT" in os.environ
+        code, by_dvc = code_digest(), "DVC_ROOT" in os.environ
+        take_over = by_dvc
 
         def wait(pid: str) -> None:
             nonlocal take_over
@@ -226,7 +230,10 @@ class Run:
             usable = code if take_over else None
             take_up(folder, state_version=state_version, code=usable, log=self.log)
             yield folder
-            finish(folder, code=code)
+            if by_dvc:
+                finish(folder, code=code)
+            else:
+                shutil.rmtree(folder, ignore_errors=True)
 
 
 def execute(
@@ -279,6 +286,12 @@ def execute(
     except Stopped as error:
         is_shown = error.saved or not is_started_here()
         text, code = str(error) if is_shown else "", 128 + error.number
+    except RuntimeError as error:
+        # torch has no class for this error, which comes from gloo, NCCL or the store.
+        if not is_joined() or not re.search(_LOST_CONNECTION, str(error)):
+            raise
+        # The process that has ended says why; if it was killed, the one that has started it does.
+        text, code = "" if is_started_here() else "another process has ended", 2
     message = f"contradiff: {stage}: {text}"
     if text and is_new_message(message):
         print(message, file=sys.stderr)

@@ -4,8 +4,8 @@ The name depends on the stage, its parameters and the content of its inputs, but
 a training can continue after a small change of the code. If the change makes old unfinished work
 unusable, the stage gets a new `state_version`, and the old work is deleted.
 
-Finished work stays until the stage `track`, because DVC can be killed before it has recorded the
-result. The next run then takes the finished work over, if the code is still the same.
+If DVC runs the stage, finished work stays until the stage `track`, because DVC can be killed before
+it has recorded the result. The next run takes finished work over, if the code is still the same.
 """
 
 import hashlib

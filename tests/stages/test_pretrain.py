@@ -10,12 +10,15 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
+from mlflow import MlflowClient
 from ruamel.yaml import YAML
 
 from contradiff.config import parse, read_params
@@ -274,3 +277,44 @@ def test_two_processes_train_as_one(
     assert len(alone) == len(together) == 4 * 24 // 8
     for one, two in zip(alone[:num_rows], together[:num_rows], strict=True):
         assert two == pytest.approx(one, rel=tolerance)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("trained_project")
+def test_a_killed_process_ends_the_training_and_another_number_of_processes_goes_on(
+    tiny: dict[str, Any],
+):
+    """Three processes cannot share a batch of eight, so they are refused."""
+    tiny["pretrain"]["epochs"] = 60
+    tiny["runtime"] |= {"device": "cpu", "checkpoint_every": 1}
+    YAML().dump(tiny, Path("params.yaml"))
+
+    def start(number: int) -> "subprocess.Popen[str]":
+        environment = os.environ | {"PYTHONPATH": str(ROOT)}
+        environment["CONTRADIFF_NUM_PROCESSES"] = str(number)
+        command = [sys.executable, "-m", "stages.pretrain"]
+        return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
+
+    training = start(2)
+    while not list(Path(".work/pretrain").glob("*/state.safetensors")):
+        assert training.poll() is None
+        time.sleep(0.05)
+    ranks = psutil.Process(training.pid).children(recursive=True)
+    next(rank for rank in ranks if rank.environ().get("RANK") == "1").kill()
+    _, said = training.communicate(timeout=60)
+    assert training.returncode == 2
+    assert "process 1 was killed by SIGKILL, perhaps because memory ran out" in said
+    assert "Traceback" not in said
+    refused = start(3)
+    message = "pretrain.batch_size: 8 must be a multiple of 3 (processes)"
+    assert message in refused.communicate()[1]
+    assert refused.returncode == 2
+    alone = start(1)
+    alone.communicate()
+    assert alone.returncode == 0
+    client = MlflowClient(os.environ["MLFLOW_TRACKING_URI"])
+    trainings = client.get_experiment_by_name("contradiff-train").experiment_id
+    [run] = client.search_runs([trainings])  # the one that two processes began
+    assert (run.info.status, run.data.tags["world_size"]) == ("FINISHED", "2")
+    steps = [point.step for point in client.get_metric_history(run.info.run_id, "train/loss")]
+    assert steps == sorted(set(steps))

@@ -287,11 +287,14 @@ def leave_work(run: Run, params: Mapping[str, object]) -> Path:
     return folder
 
 
-def test_unfinished_work_goes_on(run: Run):
+def test_work_is_kept_on_failure_and_deleted_on_success(run: Run):
     folder = leave_work(run, {"seed": 0})
     with run.work_dir({"seed": 0}, [], state_version=1) as again:
         assert again == folder
         assert (again / "checkpoint").exists()
+    assert not folder.exists()
+    with run.work_dir({"seed": 0}, [], state_version=1) as fresh:
+        assert [file.name for file in fresh.iterdir()] == [NOTE_NAME]
 
 
 @pytest.mark.parametrize(
@@ -301,11 +304,12 @@ def test_unfinished_work_goes_on(run: Run):
 def test_finished_work_is_taken_over_if_dvc_may_not_have_recorded_it(
     run: Run, monkeypatch: pytest.MonkeyPatch, *, by_dvc: bool, edited: bool, taken_over: bool
 ):
-    """A result of other code, or of another run by hand, is computed again."""
+    """With other code, or by hand, it is computed again."""
+    monkeypatch.setenv("DVC_ROOT", str(run.root))
     with run.work_dir({"seed": 0}, [], state_version=1) as folder:
         (folder / "checkpoint").touch()
-    if by_dvc:
-        monkeypatch.setenv("DVC_ROOT", str(run.root))
+    if not by_dvc:
+        monkeypatch.delenv("DVC_ROOT")
     if edited:
         monkeypatch.setattr(run_module, "code_digest", lambda: "of other code")
     with run.work_dir({"seed": 0}, [], state_version=1) as again:
@@ -313,7 +317,8 @@ def test_finished_work_is_taken_over_if_dvc_may_not_have_recorded_it(
         assert left == ({"checkpoint", NOTE_NAME} if taken_over else {NOTE_NAME})
 
 
-def test_only_finished_work_that_nobody_uses_is_deleted(run: Run):
+def test_only_finished_work_that_nobody_uses_is_deleted(run: Run, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("DVC_ROOT", str(run.root))
     unfinished = leave_work(run, {"seed": 0})
     with run.work_dir({"seed": 1}, [], state_version=1) as finished:
         pass
@@ -326,7 +331,7 @@ def test_only_finished_work_that_nobody_uses_is_deleted(run: Run):
 
 @pytest.mark.parametrize("killed", [False, True])
 def test_the_same_work_waits_for_another_process_and_takes_its_result_over(
-    run: Run, capfd: pytest.CaptureFixture[str], *, killed: bool
+    run: Run, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], *, killed: bool
 ):
     context = multiprocessing.get_context("fork")
     ready = context.Event()
@@ -338,7 +343,9 @@ def test_the_same_work_waits_for_another_process_and_takes_its_result_over(
             time.sleep(60 if killed else 0.5)
 
     process = context.Process(target=work)
-    process.start()
+    with monkeypatch.context() as patch:
+        patch.setenv("DVC_ROOT", str(run.root))
+        process.start()
     assert ready.wait(timeout=60)
     if killed:
         process.kill()

@@ -6,11 +6,14 @@ from stages.runtime.tracking import connect, training_run, upsert_row
 
 import json
 import multiprocessing
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
+from mlflow import MlflowClient
 
 from stages.track import table
 
@@ -153,6 +156,15 @@ class TestRow:
         [row] = records(client, "contradiff")
         assert row.data.params == FLAT
 
+    def test_no_row_begins_without_room_for_its_files(
+        self, record: Record, root: Path, client: Any, monkeypatch: pytest.MonkeyPatch
+    ):
+        usage = shutil.disk_usage(root)._replace(free=100)
+        monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
+        with pytest.raises(ValueError, match=rf"^{root}: 0\.0 kB are to be written, but only "):
+            record()
+        assert records(client, "contradiff") == []
+
     def test_training_is_its_child_while_it_is_there(
         self, record: Record, train: Train, client: Any
     ):
@@ -179,6 +191,24 @@ class TestTraining:
         assert (record.info.status, record.data.params) == ("FINISHED", FLAT)
         expected = [(step, 1.0 - step / 8) for step in range(6)]
         assert curve(client, record.info.run_id, "loss") == expected
+
+    def test_no_run_of_a_killed_process_stays_open(
+        self, train: Train, client: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ):
+        """The process dies before the run's id is noted. Then its work folder is lost, too."""
+        for dies_in, left in (
+            ((tracking._TrainingLog, "remember"), ["FINISHED"]),
+            ((MlflowClient, "set_terminated"), ["FINISHED", "FINISHED", "KILLED"]),
+        ):
+            with monkeypatch.context() as patch:
+                patch.setattr(*dies_in, Mock(side_effect=KeyboardInterrupt))
+                with pytest.raises(KeyboardInterrupt):
+                    train(range(1))
+            (tmp_path / "mlflow.json").unlink(missing_ok=True)
+            train(range(2))
+            (tmp_path / "mlflow.json").unlink()
+            found = records(client, "contradiff-train")
+            assert sorted(record.info.status for record in found) == left
 
     def test_store_that_fails_costs_a_warning(
         self, train: Train, client: Any, monkeypatch: pytest.MonkeyPatch, capfd: Any

@@ -1,0 +1,136 @@
+"""A small finished project (presets/smoke.yaml), whose stages the fault programs run again."""
+
+import fcntl
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ruamel.yaml import YAML
+
+from bench._copies import copy_project, run_in
+from contradiff.config import read_params
+
+HOOK = Path(__file__).with_name("hook")
+STAGES = (
+    *("validate", "prepare", "shard", "base", "latents", "pretrain", "class_condition", "features"),
+    *("baselines", "probe", "transfer", "separability", "conditions", "generate", "extractor"),
+    *("reference", "score", "report", "track"),
+)
+"""All stages that `dvc repro` runs, in an order that it could take."""
+
+
+@dataclass(frozen=True)
+class Project:
+    """A finished project, and the contents of its outs when it was finished.
+
+    `writes` lists each stage's writes by name, in order.
+    """
+
+    folder: Path
+    outs: Mapping[str, Mapping[str, bytes]]
+    writes: Mapping[str, Sequence[str]]
+
+    @classmethod
+    def open(cls, folder: Path) -> "Project":
+        """Open the project in `folder`; if there is none, make it (2 to 4 minutes)."""
+        writes = folder.with_name(f"{folder.name}.writes")
+        if not (folder / "build/report/index.html").is_file():
+            print(f"running the pipeline in {folder}", file=sys.stderr, flush=True)
+            writes.unlink(missing_ok=True)
+            copy_project(folder)
+            shutil.copyfile(folder / "presets/smoke.yaml", folder / "params.yaml")
+            command = ["dvc", "repro"]
+            run_in(folder, *command, environment=environment(folder, FAULTS_WRITES=str(writes)))
+        noted = [line.split(" ", 1) for line in writes.read_text().splitlines()]
+        by_stage = {
+            stage: list(dict.fromkeys(name for own, name in noted if own == stage))
+            for stage in STAGES
+        }
+        return cls(folder, {stage: read_outs(folder, stage) for stage in STAGES}, by_stage)
+
+    def copy(self, folder: Path) -> "Project":
+        """Return a copy of the project in `folder`."""
+        shutil.copytree(self.folder, folder, symlinks=True)
+        return Project(folder, self.outs, self.writes)
+
+    def forget(self, stage: str) -> None:
+        """Return to the moment before `stage` ran, with an empty MLflow store."""
+        for out in outs_of(self.folder, stage):
+            path = self.folder / out
+            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+        for name in (".work", "mlruns"):
+            shutil.rmtree(self.folder / name, ignore_errors=True)
+        (self.folder / "mlflow.db").unlink(missing_ok=True)
+        yaml, lock = YAML(typ="safe"), self.folder / "dvc.lock"
+        content = yaml.load(lock)
+        content["stages"].pop(stage, None)
+        yaml.dump(content, lock)
+
+    def differences(self, stage: str) -> Iterator[str]:
+        """Yield the files of the stage's outs that differ from the finished project's."""
+        now, then = read_outs(self.folder, stage), self.outs[stage]
+        for name in sorted(now.keys() | then.keys()):
+            if now.get(name) != then.get(name):
+                missing = "missing" if name not in now else "new" if name not in then else "differs"
+                yield f"{name}: {missing}"
+
+    def held_locks(self) -> Iterator[str]:
+        """Yield the lock files that a process still holds, also DVC's."""
+        for lock in self.folder.glob(".work/locks/*"):
+            with lock.open() as file:
+                try:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    yield f"{lock.name}: held"
+        rwlock = self.folder / ".dvc/tmp/rwlock"
+        if rwlock.is_file() and rwlock.read_text().strip() not in {"", "{}"}:
+            yield f".dvc/tmp/rwlock: {rwlock.read_text()}"
+
+
+def outs_of(folder: Path, stage: str) -> list[str]:
+    """Return the paths of a stage's outs, metrics and plots in dvc.yaml."""
+    section: dict[str, Any] = read_params(folder / "dvc.yaml")["stages"][stage]
+    items = [item for kind in ("outs", "metrics", "plots") for item in section.get(kind, [])]
+    return [next(iter(item)) if isinstance(item, Mapping) else item for item in items]
+
+
+def read_outs(folder: Path, stage: str) -> dict[str, bytes]:
+    """Return the content of each file in a stage's outs."""
+    found: dict[str, bytes] = {}
+    for out in outs_of(folder, stage):
+        path = folder / out
+        for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
+            if file.is_file():
+                found[str(file.relative_to(folder))] = file.read_bytes()
+    return found
+
+
+def environment(folder: Path, **variables: str) -> dict[str, str]:
+    """Return the environment of a run in the project, with the hook."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("MLFLOW_")}
+    kept |= {"PYTHONPATH": f"{HOOK}{os.pathsep}{folder}", "GIT_CEILING_DIRECTORIES": str(folder)}
+    kept["DVC_SITE_CACHE_DIR"] = str(folder.with_name(f"{folder.name}.site-cache"))
+    return kept | variables
+
+
+def start(folder: Path, *command: str, **variables: str) -> "subprocess.Popen[bytes]":
+    """Start a command in the project, as the leader of a process group, with output to a file."""
+    with log_of(folder).open("wb") as log:
+        return subprocess.Popen(
+            command,
+            cwd=folder,
+            env=environment(folder, **variables),
+            start_new_session=True,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+        )
+
+
+def log_of(folder: Path) -> Path:
+    """Return the file with the output of the last command that `start` has started."""
+    return folder.with_name(f"{folder.name}.log")
