@@ -2,6 +2,7 @@
 
 import fcntl
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -80,7 +81,7 @@ class Project:
                 yield f"{name}: {missing}"
 
     def held_locks(self) -> Iterator[str]:
-        """Yield the lock files that a process still holds, also DVC's."""
+        """Yield the lock files that a process still holds, and DVC's if its process lives."""
         for lock in self.folder.glob(".work/locks/*"):
             with lock.open() as file:
                 try:
@@ -88,8 +89,9 @@ class Project:
                 except BlockingIOError:
                     yield f"{lock.name}: held"
         rwlock = self.folder / ".dvc/tmp/rwlock"
-        if rwlock.is_file() and rwlock.read_text().strip() not in {"", "{}"}:
-            yield f".dvc/tmp/rwlock: {rwlock.read_text()}"
+        for pid in re.findall(r'"pid": (\d+)', rwlock.read_text() if rwlock.is_file() else ""):
+            if Path("/proc", pid).exists():
+                yield f".dvc/tmp/rwlock: held by process {pid}"
 
 
 def outs_of(folder: Path, stage: str) -> list[str]:

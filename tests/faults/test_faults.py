@@ -80,6 +80,16 @@ def test_a_finished_stage_that_dvc_did_not_record_is_not_trained_again(project: 
     assert (project / "trainings").read_text() == "x"
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "arguments",
+    ["kill --minutes 5", "disk --stages prepare,pretrain,score,report,track", "load --only queue"],
+)
+def test_programs(arguments: str):
+    command = [sys.executable, "-m", "tests.faults", *arguments.split()]
+    subprocess.run(command, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, check=True)
+
+
 def test_the_matrix_counts_the_cases_of_all_stages(tmp_path: Path):
     project = Project(tmp_path, {}, {stage: [f"build/{stage}"] for stage in STAGES})
     cases = list(cases_of(project, STAGES))
