@@ -70,12 +70,17 @@ def run_several(module: str, *, count: int) -> int:
                 raise Stopped(error.sigval) from None
             return 128 + error.sigval
         except ChildFailedError as error:
-            # If one process is killed, the others fail because they miss it.
-            rank, failure = min(error.failures.items(), key=lambda item: item[1].exitcode)
+            # If a process is killed, others fail because they miss it. The launcher sends SIGTERM.
+            killed = (
+                (rank, failure)
+                for rank, failure in error.failures.items()
+                if failure.exitcode < 0 and failure.exitcode != -signal.SIGTERM
+            )
+            rank, failure = next(killed, error.get_first_failure())
             if failure.exitcode >= 0:
                 return failure.exitcode
-            killed = f"process {rank} was killed by {signal.Signals(-failure.exitcode).name}"
-            raise ChildProcessError(f"{killed}, perhaps because memory ran out") from None
+            what = f"process {rank} was killed by {signal.Signals(-failure.exitcode).name}"
+            raise ChildProcessError(f"{what}, perhaps because memory ran out") from None
         finally:
             del os.environ[_MESSAGES]
     return 0
