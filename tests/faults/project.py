@@ -122,7 +122,7 @@ def environment(folder: Path, **variables: str) -> dict[str, str]:
 
 def start(folder: Path, *command: str, **variables: str) -> "subprocess.Popen[bytes]":
     """Start a command in the project, as the leader of a process group, with output to a file."""
-    with log_of(folder).open("wb") as log:
+    with log_of(folder).open("ab") as log:
         return subprocess.Popen(
             command,
             cwd=folder,
