@@ -7,8 +7,7 @@ also renders the images.
 from stages.runtime.run import Run, execute, say_how_to_restore_params
 
 from collections import Counter
-from collections.abc import Generator, Iterable
-from contextlib import contextmanager
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,7 @@ from contradiff.files import weights_manifest
 from contradiff.sources.cifar import SIDE
 from contradiff.sources.counts import CountParams, count_faults, transfer_faults
 from contradiff.sources.imagenet import scan_images
+from contradiff.sources.listing import collect
 from contradiff.sources.transfer_set import TransferDataParams, TransferSet
 from contradiff.toy.rendered import ensure_digits, ensure_images
 
@@ -96,15 +96,6 @@ def main(params: Params, run: Run) -> None:
 def add(faults: list[str], found: Iterable[tuple[str, str]]) -> None:
     """Add messages to `faults`, each of a dotted key and a text."""
     faults += [f"{key}: {text}" for key, text in found]
-
-
-@contextmanager
-def collect(faults: list[str]) -> Generator[None]:
-    """Add the text of a ValueError to `faults`, so that the user sees all faults at once."""
-    try:
-        yield
-    except ValueError as error:
-        faults.append(str(error))
 
 
 if __name__ == "__main__":

@@ -22,12 +22,12 @@ class DataParams(Section):
 
     @model_validator(mode="after")
     def _counts_belong_to_toy(self) -> "DataParams":
-        for name in ("num_train", "num_val"):
-            is_given, reason = getattr(self, name) is not None, f"data.source is {self.source!r}"
-            if self.source == "toy" and not is_given:
-                raise ValueError(f"data.{name}: set a number, because {reason}")
-            if self.source != "toy" and is_given:
-                raise ValueError(f"data.{name}: set it to null, because {reason}")
+        is_toy = self.source == "toy"
+        counts = {"num_train": self.num_train, "num_val": self.num_val}
+        remedy = "set a number" if is_toy else "set it to null"
+        wrong = [f"data.{name}: {remedy}" for name in counts if (counts[name] is None) == is_toy]
+        if wrong:
+            raise ValueError(f"{'; '.join(wrong)}, because data.source is {self.source!r}")
         return self
 
     @property

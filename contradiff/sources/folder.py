@@ -15,7 +15,13 @@ from functools import partial
 from pathlib import Path
 
 from contradiff.sources import listing
-from contradiff.sources.listing import ImageFile, Listing, explain_unreadable
+from contradiff.sources.listing import (
+    ImageFile,
+    Listing,
+    collect,
+    explain_unreadable,
+    is_folder,
+)
 
 KAGGLE_IMAGES = "ILSVRC/Data/CLS-LOC"
 
@@ -33,15 +39,27 @@ def scan_folder(
     """List `train/<class>/` and `<test>/<class>/`. The classes are the sorted folders in train/.
 
     `key` is the parameter that messages name. Raises ValueError if a folder is missing, if a class
-    is only in <test>/, or if a class has no images. `may_be_empty` allows this in <test>/.
+    is only in <test>/, or if a class has no images. `may_be_empty` allows this in <test>/. The
+    message has a line for each fault.
     """
-    class_ids = _class_folders(root / "train", key)
+    faults: list[str] = []
+    class_ids, in_test = tuple[str, ...](), tuple[str, ...]()
     splits, ignored = dict[str, tuple[ImageFile, ...]](), dict[str, Counter[str]]()
-    splits["train"], ignored["train"] = _by_class(root / "train", class_ids, key)
-    if unknown := sorted(set(_class_folders(root / test, key)) - set(class_ids)):
-        raise ValueError(f"{key}: {root / test} has classes that train/ lacks: {unknown[:5]}")
-    found = _by_class(root / test, class_ids, key, may_be_empty=may_be_empty)
-    splits[test], ignored[test] = found
+    with explain_unreadable(root, key=key):
+        with collect(faults):
+            class_ids = _class_folders(root / "train", key)
+            splits["train"], ignored["train"] = _by_class(root / "train", class_ids, key)
+        with collect(faults):
+            in_test = _class_folders(root / test, key)
+        if class_ids and (unknown := sorted(set(in_test) - set(class_ids))):
+            fault = f"{root / test} has classes that train/ lacks: {unknown[:5]}"
+            faults.append(f"{key}: {fault}")
+        if class_ids and in_test:
+            with collect(faults):
+                found = _by_class(root / test, class_ids, key, may_be_empty=may_be_empty)
+                splits[test], ignored[test] = found
+    if faults:
+        raise ValueError("\n".join(faults))
     return Listing(class_ids, _names(root, class_ids), splits, ignored=ignored)
 
 
@@ -72,7 +90,7 @@ def scan_kaggle(root: Path) -> Listing:
 
 
 def _class_folders(folder: Path, key: str = "data.root") -> tuple[str, ...]:
-    if not folder.is_dir():
+    if not is_folder(folder):
         expected = "it must contain a folder of images for each class"
         raise ValueError(f"{key}: no folder {folder}; {expected}")
     with explain_unreadable(folder, key=key), os.scandir(folder) as entries:
@@ -93,13 +111,18 @@ def _by_class(
             if entry.name[0] == "." or not entry.is_dir()
         )
     images_in = partial(_images_in, key=key, may_be_empty=may_be_empty)
-    files: list[ImageFile] = []
+    files, faults = list[ImageFile](), list[str]()
     with ThreadPoolExecutor(listing.NUM_THREADS) as pool:
-        found = pool.map(images_in, (folder / class_id for class_id in class_ids))
-        for label, (images, ignored_in_class) in enumerate(found):
+        waiting = [pool.submit(images_in, folder / class_id) for class_id in class_ids]
+        for label, found in enumerate(waiting):
             place = f"{folder.name}/{class_ids[label]}"
-            files += [ImageFile(f"{place}/{name}", label, size) for name, size in images]
-            ignored.update(ignored_in_class)
+            with collect(faults):
+                images, ignored_in_class = found.result()
+                files += [ImageFile(f"{place}/{name}", label, size) for name, size in images]
+                ignored.update(ignored_in_class)
+    if faults:
+        more = [f"{key}: {len(faults) - 5} more class folders like these"] * (len(faults) > 5)
+        raise ValueError("\n".join(faults[:5] + more))
     return tuple(files), ignored
 
 
@@ -111,7 +134,7 @@ def _images_in(
     Images are sorted by sub-folder, then by name, as in torchvision. Also count what is ignored.
     """
     found, ignored = list[tuple[str, str, int]](), Counter[str]()
-    waiting = [folder] if folder.is_dir() else []
+    waiting = [folder] if is_folder(folder) else []
     while waiting:
         place = waiting.pop()
         inside = "" if place == folder else place.relative_to(folder).as_posix()

@@ -5,6 +5,7 @@ position in class folders, ILSVRC's archives, Kaggle's download and parquet file
 """
 
 import re
+import stat
 from collections.abc import Callable, Generator, Iterable, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -114,6 +115,23 @@ def read_synsets(root: Path) -> dict[str, str]:
     text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
     lines = (line.split(maxsplit=1) for line in text.splitlines())
     return {line[0]: first_name(line[1]) for line in lines if len(line) == 2}
+
+
+def is_folder(path: Path) -> bool:
+    """Like `path.is_dir()`, but raise PermissionError if a folder above `path` is locked."""
+    try:
+        return stat.S_ISDIR(path.stat().st_mode)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+
+
+@contextmanager
+def collect(faults: list[str]) -> Generator[None]:
+    """Add the text of a ValueError to `faults`, so that the user sees all faults at once."""
+    try:
+        yield
+    except ValueError as error:
+        faults.append(str(error))
 
 
 @contextmanager

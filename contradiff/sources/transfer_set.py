@@ -16,7 +16,7 @@ from contradiff.sources.cifar import SIDE, CifarFiles, Split, TransferSplit, fin
 from contradiff.sources.folder import scan_folder
 from contradiff.sources.image_check import check_image
 from contradiff.sources.imagenet import read_manifest, relative_to_project
-from contradiff.sources.listing import Listing, describe_ignored, explain_unreadable
+from contradiff.sources.listing import Listing, describe_ignored, explain_unreadable, is_folder
 
 Source = Literal["digits", "cifar100", "cifar10", "imagefolder"]
 KEY = "transfer_data.root"
@@ -65,7 +65,7 @@ class TransferSet:
         listing = self._list_folders()
         hasher = hashlib.sha256()
         for file in (file for files in listing.splits.values() for file in files):
-            image = (self.root / file.path).read_bytes()
+            image = self._read(file.path)
             hasher.update(f"{file.path}\t{len(image)}\n".encode())
             hasher.update(image)
         counts = {split: len(files) for split, files in listing.splits.items()}
@@ -90,8 +90,7 @@ class TransferSet:
     def _check_headers(self) -> None:
         faults: list[str] = []
         for file in (file for files in self._list_folders().splits.values() for file in files):
-            with explain_unreadable(self.root / file.path, key=KEY):
-                content = (self.root / file.path).read_bytes()
+            content = self._read(file.path)
             try:
                 check_image(content, path=file.path, verify="header", resize=None)
             except ValueError as error:
@@ -123,8 +122,8 @@ class TransferSet:
             from contradiff.data.transforms import apply_crop, centre_crop, decode
 
             squares: list[UInt8[np.ndarray, "3 side side"]] = []
-            for path in (self.root / files[row].path for row in rows):
-                image = decode(path.read_bytes(), name=str(path))
+            for path in (files[row].path for row in rows):
+                image = decode(self._read(path), name=f"{KEY}: {self.root / path}")
                 crop = centre_crop(*image.shape[1:])
                 squares.append(apply_crop(image, crop, size=image_size).numpy())
             return np.stack(squares)
@@ -132,12 +131,17 @@ class TransferSet:
         labels = np.array([file.label for file in files], dtype=np.int64)
         return TransferSplit(labels, tuple(file.path for file in files), listing.class_ids, read)
 
+    def _read(self, path: str) -> bytes:
+        with explain_unreadable(self.root / path, key=KEY):
+            return (self.root / path).read_bytes()
+
     def _find_cifar(self) -> CifarFiles:
         return find_cifar(self.root, "cifar10" if self.source == "cifar10" else "cifar100")
 
     def _list_folders(self) -> Listing:
         """List the class folders in `train/` and `test/`. If there is no `test/`, use `val/`."""
-        has_test = (self.root / "test").is_dir() or not (self.root / "val").is_dir()
+        with explain_unreadable(self.root, key=KEY):
+            has_test = is_folder(self.root / "test") or not is_folder(self.root / "val")
         test = "test" if has_test else "val"
         listing = scan_folder(self.root, test=test, may_be_empty=True, key=KEY)
         if not listing.splits[test]:

@@ -1,6 +1,7 @@
 """Class folders and Kaggle's download: as torchvision lists them; whatever is wrong is named."""
 
 import os
+import re
 import shutil
 from itertools import product
 from pathlib import Path
@@ -102,6 +103,24 @@ def test_whatever_is_wrong_is_named(root: Path, command: str, fault: str):
     assert os.system(f"cd {root} && {command}") == 0
     with pytest.raises(ValueError, match=rf"^data\.root: {fault.format(root)}"):
         scan_folder(root)
+
+
+@pytest.mark.parametrize(
+    ("command", "places"),
+    [
+        ("rm -r train val; touch 1.png", ["train", "val"]),
+        (
+            "rm train/n0[24]*/* val/n02119789/*",
+            ["train/n02119789", "train/n04557648", "val/n02119789"],
+        ),
+    ],
+)
+def test_all_faults_are_named_at_once(root: Path, command: str, places: list[str]):
+    assert os.system(f"cd {root} && {command}") == 0
+    with pytest.raises(ValueError, match=r"^data\.root: ") as refusal:
+        scan_folder(root)
+    lines = str(refusal.value).splitlines()
+    assert [re.search(rf"{root}/(\S+?);? ", line)[1] for line in lines] == places
 
 
 def test_unreadable_folder_is_named(root: Path, monkeypatch: pytest.MonkeyPatch):

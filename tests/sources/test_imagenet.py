@@ -166,7 +166,10 @@ def test_contradicting_parameters_are_refused():
     assert DataParams.model_validate(folder).layout == "kaggle"
     for changes, fault in (
         ({"num_train": None}, r"data\.num_train: set a number, because data\.source is 'toy'"),
-        ({"source": "imagefolder"}, r"data\.num_train: set it to null, because data\.source is 'i"),
+        (
+            {"source": "imagefolder"},
+            r"data\.num_train: set it to null; data\.num_val: set it to null, because data\.source",
+        ),
         ({"image_size": 30}, "multiple of 8"),
         ({"root": ""}, "at least 1 character"),
     ):

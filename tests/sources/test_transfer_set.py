@@ -1,6 +1,7 @@
 """Folders as torchvision lists them and the pipeline crops them; CIFAR; what stands for them."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +83,43 @@ def test_faults_of_folders_are_named(root: Path):
     assert f"no folder {root}/test; it must contain a folder of images for" in complaint()
     (root / "rest").rename(root / "val")
     assert f"{root}/val contains no images" in complaint()
+
+
+@pytest.mark.parametrize(
+    ("method", "locked", "is_folder"),
+    [
+        ("stat", "test", True),
+        ("stat", "train/dog", True),
+        ("read_bytes", "train/dog/b.png", False),
+        ("read_bytes", "test/cat/2.png", False),
+    ],
+)
+def test_what_cannot_be_read_is_named_and_not_taken_for_empty(
+    root: Path, monkeypatch: pytest.MonkeyPatch, method: str, locked: str, *, is_folder: bool
+):
+    """By a stand-in for the system's refusal: these tests may run as root, who may read all."""
+    images, original = TransferSet(root, "imagefolder"), getattr(Path, method)
+    split = images.split("test" if locked.startswith("test") else "train", image_size=16)
+
+    def refuse(path: Path, **given: Any) -> Any:
+        if path == root / locked:
+            raise PermissionError(13, "Permission denied", str(path))
+        return original(path, **given)
+
+    monkeypatch.setattr(Path, method, refuse)
+    calls: list[Callable[[], object]] = [lambda: images.manifest(project=root)]
+    calls.append(lambda: list(images.check(verify=False)))
+    if not is_folder:
+        calls.append(lambda: split.read(range(len(split.labels))))
+    for call in calls:
+        with pytest.raises(ValueError, match=rf"^transfer_data\.root: {root / locked} cannot be r"):
+            call()
+
+
+def test_an_image_that_cannot_be_decoded_is_named_with_its_parameter(root: Path):
+    (root / "train/cat/1.PNG").write_bytes(b"no image")
+    with pytest.raises(ValueError, match=rf"^transfer_data\.root: {root}/train/cat/1.PNG: not a r"):
+        read(root, "train").read([1])
 
 
 def reopened(images: TransferSet, project: Path) -> TransferSet:
