@@ -2,7 +2,8 @@
 
 The classifiers are logistic regression, and a grid of linear or attentive probes trained by SGD.
 metrics/probe.json has the accuracy of each classifier. For comparison, the file also has the
-accuracies of the stage `baselines`. build/probe/grid.csv lists all SGD settings.
+accuracies of the stage `baselines`. build/probe has the trained classifiers: logistic regression,
+and the SGD probe with the setting of params.yaml. Its grid.csv lists all SGD settings.
 """
 
 from stages.runtime.run import Run, execute
@@ -10,13 +11,11 @@ from stages.runtime.run import Run, execute
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save_file
-
 from contradiff.config import Section, Seed, read_card
 from contradiff.downstream.probe import ProbeParams
 from contradiff.downstream.probe_grid import ProbeData, probe_metrics, train_grid, write_grid
 from contradiff.features.cache import FeatureCache, ModelFolders
-from contradiff.files import replace_dir
+from contradiff.method.checkpoint import write_weights
 
 BASE, PRETRAIN = Path("build/base"), Path("build/pretrain")
 FEATURES, PROBE = Path("build/features"), Path("build/probe")
@@ -67,10 +66,13 @@ def main(params: Params, run: Run) -> None:
             f"logistic regression reaches {logistic.accuracy.top1:.1%}; raise probe.epochs or "
             "probe.lr"
         )
-    with replace_dir(PROBE) as folder:
-        state = grid[0].probe.state_dict()
-        save_file({k: v.cpu().contiguous() for k, v in state.items()}, folder / "head.safetensors")
-        write_grid(folder / "grid.csv", grid, params=settings, index=index)
+    heads = {"head.safetensors": grid[0].probe.state_dict()}
+    if logistic:
+        heads["logistic.safetensors"] = logistic.probe.float().state_dict()
+    facts = index.model_dump(include={"model", "checkpoint", "num_classes", "made_with"})
+    facts |= {"feature": name, "head": settings.head, "headline": settings.headline}
+    write_weights(PROBE, heads, facts)
+    write_grid(PROBE / "grid.csv", grid, params=settings, index=index)
     run.write_json(Path("metrics/probe.json"), {"probe": metrics})
 
 

@@ -8,7 +8,7 @@ L2 penalty: a small C regularises strongly.
 
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, Any, TypeAlias
 
 import numpy as np
@@ -18,6 +18,7 @@ from pydantic import Field
 from torch import Tensor
 
 from contradiff.downstream.accuracy import Accuracy, accuracy_of
+from contradiff.downstream.linear import LinearProbe
 
 Cs: TypeAlias = list[Annotated[float, Field(gt=0)]]
 """Values of C (inverse penalties) to choose from."""
@@ -40,11 +41,12 @@ def refuse_headline_without_cs(section: str, headline: str, cs: Sequence[float])
 
 @dataclass(frozen=True)
 class LogisticScore:
-    """Accuracy and C of a logistic regression, and whether its solver has converged."""
+    """A logistic regression in float64, its accuracy and C, and whether its solver converged."""
 
     accuracy: Accuracy
     c: float
     converged: bool
+    probe: LinearProbe = field(compare=False, repr=False)
 
     def check(self, log: Callable[[str], None], section: str) -> None:
         """Send a message to `log` if the solver has not converged."""
@@ -83,14 +85,31 @@ def logistic_score(
         c = _choose_c(features, labels, cs=sorted(cs), folds=folds)
         warnings.simplefilter("always", ConvergenceWarning)
         classifier = _classifier(c).fit(features, labels)
-    known = torch.from_numpy(classifier.decision_function(test[0].double().cpu().numpy()))
-    if known.ndim == 1:  # for two classes, scikit-learn gives only the second logit
-        known = torch.stack([-known, known], dim=1)
-    # A class without training samples is never predicted.
-    logits = known.new_full((len(test[1]), num_classes), -torch.inf)
-    logits[:, torch.from_numpy(classifier.classes_)] = known
+    probe = _as_probe(*classifier, num_classes=num_classes)
+    with torch.no_grad():
+        accuracy = accuracy_of(probe(test[0].double().cpu()), test[1].cpu())
     converged = not any(issubclass(each.category, ConvergenceWarning) for each in found)
-    return LogisticScore(accuracy_of(logits, test[1].cpu()), c, converged)
+    return LogisticScore(accuracy, c, converged, probe)
+
+
+def _as_probe(scaler: Any, regression: Any, *, num_classes: int) -> LinearProbe:
+    """Return scikit-learn's classifier as a LinearProbe, whose softmax gives its probabilities.
+
+    A class without training samples has probability 0.
+    """
+    weight, bias = torch.from_numpy(regression.coef_), torch.from_numpy(regression.intercept_)
+    known = torch.from_numpy(regression.classes_)
+    if len(known) == 2:  # for two classes, scikit-learn has only the second logit
+        weight, bias = (torch.cat([torch.zeros_like(each), each]) for each in (weight, bias))
+    probe = LinearProbe(weight.shape[1], num_classes, generator=torch.Generator()).double().eval()
+    variance = torch.from_numpy(scaler.scale_).square() - probe.norm.eps
+    with torch.no_grad():
+        probe.linear.weight.zero_()[known] = weight
+        probe.linear.bias.fill_(-torch.inf)[known] = bias
+        probe.norm.load_state_dict(
+            {"running_mean": torch.from_numpy(scaler.mean_), "running_var": variance}, strict=False
+        )
+    return probe.requires_grad_(requires_grad=False)
 
 
 def stratified_folds(labels: Int64[Tensor, " n"], *, seed: int) -> list[Fold]:

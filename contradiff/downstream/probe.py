@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from contradiff.downstream.accuracy import Accuracy, accuracy_of
+from contradiff.downstream.linear import LinearProbe
 from contradiff.downstream.logistic import Cs, refuse_headline_without_cs
 from contradiff.training.optim import SgdParams, SgdSchedule, SgdSetting, cosine_with_warmup
 
@@ -97,29 +98,6 @@ class ProbeParams(SgdParams):
             for weight_decay in (self.weight_decay, *self.weight_decays)
         ]
         return tuple(dict.fromkeys((self.setting, TABLE_2, *others)))
-
-
-class LinearProbe(nn.Module):
-    """BatchNorm without affine parameters, as in MAE's probe, then a linear layer.
-
-    Thanks to BatchNorm, the best learning rate does not depend on the scale of the features. The
-    argument `generator` draws the initial weights, with standard deviation 0.01.
-    """
-
-    def __init__(
-        self, dim: int, num_classes: int, *, generator: torch.Generator | None = None
-    ) -> None:
-        super().__init__()
-        self.norm = nn.BatchNorm1d(dim, affine=False)
-        # Without this line, nn.Linear's own initialisation would draw from the global generator.
-        with torch.random.fork_rng(devices=[]):
-            self.linear = nn.Linear(dim, num_classes)
-        nn.init.trunc_normal_(self.linear.weight, std=0.01, generator=generator)
-        nn.init.zeros_(self.linear.bias)
-
-    def forward(self, features: Float[Tensor, "n d"]) -> Float[Tensor, "n c"]:
-        """Compute logits from features that are not normalised."""
-        return self.linear(self.norm(features))
 
 
 Probe: TypeAlias = LinearProbe | nn.Sequential

@@ -77,6 +77,19 @@ def test_a_class_without_training_samples_is_never_predicted():
         score_of((TRAIN[0][rows], TRAIN[1][rows]), folds=[])
 
 
+@pytest.mark.parametrize("classes", [[0, 1, 2, 3], [1, 3]])
+def test_the_saved_probe_gives_scikit_learn_s_probabilities(classes: list[int]):
+    """Also in float32, as it is saved, and for two classes, which have another form."""
+    rows = torch.isin(TRAIN[1], torch.tensor(classes))
+    features, labels = TRAIN[0][rows], TRAIN[1][rows]
+    _, pipeline = peer(features, labels, 0.1)
+    expected = pipeline.predict_proba(TEST[0].double().numpy())
+    probe = score_of((features, labels), cs=[0.1]).probe.float()
+    found = probe(TEST[0]).softmax(dim=1)
+    np.testing.assert_allclose(found[:, classes].numpy(), expected, atol=2e-3)
+    assert found[:, classes].sum(dim=1).numpy() == pytest.approx(np.ones(len(found)))
+
+
 def test_a_solver_that_stops_early_is_on_record(monkeypatch: pytest.MonkeyPatch):
     short = make_pipeline(StandardScaler(), LogisticRegression(max_iter=2))
     monkeypatch.setattr(logistic, "_classifier", lambda _: short)

@@ -11,7 +11,8 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 from torch.utils.data import ConcatDataset
 
-from contradiff.downstream.probe import TABLE_2, LinearProbe, ProbeParams, evaluate, train_probes
+from contradiff.downstream.linear import LinearProbe
+from contradiff.downstream.probe import TABLE_2, ProbeParams, evaluate, train_probes
 from contradiff.training.optim import SgdSchedule, SgdSetting
 from tests.clusters import SCHEDULE, SETTING, clusters, train_one
 from tests.settings import TINY

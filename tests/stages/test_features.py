@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from contradiff.config import parse, read_params
-from contradiff.downstream.probe import LinearProbe
+from contradiff.downstream.linear import LinearProbe
 from contradiff.features import write_cache
 from contradiff.features.batches import stored_batches
 from contradiff.features.cache import FeatureCache, ModelFolders
@@ -141,11 +141,17 @@ def test_probe_writes_the_headline_its_head_and_the_grid(
     assert {"top1", "top5", "interval", "total", "split", "head", "pool", "model"} < set(result)
     assert (result["total"], result["model"], result["pool"]) == (8, "contradiff", "attention")
     assert result["table2"]["literal"] is False
-    head = LinearProbe(16, 3)
-    head.load_state_dict(load_file("build/probe/head.safetensors"))
     features = cache.column("val", "attention:mid@401-201-101").float()
-    right = head.eval()(features).argmax(dim=1) == cache.labels("val")
-    assert right.float().mean().item() == result["sgd"]["top1"]
+    for file, protocol in (("head", "sgd"), ("logistic", "logistic")):
+        head = LinearProbe(16, 3)
+        head.load_state_dict(load_file(f"build/probe/{file}.safetensors"))
+        right = head.eval()(features).argmax(dim=1) == cache.labels("val")
+        assert right.float().mean().item() == result[protocol]["top1"]
+    written = json.loads(Path("build/probe/config.json").read_text())
+    assert written.pop("made_with") == cache.index.made_with
+    facts = {"model": "contradiff", "checkpoint": cache.index.checkpoint, "num_classes": 3}
+    facts |= {"feature": cache.index.columns[0].name, "head": "linear", "headline": "logistic"}
+    assert written == facts
     assert result["protocol"] == "logistic"
     assert result["top1"] == result["logistic"]["top1"]
     near = result["top1"] - result["sgd"]["top1"] <= 0.01
