@@ -78,7 +78,7 @@ def tiny_params() -> dict[str, Any]:
     return ARCHITECTURE
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def build_tiny(tiny_base: Path, tiny_params: dict[str, Any]) -> Callable[..., ContraDiff]:
     """Build a ContraDiff on `tiny_base` in evaluation mode; weights that start at 0 get random."""
     import torch
@@ -100,7 +100,7 @@ def build_tiny(tiny_base: Path, tiny_params: dict[str, Any]) -> Callable[..., Co
     return build
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def save_tiny(tiny_base: Path, tiny_params: dict[str, Any]) -> Callable[..., None]:
     """Save a model from `build_tiny` to a folder. Keywords: number of steps, changed parameters."""
     from contradiff.method.checkpoint import save_checkpoint

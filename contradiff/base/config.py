@@ -14,6 +14,10 @@ WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
 COMPONENTS = ("vae", "unet", "scheduler")
 """The folders used from a model in diffusers' format. Others (text encoder, ...) are ignored."""
 
+CONFIG_FILES = tuple(f"{name}/*.json" for name in COMPONENTS)
+WEIGHT_FILES = tuple(f"{name}/{WEIGHTS_NAME}" for name in ("vae", "unet"))
+"""What is downloaded of a base on the Hugging Face hub."""
+
 UNSUPPORTED = {
     # These UNets (such as SDXL's) need inputs, or apply steps, that `method.unet` does not have.
     "unet": (
@@ -205,9 +209,7 @@ def fetch_from_hub(base: BaseParams, destination: Path, *, weights: bool) -> Non
     """Download a base at its commit; raises ConnectionError if this fails."""
     from huggingface_hub import snapshot_download
 
-    patterns = [f"{name}/*.json" for name in COMPONENTS]
-    if weights:
-        patterns += [f"{name}/{WEIGHTS_NAME}" for name in ("vae", "unet")]
+    patterns = [*CONFIG_FILES, *(WEIGHT_FILES if weights else ())]
     try:
         snapshot_download(
             base.path, revision=base.revision, allow_patterns=patterns, local_dir=destination

@@ -39,8 +39,13 @@ def decode_rgb(encoded: bytes, *, name: str) -> Image.Image:
     function does not. Raises ValueError if the image cannot be decoded.
     """
     with opened(encoded, name=name) as image:
-        rgb, turn = _to_rgb(image), _UPRIGHT.get(orientation_of(image))
-        return rgb if turn is None else rgb.transpose(turn)
+        return upright_rgb(image)
+
+
+def upright_rgb(image: Image.Image) -> Image.Image:
+    """Convert an open image as `decode_rgb` does. Raises Pillow's errors if it is damaged."""
+    rgb, turn = _to_rgb(image), _UPRIGHT.get(orientation_of(image))
+    return rgb if turn is None else rgb.transpose(turn)
 
 
 def orientation_of(image: Image.Image) -> int:

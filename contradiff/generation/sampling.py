@@ -1,6 +1,6 @@
 """Generation: Gaussian noise => solver steps => latents => images (Tables 4 and 5, Appendix A)."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from copy import deepcopy
 from typing import TYPE_CHECKING
 
@@ -18,6 +18,8 @@ from contradiff.types import ByteImages, Latents, Precision, Tokens
 
 if TYPE_CHECKING:
     from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+
+OnStep = Callable[[int, Tensor, Latents], Latents]
 
 
 class GenerateParams(Section):
@@ -63,6 +65,7 @@ def denoise(
     guidance_interval: tuple[float, float] = (0.0, 1.0),
     precision: Precision = "fp32",
     first: int = 0,
+    on_step: OnStep = lambda _number, _timestep, latents: latents,
 ) -> Latents:
     """Turn pure noise into clean latents by the deterministic reverse process.
 
@@ -70,7 +73,9 @@ def denoise(
     classifier-free guidance (Ho and Salimans, 2022). Outside `guidance_interval`, which is given in
     fractions of the schedule (Kynkäänniemi et al., 2024), it is eps_cond and takes half the time.
     The UNet runs in `precision`, and the solver runs in float32. `first` is the number of the first
-    sample, for messages. Raises ValueError if a sample becomes NaN or infinite.
+    sample, for messages. After each step, `on_step` gets the step's number and timestep and the
+    latents, and returns the latents to go on with. Raises ValueError if a sample becomes NaN or
+    infinite.
     """
     assert null_tokens is not None or guidance == 1, "guidance needs null tokens"
     scheduler = deepcopy(scheduler)  # a solver's `step` changes its state
@@ -80,7 +85,7 @@ def denoise(
     is_finite: list[Tensor] = []  # read only at the end, so that a GPU need not wait at each step
     autocast = torch.autocast(noise.device.type, torch.bfloat16, enabled=precision == "bf16")
     with cache_keys_and_values(model.unet), autocast:
-        for timestep in scheduler.timesteps:
+        for number, timestep in enumerate(scheduler.timesteps):
             inputs = scheduler.scale_model_input(latents, timestep)
             steps = torch.full((len(inputs),), int(timestep), device=inputs.device)
             if both is None or not low <= timestep <= high:
@@ -92,6 +97,7 @@ def denoise(
             latents = scheduler.step(noise_pred, timestep, latents).prev_sample
             both_results = torch.stack([noise_pred, latents])
             is_finite.append(both_results.isfinite().flatten(2).all(2))
+            latents = on_step(number, timestep, latents)
     faults = torch.stack(is_finite).logical_not().nonzero().tolist()
     if faults:  # sorted by step; at the same step, the predicted noise comes before the latents
         step, by_solver, position = faults[0]

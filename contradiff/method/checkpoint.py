@@ -17,10 +17,9 @@ WEIGHTS_NAME = "model.safetensors"
 CONFIG_NAME = "config.json"
 
 
-def base_digest(base: Path) -> str:
-    """Return the SHA-256 of each weight file of the base's UNet, joined by "+"."""
-    digests = [sha256_of(path) for path in sorted((base / "unet").glob("*.safetensors"))]
-    return digests[0] if len(digests) == 1 else "+".join(digests)
+def base_digest(base: Path, component: str = "unet") -> str:
+    """Return the SHA-256 of each weight file of the base's UNet or VAE, joined by "+"."""
+    return "+".join(sha256_of(path) for path in sorted((base / component).glob("*.safetensors")))
 
 
 def save_checkpoint(
