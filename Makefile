@@ -125,7 +125,7 @@ ui: $(STAMP)  ## start MLflow's web pages on this machine (takes up to a minute)
 	MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false mlflow ui --host 127.0.0.1 --workers 1
 
 lock: $(STAMP)  ## pin the dependencies in requirements.lock; ARGS=--upgrade: take the newest versions
-	uv pip compile pyproject.toml --group dev --universal --python-version 3.11 \
+	uv pip compile pyproject.toml --extra pipeline --extra bench --group dev --universal --python-version 3.11 \
 	    --generate-hashes --no-annotate --no-header \
 	    -o requirements.lock -q $(ARGS)
 
