@@ -7,6 +7,7 @@ from stages.runtime.launch import (
     num_processes,
     run_several,
 )
+from stages.runtime.passwords import hide_passwords
 from stages.runtime.work_dir import code_digest, finish, key_of, lock_of, take_up
 
 import argparse
@@ -18,15 +19,17 @@ import shutil
 import subprocess
 import sys
 import time
+import traceback
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from io import StringIO
 from pathlib import Path
+from types import TracebackType
 from typing import TYPE_CHECKING, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 from tqdm import tqdm
 
 from contradiff.config import Section, SectionT, parse, read_params
@@ -65,6 +68,14 @@ class RuntimeParams(Section):
         pattern="^[a-z0-9+]+://.",
         description="URL of a folder with copies of build/shards and build/latents; null: build/",
     )
+
+    @field_validator("shards_from")
+    @classmethod
+    def _has_no_password(cls, url: str | None) -> str | None:
+        if url is not None and hide_passwords(url) != url:
+            where = "give it in the environment, or in the configuration of s3fs, gcsfs or ~/.netrc"
+            raise ValueError(f"the URL has a password, which git and DVC would keep; {where}")
+        return url
 
 
 class RuntimeSection(Section):
@@ -159,7 +170,7 @@ class Run:
     def log(self, message: str) -> None:
         """Print a line on stderr, in the main process only."""
         if self.is_main:
-            tqdm.write(f"{self.stage}: {message}", file=sys.stderr)
+            tqdm.write(f"{self.stage}: {hide_passwords(message)}", file=sys.stderr)
 
     @contextmanager
     def progress(
@@ -195,7 +206,7 @@ class Run:
             raise ValueError(f"{path}: {unusable[1]}: {unusable[2]} is not a result; {why}")
         rounded = json.loads(text, parse_float=lambda number: float(f"{float(number):.6g}"))
         with replace_file(path) as temporary:
-            text = json.dumps(rounded, indent=2, sort_keys=True)
+            text = hide_passwords(json.dumps(rounded, indent=2, sort_keys=True))
             temporary.write_text(text + "\n", encoding="utf-8")
 
     @contextmanager
@@ -258,6 +269,7 @@ def execute(
     dry = "only check the parameters and print them"
     parser.add_argument("--dry-run", action="store_true", help=dry)
     is_dry = parser.parse_args().dry_run
+    sys.excepthook = _print_traceback
     stop_at_once()
     try:
         started = time.perf_counter()
@@ -292,7 +304,7 @@ def execute(
             raise
         # The process that has ended says why; if it was killed, the one that has started it does.
         text, code = "" if is_started_here() else "another process has ended", 2
-    message = f"contradiff: {stage}: {text}"
+    message = f"contradiff: {stage}: {hide_passwords(text)}"
     if text and is_new_message(message):
         print(message, file=sys.stderr)
     if is_joined():
@@ -337,6 +349,14 @@ def say_how_to_restore_params() -> Generator[None]:
             f"{error}\n{PARAMS_FILE} keeps refused values for the next run, also those of -S. "
             f"Correct them, or go back to the last commit's file: git checkout {PARAMS_FILE}"
         ) from error
+
+
+def _print_traceback(
+    kind: type[BaseException], error: BaseException, trace: TracebackType | None
+) -> None:
+    """Print an unexpected error as Python does, but without passwords in URLs."""
+    lines = traceback.format_exception(kind, error, trace)
+    print(hide_passwords("".join(lines)), end="", file=sys.stderr)
 
 
 def is_joined() -> bool:

@@ -3,6 +3,7 @@
 An experiment's run is called its row. A row is complete even if DVC took all stages from its cache.
 """
 
+from stages.runtime.passwords import hide_passwords
 from stages.runtime.run import Run
 from stages.runtime.work_dir import revision
 
@@ -13,15 +14,23 @@ import logging
 import math
 import os
 import socket
+import sqlite3
 import sys
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from contradiff.files import check_free_space, hold_lock, replace_file, sha256_of
+from contradiff.files import (
+    check_free_space,
+    explain_damage,
+    hold_lock,
+    read_json,
+    replace_file,
+    sha256_of,
+)
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -58,6 +67,11 @@ class Store:
     def is_server(self) -> bool:
         """Whether a server keeps the files of runs. Otherwise this project keeps them."""
         return self.uri.startswith(("http", "databricks"))
+
+    @property
+    def shown(self) -> str:
+        """The store's address without a password."""
+        return hide_passwords(self.uri)
 
     def locked(self) -> AbstractContextManager[None]:
         """Hold a lock, so that two processes of this project do not create the same run."""
@@ -115,19 +129,38 @@ def connect(root: Path) -> Store:
     # This must come after the import, because the import also sets the levels.
     for name in ("mlflow", "alembic"):
         logging.getLogger(name).setLevel(logging.WARNING)
+    logging.setLogRecordFactory(_record_without_passwords)
 
     uri = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{root}/mlflow.db"
     try:
         # Without the lock, two processes that create a new database at once would crash.
         with hold_lock(root / ".work/locks/mlflow"):
+            if uri.startswith("sqlite:///"):
+                _check_database(Path(uri.removeprefix("sqlite:///").partition("?")[0]))
             client = MlflowClient(tracking_uri=uri)
             client.search_experiments(max_results=1)
     except Exception as error:  # each kind of store raises its own exceptions
+        fault = hide_passwords(f"MLflow's store {uri} cannot be used: {error}")
         raise ValueError(
-            f"MLflow's store {uri} cannot be used: {error}. Correct the environment variable "
-            f"MLFLOW_TRACKING_URI, or unset the variable to use {root}/mlflow.db"
+            f"{fault}. Correct the environment variable MLFLOW_TRACKING_URI, or unset the variable "
+            f"to use {root}/mlflow.db"
         ) from error
     return Store(client, uri, root)
+
+
+def _check_database(path: Path) -> None:
+    """Raise an error if an SQLite database cannot be written. MLflow would try for 100 seconds."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with closing(sqlite3.connect(path, timeout=60)) as database:  # another process may write now
+        database.execute("BEGIN IMMEDIATE")
+        database.rollback()
+
+
+def _record_without_passwords(*given: Any, **named: Any) -> logging.LogRecord:
+    """Make the record of a log message, such as MLflow's, without passwords in URLs."""
+    record = logging.LogRecord(*given, **named)
+    record.msg, record.args = hide_passwords(record.getMessage()), ()
+    return record
 
 
 def flatten(content: Mapping[str, Any], *, prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -142,7 +175,7 @@ def flatten(content: Mapping[str, Any], *, prefix: str = "") -> Iterator[tuple[s
 def flatten_params(content: Mapping[str, Any]) -> dict[str, str]:
     """Return parameters for MLflow: dotted keys and values as text, without section `runtime`."""
     return {
-        key: value if isinstance(value, str) else json.dumps(value)
+        key: hide_passwords(value if isinstance(value, str) else json.dumps(value))
         for key, value in flatten({key: content[key] for key in content if key != "runtime"})
     }
 
@@ -182,7 +215,7 @@ class _TrainingLog:
         self.next_batch = time.monotonic() + _SECONDS_BETWEEN_BATCHES
 
     def remember(self, last_step: int) -> None:
-        content = {"run_id": self.run_id, "uri": self.store.uri, "last_step": last_step}
+        content = {"run_id": self.run_id, "uri": self.store.shown, "last_step": last_step}
         with replace_file(self.note) as temporary:
             temporary.write_text(json.dumps(content), encoding="utf-8")
 
@@ -215,7 +248,8 @@ def training_run(
             log = _TrainingLog(store, note, run_id)
             log.remember(log.last_step)
     except Exception as error:  # each kind of store raises its own exceptions
-        raise ValueError(f"MLflow's store {store.uri} cannot be written to: {error}") from error
+        fault = f"MLflow's store {store.shown} cannot be written to: {error}"
+        raise ValueError(hide_passwords(fault)) from error
     status = "FAILED"
     try:
         yield log
@@ -280,21 +314,23 @@ def upsert_row(
             client.set_terminated(run_id)
     except Exception as error:  # each kind of store raises its own exceptions
         fault = f"the results could not be recorded: {error}"
-        raise ValueError(f"MLflow's store {store.uri}: {fault}") from error
+        raise ValueError(hide_passwords(f"MLflow's store {store.shown}: {fault}")) from error
     return run_id
 
 
 def _points(metrics: list[Path], curve: Path) -> Iterator[Point]:
     """Yield all numbers in the metric files, and the training curve's values at each step."""
     for path in metrics:
-        for key, value in flatten(json.loads(path.read_text(encoding="utf-8"))):
+        for key, value in flatten(read_json(path, remedy=f"run `dvc repro {path.stem}`")):
             if isinstance(value, int | float) and not isinstance(value, bool):
                 yield key, float(value), 0
-    with curve.open(encoding="utf-8", newline="") as file:
-        for row in csv.DictReader(file):
+    with explain_damage(curve, remedy="run `dvc repro pretrain`"):
+        rows = list(csv.DictReader(curve.read_text(encoding="utf-8").splitlines()))
+        points = [(row.pop("step"), row) for row in rows]
+        for step, row in points:
             for name, text in row.items():
-                if name != "step" and text and math.isfinite(value := float(text)):
-                    yield f"pretrain.{name}", value, int(float(row["step"]))
+                if text and math.isfinite(value := float(text)):
+                    yield f"pretrain.{name}", value, int(float(step))
 
 
 def _read_note(note: Path, store: Store) -> dict[str, Any] | None:
@@ -303,9 +339,9 @@ def _read_note(note: Path, store: Store) -> dict[str, Any] | None:
 
     if not note.is_file():
         return None
-    known = json.loads(note.read_text(encoding="utf-8"))
+    known = read_json(note, remedy="delete this file; the training then begins a new run in MLflow")
     try:
-        is_here = known["uri"] == store.uri and store.client.get_run(known["run_id"])
+        is_here = known["uri"] == store.shown and store.client.get_run(known["run_id"])
     except MlflowException:
         return None
     return known if is_here and is_here.info.lifecycle_stage == "active" else None
@@ -317,4 +353,4 @@ def _note_of_checkpoint(root: Path) -> Path:
 
 
 def _warn(message: str) -> None:
-    print(f"contradiff: warning: MLflow: {message}", file=sys.stderr)
+    print(hide_passwords(f"contradiff: warning: MLflow: {message}"), file=sys.stderr)

@@ -20,7 +20,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from contradiff.files import hold_lock, replace_file, sha256_of
+from contradiff.files import hold_lock, read_json, replace_file, sha256_of
 
 NOTE_NAME = "begun.json"
 _CODE = Path(__file__).resolve().parents[2]
@@ -35,8 +35,10 @@ def take_up(
     digest `code`.
     """
     note, commit = folder / NOTE_NAME, revision() or "no commit"
-    begun = json.loads(note.read_text(encoding="utf-8")) if note.is_file() else None
-    if begun is not None and begun["state_version"] != state_version:
+    begun = None
+    if note.is_file():
+        begun = read_json(note, remedy=f"delete the folder {folder} to start this work again")
+    if begun is not None and begun.get("state_version") != state_version:
         log(
             f"starting again: the unfinished work has version {begun['state_version']}, but this "
             f"code needs version {state_version}"

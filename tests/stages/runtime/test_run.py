@@ -449,8 +449,9 @@ def test_training_reads_shards_from_where_their_copies_are(run: Run):
     for url in ("s3://bucket/demo", "s3://bucket/demo/"):
         there = with_runtime(run, shards_from=url).shards(Path("build/shards"))
         assert there == "s3://bucket/demo/shards"
-    with pytest.raises(ValueError, match="shards_from"):
-        with_runtime(run, shards_from="bucket/demo")
+    for wrong in ("bucket/demo", "https://me:secret@host/demo", "https://host/demo?token=secret"):
+        with pytest.raises(ValueError, match="shards_from"):
+            with_runtime(run, shards_from=wrong)
 
 
 @pytest.mark.parametrize(("seconds", "num_lines"), [(0.0, 6), (10.0, 2)])

@@ -5,6 +5,7 @@ from stages.runtime.run import Run, RuntimeParams
 from stages.runtime.tracking import connect, training_run, upsert_row
 
 import json
+import logging
 import multiprocessing
 import shutil
 from collections.abc import Callable
@@ -228,13 +229,41 @@ class TestTraining:
         expected = [(step, 1.0 - step / 8) for step in range(4)]
         assert curve(client, record.info.run_id, "loss") == expected
 
-    @pytest.mark.parametrize("uri", ["sqlite:////proc/none/mlflow.db", "nonsense://x"])
-    def test_wrong_uri_is_seen_at_the_start(
-        self, train: Train, monkeypatch: pytest.MonkeyPatch, uri: str
+    @pytest.mark.parametrize(
+        "uri",
+        ["sqlite:////proc/none/mlflow.db", "sqlite:///{}/folder", "sqlite:///{}/text", "no://x"],
+    )
+    def test_wrong_store_is_refused_at_the_start_and_at_once(
+        self, train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, uri: str
     ):
+        (tmp_path / "folder").mkdir()
+        (tmp_path / "text").write_text("This is no database. " * 100)
+        uri = uri.format(tmp_path)
         monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+        monkeypatch.setattr("time.sleep", lambda _: pytest.fail("MLflow tries again and again"))
         with pytest.raises(ValueError, match=f"MLflow's store {uri} cannot be used"):
             train(range(0))
+
+
+class TestPasswords:
+    def test_a_store_that_fails_shows_none(self, root: Path, monkeypatch: pytest.MonkeyPatch):
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", "no://me:hunter2@host/x")
+        with pytest.raises(ValueError, match=r"MLflow's store no://\*\*\*@host/x") as caught:
+            connect(root)
+        assert "hunter2" not in str(caught.value)
+
+    def test_notes_messages_and_params_have_none(
+        self, root: Path, client: Any, tmp_path: Path, capfd: Any
+    ):
+        store = tracking.Store(client, "http://me:hunter2@host", root)
+        log = tracking._TrainingLog(store, tmp_path / "note.json", "1")
+        log.remember(3)
+        assert json.loads((tmp_path / "note.json").read_text())["uri"] == "http://***@host"
+        tracking._warn("http://me:hunter2@host does not answer")
+        logging.getLogger("mlflow").warning("retry %s", "http://me:hunter2@host")
+        assert "hunter2" not in capfd.readouterr().err
+        params = {"base": {"path": "http://me:hunter2@host/x"}}
+        assert tracking.flatten_params(params) == {"base.path": "http://***@host/x"}
 
 
 def _train_once(root: Path, number: int) -> None:
