@@ -24,6 +24,9 @@ from contradiff.method.model import Architecture
 BASE, PRETRAIN = Path("build/base"), Path("build/pretrain")
 IMAGES, LATENTS, FEATURES = Path("build/shards"), Path("build/latents"), Path("build/features")
 
+MIN_RANK = 1.5
+"""Features with a lower effective rank are called collapsed."""
+
 
 class Params(Architecture):
     seed: Seed
@@ -57,8 +60,12 @@ def main(params: Params, run: Run) -> None:
         with run.progress("features", num_images) as advance:
             options: dict[str, Any] = {"params": settings, "seed": seed, "models": models}
             options |= {"processes": processes, "on_progress": advance}
-            write_cache(FEATURES, folder, model, images, **options)
-    run.log(f"stored features: {', '.join(column.name for column in model.columns)}")
+            ranks = write_cache(FEATURES, folder, model, images, **options)
+    shown = ", ".join(f"{name} {rank:.1f}" for name, rank in ranks.items())
+    run.log(f"stored features, with their effective ranks: {shown}")
+    if collapsed := [name for name, rank in ranks.items() if rank < MIN_RANK]:
+        fault = f"an effective rank below {MIN_RANK:g}: their images differ along one line only"
+        run.log(f"warning: the features {', '.join(collapsed)} have collapsed to {fault}")
 
 
 if __name__ == "__main__":

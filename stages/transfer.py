@@ -17,6 +17,7 @@ from contradiff.features.batches import encode_images
 from contradiff.features.cache import ModelFolders
 from contradiff.features.models import load_feature_model
 from contradiff.features.params import FeaturesParams
+from contradiff.features.spread import check_spread
 from contradiff.features.timm_backbone import TimmFeatures
 from contradiff.method.checkpoint import load_checkpoint
 from contradiff.method.model import Architecture
@@ -51,6 +52,8 @@ def main(params: Params, run: Run) -> None:
     with run.progress("features", (len(task.used) + total) // processes.size) as advance:
         train = task.compute_features(model, pool, task.used, advance)
         test = task.compute_features(model, judged, range(total), advance)
+    for own, split in ((train, "training"), (test, "test")):
+        check_spread(own.features, name=f"features of the {split} images of {images.root}")
     finetuned: list[float] = []
     if settings.finetune_epochs:
         num_own = settings.finetune_epochs * len(task.splits) // processes.size

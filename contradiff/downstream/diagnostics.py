@@ -23,6 +23,7 @@ from contradiff.data.shards import ShardIndex, read_images
 from contradiff.data.subsets import is_dev
 from contradiff.features.batches import CleanBatch, stored_batches
 from contradiff.features.models import DiffusionFeatures, autocast, image_noise
+from contradiff.features.spread import effective_rank
 from contradiff.method.noise import add_noise
 
 NUM_PAIRS = 256
@@ -66,16 +67,6 @@ def alignment(first: Table, second: Table) -> float:
 def uniformity(features: Table) -> float:
     """Log of the mean of exp(-2 d^2); d: distance of two unit vectors (Wang and Isola, 2020)."""
     return float(F.pdist(F.normalize(features.double(), dim=1)).square().mul(-2).exp().mean().log())
-
-
-def effective_rank(features: Table) -> float:
-    """Compute exp(entropy) of the centred features' singular values, divided by their sum.
-
-    The result is 1 if all features lie on a line. The result is the features' width if they vary
-    equally in all directions (Roy and Vetterli, 2007).
-    """
-    values = torch.linalg.svdvals(features.double() - features.double().mean(dim=0))
-    return float(torch.special.entr(values / values.sum()).sum().exp())
 
 
 def view_metrics(

@@ -8,10 +8,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from jaxtyping import Float, Int
 from pydantic import Field, model_validator
 
 from contradiff.config import Section
+from contradiff.features.spread import check_spread
 
 
 class SeparabilityParams(Section):
@@ -72,18 +74,18 @@ def separability(
     """Measure features with the distance 1 - cosine. At most n - 1 neighbours vote.
 
     If several classes have the most votes, the smallest label wins. Raises ValueError if a feature
-    vector is zero or not finite.
+    vector is zero or not finite, or if all are the same.
     """
     from scipy.stats import mode
     from sklearn.metrics import silhouette_score
     from sklearn.neighbors import NearestNeighbors
 
     features = features.astype(np.float64)
-    norms = np.linalg.norm(features, axis=1)
-    if not np.isfinite(norms).all() or not norms.all():
+    check_spread(torch.from_numpy(features), name="build/pretrain")
+    if not np.linalg.norm(features, axis=1).all():
         raise ValueError(
-            "build/pretrain: some features are zero or not finite, so the training diverged; see "
-            "the losses in metrics/pretrain.csv, and lower pretrain.lr"
+            "build/pretrain: some features are zero, so the training diverged; see the losses in "
+            "metrics/pretrain.csv, and lower pretrain.lr"
         )
     k = min(num_neighbours, len(labels) - 1)
     # Called without an argument, `kneighbors` does not count an image as its own neighbour.

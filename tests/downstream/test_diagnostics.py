@@ -15,7 +15,6 @@ from contradiff.downstream import diagnostics
 from contradiff.downstream.diagnostics import (
     alignment,
     denoising_error,
-    effective_rank,
     partners,
     two_views,
     uniformity,
@@ -23,6 +22,7 @@ from contradiff.downstream.diagnostics import (
 )
 from contradiff.features.batches import CleanBatch, stored_batches
 from contradiff.features.models import DiffusionFeatures
+from contradiff.features.spread import effective_rank
 from contradiff.method.model import ContraDiff
 from tests.settings import features_params
 

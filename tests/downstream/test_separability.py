@@ -38,7 +38,8 @@ def test_extremes():
     assert separability(np.eye(3)[labels], labels, num_neighbours=50).knn == 0.0
     assert separability(np.eye(4), np.arange(4), num_neighbours=1).silhouette is None
     assert separability(np.eye(4), np.zeros(4, int), num_neighbours=1) == Separability(1.0, None)
-    for bad in (np.zeros((4, 2)), np.full((4, 2), np.nan), np.full((4, 2), np.inf)):
+    zero_row = np.eye(4) * [1, 1, 1, 0]
+    for bad in (np.ones((4, 2)), np.zeros((4, 2)), np.full((4, 2), np.nan), zero_row):
         with pytest.raises(ValueError, match=r"^build/pretrain: .*lower pretrain\.lr"):
             separability(bad, np.arange(4), num_neighbours=1)
 
