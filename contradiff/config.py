@@ -3,7 +3,6 @@
 Fields that affect results have no defaults in the code, so params.yaml shows every value.
 """
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
@@ -38,7 +37,6 @@ def read_params(path: Path) -> dict[str, Any]:
     The reader is ruamel, because PyYAML would read small numbers like `1e-05` as strings.
     """
     from ruamel.yaml import YAML
-    from ruamel.yaml.error import YAMLError
 
     if not path.is_file():
         raise ValueError(
@@ -46,8 +44,9 @@ def read_params(path: Path) -> dict[str, Any]:
         )
     try:
         content: object = YAML(typ="safe").load(path)  # pyright: ignore[reportUnknownMemberType]
-    except YAMLError as error:
-        raise ValueError(f"{path}: not valid YAML: {error}") from error
+    except Exception as error:  # ruamel raises errors of several kinds
+        reason = str(error) or type(error).__name__
+        raise ValueError(f"{path}: not valid YAML: {reason}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path}: expected a mapping of sections, found {type(content).__name__}")
     return content  # pyright: ignore[reportUnknownVariableType]
@@ -74,31 +73,40 @@ def parse_exactly(schema: type[SectionT], content: Mapping[str, Any], *, source:
     try:
         return schema.model_validate(dict(content))
     except ValidationError as error:
-        lines = [f"{source}: {_describe(fault)}" for fault in error.errors()]
-        raise ValueError("\n".join(lines)) from None
+        raise _explain(error, source=source, remedy="see presets/tiny.yaml for all keys") from None
 
 
 def read_card(schema: type[SectionT], path: Path, *, stage: str) -> SectionT:
     """Read the JSON file that `stage` wrote; raises ValueError if it is missing or invalid."""
+    remedy = f"run `dvc repro {stage}`, or fetch it with `dvc pull {path.parent}`"
     if not path.is_file():
-        raise ValueError(f"{path}: no such file; run the stage `{stage}` first")
+        raise ValueError(f"{path}: no such file; {remedy}")
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}: not valid JSON: {error}") from error
-    return parse_exactly(schema, content, source=str(path))
+        return schema.model_validate_json(path.read_bytes())
+    except ValidationError as error:
+        raise _explain(error, source=str(path), remedy=remedy) from None
 
 
-def _describe(fault: ErrorDetails) -> str:
+def _explain(error: ValidationError, *, source: str, remedy: str) -> ValueError:
+    """Return an error with a line for each fault. `remedy` says what to do about wrong keys."""
+    lines = [f"{source}: {_describe(fault, remedy)}" for fault in error.errors()]
+    return ValueError("\n".join(lines))
+
+
+def _describe(fault: ErrorDetails, remedy: str) -> str:
     """Turn an error of pydantic into one line: `dotted.key: what is wrong (got value)`."""
     key = ".".join(str(part) for part in fault["loc"]) or "(whole file)"
     match fault["type"]:
-        case "extra_forbidden" | "missing" as kind:
-            text = "missing" if kind == "missing" else "unknown key"
-            text += "; see presets/tiny.yaml for all keys"
+        case "extra_forbidden":
+            text = f"unknown key; {remedy}"
+        case "missing":
+            text = f"missing; {remedy}"
+        case "json_invalid":
+            text = f"{fault['msg']}; {remedy}"
         case _:
             text = fault["msg"].removeprefix("Value error, ")
             if not isinstance(fault["input"], dict):
-                text += f" (got {fault['input']!r})"
+                shown = repr(fault["input"])
+                text += f" (got {shown if len(shown) <= 200 else shown[:200] + '…'})"
     # Messages of a section's own validator already begin with the key.
     return text if text.startswith(f"{key}.") else f"{key}: {text}"

@@ -1,15 +1,19 @@
-"""Helpers for files: atomic writing, locks, hashes, and checks of free disk space."""
+"""Helpers for files: atomic writing, damage, locks, hashes, and checks of free disk space."""
 
 import errno
 import fcntl
 import hashlib
+import json
 import os
 import re
 import shutil
 from collections.abc import Callable, Generator, Iterable
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 from safetensors import SafetensorError
 
@@ -117,6 +121,52 @@ def link_or_copy(source: Path, target: Path) -> None:
         os.link(source, target)
     except OSError:
         shutil.copyfile(source, target)
+
+
+@contextmanager
+def explain_damage(path: Path | str, *, remedy: str) -> Generator[None]:
+    """If the block cannot read `path`, raise a ValueError that names the file and ends in `remedy`.
+
+    Libraries raise errors of all kinds for damaged files. An error that names the file passes.
+    """
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, ValueError) and str(path) in str(error):
+            raise
+        if isinstance(error, FileNotFoundError):
+            raise ValueError(f"{path}: no such file; {remedy}") from error
+        what = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        kind = "" if isinstance(error, ValueError | OSError) else type(error).__name__
+        reason = ": ".join(filter(None, (kind, " ".join(what.split())[:200])))
+        fault = "cannot be read" if isinstance(error, OSError) else "damaged"
+        raise ValueError(f"{path}: {fault} ({reason}); {remedy}") from error
+
+
+def read_json(path: Path, *, remedy: str) -> dict[str, Any]:
+    """Read a JSON object. Raises the ValueError of `explain_damage` if that is not possible."""
+    with explain_damage(path, remedy=remedy):
+        content: object = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(content, dict):
+            raise TypeError(f"expected a JSON object, found {type(content).__name__}")
+        return content  # pyright: ignore[reportUnknownVariableType]
+
+
+def load_tensors(path: Path, *, sha256: str, remedy: str) -> "dict[str, Tensor]":
+    """Load a safetensors file.
+
+    Raises ValueError if it is missing, has another SHA-256, or has values that are not finite.
+    """
+    from safetensors.torch import load_file
+
+    with explain_damage(path, remedy=remedy):
+        if (found := sha256_of(path)) != sha256:
+            raise ValueError(f"its sha256 is {found}, but the file beside it says {sha256}")
+        tensors = load_file(path)
+        for name, tensor in tensors.items():
+            if not bool(tensor.isfinite().all()):
+                raise ValueError(f"{name} has values that are not finite: the training diverged")
+        return tensors
 
 
 @contextmanager

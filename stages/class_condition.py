@@ -10,13 +10,15 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import torch
+from pydantic import Field
 
-from contradiff.config import Seed
+from contradiff.config import Section, Seed, parse
 from contradiff.data.streams import PairedShards
 from contradiff.generation import class_table
-from contradiff.method.checkpoint import load_checkpoint, read_config
+from contradiff.method.checkpoint import load_checkpoint, read_checkpoint_card
 from contradiff.method.model import Architecture
 from contradiff.training.state import STATE_VERSION
+from contradiff.types import Precision
 
 BASE, CHECKPOINT = Path("build/base"), Path("build/pretrain")
 IMAGES, LATENTS = Path("build/shards"), Path("build/latents")
@@ -26,6 +28,10 @@ CLASSES = Path("build/class_condition")
 class Params(Architecture):
     seed: Seed
     class_condition: class_table.ClassConditionParams
+
+
+class Pretrained(Section):
+    precision: Precision = Field(alias="pretrain.precision")
 
 
 def main(params: Params, run: Run) -> None:
@@ -49,7 +55,8 @@ def main(params: Params, run: Run) -> None:
                 follow_training(run, params, inputs, digest, STATE_VERSION, num_steps=num_steps)
             )
             # The same precision as in pretraining.
-            precision = read_config(CHECKPOINT)["params"]["pretrain"]["precision"]
+            trained = read_checkpoint_card(CHECKPOINT).params
+            precision = parse(Pretrained, trained, source=str(CHECKPOINT)).precision
             class_table.train_class_table(
                 model, table, pairs, params=section, precision=precision, seed=seed, **session
             )

@@ -7,11 +7,11 @@ from stages.runtime.run import PARAMS_FILE, Run, execute
 from stages.runtime.tracking import upsert_row
 from stages.runtime.work_dir import delete_finished
 
-import json
 import textwrap
 from pathlib import Path
 
 from contradiff.config import Section, read_params
+from contradiff.files import explain_damage, read_json
 
 
 class Params(Section):
@@ -33,12 +33,15 @@ def main(_params: Params, run: Run) -> None:
 
 def table(summary: Path) -> str:
     """Return the report's summary as a text table, with the report's path at the end."""
-    content = json.loads(summary.read_text(encoding="utf-8"))
-    rows: list[tuple[str, str]] = content["rows"]
+    remedy = "run `dvc repro report`"
+    content = read_json(summary, remedy=remedy)
+    with explain_damage(summary, remedy=remedy):
+        rows = [(str(name), str(value)) for name, value in content["rows"]]
+        report = content["report"]
     width = max((len(name) for name, _ in rows), default=0) + 2
     wrap = textwrap.TextWrapper(width=100, subsequent_indent=" " * width).fill
     lines = [wrap(f"{name:<{width}}{value}") for name, value in rows]
-    return "\n".join([*lines, "", f"report: {content['report']}"])
+    return "\n".join([*lines, "", f"report: {report}"])
 
 
 if __name__ == "__main__":

@@ -36,37 +36,10 @@ settings.load_profile("contradiff")
 @pytest.fixture(scope="session")
 def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random base: 32 pixels, 8x8x4 latents, 2x2x32 bottleneck, attention as in SD's UNet."""
-    import torch
-    from diffusers import AutoencoderKL, UNet2DConditionModel
-
-    from contradiff.toy.base_recipe import build_scheduler
+    from tests.settings import write_tiny_base
 
     folder = tmp_path_factory.mktemp("tiny_base")
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        vae = AutoencoderKL(
-            block_out_channels=(8, 8, 16),
-            down_block_types=("DownEncoderBlock2D",) * 3,
-            up_block_types=("UpDecoderBlock2D",) * 3,
-            layers_per_block=1,
-            latent_channels=4,
-            norm_num_groups=4,
-            sample_size=32,
-            scaling_factor=0.5,
-        )
-        unet = UNet2DConditionModel(
-            sample_size=8,
-            block_out_channels=(16, 32, 32),
-            layers_per_block=1,
-            down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
-            up_block_types=("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
-            cross_attention_dim=16,
-            attention_head_dim=4,
-            norm_num_groups=8,
-        )
-    vae.save_pretrained(folder / "vae")
-    unet.save_pretrained(folder / "unet")
-    build_scheduler().save_pretrained(folder / "scheduler")
+    write_tiny_base(folder)
     return folder
 
 

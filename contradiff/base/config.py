@@ -1,6 +1,5 @@
 """Finds the base (the pretrained model) and checks its configuration, without loading weights."""
 
-import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -8,7 +7,7 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 
 from contradiff.config import Section
-from contradiff.files import file_manifest, replace_dir
+from contradiff.files import explain_damage, file_manifest, read_json, replace_dir
 
 WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
 COMPONENTS = ("vae", "unet", "scheduler")
@@ -18,6 +17,7 @@ CONFIG_FILES = tuple(f"{name}/*.json" for name in COMPONENTS)
 WEIGHT_FILES = tuple(f"{name}/{WEIGHTS_NAME}" for name in ("vae", "unet"))
 """What is downloaded of a base on the Hugging Face hub."""
 
+GET_AGAIN = "get this base again, or set base.path to another one"
 UNSUPPORTED = {
     # These UNets (such as SDXL's) need inputs, or apply steps, that `method.unet` does not have.
     "unet": (
@@ -118,7 +118,8 @@ def base_manifest(base: BaseParams, *, root: Path) -> dict[str, Any]:
 
 def check_base(folder: Path, *, weights: bool = True) -> None:
     """Raise ValueError if the base is unusable; check weight files only if `weights` is true."""
-    faults = list(_config_faults(folder))
+    with explain_damage(folder, remedy=GET_AGAIN):
+        faults = list(_config_faults(folder))
     if weights:
         for name in ("vae", "unet"):
             files = (WEIGHTS_NAME, f"{WEIGHTS_NAME}.index.json")
@@ -194,10 +195,7 @@ def read_config(folder: Path, component: str) -> dict[str, Any]:
             "format, with vae/, unet/ and scheduler/. Run `dvc pull models/tiny` to get the tiny "
             "base, or `make base` to retrain it"
         )
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"base.path: {path}: not valid JSON: {error}") from error
+    return read_json(path, remedy=GET_AGAIN)
 
 
 def downsampling_of(folder: Path) -> int:

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from contradiff.base.config import check_base, read_config
+from contradiff.base.config import GET_AGAIN, check_base, read_config
+from contradiff.files import explain_damage
 
 if TYPE_CHECKING:
     from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
@@ -31,9 +32,10 @@ class NoiseSchedule:
         """
         from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 
-        scheduler = DDIMScheduler.from_pretrained(
-            folder / "scheduler", clip_sample=False, thresholding=False
-        )
+        with explain_damage(folder / "scheduler", remedy=GET_AGAIN):
+            scheduler = DDIMScheduler.from_pretrained(
+                folder / "scheduler", clip_sample=False, thresholding=False
+            )
         assert isinstance(scheduler, DDIMScheduler)
         return cls(scheduler)
 
@@ -108,9 +110,10 @@ def _build(folder: Path, component: str, *, weights: bool) -> Any:
         kind = UNet2DConditionModel
     if weights:
         check_base(folder)
-        module = kind.from_pretrained(
-            folder, subfolder=component, torch_dtype=torch.float32, use_safetensors=True
-        )
+        with explain_damage(folder / component, remedy=GET_AGAIN):
+            module = kind.from_pretrained(
+                folder, subfolder=component, torch_dtype=torch.float32, use_safetensors=True
+            )
     else:
         with torch.device("meta"):
             module = kind.from_config(read_config(folder, component))

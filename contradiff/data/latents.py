@@ -14,8 +14,9 @@ from jaxtyping import Float
 from pydantic import Field
 
 from contradiff.config import Section
-from contradiff.data.shards import Record, array_from_bytes, array_to_bytes
+from contradiff.data.shards import REMEDY, Record, array_from_bytes, array_to_bytes
 from contradiff.data.transforms import Crop
+from contradiff.files import explain_damage
 
 
 class LatentsParams(Section):
@@ -65,8 +66,10 @@ class StoredLatents:
     @classmethod
     def of_record(cls, record: Mapping[str, bytes]) -> "StoredLatents":
         """Rebuild the object from what `to_record` returned."""
-        moments = array_from_bytes(record["moments.npy"])
-        if moments.dtype == np.uint16:
-            moments = (moments.astype(np.uint32) << 16).view(np.float32)
-        crops = tuple(Crop.from_array(crop) for crop in array_from_bytes(record["crops.npy"]))
-        return cls(record["__key__"].decode(), moments, crops)
+        key = record["__key__"].decode()
+        with explain_damage(key, remedy=REMEDY):
+            moments = array_from_bytes(record["moments.npy"])
+            if moments.dtype == np.uint16:
+                moments = (moments.astype(np.uint32) << 16).view(np.float32)
+            crops = tuple(Crop.from_array(crop) for crop in array_from_bytes(record["crops.npy"]))
+        return cls(key, moments, crops)

@@ -21,6 +21,8 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, TypeVar
 
+from pydantic import TypeAdapter, ValidationError
+
 from contradiff.data.shard_info import ShardInfo
 from contradiff.data.shards import Shard, ShardIndex
 from contradiff.files import link_or_copy, replace_file
@@ -41,6 +43,9 @@ class Made:
 
     files: tuple[Shard, ...]
     notes: dict[str, Any] = field(default_factory=dict[str, Any])
+
+
+_NOTE = TypeAdapter(Made)
 
 
 def _ignore(_: int) -> None: ...
@@ -120,16 +125,16 @@ def publish_shards(
 
 
 def _read_note(note: Path) -> Made | None:
-    """Read a note. Return None if the note is missing, or if a file in it is not complete."""
-    if not note.is_file():
+    """Read a note. Return None if it is missing or damaged, or a file in it is not complete."""
+    try:
+        made = _NOTE.validate_json(note.read_bytes())
+    except (FileNotFoundError, ValidationError):
         return None
-    content = json.loads(note.read_text(encoding="utf-8"))
-    files = tuple(Shard(**shard) for shard in content["files"])
-    for file in files:
+    for file in made.files:
         path = note.parent / file.name
         if not path.is_file() or path.stat().st_size != file.num_bytes:
             return None
-    return Made(files, content["notes"])
+    return made
 
 
 class _Crew:

@@ -8,26 +8,28 @@ import gzip
 import hashlib
 import io
 import json
-import tarfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
+from functools import cache
 from itertools import chain, islice
 from pathlib import Path
-from typing import Generic, Literal, TypeVar
+from typing import Annotated, Any, Generic, Literal, TypeVar
 
 import numpy as np
 from jaxtyping import Shaped
-from pydantic import Field
+from pydantic import BaseModel, ConfigDict, Field
 
 from contradiff.config import Section
 from contradiff.data.remote import Location, join, open_file, read_bytes, size_of
 from contradiff.data.shard_info import ShardInfo
-from contradiff.files import replace_file, sha256_of
+from contradiff.files import explain_damage, replace_file, sha256_of
 
 INDEX_NAME = "index.json"
+_WRONG_DIGEST = f"damaged (its sha256 is not the one in {INDEX_NAME})"
+REMEDY = "run `dvc repro`, or fetch the shards with `dvc pull`"
 Compression = Literal["none", "gzip"]
 Record = Mapping[str, bytes]
 """One sample of a shard: file extension => content. "__key__" => the sample's unique name."""
@@ -41,15 +43,21 @@ class ShardParams(Section):
     compression: Compression = Field(description="gzip: half the size, if images are small")
 
 
+Natural = Annotated[int, Field(ge=0)]
+
+
 @dataclass(frozen=True)
 class Shard:
-    """One tar file. `class_counts[c]` is the number of samples of class c, if there are classes."""
+    """One tar file. `class_counts[c]` is the number of samples of class c, if there are classes.
 
-    name: str
-    num_samples: int
-    num_bytes: int
+    The annotations with limits are checked when an index is read.
+    """
+
+    name: Annotated[str, Field(pattern=r"^\w[\w.-]*$")]  # so that it cannot leave its folder
+    num_samples: Natural
+    num_bytes: Natural
     sha256: str
-    class_counts: Sequence[int] = ()
+    class_counts: Sequence[Natural] = ()
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "class_counts", tuple(self.class_counts))  # JSON gives a list
@@ -64,12 +72,25 @@ class Sample:
     label: int
 
 
+class _IndexFile(BaseModel):
+    """The form of index.json."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    splits: dict[str, tuple[Shard, ...]]
+    facts: dict[str, Any]
+
+
 @dataclass(frozen=True)
 class ShardIndex(Generic[InfoT]):
-    """The content of index.json: each split's shards in order, and facts about all shards."""
+    """The content of index.json: each split's shards in order, and facts about all shards.
+
+    `path` is the place of the file that was read.
+    """
 
     splits: Mapping[str, tuple[Shard, ...]]
     info: InfoT
+    path: Location = INDEX_NAME
 
     @classmethod
     def read(cls, folder: Location, kind: type[InfoT]) -> "ShardIndex[InfoT]":
@@ -80,21 +101,18 @@ class ShardIndex(Generic[InfoT]):
         """
         path = join(folder, INDEX_NAME)
         try:
-            content = json.loads(read_bytes(path))
-            named = content["splits"].items()
-            splits = {split: tuple(Shard(**shard) for shard in shards) for split, shards in named}
-            info = kind.model_validate(content["facts"])
+            content = read_bytes(path)
         except FileNotFoundError as error:
             raise _fault(path, "missing") from error
-        except (ValueError, KeyError, TypeError) as error:
-            reason = " ".join(f"{type(error).__name__}: {error}".split())
-            raise _fault(path, f"damaged, or another kind of index ({reason})") from error
-        shards = list(chain(*splits.values()))
+        with explain_damage(path, remedy=_remedy(path)):
+            file = _IndexFile.model_validate_json(content)
+            info = kind.model_validate(file.facts)
+        shards = list(chain(*file.splits.values()))
         places = [join(folder, shard.name) for shard in shards]
         # Ask a server for many sizes at once, because each answer takes long.
         with ThreadPoolExecutor(16 if isinstance(folder, str) else 1) as pool:
             list(pool.map(_check_size, places, shards))
-        return ShardIndex(splits, info)
+        return ShardIndex(file.splits, info, path)
 
     def write(self, folder: Path) -> None:
         """Write `index.json`. Call this only when every shard is complete."""
@@ -110,7 +128,7 @@ class ShardIndex(Generic[InfoT]):
     def shards(self, split: str) -> tuple[Shard, ...]:
         """Return the shards of a split, in order. Raises ValueError if the split does not exist."""
         if split not in self.splits:
-            raise ValueError(f"there is no split {split!r}, only {sorted(self.splits)}")
+            raise _fault(self.path, f"there is no split {split!r}, only {sorted(self.splits)}")
         return self.splits[split]
 
 
@@ -175,12 +193,15 @@ def write_split(
 def read_shard(path: Location, shard: Shard) -> Iterator[dict[str, bytes]]:
     """Yield a shard's samples in order, in the form that `Record` explains.
 
-    Raises ValueError if the shard is damaged. Some damage is noticed only after the last sample,
-    when the sha256 is compared. Raises OSError if a server cannot be reached.
+    Raises ValueError if the shard is damaged. Before its first sample, the sha256 of a local shard
+    is compared, once in each process. Some damage of a shard on a server, or after this check, is
+    noticed only after the last sample. Raises OSError if a server cannot be reached.
     """
     from webdataset.tariterators import group_by_keys, tar_file_expander
 
     _check_size(path, shard)
+    if isinstance(path, Path):
+        _check_digest(path, shard.sha256, path.stat().st_mtime_ns)
     num_samples = 0
     try:
         with open_file(path, num_bytes=shard.num_bytes) as file:
@@ -194,14 +215,14 @@ def read_shard(path: Location, shard: Shard) -> Iterator[dict[str, bytes]]:
                     if name == "__key__" or not name.startswith("__")
                 }
             stream.read()  # also hash the padding at the end of the tar
-    except (tarfile.TarError, EOFError, OSError) as error:
+    except Exception as error:  # tarfile, gzip and webdataset raise errors of several kinds
+        # webdataset adds arguments to the error, so that its text would be a tuple
+        reason = getattr(error, "strerror", None) or (error.args or [type(error).__name__])[0]
         if isinstance(path, str) and isinstance(error, OSError):  # the server failed
             raise OSError(str(error.args[0]).split(" @ ", maxsplit=1)[0]) from error
-        # webdataset adds arguments to the error, so that its text would be a tuple
-        reason = error.args[0] if error.args else "unreadable"
         raise _fault(path, f"damaged ({reason})") from error
     if stream.hasher.hexdigest() != shard.sha256:
-        raise _fault(path, f"damaged (its sha256 is not the one in {INDEX_NAME})")
+        raise _fault(path, _WRONG_DIGEST)
     if num_samples != shard.num_samples:
         raise _fault(path, f"has {num_samples} samples, but {INDEX_NAME} says {shard.num_samples}")
 
@@ -224,8 +245,10 @@ def image_record(sample: Sample, *, extension: str) -> Record:
 
 def image_of(record: Record) -> Sample:
     """Return the image in a record that `image_record` made."""
-    extension = next(name for name in record if name in {"jpg", "jpeg", "png", "webp"})
-    return Sample(record["__key__"].decode(), record[extension], int(record["cls"]))
+    key = record["__key__"].decode()
+    with explain_damage(key, remedy=REMEDY):
+        [extension] = record.keys() & {"jpg", "jpeg", "png", "webp"}
+        return Sample(key, record[extension], int(record["cls"]))
 
 
 def array_to_bytes(array: Shaped[np.ndarray, "..."]) -> bytes:
@@ -252,11 +275,23 @@ class _HashedStream:
         return content
 
 
+def _remedy(path: Location) -> str:
+    if isinstance(path, str):
+        return "copy the whole folder of shards to the server again"
+    return f"run `dvc repro`, or fetch it with `dvc pull {path.parent}`"
+
+
 def _fault(path: Location, what: str) -> ValueError:
     """Return an error that says what is wrong with a file and what to do."""
-    if isinstance(path, str):
-        return ValueError(f"{path}: {what}; copy the whole folder of shards to the server again")
-    return ValueError(f"{path}: {what}; run `dvc repro`, or fetch it with `dvc pull {path.parent}`")
+    return ValueError(f"{path}: {what}; {_remedy(path)}")
+
+
+@cache
+def _check_digest(path: Path, sha256: str, _time: int) -> None:
+    """Compare a shard's digest. The cache makes this happen once for each state of the file."""
+    with explain_damage(path, remedy=_remedy(path)):
+        if sha256_of(path) != sha256:
+            raise _fault(path, _WRONG_DIGEST)
 
 
 def _check_size(path: Location, shard: Shard) -> None:

@@ -20,7 +20,7 @@ from contradiff.config import Section, read_card
 from contradiff.evaluation import inception
 from contradiff.evaluation.classifier import ResidualClassifier
 from contradiff.evaluation.inception import Inception
-from contradiff.files import replace_dir, sha256_of
+from contradiff.files import explain_damage, load_tensors, replace_dir, sha256_of
 
 Image = UInt8[Tensor, "3 height width"]
 Kind = Literal["classifier", "inception"]
@@ -211,19 +211,18 @@ def read_extractor_card(folder: Path) -> ExtractorCard:
 
 def load_extractor(folder: Path, *, device: torch.device) -> Extractor:
     """Load a saved extractor; raise ValueError if its weights or extractor.json are wrong."""
-    from safetensors.torch import load_file
-
     card = read_extractor_card(folder)
     names = [CLASSIFIER_NAME] if card.kind == "classifier" else list(inception.PINNED.values())
-    found = [path for name in names if (path := folder / name).is_file()]
-    if not found or sha256_of(found[0]) != card.weights_sha256:
-        raise ValueError(
-            f"{folder}: the weights are missing, or extractor.json describes other weights; run "
-            "the stage `extractor` again"
-        )
+    path = next((path for name in names if (path := folder / name).is_file()), folder / names[0])
+    remedy = f"run `dvc repro extractor`, or fetch it with `dvc pull {folder}`"
     if card.kind == "inception":
-        return Extractor(Inception(found[0]), card, device=device)
-    assert card.width is not None, "a classifier's card states its width"
-    classifier = ResidualClassifier(width=card.width, num_classes=card.num_classes)
-    classifier.load_state_dict(load_file(found[0]))
+        with explain_damage(path, remedy=remedy):
+            found = sha256_of(path)
+            if found != card.weights_sha256 or found not in inception.PINNED:
+                raise ValueError(f"its sha256 is {found}, which is not the expected one")
+            return Extractor(Inception(path), card, device=device)
+    weights = load_tensors(path, sha256=card.weights_sha256, remedy=remedy)
+    with explain_damage(path, remedy=remedy):
+        classifier = ResidualClassifier(width=card.width or 0, num_classes=card.num_classes)
+        classifier.load_state_dict(weights)
     return Extractor(classifier, card, device=device)

@@ -21,7 +21,7 @@ from contradiff.data.shards import Record, Shard, image_of, read_shard, read_spl
 from contradiff.data.transforms import apply_crop, centre_crop, decode
 from contradiff.evaluation.extractors import Extractor, Image
 from contradiff.evaluation.fid import FeatureSource, FeatureStatistics
-from contradiff.files import replace_file, sha256_of
+from contradiff.files import explain_damage, replace_file, sha256_of
 from contradiff.processes import Processes
 from contradiff.types import ByteImages
 
@@ -92,20 +92,18 @@ class Measurement:
             save_file(named, temporary, {_FORMAT: json.dumps(facts)})
 
     @classmethod
-    def load(cls, path: Path) -> "Measurement":
-        """Read what `save` wrote; raise ValueError if the file is missing or something else."""
-        from safetensors import SafetensorError, safe_open
+    def load(cls, path: Path, *, sha256: str, remedy: str) -> "Measurement":
+        """Read what `save` wrote; raise ValueError if the file is missing, damaged or another."""
+        from safetensors import safe_open
 
-        try:
+        with explain_damage(path, remedy=remedy):
+            if sha256_of(path) != sha256:
+                raise ValueError("not the measurement that was written: its sha256 is another")
             with safe_open(path, framework="pt") as file:
                 facts = json.loads((file.metadata() or {})[_FORMAT])
                 mean, scatter, kept, logits = map(file.get_tensor, _TENSORS)
-        except (OSError, SafetensorError, KeyError) as error:
-            raise ValueError(
-                f"{path}: not a measurement that this version of ContraDiff can read ({error!r})"
-            ) from error
-        source = FeatureSource(**facts["source"])
-        return cls(FeatureStatistics(source, facts["num_samples"], mean, scatter), kept, logits)
+            source = FeatureSource(**facts["source"])
+            return cls(FeatureStatistics(source, facts["num_samples"], mean, scatter), kept, logits)
 
 
 def choose_kept(num_images: int, *, num_kept: int, seed: int) -> Bool[Tensor, " num_images"]:
@@ -180,12 +178,17 @@ def measure_shards(
     if processes.rank == 0:  # this process holds the lock of `work_dir`
         missing = missing_items(numbers, work_dir, name_of=name_of)
         on_progress(num_images - sum(shards[number].num_samples for number in missing))
-    map_shards(
+    made = map_shards(
         numbers, make, work_dir, name_of=name_of, processes=processes, on_progress=on_progress
     )
     if processes.rank:
         return {}
+
+    def load_part(file: Shard) -> Measurement:
+        path, remedy = work_dir / file.name, "delete this file, and run the same command again"
+        return Measurement.load(path, sha256=file.sha256, remedy=remedy)
+
     return {
-        resizer: reduce(add, (Measurement.load(path_of(n, resizer)) for n in numbers))
-        for resizer in card.resizers
+        resizer: reduce(add, (load_part(each.files[position]) for each in made))
+        for position, resizer in enumerate(card.resizers)
     }

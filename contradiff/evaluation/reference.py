@@ -10,7 +10,7 @@ from contradiff.config import Section, read_card
 from contradiff.evaluation.extractors import ExtractorCard
 from contradiff.evaluation.fid import FeatureSource
 from contradiff.evaluation.measuring import Measurement
-from contradiff.files import replace_dir
+from contradiff.files import replace_dir, sha256_of
 
 CARD_NAME = "reference.json"
 
@@ -35,6 +35,7 @@ class ReferenceCard(Section):
     resizers: list[str] = Field(min_length=1)
     num_kept: int = Field(gt=0)
     seed: int
+    sha256: dict[str, str] = Field(default={}, description="resizer => SHA-256 of its measurement")
 
     @property
     def description(self) -> str:
@@ -47,8 +48,11 @@ def write_reference(
 ) -> None:
     """Replace `folder` by reference.json and a measurement for each resizer."""
     with replace_dir(folder) as temporary:
+        digests: dict[str, str] = {}
         for resizer, measurement in measurements.items():
-            measurement.save(temporary / f"{resizer}.safetensors")
+            measurement.save(path := temporary / f"{resizer}.safetensors")
+            digests[resizer] = sha256_of(path)
+        card = card.model_copy(update={"sha256": digests})
         (temporary / CARD_NAME).write_text(card.model_dump_json(indent=2) + "\n", encoding="utf-8")
 
 
@@ -74,7 +78,11 @@ def read_reference(
                 f"{value}; run `dvc repro score`"
             )
     paths = {resizer: folder / f"{resizer}.safetensors" for resizer in card.resizers}
-    measurements = {resizer: Measurement.load(path) for resizer, path in paths.items()}
+    remedy = f"run `dvc repro reference`, or fetch it with `dvc pull {folder}`"
+    measurements = {
+        resizer: Measurement.load(path, sha256=card.sha256.get(resizer, "nothing"), remedy=remedy)
+        for resizer, path in paths.items()
+    }
     for resizer, path in paths.items():
         described = FeatureSource(card.description, resizer, card.extractor, card.extractor_sha256)
         if measurements[resizer].statistics.source != described:

@@ -8,6 +8,8 @@ header. If the UNet's maps are stored, `<split>-00000.maps.safetensors` has the 
 
 import hashlib
 import json
+from collections.abc import Generator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -15,15 +17,14 @@ from typing import Any, Literal
 
 import torch
 from jaxtyping import Float, Int64
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
+from pydantic import BaseModel, ConfigDict, Field
+from safetensors import safe_open
 from torch import Tensor
 from torch.utils.data import ConcatDataset
 
 from contradiff.data.shards import Shard
 from contradiff.features.params import FeatureSpec
-from contradiff.files import replace_file, sha256_of
+from contradiff.files import explain_damage, load_tensors, replace_file, sha256_of
 from contradiff.method.attention import TriTimestepAttention
 from contradiff.method.checkpoint import base_digest
 from contradiff.method.model import Architecture
@@ -38,7 +39,8 @@ class CacheIndex(BaseModel):
 
     `checkpoint` is a hash of the model's weights. The first of `columns` is the main feature.
     `shards` lists the files of each split. If the UNet's maps are stored, `maps` lists their files,
-    and `head` has the constructor arguments of the stored attention head. Otherwise `head` is None.
+    and `head` has the constructor arguments of the stored attention head, and `head_sha256` the
+    SHA-256 of its weights. Otherwise both are None.
     `made_with` has the seed, the section `features` and the hash of the file features.timm_weights.
     """
 
@@ -51,6 +53,7 @@ class CacheIndex(BaseModel):
     num_classes: int
     columns: tuple[FeatureSpec, ...]
     head: dict[str, Any] | None
+    head_sha256: str | None
     shards: dict[str, tuple[Shard, ...]]
     maps: dict[str, tuple[Shard, ...]]
     made_with: dict[str, Any] = Field(validation_alias="facts", serialization_alias="facts")
@@ -66,10 +69,10 @@ class CacheIndex(BaseModel):
         path, remedy = folder / INDEX_NAME, f"run `dvc repro features`, or `dvc pull {folder}`"
         if not path.is_file():
             raise ValueError(f"{path}: there are no features; {remedy}")
-        try:
-            index = cls.model_validate_json(path.read_text())
-        except ValidationError:
-            raise ValueError(f"{path}: not a valid index; run `dvc repro features`") from None
+        with explain_damage(path, remedy=remedy):
+            index = cls.model_validate_json(path.read_bytes())
+            if not index.columns or not index.shards:
+                raise ValueError("it lists no features")
         for shard in chain(*index.shards.values(), *index.maps.values()):
             file = folder / shard.name
             if not file.is_file() or file.stat().st_size != shard.num_bytes:
@@ -139,7 +142,8 @@ class FeatureCache:
 
     def width(self, name: str) -> int:
         """Return the number of values of one feature, without loading the feature."""
-        return self._file(self.index.shards["train"][0]).get_slice(name).get_shape()[1]
+        with self._reading(self.index.shards["train"][0]) as file:
+            return file.get_slice(name).get_shape()[1]
 
     def labels(self, split: str) -> Int64[Tensor, " n"]:
         """Load the class labels of a split, in the order of `column`."""
@@ -147,8 +151,11 @@ class FeatureCache:
 
     def keys(self, split: str) -> list[str]:
         """Read the images' keys of a split, in the order of `column`."""
-        headers = [self._file(shard).metadata() for shard in self.index.shards[split]]
-        return [key for header in headers for key in json.loads(header["keys"])]
+        keys: list[str] = []
+        for shard in self.index.shards[split]:
+            with self._reading(shard) as file:
+                keys += json.loads(file.metadata()["keys"])
+        return keys
 
     def maps(self, split: str) -> ConcatDataset[Tensor]:
         """Memory-map a split's UNet maps (3, c, h, w). Raises ValueError if none are stored."""
@@ -160,16 +167,20 @@ class FeatureCache:
     def attention(self) -> TriTimestepAttention:
         """Load the attention head stored with the maps. The head of a baseline is untrained."""
         assert self.index.head is not None, "the head is stored only together with maps"
-        head = TriTimestepAttention(**self.index.head)
-        head.load_state_dict(load_file(self.folder / HEAD_NAME))
+        path, remedy = self.folder / HEAD_NAME, "run `dvc repro features`"
+        weights = load_tensors(path, sha256=self.index.head_sha256 or "nothing", remedy=remedy)
+        with explain_damage(path, remedy=remedy):
+            head = TriTimestepAttention(**self.index.head)
+            head.load_state_dict(weights)
         return head
 
     def _tensor(self, shard: Shard, name: str) -> Tensor:
-        return self._file(shard).get_tensor(name)
+        with self._reading(shard) as file:
+            return file.get_tensor(name)
 
-    def _file(self, shard: Shard) -> Any:
+    @contextmanager
+    def _reading(self, shard: Shard) -> Generator[Any]:
+        """Open a file of the cache. Errors in the block become ValueErrors that name the file."""
         path = self.folder / shard.name
-        try:
-            return safe_open(path, framework="pt")
-        except SafetensorError as error:
-            raise ValueError(f"{path}: damaged ({error}); run `dvc repro features`") from error
+        with explain_damage(path, remedy="run `dvc repro features`"):
+            yield safe_open(path, framework="pt")

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from jaxtyping import Float
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -18,10 +19,11 @@ from contradiff.features.cache import HEAD_NAME, MAPS, CacheIndex, ModelFolders
 from contradiff.features.diffeed import NUM_PASSES
 from contradiff.features.models import DiffusionFeatures, FeatureModel
 from contradiff.features.params import FeaturesParams
+from contradiff.features.spread import MAX_ROWS, check_spread
 from contradiff.features.timm_backbone import TimmFeatures
 from contradiff.files import link_or_copy, replace_dir, replace_file, sha256_of
 from contradiff.method.attention import TriTimestepAttention
-from contradiff.method.checkpoint import Architecture, read_config
+from contradiff.method.checkpoint import Architecture, read_checkpoint_card
 from contradiff.method.unet import block_channels
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
@@ -38,12 +40,13 @@ def write_cache(
     models: ModelFolders,
     processes: Processes,
     on_progress: Tick,
-) -> None:
+) -> dict[str, float]:
     """Compute the features of all unfinished shards in `work_dir`; then link all files to `folder`.
 
     If the run is interrupted, `work_dir` keeps the finished shards. All processes share `work_dir`.
     `on_progress` first gets the number of images that were already done, then the size of each new
-    batch. Raises ValueError if a feature is not finite, or if the disk is full.
+    batch. Process 0 returns the effective rank of each feature in the largest shard. Raises
+    ValueError if a feature is not finite or is the same for all images, or if the disk is full.
     """
     name_of = "{0[0]}-{0[1]:05d}".format
 
@@ -72,7 +75,15 @@ def write_cache(
         images.shards, make, work_dir, name_of=name_of, processes=processes, on_progress=on_progress
     )
     if processes.rank > 0:
-        return
+        return {}
+    largest = max((each.files[0] for each in made), key=lambda file: file.num_samples)
+    with safe_open(work_dir / largest.name, framework="pt") as table:
+        ranks = {
+            column.name: check_spread(
+                table.get_slice(column.name)[:MAX_ROWS], name=f"features {column.name!r}"
+            )
+            for column in model.columns
+        }
     made_with: dict[str, Any] = {"seed": seed, **params.model_dump()}
     if params.model == "timm" and params.timm_weights is not None:
         made_with["timm_weights_sha256"] = sha256_of(models.root / params.timm_weights)
@@ -81,11 +92,12 @@ def write_cache(
     for (split, _), each in zip(images.shards, made, strict=True):
         files.setdefault(split, []).append(each.files)
     with replace_dir(folder) as temporary:
-        head: dict[str, int] | None = None
+        head, digest = None, None
         if isinstance(model, DiffusionFeatures) and model.keep_maps:
             head, attention = initial_attention(model, models.checkpoint)
             state = {name: value.cpu() for name, value in attention.state_dict().items()}
             save_file(state, temporary / HEAD_NAME)
+            digest = sha256_of(temporary / HEAD_NAME)
         CacheIndex(
             model=params.model,
             checkpoint=model.fingerprint() if is_timm else models.fingerprint(params.model),
@@ -93,12 +105,14 @@ def write_cache(
             num_classes=len(images.index.info.class_ids),
             columns=model.columns,
             head=head,
+            head_sha256=digest,
             shards={split: tuple(own[0] for own in files[split]) for split in files},
             maps={split: tuple(own[1] for own in files[split]) for split in files if head},
             made_with=made_with,
         ).write(temporary)
         for file in (file for each in made for file in each.files):
             link_or_copy(work_dir / file.name, temporary / file.name)
+    return ranks
 
 
 def to_stored(
@@ -143,7 +157,8 @@ def initial_attention(
     ContraDiff has a trained head. For baselines, the features' seed draws a new head.
     """
     unet, kind = features.model.unet, features.params.model
-    shapes = parse(Architecture, read_config(checkpoint)["params"], source=str(checkpoint))
+    trained = read_checkpoint_card(checkpoint).params
+    shapes = parse(Architecture, trained, source=str(checkpoint))
     shape: dict[str, Any] = {"in_channels": block_channels(unet, features.model.block)}
     shape |= shapes.head.attention_arguments
     if kind == "contradiff":

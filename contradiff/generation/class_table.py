@@ -4,20 +4,18 @@ A label gives one token for the UNet's cross-attention. Only the table is traine
 """
 
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Int64
 from pydantic import Field
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from contradiff.base.vae import sample
-from contradiff.config import Section
+from contradiff.config import Section, read_card
 from contradiff.data.streams import PairedShards, TrainingStream, training_batches
-from contradiff.files import sha256_of
-from contradiff.method.checkpoint import WEIGHTS_NAME, read_config, write_weights
+from contradiff.files import explain_damage, load_tensors, sha256_of
+from contradiff.method.checkpoint import CONFIG_NAME, WEIGHTS_NAME, write_weights
 from contradiff.method.lora import cast_frozen_weights, disable_lora, merge_lora
 from contradiff.method.model import ContraDiff
 from contradiff.method.noise import add_noise
@@ -42,6 +40,18 @@ class ClassConditionParams(Section):
     batch_size: int = Field(ge=1, description="images per optimiser step")
     lr: float = Field(gt=0, description="peak learning rate")
     lora: bool = Field(description="false: training and generation use the base's UNet, no LoRA")
+
+
+class ClassTableCard(Section):
+    """Content of build/class_condition/config.json. `checkpoint_sha256` is the model's SHA-256."""
+
+    width: int = Field(ge=1)
+    drop: float
+    lora: bool
+    checkpoint_sha256: str
+    num_classes: int = Field(ge=1)
+    num_steps: int = Field(ge=0)
+    sha256: dict[str, str] = Field(description="weights file => its SHA-256")
 
 
 class ClassTable(nn.Module):
@@ -199,26 +209,32 @@ def save_class_table(
     write_weights(folder, {} if table is None else {TABLE_NAME: table.state_dict()}, config)
 
 
-def read_class_config(folder: Path) -> dict[str, Any]:
-    """Read the config.json of a class table. Raises ValueError if the file is missing."""
-    return read_config(folder, what="class table", stage="class_condition")
+def read_class_card(folder: Path) -> ClassTableCard:
+    """Read the config.json of a class table. Raises ValueError if it is missing or damaged."""
+    return read_card(ClassTableCard, folder / CONFIG_NAME, stage="class_condition")
 
 
 def load_class_table(folder: Path, *, checkpoint: Path) -> ClassTable:
     """Load a trained table on the CPU for the model in the folder `checkpoint`.
 
-    Raises ValueError if the table is missing or untrained, or was trained with another model.
+    Raises ValueError if the table is missing, damaged or untrained, or was trained with another
+    model.
     """
-    config = read_class_config(folder)
-    if config["num_steps"] == 0:
+    card, path = read_class_card(folder), folder / TABLE_NAME
+    if card.num_steps == 0:
         why = 'generate.condition "class" needs a trained table, but class_condition.epochs was 0'
         remedy = "set class_condition.epochs to 1 or more, and run `dvc repro class_condition`"
         raise ValueError(f"{folder}: {why}; {remedy}")
-    if config["checkpoint_sha256"] != sha256_of(checkpoint / WEIGHTS_NAME):
+    if card.checkpoint_sha256 != sha256_of(checkpoint / WEIGHTS_NAME):
         what = f"{folder}: the class table was trained with another model than {checkpoint}"
         raise ValueError(f"{what}; run `dvc repro class_condition`")
-    weights = load_file(folder / TABLE_NAME)
-    sizes = {name: config[name] for name in ("num_classes", "width")}
-    table = ClassTable(**sizes, cross_attention_dim=len(weights["to_tokens.bias"]))
-    table.load_state_dict(weights)
+    remedy = f"run `dvc repro class_condition`, or fetch it with `dvc pull {folder}`"
+    weights = load_tensors(path, sha256=card.sha256.get(TABLE_NAME, "nothing"), remedy=remedy)
+    with explain_damage(path, remedy=remedy):
+        table = ClassTable(
+            num_classes=card.num_classes,
+            width=card.width,
+            cross_attention_dim=len(weights["to_tokens.bias"]),
+        )
+        table.load_state_dict(weights)
     return table

@@ -52,7 +52,7 @@ def load_conditioning(
     """
     if condition == "class":
         loaded = class_table.load_class_table(table, checkpoint=checkpoint)
-        class_table.choose_denoiser(model, lora=class_table.read_class_config(table)["lora"])
+        class_table.choose_denoiser(model, lora=class_table.read_class_card(table).lora)
         return class_conditional(loaded.to(next(model.parameters()).device))
     merge_lora(model.unet)
     null = unconditional(model, seed=seed)

@@ -5,16 +5,28 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file, save_file
+from pydantic import Field
+from safetensors.torch import save_file
 from torch import Tensor
 
-from contradiff.config import parse
-from contradiff.files import replace_dir, sha256_of
+from contradiff.config import Section, parse, read_card
+from contradiff.files import explain_damage, load_tensors, replace_dir, sha256_of
 from contradiff.method.model import Architecture, ContraDiff, build_model
 from contradiff.method.parameter_counts import ParameterCounts
 
 WEIGHTS_NAME = "model.safetensors"
 CONFIG_NAME = "config.json"
+
+
+class CheckpointCard(Section):
+    """Content of build/pretrain/config.json. `params` has all sections that pretraining read."""
+
+    base_sha256: str
+    image_size: int = Field(ge=8, multiple_of=8)
+    num_steps: int = Field(ge=0)
+    parameters: dict[str, Any]
+    params: dict[str, Any]
+    sha256: dict[str, str] = Field(description="weights file => its SHA-256")
 
 
 def base_digest(base: Path, component: str = "unet") -> str:
@@ -41,23 +53,26 @@ def save_checkpoint(
 def write_weights(
     folder: Path, files: Mapping[str, Mapping[str, Tensor]], config: Mapping[str, Any]
 ) -> None:
-    """Replace `folder` by one safetensors file for each entry of `files`, and config.json."""
+    """Replace `folder` by a safetensors file for each entry of `files`, and config.json.
+
+    config.json also gets the key `sha256`: the SHA-256 of each file. Raises ValueError if a weight
+    is not finite.
+    """
+    for name, tensor in (pair for tensors in files.values() for pair in tensors.items()):
+        if not bool(tensor.isfinite().all()):
+            fault = f"the weight {name} is not finite, so the training diverged"
+            raise ValueError(f"{folder}: {fault}; lower its learning rate")
     with replace_dir(folder) as temporary:
         for name, tensors in files.items():
             state = {key: value.cpu().contiguous() for key, value in tensors.items()}
             save_file(state, temporary / name)
-        (temporary / CONFIG_NAME).write_text(json.dumps(config, indent=1, sort_keys=True) + "\n")
+        whole = {**config, "sha256": {name: sha256_of(temporary / name) for name in files}}
+        (temporary / CONFIG_NAME).write_text(json.dumps(whole, indent=1, sort_keys=True) + "\n")
 
 
-def read_config(
-    folder: Path, *, what: str = "checkpoint", stage: str = "pretrain"
-) -> dict[str, Any]:
-    """Read the config.json that `stage` wrote; raises ValueError ("no `what`") if it is missing."""
-    path = folder / CONFIG_NAME
-    if not path.is_file():
-        remedy = f"run `dvc repro {stage}`, or fetch it with `dvc pull {folder}`"
-        raise ValueError(f"{path}: no {what}; {remedy}")
-    return json.loads(path.read_text())
+def read_checkpoint_card(folder: Path) -> CheckpointCard:
+    """Read a checkpoint's config.json; raises ValueError if it is missing or damaged."""
+    return read_card(CheckpointCard, folder / CONFIG_NAME, stage="pretrain")
 
 
 def load_checkpoint(
@@ -65,17 +80,20 @@ def load_checkpoint(
 ) -> ContraDiff:
     """Rebuild the model in evaluation mode.
 
-    Raises ValueError if the model was trained on another base, or with other values of lora,
-    conditioner or head than `expected` (the values in params.yaml).
+    Raises ValueError if a file is missing or damaged, or if the model was trained on another base,
+    or with other values of lora, conditioner or head than `expected` (the values in params.yaml).
     """
-    config = read_config(folder)
-    if config["base_sha256"] != base_digest(base):
+    card, path = read_checkpoint_card(folder), folder / WEIGHTS_NAME
+    if card.base_sha256 != base_digest(base):
         raise ValueError(f"{folder}: trained on another base than {base}; run `dvc repro pretrain`")
-    if faults := "\n".join(_differences(folder, config["params"], expected)):
+    if faults := "\n".join(_differences(folder, card.params, expected)):
         raise ValueError(faults)
-    architecture = parse(Architecture, config["params"], source=str(folder / CONFIG_NAME))
-    model = build_model(base, architecture, image_size=config["image_size"], seed=None)
-    model.load_trained_state(load_file(folder / WEIGHTS_NAME))
+    architecture = parse(Architecture, card.params, source=str(folder / CONFIG_NAME))
+    remedy = f"run `dvc repro pretrain`, or fetch it with `dvc pull {folder}`"
+    weights = load_tensors(path, sha256=card.sha256.get(WEIGHTS_NAME, "nothing"), remedy=remedy)
+    model = build_model(base, architecture, image_size=card.image_size, seed=None)
+    with explain_damage(path, remedy=remedy):
+        model.load_trained_state(weights)
     return model.eval()
 
 
@@ -84,7 +102,8 @@ def _differences(
 ) -> Iterator[str]:
     """Yield a message for each value of `expected` that the checkpoint was not trained with."""
     for section in Architecture.model_fields if expected is not None else ():
-        old = trained.get(section, {})
+        section_of = trained.get(section)
+        old = section_of if isinstance(section_of, Mapping) else {}
         for key, value in getattr(expected, section).model_dump(mode="json").items():
             if key not in old or old[key] != value:
                 with_what = f"with {old[key]!r}" if key in old else "before this parameter existed"

@@ -115,8 +115,8 @@ class ContraDiff(nn.Module):
         given = {(name, tensor.shape) for name, tensor in state.items()}
         if expected != given:
             difference = sorted({name for name, _ in expected ^ given})[:3]
-            other = "made with other lora, conditioner or head parameters than this model; its"
-            raise ValueError(f"checkpoint: {other} weights {difference} do not fit")
+            other = "it has other lora, conditioner or head parameters than this model"
+            raise ValueError(f"{other}; the weights {difference} do not fit")
         self.load_state_dict(state, strict=False)
 
     def train(self, mode: bool = True) -> "ContraDiff":

@@ -4,7 +4,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file
 from torch import nn
 
 from contradiff.base.config import BaseParams
@@ -13,7 +12,8 @@ from contradiff.data.latents import LatentsParams
 from contradiff.data.shards import INDEX_NAME
 from contradiff.features.cache import ModelFolders
 from contradiff.features.params import FeaturesParams
-from contradiff.generation.class_table import load_class_table, read_class_config
+from contradiff.files import load_tensors, read_json
+from contradiff.generation.class_table import load_class_table, read_class_card
 from contradiff.generation.sampling import GenerateParams
 from contradiff.method import checkpoint
 from contradiff.method.model import Architecture
@@ -49,7 +49,7 @@ def read_project(root: Path) -> Parts:
     params = parse(ProjectParams, read_params(source), source=str(source))
     base, pretrain = build / "base", build / "pretrain"
     network = checkpoint.load_checkpoint(pretrain, base=base, expected=params)
-    trained = checkpoint.read_config(pretrain)
+    trained = checkpoint.read_checkpoint_card(pretrain)
     width = network.unet.config["cross_attention_dim"]
     channels, size, _ = network.conditioner.shape
     in_channels = block_channels(network.unet, network.block)
@@ -59,15 +59,16 @@ def read_project(root: Path) -> Parts:
     }
     parts["conditioner"]["params"] = params.conditioner.model_dump(mode="json")
     more: dict[str, nn.Module] = {}
-    table = read_class_config(build / "class_condition")
-    if table["num_steps"]:
-        sizes = {"num_classes": table["num_classes"], "width": table["width"]}
+    table = read_class_card(build / "class_condition")
+    if table.num_steps:
+        sizes = {"num_classes": table.num_classes, "width": table.width}
         parts["class_table"] = sizes | {"cross_attention_dim": width}
         more["class_table"] = load_class_table(build / "class_condition", checkpoint=pretrain)
     probe = _read_probe_facts(root, params)
     for protocol, file in (("logistic", "logistic.safetensors"), ("sgd", "head.safetensors")):
         if (path := build / "probe" / file).is_file():
-            state, name = load_file(path), f"probe_{protocol}"
+            digest, name = probe["sha256"].get(file, "nothing"), f"probe_{protocol}"
+            state = load_tensors(path, sha256=digest, remedy="run `dvc repro probe`")
             is_attentive = protocol == "sgd" and probe["head"] == "attentive"
             num_classes, dim = state[f"{'probe.' * is_attentive}linear.weight"].shape
             parts[name] = {"dim": dim, "num_classes": num_classes}
@@ -78,18 +79,18 @@ def read_project(root: Path) -> Parts:
     config = ExportConfig(
         format=FORMAT,
         base=BaseReference(path=params.base.path, revision=params.base.revision, sha256=digests),
-        image_size=trained["image_size"],
+        image_size=trained.image_size,
         seed=params.seed,
         latents_dtype=params.latents.dtype,
         features=params.features.model_copy(update={"more_triples": [], "more_blocks": []}),
         generate=params.generate,
         class_names=_class_names(build / "shards"),
         probe=f"probe_{probe['headline']}",
-        class_lora=table["lora"],
+        class_lora=table.lora,
         parts=parts,
         scores=_read_json(build / "report/summary.json").get("rows", []),
         metrics=_read_json(root / "metrics/probe.json") | _read_json(root / "metrics/score.json"),
-        training={name: trained[name] for name in ("num_steps", "parameters", "params")},
+        training=trained.model_dump(include={"num_steps", "parameters", "params"}),
         **{name: getattr(params, name) for name in Architecture.model_fields},
     )
     return Parts(config, network, more, base)
@@ -101,7 +102,7 @@ def _read_probe_facts(root: Path, params: ProjectParams) -> dict[str, Any]:
         root / "build/probe",
         ModelFolders(root / "build/pretrain", root / "build/base", root),
     )
-    facts = checkpoint.read_config(folder, what="probe", stage="probe")
+    facts = read_json(folder / checkpoint.CONFIG_NAME, remedy="run `dvc repro probe`")
     if params.features.model != "contradiff":
         fault = f'"{params.features.model}" is not the trained model, which is to be exported'
         raise ValueError(

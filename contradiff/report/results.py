@@ -269,8 +269,8 @@ def _read(root: Path, file: str, parse: Callable[[bytes], Any]) -> Any:
         raise ValueError(fault(file, "no such file"))
     try:
         return parse((root / file).read_bytes())
-    except ValueError as error:
-        raise ValueError(fault(file, str(error))) from None
+    except Exception as error:  # such as RecursionError, for JSON of 100,000 brackets
+        raise ValueError(fault(file, str(error) or type(error).__name__)) from error
 
 
 def _parse_json(content: bytes) -> dict[str, Any]:
@@ -292,6 +292,8 @@ def _parse_png(content: bytes) -> bytes:
 
 def _parse_curve(content: bytes) -> dict[str, Float[np.ndarray, " rows"]]:
     lines = content.decode(errors="replace").splitlines()
+    if not lines:
+        raise ValueError("the file is empty")
     reader = csv.DictReader(lines, restval="(no cell)")
     rows, columns = list(reader), ("step", *CURVES)
     if absent := set(columns) - set(reader.fieldnames or ()):

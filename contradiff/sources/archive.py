@@ -11,6 +11,7 @@ import io
 import os
 import re
 import tarfile
+import zlib
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
@@ -24,6 +25,7 @@ from contradiff.sources.tars import Member, Members, check_digest, kept_index, w
 TRAIN_ARCHIVE = "ILSVRC2012_img_train.tar"
 VAL_ARCHIVE = "ILSVRC2012_img_val.tar"
 DEVKIT_ARCHIVE = "ILSVRC2012_devkit_t12.tar.gz"
+MAX_DEVKIT_BYTES = 1 << 26  # the official files have less than 2 MB
 DEVKIT_FOLDERS = ("ILSVRC2012_devkit_t12/data", "data")
 META, GROUND_TRUTH = "meta.mat", "ILSVRC2012_validation_ground_truth.txt"
 MD5S = {
@@ -185,9 +187,10 @@ def _devkit_files(root: Path) -> dict[str, bytes]:
             for member in archive:
                 folder, _, name = member.name.rpartition("/")
                 is_wanted = name in wanted and folder.endswith("data") and member.isreg()
+                is_wanted = is_wanted and member.size <= MAX_DEVKIT_BYTES
                 if is_wanted and (file := archive.extractfile(member)):
                     found[name] = file.read()
-    except (tarfile.TarError, OSError, EOFError) as error:
+    except (tarfile.TarError, zlib.error, OSError, EOFError) as error:
         raise ValueError(f"data.root: {path} is damaged or truncated: {error}") from error
     if missing := [name for name in wanted if name not in found]:
         raise ValueError(f"data.root: {path} lacks data/{' and data/'.join(missing)}")

@@ -14,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
+from contradiff.files import explain_damage
 from contradiff.sources import listing
 from contradiff.sources.listing import (
     ImageFile,
@@ -171,7 +172,11 @@ def _kaggle_labels(path: Path, class_ids: Sequence[str]) -> dict[str, int]:
         raise ValueError(f"data.root: {path} is missing; {purpose}")
     label_of = {class_id: label for label, class_id in enumerate(class_ids)}
     labels: dict[str, int] = {}
-    with path.open(newline="", encoding="utf-8", errors="replace") as file:
+    remedy = "fetch this file of data.root again"
+    with (
+        explain_damage(path, remedy=remedy),
+        path.open(newline="", encoding="utf-8", errors="replace") as file,
+    ):
         for number, row in enumerate(csv.reader(file), start=1):
             if number == 1 and row[:1] == ["ImageId"]:
                 continue

@@ -6,7 +6,6 @@ all images and the bytes of some images. Hashing the bytes of all images would t
 """
 
 import hashlib
-import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -14,11 +13,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 from contradiff.data.params import Layout
+from contradiff.files import explain_damage, read_json
 from contradiff.sources import archive, parquet
 from contradiff.sources.folder import KAGGLE_IMAGES, read_file, scan_folder, scan_kaggle
 from contradiff.sources.listing import Listing, Read, describe_ignored
 
 NUM_SAMPLED_HASHES = 200
+PREPARE = "run `dvc repro prepare`"
 MARKS: Mapping[Layout, tuple[str, ...]] = {
     "imagefolder": ("train/*/",),
     "archives": (archive.TRAIN_ARCHIVE, archive.VAL_ARCHIVE),
@@ -111,9 +112,14 @@ def scan_images(
 
 def reopen_images(manifest: Path, *, project: Path, **options: Any) -> RawImages:
     """List the images that a manifest file describes. Raises ValueError if images have changed."""
-    content = read_manifest(manifest)
-    images = scan_images(project / content["root"], layout=content["layout"], **options)
-    if images.digest != content["digest"]:
+    content = read_json(manifest, remedy=PREPARE)
+    with explain_damage(manifest, remedy=PREPARE):
+        root, digest = str(content["root"]), str(content["digest"])
+        layout: Layout | None = next((n for n in MARKS if n == content["layout"]), None)
+        if layout is None:
+            raise ValueError(f"layout: {content['layout']!r} is none of {', '.join(MARKS)}")
+    images = scan_images(project / root, layout=layout, **options)
+    if images.digest != digest:
         fault = f"{images.root} has changed since {manifest} was written"
         raise ValueError(f"data.root: {fault}; run `dvc repro -f prepare`")
     return images
@@ -122,13 +128,6 @@ def reopen_images(manifest: Path, *, project: Path, **options: Any) -> RawImages
 def relative_to_project(path: Path, *, project: Path) -> str:
     """Return `path` relative to the folder `project`, or unchanged if it is not below `project`."""
     return str(path.relative_to(project) if path.is_relative_to(project) else path)
-
-
-def read_manifest(path: Path) -> dict[str, Any]:
-    """Read a manifest, which the stage `prepare` writes. Raises ValueError if it is missing."""
-    if not path.is_file():
-        raise ValueError(f"{path}: missing; run `dvc repro prepare`")
-    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def _detect(root: Path) -> Layout:

@@ -22,7 +22,7 @@ from contradiff.config import Section
 from contradiff.data.map_shards import Made, Tick
 from contradiff.data.shard_info import ImageInfo
 from contradiff.data.shards import Record, Shard, ShardIndex, ShardParams, shard_name, write_shard
-from contradiff.files import link_or_copy, replace_file
+from contradiff.files import explain_damage, link_or_copy, replace_file
 from contradiff.sources.image_check import Verify, check_image
 from contradiff.sources.listing import SPLITS, ImageFile, Listing, Read, describe_ignored
 
@@ -152,7 +152,10 @@ class ShardMaker:
         found: dict[str, list[dict[str, str]]] = {}
         for split in self.num_images:
             paths = sorted(self.work.glob(f"{split}-*{UNREADABLE}"))
-            found[split] = [item for path in paths for item in json.loads(path.read_text())]
+            found[split] = []
+            for path in paths:
+                with explain_damage(path, remedy="delete it, and run the same command again"):
+                    found[split] += json.loads(path.read_text(encoding="utf-8"))
         for split, items in found.items():
             share, total = self.ingest.max_quarantined, self.num_images[split]
             if len(items) > share * total:

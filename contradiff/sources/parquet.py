@@ -17,6 +17,7 @@ from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
 
+from contradiff.files import explain_damage
 from contradiff.sources.listing import ImageFile, Listing, first_name, in_order, read_synsets
 
 PATTERNS = ("data/{}-*.parquet", "{}-*.parquet", "data/{}/*.parquet", "{}/*.parquet")
@@ -89,7 +90,8 @@ def scan_parquet(root: Path) -> Listing:
         _check_complete(root, split, files)
         images[split] = []
         for path in files:
-            rows, found = _read_shard(root, path)
+            with explain_damage(path, remedy="fetch this file of data.root again"):
+                rows, found = _read_shard(root, path)
             if found != names.setdefault(split, found):
                 fault = "has other class names than the earlier files"
                 raise ValueError(f"data.root: {path} {fault}")

@@ -81,7 +81,7 @@ def kept_index(path: Path, folder: Path | None, read_headers: Callable[[Path], M
         content = json.loads(note.read_text(encoding="utf-8"))
         if content["identity"] == identity:
             return {name: [Member(*m) for m in group] for name, group in content["groups"].items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
         pass  # no index yet, or a damaged one
     groups = read_headers(path)
     with replace_file(note) as temporary:

@@ -11,11 +11,11 @@ from jaxtyping import UInt8
 from pydantic import Field
 
 from contradiff.config import Section
-from contradiff.files import file_manifest
+from contradiff.files import explain_damage, file_manifest, read_json
 from contradiff.sources.cifar import SIDE, CifarFiles, Split, TransferSplit, find_cifar, read_cifar
 from contradiff.sources.folder import scan_folder
 from contradiff.sources.image_check import check_image
-from contradiff.sources.imagenet import read_manifest, relative_to_project
+from contradiff.sources.imagenet import PREPARE, relative_to_project
 from contradiff.sources.listing import Listing, describe_ignored, explain_unreadable, is_folder
 
 Source = Literal["digits", "cifar100", "cifar10", "imagefolder"]
@@ -48,8 +48,9 @@ class TransferSet:
     @classmethod
     def reopen(cls, manifest: Path, *, project: Path) -> "TransferSet":
         """Open the set that a manifest file describes. Raises ValueError if the set has changed."""
-        content = read_manifest(manifest)
-        images = cls(project / content["root"], content["source"])
+        content = read_json(manifest, remedy=PREPARE)
+        with explain_damage(manifest, remedy=PREPARE):
+            images = cls(project / content["root"], content["source"])
         if images.manifest(project=project) != content:
             fault = f"{images.root} has changed since {manifest} was written"
             raise ValueError(f"{KEY}: {fault}; run `dvc repro -f prepare`")

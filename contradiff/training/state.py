@@ -1,5 +1,6 @@
 """The saved state of a training: weights, optimiser, number of steps, and loss curve."""
 
+import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -9,7 +10,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from contradiff.files import replace_file
+from contradiff.files import explain_damage, replace_file
 
 STATE_VERSION = 1
 """Increase this if a change of the code makes older states wrong: they are then not resumed."""
@@ -36,21 +37,38 @@ class SavedState:
         contiguous = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
         with replace_file(self.file) as temporary:
             metadata = {"step": str(step), "curve": json.dumps(self.curve)}
+            metadata["sha256"] = _digest(contiguous, metadata)
             save_file(contiguous, temporary, metadata)
 
     def resume(self, optimizer: torch.optim.Optimizer) -> int:
-        """Load the file and return the number of steps done; without a file, return 0."""
+        """Load the file and return the number of steps done; without a file, return 0.
+
+        Raises ValueError if the file is damaged, or is the state of another model.
+        """
         if not self.file.is_file():
             return 0
-        moments: dict[int, dict[str, Tensor]] = {}
-        with safe_open(self.file, framework="pt") as file:
-            metadata: dict[str, str] = file.metadata()
-            keys = set(file.keys())
-            for key in self.tensors:
-                self.tensors[key].copy_(file.get_tensor(key))
-            for key in keys - self.tensors.keys():
+        remedy = "delete this file to train from step 0"
+        with explain_damage(self.file, remedy=remedy), safe_open(self.file, "pt") as file:
+            metadata: dict[str, str] = dict(file.metadata())
+            loaded = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            # A state that an earlier version of this project saved has no digest.
+            if metadata.pop("sha256", None) not in {None, _digest(loaded, metadata)}:
+                raise ValueError("its content does not have the sha256 in its header")
+            moments: dict[int, dict[str, Tensor]] = {}
+            for key in loaded.keys() - self.tensors.keys():
                 _, index, name = key.split(".")
-                moments.setdefault(int(index), {})[name] = file.get_tensor(key)
-        optimizer.load_state_dict({**optimizer.state_dict(), "state": moments})
-        self.curve = json.loads(metadata["curve"])
-        return int(metadata["step"])
+                moments.setdefault(int(index), {})[name] = loaded[key]
+            optimizer.load_state_dict({**optimizer.state_dict(), "state": moments})
+            for key, tensor in self.tensors.items():
+                tensor.copy_(loaded[key])
+            self.curve = json.loads(metadata["curve"])
+            return int(metadata["step"])
+
+
+def _digest(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
+    """Return a SHA-256 of the tensors' names and bytes and of the metadata."""
+    hasher = hashlib.sha256(json.dumps(metadata, sort_keys=True).encode())
+    for name in sorted(tensors):
+        hasher.update(name.encode())
+        hasher.update(tensors[name].reshape(-1).view(torch.uint8).numpy().tobytes())
+    return hasher.hexdigest()

@@ -80,11 +80,11 @@ def test_only_a_classifier_clearly_above_chance_may_score(
 
 @pytest.mark.usefixtures("extractor")
 def test_load_refuses_wrong_files(tmp_path: Path):
-    with pytest.raises(ValueError, match="run the stage `extractor` first"):
+    with pytest.raises(ValueError, match="run `dvc repro extractor`"):
         load_extractor(tmp_path / "absent", device=CPU)
     folder = tmp_path / "extractor"
     card = json.loads((folder / "extractor.json").read_text())
-    other = {"weights_sha256": "0" * 64}, "extractor.json describes other weights"
+    other = {"weights_sha256": "0" * 64}, "but the file beside it says"
     for change, message in (other, ({"more": 1}, "more: unknown key")):
         (folder / "extractor.json").write_text(json.dumps(card | change))
         with pytest.raises(ValueError, match=message):

@@ -21,6 +21,7 @@ from contradiff.evaluation import measuring
 from contradiff.evaluation.extractors import Extractor
 from contradiff.evaluation.fid import FeatureSource
 from contradiff.evaluation.measuring import Measurement, choose_kept, generated_image
+from contradiff.files import sha256_of
 from contradiff.processes import Processes
 
 SIZES = (13, 1, 20, 6)
@@ -116,13 +117,17 @@ def test_save_and_load(measure: Measure, tmp_path: Path):
     for _ in range(5):  # several entries of metadata would come in any order
         loaded.save(path)
         contents.add(path.read_bytes())
-        loaded = Measurement.load(path)
+        loaded = Measurement.load(path, sha256=sha256_of(path), remedy="")
     assert len(contents) == 1
     save_file({"mean": torch.zeros(2)}, tmp_path / "other")
     (tmp_path / "nonsense").write_bytes(b"nonsense")
-    for name in ("other", "nonsense", "absent"):
-        with pytest.raises(ValueError, match=f"{name}: not a measurement that this version"):
-            Measurement.load(tmp_path / name)
+    for name in ("other", "nonsense"):
+        digest = sha256_of(tmp_path / name)
+        with pytest.raises(ValueError, match=rf"{name}: damaged \(.*; measure again"):
+            Measurement.load(tmp_path / name, sha256=digest, remedy="measure again")
+    for name, fault in (("nonsense", "its sha256 is another"), ("absent", "no such file")):
+        with pytest.raises(ValueError, match=f"{name}: .*{fault}"):
+            Measurement.load(tmp_path / name, sha256="0" * 64, remedy="")
 
 
 def test_kept_images_are_drawn_evenly_and_by_the_seed():

@@ -10,7 +10,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from contradiff.method.checkpoint import base_digest, load_checkpoint, read_config
+from contradiff.files import sha256_of
+from contradiff.method.checkpoint import base_digest, load_checkpoint, read_checkpoint_card
 from contradiff.method.model import Architecture, ContraDiff
 
 Save = Callable[..., None]
@@ -44,13 +45,14 @@ def test_round_trip(checkpoint: Path, model: ContraDiff, tiny_base: Path):
 
 
 def test_config_says_what_was_trained(checkpoint: Path, model: ContraDiff, tiny_base: Path):
-    config = read_config(checkpoint)
+    card = read_checkpoint_card(checkpoint)
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    assert config["base_sha256"] == base_digest(tiny_base)
-    assert (config["image_size"], config["num_steps"], config["params"]["seed"]) == (32, 7, 3)
-    assert config["parameters"]["trainable"] == trainable
+    assert card.base_sha256 == base_digest(tiny_base)
+    assert (card.image_size, card.num_steps, card.params["seed"]) == (32, 7, 3)
+    assert card.parameters["trainable"] == trainable
     frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
-    assert config["parameters"]["frozen"] == frozen + 100
+    assert card.parameters["frozen"] == frozen + 100
+    assert card.sha256 == {"model.safetensors": sha256_of(checkpoint / "model.safetensors")}
 
 
 def test_another_base_and_a_missing_checkpoint_are_refused(
@@ -63,7 +65,7 @@ def test_another_base_and_a_missing_checkpoint_are_refused(
     save_file(weights, path)
     with pytest.raises(ValueError, match="trained on another base"):
         load_checkpoint(checkpoint, base=other)
-    with pytest.raises(ValueError, match="no checkpoint; run `dvc repro pretrain`"):
+    with pytest.raises(ValueError, match="no such file; run `dvc repro pretrain`"):
         load_checkpoint(tmp_path, base=tiny_base)
 
 
@@ -83,7 +85,7 @@ def test_other_parameters_than_the_checkpoint_s_are_refused_by_key(
         "head.residual",
         "head.init",
     ]
-    config = read_config(checkpoint)
+    config = json.loads((checkpoint / "config.json").read_text())
     del config["params"]["head"]["init"]
     (checkpoint / "config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match=init.format(checkpoint, "before this parameter existed")):

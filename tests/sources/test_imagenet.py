@@ -106,7 +106,7 @@ def test_digest_notices_a_change(
     tmp_path: Path, layout: str, change: Callable[[Photo], list[Photo]]
 ):
     project, manifest = tmp_path / "project", tmp_path / "images.json"
-    with pytest.raises(ValueError, match=r"images.json: missing; run `dvc repro prepare`"):
+    with pytest.raises(ValueError, match=r"images.json: no such file; run `dvc repro prepare`"):
         reopen_images(manifest, project=tmp_path)
     digests: list[str] = []
     for number, others in enumerate((lambda photo: [photo], lambda photo: [photo], change)):
