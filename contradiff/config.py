@@ -73,7 +73,7 @@ def parse_exactly(schema: type[SectionT], content: Mapping[str, Any], *, source:
     try:
         return schema.model_validate(dict(content))
     except ValidationError as error:
-        raise _explain(error, source=source, remedy="see presets/tiny.yaml for all keys") from None
+        raise ValueError(_faults(error, source, "; see presets/tiny.yaml for all keys")) from None
 
 
 def read_card(schema: type[SectionT], path: Path, *, stage: str) -> SectionT:
@@ -84,25 +84,24 @@ def read_card(schema: type[SectionT], path: Path, *, stage: str) -> SectionT:
     try:
         return schema.model_validate_json(path.read_bytes())
     except ValidationError as error:
-        raise _explain(error, source=str(path), remedy=remedy) from None
+        raise ValueError(f"{_faults(error, str(path), '')}; {remedy}") from None
 
 
-def _explain(error: ValidationError, *, source: str, remedy: str) -> ValueError:
-    """Return an error with a line for each fault. `remedy` says what to do about wrong keys."""
-    lines = [f"{source}: {_describe(fault, remedy)}" for fault in error.errors()]
-    return ValueError("\n".join(lines))
+def _faults(error: ValidationError, source: str, hint: str) -> str:
+    """Return a line for each fault. `hint` ends the lines about keys that lack or are unknown."""
+    return "\n".join(f"{source}: {_describe(fault, hint)}" for fault in error.errors())
 
 
-def _describe(fault: ErrorDetails, remedy: str) -> str:
+def _describe(fault: ErrorDetails, hint: str) -> str:
     """Turn an error of pydantic into one line: `dotted.key: what is wrong (got value)`."""
     key = ".".join(str(part) for part in fault["loc"]) or "(whole file)"
     match fault["type"]:
         case "extra_forbidden":
-            text = f"unknown key; {remedy}"
+            text = f"unknown key{hint}"
         case "missing":
-            text = f"missing; {remedy}"
+            text = f"missing{hint}"
         case "json_invalid":
-            text = f"{fault['msg']}; {remedy}"
+            text = fault["msg"]
         case _:
             text = fault["msg"].removeprefix("Value error, ")
             if not isinstance(fault["input"], dict):

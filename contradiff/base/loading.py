@@ -32,7 +32,8 @@ class NoiseSchedule:
         """
         from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 
-        with explain_damage(folder / "scheduler", remedy=GET_AGAIN):
+        config = folder / "scheduler" / "scheduler_config.json"
+        with explain_damage(config, remedy=GET_AGAIN):
             scheduler = DDIMScheduler.from_pretrained(
                 folder / "scheduler", clip_sample=False, thresholding=False
             )
@@ -108,13 +109,14 @@ def _build(folder: Path, component: str, *, weights: bool) -> Any:
         from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 
         kind = UNet2DConditionModel
+    place = folder / component
+    with explain_damage(place / "config.json", remedy=GET_AGAIN), torch.device("meta"):
+        module = kind.from_config(read_config(folder, component))
     if weights:
         check_base(folder)
-        with explain_damage(folder / component, remedy=GET_AGAIN):
+        files = list(place.glob("*.safetensors"))
+        with explain_damage(files[0] if len(files) == 1 else place, remedy=GET_AGAIN):
             module = kind.from_pretrained(
                 folder, subfolder=component, torch_dtype=torch.float32, use_safetensors=True
             )
-    else:
-        with torch.device("meta"):
-            module = kind.from_config(read_config(folder, component))
     return module.requires_grad_(requires_grad=False).eval()

@@ -8,6 +8,8 @@ import gzip
 import hashlib
 import io
 import json
+import tarfile
+import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -218,7 +220,8 @@ def read_shard(path: Location, shard: Shard) -> Iterator[dict[str, bytes]]:
     except Exception as error:  # tarfile, gzip and webdataset raise errors of several kinds
         # webdataset adds arguments to the error, so that its text would be a tuple
         reason = getattr(error, "strerror", None) or (error.args or [type(error).__name__])[0]
-        if isinstance(path, str) and isinstance(error, OSError):  # the server failed
+        is_content = isinstance(error, tarfile.TarError | EOFError | zlib.error | ValueError)
+        if isinstance(path, str) and not is_content:  # the server failed
             raise OSError(str(error.args[0]).split(" @ ", maxsplit=1)[0]) from error
         raise _fault(path, f"damaged ({reason})") from error
     if stream.hasher.hexdigest() != shard.sha256:

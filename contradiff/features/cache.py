@@ -138,21 +138,21 @@ class FeatureCache:
 
     def column(self, split: str, name: str) -> Float[Tensor, "n width"]:
         """Load one feature of all images of a split, in the stored type."""
-        return torch.cat([self._tensor(shard, name) for shard in self.index.shards[split]])
+        return torch.cat([self._tensor(shard, name) for shard in self._of(split)])
 
     def width(self, name: str) -> int:
         """Return the number of values of one feature, without loading the feature."""
-        with self._reading(self.index.shards["train"][0]) as file:
+        with self._reading(self._of("train")[0]) as file:
             return file.get_slice(name).get_shape()[1]
 
     def labels(self, split: str) -> Int64[Tensor, " n"]:
         """Load the class labels of a split, in the order of `column`."""
-        return torch.cat([self._tensor(shard, "labels") for shard in self.index.shards[split]])
+        return torch.cat([self._tensor(shard, "labels") for shard in self._of(split)])
 
     def keys(self, split: str) -> list[str]:
         """Read the images' keys of a split, in the order of `column`."""
         keys: list[str] = []
-        for shard in self.index.shards[split]:
+        for shard in self._of(split):
             with self._reading(shard) as file:
                 keys += json.loads(file.metadata()["keys"])
         return keys
@@ -173,6 +173,12 @@ class FeatureCache:
             head = TriTimestepAttention(**self.index.head)
             head.load_state_dict(weights)
         return head
+
+    def _of(self, split: str) -> tuple[Shard, ...]:
+        if not self.index.shards.get(split):
+            found = f"it lists no files of the split {split!r}, only {sorted(self.index.shards)}"
+            raise ValueError(f"{self.folder / INDEX_NAME}: {found}; run `dvc repro features`")
+        return self.index.shards[split]
 
     def _tensor(self, shard: Shard, name: str) -> Tensor:
         with self._reading(shard) as file:

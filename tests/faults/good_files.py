@@ -64,7 +64,7 @@ from contradiff.sources.cifar import find_cifar, read_cifar
 from contradiff.sources.image_check import check_image
 from contradiff.sources.imagenet import reopen_images, scan_images
 from contradiff.sources.transfer_set import TransferSet
-from contradiff.toy.digits import ensure_digits
+from contradiff.toy.digits import write_digits
 from contradiff.training.state import SavedState
 from stages.track import table
 from stages.validate import check
@@ -154,17 +154,21 @@ def _shards(root: Path) -> list[Kind]:
 
 def _base(root: Path) -> list[Kind]:
     write_tiny_base(root / "base")
-    configs = ("unet/config.json", "vae/config.json", "scheduler/scheduler_config.json")
-    weights = [f"{name}/diffusion_pytorch_model.safetensors" for name in ("unet", "vae")]
-
-    def read(root: Path) -> object:
-        schedule = NoiseSchedule.of_base(root / "base")
-        return [load_unet(root / "base"), load_vae(root / "base"), schedule.alphas_cumprod]
-
+    readers: dict[str, Callable[[Path], Any]] = {
+        "unet": lambda root: load_unet(root / "base"),
+        "vae": lambda root: load_vae(root / "base"),
+        "scheduler": lambda root: NoiseSchedule.of_base(root / "base").alphas_cumprod,
+    }
+    files = {
+        "configuration of the UNet": "unet/config.json",
+        "configuration of the scheduler": "scheduler/scheduler_config.json",
+        "weights of the UNet": "unet/diffusion_pytorch_model.safetensors",
+        "weights of the VAE": "vae/diffusion_pytorch_model.safetensors",
+    }
     # What comes from elsewhere has no digest of ours.
     return [
-        Kind("configuration of the base", tuple(f"base/{name}" for name in configs), read, "raw"),
-        Kind("weights of the base", tuple(f"base/{name}" for name in weights), read, "raw"),
+        Kind(name, (f"base/{file}",), readers[file.partition("/")[0]], "raw")
+        for name, file in files.items()
     ]
 
 
@@ -302,7 +306,7 @@ def _unfinished(root: Path) -> list[Kind]:
 def _sources(root: Path) -> list[Kind]:
     pack(root, "cifar100", FORMS["cifar100"][0])
     pack(root, "cifar10", FORMS["cifar10"][1])
-    ensure_digits(root / "digits", seed=0)
+    write_digits(root / "digits", num_train_per_class=170, seed=0)
     photos = make_photos(seed=0, num_train=2, num_val=1)
     for name in ("archives", "kaggle", "parquet"):
         WRITERS[name](root / name, photos)
