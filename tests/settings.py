@@ -1,5 +1,6 @@
 """Parameter sections that many tests start from."""
 
+from collections.abc import Callable
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,14 @@ ARCHITECTURE: dict[str, Any] = {
     },
 }
 """Sections of a small ContraDiff on `tiny_base`; a trained project's checkpoint has them."""
+
+DAMAGES: dict[str, Callable[[bytes], bytes]] = {
+    "empty": lambda _: b"",
+    "cut": lambda content: content[:-1],
+    "grown": lambda content: content + b"x",
+    "a bit": lambda content: content[:-3] + bytes([content[-3] ^ 1]) + content[-2:],
+}
+"""Ways to damage a file whose digest is known."""
 
 
 def features_params(**changes: Any) -> FeaturesParams:

@@ -9,6 +9,7 @@ from contradiff.evaluation.extractors import ExtractorCard
 from contradiff.evaluation.fid import FeatureSource, FeatureStatistics
 from contradiff.evaluation.measuring import Measurement
 from contradiff.evaluation.reference import ReferenceCard, read_reference, write_reference
+from tests.settings import DAMAGES
 
 NAMES = {"resizers": ["clean", "legacy_tensorflow"]}
 NETWORK = {"kind": "inception", "name": "inception", "num_features": 3, "num_classes": 4}
@@ -66,4 +67,13 @@ def test_measurements_that_are_not_the_cards_are_refused(folder: Path):
         good = measurement("legacy_tensorflow")
         write_reference(folder, CARD, {"clean": wrong, "legacy_tensorflow": good})
         with pytest.raises(ValueError, match=r"clean.safetensors: not the measurement that"):
+            read(folder)
+
+
+def test_a_damaged_measurement_is_refused(folder: Path):
+    path = folder / "clean.safetensors"
+    whole = path.read_bytes()
+    for damage in DAMAGES.values():
+        path.write_bytes(damage(whole))
+        with pytest.raises(ValueError, match=r"clean.safetensors: damaged .*sha256 is another"):
             read(folder)

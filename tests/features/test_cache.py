@@ -77,6 +77,12 @@ def test_damage_is_named(folder: Path):
         open_in(folder)
 
 
+def test_a_head_with_another_digest_is_refused(folder: Path):
+    (folder / "features/attention.safetensors").write_bytes(b"weights")
+    with pytest.raises(ValueError, match=r"attention\.safetensors: damaged \(its sha256 is"):
+        open_in(folder).attention()
+
+
 def test_missing_and_old_indices_are_refused(folder: Path):
     path = folder / "features/index.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"version": 0}))

@@ -19,6 +19,7 @@ from contradiff.generation import class_table
 from contradiff.generation.class_table import ClassConditionParams, ClassTable
 from contradiff.method.model import ContraDiff
 from contradiff.method.noise import add_noise
+from tests.settings import DAMAGES
 
 Build = Callable[..., ContraDiff]
 Train = Callable[..., None]
@@ -296,7 +297,7 @@ def test_a_saved_table_is_the_same_again_for_its_checkpoint_alone(tmp_path: Path
     """Tables without training are tested with the stage."""
     folder, weights = tmp_path / "table", tmp_path / "model.safetensors"
     weights.write_bytes(b"some weights")
-    with pytest.raises(ValueError, match=r"config\.json: no class table; run `dvc repro"):
+    with pytest.raises(ValueError, match=r"config\.json: no such file; run `dvc repro class_"):
         class_table.load_class_table(folder, checkpoint=tmp_path)
     table = new_table()
     table.to_tokens.weight.data.normal_()
@@ -305,6 +306,12 @@ def test_a_saved_table_is_the_same_again_for_its_checkpoint_alone(tmp_path: Path
     )
     loaded = class_table.load_class_table(folder, checkpoint=tmp_path)
     assert changed(loaded, state_of(table)) == set()
+    path = folder / "table.safetensors"
+    whole = path.read_bytes()
+    for damage in DAMAGES.values():
+        path.write_bytes(damage(whole))
+        with pytest.raises(ValueError, match=rf"^{path}: damaged \(its sha256 is"):
+            class_table.load_class_table(folder, checkpoint=tmp_path)
     weights.write_bytes(b"other weights")
     expected = r"trained with another model .*; run `dvc repro class_cond"
     with pytest.raises(ValueError, match=expected):

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from contradiff.files import sha256_of
 from contradiff.method.checkpoint import base_digest, load_checkpoint, read_checkpoint_card
 from contradiff.method.model import Architecture, ContraDiff
+from tests.settings import DAMAGES
 
 Save = Callable[..., None]
 
@@ -101,3 +102,31 @@ def test_an_earlier_checkpoint_is_replaced_whole(
     save_tiny(checkpoint, model, num_steps=8)
     assert sorted(p.name for p in checkpoint.iterdir()) == ["config.json", "model.safetensors"]
     assert [p.name for p in checkpoint.parent.iterdir()] == [checkpoint.name]
+
+
+@pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
+def test_damaged_weights_are_refused_by_name(
+    checkpoint: Path, tiny_base: Path, damage: Callable[[bytes], bytes]
+):
+    path = checkpoint / "model.safetensors"
+    path.write_bytes(damage(path.read_bytes()))
+    fault = rf"^{path}: damaged \(its sha256 is .*; run `dvc repro pretrain`"
+    with pytest.raises(ValueError, match=fault):
+        load_checkpoint(checkpoint, base=tiny_base)
+
+
+def test_weights_that_are_not_finite_are_neither_saved_nor_loaded(
+    checkpoint: Path, model: ContraDiff, tiny_base: Path, save_tiny: Save
+):
+    with torch.no_grad():
+        model.attention.requires_grad_(requires_grad=False)
+        next(model.attention.parameters()).view(-1)[0] = torch.nan
+    with pytest.raises(ValueError, match=r"the weight attention\..* is not finite"):
+        save_tiny(checkpoint, model)
+    path = checkpoint / "model.safetensors"
+    save_file(model.trained_state(), path)
+    card = json.loads((checkpoint / "config.json").read_text())
+    card["sha256"][path.name] = sha256_of(path)
+    (checkpoint / "config.json").write_text(json.dumps(card))
+    with pytest.raises(ValueError, match=rf"^{path}: .*attention\..* values that are not finite"):
+        load_checkpoint(checkpoint, base=tiny_base)

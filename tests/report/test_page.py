@@ -123,6 +123,12 @@ def markdown_of(root: Path) -> str:
     return render("report.md", read_results(root, seed=3))
 
 
+def test_an_empty_curve_is_refused(root: Path):
+    (root / "metrics/pretrain.csv").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"^metrics/pretrain\.csv: the file is empty; the stage"):
+        read_results(root, seed=3)
+
+
 def test_empty_cells_of_the_curve_are_nan(root: Path):
     np.testing.assert_equal(read_results(root, seed=3).curve["contrastive"], [np.nan, 0.67])
 

@@ -6,6 +6,7 @@ import csv
 import json
 import shutil
 import threading
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
@@ -75,6 +76,21 @@ def test_the_cache_holds_what_the_model_gives(trained_project: Run):
             torch.testing.assert_close(stored.float(), expected, atol=2e-3, rtol=2e-3)
         assert cache.labels(split).equal(batch.labels)
         assert tuple(cache.keys(split)) == batch.keys
+
+
+def test_features_that_are_all_the_same_are_refused_where_they_are_made(
+    trained_project: Run, build_tiny: Callable[..., Any], save_tiny: Callable[..., None]
+):
+    """Of a model whose weights are 0 and whose biases are 1."""
+    model = build_tiny()
+    with torch.no_grad():
+        for name, parameter in model.attention.named_parameters():
+            parameter.fill_(float(name.endswith("bias")))
+    save_tiny(PRETRAIN, model)
+    fault = r"^features 'attention:mid@.*': all 6 images have the same feature.*effective rank is 0"
+    with pytest.raises(ValueError, match=fault):
+        make(trained_project)
+    assert not CACHE.exists()
 
 
 def test_processes_and_threads_alter_no_bit(trained_project: Run, monkeypatch: pytest.MonkeyPatch):

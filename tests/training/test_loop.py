@@ -17,6 +17,7 @@ from contradiff.signals import STOPPING, Stopped
 from contradiff.training import loop
 from contradiff.training.loop import train
 from contradiff.training.state import SavedState
+from tests.settings import DAMAGES
 
 
 class Killed(BaseException):
@@ -89,6 +90,15 @@ def test_killed_and_resumed_equals_uninterrupted(tmp_path: Path, killed_at: int)
     last, others = (load_file(tmp_path / name) for name in ("whole", "cut"))
     torch.testing.assert_close(others, last, rtol=0, atol=0)
     torch.testing.assert_close(resumed.state_dict(), whole.state_dict(), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
+def test_a_damaged_state_is_refused_by_name(tmp_path: Path, damage: Callable[[bytes], bytes]):
+    file = tmp_path / "state"
+    run(build(), file)
+    file.write_bytes(damage(file.read_bytes()))
+    with pytest.raises(ValueError, match=rf"^{file}: damaged \(.*; delete this file to train from"):
+        run(build(), file)
 
 
 @pytest.mark.parametrize("number", STOPPING)
