@@ -88,6 +88,12 @@ class ExtractorCard(Section):
     )
     weights_sha256: str
 
+    @model_validator(mode="after")
+    def _a_classifier_states_its_sizes(self) -> "ExtractorCard":
+        if self.kind == "classifier" and (self.width is None or self.image_size is None):
+            raise ValueError("width and image_size: a classifier's card must state both")
+        return self
+
     @property
     def weakness(self) -> str | None:
         """Why no score may use this network: a classifier near chance. None if scores may use it.

@@ -114,7 +114,7 @@ class FeatureCache:
 
     @classmethod
     def open(cls, folder: Path, models: ModelFolders) -> "FeatureCache":
-        """Open a cache, and check the hash of every file except the maps.
+        """Open a cache, and check the hash of every file except the maps, which `maps` checks.
 
         Raises ValueError if the cache is missing or damaged, or if the model's weights have changed
         since the features were computed. The file features.timm_weights may be missing.
@@ -130,11 +130,10 @@ class FeatureCache:
         elif index.checkpoint != models.fingerprint(index.model):
             fault = "the checkpoint or the base has changed since the features were computed"
             raise ValueError(f"{folder / INDEX_NAME}: {fault}; run `dvc repro features`")
+        cache = cls(folder, index)
         for shard in chain(*index.shards.values()):
-            if sha256_of(folder / shard.name) != shard.sha256:
-                path = folder / shard.name
-                raise ValueError(f"{path}: damaged (wrong sha256); run `dvc repro features`")
-        return cls(folder, index)
+            cache._check_digest(shard)
+        return cache
 
     def column(self, split: str, name: str) -> Float[Tensor, "n width"]:
         """Load one feature of all images of a split, in the stored type."""
@@ -162,6 +161,8 @@ class FeatureCache:
         if not self.index.maps:
             fault = "no maps are stored; for probe.head: attentive, run `dvc repro features`"
             raise ValueError(f"{self.folder / INDEX_NAME}: {fault}")
+        for shard in self.index.maps[split]:
+            self._check_digest(shard)
         return ConcatDataset([self._tensor(shard, MAPS) for shard in self.index.maps[split]])  # pyright: ignore[reportArgumentType]
 
     def attention(self) -> TriTimestepAttention:
@@ -179,6 +180,11 @@ class FeatureCache:
             found = f"it lists no files of the split {split!r}, only {sorted(self.index.shards)}"
             raise ValueError(f"{self.folder / INDEX_NAME}: {found}; run `dvc repro features`")
         return self.index.shards[split]
+
+    def _check_digest(self, shard: Shard) -> None:
+        path = self.folder / shard.name
+        if sha256_of(path) != shard.sha256:
+            raise ValueError(f"{path}: damaged (wrong sha256); run `dvc repro features`")
 
     def _tensor(self, shard: Shard, name: str) -> Tensor:
         with self._reading(shard) as file:

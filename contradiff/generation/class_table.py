@@ -226,8 +226,8 @@ def load_class_table(folder: Path, *, checkpoint: Path) -> ClassTable:
         remedy = "set class_condition.epochs to 1 or more, and run `dvc repro class_condition`"
         raise ValueError(f"{folder}: {why}; {remedy}")
     if card.checkpoint_sha256 != sha256_of(checkpoint / WEIGHTS_NAME):
-        what = f"{folder}: the class table was trained with another model than {checkpoint}"
-        raise ValueError(f"{what}; run `dvc repro class_condition`")
+        what = f"the class table was trained with another model than {checkpoint}"
+        raise ValueError(f"{folder / CONFIG_NAME}: {what}; run `dvc repro class_condition`")
     remedy = f"run `dvc repro class_condition`, or fetch it with `dvc pull {folder}`"
     weights = load_tensors(path, sha256=card.sha256.get(TABLE_NAME, "nothing"), remedy=remedy)
     with explain_damage(path, remedy=remedy):

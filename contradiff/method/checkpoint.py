@@ -85,7 +85,8 @@ def load_checkpoint(
     """
     card, path = read_checkpoint_card(folder), folder / WEIGHTS_NAME
     if card.base_sha256 != base_digest(base):
-        raise ValueError(f"{folder}: trained on another base than {base}; run `dvc repro pretrain`")
+        fault = f"{folder / CONFIG_NAME}: the model was trained on another base than {base}"
+        raise ValueError(f"{fault}; run `dvc repro pretrain`")
     if faults := "\n".join(_differences(folder, card.params, expected)):
         raise ValueError(faults)
     architecture = parse(Architecture, card.params, source=str(folder / CONFIG_NAME))

@@ -35,13 +35,11 @@ def take_up(
     digest `code`.
     """
     note, commit = folder / NOTE_NAME, revision() or "no commit"
-    begun = None
-    if note.is_file():
-        begun = read_json(note, remedy=f"delete the folder {folder} to start this work again")
+    begun = _read_note(folder) if note.is_file() else None
     if begun is not None and begun.get("state_version") != state_version:
         log(
-            f"starting again: the unfinished work has version {begun['state_version']}, but this "
-            f"code needs version {state_version}"
+            f"starting again: the unfinished work has version {begun.get('state_version')}, but "
+            f"this code needs version {state_version}"
         )
     elif begun is not None and (finished := begun.get("finished")):
         if finished["code"] == code:
@@ -49,8 +47,8 @@ def take_up(
             log(f"{what} (to compute it again, delete {folder})")
             return
     elif begun is not None:
-        if begun["commit"] != commit:
-            log(f"resuming work that commit {begun['commit']} began; the code is now {commit}")
+        if begun.get("commit") != commit:
+            log(f"resuming work that commit {begun.get('commit')} began; the code is now {commit}")
         return
     if begun is not None:
         shutil.rmtree(folder, ignore_errors=True)
@@ -59,7 +57,7 @@ def take_up(
 
 def finish(folder: Path, *, code: str) -> None:
     """Note that the work in a work folder is finished, and the digest of the code that did it."""
-    begun = json.loads((folder / NOTE_NAME).read_text(encoding="utf-8"))
+    begun = _read_note(folder)
     _write_note(folder, begun | {"finished": {"pid": os.getpid(), "code": code}})
 
 
@@ -72,7 +70,7 @@ def delete_finished(root: Path) -> None:
     for note in root.glob(f".work/*/*/{NOTE_NAME}"):
         lock = lock_of(root, *note.parts[-3:-1])
         with suppress(BlockingIOError), hold_lock(lock, on_wait=skip):
-            if note.is_file() and "finished" in json.loads(note.read_text(encoding="utf-8")):
+            if note.is_file() and "finished" in _read_note(note.parent):
                 shutil.rmtree(note.parent, ignore_errors=True)
 
 
@@ -86,6 +84,11 @@ def code_digest() -> str:
     files = (file for room in ("contradiff", "stages") for file in (_CODE / room).rglob("*.py"))
     lines = (f"{file.relative_to(_CODE)} {sha256_of(file)}\n" for file in sorted(files))
     return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+def _read_note(folder: Path) -> dict[str, Any]:
+    remedy = f"delete the folder {folder} to start this work again"
+    return read_json(folder / NOTE_NAME, remedy=remedy)
 
 
 def _write_note(folder: Path, content: Mapping[str, Any]) -> None:

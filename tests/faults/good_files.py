@@ -276,7 +276,8 @@ def _unfinished(root: Path) -> list[Kind]:
     optimizer.step()
     (root / "work").mkdir()
     SavedState(root / "work/state.safetensors", module.state_dict(), every=1).save(3, optimizer)
-    take_up(root / "work", state_version=1, log=print)
+    (root / "begun").mkdir()
+    take_up(root / "begun", state_version=1, log=print)
     record = {"__key__": b"a", "txt": b"x"}
 
     def make(name: str, _: Callable[[int], None]) -> Made:
@@ -293,13 +294,13 @@ def _unfinished(root: Path) -> list[Kind]:
 
     def read_begun(root: Path) -> object:
         told: list[str] = []
-        take_up(root / "work", state_version=1, log=told.append)
+        take_up(root / "begun", state_version=1, log=told.append)
         return told
 
     return [
-        Kind("resume states", ("work/state.safetensors",), read_state),
+        Kind("resume states", ("work/state.safetensors",), read_state, may_lack=True),
         Kind("notes of finished shards", ("work/note.json",), read_note, "note"),
-        Kind("notes of begun work", ("work/begun.json",), read_begun, "note"),
+        Kind("notes of begun work", ("begun/begun.json",), read_begun, "note"),
     ]
 
 
