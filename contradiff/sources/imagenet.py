@@ -114,11 +114,11 @@ def reopen_images(manifest: Path, *, project: Path, **options: Any) -> RawImages
     """List the images that a manifest file describes. Raises ValueError if images have changed."""
     content = read_json(manifest, remedy=PREPARE)
     with explain_damage(manifest, remedy=PREPARE):
-        root, digest = str(content["root"]), str(content["digest"])
+        root, digest = project / content["root"], str(content["digest"])
         layout: Layout | None = next((n for n in MARKS if n == content["layout"]), None)
         if layout is None:
             raise ValueError(f"layout: {content['layout']!r} is none of {', '.join(MARKS)}")
-    images = scan_images(project / root, layout=layout, **options)
+    images = scan_images(root, layout=layout, **options)
     if images.digest != digest:
         fault = f"{images.root} has changed since {manifest} was written"
         raise ValueError(f"data.root: {fault}; run `dvc repro -f prepare`")
