@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import cache
 from itertools import chain, islice
 from pathlib import Path
@@ -92,7 +92,7 @@ class ShardIndex(Generic[InfoT]):
 
     splits: Mapping[str, tuple[Shard, ...]]
     info: InfoT
-    path: Location = INDEX_NAME
+    path: Location = field(default=INDEX_NAME, compare=False)
 
     @classmethod
     def read(cls, folder: Location, kind: type[InfoT]) -> "ShardIndex[InfoT]":

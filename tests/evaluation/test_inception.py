@@ -23,7 +23,7 @@ def load(weights: Path, folder: Path) -> Extractor:
     name = inception.STATE_DICT_NAME if weights.suffix == ".pth" else inception.SCRIPT_NAME
     with mock.patch.dict(inception.PINNED, {sha256_of(weights): name}):
         save_inception(folder, weights, resizers=RESIZERS)
-    return load_extractor(folder, device=CPU)
+        return load_extractor(folder, device=CPU)
 
 
 def write_pngs(folder: Path, images: Tensor) -> list[Path]:
