@@ -63,7 +63,7 @@ def agreement_table(folder: Path, num_images: int) -> None:
     torch.save(random_inception(0), weights := folder / "inception.pth")
     with mock.patch.dict(inception.PINNED, {sha256_of(weights): inception.STATE_DICT_NAME}):
         save_inception(folder / "extractor", weights, resizers=["legacy_tensorflow"])
-    extractor = load_extractor(folder / "extractor", device=torch.device("cpu"))
+        extractor = load_extractor(folder / "extractor", device=torch.device("cpu"))
     found: list[tuple[Tensor, Tensor]] = []
     for name, contrast in (("samples", 60.0), ("reference", 35.0)):
         images = pictures(num_images, seed=len(found), contrast=contrast)
