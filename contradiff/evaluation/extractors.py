@@ -89,9 +89,11 @@ class ExtractorCard(Section):
     weights_sha256: str
 
     @model_validator(mode="after")
-    def _a_classifier_states_its_sizes(self) -> "ExtractorCard":
-        if self.kind == "classifier" and (self.width is None or self.image_size is None):
-            raise ValueError("width and image_size: a classifier's card must state both")
+    def _a_classifier_states_all(self) -> "ExtractorCard":
+        keys = "width", "image_size", "val_accuracy", "val_count", "val_chance"
+        missing = [key for key in keys if getattr(self, key) is None]
+        if self.kind == "classifier" and missing:
+            raise ValueError(f"a classifier's card must state {', '.join(missing)}")
         return self
 
     @property

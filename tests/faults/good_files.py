@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from contradiff.base.loading import NoiseSchedule, load_unet, load_vae
+from contradiff.base.weights import check_weights
 from contradiff.config import read_card, read_params
 from contradiff.data.decoding import decode_rgb
 from contradiff.data.latents import StoredLatents
@@ -155,8 +156,8 @@ def _shards(root: Path) -> list[Kind]:
 def _base(root: Path) -> list[Kind]:
     write_tiny_base(root / "base")
     readers: dict[str, Callable[[Path], Any]] = {
-        "unet": lambda root: load_unet(root / "base"),
-        "vae": lambda root: load_vae(root / "base"),
+        "unet": lambda root: [check_weights(root / "base"), load_unet(root / "base")],
+        "vae": lambda root: [check_weights(root / "base"), load_vae(root / "base")],
         "scheduler": lambda root: NoiseSchedule.of_base(root / "base").alphas_cumprod,
     }
     files = {
@@ -240,7 +241,7 @@ def _features(root: Path) -> list[Kind]:
 
 def _evaluation(root: Path) -> list[Kind]:
     classifier = ResidualClassifier(width=4, num_classes=3)
-    facts = {"image_size": 16, "val_accuracy": 0.9, "val_count": 50}
+    facts = {"image_size": 16, "val_accuracy": 0.9, "val_count": 50, "val_chance": 0.3}
     save_classifier(root / "extractor", classifier, **facts)
     card = read_extractor_card(root / "extractor")
     of_reference = {"split": "val", "num_images": 7, "image_size": 16, "images_sha256": "2" * 64}
