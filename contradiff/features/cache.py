@@ -53,7 +53,7 @@ class CacheIndex(BaseModel):
     num_classes: int
     columns: tuple[FeatureSpec, ...]
     head: dict[str, Any] | None
-    head_sha256: str | None
+    head_sha256: str | None = None
     shards: dict[str, tuple[Shard, ...]]
     maps: dict[str, tuple[Shard, ...]]
     made_with: dict[str, Any] = Field(validation_alias="facts", serialization_alias="facts")
