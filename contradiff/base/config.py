@@ -195,7 +195,10 @@ def read_config(folder: Path, component: str) -> dict[str, Any]:
             "format, with vae/, unet/ and scheduler/. Run `dvc pull models/tiny` to get the tiny "
             "base, or `make base` to retrain it"
         )
-    return read_json(path, remedy=GET_AGAIN)
+    try:
+        return read_json(path, remedy=GET_AGAIN)
+    except ValueError as error:
+        raise ValueError(f"base.path: {error}") from error
 
 
 def downsampling_of(folder: Path) -> int:
