@@ -278,7 +278,7 @@ def _unfinished(root: Path) -> list[Kind]:
     (root / "work").mkdir()
     SavedState(root / "work/state.safetensors", module.state_dict(), every=1).save(3, optimizer)
     (root / "begun").mkdir()
-    take_up(root / "begun", state_version=1, log=print)
+    take_up(root / "begun", state_version=1, code=None, log=print)
     record = {"__key__": b"a", "txt": b"x"}
 
     def make(name: str, _: Callable[[int], None]) -> Made:
@@ -295,7 +295,7 @@ def _unfinished(root: Path) -> list[Kind]:
 
     def read_begun(root: Path) -> object:
         told: list[str] = []
-        take_up(root / "begun", state_version=1, log=told.append)
+        take_up(root / "begun", state_version=1, code=None, log=told.append)
         return told
 
     return [
@@ -389,11 +389,12 @@ def _weights(root: Path) -> list[Kind]:
 
 def _results(root: Path) -> list[Kind]:
     project = root / "project"
-    for folder in ("metrics", "build/pretrain", "build/figures"):
+    for folder in ("metrics", "build/pretrain", "build/figures", "build/shards"):
         (project / folder).mkdir(parents=True)
     for stage in STAGES:
         (project / f"metrics/{stage}.json").write_text(json.dumps({stage: RECORDS[stage]}))
     (project / "build/pretrain/config.json").write_text(json.dumps(RECORDS["pretrain"]))
+    (project / "build/shards/index.json").write_text(json.dumps(RECORDS["images"]))
     (project / "metrics/pretrain.csv").write_text(CURVE)
     for value, name in enumerate(("samples", "tsne", "tsne_dark")):
         (project / f"build/figures/{name}.png").write_bytes(png_of(value))
