@@ -3,7 +3,7 @@
 import importlib
 import sys
 
-NAMES = ("kill", "disk", "load")
+NAMES = ("kill", "disk", "load", "malformed")
 
 if __name__ == "__main__":
     if len(sys.argv) > 1 and sys.argv[1] in NAMES:
@@ -12,5 +12,5 @@ if __name__ == "__main__":
         print("usage: python -m tests.faults NAME [arguments]; NAME --help says more")
         for name in NAMES:
             documentation = importlib.import_module(f"tests.faults.{name}").__doc__ or ""
-            print(f"  {name:6} {documentation.splitlines()[0]}")
+            print(f"  {name:9} {documentation.splitlines()[0]}")
         sys.exit(f"there is no program {sys.argv[1]}" if len(sys.argv) > 1 else 0)

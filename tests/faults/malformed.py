@@ -1,7 +1,7 @@
 """Damages files of every kind, and reads each one with the reader that the stages use.
 
-`python -m tests.faults.malformed` prints how many damaged files get each verdict. A seed chooses
-the damages. Each file is read in a process of its own, so that a crash, a hang or a reader that
+`python -m tests.faults malformed` prints how many damaged files get each verdict. A seed chooses the
+damages. Each file is read in a process of its own, so that a crash, a hang or a reader that
 fills the memory is a verdict too. The exit code is 1 if a verdict is bad.
 """
 
@@ -307,17 +307,13 @@ def run(folder: Path, *, seed: int = 0, stride: int = 1, only: str = "") -> Resu
     return Results([judge(case, folder, expected[case.kind.name]) for case in cases])
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m tests.faults.malformed", description=__doc__)
+def main(arguments: Sequence[str]) -> None:
+    parser = argparse.ArgumentParser(prog="python -m tests.faults malformed", description=__doc__)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--stride", type=int, default=1, help="judge every n-th file only")
     parser.add_argument("--only", default="", help="judge only kinds whose name contains this")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory() as folder:
         results = run(Path(folder), **vars(options))
     print(results.table())
     sys.exit(bool(results.bad))
-
-
-if __name__ == "__main__":
-    main()
