@@ -1,7 +1,7 @@
 """Damages files of every kind, and reads each one with the reader that the stages use.
 
-`python -m tests.faults malformed` prints how many damaged files get each verdict. A seed chooses the
-damages. Each file is read in a process of its own, so that a crash, a hang or a reader that
+`python -m tests.faults malformed` prints how many damaged files get each verdict. A seed chooses
+the damages. Each file is read in a process of its own, so that a crash, a hang or a reader that
 fills the memory is a verdict too. The exit code is 1 if a verdict is bad.
 """
 
