@@ -9,6 +9,7 @@ import torch
 from contradiff.base.config import WEIGHTS_NAME
 from contradiff.base.loading import unet_without_weights, vae_without_weights
 
+MAX_FAULTS = 5  # that a message lists one by one
 TYPES = "F64", "F32", "F16", "BF16"
 EARLIER_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 """Parts of names in early files, such as Stable Diffusion v1's VAE. diffusers renames them."""
@@ -30,6 +31,8 @@ def check_weights(folder: Path, *, values: bool = False) -> None:
             values=values,
         )
     ]
+    if hidden := faults[MAX_FAULTS:]:
+        faults[MAX_FAULTS:] = [f"base.path: {folder} has {len(hidden)} more such faults"]
     if faults:
         raise ValueError("\n".join(faults))
 
