@@ -61,16 +61,16 @@ CASES: list[tuple[dict[str, Any], dict[str, int], str, str]] = [
         "3 validation images are too few",
     ),
     (
-        {"pretrain.batch_size": 9, "extractor.batch_size": 9, "probe.split": "dev"},
-        SIZES | {"train": 9},
+        {"pretrain.batch_size": 5, "extractor.batch_size": 5, "probe.split": "dev"},
+        SIZES | {"train": 5},
         "probe.split",
-        "0 of 9 training images are in the dev split; use more images, or set it to val",
+        "0 of 5 training images are in the dev split; use more images, or set it to val",
     ),
     (
-        {"pretrain.batch_size": 9, "extractor.batch_size": 9},
-        SIZES | {"train": 9},
+        {"pretrain.batch_size": 5, "extractor.batch_size": 5},
+        SIZES | {"train": 5},
         "probe.cs",
-        "C is chosen on held-out images, but 0 of 9",
+        "C is chosen on held-out images, but 0 of 5",
     ),
     (
         {"transfer.cs": [], "transfer.shots": ["full"]},

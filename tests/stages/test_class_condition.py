@@ -31,6 +31,7 @@ def test_a_table_is_trained_with_lora_or_without(trained_project: Run):
         config = call(trained_project, lora=lora)
         assert config.pop("checkpoint_sha256") == sha256_of(CHECKPOINT / "model.safetensors")
         assert config.pop("lora") == lora
+        assert config.pop("sha256") == {"table.safetensors": sha256_of(TABLE / "table.safetensors")}
         assert config == {"drop": 0.1, "num_classes": 3, "num_steps": 2, "width": 8}
         table = class_table.load_class_table(TABLE, checkpoint=CHECKPOINT)
         assert table.to_tokens.weight.any()

@@ -23,6 +23,7 @@ from contradiff.features.batches import stored_batches
 from contradiff.features.cache import FeatureCache, ModelFolders
 from contradiff.features.models import DiffusionFeatures
 from contradiff.features.params import FeaturesParams
+from contradiff.files import sha256_of
 from contradiff.method.checkpoint import base_digest, load_checkpoint
 from stages import features, probe
 from tests.settings import ARCHITECTURE
@@ -167,6 +168,8 @@ def test_probe_writes_the_headline_its_head_and_the_grid(
     assert written.pop("made_with") == cache.index.made_with
     facts = {"model": "contradiff", "checkpoint": cache.index.checkpoint, "num_classes": 3}
     facts |= {"feature": cache.index.columns[0].name, "head": "linear", "headline": "logistic"}
+    files = (Path(f"build/probe/{file}.safetensors") for file in ("head", "logistic"))
+    assert written.pop("sha256") == {path.name: sha256_of(path) for path in files}
     assert written == facts
     assert result["protocol"] == "logistic"
     assert result["top1"] == result["logistic"]["top1"]

@@ -153,10 +153,12 @@ def test_what_another_checkpoint_made_is_not_taken_up(run_to_be_killed: Run):
     with pytest.raises(KeyboardInterrupt):
         call(run_to_be_killed, num_samples=10, batch_size=2)
     [first] = (run_to_be_killed.root / ".work/generate").iterdir()
-    weights = run_to_be_killed.root / "build/pretrain/model.safetensors"
-    content = bytearray(weights.read_bytes())
+    checkpoint = run_to_be_killed.root / "build/pretrain"
+    weights, config = checkpoint / "model.safetensors", checkpoint / "config.json"
+    content, old = bytearray(weights.read_bytes()), sha256_of(weights)
     content[-1] ^= 1
     weights.write_bytes(content)
+    config.write_text(config.read_text().replace(old, sha256_of(weights)))
     call(run_to_be_killed, num_samples=10, batch_size=2)
     assert list((run_to_be_killed.root / ".work/generate").iterdir()) == [first]
 
