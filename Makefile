@@ -98,23 +98,8 @@ format: $(STAMP)  ## sort imports, fix lint errors where possible, format
 	ruff check --fix-only .
 	ruff format .
 
-preset:  ## copy a preset to params.yaml: make preset NAME=paper
-	@set -eu; \
-	names=$$(cd presets && echo *.yaml | sed 's/\.yaml//g'); \
-	case " $$names " in \
-	    *" $(NAME) "*) ;; \
-	    *) echo "NAME='$(NAME)': no such preset; set NAME to one of: $$names" >&2; exit 1 ;; \
-	esac; \
-	kept=; \
-	for preset in presets/*.yaml; do \
-	    if cmp -s "$$preset" params.yaml; then kept=$$preset; fi; \
-	done; \
-	if [ -z "$$kept" ] && [ -e params.yaml ]; then \
-	    cp params.yaml params.yaml.bak; \
-	    echo "params.yaml differs from all presets; saved a copy as params.yaml.bak"; \
-	fi; \
-	cp "presets/$(NAME).yaml" params.yaml; \
-	echo "params.yaml is now presets/$(NAME).yaml"
+preset: $(STAMP)  ## copy a preset to params.yaml: make preset NAME=paper
+	@contradiff preset "$(NAME)"
 
 # dvc.yaml freezes this stage, so that `dvc repro -f` does not retrain the base by accident.
 base: $(STAMP)  ## retrain the tiny base model (hours on a CPU, minutes on a GPU); then `dvc push pretrain_base`

@@ -353,8 +353,12 @@ class ContraDiff:
 
 
 def _choose_device(device: str | torch.device | None) -> torch.device:
-    has_cuda = torch.cuda.is_available()
-    chosen = torch.device(device or ("cuda" if has_cuda else "cpu"))
-    if chosen.type == "cuda" and not has_cuda:
-        raise ValueError(f'device: {chosen} is asked for, but torch finds no GPU; use "cpu"')
+    num_gpus = torch.cuda.device_count()
+    try:
+        chosen = torch.device(device or ("cuda" if num_gpus else "cpu"))
+    except RuntimeError as error:
+        raise ValueError(f'device: {device} is unknown; use "cpu", "cuda" or "cuda:1"') from error
+    if chosen.type == "cuda" and (chosen.index or 0) >= num_gpus:
+        found = f"only {num_gpus}" if num_gpus else "no GPU"
+        raise ValueError(f'device: {chosen} is asked for, but torch finds {found}; use "cpu"')
     return chosen

@@ -75,7 +75,7 @@ def scan_kaggle(root: Path) -> Listing:
     class_ids = _class_folders(train)
     labels = _kaggle_labels(table, class_ids)
     val: list[ImageFile] = []
-    images, ignored = _images_in(folder)
+    images, ignored = images_in(folder)
     for name, num_bytes in images:
         label = labels.pop(name.rpartition(".")[0], None)
         if label is None:
@@ -111,10 +111,10 @@ def _by_class(
             for entry in entries
             if entry.name[0] == "." or not entry.is_dir()
         )
-    images_in = partial(_images_in, key=key, may_be_empty=may_be_empty)
+    list_class = partial(images_in, key=key, may_be_empty=may_be_empty)
     files, faults = list[ImageFile](), list[str]()
     with ThreadPoolExecutor(listing.NUM_THREADS) as pool:
-        waiting = [pool.submit(images_in, folder / class_id) for class_id in class_ids]
+        waiting = [pool.submit(list_class, folder / class_id) for class_id in class_ids]
         for label, found in enumerate(waiting):
             place = f"{folder.name}/{class_ids[label]}"
             with collect(faults):
@@ -127,7 +127,7 @@ def _by_class(
     return tuple(files), ignored
 
 
-def _images_in(
+def images_in(
     folder: Path, *, key: str = "data.root", may_be_empty: bool = False
 ) -> tuple[list[tuple[str, int]], Counter[str]]:
     """List the images in a folder and its sub-folders: names below `folder`, and sizes.

@@ -1,0 +1,401 @@
+"""The commands of `contradiff`. Each reads its options, calls the library, and prints."""
+
+import json
+import os
+import warnings
+from collections.abc import Sequence
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from contradiff.cli.images import (
+    compute_features,
+    features_file,
+    for_each_image,
+    list_images,
+    samples_files,
+)
+from contradiff.cli.options import (
+    AsJson,
+    Base,
+    BatchSize,
+    Device,
+    Folder,
+    Images,
+    Model,
+    Revision,
+    check_project,
+    load_model,
+    one_of,
+)
+from contradiff.cli.presets import preset_names, use_preset
+from contradiff.cli.progress import progress_bar, say, status
+from contradiff.files import describe_bytes
+
+FAILED, SKIPPED = 1, 3
+EXIT_CODES = """Exit codes:
+
+0    done
+
+1    failed; no file is half-written
+
+2    a wrong option or argument
+
+3    done, except for some images that cannot be read
+
+130  stopped by Ctrl-C"""
+
+
+class _Commands(TyperGroup):
+    """Turns the library's errors for users into one line and an exit code.
+
+    With CONTRADIFF_TRACEBACK=1, they are shown in full.
+    """
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except BrokenPipeError:  # `contradiff … | head`
+            raise
+        except (ValueError, OSError, RuntimeError) as error:
+            is_full = type(error).__name__ == "OutOfMemoryError"  # torch's, without its import
+            is_other = isinstance(error, RuntimeError) and not is_full
+            if is_other or os.environ.get("CONTRADIFF_TRACEBACK") == "1":
+                raise
+            remedy = "the GPU's memory is full; set a smaller --batch-size, or --device cpu"
+            say(f"contradiff: {remedy if is_full else error}")
+            raise typer.Exit(FAILED) from error
+
+
+def _examples(*lines: str) -> str:
+    return "\n\n".join(["Examples:", *(f"  contradiff {line}" for line in lines)])
+
+
+app = typer.Typer(
+    cls=_Commands,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    epilog=EXIT_CODES,
+)
+
+
+def _version(value: bool | None) -> None:
+    if value:
+        from importlib.metadata import version
+
+        typer.echo(version("contradiff"))
+        raise typer.Exit
+
+
+@app.callback()
+def contradiff(
+    *,
+    version: Annotated[  # noqa: ARG001
+        bool | None,
+        typer.Option("--version", callback=_version, is_eager=True, help="Print the version."),
+    ] = None,
+) -> None:
+    """Features, classes and images from a trained ContraDiff.
+
+    The model is what the pipeline has trained in the present folder, or the one that --model names.
+    `contradiff COMMAND --help` shows examples.
+    """
+    # An image beyond twice this limit is refused; below that, its size is no fault.
+    warnings.filterwarnings("ignore", message="Image size .* exceeds limit")
+
+
+def _end(num_skipped: int) -> None:
+    if num_skipped:
+        raise typer.Exit(SKIPPED)
+
+
+@app.command(
+    epilog=_examples(
+        "embed photos",
+        "embed photos -o photos.npy   (and photos.csv with the names)",
+        "embed photos --model user/name --device cuda --batch-size 64",
+    )
+)
+def embed(
+    folder: Folder,
+    *,
+    output: Annotated[
+        Path,
+        typer.Option(
+            *("--output", "-o"),
+            dir_okay=False,
+            callback=one_of(".parquet", ".npy"),
+            help="A file in .parquet or .npy.",
+        ),
+    ] = Path("features.parquet"),
+    model: Model = None,
+    revision: Revision = None,
+    base: Base = None,
+    device: Device = None,
+    batch_size: BatchSize = None,
+) -> None:
+    """Write the feature of each image in a folder to a file.
+
+    Names are paths below the folder. If its images are in folders, the first of them is the label.
+    """
+    files = list_images([folder], name="FOLDER")
+    with features_file(output) as write:
+        network = load_model(model, revision, base, device)
+        found, features = compute_features(network, files, batch_size=batch_size)
+        names = [file.relative_to(folder).as_posix() for file in found.files]
+        write(names, features)
+    typer.echo(f"{output}: {len(names)} images, {network.width} values each")
+    _end(found.num_skipped)
+
+
+@app.command(
+    epilog=_examples(
+        "classify a.jpg b.jpg",
+        "classify photos --top 1",
+        "classify a.jpg --json --model user/name",
+    )
+)
+def classify(
+    images: Images,
+    *,
+    top: Annotated[int, typer.Option(min=1, help="Number of classes of an image.")] = 5,
+    as_json: AsJson = False,
+    model: Model = None,
+    revision: Revision = None,
+    base: Base = None,
+    device: Device = None,
+    batch_size: BatchSize = None,
+) -> None:
+    """Print the most probable classes of images."""
+    files = list_images(images, name="IMAGE")
+    network = load_model(model, revision, base, device)
+
+    def call(*args: Any, **options: Any) -> Sequence[Any]:
+        return network.classify(*args, top=top, **options)
+
+    found = for_each_image(network, files, call, text="Classes", batch_size=batch_size)
+    pairs = [
+        (str(file), list(zip(each.classes, each.probabilities, strict=True)))
+        for file, each in zip(found.files, found.values, strict=True)
+    ]
+    _print_pairs(pairs, keys=("image", "classes", "class", "probability"), as_json=as_json)
+    _end(found.num_skipped)
+
+
+@app.command(
+    epilog=_examples(
+        "generate -n 16 --grid grid.png",
+        "generate -n 8 --condition a.jpg --guidance 2 -o like-a",
+        "generate -n 8 --class ring --seed 1",
+    )
+)
+def generate(
+    *,
+    number: Annotated[int, typer.Option("--number", "-n", min=1, help="Number of images.")] = 16,
+    condition: Annotated[
+        list[Path] | None,
+        typer.Option(
+            exists=True, dir_okay=False, help="An image to vary. Several of them take turns."
+        ),
+    ] = None,
+    class_name: Annotated[
+        list[str] | None,
+        typer.Option("--class", help="The name of a class. Several of them take turns."),
+    ] = None,
+    guidance: Annotated[
+        float | None, typer.Option(help="How closely to follow the condition; 1: no guidance.")
+    ] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="Number of denoising steps.")] = None,
+    seed: Annotated[int | None, typer.Option(min=0, help="Another seed, other images.")] = None,
+    output: Annotated[
+        Path, typer.Option("--output", "-o", file_okay=False, help="A new folder for the images.")
+    ] = Path("samples"),
+    grid: Annotated[
+        Path | None,
+        typer.Option(dir_okay=False, callback=one_of(".png"), help="Also one PNG with all images."),
+    ] = None,
+    model: Model = None,
+    revision: Revision = None,
+    base: Base = None,
+    device: Device = None,
+    batch_size: BatchSize = None,
+) -> None:
+    """Make images: unconditional, variations of an image, or of a class.
+
+    What is not given is as in the setting that the model was measured with.
+    """
+    if condition and class_name:
+        raise typer.BadParameter("give either --condition or --class, not both")
+    if output.exists() and any(output.iterdir()):
+        raise ValueError(f"{output}: the folder is not empty; choose a new one with -o")
+    with samples_files(output, grid) as write:
+        network = load_model(model, revision, base, device)
+        for name in class_name or ():
+            if name not in network.class_names:
+                near = get_close_matches(name, network.class_names, cutoff=0)
+                raise ValueError(f"--class: no class is named {name!r}; near are {', '.join(near)}")
+        with progress_bar("Images", total=number) as advance:
+            images = network.generate(
+                number,
+                condition=condition or class_name,
+                guidance=guidance,
+                num_inference_steps=steps,
+                seed=seed,
+                batch_size=batch_size,
+                on_progress=advance,
+            )
+        write(images)
+    typer.echo(f"{output}: {number} images{f'; {grid}: all of them' if grid else ''}")
+
+
+@app.command(epilog=_examples("neighbours a.jpg photos", "neighbours a.jpg photos -k 20 --json"))
+def neighbours(
+    image: Annotated[Path, typer.Argument(exists=True, dir_okay=False, help="An image.")],
+    folder: Folder,
+    *,
+    k: Annotated[int, typer.Option("-k", min=1, help="Number of neighbours.")] = 5,
+    as_json: AsJson = False,
+    model: Model = None,
+    revision: Revision = None,
+    base: Base = None,
+    device: Device = None,
+    batch_size: BatchSize = None,
+) -> None:
+    """Print the images of a folder whose features are nearest to an image's.
+
+    The number is the cosine of the angle between the features: 1 is the same direction.
+    """
+    own = image.resolve()
+    files = [file for file in list_images([folder], name="FOLDER") if file.resolve() != own]
+    if not files:
+        raise ValueError(f"FOLDER: {folder} has no images besides {image}")
+    network = load_model(model, revision, base, device)
+    query = network.features(image)
+    found, features = compute_features(network, files, batch_size=batch_size)
+    from torch import cosine_similarity
+
+    best = cosine_similarity(query, features).topk(min(k, len(found.files)))
+    nearest = [
+        (str(found.files[place]), value)
+        for place, value in zip(best.indices.tolist(), best.values.tolist(), strict=True)
+    ]
+    keys = ("image", "neighbours", "image", "cosine")
+    _print_pairs([(str(image), nearest)], keys=keys, as_json=as_json)
+    _end(found.num_skipped)
+
+
+@app.command(
+    epilog=_examples("export mine", "export mine --with-base", "export mine --push user/name")
+)
+def export(
+    folder: Annotated[Path, typer.Argument(file_okay=False, help="A new folder, or an export.")],
+    with_base: Annotated[
+        bool, typer.Option("--with-base", help="Copy the base model too.")
+    ] = False,
+    push: Annotated[
+        str | None, typer.Option(help="Upload it to the Hugging Face hub, as user/name.")
+    ] = None,
+    private: Annotated[
+        bool, typer.Option("--private", help="Only you see what --push uploads.")
+    ] = False,
+    licence: Annotated[
+        str, typer.Option(help="The licence in the model card, such as apache-2.0.")
+    ] = "other",
+) -> None:
+    """Write the model that was trained here, for others: safetensors and a model card."""
+    check_project(option="")
+    if private and push is None:
+        raise typer.BadParameter("--private has no effect without --push")
+    with status("Writing the export"):
+        from contradiff import export as write
+
+        address = write(folder, push_to=push, private=private, with_base=with_base, licence=licence)
+    typer.echo(f"{folder}: {describe_bytes(_size_of(folder))}")
+    base = "" if with_base else " --base build/base"
+    typer.echo(address or f"Try it: contradiff classify IMAGE --model {folder}{base}")
+
+
+@app.command(epilog=_examples("info", "info --json", "info --model user/name"))
+def info(*, as_json: AsJson = False, model: Model = None, revision: Revision = None) -> None:
+    """Say which model this is: its base, its classes, its scores, and what is in build/."""
+    if model is None:
+        check_project()
+    with status("Reading the model"):
+        from contradiff.pretrained import hub
+        from contradiff.pretrained.folder import read_export_config
+        from contradiff.pretrained.project import read_project
+
+        if model is None:
+            config = read_project(Path()).config
+        else:
+            config = read_export_config(hub.find_model(model, revision=revision))
+    folders = sorted(path for path in Path("build").glob("*") if path.is_dir())
+    cached = {} if model else {str(path): _size_of(path) for path in folders}
+    content: dict[str, Any] = {
+        "base": config.base.model_dump(),
+        "image_size": config.image_size,
+        "classes": config.class_names,
+        "steps": config.training["num_steps"],
+        "parts": sorted(config.parts),
+        "scores": config.scores,
+        "cached": cached,
+    }
+    if as_json:
+        typer.echo(json.dumps(content, indent=1, ensure_ascii=False))
+        return
+    names = config.class_names
+    shown = ", ".join(names[:12]) + ", …" * (len(names) > 12)
+    revision_of_base = f" at {config.base.revision}" if config.base.revision else ""
+    lines = [
+        ("base", f"{config.base.path}{revision_of_base}"),
+        ("", f"unet's sha256 {config.base.sha256['unet']}"),
+        ("images", f"{config.image_size} x {config.image_size} pixels"),
+        ("classes", f"{len(names)}: {shown}"),
+        ("trained", f"{config.training['num_steps']} steps"),
+        ("parts", ", ".join(sorted(config.parts))),
+        *((row[0], "  ".join(row[1:])) for row in config.scores),
+        *((name, describe_bytes(size)) for name, size in cached.items()),
+    ]
+    width = max(len(name) for name, _ in lines)
+    for name, text in lines:
+        typer.echo(f"{name:{width}}  {text}")
+
+
+@app.command(epilog=_examples("preset paper", "preset tiny   (the default)"))
+def preset(
+    name: Annotated[
+        str, typer.Argument(autocompletion=preset_names, help="A file of presets/, without .yaml.")
+    ],
+) -> None:
+    """Copy a preset to params.yaml, as `make preset NAME=…` does."""
+    for line in use_preset(name):
+        typer.echo(line)
+
+
+def _size_of(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+def _print_pairs(
+    rows: Sequence[tuple[str, Sequence[tuple[str, float]]]],
+    *,
+    keys: tuple[str, str, str, str],
+    as_json: bool,
+) -> None:
+    """Print for each row its name, then its pairs of a name and a number."""
+    if as_json:
+        title, many, key, value = keys
+        content = [
+            {title: name, many: [{key: text, value: number} for text, number in pairs]}
+            for name, pairs in rows
+        ]
+        typer.echo(json.dumps(content, indent=1, ensure_ascii=False))
+        return
+    for name, pairs in rows:
+        typer.echo(name)
+        for text, number in pairs:
+            typer.echo(f"  {number:6.3f}  {text}")

@@ -1,0 +1,36 @@
+"""Presets: full parameter files in presets/, one of which becomes params.yaml."""
+
+import shutil
+from pathlib import Path
+
+from contradiff.files import replace_file
+
+FOLDER, PARAMS = Path("presets"), Path("params.yaml")
+
+
+def preset_names() -> list[str]:
+    """Return the names of the presets of the project in the present folder."""
+    return sorted(path.stem for path in FOLDER.glob("*.yaml"))
+
+
+def use_preset(name: str) -> list[str]:
+    """Copy a preset to params.yaml, and return lines that say what was done.
+
+    A params.yaml that is no preset is first copied to params.yaml.bak. Raises ValueError if there
+    is no such preset.
+    """
+    names, said = preset_names(), list[str]()
+    if not names:
+        raise ValueError(f"{FOLDER}/: no presets here; go to the root of the project")
+    if name not in names:
+        raise ValueError(f"NAME: {name!r} is no preset; it is one of: {', '.join(names)}")
+    known = {(FOLDER / f"{other}.yaml").read_bytes() for other in names}
+    if PARAMS.exists() and PARAMS.read_bytes() not in known:
+        backup = PARAMS.with_name(f"{PARAMS.name}.bak")
+        with replace_file(backup) as temporary:
+            shutil.copyfile(PARAMS, temporary)
+        said.append(f"{PARAMS} differs from all presets; saved a copy as {backup}")
+    preset = FOLDER / f"{name}.yaml"
+    with replace_file(PARAMS) as temporary:
+        shutil.copyfile(preset, temporary)
+    return [*said, f"{PARAMS} is now {preset}"]
