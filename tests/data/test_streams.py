@@ -206,7 +206,7 @@ def test_more_images_a_batch_than_there_are_are_refused(pairs: PairedShards):
         stream_of(pairs, batch_size=13, world_size=2)
 
 
-def test_whoever_reads_a_damaged_shard_to_its_end_notices(pairs: PairedShards, tmp_path: Path):
+def test_a_damaged_shard_is_noticed_before_its_first_sample(pairs: PairedShards, tmp_path: Path):
     copy = tmp_path / "images"
     shutil.copytree(pairs.images, copy)
     path = copy / "train-00001.tar"
@@ -214,9 +214,8 @@ def test_whoever_reads_a_damaged_shard_to_its_end_notices(pairs: PairedShards, t
     content[-1] ^= 1
     path.write_bytes(content)
     damaged = replace(pairs, images=copy)
-    assert len(list(damaged.read_range(ShardRange(1, 0, 5), with_images=True))) == 5
     with pytest.raises(ValueError, match=r"train-00001\.tar: damaged"):
-        list(damaged.read_range(ShardRange(1, 5, 6), with_images=True))
+        next(iter(damaged.read_range(ShardRange(1, 0, 5), with_images=True)))
 
 
 def test_digest_is_of_the_content_wherever_it_lies(

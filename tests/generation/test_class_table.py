@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -47,10 +48,16 @@ def centres(pairs: PairedShards) -> tuple[Tensor, Tensor]:
 
 @pytest.fixture
 def train(pairs: PairedShards, tmp_path: Path) -> Train:
-    """Return a function that calls `train_class_table` with small settings and given changes."""
+    """Return a function that calls `train_class_table` with small settings and given changes.
+
+    Each call has a work folder of its own: a finished training is not trained again.
+    """
+    numbers = count()
 
     def run(model: ContraDiff, table: ClassTable, **changes: Any) -> None:
-        settings: dict[str, Any] = {"precision": "fp32", "seed": 0, "work_dir": tmp_path}
+        work_dir = tmp_path / str(next(numbers))
+        work_dir.mkdir()
+        settings: dict[str, Any] = {"precision": "fp32", "seed": 0, "work_dir": work_dir}
         settings |= {"num_workers": 0, "log_every": 3, "checkpoint_every": 1000}
         settings |= {"on_step": lambda *_: None} | changes
         settings["params"] = PARAMS.model_copy(update=settings.get("params"))

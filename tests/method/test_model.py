@@ -69,7 +69,7 @@ def test_a_trained_state_that_does_not_fit_is_refused(build_tiny: Build):
         state | {"attention.extra": torch.zeros(1)},
         state | {name: state[name][:-1]},
     ):
-        with pytest.raises(ValueError, match="made with other lora, conditioner or head"):
+        with pytest.raises(ValueError, match="it has other lora, conditioner or head"):
             model.load_trained_state(other)
 
 

@@ -1,6 +1,7 @@
 """Small settings for pretraining, and a function that pretrains with them."""
 
 from collections.abc import Callable
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -56,10 +57,15 @@ def recipe_of(tiny_params: dict[str, Any]) -> Callable[..., TrainingRecipe]:
 def train(
     pairs: PairedShards, recipe_of: Callable[..., TrainingRecipe], accelerator: Any, tmp_path: Path
 ) -> Callable[..., list[dict[str, float]]]:
-    """Call `pretrain` with small settings. Keywords change settings or sections of the recipe."""
+    """Call `pretrain` with small settings. Keywords change settings or sections of the recipe.
+
+    Each call has a work folder of its own: a finished training is not trained again.
+    """
+    numbers = count()
 
     def run(model: ContraDiff, **changes: Any) -> list[dict[str, float]]:
-        settings: dict[str, Any] = {"work_dir": tmp_path, "num_workers": 0, "log_every": 5}
+        work_dir = tmp_path / str(next(numbers))
+        settings: dict[str, Any] = {"work_dir": work_dir, "num_workers": 0, "log_every": 5}
         settings |= {"checkpoint_every": 1000, "on_step": lambda *_: None}
         sections = {name: changes.pop(name) for name in set(changes) - set(settings)}
         conditioner = sections.get("conditioner", {}) | {"input": model.conditioner.input}
