@@ -376,6 +376,31 @@ def preset(
         typer.echo(line)
 
 
+@app.command(epilog=_examples("plan --preset paper --gpus 4", "plan --gpu rtx4090 --images 20000"))
+def plan(
+    *,
+    preset: Annotated[
+        str | None, typer.Option(help="A file of presets/; left out: params.yaml.")
+    ] = None,
+    gpus: Annotated[int, typer.Option(help="Number of GPUs.")] = 1,
+    gpu: Annotated[str, typer.Option(help="h100, a100, rtx4090 or rtx3090.")] = "h100",
+    gpu_memory: Annotated[
+        float | None, typer.Option(help="Memory of a GPU in GB, if it is another.")
+    ] = None,
+    images: Annotated[
+        int | None, typer.Option(help="Training images; left out: counted or assumed.")
+    ] = None,
+) -> None:
+    """Show the hours, disk and GPU memory of every stage. The exit code is 1 if one does not fit."""
+    from contradiff.planning.plan import plan_of
+
+    path = Path(f"presets/{preset}.yaml" if preset else "params.yaml")
+    found = plan_of(path, num_gpus=gpus, gpu=gpu, gpu_memory=gpu_memory, num_images=images)
+    typer.echo(f"{path}\n\n{found}")
+    if found.misfits:
+        raise typer.Exit(1)
+
+
 def _size_of(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 

@@ -19,18 +19,24 @@ def use_preset(name: str) -> list[str]:
     A params.yaml that is no preset is first copied to params.yaml.bak. Raises ValueError if there
     is no such preset.
     """
-    names, said = preset_names(), list[str]()
+    names = preset_names()
     if not names:
         raise ValueError(f"{FOLDER}/: no presets here; go to the root of the project")
     if name not in names:
         raise ValueError(f"NAME: {name!r} is no preset; it is one of: {', '.join(names)}")
-    known = {(FOLDER / f"{other}.yaml").read_bytes() for other in names}
-    if PARAMS.exists() and PARAMS.read_bytes() not in known:
-        backup = PARAMS.with_name(f"{PARAMS.name}.bak")
-        with replace_file(backup) as temporary:
-            shutil.copyfile(PARAMS, temporary)
-        said.append(f"{PARAMS} differs from all presets; saved a copy as {backup}")
+    said = keep_params()
     preset = FOLDER / f"{name}.yaml"
     with replace_file(PARAMS) as temporary:
         shutil.copyfile(preset, temporary)
     return [*said, f"{PARAMS} is now {preset}"]
+
+
+def keep_params() -> list[str]:
+    """Copy a params.yaml that is no preset to params.yaml.bak, and return a line that says so."""
+    known = {path.read_bytes() for path in FOLDER.glob("*.yaml")}
+    if not PARAMS.exists() or PARAMS.read_bytes() in known:
+        return []
+    backup = PARAMS.with_name(f"{PARAMS.name}.bak")
+    with replace_file(backup) as temporary:
+        shutil.copyfile(PARAMS, temporary)
+    return [f"{PARAMS} differs from all presets; saved a copy as {backup}"]

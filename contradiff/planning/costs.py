@@ -1,0 +1,112 @@
+"""Costs of Stable Diffusion v1.4's parts at 256 pixels, as counted, and what we assume of machines.
+
+Counting a training step takes minutes, so the counts stand here. `python -m bench flops` makes
+those of a step and of the feature; `python -m bench passes` makes those of a single pass.
+"""
+
+from dataclasses import dataclass
+
+COUNTED_BASE = "CompVis/stable-diffusion-v1-4"
+COUNTED_SIZE = 256
+
+STEP_GFLOP = 1048.0
+"""A training step of the paper preset, for one image, without recomputation."""
+FEATURE_GFLOP = 206.0
+"""The feature h of one image: three noise levels up to the bottleneck, conditioner and head."""
+INCEPTION_GFLOP = 11.4
+"""Inception v3 at 299 pixels. It is the published number, 5.7 billion multiplications, times 2."""
+
+CLASSIFIER_GFLOP = 1.0
+"""The small classifier that may score samples, at 256 pixels: an upper bound, not counted."""
+
+TWO_CONDITIONS_MB, TWO_CONDITIONS_WORK = 63.0, 1.06
+"""What `conditioner.cond_view` other than "same" adds to an image, and the factor of the work."""
+UP_BLOCK_MB, UP_BLOCK_STEP_WORK, UP_BLOCK_FEATURE_WORK = 191.0, 1.45, 1.69
+"""The same for a `head.block` other than "mid": memory, work of a step, work of the feature."""
+RECON_PASS_WORK, CHAIN_WORK = 0.25, 7.76
+"""What each further pass of `loss.recon_passes` adds; the factor of `features.noising: ddim_chain`.
+
+These rows are docs/paper.md's ("Beyond the paper").
+"""
+
+DECODED_MB = 188.4
+"""A step's memory for each latent of `pretrain.decode_batch_size`, if nothing is recomputed."""
+OPTIMISER_GB = 0.8
+"""12 bytes for each trained weight: AdamW's two moments, and the buckets of DDP."""
+
+
+@dataclass(frozen=True)
+class Checkpointing:
+    """Memory and work of a step with one value of `pretrain.gradient_checkpointing`, in bf16."""
+
+    image_mb: float
+    fixed_mb: float
+    work: float
+    per_latent_mb: float
+    whole_mb: float
+    """Memory for an image if all latents pass the up blocks at once (`decode_batch_size` 0)."""
+
+
+STEP_MEMORY = {
+    "none": Checkpointing(621.6, 2121.0, 1.00, DECODED_MB, 807.5),
+    "down.0": Checkpointing(410.2, 2121.0, 1.07, DECODED_MB, 598.6),
+    "all": Checkpointing(258.3, 2178.0, 1.32, 0.0, 258.3),
+}
+"""The counts of docs/log.md ("Peak memory, and the up path in parts").
+
+*Not counted but added*: `down.0` with all latents at once is 410.2 + 188.4.
+"""
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One pass without gradients, in float32: work and memory for an image, memory of weights."""
+
+    gflop: float
+    image_mb: float
+    fixed_mb: float
+
+
+VAE_ENCODE = Pass(272.7, 168.6, 335.0)
+VAE_DECODE = Pass(622.2, 201.4, 335.0)
+UNET = Pass(176.3, 34.1, 3438.0)
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """A graphics card: memory, and its maker's TFLOP/s for dense bf16 and for float32."""
+
+    memory_gb: float
+    bf16: float
+    fp32: float
+
+
+GPUS = {
+    "h100": Gpu(80.0, 989.0, 67.0),
+    "a100": Gpu(80.0, 312.0, 19.5),
+    "rtx4090": Gpu(24.0, 165.0, 82.6),
+    "rtx3090": Gpu(24.0, 71.0, 35.6),
+}
+
+EFFICIENCY = 0.4
+"""The part of a card's TFLOP/s that a run reaches."""
+WORKER_IMAGES = 100.0
+"""JPEGs that one worker process decodes and crops in a second."""
+DISK_MB = 500.0
+"""Megabytes a second that a disk reads or writes."""
+NETWORK_MB = 50.0
+"""Megabytes a second of a download."""
+CPU_GFLOPS = 20.0
+"""GFLOP/s of logistic regression on a CPU."""
+LBFGS_PASSES = 300
+"""Passes over the features until logistic regression has converged, for each value of C."""
+GPU_RESERVE_GB = 1.5
+"""CUDA's own memory, the kernels' workspace and gaps between tensors."""
+
+NOT_MEASURED = (
+    f"no hours are measured: a card reaches {EFFICIENCY:.0%} of its maker's TFLOP/s",
+    f"a worker decodes {WORKER_IMAGES:.0f} images a second",
+    f"a disk moves {DISK_MB:.0f} MB a second, the network {NETWORK_MB:.0f} MB",
+    f"{GPU_RESERVE_GB} GB of a card go to CUDA, its workspace and gaps between tensors",
+)
+"""The assumptions behind the hours and the memory, for the end of a plan."""

@@ -1,0 +1,115 @@
+"""A plan names what a run costs, what does not fit, and the parameter that makes it fit."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from contradiff.config import parse, read_params
+from contradiff.planning.costs import GPUS
+from contradiff.planning.plan import ImageCounts, Machine, Plan, plan, step_memory_gb
+from contradiff.rules import AllParams
+from stages.plan import main
+
+PRESETS = Path(__file__).resolve().parents[2] / "presets"
+
+
+def params_of(name: str, changes: dict[str, Any] | None = None) -> AllParams:
+    content = read_params(PRESETS / f"{name}.yaml")
+    for key, value in (changes or {}).items():
+        section, field = key.split(".")
+        content[section][field] = value
+    return parse(AllParams, content, source=name)
+
+
+def plan_of(name: str, machine: Machine, **changes: Any) -> Plan:
+    params = params_of(name, {key.replace("__", "."): value for key, value in changes.items()})
+    return plan(params, machine, ImageCounts.assumed(params), num_workers=8)
+
+
+FOUR, ONE = Machine(4, GPUS["h100"]), Machine(1, GPUS["rtx3090"])
+
+
+@pytest.mark.parametrize(
+    ("blocks", "num_gpus", "counted"),
+    [("none", 4, 87.7), ("down.0", 4, 60.7), ("all", 4, 35.2), ("none", 8, 47.9)],
+)
+def test_memory_of_a_step_is_what_bench_counts(blocks: str, num_gpus: int, counted: float):
+    """docs/log.md has the counts; on top come the optimiser, and the card's own needs."""
+    params = params_of("paper", {"pretrain.gradient_checkpointing": blocks})
+    assert step_memory_gb(params, num_gpus=num_gpus) == pytest.approx(counted + 2.3, abs=0.1)
+
+
+@pytest.mark.parametrize(
+    ("name", "machine", "hours"), [("paper", FOUR, 48), ("single-gpu", ONE, 24)]
+)
+def test_the_preset_fits_its_machine(name: str, machine: Machine, hours: float):
+    found = plan_of(name, machine)
+    assert found.misfits == ()
+    assert 1 < found.hours < hours
+    assert max(cost.memory_gb or 0 for cost in found.stages) < machine.gpu.memory_gb
+    assert "Everything fits." in str(found)
+
+
+@pytest.mark.parametrize(
+    ("changes", "memory", "remedy"),
+    [
+        (
+            {"pretrain__gradient_checkpointing": "none"},
+            80.0,
+            "pretrain.gradient_checkpointing to down.0",
+        ),
+        ({"pretrain__decode_batch_size": 0}, 80.0, "pretrain.decode_batch_size to 32"),
+        ({}, 24.0, "pretrain.batch_size to 256"),
+        ({"generate__batch_size": 1000}, 80.0, "generate.batch_size to "),
+        ({"latents__batch_size": 1000}, 80.0, "latents.batch_size to "),
+    ],
+)
+def test_what_does_not_fit_names_the_parameter_that_makes_it_fit(
+    changes: dict[str, Any], memory: float, remedy: str
+):
+    machine = replace(FOUR, gpu=replace(FOUR.gpu, memory_gb=memory))
+    found = [line for line in plan_of("paper", machine, **changes).misfits if remedy in line]
+    assert len(found) == 1
+    # The remedy is true: with the value that it names, the stage fits.
+    stage = found[0].split()[0]
+    named = dict(
+        part.split(" to ")
+        for part in found[0].partition("; set ")[2].partition(" (")[0].split(", ")
+    )
+    values = {k.replace(".", "__"): _value(v.removesuffix(" or less")) for k, v in named.items()}
+    again = plan_of("paper", machine, **(changes | values)).misfits
+    assert not [line for line in again if line.startswith(f"{stage} ")]
+
+
+def _value(text: str) -> int | str:
+    return int(text) if text.isdigit() else text
+
+
+def test_costs_follow_the_work():
+    def hours(stage: str, machine: Machine = FOUR, **changes: Any) -> float:
+        return next(
+            c.hours for c in plan_of("paper", machine, **changes).stages if c.stage == stage
+        )
+
+    assert hours("pretrain", replace(FOUR, num_gpus=8)) == pytest.approx(hours("pretrain") / 2)
+    assert hours("pretrain", pretrain__epochs=50) == pytest.approx(hours("pretrain") / 2)
+    assert hours("generate", generate__precision="bf16") < hours("generate") / 5
+    assert plan_of("paper", FOUR, conditioner__input="latents").stages[3].bound == "GPU"
+    few = plan(params := params_of("paper"), FOUR, ImageCounts.assumed(params), num_workers=1)
+    assert few.stages[3].bound == "decoding (runtime.num_workers)"
+
+
+def test_the_command_prints_the_plan_and_its_exit_code_tells_whether_it_fits(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.chdir(PRESETS.parent)
+    assert main(["--preset", "paper", "--gpus", "4"]) == 0
+    assert "assumed: 1,281,167 training" in capsys.readouterr().out
+    assert main(["--preset", "paper", "--gpus", "1"]) == 1
+    assert "Does not fit: pretrain needs" in capsys.readouterr().out
+    assert main(["--preset", "tiny"]) == 2
+    assert "a plan knows the costs of CompVis" in capsys.readouterr().err
+    assert main(["--preset", "paper", "--gpus", "0"]) == 2
+    assert main(["--preset", "papers"]) == 2
