@@ -391,7 +391,7 @@ def plan(
         int | None, typer.Option(help="Training images; left out: counted or assumed.")
     ] = None,
 ) -> None:
-    """Show the hours, disk and GPU memory of every stage. The exit code is 1 if one does not fit."""
+    """Show hours, disk and GPU memory of every stage. The exit code is 1 if one does not fit."""
     from contradiff.planning.plan import plan_of
 
     path = Path(f"presets/{preset}.yaml" if preset else "params.yaml")
