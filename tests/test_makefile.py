@@ -29,7 +29,9 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("DVC_SITE_CACHE_DIR", str(tmp_path / "site"))
     monkeypatch.setenv("GIT_CONFIG_NOSYSTEM", "1")
-    for name in [name for name in os.environ if name.startswith(("GIT_AUTHOR", "GIT_COMMITTER"))]:
+    # `make test` sets MAKEFLAGS and others, which would make the inner make say more.
+    unwanted = "GIT_AUTHOR", "GIT_COMMITTER", "MAKE", "MFLAGS"
+    for name in [name for name in os.environ if name.startswith(unwanted)]:
         monkeypatch.delenv(name)
     monkeypatch.chdir(project)
     return project
