@@ -99,7 +99,7 @@ format: $(STAMP)  ## sort imports, fix lint errors where possible, format
 	ruff format .
 
 preset: $(STAMP)  ## write params.yaml: make preset NAME=paper, or NAME=own DATA=folder
-	@set -eu; if [ "$(NAME)" = own ]; then python -m stages.own "$(DATA)"; else contradiff preset "$(NAME)"; fi
+	@contradiff preset "$(NAME)" $(if $(DATA),--data "$(DATA)")
 
 # dvc.yaml freezes this stage, so that `dvc repro -f` does not retrain the base by accident.
 base: $(STAMP)  ## retrain the tiny base model (hours on a CPU, minutes on a GPU); then `dvc push pretrain_base`

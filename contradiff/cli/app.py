@@ -365,14 +365,17 @@ def info(*, as_json: AsJson = False, model: Model = None, revision: Revision = N
         typer.echo(f"{name:{width}}  {text}")
 
 
-@app.command(epilog=_examples("preset paper", "preset tiny   (the default)"))
+@app.command(epilog=_examples("preset paper", "preset own --data photos"))
 def preset(
     name: Annotated[
         str, typer.Argument(autocompletion=preset_names, help="A file of presets/, without .yaml.")
     ],
+    data: Annotated[
+        Path | None, typer.Option(help="For the preset own: the folder of your images.")
+    ] = None,
 ) -> None:
-    """Copy a preset to params.yaml, as `make preset NAME=…` does."""
-    for line in use_preset(name):
+    """Write a preset to params.yaml, as `make preset NAME=…` does."""
+    for line in use_preset(name, data):
         typer.echo(line)
 
 

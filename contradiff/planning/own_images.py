@@ -100,7 +100,7 @@ def rewritten(text: str, changes: dict[str, Any]) -> str:
         in_old_list = line.startswith("  ") and key in missing
         if in_old_list:
             _, hash_sign, comment = line.partition("#")
-            name, value = key.partition(".")[2], json.dumps(missing.pop(key))
+            name, value = key.partition(".")[2], json.dumps(missing.pop(key))  # valid YAML
             lines.append(f"  {name}: {value:{24 - len(name)}} {hash_sign}{comment}".rstrip())
         else:
             lines.append(line)

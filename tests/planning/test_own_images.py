@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from contradiff.cli.presets import use_preset
 from contradiff.config import read_params
-from stages import own
 from stages.validate import check
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[2]
 @pytest.fixture
 def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(own, "PRESETS", ROOT / "presets")
+    (tmp_path / "presets").symlink_to(ROOT / "presets")
     return tmp_path
 
 
@@ -51,13 +51,12 @@ FORMS = [(with_val, 2), (without_val, 2), (only_train, 2), (unlabelled, 1)]
 @pytest.mark.parametrize(("form", "num_classes"), FORMS)
 def test_every_form_of_a_folder_gives_valid_parameters(
     project: Path,
-    capsys: pytest.CaptureFixture[str],
     form: Callable[[Path], None],
     num_classes: int,
 ):
     form(project / "images")
-    assert own.main(["images"]) == 0
-    said, content = capsys.readouterr().out, read_params(project / "params.yaml")
+    said = "\n".join(use_preset("own", Path("images")))
+    content = read_params(project / "params.yaml")
     check(content, source="params.yaml")
     num_val = 10 if num_classes == 2 else 9
     assert (
@@ -77,7 +76,7 @@ def test_every_form_of_a_folder_gives_valid_parameters(
 def test_the_size_of_the_images_chooses_the_base(project: Path, side: int, pixels: int):
     write(project / "images/a", 45, side=side)
     write(project / "images/b", 45, side=side)
-    assert own.main(["images"]) == 0
+    use_preset("own", Path("images"))
     content = read_params(project / "params.yaml")
     check(content, source="params.yaml")
     assert content["data"]["image_size"] == pixels
@@ -89,13 +88,13 @@ def test_the_size_of_the_images_chooses_the_base(project: Path, side: int, pixel
         (0, "nowhere", "there is no folder"),
         (0, "images", "two images or more are needed"),
         (1, "images", "two images or more are needed"),
-        (0, "", "type the folder"),
+        (0, None, "type `make preset NAME=own DATA=folder`"),
     ],
 )
 def test_a_folder_without_enough_images_is_refused(
-    project: Path, capsys: pytest.CaptureFixture[str], number: int, data: str, message: str
+    project: Path, number: int, data: str | None, message: str
 ):
     write(project / "images", number)
-    assert own.main([data]) == 2
-    assert message in capsys.readouterr().err
+    with pytest.raises(ValueError, match=message):
+        use_preset("own", data and Path(data))
     assert not (project / "params.yaml").exists()

@@ -5,12 +5,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
+from contradiff.cli.app import app
 from contradiff.config import parse, read_params
 from contradiff.planning.costs import GPUS
 from contradiff.planning.plan import ImageCounts, Machine, Plan, plan, step_memory_gb
 from contradiff.rules import AllParams
-from stages.plan import main
 
 PRESETS = Path(__file__).resolve().parents[2] / "presets"
 
@@ -101,15 +102,20 @@ def test_costs_follow_the_work():
     assert few.stages[3].bound == "decoding (runtime.num_workers)"
 
 
+@pytest.mark.parametrize(
+    ("arguments", "exit_code", "text"),
+    [
+        ("--preset paper --gpus 4", 0, "assumed: 1,281,167 training"),
+        ("--preset paper --gpus 1", 1, "Does not fit: pretrain needs"),
+        ("--preset tiny", 1, "a plan knows the costs of CompVis"),
+        ("--preset paper --gpus 0", 1, ""),
+        ("--preset papers", 1, "papers"),
+    ],
+)
 def test_the_command_prints_the_plan_and_its_exit_code_tells_whether_it_fits(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    monkeypatch: pytest.MonkeyPatch, arguments: str, exit_code: int, text: str
 ):
     monkeypatch.chdir(PRESETS.parent)
-    assert main(["--preset", "paper", "--gpus", "4"]) == 0
-    assert "assumed: 1,281,167 training" in capsys.readouterr().out
-    assert main(["--preset", "paper", "--gpus", "1"]) == 1
-    assert "Does not fit: pretrain needs" in capsys.readouterr().out
-    assert main(["--preset", "tiny"]) == 2
-    assert "a plan knows the costs of CompVis" in capsys.readouterr().err
-    assert main(["--preset", "paper", "--gpus", "0"]) == 2
-    assert main(["--preset", "papers"]) == 2
+    done = CliRunner().invoke(app, ["plan", *arguments.split()])
+    assert done.exit_code == exit_code
+    assert text in done.output
