@@ -6,7 +6,6 @@ a class is for validation.
 """
 
 import json
-import os
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
@@ -19,8 +18,8 @@ from PIL import Image, UnidentifiedImageError
 from contradiff.config import parse, read_params
 from contradiff.files import replace_dir
 from contradiff.sources.counts import CountParams, count_faults
-from contradiff.sources.folder import scan_folder
-from contradiff.sources.listing import Listing, is_folder, is_image_name
+from contradiff.sources.folder import images_in, scan_folder
+from contradiff.sources.listing import Listing, is_folder
 
 LINKS = Path("data/raw/own")
 NO_CLASS = "all"
@@ -139,11 +138,7 @@ def _may_be_class(path: Path) -> bool:
 
 
 def _images(folder: Path) -> list[Path]:
-    found: list[Path] = []
-    for place, folders, names in os.walk(folder):
-        folders[:] = [name for name in folders if name[0] != "."]
-        found += [Path(place, name) for name in names if is_image_name(name)]
-    return sorted(found)
+    return [folder / name for name, _ in images_in(folder, key="DATA", may_be_empty=True)[0]]
 
 
 def _median_side(root: Path, listing: Listing) -> int:

@@ -19,7 +19,6 @@ from typing import Any, Literal
 
 import torch
 from pydantic import Field
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -27,7 +26,7 @@ from contradiff.base.config import COMPONENTS
 from contradiff.config import Section, Seed, parse_exactly
 from contradiff.downstream.linear import LinearProbe
 from contradiff.features.params import FeaturesParams
-from contradiff.files import replace_dir
+from contradiff.files import explain_damage, read_json, replace_dir
 from contradiff.generation.class_table import ClassTable
 from contradiff.generation.sampling import GenerateParams
 from contradiff.method.attention import TriTimestepAttention
@@ -40,6 +39,7 @@ from contradiff.method.model import ContraDiff as Network
 FORMAT = 1
 """Raise it when a folder of the former form would be read wrongly, or not at all."""
 CONFIG_NAME, CARD_NAME = "config.json", "README.md"
+GET_AGAIN = "export or download it again"
 ADAPTER = ".default.weight"
 """How peft ends the names of a LoRA's weights in a UNet: with the name of the adapter."""
 LORA_NAME = "pytorch_lora_weights.safetensors"
@@ -159,11 +159,8 @@ def read_export_config(folder: Path) -> ExportConfig:
     path = folder / CONFIG_NAME
     if not path.is_file():
         raise ValueError(f"{folder}: no exported model, because it has no {CONFIG_NAME}")
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}: not valid JSON: {error}") from error
-    found = content.get("format") if isinstance(content, dict) else None
+    content = read_json(path, remedy=GET_AGAIN)
+    found = content.get("format")
     if not isinstance(found, int):
         raise ValueError(f"{path}: no exported model, because it has no format number")
     if found > FORMAT:
@@ -213,10 +210,8 @@ _BUILDERS: dict[str, Callable[..., nn.Module]] = {
 
 
 def _read(path: Path) -> dict[str, Tensor]:
-    try:
+    with explain_damage(path, remedy=GET_AGAIN):
         return load_file(path)
-    except (SafetensorError, FileNotFoundError) as error:
-        raise ValueError(f"{path}: missing or damaged; export or download it again") from error
 
 
 def _is_replaceable(folder: Path) -> bool:

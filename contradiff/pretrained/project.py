@@ -1,6 +1,5 @@
 """From the results of the pipeline, in build/ and metrics/, to a model that can be exported."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -122,13 +121,13 @@ def _class_names(shards: Path) -> list[str]:
     if not path.is_file():
         remedy = f"run `dvc repro shard`, or fetch it with `dvc pull {path}`"
         raise ValueError(f"{path}: the names of the classes are missing; {remedy}")
-    facts = json.loads(path.read_text(encoding="utf-8"))["facts"]
+    facts = read_json(path, remedy="run `dvc repro shard`")["facts"]
     return list(facts.get("class_names", facts["class_ids"]))
 
 
 def _read_json(path: Path) -> dict[str, Any]:
     """Read a file of scores. It may be missing: a model can be exported before it is measured."""
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return read_json(path, remedy="run `dvc repro`") if path.is_file() else {}
 
 
 def export(

@@ -102,13 +102,16 @@ def cut(folder: Path) -> None:
         (lambda f: change(f, format=2), r"newer contradiff \(format 2; this one reads 1\)"),
         (lambda f: change(f, format=None), "no format number"),
         (lambda f: change(f, seed="x"), r"config\.json: seed: "),
-        (lambda f: (f / "config.json").write_text("{"), "not valid JSON"),
+        (
+            lambda f: (f / "config.json").write_text("{"),
+            r"config\.json: damaged .*; export or download it again",
+        ),
         (
             lambda f: (f / "config.json").unlink(),
             r"no exported model, because it has no config\.json",
         ),
-        (lambda f: (f / LORA_NAME).unlink(), "missing or damaged"),
-        (cut, r"attention\.safetensors: missing or damaged"),
+        (lambda f: (f / LORA_NAME).unlink(), r"weights\.safetensors: no such file; export or"),
+        (cut, r"attention\.safetensors: damaged .*; export or download it again"),
         (lambda f: shutil.rmtree(f / "base"), "the base model is not in it. .* base=PATH"),
     ],
 )
