@@ -10,7 +10,6 @@ message that names a path, without a traceback. The second run must give the out
 run.
 """
 
-import argparse
 import os
 import re
 import shutil
@@ -21,7 +20,7 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from tests.faults.project import STAGES, Project, log_of, start
+from tests.faults.project import Project, log_of, read_options, start
 
 CASES = ("full", "full later", "read-only")
 SECONDS = 1800
@@ -30,12 +29,7 @@ _INSIDE = "FAULTS_INSIDE"
 
 def main(arguments: Sequence[str]) -> None:
     """Run all cases in a mount namespace, print a table, exit with code 1 if a case failed."""
-    parser = argparse.ArgumentParser(prog="python -m tests.faults disk", description=__doc__)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("--minutes", type=float, default=float("inf"))
-    parser.add_argument("--stages", default=",".join(STAGES))
-    parser.add_argument("--project", type=Path)
-    options = parser.parse_args(arguments)
+    options = read_options("disk", __doc__, arguments)
     if _INSIDE not in os.environ:  # the mounts then end with this program, whatever happens
         as_root = [] if os.geteuid() == 0 else ["--map-root-user"]
         command = ["unshare", "--mount", *as_root, sys.executable, "-m", "tests.faults", "disk"]

@@ -10,7 +10,6 @@ The kill is a SIGKILL before, in the middle of or after a write: of the stage al
 run, no process may hold a lock, and MLflow must have one finished run.
 """
 
-import argparse
 import random
 import subprocess
 import tempfile
@@ -22,7 +21,7 @@ from dataclasses import dataclass
 from itertools import chain, zip_longest
 from pathlib import Path
 
-from tests.faults.project import STAGES, Project, log_of, start
+from tests.faults.project import STAGES, Project, log_of, read_options, start
 
 KILLS = (
     *((when, whom) for whom in ("stage", "group") for when in ("before", "middle", "after")),
@@ -43,12 +42,7 @@ class Case:
 
 def main(arguments: Sequence[str]) -> None:
     """Run the cases, print the matrix, and exit with code 1 if a case failed."""
-    parser = argparse.ArgumentParser(prog="python -m tests.faults kill", description=__doc__)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("--minutes", type=float, default=float("inf"))
-    parser.add_argument("--stages", default=",".join(STAGES))
-    parser.add_argument("--project", type=Path)
-    options = parser.parse_args(arguments)
+    options = read_options("kill", __doc__, arguments)
     end = time.monotonic() + 60 * options.minutes
     results: dict[Case, list[str]] = {}
     with tempfile.TemporaryDirectory() as top:

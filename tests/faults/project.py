@@ -1,5 +1,6 @@
 """A small finished project (presets/smoke.yaml), whose stages the fault programs run again."""
 
+import argparse
 import fcntl
 import os
 import re
@@ -92,6 +93,20 @@ class Project:
         for pid in re.findall(r'"pid": (\d+)', rwlock.read_text() if rwlock.is_file() else ""):
             if Path("/proc", pid).exists():
                 yield f".dvc/tmp/rwlock: held by process {pid}"
+
+
+def read_options(
+    name: str, description: str | None, arguments: Sequence[str]
+) -> argparse.Namespace:
+    """Parse the arguments of the programs that disturb stages."""
+    parser = argparse.ArgumentParser(
+        prog=f"python -m tests.faults {name}", description=documentation
+    )
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("--minutes", type=float, default=float("inf"))
+    parser.add_argument("--stages", default=",".join(STAGES))
+    parser.add_argument("--project", type=Path)
+    return parser.parse_args(arguments)
 
 
 def outs_of(folder: Path, stage: str) -> list[str]:
