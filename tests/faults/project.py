@@ -95,9 +95,7 @@ class Project:
                 yield f".dvc/tmp/rwlock: held by process {pid}"
 
 
-def read_options(
-    name: str, description: str | None, arguments: Sequence[str]
-) -> argparse.Namespace:
+def read_options(name: str, documentation: str | None, arguments: Sequence[str]) -> Any:
     """Parse the arguments of the programs that disturb stages."""
     parser = argparse.ArgumentParser(
         prog=f"python -m tests.faults {name}", description=documentation
