@@ -119,7 +119,7 @@ def _check_complete(root: Path, split: str, files: Sequence[Path]) -> None:
     if missing or len(numbered) != total:
         text = ", ".join(f"{number:05d}" for number in missing[:5]) or "none, but one exists twice"
         fault = f"{len(numbered)} of {total} files like {files[0].name}; missing: {text}"
-        raise ValueError(f"data.root: {root} has {fault}")
+        raise ValueError(f"data.root: {files[0].parent} has {fault}")
 
 
 def _read_shard(root: Path, path: Path) -> tuple[list[ImageFile], list[str]]:

@@ -127,7 +127,7 @@ def test_labels_in_another_order_are_refused(tmp_path: Path, monkeypatch: pytest
 def test_missing_shards_are_named(root: Path, split: str, label: str):
     first, second = sorted(root.glob(f"data/{split}-*"))
     first.unlink()
-    expected = rf"{root} has 1 of 2 files like {second.name}; missing: 00000"
+    expected = rf"{root}/data has 1 of 2 files like {second.name}; missing: 00000"
     with pytest.raises(ValueError, match=expected):
         scan_parquet(root)
     second.unlink()
