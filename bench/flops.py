@@ -34,7 +34,7 @@ from contradiff.config import parse, read_params
 from contradiff.features.inversion import inverted_maps
 from contradiff.features.params import FeaturesParams
 from contradiff.method.losses import LossParams
-from contradiff.method.model import Architecture, ContraDiff
+from contradiff.method.model import Architecture, ContraDiffModel
 from contradiff.method.objective import TrainingBatch, TrainingStep
 from contradiff.training.pretraining import set_up
 from contradiff.training.recipe import PretrainParams
@@ -102,12 +102,12 @@ def changed(content: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
     return result
 
 
-def build(params: Params, folder: Path, *, precision: Precision = "fp32") -> ContraDiff:
+def build(params: Params, folder: Path, *, precision: Precision = "fp32") -> ContraDiffModel:
     """Build the model for training on the meta device, without values of the weights."""
     schedule = NoiseSchedule.of_base(folder)
     sizes = {"image_size": params.data["image_size"], "downsampling": downsampling_of(folder)}
     with torch.device("meta"):
-        model = ContraDiff(unet_without_weights(folder), schedule, params, **sizes)
+        model = ContraDiffModel(unet_without_weights(folder), schedule, params, **sizes)
     blocks = params.pretrain.gradient_checkpointing
     set_up(model, loss=params.loss, gradient_checkpointing=blocks, precision=precision)
     return model
@@ -184,14 +184,14 @@ class LiveBytes(TorchDispatchMode):
         self.size -= size
 
 
-def training_step(model: ContraDiff, params: Params) -> TrainingStep:
+def training_step(model: ContraDiffModel, params: Params) -> TrainingStep:
     """Return the training step with the loss of the parameter file."""
     decode_batch_size = params.pretrain.decode_batch_size
     return TrainingStep(model, loss=params.loss, decode_batch_size=decode_batch_size).train()
 
 
 def empty_batch(
-    model: ContraDiff, params: Params, folder: Path, *, num_images: int
+    model: ContraDiffModel, params: Params, folder: Path, *, num_images: int
 ) -> TrainingBatch:
     """Return a training batch of uninitialised tensors on torch's default device."""
     side = params.data["image_size"] // downsampling_of(folder)

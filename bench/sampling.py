@@ -28,7 +28,7 @@ from contradiff.generation.sampling import denoise
 from contradiff.generation.solvers import Solver, load_solver
 from contradiff.method.checkpoint import Architecture
 from contradiff.method.lora import merge_lora
-from contradiff.method.model import ContraDiff, build_model
+from contradiff.method.model import ContraDiffModel, build_model
 from contradiff.toy.base_recipe import build_scheduler, build_unet, build_vae
 
 GUIDANCE = 1.5
@@ -47,7 +47,7 @@ def main(arguments: Sequence[str]) -> None:
         print(f"{label:52}{ratio:>6.2f}x{difference:>24}", flush=True)
 
 
-def random_model(base: Path) -> ContraDiff:
+def random_model(base: Path) -> ContraDiffModel:
     """Build the tiny preset's model, with random LoRA weights (untrained LoRA has no effect)."""
     content = read_params(Path("presets/tiny.yaml"))
     sections = {name: content[name] for name in Architecture.model_fields}

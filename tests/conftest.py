@@ -22,7 +22,7 @@ from hypothesis import settings
 from jaxtyping import install_import_hook
 
 if TYPE_CHECKING:
-    from contradiff.method.model import ContraDiff
+    from contradiff.method.model import ContraDiffModel
 
 # Shapes and types of `contradiff` are checked only in tests, so that runs lose no time.
 # The hook must stay active in the complete session, so no `with` is used.
@@ -52,14 +52,14 @@ def tiny_params() -> dict[str, Any]:
 
 
 @pytest.fixture(scope="session")
-def build_tiny(tiny_base: Path, tiny_params: dict[str, Any]) -> Callable[..., ContraDiff]:
+def build_tiny(tiny_base: Path, tiny_params: dict[str, Any]) -> Callable[..., ContraDiffModel]:
     """Build a ContraDiff on `tiny_base` in evaluation mode; weights that start at 0 get random."""
     import torch
 
     from contradiff.method.checkpoint import Architecture
     from contradiff.method.model import build_model
 
-    def build(*, seed: int = 0, **changes: dict[str, Any]) -> ContraDiff:
+    def build(*, seed: int = 0, **changes: dict[str, Any]) -> ContraDiffModel:
         sections = {name: tiny_params[name] | changes.get(name, {}) for name in tiny_params}
         shapes = Architecture.model_validate(sections)
         with torch.random.fork_rng(devices=[]):
@@ -79,7 +79,7 @@ def save_tiny(tiny_base: Path, tiny_params: dict[str, Any]) -> Callable[..., Non
     from contradiff.method.checkpoint import save_checkpoint
     from contradiff.method.parameter_counts import count_parameters
 
-    def save(folder: Path, model: ContraDiff, *, num_steps: int = 1, **changes: Any) -> None:
+    def save(folder: Path, model: ContraDiffModel, *, num_steps: int = 1, **changes: Any) -> None:
         save_checkpoint(
             folder,
             model,

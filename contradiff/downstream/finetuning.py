@@ -19,7 +19,7 @@ from contradiff.features.batches import CleanBatch
 from contradiff.features.models import DiffusionFeatures, autocast, compute_features
 from contradiff.features.params import FeaturesParams
 from contradiff.method.lora import cast_frozen_weights
-from contradiff.method.model import ContraDiff
+from contradiff.method.model import ContraDiffModel
 from contradiff.method.noise import NUM_LEVELS
 from contradiff.training.loop import train
 from contradiff.training.optim import build_adamw, cosine_with_warmup
@@ -64,7 +64,7 @@ class EncodedImages:
 
 
 @contextmanager
-def weights_kept(model: ContraDiff) -> Generator[None]:
+def weights_kept(model: ContraDiffModel) -> Generator[None]:
     """Restore the model's trained weights and `requires_grad` flags when the `with` block ends."""
     state = {name: tensor.detach().clone() for name, tensor in model.trained_state().items()}
     trainable = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
@@ -78,7 +78,7 @@ def weights_kept(model: ContraDiff) -> Generator[None]:
 
 
 def finetune(
-    model: ContraDiff,
+    model: ContraDiffModel,
     data: EncodedImages,
     *,
     num_classes: int,
@@ -161,7 +161,7 @@ def finetune(
 
 @torch.inference_mode()
 def finetuned_top1(
-    model: ContraDiff,
+    model: ContraDiffModel,
     classifier: nn.Linear,
     data: EncodedImages,
     *,

@@ -28,7 +28,7 @@ from contradiff.downstream.probe import OnEpoch, evaluate, train_probes
 from contradiff.features.batches import CleanBatch
 from contradiff.features.models import FeatureModel, LabelledFeatures, compute_features
 from contradiff.features.params import FeaturesParams
-from contradiff.method.model import ContraDiff
+from contradiff.method.model import ContraDiffModel
 from contradiff.sources.transfer_set import TransferSplit
 from contradiff.training.optim import SgdParams
 from contradiff.types import ByteImages
@@ -181,7 +181,9 @@ class TransferTask:
             scores.append(top1)
         return scores
 
-    def finetune(self, model: ContraDiff, device: torch.device, on_epoch: OnEpoch) -> list[float]:
+    def finetune(
+        self, model: ContraDiffModel, device: torch.device, on_epoch: OnEpoch
+    ) -> list[float]:
         """Fine-tune the model on each few-shot set, and return the top-1 accuracy for each set.
 
         Each training starts from the given weights, which are restored afterwards. The processes

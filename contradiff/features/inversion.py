@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 
 from contradiff.method.attention import LevelMaps
-from contradiff.method.model import ContraDiff
+from contradiff.method.model import ContraDiffModel
 from contradiff.method.unet import MapBlock
 from contradiff.types import Latents, Maps, Tokens
 
@@ -14,7 +14,7 @@ CHAIN_STEPS = 20
 
 
 def inverted_maps(
-    model: ContraDiff,
+    model: ContraDiffModel,
     latents: Latents,
     tokens: Tokens,
     *,
@@ -35,7 +35,8 @@ def inverted_maps(
     The inversion stops at the noisiest of `timesteps`, where only the maps are computed.
 
     *Deviation*: the paper explains neither its 20 steps nor which maps it reads. This function is
-    one interpretation. `ContraDiff.level_maps`, which adds noise in one step (Eq. 5), is another.
+    one interpretation. `ContraDiffModel.level_maps`, which adds noise in one step (Eq. 5), is
+    another.
     """
     grid = model.schedule.ddim_timesteps(CHAIN_STEPS)
     assert set(timesteps) <= set(grid), "rules.py has checked that they are on the grid"

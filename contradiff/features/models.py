@@ -22,7 +22,7 @@ from contradiff.features.timm_backbone import TimmFeatures
 from contradiff.method.attention import LevelMaps
 from contradiff.method.checkpoint import load_checkpoint
 from contradiff.method.lora import cast_frozen_weights, disable_lora
-from contradiff.method.model import Architecture, ContraDiff, build_model
+from contradiff.method.model import Architecture, ContraDiffModel, build_model
 from contradiff.method.noise import NUM_LEVELS, add_noise
 from contradiff.method.unet import MapBlock
 from contradiff.types import Tokens
@@ -38,7 +38,7 @@ class DiffusionFeatures:
     further ways to turn the maps of the UNet block head.block into features (see `pool_maps`).
     """
 
-    model: ContraDiff
+    model: ContraDiffModel
     params: FeaturesParams
     seed: int
     device: torch.device
@@ -183,7 +183,7 @@ def untrained_features(
 
 
 def _frozen(
-    model: ContraDiff, params: FeaturesParams, seed: int, device: torch.device
+    model: ContraDiffModel, params: FeaturesParams, seed: int, device: torch.device
 ) -> DiffusionFeatures:
     assert max(map(max, params.triples)) < model.schedule.num_train_timesteps, "see rules.py"
     blocks = [*params.more_blocks, *(["up.1"] if params.model == "diffeed" else [])]

@@ -17,7 +17,7 @@ from contradiff.data.streams import PairedShards, TrainingStream, training_batch
 from contradiff.files import explain_damage, load_tensors, sha256_of
 from contradiff.method.checkpoint import CONFIG_NAME, WEIGHTS_NAME, write_weights
 from contradiff.method.lora import cast_frozen_weights, disable_lora, merge_lora
-from contradiff.method.model import ContraDiff
+from contradiff.method.model import ContraDiffModel
 from contradiff.method.noise import add_noise
 from contradiff.training.batch import ViewChooser
 from contradiff.training.loop import OnStep, train
@@ -80,7 +80,7 @@ class ClassTable(nn.Module):
         return self.to_tokens(self.embedding(labels))[:, None]
 
 
-def choose_denoiser(model: ContraDiff, *, lora: bool) -> None:
+def choose_denoiser(model: ContraDiffModel, *, lora: bool) -> None:
     """If `lora` is true, merge LoRA into the UNet. Otherwise restore the base's UNet."""
     if lora:
         merge_lora(model.unet)
@@ -102,7 +102,7 @@ def count_steps(params: ClassConditionParams, *, num_samples: int) -> int:
 
 
 def train_class_table(
-    model: ContraDiff,
+    model: ContraDiffModel,
     table: ClassTable,
     pairs: PairedShards,
     *,

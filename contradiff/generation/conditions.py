@@ -16,7 +16,7 @@ from torch import Tensor
 from contradiff.generation import class_table
 from contradiff.generation.condition_images import condition_images
 from contradiff.method.lora import merge_lora
-from contradiff.method.model import ContraDiff
+from contradiff.method.model import ContraDiffModel
 from contradiff.types import ByteImages, Conditions, Latents, Tokens, to_pixels
 
 TokensOf = Callable[[range], Tokens]
@@ -38,7 +38,7 @@ class Conditioning:
 
 def load_conditioning(
     condition: Condition,
-    model: ContraDiff,
+    model: ContraDiffModel,
     *,
     images: Path,
     table: Path,
@@ -74,7 +74,7 @@ def seeded_noise(
     return torch.stack([torch.randn(shape, generator=generator) for generator in own])
 
 
-def unconditional(model: ContraDiff, *, seed: int) -> Conditioning:
+def unconditional(model: ContraDiffModel, *, seed: int) -> Conditioning:
     """Condition samples on encoded noise, c(noise) (App. A). It is also the null condition."""
 
     def tokens(indices: range) -> Tokens:
@@ -85,7 +85,9 @@ def unconditional(model: ContraDiff, *, seed: int) -> Conditioning:
     return Conditioning(tokens, tokens)
 
 
-def image_conditional(model: ContraDiff, folder: Path, *, null_tokens: TokensOf) -> Conditioning:
+def image_conditional(
+    model: ContraDiffModel, folder: Path, *, null_tokens: TokensOf
+) -> Conditioning:
     """Condition sample i on image i (Fig. 4). After the last image comes the first.
 
     Reading is fast if samples are generated in order.
@@ -122,5 +124,5 @@ def class_conditional(table: class_table.ClassTable) -> Conditioning:
 
 
 @torch.inference_mode()
-def _encoded(model: ContraDiff, conditions: Conditions) -> Tokens:
+def _encoded(model: ContraDiffModel, conditions: Conditions) -> Tokens:
     return model.encode_condition(conditions.to(next(model.parameters()).device))

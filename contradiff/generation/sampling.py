@@ -13,7 +13,7 @@ from contradiff.config import Section
 from contradiff.generation.conditions import Condition, Conditioning, seeded_noise
 from contradiff.generation.cross_attention_cache import cache_keys_and_values
 from contradiff.generation.solvers import Scheduler, Solver
-from contradiff.method.model import ContraDiff
+from contradiff.method.model import ContraDiffModel
 from contradiff.types import ByteImages, Latents, Precision, Tokens
 
 if TYPE_CHECKING:
@@ -55,7 +55,7 @@ class GenerateParams(Section):
 
 @torch.inference_mode()
 def denoise(
-    model: ContraDiff,
+    model: ContraDiffModel,
     scheduler: Scheduler,
     noise: Latents,
     tokens: Tokens,
@@ -126,7 +126,7 @@ def _likely_cause(*, by_solver: bool, precision: Precision, guidance: float) -> 
 
 
 def generate(
-    model: ContraDiff,
+    model: ContraDiffModel,
     vae: "AutoencoderKL",
     scheduler: Scheduler,
     indices: range,

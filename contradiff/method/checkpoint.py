@@ -11,7 +11,7 @@ from torch import Tensor
 
 from contradiff.config import Section, parse, read_card
 from contradiff.files import explain_damage, load_tensors, replace_dir, sha256_of
-from contradiff.method.model import Architecture, ContraDiff, build_model
+from contradiff.method.model import Architecture, ContraDiffModel, build_model
 from contradiff.method.parameter_counts import ParameterCounts
 
 WEIGHTS_NAME = "model.safetensors"
@@ -36,7 +36,7 @@ def base_digest(base: Path, component: str = "unet") -> str:
 
 def save_checkpoint(
     folder: Path,
-    model: ContraDiff,
+    model: ContraDiffModel,
     *,
     base: Path,
     image_size: int,
@@ -77,7 +77,7 @@ def read_checkpoint_card(folder: Path) -> CheckpointCard:
 
 def load_checkpoint(
     folder: Path, *, base: Path, expected: Architecture | None = None
-) -> ContraDiff:
+) -> ContraDiffModel:
     """Rebuild the model in evaluation mode.
 
     Raises ValueError if a file is missing or damaged, or if the model was trained on another base,

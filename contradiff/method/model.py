@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 
 TRAINED_MODULES = ("conditioner", "self_condition", "attention", "projector")
-"""Attributes of ContraDiff that are trained. The LoRA layers inside the UNet are trained too."""
+"""Attributes of ContraDiffModel that are trained, besides the LoRA layers inside the UNet."""
 
 
 class Architecture(Section):
@@ -33,7 +33,7 @@ class Architecture(Section):
     head: HeadParams
 
 
-class ContraDiff(nn.Module):
+class ContraDiffModel(nn.Module):
     """One model that classifies and generates: a frozen UNet, and trainable modules around it.
 
     The constructor adds LoRA layers to `unet` in place. The LoRA layers and TRAINED_MODULES are
@@ -119,7 +119,7 @@ class ContraDiff(nn.Module):
             raise ValueError(f"{other}; the weights {difference} do not fit")
         self.load_state_dict(state, strict=False)
 
-    def train(self, mode: bool = True) -> "ContraDiff":
+    def train(self, mode: bool = True) -> "ContraDiffModel":
         """Set the mode of all modules except the frozen UNet, which stays in evaluation mode."""
         super().train(mode)
         self.unet.eval()
@@ -128,9 +128,9 @@ class ContraDiff(nn.Module):
 
 def build_model(
     base: Path, architecture: Architecture, *, image_size: int, seed: int | None
-) -> ContraDiff:
+) -> ContraDiffModel:
     """Load the frozen base and add trainable modules; a `seed` makes their weights repeatable."""
     unet, schedule, factor = load_unet(base), NoiseSchedule.of_base(base), downsampling_of(base)
     if seed is not None:
         torch.manual_seed(seed)
-    return ContraDiff(unet, schedule, architecture, image_size=image_size, downsampling=factor)
+    return ContraDiffModel(unet, schedule, architecture, image_size=image_size, downsampling=factor)

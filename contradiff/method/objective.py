@@ -11,7 +11,7 @@ from torch.distributed._functional_collectives import all_gather_single_autograd
 from contradiff.method import losses
 from contradiff.method.attention import order_by_noise
 from contradiff.method.losses import Loss, LossParams
-from contradiff.method.model import ContraDiff
+from contradiff.method.model import ContraDiffModel
 from contradiff.method.noise import NUM_LEVELS, NUM_VIEWS, add_noise
 from contradiff.method.unet import UNetState
 from contradiff.types import Features, Latents, Timesteps, Tokens
@@ -42,7 +42,7 @@ class TrainingStep(nn.Module):
     `SplitUNet.mean_loss`.
     """
 
-    def __init__(self, model: ContraDiff, *, loss: LossParams, decode_batch_size: int) -> None:
+    def __init__(self, model: ContraDiffModel, *, loss: LossParams, decode_batch_size: int) -> None:
         super().__init__()
         self.model, self.loss, self.decode_batch_size = model, loss, decode_batch_size
 

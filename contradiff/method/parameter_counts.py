@@ -8,7 +8,7 @@ from torch import nn
 
 from contradiff.base.config import downsampling_of
 from contradiff.base.loading import NoiseSchedule, unet_without_weights, vae_without_weights
-from contradiff.method.model import TRAINED_MODULES, Architecture, ContraDiff
+from contradiff.method.model import TRAINED_MODULES, Architecture, ContraDiffModel
 
 PAPER_UNET_SIZE = 859_520_964
 """Parameter count of Stable Diffusion v1's UNet. A base with this count is the paper's base."""
@@ -36,7 +36,7 @@ class ParameterCounts(TypedDict):
     modules: dict[str, tuple[int, int]]
 
 
-def count_parameters(model: ContraDiff, *, num_vae_parameters: int) -> ParameterCounts:
+def count_parameters(model: ContraDiffModel, *, num_vae_parameters: int) -> ParameterCounts:
     """Count the parameters of each module. LoRA counts as a module of its own."""
     lora = sum(p.numel() for name, p in model.unet.named_parameters() if "lora_" in name)
     unet = _size(model.unet) - lora
@@ -58,7 +58,9 @@ def parameter_table(folder: Path, architecture: Architecture, *, image_size: int
     unet, schedule = unet_without_weights(folder), NoiseSchedule.of_base(folder)
     is_papers, factor = _size(unet) == PAPER_UNET_SIZE, downsampling_of(folder)
     with torch.device("meta"):
-        model = ContraDiff(unet, schedule, architecture, image_size=image_size, downsampling=factor)
+        model = ContraDiffModel(
+            unet, schedule, architecture, image_size=image_size, downsampling=factor
+        )
     counts = count_parameters(model, num_vae_parameters=_size(vae_without_weights(folder)))
     modules = counts["modules"]
     classifier = (architecture.head.width + 1) * 1000 if is_papers else 0

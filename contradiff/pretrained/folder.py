@@ -33,8 +33,7 @@ from contradiff.method.attention import TriTimestepAttention
 from contradiff.method.checkpoint import base_digest
 from contradiff.method.conditioner import Conditioner, ConditionerParams
 from contradiff.method.lora import LoraParams
-from contradiff.method.model import TRAINED_MODULES, Architecture, build_model
-from contradiff.method.model import ContraDiff as Network
+from contradiff.method.model import TRAINED_MODULES, Architecture, ContraDiffModel, build_model
 
 FORMAT = 1
 """Raise it when a folder of the former form would be read wrongly, or not at all."""
@@ -85,7 +84,7 @@ class Parts:
     """
 
     config: ExportConfig
-    network: Network
+    network: ContraDiffModel
     more: dict[str, nn.Module]
     base: Path
 

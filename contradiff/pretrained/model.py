@@ -23,7 +23,7 @@ from contradiff.generation.conditions import Conditioning, class_conditional, un
 from contradiff.generation.sampling import GenerateParams, generate
 from contradiff.generation.solvers import Solver, load_solver
 from contradiff.method.lora import cast_frozen_weights
-from contradiff.method.model import ContraDiff as Network
+from contradiff.method.model import ContraDiffModel
 from contradiff.method.noise import NUM_LEVELS
 from contradiff.method.unet import block_channels
 from contradiff.pretrained import hub
@@ -65,7 +65,7 @@ class ContraDiff:
         print(model.classify("a.jpg")[0].classes)
         model.generate(4, condition="a.jpg", guidance=2.0, seed=0)[0].save("sample.png")
 
-    The network inside is `contradiff.method.model.ContraDiff`.
+    The network inside is `contradiff.method.model.ContraDiffModel`.
     """
 
     def __init__(
@@ -89,7 +89,7 @@ class ContraDiff:
             config.seed,
             self.device,
         )
-        self._denoisers: dict[bool, Network] = {}
+        self._denoisers: dict[bool, ContraDiffModel] = {}
 
     @classmethod
     def from_pretrained(
@@ -295,7 +295,7 @@ class ContraDiff:
         return item
 
     def _conditioning(
-        self, network: Network, given: list[Any], labels: list[int], *, seed: int
+        self, network: ContraDiffModel, given: list[Any], labels: list[int], *, seed: int
     ) -> Conditioning:
         """Give sample i the condition number i, as the pipeline does; after the last, the first."""
         if labels:
@@ -318,7 +318,7 @@ class ContraDiff:
 
         return replace(conditioning, tokens=tokens)
 
-    def _denoiser(self, *, lora: bool) -> Network:
+    def _denoiser(self, *, lora: bool) -> ContraDiffModel:
         """Return a copy of the network for generation, with LoRA merged or switched off."""
         if lora not in self._denoisers:
             network = copy.deepcopy(self._features.model)

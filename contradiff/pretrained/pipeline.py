@@ -14,7 +14,7 @@ from contradiff.base.vae import downsampling_factor
 from contradiff.generation.class_table import ClassTable
 from contradiff.generation.sampling import denoise
 from contradiff.generation.solvers import Scheduler
-from contradiff.method.model import ContraDiff as Network
+from contradiff.method.model import ContraDiffModel
 from contradiff.pretrained.images import Images, as_list, clean_batch, name_of
 from contradiff.types import Latents, Precision, Tokens
 
@@ -27,7 +27,7 @@ Generators = torch.Generator | list[torch.Generator]
 class TrainedModules(ModelMixin):
     """The network and the class table, in a form that diffusers can move between devices."""
 
-    def __init__(self, network: Network, class_table: ClassTable | None) -> None:
+    def __init__(self, network: ContraDiffModel, class_table: ClassTable | None) -> None:
         super().__init__()
         self.network, self.class_table = network, class_table
 

@@ -19,7 +19,7 @@ from contradiff.data.latents import StoredLatents
 from contradiff.data.shards import image_of
 from contradiff.data.streams import Pair, PairedShards
 from contradiff.data.transforms import apply_crop, decode, random_crop
-from contradiff.method.model import ContraDiff
+from contradiff.method.model import ContraDiffModel
 from contradiff.method.noise import NUM_LEVELS, NUM_VIEWS, PerTimestep, draw_timesteps
 from contradiff.method.objective import TrainingBatch
 from contradiff.training.recipe import TrainingRecipe
@@ -111,7 +111,7 @@ def draw_batch(
     loaded: Mapping[str, Tensor],
     *,
     number: int,
-    model: ContraDiff,
+    model: ContraDiffModel,
     recipe: TrainingRecipe,
     probabilities: PerTimestep,
     scaling_factor: float,

@@ -12,7 +12,7 @@ from contradiff.data.streams import PairedShards, TrainingStream, training_batch
 from contradiff.files import replace_file
 from contradiff.method.lora import cast_frozen_weights
 from contradiff.method.losses import LossParams
-from contradiff.method.model import ContraDiff
+from contradiff.method.model import ContraDiffModel
 from contradiff.method.noise import timestep_probabilities
 from contradiff.method.objective import TrainingStep
 from contradiff.training.batch import ViewChooser, draw_batch
@@ -31,7 +31,7 @@ CURVE_ROWS = 200
 
 
 def pretrain(
-    model: ContraDiff,
+    model: ContraDiffModel,
     pairs: PairedShards,
     *,
     recipe: TrainingRecipe,
@@ -161,7 +161,7 @@ def write_curve(path: Path, curve: Sequence[Mapping[str, float]]) -> None:
 
 
 def set_up(
-    model: ContraDiff,
+    model: ContraDiffModel,
     *,
     loss: LossParams,
     gradient_checkpointing: Checkpointing,

@@ -15,12 +15,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from bench import flops
 from contradiff.config import parse, read_params
-from contradiff.method.model import ContraDiff
+from contradiff.method.model import ContraDiffModel
 from contradiff.method.unet import SplitUNet
 from contradiff.training import pretraining
 from contradiff.training.pretraining import set_up
 
-Build = Callable[..., ContraDiff]
+Build = Callable[..., ContraDiffModel]
 CONTENT = read_params(Path(__file__).parents[2] / "presets/tiny.yaml")
 
 

@@ -23,7 +23,7 @@ from contradiff.downstream.diagnostics import (
 from contradiff.features.batches import CleanBatch, stored_batches
 from contradiff.features.models import DiffusionFeatures
 from contradiff.features.spread import effective_rank
-from contradiff.method.model import ContraDiff
+from contradiff.method.model import ContraDiffModel
 from tests.settings import features_params
 
 CPU = torch.device("cpu")
@@ -74,7 +74,7 @@ def test_views_are_the_dev_images_with_the_centre_crop_s_pixels(
     assert two_views(*folders) is None
 
 
-def of(model: ContraDiff, **changes: object) -> DiffusionFeatures:
+def of(model: ContraDiffModel, **changes: object) -> DiffusionFeatures:
     return DiffusionFeatures(model, features_params(**changes), 0, CPU)
 
 
@@ -94,7 +94,7 @@ def stub(monkeypatch: pytest.MonkeyPatch, *, latent: float, condition: float) ->
 
 @pytest.mark.parametrize(("latent", "condition"), [(1.0, 1e-3), (1e-3, 1.0)])
 def test_what_h_follows_is_found(
-    build_tiny: Callable[..., ContraDiff],
+    build_tiny: Callable[..., ContraDiffModel],
     monkeypatch: pytest.MonkeyPatch,
     latent: float,
     condition: float,
@@ -111,7 +111,7 @@ def test_what_h_follows_is_found(
 
 
 def test_metrics_do_not_depend_on_the_batch_size(
-    build_tiny: Callable[..., ContraDiff], tiny_data: Path
+    build_tiny: Callable[..., ContraDiffModel], tiny_data: Path
 ):
     folders = tiny_data / "images", tiny_data / "latents"
     first, second = (
@@ -132,7 +132,7 @@ def test_metrics_do_not_depend_on_the_batch_size(
 
 @torch.no_grad()
 def test_the_denoising_error_is_that_of_eq_3(
-    build_tiny: Callable[..., ContraDiff], tiny_data: Path
+    build_tiny: Callable[..., ContraDiffModel], tiny_data: Path
 ):
     model = build_tiny()
     [batch] = stored_batches(tiny_data / "images", tiny_data / "latents", split="val", batch_size=8)

@@ -11,12 +11,12 @@ import torch
 from contradiff.downstream.finetuning import EncodedImages, finetune, finetuned_top1, weights_kept
 from contradiff.features.batches import stored_batches
 from contradiff.features.models import DiffusionFeatures, compute_features
-from contradiff.method.model import ContraDiff
+from contradiff.method.model import ContraDiffModel
 from tests.settings import features_params
 
 CPU = torch.device("cpu")
 FEATURES = features_params()
-Build = Callable[..., ContraDiff]
+Build = Callable[..., ContraDiffModel]
 
 
 @pytest.fixture
@@ -33,7 +33,9 @@ def data(stored: EncodedImages) -> EncodedImages:
     return replace(stored, latents=means[stored.labels])
 
 
-def tune(model: ContraDiff, data: EncodedImages, *, epochs: int = 16, lr: float = 0.003, **changes):
+def tune(
+    model: ContraDiffModel, data: EncodedImages, *, epochs: int = 16, lr: float = 0.003, **changes
+):
     losses: list[float] = []
     settings: dict[str, Any] = {"num_classes": 3, "epochs": epochs, "lr": lr, "weight_decay": 0.05}
     settings |= {"batch_size": 10, "seed": 0, "device": CPU}

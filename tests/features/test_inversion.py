@@ -14,9 +14,9 @@ from torch import Tensor
 from contradiff.base.loading import NoiseSchedule
 from contradiff.features.inversion import CHAIN_STEPS
 from contradiff.features.inversion import inverted_maps as inverted_block_maps
-from contradiff.method.model import ContraDiff
+from contradiff.method.model import ContraDiffModel
 
-Build = Callable[..., ContraDiff]
+Build = Callable[..., ContraDiffModel]
 
 
 def draw_inputs(num_images: int = 2) -> tuple[Tensor, Tensor]:
@@ -26,7 +26,7 @@ def draw_inputs(num_images: int = 2) -> tuple[Tensor, Tensor]:
     return latents, torch.randn(num_images, 16, 16, generator=generator)
 
 
-def inverted_maps(model: ContraDiff, *inputs: Tensor, timesteps: list[int]) -> Tensor:
+def inverted_maps(model: ContraDiffModel, *inputs: Tensor, timesteps: list[int]) -> Tensor:
     maps = inverted_block_maps(model, *inputs, timesteps=timesteps, blocks=[model.block])
     return maps[model.block]
 

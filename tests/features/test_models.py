@@ -13,15 +13,15 @@ from contradiff.features.batches import CleanBatch, stored_batches
 from contradiff.features.cache import ModelFolders
 from contradiff.features.models import DiffusionFeatures, LabelledFeatures, compute_features
 from contradiff.method.checkpoint import Architecture
-from contradiff.method.model import ContraDiff, build_model
+from contradiff.method.model import ContraDiffModel, build_model
 from tests.settings import features_params
 
 CPU = torch.device("cpu")
-Build = Callable[..., ContraDiff]
+Build = Callable[..., ContraDiffModel]
 
 
 @pytest.fixture
-def model(build_tiny: Build) -> ContraDiff:
+def model(build_tiny: Build) -> ContraDiffModel:
     return build_tiny()
 
 
@@ -31,7 +31,7 @@ def batches_of(tiny_data: Path, *, split: str = "val", batch_size: int = 8) -> l
 
 
 def features_of(
-    model: ContraDiff, batches: list[CleanBatch], *, seed: int = 0, **changes: Any
+    model: ContraDiffModel, batches: list[CleanBatch], *, seed: int = 0, **changes: Any
 ) -> LabelledFeatures:
     told: list[int] = []
     features = DiffusionFeatures(model, features_params(**changes), seed, CPU)
@@ -43,7 +43,9 @@ def features_of(
 @pytest.mark.parametrize(
     ("noising", "condition"), [("direct", "image"), ("direct", "noise"), ("ddim_chain", "image")]
 )
-def test_batch_size_has_no_say(model: ContraDiff, tiny_data: Path, noising: str, condition: str):
+def test_batch_size_has_no_say(
+    model: ContraDiffModel, tiny_data: Path, noising: str, condition: str
+):
     settings = {"noising": noising, "condition": condition}
     expected = features_of(model, batches_of(tiny_data, split="train"), **settings)
     assert expected.features.std(dim=0).min() > 1e-2
@@ -54,7 +56,7 @@ def test_batch_size_has_no_say(model: ContraDiff, tiny_data: Path, noising: str,
         torch.testing.assert_close(shown.features, expected.features, atol=1e-4, rtol=1e-4)
 
 
-def test_levels_and_condition_count_and_the_order_does_not(model: ContraDiff, tiny_data: Path):
+def test_levels_and_condition_count_and_the_order_does_not(model: ContraDiffModel, tiny_data: Path):
     """The noisiest timestep gives the query, in any order of features.timesteps."""
     batches = batches_of(tiny_data)
     first = features_of(model, batches, timesteps=[401, 201, 101]).features
@@ -64,7 +66,7 @@ def test_levels_and_condition_count_and_the_order_does_not(model: ContraDiff, ti
 
 
 @pytest.mark.parametrize("noising", ["direct", "ddim_chain"])
-def test_only_direct_noising_is_random(model: ContraDiff, tiny_data: Path, noising: str):
+def test_only_direct_noising_is_random(model: ContraDiffModel, tiny_data: Path, noising: str):
     """With direct noising, the noise differs between images and between seeds."""
     (batch,) = batches_of(tiny_data)
     latents, pixels = (each[:1].repeat(2, 1, 1, 1) for each in (batch.latents, batch.pixels))
@@ -77,7 +79,7 @@ def test_only_direct_noising_is_random(model: ContraDiff, tiny_data: Path, noisi
         assert difference > 1e-2 if noising == "direct" else difference < 1e-5
 
 
-def test_pooling(model: ContraDiff, tiny_data: Path):
+def test_pooling(model: ContraDiffModel, tiny_data: Path):
     params = features_params(pool="mean", more_blocks=["up.1"])
     features = DiffusionFeatures(model, params, 0, CPU, keep_maps=True)
     (batch,) = batches_of(tiny_data)

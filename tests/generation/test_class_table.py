@@ -18,11 +18,11 @@ from contradiff.data.shards import image_of
 from contradiff.data.streams import PairedShards
 from contradiff.generation import class_table
 from contradiff.generation.class_table import ClassConditionParams, ClassTable
-from contradiff.method.model import ContraDiff
+from contradiff.method.model import ContraDiffModel
 from contradiff.method.noise import add_noise
 from tests.settings import DAMAGES
 
-Build = Callable[..., ContraDiff]
+Build = Callable[..., ContraDiffModel]
 Train = Callable[..., None]
 
 PARAMS = ClassConditionParams(epochs=2, width=8, drop=0.3, batch_size=6, lr=0.02, lora=True)
@@ -54,7 +54,7 @@ def train(pairs: PairedShards, tmp_path: Path) -> Train:
     """
     numbers = count()
 
-    def run(model: ContraDiff, table: ClassTable, **changes: Any) -> None:
+    def run(model: ContraDiffModel, table: ClassTable, **changes: Any) -> None:
         work_dir = tmp_path / str(next(numbers))
         work_dir.mkdir()
         settings: dict[str, Any] = {"precision": "fp32", "seed": 0, "work_dir": work_dir}
@@ -140,7 +140,7 @@ def test_a_step_is_the_loss_written_out(
     """Microbatches change nothing. Adam's first update is the rate times the gradient's sign."""
 
     @torch.no_grad()
-    def noise_error(model: ContraDiff, table: ClassTable) -> float:
+    def noise_error(model: ContraDiffModel, table: ClassTable) -> float:
         labels, moments = centres
         latents = mode(moments, scaling_factor=pairs.latent_index.info.scaling_factor)
         noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(3))
@@ -212,7 +212,9 @@ def test_killed_and_resumed_equals_uninterrupted(
 
 
 @pytest.fixture
-def quick(build_tiny: Build, monkeypatch: pytest.MonkeyPatch) -> tuple[ContraDiff, list[Tensor]]:
+def quick(
+    build_tiny: Build, monkeypatch: pytest.MonkeyPatch
+) -> tuple[ContraDiffModel, list[Tensor]]:
     """Return a model that skips its UNet, and a list that collects the timesteps it gets."""
     model, seen = build_tiny(), []
 
@@ -225,7 +227,7 @@ def quick(build_tiny: Build, monkeypatch: pytest.MonkeyPatch) -> tuple[ContraDif
 
 
 def test_each_image_draws_its_own_timestep_of_all_and_drops_its_label_alone(
-    quick: tuple[ContraDiff, list[Tensor]], train: Train
+    quick: tuple[ContraDiffModel, list[Tensor]], train: Train
 ):
     (model, timesteps), table = quick, new_table()
     labels: list[Tensor] = []
@@ -243,7 +245,7 @@ def test_each_image_draws_its_own_timestep_of_all_and_drops_its_label_alone(
 
 
 def test_the_rate_warms_up_over_a_fiftieth_and_falls_along_a_cosine(
-    quick: tuple[ContraDiff, list[Tensor]], train: Train
+    quick: tuple[ContraDiffModel, list[Tensor]], train: Train
 ):
     rates: list[float] = []
     # the training has 100 steps, and each one reports its learning rate

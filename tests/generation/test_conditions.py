@@ -20,11 +20,11 @@ from contradiff.generation.conditions import (
     seeded_noise,
     unconditional,
 )
-from contradiff.method.model import ContraDiff
+from contradiff.method.model import ContraDiffModel
 
 
 @pytest.fixture
-def model(build_tiny: Callable[..., ContraDiff]) -> ContraDiff:
+def model(build_tiny: Callable[..., ContraDiffModel]) -> ContraDiffModel:
     return build_tiny()
 
 
@@ -89,7 +89,9 @@ def table() -> ClassTable:
     return table.eval()
 
 
-def conditioned_on(kind: str, model: ContraDiff, folder: Path, table: ClassTable) -> Conditioning:
+def conditioned_on(
+    kind: str, model: ContraDiffModel, folder: Path, table: ClassTable
+) -> Conditioning:
     null = unconditional(model, seed=0)
     match kind:
         case "noise":
@@ -103,7 +105,7 @@ def conditioned_on(kind: str, model: ContraDiff, folder: Path, table: ClassTable
 @pytest.mark.parametrize("kind", ["noise", "image", "class"])
 @torch.no_grad()
 def test_conditions_do_not_depend_on_the_batches(
-    model: ContraDiff, stored: Path, table: ClassTable, kind: str
+    model: ContraDiffModel, stored: Path, table: ClassTable, kind: str
 ):
     """They do not depend on the order of calls either."""
     conditioning = conditioned_on(kind, model, stored, table)
@@ -118,7 +120,7 @@ def test_conditions_do_not_depend_on_the_batches(
 @pytest.mark.parametrize("kind", ["pixels", "latents"])
 @torch.no_grad()
 def test_sample_i_is_conditioned_on_image_i(
-    build_tiny: Callable[..., ContraDiff],
+    build_tiny: Callable[..., ContraDiffModel],
     images: CleanBatch,
     stored: Path,
     table: ClassTable,

@@ -8,25 +8,25 @@ from torch import Tensor, nn
 
 from contradiff.generation.cross_attention_cache import cache_keys_and_values
 from contradiff.method.lora import merge_lora
-from contradiff.method.model import ContraDiff
+from contradiff.method.model import ContraDiffModel
 
 
 def draw(*shape: int, seed: int) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-def predict(model: ContraDiff, timestep: int, tokens: Tensor) -> Tensor:
+def predict(model: ContraDiffModel, timestep: int, tokens: Tensor) -> Tensor:
     return model.noise_pred(draw(2, 4, 8, 8, seed=0), torch.full((2,), timestep), tokens)
 
 
 @pytest.fixture
-def model(build_tiny: Callable[..., ContraDiff]) -> ContraDiff:
+def model(build_tiny: Callable[..., ContraDiffModel]) -> ContraDiffModel:
     return build_tiny()
 
 
 @pytest.mark.parametrize("merged", [True, False])
 @torch.no_grad()
-def test_nothing_changes_whichever_tokens_come(model: ContraDiff, merged: bool):
+def test_nothing_changes_whichever_tokens_come(model: ContraDiffModel, merged: bool):
     if merged:
         merge_lora(model.unet)
     first, second = draw(2, 16, 16, seed=1), draw(2, 16, 16, seed=2)
@@ -39,7 +39,7 @@ def test_nothing_changes_whichever_tokens_come(model: ContraDiff, merged: bool):
 
 
 @torch.no_grad()
-def test_tokens_are_projected_once(model: ContraDiff):
+def test_tokens_are_projected_once(model: ContraDiffModel):
     merge_lora(model.unet)
     calls: list[str] = []
     for name, module in model.unet.named_modules():

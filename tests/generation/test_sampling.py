@@ -15,17 +15,20 @@ from contradiff.generation.conditions import Conditioning, seeded_noise, uncondi
 from contradiff.generation.sampling import GenerateParams, denoise, generate
 from contradiff.generation.solvers import load_solver
 from contradiff.method.lora import cast_frozen_weights, merge_lora
-from contradiff.method.model import ContraDiff
+from contradiff.method.model import ContraDiffModel
 from tests.settings import GENERATE
 
 
 @pytest.fixture
-def model(build_tiny: Callable[..., ContraDiff]) -> ContraDiff:
+def model(build_tiny: Callable[..., ContraDiffModel]) -> ContraDiffModel:
     return build_tiny()
 
 
 def slow_ddim(
-    model: ContraDiff, latents: Tensor, num_steps: int, predict: Callable[[Tensor, int], Tensor]
+    model: ContraDiffModel,
+    latents: Tensor,
+    num_steps: int,
+    predict: Callable[[Tensor, int], Tensor],
 ) -> Tensor:
     """Run DDIM (Eq. 12, sigma = 0) on "leading" timesteps with offset 1, down to timestep 0."""
     alphas, stride = model.schedule.alphas_cumprod, 1000 // num_steps
@@ -44,7 +47,7 @@ def draw(*shape: int, seed: int) -> Tensor:
 
 
 def sample_with(
-    model: ContraDiff,
+    model: ContraDiffModel,
     base: Path,
     conditioning: Conditioning,
     *,
@@ -60,7 +63,7 @@ def sample_with(
 
 
 def generate_unconditional(
-    model: ContraDiff, base: Path, *, seed: int = 0, **changes: Any
+    model: ContraDiffModel, base: Path, *, seed: int = 0, **changes: Any
 ) -> list[Tensor]:
     return sample_with(model, base, unconditional(model, seed=seed), seed=seed, **changes)
 
@@ -71,7 +74,9 @@ def assert_same_images(actual: Tensor, expected: Tensor) -> None:
 
 
 @pytest.mark.parametrize("solver", ["ddim", "dpmsolver++", "unipc"])
-def test_samples_do_not_depend_on_the_batch_size(model: ContraDiff, tiny_base: Path, solver: str):
+def test_samples_do_not_depend_on_the_batch_size(
+    model: ContraDiffModel, tiny_base: Path, solver: str
+):
     sample = partial(generate_unconditional, model, tiny_base, indices=range(7), solver=solver)
     [whole] = sample(batch_size=7)
     assert (whole.shape, whole.dtype) == ((7, 3, 32, 32), torch.uint8)
@@ -83,7 +88,7 @@ def test_samples_do_not_depend_on_the_batch_size(model: ContraDiff, tiny_base: P
 
 
 @torch.no_grad()
-def test_a_sample_is_made_of_its_own_noises(model: ContraDiff, tiny_base: Path):
+def test_a_sample_is_made_of_its_own_noises(model: ContraDiffModel, tiny_base: Path):
     """Sample 3 is computed step by step: c(Gaussian pixels), DDIM, the VAE."""
     whole = generate_unconditional(model, tiny_base, seed=7)
     assert torch.equal(whole[0], generate_unconditional(model, tiny_base, seed=7)[0])
@@ -99,7 +104,7 @@ def test_a_sample_is_made_of_its_own_noises(model: ContraDiff, tiny_base: Path):
 
 
 @torch.no_grad()
-def test_guidance_outside_its_interval_is_none(model: ContraDiff, tiny_base: Path):
+def test_guidance_outside_its_interval_is_none(model: ContraDiffModel, tiny_base: Path):
     latents, tokens, null = (
         draw(*shape, seed=seed)
         for seed, shape in enumerate([(2, 4, 8, 8), (2, 16, 16), (2, 16, 16)])
@@ -123,7 +128,7 @@ def test_guidance_outside_its_interval_is_none(model: ContraDiff, tiny_base: Pat
 @pytest.mark.parametrize("solver", ["ddim", "dpmsolver++", "unipc"])
 @torch.no_grad()
 def test_denoise_equals_diffusers_loop(
-    model: ContraDiff, tiny_base: Path, solver: Any, guidance: float
+    model: ContraDiffModel, tiny_base: Path, solver: Any, guidance: float
 ):
     """The loop is StableDiffusionPipeline's, with the UNet's own forward pass."""
     latents, tokens = draw(2, 4, 8, 8, seed=0), draw(2, 16, 16, seed=1)
@@ -149,7 +154,7 @@ def test_denoise_equals_diffusers_loop(
     torch.testing.assert_close(ours[0], expected, rtol=1e-4, atol=1e-4)
 
 
-def test_bf16_is_autocast_of_the_unet_alone(model: ContraDiff, tiny_base: Path):
+def test_bf16_is_autocast_of_the_unet_alone(model: ContraDiffModel, tiny_base: Path):
     """Images are near fp32's. Casting the frozen weights once or at every pass gives the same."""
     merge_lora(model.unet)
     [exact] = generate_unconditional(model, tiny_base)
@@ -180,7 +185,7 @@ def test_bf16_is_autocast_of_the_unet_alone(model: ContraDiff, tiny_base: Path):
     ],
 )
 def test_the_first_sample_that_is_not_finite_ends_generation(  # noqa: PLR0917
-    model: ContraDiff,
+    model: ContraDiffModel,
     tiny_base: Path,
     monkeypatch: pytest.MonkeyPatch,
     broken: str,
@@ -215,7 +220,7 @@ def test_the_first_sample_that_is_not_finite_ends_generation(  # noqa: PLR0917
         list(generate(model, vae, solver, range(5), Conditioning(tokens, tokens), **settings))
 
 
-def test_null_condition_is_encoded_only_for_guidance(model: ContraDiff, tiny_base: Path):
+def test_null_condition_is_encoded_only_for_guidance(model: ContraDiffModel, tiny_base: Path):
     asked: list[range] = []
 
     def null_tokens(indices: range) -> Tensor:

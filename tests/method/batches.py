@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from contradiff.method.losses import LossParams
-from contradiff.method.model import ContraDiff
+from contradiff.method.model import ContraDiffModel
 from contradiff.method.objective import TrainingBatch
 
 
@@ -16,7 +16,7 @@ def loss_params(**changes: Any) -> LossParams:
     return LossParams.model_validate(loss | {"recon_passes": 1, "min_snr_gamma": 0.0} | changes)
 
 
-def watch_maps(model: ContraDiff, block: str) -> list[Tensor]:
+def watch_maps(model: ContraDiffModel, block: str) -> list[Tensor]:
     """Return a list to which every later complete pass of the UNet adds the maps of `block`."""
     seen: list[Tensor] = []
 

@@ -12,28 +12,28 @@ from safetensors.torch import load_file, save_file
 
 from contradiff.files import sha256_of
 from contradiff.method.checkpoint import base_digest, load_checkpoint, read_checkpoint_card
-from contradiff.method.model import Architecture, ContraDiff
+from contradiff.method.model import Architecture, ContraDiffModel
 from tests.settings import DAMAGES
 
 Save = Callable[..., None]
 
 
 @pytest.fixture
-def model(build_tiny: Callable[..., ContraDiff]) -> ContraDiff:
+def model(build_tiny: Callable[..., ContraDiffModel]) -> ContraDiffModel:
     model = build_tiny().train()
     model.projector(torch.randn(8, 16, generator=torch.Generator().manual_seed(0)))
     return model.eval()
 
 
 @pytest.fixture
-def checkpoint(tmp_path: Path, model: ContraDiff, save_tiny: Save) -> Path:
+def checkpoint(tmp_path: Path, model: ContraDiffModel, save_tiny: Save) -> Path:
     folder = tmp_path / "pretrain"
     save_tiny(folder, model, num_steps=7, seed=3)
     return folder
 
 
 @torch.no_grad()
-def test_round_trip(checkpoint: Path, model: ContraDiff, tiny_base: Path):
+def test_round_trip(checkpoint: Path, model: ContraDiffModel, tiny_base: Path):
     loaded = load_checkpoint(checkpoint, base=tiny_base)
     assert not loaded.training
     assert model.projector[1].running_mean.any()  # BatchNorm's statistics are part of the state
@@ -45,7 +45,7 @@ def test_round_trip(checkpoint: Path, model: ContraDiff, tiny_base: Path):
     assert loaded.noise_pred(*inputs).equal(model.noise_pred(*inputs))
 
 
-def test_config_says_what_was_trained(checkpoint: Path, model: ContraDiff, tiny_base: Path):
+def test_config_says_what_was_trained(checkpoint: Path, model: ContraDiffModel, tiny_base: Path):
     card = read_checkpoint_card(checkpoint)
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     assert card.base_sha256 == base_digest(tiny_base)
@@ -73,7 +73,7 @@ def test_another_base_and_a_missing_checkpoint_are_refused(
 def test_other_parameters_than_the_checkpoint_s_are_refused_by_key(
     checkpoint: Path, tiny_base: Path, tiny_params: dict[str, Any]
 ):
-    def load(**head: str) -> ContraDiff:
+    def load(**head: str) -> ContraDiffModel:
         sections = tiny_params | {"head": tiny_params["head"] | head}
         expected = Architecture.model_validate(sections)
         return load_checkpoint(checkpoint, base=tiny_base, expected=expected)
@@ -96,7 +96,7 @@ def test_other_parameters_than_the_checkpoint_s_are_refused_by_key(
 
 
 def test_an_earlier_checkpoint_is_replaced_whole(
-    checkpoint: Path, model: ContraDiff, save_tiny: Save
+    checkpoint: Path, model: ContraDiffModel, save_tiny: Save
 ):
     (checkpoint / "stale").touch()
     save_tiny(checkpoint, model, num_steps=8)
@@ -116,7 +116,7 @@ def test_damaged_weights_are_refused_by_name(
 
 
 def test_weights_that_are_not_finite_are_neither_saved_nor_loaded(
-    checkpoint: Path, model: ContraDiff, tiny_base: Path, save_tiny: Save
+    checkpoint: Path, model: ContraDiffModel, tiny_base: Path, save_tiny: Save
 ):
     with torch.no_grad():
         model.attention.requires_grad_(requires_grad=False)

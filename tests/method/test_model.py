@@ -6,11 +6,11 @@ from itertools import product
 import pytest
 import torch
 
-from contradiff.method.model import ContraDiff
+from contradiff.method.model import ContraDiffModel
 from contradiff.method.parameter_counts import count_parameters
 from tests.method.batches import draw_batch, watch_maps
 
-Build = Callable[..., ContraDiff]
+Build = Callable[..., ContraDiffModel]
 
 
 def test_self_conditioning_starts_as_nothing_and_feeds_the_up_blocks_alone(build_tiny: Build):

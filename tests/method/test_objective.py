@@ -16,16 +16,16 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from contradiff.method.checkpoint import load_checkpoint
-from contradiff.method.model import ContraDiff
+from contradiff.method.model import ContraDiffModel
 from contradiff.method.objective import TrainingBatch, TrainingStep
 from contradiff.training.pretraining import set_up
 from tests.method.batches import draw_batch, loss_params, watch_maps
 
-Build = Callable[..., ContraDiff]
+Build = Callable[..., ContraDiffModel]
 
 
 def losses_of(
-    model: ContraDiff, batch: TrainingBatch, *, decode_batch_size: int = 0, **changes: Any
+    model: ContraDiffModel, batch: TrainingBatch, *, decode_batch_size: int = 0, **changes: Any
 ) -> dict[str, Tensor]:
     """Compute the losses of a step with changed loss parameters."""
     step = TrainingStep(model, loss=loss_params(**changes), decode_batch_size=decode_batch_size)
@@ -38,7 +38,7 @@ def in_float64(batch: TrainingBatch) -> TrainingBatch:
 
 
 def naive_losses(
-    model: ContraDiff, batch: TrainingBatch, *, recon_passes: int, gamma: float
+    model: ContraDiffModel, batch: TrainingBatch, *, recon_passes: int, gamma: float
 ) -> tuple[Tensor, Tensor]:
     """Compute both losses (min-SNR weights; NT-Xent, temperature 0.2) from six complete passes."""
     num_images = batch.latents.shape[1]
@@ -76,7 +76,7 @@ def naive_losses(
     return torch.stack(errors[:recon_passes]).mean(), total / (2 * num_images)
 
 
-def gradients(model: ContraDiff, loss: Tensor) -> dict[str, Tensor]:
+def gradients(model: ContraDiffModel, loss: Tensor) -> dict[str, Tensor]:
     model.zero_grad(set_to_none=True)
     loss.backward()
     return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}

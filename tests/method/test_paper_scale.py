@@ -17,7 +17,7 @@ from contradiff.base.vae import decode_latents
 from contradiff.config import parse, read_params
 from contradiff.generation.sampling import denoise
 from contradiff.method.losses import LossParams
-from contradiff.method.model import Architecture, ContraDiff
+from contradiff.method.model import Architecture, ContraDiffModel
 from contradiff.method.objective import TrainingBatch, TrainingStep
 from contradiff.training.optim import build_adamw
 
@@ -45,7 +45,7 @@ def digests(model: nn.Module, *, trainable: bool) -> dict[str, int]:
 
 
 def check_training_step(
-    model: ContraDiff, batch: TrainingBatch, loss: LossParams, *, bf16: bool
+    model: ContraDiffModel, batch: TrainingBatch, loss: LossParams, *, bf16: bool
 ) -> None:
     trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
     # The UNet has 16 cross-attention layers. In each, q, k and v have LoRA's A and B.
@@ -89,7 +89,7 @@ def test_a_step_features_and_a_sample_on_the_papers_base(
         unet = of_config(UNet2DConditionModel, base / "unet")
         vae = of_config(AutoencoderKL, base / "vae")
         sizes = {"image_size": image_size, "downsampling": downsampling_of(base)}
-        model = ContraDiff(unet, schedule, params, **sizes)
+        model = ContraDiffModel(unet, schedule, params, **sizes)
         for parameter in model.parameters():
             # Weights that start at zero would make other gradients zero.
             if parameter.requires_grad and not parameter.any():

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 if TYPE_CHECKING:
-    from contradiff.method.model import ContraDiff
+    from contradiff.method.model import ContraDiffModel
 
 
 @pytest.fixture
@@ -36,7 +36,7 @@ def trained_project(  # noqa: PLR0917
     run_of: Callable[[str], Run],
     tiny_base: Path,
     tiny_data: Path,
-    build_tiny: Callable[..., "ContraDiff"],
+    build_tiny: Callable[..., "ContraDiffModel"],
     save_tiny: Callable[..., None],
 ) -> Run:
     """Work in a folder with build/base, shards, latents and pretrain, the run's root."""

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from contradiff.data.streams import PairedShards
-from contradiff.method.model import Architecture, ContraDiff
+from contradiff.method.model import Architecture, ContraDiffModel
 from contradiff.method.noise import NoiseParams
 from contradiff.training.pretraining import pretrain
 from contradiff.training.recipe import PretrainParams, TrainingRecipe
@@ -63,7 +63,7 @@ def train(
     """
     numbers = count()
 
-    def run(model: ContraDiff, **changes: Any) -> list[dict[str, float]]:
+    def run(model: ContraDiffModel, **changes: Any) -> list[dict[str, float]]:
         work_dir = tmp_path / str(next(numbers))
         settings: dict[str, Any] = {"work_dir": work_dir, "num_workers": 0, "log_every": 5}
         settings |= {"checkpoint_every": 1000, "on_step": lambda *_: None}

@@ -15,7 +15,7 @@ from contradiff.data.latents import StoredLatents
 from contradiff.data.shards import ShardIndex, read_images, read_split, write_split
 from contradiff.data.streams import PairedShards
 from contradiff.data.transforms import apply_crop, decode
-from contradiff.method.model import ContraDiff
+from contradiff.method.model import ContraDiffModel
 from contradiff.method.noise import timestep_probabilities
 from contradiff.training.batch import ViewChooser, draw_batch
 from contradiff.training.recipe import TrainingRecipe
@@ -23,7 +23,7 @@ from contradiff.types import to_pixels
 
 NUM_IMAGES = 24
 Views = dict[bytes, tuple[str, int]]
-Build = Callable[..., ContraDiff]
+Build = Callable[..., ContraDiffModel]
 Recipe = Callable[..., TrainingRecipe]
 Draw = Callable[..., dict[str, Tensor]]
 

@@ -10,12 +10,12 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor, nn
 
-from contradiff.method.model import ContraDiff
+from contradiff.method.model import ContraDiffModel
 from contradiff.method.objective import TrainingBatch, TrainingStep
 from contradiff.training import pretraining as training
 from contradiff.training.recipe import PretrainParams, TrainingRecipe
 
-Build, Recipe = Callable[..., ContraDiff], Callable[..., TrainingRecipe]
+Build, Recipe = Callable[..., ContraDiffModel], Callable[..., TrainingRecipe]
 Train = Callable[..., list[dict[str, float]]]
 Row = Mapping[str, float] | None
 
@@ -27,11 +27,11 @@ class Killed(BaseException):
     """Simulates SIGTERM: no `except Exception` catches it."""
 
 
-def state_of(model: ContraDiff) -> dict[str, Tensor]:
+def state_of(model: ContraDiffModel) -> dict[str, Tensor]:
     return {name: tensor.clone() for name, tensor in model.state_dict().items()}
 
 
-def changed(model: ContraDiff, before: dict[str, Tensor]) -> set[str]:
+def changed(model: ContraDiffModel, before: dict[str, Tensor]) -> set[str]:
     """Return the names of the tensors that differ from `before` in any bit."""
     after = model.state_dict()
     assert after.keys() == before.keys()
@@ -103,7 +103,7 @@ def test_latents_condition_as_pixels_do(build_tiny: Build, train: Train, cond_vi
 class Recorder:
     """Records each batch of a training, and the gradients and settings of each step."""
 
-    def __init__(self, model: ContraDiff, monkeypatch: pytest.MonkeyPatch) -> None:
+    def __init__(self, model: ContraDiffModel, monkeypatch: pytest.MonkeyPatch) -> None:
         self.batches: list[TrainingBatch] = []
         self.gradients: list[dict[str, Tensor]] = []
         self.groups: list[list[dict[str, Any]]] = []
