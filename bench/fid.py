@@ -13,7 +13,6 @@ from unittest import mock
 
 import torch
 import torch.nn.functional as F
-from pytorch_fid.fid_score import calculate_frechet_distance
 from torch import Tensor
 from torch_fidelity import calculate_metrics
 from torch_fidelity import feature_extractor_inceptionv3 as module
@@ -37,6 +36,8 @@ def main(arguments: Sequence[str]) -> None:
 
 def frechet_table() -> None:
     """Print time and value of the Fréchet distance between two random Gaussians."""
+    from pytorch_fid.fid_score import calculate_frechet_distance
+
     dimension = 2048
     generator = torch.Generator().manual_seed(0)
     means = torch.randn(2, dimension, generator=generator, dtype=torch.float64) / 10
