@@ -57,8 +57,8 @@ class Rig:
         self.rows.append(row)
         print(f"{row['ended_after_s']:6.1f} s  {line(row)}", file=sys.stderr, flush=True)
         self.write()
-        gc.collect()
         if self.device.type == "cuda":
+            gc.collect()
             torch.cuda.empty_cache()
 
     def measure(
