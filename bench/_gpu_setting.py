@@ -20,7 +20,7 @@ from contradiff.base.config import SHIPPED_CONFIGS, downsampling_of, read_config
 from contradiff.base.loading import NoiseSchedule, load_scheduler
 from contradiff.config import parse, read_params
 from contradiff.method.lora import add_lora, cast_frozen_weights
-from contradiff.method.model import ContraDiff
+from contradiff.method.model import ContraDiffModel
 from contradiff.method.objective import TrainingBatch
 from contradiff.toy.base_recipe import build_scheduler, build_unet, build_vae
 from contradiff.training.pretraining import set_up
@@ -79,13 +79,13 @@ class Setting:
             module = kind.from_config(read_config(self.folder, component))
         return module.requires_grad_(requires_grad=False).eval()
 
-    def _model(self, *, std_of_lora: float) -> ContraDiff:
+    def _model(self, *, std_of_lora: float) -> ContraDiffModel:
         schedule, factor = NoiseSchedule.of_base(self.folder), downsampling_of(self.folder)
         unet = deepcopy(self.unet)
         torch.manual_seed(1)
         with self.rig.device:
             sizes = {"image_size": self.image_size, "downsampling": factor}
-            model = ContraDiff(unet, schedule, self.params, **sizes)
+            model = ContraDiffModel(unet, schedule, self.params, **sizes)
         for name, parameter in model.named_parameters():
             if parameter.requires_grad and not parameter.any():
                 nn.init.normal_(parameter, std=std_of_lora if "lora_" in name else 0.02)
@@ -93,7 +93,7 @@ class Setting:
 
     def model_to_train(
         self, *, gradient_checkpointing: Checkpointing = "none", precision: Precision = "bf16"
-    ) -> ContraDiff:
+    ) -> ContraDiffModel:
         """A model as training sets it up; what starts at zero is random: gradients see it all."""
         model, options = self._model(std_of_lora=0.02), {"precision": precision}
         set_up(
@@ -101,14 +101,14 @@ class Setting:
         )
         return model
 
-    def model_to_read(self, *, precision: Precision = "bf16") -> ContraDiff:
+    def model_to_read(self, *, precision: Precision = "bf16") -> ContraDiffModel:
         """A model for sampling and features; its LoRA is zero: it computes what `unet` does."""
         model = self._model(std_of_lora=0.0)
         if precision == "bf16":
             cast_frozen_weights(model.unet)
         return model.eval()
 
-    def batch(self, model: ContraDiff, num_images: int, *, seed: int) -> TrainingBatch:
+    def batch(self, model: ContraDiffModel, num_images: int, *, seed: int) -> TrainingBatch:
         """A batch of noise."""
         torch.manual_seed(seed)
         with self.rig.device:

@@ -46,7 +46,7 @@ from contradiff.features.models import DiffusionFeatures
 from contradiff.generation.sampling import denoise
 from contradiff.method import losses
 from contradiff.method.lora import merge_lora
-from contradiff.method.model import ContraDiff
+from contradiff.method.model import ContraDiffModel
 from contradiff.method.noise import add_noise
 from contradiff.training.optim import build_adamw
 from contradiff.types import Precision
@@ -117,7 +117,7 @@ def find_gradients_in_float32(setting: Setting) -> None:
         time_training(setting, "training in fp32, all checkpointed", model, precision="fp32")
 
 
-def time_training(setting: Setting, label: str, model: ContraDiff, **options: Any) -> None:
+def time_training(setting: Setting, label: str, model: ContraDiffModel, **options: Any) -> None:
     """Add a row; variants have the same weights and batch, and so the same gradients.
 
     Only for the comparison, a smooth function replaces BatchNorm and the contrastive loss: they
@@ -146,7 +146,7 @@ def time_training(setting: Setting, label: str, model: ContraDiff, **options: An
 
 def training_step(
     setting: Setting,
-    model: ContraDiff,
+    model: ContraDiffModel,
     *,
     num_images: int,
     fused: bool = True,
@@ -215,7 +215,7 @@ def sampling(setting: Setting) -> None:
 def time_sampling(
     setting: Setting,
     label: str,
-    model: ContraDiff,
+    model: ContraDiffModel,
     num_images: int,
     guidance: float,
     *,
