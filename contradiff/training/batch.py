@@ -59,16 +59,18 @@ class ViewChooser:
         """Return a batch: the latents of two views, and one kind of condition.
 
         "moments" (2 batch 2c h w) has the mean and log-variance of each latent. Conditions are in
-        "conditions" (pixels, 2 batch 3 s s), "condition_moments" (2 batch 2c h w) or "labels".
+        "conditions" (pixels, 2 batch 3 s s; 1 batch 3 s s if the views share an image),
+        "condition_moments" (2 batch 2c h w) or "labels". No two elements share memory, or else
+        a GPU's loader could not pin the batch.
         """
         chosen = [self._choose(epoch, pair) for pair in batch]
         stacked = {"moments": torch.stack([views for views, _ in chosen], dim=1)}
         conditions = [condition for _, condition in chosen]
         match self.condition:
-            case "pixels":  # `expand` shows a shared image twice without a copy
+            case "pixels":
                 images = torch.stack(conditions, dim=1)
                 pixels = to_pixels(images.flatten(0, 1)).unflatten(0, images.shape[:2])
-                stacked["conditions"] = pixels.expand(2, -1, -1, -1, -1)
+                stacked["conditions"] = pixels
             case "latents":
                 stacked["condition_moments"] = torch.stack(conditions, dim=1)
             case "labels":
@@ -159,6 +161,7 @@ def draw_batch(
     latents = sample(moments.flatten(0, 1), noise=posterior_noise, scaling_factor=scaling_factor)
     if recipe.conditioner.input == "pixels":
         conditions = loaded["conditions"].to(device, non_blocking=True)
+        conditions = conditions.expand(NUM_VIEWS, -1, -1, -1, -1)
     else:
         clean = loaded["condition_moments"].to(device, non_blocking=True)
         conditions = mode(clean.flatten(0, 1), scaling_factor=scaling_factor)
