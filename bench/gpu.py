@@ -346,24 +346,50 @@ def fid(setting: Setting) -> None:
 
 
 def compilation(setting: Setting) -> None:
-    """Regional compilation of a training step and of sampling; most of it is waiting."""
-    model, label = setting.model_to_train(), "training, channels_last"
-    model.unet.to(memory_format=torch.channels_last)
-    find_gradients_in_float32(setting)
-    time_training(setting, f"{label}, again", model)
-    compile_blocks(model.unet, TRANSFORMER)
-    time_training(setting, f"{label}, transformers compiled", model, needs=30.0)
-    compile_blocks(model.unet, RESNET)
-    time_training(setting, f"{label}, resnets too", model, needs=30.0)
-    model, run = setting.model_to_read(), (setting.sizes.sampling[-2:][0], 1.5)
+    """Regional compilation of sampling and of a training step; most of it is waiting."""
+    model, run = setting.model_to_read(), (setting.sizes.sampling[-1], 1.5)
     merge_lora(model.unet.requires_grad_(requires_grad=False))
+    time_sampling(setting, "sampling in bf16, LoRA merged", model, *run)
     model.unet.to(memory_format=torch.channels_last)
-    time_sampling(setting, "sampling, channels_last, LoRA merged", model, *run)
     compile_blocks(model.unet, TRANSFORMER, RESNET)
-    label, same = "… transformers and resnets compiled", lambda call: call
+    label, same = "… channels_last, transformers and resnets compiled", lambda call: call
     time_sampling(setting, label, model, *run, wrap=same, needs=20.0)
     if setting.rig.device.type == "cuda":
-        time_sampling(setting, f"{label}, in a CUDA graph", model, *run, wrap=in_graph)
+        small = setting.sizes.sampling[-2:][0], 1.5
+        time_sampling(setting, f"{label}, in a CUDA graph", model, *small, wrap=in_graph)
+    model = setting.model_to_train()
+    find_gradients_in_float32(setting)
+    time_training(setting, "training, again", model)
+    with torch.backends.cudnn.flags(enabled=True, benchmark=True):
+        time_training(setting, "training, cuDNN's benchmark", model)
+    norms_in_bfloat16(model.unet)
+    time_training(setting, "training, norms in bf16", model)
+    del model
+    model = setting.model_to_train()
+    model.unet.to(memory_format=torch.channels_last)
+    compile_blocks(model.unet, RESNET)
+    time_training(setting, "training, channels_last, resnets compiled", model, needs=20.0)
+    compile_blocks(model.unet, TRANSFORMER)
+    time_training(setting, "training, channels_last, transformers too", model, needs=20.0)
+
+
+def profile(setting: Setting) -> None:
+    """Which kernels a training step spends its time on, the longest first."""
+
+    def body() -> Mapping[str, Any]:
+        step, _ = training_step(
+            setting, setting.model_to_train(), num_images=setting.sizes.training
+        )
+        step()
+        with torch.profiler.profile() as found:
+            step()
+        rows = found.key_averages()
+        rows = sorted(rows, key=lambda row: -row.self_device_time_total)
+        kernels = {row.key[:90]: (row.self_device_time_total / 1e3, row.count) for row in rows[:30]}
+        text = "; ".join(f"{name[:40]} {ms:.1f}" for name, (ms, _) in list(kernels.items())[:5])
+        return {"note": f"ms: {text}", "kernels": kernels}
+
+    setting.rig.attempt("profile of a training step", body, needs=8)
 
 
 def correctness(setting: Setting) -> None:
@@ -380,5 +406,6 @@ GROUPS: Mapping[str, Callable[[Setting], None]] = {
     "vae": vae,
     "fid": fid,
     "correctness": correctness,
+    "profile": profile,
     "compile": compilation,
 }
