@@ -10,6 +10,9 @@ from typing import Annotated, Any, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pydantic_core import ErrorDetails
 
+PRESETS = Path(__file__).parent / "presets"
+"""Full parameter files, and configurations of bases: the project's presets/, also in a wheel."""
+
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 """A random seed. NumPy accepts no larger seeds."""
 
@@ -40,7 +43,7 @@ def read_params(path: Path) -> dict[str, Any]:
 
     if not path.is_file():
         raise ValueError(
-            f"{path}: no such file; go to the project's root, or create it from presets/tiny.yaml"
+            f"{path}: no such file; go to the project's root, or type `contradiff preset tiny`"
         )
     try:
         content: object = YAML(typ="safe").load(path)  # pyright: ignore[reportUnknownMemberType]

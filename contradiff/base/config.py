@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from contradiff.config import Section
+from contradiff.config import PRESETS, Section
 from contradiff.files import explain_damage, file_manifest, read_json, replace_dir
 
 WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
@@ -47,9 +47,8 @@ SCHEDULERS = tuple(
 UNET_BLOCKS = {"DownBlock2D", "CrossAttnDownBlock2D", "UpBlock2D", "CrossAttnUpBlock2D"}
 """The down and up blocks that `method.unet` can run."""
 
-PRESETS = Path(__file__).parents[2] / "presets"
 SHIPPED_CONFIGS = {"CompVis/stable-diffusion-v1-4": PRESETS / "stable-diffusion-v1-4"}
-"""Models on the Hugging Face hub => the folder of this project that has their configuration."""
+"""Models on the Hugging Face hub => the folder in presets/ that has their configuration."""
 
 
 class BaseParams(Section):

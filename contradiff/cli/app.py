@@ -31,9 +31,10 @@ from contradiff.cli.options import (
     load_model,
     one_of,
 )
-from contradiff.cli.presets import preset_names, use_preset
+from contradiff.cli.presets import preset_file, preset_names, use_preset
 from contradiff.cli.progress import progress_bar, say, status
 from contradiff.files import describe_bytes
+from contradiff.planning.costs import GPUS
 
 FAILED, SKIPPED = 1, 3
 EXIT_CODES = """Exit codes:
@@ -96,7 +97,9 @@ def contradiff(
     *,
     version: Annotated[  # noqa: ARG001
         bool | None,
-        typer.Option("--version", callback=_version, is_eager=True, help="Print the version."),
+        typer.Option(
+            "--version", callback=_version, is_eager=True, metavar="", help="Print the version."
+        ),
     ] = None,
 ) -> None:
     """Features, classes and images from a trained ContraDiff.
@@ -128,8 +131,9 @@ def embed(
         typer.Option(
             *("--output", "-o"),
             dir_okay=False,
+            metavar="FILE",
             callback=one_of(".parquet", ".npy"),
-            help="A file in .parquet or .npy.",
+            help="A file whose name ends in .parquet or .npy.",
         ),
     ] = Path("features.parquet"),
     model: Model = None,
@@ -162,7 +166,9 @@ def embed(
 def classify(
     images: Images,
     *,
-    top: Annotated[int, typer.Option(min=1, help="Number of classes of an image.")] = 5,
+    top: Annotated[
+        int, typer.Option(min=1, metavar="N", help="How many classes of each image.")
+    ] = 5,
     as_json: AsJson = False,
     model: Model = None,
     revision: Revision = None,
@@ -195,28 +201,50 @@ def classify(
 )
 def generate(
     *,
-    number: Annotated[int, typer.Option("--number", "-n", min=1, help="Number of images.")] = 16,
+    number: Annotated[
+        int, typer.Option("--number", "-n", min=1, metavar="N", help="How many images.")
+    ] = 16,
     condition: Annotated[
         list[Path] | None,
         typer.Option(
-            exists=True, dir_okay=False, help="An image to vary. Several of them take turns."
+            exists=True,
+            dir_okay=False,
+            metavar="IMAGE",
+            help="An image to vary. Repeat the option for several, which take turns.",
         ),
     ] = None,
     class_name: Annotated[
         list[str] | None,
-        typer.Option("--class", help="The name of a class. Several of them take turns."),
+        typer.Option(
+            "--class",
+            metavar="NAME",
+            help="A class to show. Repeat the option for several, which take turns.",
+        ),
     ] = None,
     guidance: Annotated[
-        float | None, typer.Option(help="How closely to follow the condition; 1: no guidance.")
+        float | None,
+        typer.Option(metavar="SCALE", help="How closely to follow the condition; 1: no guidance."),
     ] = None,
-    steps: Annotated[int | None, typer.Option(min=1, help="Number of denoising steps.")] = None,
-    seed: Annotated[int | None, typer.Option(min=0, help="Another seed, other images.")] = None,
+    steps: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="How many denoising steps.")
+    ] = None,
+    seed: Annotated[
+        int | None, typer.Option(min=0, metavar="N", help="Another seed, other images.")
+    ] = None,
     output: Annotated[
-        Path, typer.Option("--output", "-o", file_okay=False, help="A new folder for the images.")
+        Path,
+        typer.Option(
+            "--output", "-o", file_okay=False, metavar="FOLDER", help="A new folder for the images."
+        ),
     ] = Path("samples"),
     grid: Annotated[
         Path | None,
-        typer.Option(dir_okay=False, callback=one_of(".png"), help="Also one PNG with all images."),
+        typer.Option(
+            dir_okay=False,
+            metavar="FILE",
+            callback=one_of(".png"),
+            help="Also write one PNG with all images.",
+        ),
     ] = None,
     model: Model = None,
     revision: Revision = None,
@@ -254,10 +282,12 @@ def generate(
 
 @app.command(epilog=_examples("neighbours a.jpg photos", "neighbours a.jpg photos -k 20 --json"))
 def neighbours(
-    image: Annotated[Path, typer.Argument(exists=True, dir_okay=False, help="An image.")],
+    image: Annotated[
+        Path, typer.Argument(exists=True, dir_okay=False, metavar="IMAGE", help="An image.")
+    ],
     folder: Folder,
     *,
-    k: Annotated[int, typer.Option("-k", min=1, help="Number of neighbours.")] = 5,
+    k: Annotated[int, typer.Option("-k", min=1, metavar="N", help="How many neighbours.")] = 5,
     as_json: AsJson = False,
     model: Model = None,
     revision: Revision = None,
@@ -292,18 +322,24 @@ def neighbours(
     epilog=_examples("export mine", "export mine --with-base", "export mine --push user/name")
 )
 def export(
-    folder: Annotated[Path, typer.Argument(file_okay=False, help="A new folder, or an export.")],
+    folder: Annotated[
+        Path,
+        typer.Argument(
+            file_okay=False, metavar="FOLDER", help="A new folder, or an earlier export to replace."
+        ),
+    ],
     with_base: Annotated[
-        bool, typer.Option("--with-base", help="Copy the base model too.")
+        bool, typer.Option("--with-base", metavar="", help="Copy the base model too.")
     ] = False,
     push: Annotated[
-        str | None, typer.Option(help="Upload it to the Hugging Face hub, as user/name.")
+        str | None,
+        typer.Option(metavar="ID", help="Upload it to the Hugging Face hub, as user/name."),
     ] = None,
     private: Annotated[
-        bool, typer.Option("--private", help="Only you see what --push uploads.")
+        bool, typer.Option("--private", metavar="", help="Only you see what --push uploads.")
     ] = False,
     licence: Annotated[
-        str, typer.Option(help="The licence in the model card, such as apache-2.0.")
+        str, typer.Option(metavar="NAME", help="The licence in the model card, such as apache-2.0.")
     ] = "other",
 ) -> None:
     """Write the model that was trained here, for others: safetensors and a model card."""
@@ -368,38 +404,69 @@ def info(*, as_json: AsJson = False, model: Model = None, revision: Revision = N
 @app.command(epilog=_examples("preset paper", "preset own --data photos"))
 def preset(
     name: Annotated[
-        str, typer.Argument(autocompletion=preset_names, help="A file of presets/, without .yaml.")
+        str,
+        typer.Argument(
+            metavar="NAME",
+            autocompletion=lambda: [*preset_names(), "own"],
+            help=f"{', '.join(preset_names())}, or own, which is fitted to your images.",
+        ),
     ],
     data: Annotated[
-        Path | None, typer.Option(help="For the preset own: the folder of your images.")
+        Path | None,
+        typer.Option(metavar="FOLDER", help="For the preset own: the folder of your images."),
     ] = None,
 ) -> None:
-    """Write a preset to params.yaml, as `make preset NAME=…` does."""
+    """Write a preset to params.yaml in this folder, for the pipeline or for `contradiff plan`.
+
+    A params.yaml that is no preset is kept as params.yaml.bak.
+    """
     for line in use_preset(name, data):
         typer.echo(line)
 
 
-@app.command(epilog=_examples("plan --preset paper --gpus 4", "plan --gpu rtx4090 --images 20000"))
+@app.command(
+    epilog=_examples(
+        "plan --preset paper --gpus 4",
+        "plan --preset paper --gpus 8 --gpu a100 --gpu-memory 40",
+        "plan --gpu rtx4090 --images 20000   (for the params.yaml in this folder)",
+    )
+)
 def plan(
     *,
     preset: Annotated[
-        str | None, typer.Option(help="A file of presets/; left out: params.yaml.")
+        str | None,
+        typer.Option(
+            metavar="NAME", autocompletion=preset_names, help="A preset. Without it: params.yaml."
+        ),
     ] = None,
-    gpus: Annotated[int, typer.Option(help="Number of GPUs.")] = 1,
-    gpu: Annotated[str, typer.Option(help="h100, a100, rtx4090 or rtx3090.")] = "h100",
+    gpus: Annotated[int, typer.Option(min=1, metavar="N", help="Number of GPUs.")] = 1,
+    gpu: Annotated[
+        str,
+        typer.Option(metavar="NAME", autocompletion=lambda: list(GPUS), help=f"{', '.join(GPUS)}."),
+    ] = "h100",
     gpu_memory: Annotated[
-        float | None, typer.Option(help="Memory of a GPU in GB, if it is another.")
+        float | None,
+        typer.Option(min=1, metavar="GB", help="Memory of each GPU, if it is not as usual."),
     ] = None,
     images: Annotated[
-        int | None, typer.Option(help="Training images; left out: counted or assumed.")
+        int | None,
+        typer.Option(
+            min=1,
+            metavar="N",
+            help="Training images. Without it: counted if data.root is there, or else assumed.",
+        ),
     ] = None,
 ) -> None:
-    """Show hours, disk and GPU memory of every stage. The exit code is 1 if one does not fit."""
+    """Show hours, disk and GPU memory of every stage, before you begin.
+
+    The plan names the rates behind the hours. The exit code is 1 if a stage does not fit a GPU;
+    the plan then names the parameter that makes it fit.
+    """
     from contradiff.planning.plan import plan_of
 
-    path = Path(f"presets/{preset}.yaml" if preset else "params.yaml")
+    path = preset_file(preset, key="--preset") if preset else Path("params.yaml")
     found = plan_of(path, num_gpus=gpus, gpu=gpu, gpu_memory=gpu_memory, num_images=images)
-    typer.echo(f"{path}\n\n{found}")
+    typer.echo(f"{path.name}\n\n{found}")
     if found.misfits:
         raise typer.Exit(1)
 

@@ -32,39 +32,50 @@ def one_of(*suffixes: str) -> Callable[[Path | None], Path | None]:
 
 Images: TypeAlias = Annotated[
     list[Path],
-    typer.Argument(exists=True, metavar="IMAGE...", help="Images, or folders of images."),
+    typer.Argument(exists=True, metavar="IMAGE", help="Images, or folders of images."),
 ]
 Folder: TypeAlias = Annotated[
     Path,
-    typer.Argument(exists=True, file_okay=False, help="A folder with images in and below it."),
+    typer.Argument(
+        exists=True,
+        file_okay=False,
+        metavar="FOLDER",
+        help="A folder with images in it, or in folders below it.",
+    ),
 ]
 Model: TypeAlias = Annotated[
     str | None,
     typer.Option(
         *("--model", "-m"),
+        metavar="MODEL",
         help="The folder of an exported model, or its id on the Hugging Face hub, such as "
         "user/name. Without it: what the pipeline has trained here, in build/.",
     ),
 ]
 Revision: TypeAlias = Annotated[
-    str | None, typer.Option(help="Branch, tag or commit of a model on the hub.")
+    str | None, typer.Option(metavar="NAME", help="Branch, tag or commit of a model on the hub.")
 ]
 Base: TypeAlias = Annotated[
     Path | None,
     typer.Option(
         exists=True,
         file_okay=False,
+        metavar="FOLDER",
         help="The folder of the base model, if it is neither in the export nor on the hub.",
     ),
 ]
 Device: TypeAlias = Annotated[
     str | None,
-    typer.Option(callback=_device, help="cpu, cuda or cuda:1. Without it: a GPU if there is one."),
+    typer.Option(
+        callback=_device,
+        metavar="NAME",
+        help="cpu, cuda or cuda:1. Without it: a GPU if there is one.",
+    ),
 ]
 BatchSize: TypeAlias = Annotated[
-    int | None, typer.Option(min=1, help="Images at a time. Fewer take less memory.")
+    int | None, typer.Option(min=1, metavar="N", help="Images at a time. Fewer take less memory.")
 ]
-AsJson: TypeAlias = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+AsJson: TypeAlias = Annotated[bool, typer.Option("--json", metavar="", help="Print JSON.")]
 
 
 def check_project(

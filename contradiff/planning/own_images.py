@@ -15,7 +15,7 @@ from typing import Any
 
 from PIL import Image, UnidentifiedImageError
 
-from contradiff.config import parse, read_params
+from contradiff.config import PRESETS, parse, read_params
 from contradiff.files import replace_dir
 from contradiff.sources.counts import CountParams, count_faults
 from contradiff.sources.folder import images_in, scan_folder
@@ -42,7 +42,7 @@ class OwnPreset:
     messages: tuple[str, ...]
 
 
-def fit_own_images(folder: Path, *, project: Path, presets: Path) -> OwnPreset:
+def fit_own_images(folder: Path, *, project: Path) -> OwnPreset:
     """Count and measure the images in `folder`, and choose parameters for them.
 
     Raises ValueError if the folder has no images, or too few for the pipeline.
@@ -59,7 +59,7 @@ def fit_own_images(folder: Path, *, project: Path, presets: Path) -> OwnPreset:
     train, val = (len(listing.splits[split]) for split in ("train", "val"))
     side = _median_side(root, listing)
     template = "single-gpu" if side >= PHOTOGRAPH_SIDE else "tiny"
-    content = read_params(presets / f"{template}.yaml")
+    content = read_params(PRESETS / f"{template}.yaml")
     changes: dict[str, Any] = {
         "data.source": "imagefolder",
         "data.root": str(root if root == folder else LINKS),
@@ -77,6 +77,8 @@ def fit_own_images(folder: Path, *, project: Path, presets: Path) -> OwnPreset:
         changes |= {"probe.headline": "sgd", "probe.cs": [], "probe.few_labels": []}
         changes |= {"probe.baselines": "none", "class_condition.epochs": 0}
         messages += _without_labels(scored=_uses_inception(content, changes))
+    if template == "single-gpu":  # a plan knows the costs of Stable Diffusion alone
+        messages.append("`contradiff plan` shows what a run costs")
     faults = list(count_faults(_counts(content, changes), listing.splits))
     if faults:
         raise ValueError("\n".join(f"{key}: {text}" for key, text in faults))

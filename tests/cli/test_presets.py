@@ -8,14 +8,15 @@ from contradiff.cli.presets import preset_names, use_preset
 def test_a_preset_replaces_params_yaml_and_own_changes_are_kept(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(ValueError, match="no presets here; go to the root"):
-        use_preset("one")
-    Path("presets").mkdir()
+    presets, here = tmp_path / "presets", tmp_path / "here"
+    presets.mkdir()
+    here.mkdir()
     for name in ("one", "two"):
-        Path(f"presets/{name}.yaml").write_text(name)
+        (presets / f"{name}.yaml").write_text(name)
+    monkeypatch.setattr("contradiff.cli.presets.PRESETS", presets)
+    monkeypatch.chdir(here)
     assert preset_names() == ["one", "two"]
-    with pytest.raises(ValueError, match="'' is no preset; it is one of: one, two"):
+    with pytest.raises(ValueError, match="'' is no preset; type one of: one, two"):
         use_preset("")
     assert not Path("params.yaml").exists()
     params, backup = Path("params.yaml"), Path("params.yaml.bak")
