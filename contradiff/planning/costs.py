@@ -4,7 +4,9 @@ Counting a training step takes minutes, so the counts stand here. `python -m ben
 those of a step and of the feature; `python -m bench passes` makes those of a single pass.
 """
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal, TypeAlias
 
 COUNTED_BASE = "CompVis/stable-diffusion-v1-4"
 COUNTED_SIZE = 256
@@ -72,13 +74,56 @@ VAE_DECODE = Pass(622.2, 201.4, 335.0)
 UNET = Pass(176.3, 34.1, 3438.0)
 
 
+Precision: TypeAlias = Literal["fp32", "bf16"]
+Work: TypeAlias = Literal["training", "features", "sampling", "encoding", "decoding", "classifiers"]
+"""Kinds of work of a GPU: steps of training, the feature, passes of the UNet, the two halves of the
+VAE, and the networks that classify or score."""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What one card did in a second: so many images, of `gflop` each as they are counted here.
+
+    For "sampling", an image is one pass of the UNet for one latent. `source` says where the figure
+    can be read, such as "docs/benchmarks.md".
+    """
+
+    images: float
+    gflop: float
+    source: str
+
+
 @dataclass(frozen=True)
 class Gpu:
-    """A graphics card: memory, and its maker's TFLOP/s for dense bf16 and for float32."""
+    """A graphics card: memory, its maker's TFLOP/s for dense bf16 and float32, and measurements.
+
+    What is not measured runs at EFFICIENCY times the maker's TFLOP/s. An example of `measured`:
+
+        {
+            ("training", "bf16"): Measured(
+                images=250.0,
+                gflop=STEP_GFLOP * STEP_MEMORY["down.0"].work,
+                source="docs/benchmarks.md",
+            ),
+            ("encoding", "fp32"): Measured(90.0, VAE_ENCODE.gflop, "docs/benchmarks.md"),
+        }
+    """
 
     memory_gb: float
     bf16: float
     fp32: float
+    measured: Mapping[tuple[Work, Precision], Measured] = field(default_factory=dict)
+
+    def rate(self, work: Work, precision: Precision) -> tuple[float, str]:
+        """Return the TFLOP/s that this card reaches at a kind of work, and where they are from."""
+        if found := self.measured.get((work, precision)):
+            reached = found.images * found.gflop / 1e3
+            origin = f"measured ({found.source})"
+        else:
+            peak = self.bf16 if precision == "bf16" else self.fp32
+            reached = EFFICIENCY * peak
+            origin = f"stated: {EFFICIENCY:.0%} of the maker's {peak:g}"
+        return reached, f"{work} in {precision}: {reached:.3g} TFLOP/s a card, {origin}"
 
 
 GPUS = {
@@ -87,9 +132,10 @@ GPUS = {
     "rtx4090": Gpu(24.0, 165.0, 82.6),
     "rtx3090": Gpu(24.0, 71.0, 35.6),
 }
+"""The cards that `--gpu` names. Measurements of a card are added here."""
 
 EFFICIENCY = 0.4
-"""The part of a card's TFLOP/s that a run reaches."""
+"""The part of a card's TFLOP/s that a run reaches, where nothing is measured."""
 WORKER_IMAGES = 100.0
 """JPEGs that one worker process decodes and crops in a second."""
 DISK_MB = 500.0
@@ -102,11 +148,3 @@ LBFGS_PASSES = 300
 """Passes over the features until logistic regression has converged, for each value of C."""
 GPU_RESERVE_GB = 1.5
 """CUDA's own memory, the kernels' workspace and gaps between tensors."""
-
-NOT_MEASURED = (
-    f"no hours are measured: a card reaches {EFFICIENCY:.0%} of its maker's TFLOP/s",
-    f"a worker decodes {WORKER_IMAGES:.0f} images a second",
-    f"a disk moves {DISK_MB:.0f} MB a second, the network {NETWORK_MB:.0f} MB",
-    f"{GPU_RESERVE_GB} GB of a card go to CUDA, its workspace and gaps between tensors",
-)
-"""The assumptions behind the hours and the memory, for the end of a plan."""

@@ -17,7 +17,7 @@ from contradiff.base.config import SHIPPED_CONFIGS
 from contradiff.config import parse, read_params
 from contradiff.files import describe_bytes
 from contradiff.planning import costs
-from contradiff.planning.costs import GPUS, Gpu
+from contradiff.planning.costs import GPUS, Gpu, Precision, Work
 from contradiff.rules import AllParams
 from contradiff.sources.imagenet import scan_images
 from contradiff.sources.listing import Listing
@@ -31,16 +31,36 @@ TRANSFER_IMAGES = {"digits": (10, 1197), "cifar10": (10, 10_000), "cifar100": (1
 
 
 @dataclass(frozen=True)
+class Time:
+    """Hours, what bounds them, and the rates that they are computed from."""
+
+    hours: float
+    bound: str
+    rates: tuple[str, ...]
+
+    def __add__(self, other: "Time") -> "Time":
+        """Return the time of two pieces of work, one after the other."""
+        rates = tuple(dict.fromkeys((*self.rates, *other.rates)))
+        return Time(self.hours + other.hours, self.bound, rates)
+
+
+def slowest(*times: Time) -> Time:
+    """Return the longest of several times that pass at once; the first, if they are equal."""
+    return max(times, key=lambda time: time.hours)
+
+
+@dataclass(frozen=True)
 class Machine:
     """The GPUs of a run. `gpu.memory_gb` is in units of 10^9 bytes."""
 
     num_gpus: int
     gpu: Gpu
 
-    def hours(self, gflop: float, precision: str, *, num_gpus: int | None = None) -> float:
-        """Return the hours for this work, shared by all GPUs unless `num_gpus` is given."""
-        rate = self.gpu.bf16 if precision == "bf16" else self.gpu.fp32
-        return gflop / (1e3 * rate * costs.EFFICIENCY * (num_gpus or self.num_gpus)) / 3600
+    def time(self, work: Work, gflop: float, precision: Precision, *, alone: bool = False) -> Time:
+        """Return the time of this work, shared by all GPUs, or on one if `alone` is true."""
+        rate, name = self.gpu.rate(work, precision)
+        hours = gflop / (1e3 * rate * (1 if alone else self.num_gpus)) / 3600
+        return Time(hours, "one GPU" if alone else "GPU", (name,))
 
 
 @dataclass(frozen=True)
@@ -73,7 +93,7 @@ class ImageCounts:
         number, val, classes = many if is_imagenet else few
         if train is not None:
             number, val = train, max(1, train // 10)
-        origin = f"assumed: {number:,} training and {val:,} validation images of 110 kB"
+        origin = f"images: {number:,} for training and {val:,} for validation, of 110 kB"
         return cls(number, val, classes, 110_000.0 * (number + val), origin)
 
 
@@ -82,10 +102,9 @@ class StageCost:
     """The cost of one stage. `memory_gb` is the peak of one GPU, or None without a GPU."""
 
     stage: str
-    hours: float
+    time: Time
     num_bytes: float
     memory_gb: float | None
-    bound: str
 
 
 @dataclass(frozen=True)
@@ -99,20 +118,29 @@ class Plan:
     @property
     def hours(self) -> float:
         """The hours of all stages together."""
-        return sum(cost.hours for cost in self.stages)
+        return sum(cost.time.hours for cost in self.stages)
+
+    @property
+    def rates(self) -> tuple[str, ...]:
+        """The rates behind the hours, each once."""
+        return tuple(dict.fromkeys(rate for cost in self.stages for rate in cost.time.rates))
 
     def __str__(self) -> str:
-        """Return a table for a terminal."""
+        """Return a table for a terminal; numbers in brackets lead to the rates below it."""
         lines = [f"{'stage':16}{'hours':>9}{'disk':>12}{'a GPU':>10}  bound by"]
         for cost in self.stages:
             memory = "" if cost.memory_gb is None else f"{cost.memory_gb:.1f} GB"
             disk = describe_bytes(round(cost.num_bytes)) if cost.num_bytes else ""
-            lines.append(f"{cost.stage:16}{cost.hours:>9.2f}{disk:>12}{memory:>10}  {cost.bound}")
+            numbers = "".join(f"[{self.rates.index(rate) + 1}]" for rate in cost.time.rates)
+            row = f"{cost.stage:16}{cost.time.hours:>9.2f}{disk:>12}{memory:>10}"
+            lines.append(f"{row}  {cost.time.bound} {numbers}")
         disk = describe_bytes(round(sum(cost.num_bytes for cost in self.stages)))
         most = max(cost.memory_gb or 0.0 for cost in self.stages)
         lines += [f"{'together':16}{self.hours:>9.2f}{disk:>12}{f'{most:.1f} GB':>10}", ""]
         lines += [f"Does not fit: {line}" for line in self.misfits] or ["Everything fits."]
-        return "\n".join([*lines, "", "Assumed:", *(f"- {line}" for line in self.assumptions)])
+        rates = [f"[{number}] {rate}" for number, rate in enumerate(self.rates, start=1)]
+        assumed = [f"- {line}" for line in self.assumptions]
+        return "\n".join([*lines, "", "Rates:", *rates, "", "Assumed:", *assumed])
 
 
 def plan(params: AllParams, machine: Machine, images: ImageCounts, *, num_workers: int) -> Plan:
@@ -126,8 +154,9 @@ def plan(params: AllParams, machine: Machine, images: ImageCounts, *, num_worker
             "embedded default takes 8 to 12 minutes on 2 idle CPU cores)"
         )
     planner = _Planner(params, machine, images, num_workers)
-    gpu = f"{machine.num_gpus} x {machine.gpu.memory_gb:g} GB, {machine.gpu.bf16:g} TFLOP/s in bf16"
-    assumptions = (f"{gpu}, {machine.gpu.fp32:g} in fp32", images.origin, *costs.NOT_MEASURED)
+    gpus = f"{machine.num_gpus} x {machine.gpu.memory_gb:g} GB"
+    reserve = f"{costs.GPU_RESERVE_GB} GB of each for CUDA, its workspace and gaps between tensors"
+    assumptions = (f"GPUs: {gpus}; {reserve}", images.origin)
     return Plan(tuple(planner.stages()), tuple(planner.misfits()), assumptions)
 
 
@@ -143,8 +172,6 @@ def plan_of(
 
     The images are counted if their folder is there and `num_images` is None.
     """
-    if num_gpus < 1 or (gpu_memory is not None and gpu_memory <= 0):
-        raise ValueError("--gpus and --gpu-memory: type numbers above 0")
     if gpu not in GPUS:
         raise ValueError(f"--gpu: {gpu!r} is unknown; type one of: {', '.join(GPUS)}")
     content = read_params(path)
@@ -153,7 +180,7 @@ def plan_of(
     root = Path(params.data.root)
     if num_images is None and params.data.source == "imagefolder" and root.is_dir():
         listing = scan_images(root).listing
-        images = ImageCounts.of_listing(listing, origin=f"images counted in {root}")
+        images = ImageCounts.of_listing(listing, origin=f"images: as counted in {root}")
     else:
         images = ImageCounts.assumed(params, train=num_images)
     num_workers = content["runtime"]["num_workers"]
@@ -186,20 +213,18 @@ class _Planner:
     def stages(self) -> Iterator[StageCost]:
         """Yield the cost of each stage, in the order of dvc.yaml."""
         params, images = self.params, self.images
-        reading = images.num_bytes / costs.DISK_MB / 1e6 / 3600
-        hours, bound = max(
-            (self._decoding(images.total, num_gpus=1), "decoding (runtime.num_workers)"),
-            (2 * reading, "disk"),
+        time = slowest(
+            self._reading(images.total, num_gpus=1),
+            _moving(2 * images.num_bytes, "disk", costs.DISK_MB),
         )
-        yield StageCost("shard", hours, images.num_bytes, None, bound)
-        download = BASE_BYTES / costs.NETWORK_MB / 1e6 / 3600
-        yield StageCost("base", download, BASE_BYTES, None, "network")
+        yield StageCost("shard", time, images.num_bytes, None)
+        yield StageCost("base", _moving(BASE_BYTES, "network", costs.NETWORK_MB), BASE_BYTES, None)
         yield self._latents()
         yield self._pretrain()
         if params.class_condition.epochs:
             work = 3 * costs.UNET.gflop * images.train * params.class_condition.epochs
-            hours = self.machine.hours(work, params.pretrain.precision, num_gpus=1)
-            yield StageCost("class_condition", hours, 0.0, 11.5 + costs.GPU_RESERVE_GB, "one GPU")
+            time = self.machine.time("training", work, params.pretrain.precision, alone=True)
+            yield StageCost("class_condition", time, 0.0, 11.5 + costs.GPU_RESERVE_GB)
         yield from self._features()
         yield from self._classifiers()
         yield self._generate()
@@ -256,23 +281,20 @@ class _Planner:
                 return f"set {shown} ({needed:.1f} GB, {work:.2f} times the work)"
         return "use more or larger cards"
 
-    def _decoding(self, num_images: int, *, num_gpus: int | None = None) -> float:
+    def _reading(self, num_images: int, *, num_gpus: int | None = None) -> Time:
+        """Return the time to decode images, by the workers of all GPUs or of `num_gpus`."""
         workers = max(1, self.num_workers) * (num_gpus or self.machine.num_gpus)
-        return num_images / (costs.WORKER_IMAGES * workers) / 3600
-
-    def _slower(self, computing: float, num_images: int) -> tuple[float, str]:
-        decoding = self._decoding(num_images)
-        return max((computing, "GPU"), (decoding, "decoding (runtime.num_workers)"))
+        per_second = costs.WORKER_IMAGES
+        rate = f"reading: {per_second:g} images/s a worker (runtime.num_workers), stated"
+        return Time(num_images / (per_second * workers) / 3600, "reading", (rate,))
 
     def _latents(self) -> StageCost:
         section, images = self.params.latents, self.images
         number = images.train * section.views * (1 + section.flips) + images.val
-        work = number * costs.VAE_ENCODE.gflop
-        hours, bound = self._slower(self.machine.hours(work, "fp32"), images.total)
+        encoding = self.machine.time("encoding", number * costs.VAE_ENCODE.gflop, "fp32")
+        time = slowest(encoding, self._reading(images.total))
         num_bytes = float(number * LATENT_BYTES + 2048 * images.total)
-        return StageCost(
-            "latents", hours, num_bytes, _gb(costs.VAE_ENCODE, section.batch_size), bound
-        )
+        return StageCost("latents", time, num_bytes, _gb(costs.VAE_ENCODE, section.batch_size))
 
     def _pretrain(self) -> StageCost:
         params, section = self.params, self.params.pretrain
@@ -282,9 +304,10 @@ class _Planner:
         work *= costs.UP_BLOCK_STEP_WORK if params.head.block != "mid" else 1
         seen = self.images.train * section.epochs
         reads = seen if params.conditioner.input == "pixels" else 0
-        hours, bound = self._slower(self.machine.hours(work * seen, section.precision), reads)
+        training = self.machine.time("training", work * seen, section.precision)
         memory = step_memory_gb(params, num_gpus=self.machine.num_gpus)
-        return StageCost("pretrain", hours, STATE_BYTES, memory, bound)
+        time = slowest(training, self._reading(reads))
+        return StageCost("pretrain", time, STATE_BYTES, memory)
 
     @property
     def _feature_work(self) -> float:
@@ -300,52 +323,51 @@ class _Planner:
         width = params.head.width if section.pool == "attention" else 1280
         columns = len(section.triples) * (width + 1280 * len(section.more_blocks))
         stored = 8 + 2 * columns + MAPS_BYTES * (params.probe.head == "attentive")
-        triples = work * len(section.triples)
-        hours, bound = self._slower(self.machine.hours(triples, section.precision), total)
-        yield StageCost("features", hours, float(stored * total), memory, bound)
+        triples = self.machine.time("features", work * len(section.triples), section.precision)
+        time = slowest(triples, self._reading(total))
+        yield StageCost("features", time, float(stored * total), memory)
         if params.probe.baselines != "none":
             stored = 12_288 + 40_960 * (params.probe.baselines == "all")
-            hours, bound = self._slower(self.machine.hours(work, section.precision), total)
-            yield StageCost("baselines", hours, float(stored * total), memory, bound)
+            once = self.machine.time("features", work, section.precision)
+            time = slowest(once, self._reading(total))
+            yield StageCost("baselines", time, float(stored * total), memory)
 
     def _classifiers(self) -> Iterator[StageCost]:
         params, images = self.params, self.images
         heads = (1 + len(params.probe.lrs)) * (1 + len(params.probe.weight_decays)) + 1
         each = 2e-9 * params.head.width * images.classes
-        sgd = self.machine.hours(
-            3 * each * images.train * params.probe.epochs * heads, "fp32", num_gpus=1
-        )
+        work = 3 * each * images.train * params.probe.epochs * heads
+        sgd = self.machine.time("classifiers", work, "fp32", alone=True)
         passes = 2 * costs.LBFGS_PASSES * len(params.probe.cs)
-        logistic = each * images.train * passes / costs.CPU_GFLOPS / 3600
-        hours, bound = max((sgd, "one GPU"), (logistic, "CPU (probe.cs)"))
-        yield StageCost("probe", hours, 0.0, None, bound)
+        hours = each * images.train * passes / costs.CPU_GFLOPS / 3600
+        rate = f"logistic regression (probe.cs): {costs.CPU_GFLOPS:g} GFLOP/s of the CPU, stated"
+        yield StageCost("probe", slowest(sgd, Time(hours, "CPU", (rate,))), 0.0, None)
         transfer = params.transfer
         classes, test = TRANSFER_IMAGES.get(params.transfer_data.source, (100, 10_000))
         shots = [500 if number == "full" else number for number in transfer.shots]
         number = test + classes * sum(shots) * transfer.num_splits
-        work = number * (self._feature_work + costs.VAE_ENCODE.gflop)
-        hours = self.machine.hours(work, "fp32")
+        time = self.machine.time("features", number * self._feature_work, "fp32")
+        time += self.machine.time("encoding", number * costs.VAE_ENCODE.gflop, "fp32")
         memory = _gb(costs.UNET, 3 * params.features.batch_size)
-        yield StageCost("transfer", hours, 0.0, memory, "GPU")
+        yield StageCost("transfer", time, 0.0, memory)
         number = min(params.separability.num_images, images.val)
         work = 2.0 * number * self._feature_work + 2 * 10 * 250 * costs.UNET.gflop
-        yield StageCost(
-            "separability", self.machine.hours(work, "fp32", num_gpus=1), 0.0, memory, "one GPU"
-        )
+        time = self.machine.time("features", work, "fp32", alone=True)
+        yield StageCost("separability", time, 0.0, memory)
 
     def _generate(self) -> StageCost:
         section = self.params.generate
         low, high = section.guidance_interval
         passes = 1 + (high - low if section.guidance != 1 else 0)
         steps = section.num_inference_steps * passes * section.num_samples
-        hours = self.machine.hours(steps * costs.UNET.gflop, section.precision)
+        time = self.machine.time("sampling", steps * costs.UNET.gflop, section.precision)
         decoding = section.num_samples * costs.VAE_DECODE.gflop
-        hours += self.machine.hours(decoding, "fp32")
+        time += self.machine.time("decoding", decoding, "fp32")
         latents = section.batch_size * (2 if section.guidance != 1 else 1)
         in_unet = _gb(costs.UNET, latents) + costs.VAE_DECODE.fixed_mb / 1e3
         in_vae = _gb(costs.VAE_DECODE, section.batch_size) + costs.UNET.fixed_mb / 1e3
         memory = max(in_unet, in_vae)
-        return StageCost("generate", hours, float(PNG_BYTES * section.num_samples), memory, "GPU")
+        return StageCost("generate", time, float(PNG_BYTES * section.num_samples), memory)
 
     def _scores(self) -> Iterator[StageCost]:
         params, images = self.params, self.images
@@ -353,14 +375,18 @@ class _Planner:
             work = costs.INCEPTION_GFLOP * len(params.extractor.resizers)
         else:
             work = costs.CLASSIFIER_GFLOP
-            hours = self.machine.hours(
-                3 * work * images.train * params.extractor.epochs, "fp32", num_gpus=1
-            )
-            yield StageCost("extractor", hours, 0.0, None, "one GPU")
+            training = 3 * work * images.train * params.extractor.epochs
+            time = self.machine.time("classifiers", training, "fp32", alone=True)
+            yield StageCost("extractor", time, 0.0, None)
         real = images.val if params.reference.split == "val" else images.train
         for stage, number in (("reference", real), ("score", params.generate.num_samples)):
-            hours, bound = self._slower(self.machine.hours(work * number, "fp32"), number)
-            yield StageCost(stage, hours, 0.0, None, bound)
+            scoring = self.machine.time("classifiers", work * number, "fp32")
+            yield StageCost(stage, slowest(scoring, self._reading(number)), 0.0, None)
+
+
+def _moving(num_bytes: float, what: str, megabytes: float) -> Time:
+    rate = f"{what}: {megabytes:g} MB/s, stated"
+    return Time(num_bytes / megabytes / 1e6 / 3600, what, (rate,))
 
 
 def _gb(each: costs.Pass, batch_size: int) -> float:

@@ -8,12 +8,10 @@ import pytest
 from typer.testing import CliRunner
 
 from contradiff.cli.app import app
-from contradiff.config import parse, read_params
-from contradiff.planning.costs import GPUS
+from contradiff.config import PRESETS, parse, read_params
+from contradiff.planning.costs import GPUS, STEP_GFLOP, UNET, Measured
 from contradiff.planning.plan import ImageCounts, Machine, Plan, plan, step_memory_gb
 from contradiff.rules import AllParams
-
-PRESETS = Path(__file__).resolve().parents[2] / "presets"
 
 
 def params_of(name: str, changes: dict[str, Any] | None = None) -> AllParams:
@@ -90,32 +88,57 @@ def _value(text: str) -> int | str:
 
 def test_costs_follow_the_work():
     def hours(stage: str, machine: Machine = FOUR, **changes: Any) -> float:
-        return next(
-            c.hours for c in plan_of("paper", machine, **changes).stages if c.stage == stage
-        )
+        stages = plan_of("paper", machine, **changes).stages
+        return next(cost.time.hours for cost in stages if cost.stage == stage)
 
     assert hours("pretrain", replace(FOUR, num_gpus=8)) == pytest.approx(hours("pretrain") / 2)
     assert hours("pretrain", pretrain__epochs=50) == pytest.approx(hours("pretrain") / 2)
     assert hours("generate", generate__precision="bf16") < hours("generate") / 5
-    assert plan_of("paper", FOUR, conditioner__input="latents").stages[3].bound == "GPU"
+    assert plan_of("paper", FOUR, conditioner__input="latents").stages[3].time.bound == "GPU"
     few = plan(params := params_of("paper"), FOUR, ImageCounts.assumed(params), num_workers=1)
-    assert few.stages[3].bound == "decoding (runtime.num_workers)"
+    assert few.stages[3].time.bound == "reading"
+
+
+def test_each_hour_names_its_rate_and_a_measured_one_replaces_a_stated_one():
+    stated = plan_of("paper", FOUR)
+    numbers = {f"[{index + 1}]" for index in range(len(stated.rates))}
+    for cost in stated.stages:
+        [row] = [line for line in str(stated).splitlines() if line.startswith(f"{cost.stage} ")]
+        found = row.partition(cost.time.bound)[2].strip().replace("][", "] [").split()
+        assert set(found) <= numbers
+        assert len(found) == len(cost.time.rates) > 0
+    assert "training in bf16: 396 TFLOP/s a card, stated: 40% of the maker's 989" in str(stated)
+    rates = {
+        ("training", "bf16"): Measured(100.0, STEP_GFLOP, "a table"),
+        ("sampling", "fp32"): Measured(50.0, UNET.gflop, "a table"),
+    }
+    machine = replace(FOUR, gpu=replace(FOUR.gpu, measured=rates))
+    found = plan_of("paper", machine, pretrain__gradient_checkpointing="none")
+    hours = {cost.stage: cost.time.hours for cost in found.stages}
+    assert hours["pretrain"] == pytest.approx(1_281_167 * 100 / (4 * 100) / 3600)
+    passes, decoding = 50_000 * 100 / (4 * 50) / 3600, 50_000 * 622.2 / (4 * 26_800) / 3600
+    assert hours["generate"] == pytest.approx(passes + decoding)
+    assert "training in bf16: 105 TFLOP/s a card, measured (a table)" in str(found)
+    assert "decoding in fp32: 26.8 TFLOP/s a card, stated" in str(found)
 
 
 @pytest.mark.parametrize(
     ("arguments", "exit_code", "text"),
     [
-        ("--preset paper --gpus 4", 0, "assumed: 1,281,167 training"),
+        ("--preset paper --gpus 4", 0, "images: 1,281,167 for training"),
+        ("--preset paper --gpus 8 --gpu-memory 40", 0, "Everything fits."),
         ("--preset paper --gpus 1", 1, "Does not fit: pretrain needs"),
         ("--preset tiny", 1, "a plan knows the costs of CompVis"),
-        ("--preset paper --gpus 0", 1, ""),
-        ("--preset papers", 1, "papers"),
+        ("--preset paper --gpus 0", 2, "Invalid value for '--gpus'"),
+        ("--preset paper --gpu tpu", 1, "--gpu: 'tpu' is unknown; type one of: h100"),
+        ("--preset papers", 1, "--preset: 'papers' is no preset; type one of: paper"),
+        ("", 1, "params.yaml: no such file; go to the project's root, or type `contradiff preset"),
     ],
 )
 def test_the_command_prints_the_plan_and_its_exit_code_tells_whether_it_fits(
-    monkeypatch: pytest.MonkeyPatch, arguments: str, exit_code: int, text: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, arguments: str, exit_code: int, text: str
 ):
-    monkeypatch.chdir(PRESETS.parent)
+    monkeypatch.chdir(tmp_path)
     done = CliRunner().invoke(app, ["plan", *arguments.split()])
     assert done.exit_code == exit_code
     assert text in done.output
