@@ -4,8 +4,9 @@ import base64
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+from contradiff.report.paper import paper_tables
 from contradiff.report.results import (
     PRETRAIN_FILE,
     AccuracyRecord,
@@ -16,6 +17,9 @@ from contradiff.report.results import (
     ScoreRecord,
     fault,
 )
+
+if TYPE_CHECKING:
+    from jinja2 import Template
 
 CLASSIFIERS = {
     "logistic": "logistic regression",
@@ -224,6 +228,28 @@ def render(template: str, results: RunResults, **figures: bytes) -> str:
     The HTML page contains all its images, so it needs the figures `loss` and `loss_dark` (PNGs).
     In the Markdown text, images are links to the PNG files in build/figures.
     """
+    stages = ("probe", "baselines", "transfer", "score", "separability")
+    records = ((stage, getattr(results, stage).model_dump(exclude_unset=True)) for stage in stages)
+    settings = _flatten(results.pretrain.params)
+    sections: dict[str, dict[str, str]] = {"general": {}}
+    for key, text in settings.items():
+        section, _, name = key.partition(".") if "." in key else ("general", "", key)
+        sections.setdefault(section, {})[name] = text
+    return load_template(template).render(
+        rows=list(result_rows(results)),
+        features=list(feature_rows(results)),
+        papers=list(paper_tables(results)),
+        results=results,
+        settings=settings,
+        sections=sections,
+        records={f"metrics/{stage}.json": _flatten(record) for stage, record in records},
+        small_samples=int.from_bytes(results.samples[16:20]) < 900,  # width of the PNG
+        **figures,
+    )
+
+
+def load_template(template: str) -> "Template":
+    """Load a template. In HTML, all texts are escaped; a name that is not given is an error."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     environment = Environment(
@@ -236,23 +262,7 @@ def render(template: str, results: RunResults, **figures: bytes) -> str:
     )
     environment.filters["cell"] = _cell
     environment.filters["url"] = _url
-    stages = ("probe", "baselines", "transfer", "score", "separability")
-    records = ((stage, getattr(results, stage).model_dump(exclude_unset=True)) for stage in stages)
-    settings = _flatten(results.pretrain.params)
-    sections: dict[str, dict[str, str]] = {"general": {}}
-    for key, text in settings.items():
-        section, _, name = key.partition(".") if "." in key else ("general", "", key)
-        sections.setdefault(section, {})[name] = text
-    return environment.get_template(template).render(
-        rows=list(result_rows(results)),
-        features=list(feature_rows(results)),
-        results=results,
-        settings=settings,
-        sections=sections,
-        records={f"metrics/{stage}.json": _flatten(record) for stage, record in records},
-        small_samples=int.from_bytes(results.samples[16:20]) < 900,  # width of the PNG
-        **figures,
-    )
+    return environment.get_template(template)
 
 
 def _flatten(tree: Mapping[str, Any], *, prefix: str = "") -> dict[str, str]:

@@ -226,6 +226,7 @@ class RunResults(_Record):
     score: ScoreRecord
     separability: SeparabilityRecord
     curve: dict[str, Float[np.ndarray, " rows"]]  # an empty cell becomes NaN
+    training_log: str = Field(description="metrics/pretrain.csv as it is")
     samples: bytes  # this and the next two are PNGs
     tsne: bytes
     tsne_dark: bytes
@@ -243,6 +244,7 @@ def read_results(root: Path, *, seed: int) -> RunResults:
     for name in ("samples", "tsne", "tsne_dark"):
         content[name] = _read(root, f"build/figures/{name}.png", _parse_png)
     content |= {"curve": _read(root, "metrics/pretrain.csv", _parse_curve), "seed": seed}
+    content["training_log"] = _read(root, "metrics/pretrain.csv", bytes.decode)
     try:
         return RunResults.model_validate(content)
     except ValidationError as error:
