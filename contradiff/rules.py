@@ -8,10 +8,9 @@ asserts it.
 from collections.abc import Iterator
 from pathlib import Path
 
-from torch import nn
-
-from contradiff.base.config import BaseParams, downsampling_of
-from contradiff.base.loading import NoiseSchedule, unet_without_weights
+from contradiff.base.config import BaseParams, downsampling_of, read_config
+from contradiff.base.timesteps import Timesteps
+from contradiff.base.weights import linear_layers
 from contradiff.data.latents import LatentsParams
 from contradiff.data.params import DataParams, RawParams
 from contradiff.data.shards import ShardParams
@@ -169,27 +168,26 @@ def scores_have_enough_images(params: AllParams) -> Iterator[str]:
 
 def with_base(params: AllParams, folder: Path) -> Iterator[str]:
     """Yield a message for each parameter that does not fit the base's configuration in `folder`."""
-    unet = unet_without_weights(folder)
-    names = [name for name, module in unet.named_modules() if isinstance(module, nn.Linear)]
+    names = linear_layers(folder)
     example = next((name for name in names if "attn2" in name), names[0])
     for target in params.lora.targets:
         if not any(f".{name}".endswith(f".{target}") for name in names):
             how = f"use the end of a layer's name, such as {example!r}"
             yield f"lora.targets: {target!r} matches no linear layer of the UNet; {how}"
 
-    num_up_blocks = len(unet.config["up_block_types"])
+    num_levels = len(read_config(folder, "unet").get("block_out_channels", range(4)))
     asked = [("head.block", params.head.block)]
     asked += [("features.more_blocks", block) for block in params.features.more_blocks]
     asked += [("features.model", "diffeed")] * (params.features.model == "diffeed")
     for key, value in asked:
-        if value != "mid" and num_up_blocks < 2:
-            why = f"reads the UNet's second up block, but the base has only {num_up_blocks}"
+        if value != "mid" and num_levels < 2:
+            why = f"reads the UNet's second up block, but the base has only {num_levels}"
             yield f'{key}: "{value}" {why}; use only the mid block, or choose another base'
 
-    yield from timesteps_are_in_the_schedule(params, NoiseSchedule.of_base(folder))
+    yield from timesteps_are_in_the_schedule(params, Timesteps.of_base(folder))
 
     image_size, of_vae = params.data.image_size, downsampling_of(folder)
-    of_unet = 2 ** (len(unet.config["block_out_channels"]) - 1)
+    of_unet = 2 ** (num_levels - 1)
     if image_size % (of_vae * of_unet):
         yield (
             f"data.image_size: {image_size} must be a multiple of {of_vae * of_unet}, because the "
@@ -202,8 +200,8 @@ def with_base(params: AllParams, folder: Path) -> Iterator[str]:
         yield f"conditioner.patch_size: {patch_size} must divide {side}"
 
 
-def timesteps_are_in_the_schedule(params: AllParams, schedule: NoiseSchedule) -> Iterator[str]:
-    last, grid = schedule.num_train_timesteps - 1, schedule.ddim_timesteps(CHAIN_STEPS)
+def timesteps_are_in_the_schedule(params: AllParams, timesteps: Timesteps) -> Iterator[str]:
+    last, grid = timesteps.total - 1, timesteps.of_ddim(CHAIN_STEPS)
     for number, triple in enumerate(params.features.triples):
         key = "features.more_triples" if number else "features.timesteps"
         beyond = [step for step in triple if step > last]
@@ -214,13 +212,13 @@ def timesteps_are_in_the_schedule(params: AllParams, schedule: NoiseSchedule) ->
                 f"{key}: {triple} must be on the base's {CHAIN_STEPS}-step grid when "
                 f'features.noising is "ddim_chain"; choose from {grid}'
             )
-    num_steps, most = params.generate.num_inference_steps, schedule.num_train_timesteps
+    num_steps, most = params.generate.num_inference_steps, timesteps.total
     key = f"generate.num_inference_steps: {num_steps}"
     # Stable Diffusion's steps_offset of 1 would make the first of 1000 steps timestep 1000.
-    if num_steps > most or schedule.ddim_timesteps(num_steps)[-1] >= most:
+    if num_steps > most or timesteps.of_ddim(num_steps)[-1] >= most:
         yield f"{key} is too many for the base's schedule of {most} timesteps; lower it"
-    elif params.generate.solver == "ddim" and not schedule.has_even_grid(num_steps):
-        usable = filter(schedule.has_even_grid, range(1, most + 1))
+    elif params.generate.solver == "ddim" and not timesteps.are_even(num_steps):
+        usable = filter(timesteps.are_even, range(1, most + 1))
         nearest = min(usable, key=lambda number: abs(number - num_steps), default=None)
         remedy = "" if nearest is None else f"set it to {nearest}, or "
         yield (

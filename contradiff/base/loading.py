@@ -2,7 +2,6 @@
 
 from copy import deepcopy
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -59,17 +58,6 @@ class NoiseSchedule:
     def ddim_timesteps(self, num_inference_steps: int) -> list[int]:
         """Return the timesteps of `ddim` in rising order: 1, 51, ... for 20 steps of 1000."""
         return sorted(self.ddim(num_inference_steps).timesteps.tolist())
-
-    def has_even_grid(self, num_inference_steps: int) -> bool:
-        """Whether DDIM's steps are equal, and begin within one step of the schedule's end.
-
-        diffusers rounds a step down: 150 steps of 1000 timesteps are steps of 6 and begin at 895,
-        where the UNet takes pure noise for a noisy image.
-        """
-        total, grid = self.num_train_timesteps, self.ddim_timesteps(num_inference_steps)
-        step = total // num_inference_steps
-        is_even = all(above - below == step for below, above in pairwise(grid))
-        return is_even and total - 1 - step <= grid[-1] < total
 
 
 def load_scheduler(folder: Path, *, num_inference_steps: int) -> "DDIMScheduler":

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from contradiff.base.config import WEIGHTS_NAME
 from contradiff.base.loading import unet_without_weights, vae_without_weights
@@ -35,6 +36,26 @@ def check_weights(folder: Path, *, values: bool = False) -> None:
         faults[MAX_FAULTS:] = [f"base.path: {folder} has {len(hidden)} more such faults"]
     if faults:
         raise ValueError("\n".join(faults))
+
+
+def linear_layers(folder: Path) -> list[str]:
+    """Return the names of the UNet's linear layers: the matrices in the headers of its weights.
+
+    If the weights are missing or damaged (`check_weights` says so), diffusers builds the UNet.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    names: list[str] = []
+    try:
+        for file in _files(folder / "unet"):
+            with safe_open(folder / "unet" / file, framework="pt") as tensors:
+                keys = list[str](tensors.keys())
+                ranks = {key: len(tensors.get_slice(key).get_shape()) for key in keys}
+            names += [key.removesuffix(".weight") for key, rank in ranks.items() if rank == 2]
+    except (OSError, ValueError, SafetensorError):
+        unet = unet_without_weights(folder)
+        return [name for name, part in unet.named_modules() if isinstance(part, nn.Linear)]
+    return names
 
 
 def _faults(folder: Path, shapes: dict[str, list[int]], *, values: bool) -> Iterator[str]:

@@ -57,25 +57,6 @@ def test_published_scheduler_is_read_into_ddim_with_its_own_settings(tiny_base: 
     assert published.timesteps.tolist() == list(range(991, 0, -10))
 
 
-@pytest.mark.parametrize(
-    ("spacing", "even", "uneven"),
-    [
-        ("leading", (1, 2, 20, 50, 100, 125, 333, 999), (30, 150, 166, 600, 1000)),
-        ("trailing", (1, 20, 50, 125, 1000), (30, 150, 333)),
-        ("linspace", (1000,), (20, 50, 150, 999)),
-    ],
-)
-def test_ddims_steps_are_even_and_begin_at_the_schedules_end(
-    tiny_base: Path, spacing: str, even: tuple[int, ...], uneven: tuple[int, ...]
-):
-    given = NoiseSchedule.of_base(tiny_base).scheduler
-    schedule = NoiseSchedule(type(given).from_config(given.config, timestep_spacing=spacing))
-    assert [number for number in even + uneven if schedule.has_even_grid(number)] == list(even)
-    for number in even:
-        timesteps = schedule.ddim(number).timesteps.tolist()
-        assert 999 - timesteps[0] <= 1000 // number
-
-
 @pytest.mark.parametrize("setting", [None, True])
 def test_latents_are_never_clipped(tiny_base: Path, tmp_path: Path, setting: bool | None):
     """Early files of Stable Diffusion lack `clip_sample`, and DDIM clips by default."""

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from contradiff.base.config import WEIGHTS_NAME, check_base
 from contradiff.base.loading import load_vae
-from contradiff.base.weights import EARLIER_NAMES, check_weights
+from contradiff.base.weights import EARLIER_NAMES, check_weights, linear_layers
 
 Tensors = dict[str, Tensor]
 
@@ -83,10 +83,20 @@ def test_a_variant_alone_must_be_renamed(base: Path):
         check_base(base)
 
 
+def test_linear_layers_are_those_of_the_unet_with_and_without_weights(base: Path):
+    of_header = linear_layers(base)
+    (base / "unet" / WEIGHTS_NAME).unlink()
+    assert set(of_header) == set(linear_layers(base))
+    assert {
+        "time_embedding.linear_1",
+        "mid_block.attentions.0.transformer_blocks.0.attn2.to_q",
+    } <= set(of_header)
+
+
 def test_half_precision_earlier_names_and_several_files_fit(base: Path):
     earlier = {new: old for old, new in EARLIER_NAMES.items()}
     vae, unet = (base / name / WEIGHTS_NAME for name in ("vae", "unet"))
-    before = load_vae(base).state_dict()
+    before, linear_before = load_vae(base).state_dict(), sorted(linear_layers(base))
 
     def early_name(name: str) -> str:
         name = name.replace("to_out.0", "to_out_0")
@@ -105,5 +115,6 @@ def test_half_precision_earlier_names_and_several_files_fit(base: Path):
     unet.unlink()
     check_base(base)
     check_weights(base, values=True)
+    assert sorted(linear_layers(base)) == linear_before
     after = load_vae(base).state_dict()
     assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
