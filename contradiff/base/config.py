@@ -14,7 +14,11 @@ COMPONENTS = ("vae", "unet", "scheduler")
 """The folders used from a model in diffusers' format. Others (text encoder, ...) are ignored."""
 
 CONFIG_FILES = tuple(f"{name}/*.json" for name in COMPONENTS)
-WEIGHT_FILES = tuple(f"{name}/{WEIGHTS_NAME}" for name in ("vae", "unet"))
+SHARD_NAMES = "diffusion_pytorch_model-*-of-*.safetensors"
+"""The files of large weights. The index that lists them is one of CONFIG_FILES."""
+WEIGHT_FILES = tuple(
+    f"{part}/{name}" for part in ("vae", "unet") for name in (WEIGHTS_NAME, SHARD_NAMES)
+)
 """What is downloaded of a base on the Hugging Face hub."""
 
 GET_AGAIN = "get this base again, or set base.path to another one"
@@ -156,6 +160,9 @@ def _unet_faults(unet: Mapping[str, Any]) -> Iterator[str]:
         yield "unet must be a UNet2DConditionModel with cross-attention"
     elif others := sorted(set(blocks) - UNET_BLOCKS):
         yield f"unet has blocks {', '.join(others)}, which are not supported"
+    levels = ("down_block_types", "up_block_types", "block_out_channels")
+    if attends and len({len(unet[key]) for key in levels if key in unet}) > 1:
+        yield f"unet has different numbers of {', '.join(levels)}"
     if not isinstance(width := unet.get("cross_attention_dim", 1280), int):
         yield f"unet has cross_attention_dim {width!r}; it must be one integer for all blocks"
     if unet.get("norm_num_groups", 32) is None:
@@ -182,6 +189,9 @@ def _scheduler_faults(scheduler: Mapping[str, Any]) -> Iterator[str]:
             yield f"scheduler does not state {key}; write it into scheduler_config.json"
     if (betas := scheduler.get("beta_schedule", "linear")) not in BETA_SCHEDULES:
         yield f"scheduler has beta_schedule {betas!r}, not {', '.join(BETA_SCHEDULES)}"
+    total = scheduler.get("num_train_timesteps", 1000)
+    if (betas := scheduler.get("trained_betas")) and len(betas) != total:
+        yield f"scheduler has {len(betas)} trained_betas, but num_train_timesteps is {total}"
 
 
 def read_config(folder: Path, component: str) -> dict[str, Any]:

@@ -86,6 +86,7 @@ NO_UNET = "unet must be a UNet2DConditionModel with cross-attention"
         ("unet", {"time_cond_proj_dim": 256}, "time_cond_proj_dim 256, which"),  # LCM
         ("unet", {"attention_type": "gated"}, "attention_type 'gated', not default"),  # GLIGEN
         ("unet", {"time_embedding_act_fn": "silu"}, "time_embedding_act_fn 'silu', which"),
+        ("unet", {"block_out_channels": [16]}, "different numbers of down_block_types, up_block"),
         ("unet", {"norm_num_groups": None}, "norm_num_groups null"),
         ("unet", {"up_block_types": ["KCrossAttnUpBlock2D"]}, "blocks KCrossAttnUpBlock2D, which"),
         ("vae", {"_class_name": "AutoencoderTiny"}, "class 'AutoencoderTiny'; it must be an Auto"),
@@ -93,6 +94,7 @@ NO_UNET = "unet must be a UNet2DConditionModel with cross-attention"
         ("vae", {"latents_mean": [0.0] * 4}, r"vae has latents_mean \[0.0, 0.0, 0.0, 0.0\], which"),
         ("vae", {"in_channels": 4}, "vae has in_channels 4; images have 3"),
         ("scheduler", {"rescale_betas_zero_snr": True}, "rescale_betas_zero_snr True, which"),
+        ("scheduler", {"trained_betas": [0.1] * 9}, "9 trained_betas, but num_train_timesteps is"),
         ("scheduler", {"use_flow_sigmas": True}, "use_flow_sigmas True, which"),
         ("scheduler", {"beta_schedule": "sigmoid"}, "has beta_schedule 'sigmoid', not linear"),
         *(

@@ -3,6 +3,7 @@
 import base64
 import hashlib
 import json
+import shutil
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -11,8 +12,12 @@ from typing import Any
 
 import huggingface_hub
 import pytest
+import torch
 
 from contradiff import export
+from contradiff.base.config import BaseParams, check_base, fetch_from_hub
+from contradiff.base.loading import load_unet
+from contradiff.base.weights import check_weights
 from contradiff.pretrained import hub
 from contradiff.pretrained.model import ContraDiff
 
@@ -109,6 +114,34 @@ def test_a_base_comes_from_the_hub_at_its_commit(
     reference = hub.BaseReference(path="user/name", revision=COMMIT, sha256={})
     found = hub.find_base(tmp_path, reference, given=None)
     assert (found / "unet/config.json").read_bytes() == (base / "unet/config.json").read_bytes()
+
+
+@pytest.mark.parametrize("has_all", [True, False])
+def test_a_base_with_weights_in_several_files_comes_from_the_hub(
+    project: Path, files: dict[str, bytes], tmp_path: Path, *, has_all: bool
+):
+    source, large = project / "build/base", tmp_path / "large"
+    shutil.copytree(source, large)
+    shutil.rmtree(large / "unet")
+    whole = load_unet(source)
+    whole.save_pretrained(large / "unet", max_shard_size="50KB")
+    parts = sorted((large / "unet").glob("*-of-*.safetensors"))
+    assert len(parts) > 1
+    if not has_all:
+        parts[-1].unlink()
+    files |= {p.relative_to(large).as_posix(): p.read_bytes() for p in large.rglob("*.*")}
+    files["unet/diffusion_pytorch_model.fp16-00001-of-00002.safetensors"] = b"is not fetched"
+    params = BaseParams(source="hub", path="user/name", revision=COMMIT)
+    fetch_from_hub(params, tmp_path / "base", weights=True)
+    check_base(tmp_path / "base")
+    if not has_all:
+        with pytest.raises(ValueError, match=rf"^base\.path: .*{parts[-1].name} is missing"):
+            check_weights(tmp_path / "base")
+        return
+    check_weights(tmp_path / "base", values=True)
+    fetched = load_unet(tmp_path / "base").state_dict()
+    assert all(torch.equal(fetched[name], tensor) for name, tensor in whole.state_dict().items())
+    assert not list((tmp_path / "base/unet").glob("*fp16*"))
 
 
 def test_faults_are_said(files: dict[str, bytes], tmp_path: Path):
