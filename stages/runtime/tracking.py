@@ -136,7 +136,11 @@ def connect(root: Path) -> Store:
         # Without the lock, two processes that create a new database at once would crash.
         with hold_lock(root / ".work/locks/mlflow"):
             if uri.startswith("sqlite:///"):
-                _check_database(Path(uri.removeprefix("sqlite:///").partition("?")[0]))
+                path = Path(uri.removeprefix("sqlite:///").partition("?")[0])
+                if not path.exists():  # a process that is killed must not leave half of the tables
+                    with replace_file(path) as new:
+                        MlflowClient(f"sqlite:///{new}").search_experiments(max_results=1)
+                _check_database(path)
             client = MlflowClient(tracking_uri=uri)
             client.search_experiments(max_results=1)
     except Exception as error:  # each kind of store raises its own exceptions
@@ -150,7 +154,6 @@ def connect(root: Path) -> Store:
 
 def _check_database(path: Path) -> None:
     """Raise an error if an SQLite database cannot be written. MLflow would try for 100 seconds."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     with closing(sqlite3.connect(path, timeout=60)) as database:  # another process may write now
         database.execute("BEGIN IMMEDIATE")
         database.rollback()

@@ -286,6 +286,16 @@ def test_two_processes_may_create_the_store_at_once(tmp_path: Path):
     assert [len(training.data.metrics) for training in trainings] == [1, 1]
 
 
+def test_a_killed_process_leaves_no_half_made_store(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """MLflow makes its tables in dozens of steps, and cannot go on where it was killed."""
+    monkeypatch.setattr("mlflow.store.db.utils._upgrade_db", Mock(side_effect=KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        connect(tmp_path)
+    assert not list(tmp_path.glob("*mlflow.db*"))
+
+
 def test_a_deleted_experiment_is_restored(
     root: Path, record: Record, tmp_path: Path, client: Any, capfd: pytest.CaptureFixture[str]
 ):
