@@ -3,6 +3,7 @@
 from stages.runtime.run import Run
 
 import os
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import islice
@@ -83,6 +84,21 @@ def test_samples_that_do_not_fit_on_the_disk_are_refused_first(
     with pytest.raises(ValueError, match=r"are to be written, but .*, or lower generate.num_sam"):
         run_stage(trained_project, num_samples=10**11)
     assert "generate: 100,000,000,000 images, at most 61" in capsys.readouterr().err
+
+
+def test_disk_and_hours_are_said_before_the_work(
+    trained_project: Run, capsys: pytest.CaptureFixture[str]
+):
+    run_stage(trained_project, num_samples=11, batch_size=1)
+    said = capsys.readouterr().err
+    lines = (
+        r": 11 images, at most .* kB\n",
+        r": about \S+ hours with 1 process",
+        r": made 11 images",
+    )
+    places = [re.search(f"generate{line}", said) for line in lines]
+    assert all(places), said
+    assert places == sorted(places, key=lambda found: found.start() if found else -1)
 
 
 def test_image_conditional_samples_lie_below_their_images(trained_project: Run):
