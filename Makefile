@@ -14,7 +14,7 @@ export PATH := $(CURDIR)/.venv/bin:$(PATH)
 # Let Python write bytecode files, because large libraries then load faster.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help install settings repro test test-slow check smoke same format preset base ui lock clean
+.PHONY: help install settings repro test test-slow check audit smoke same format preset base ui lock clean
 
 help:  ## list the targets (default)
 	@sed -n 's/^\([a-z-]*\):.*##  *\(.*\)/\1	\2/p' $(MAKEFILE_LIST) | \
@@ -87,6 +87,9 @@ check: $(STAMP)  ## check style, format, types, import order, and that dvc.yaml 
 	basedpyright
 	lint-imports
 	python -m pytest -q tests/test_pipeline.py
+
+audit: $(STAMP)  ## look up known vulnerabilities of the pinned packages (needs a network)
+	python .ci/audit
 
 smoke: $(STAMP)  ## run the pipeline with presets/smoke.yaml, in a temporary copy
 	python -m bench smoke

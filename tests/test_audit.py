@@ -1,0 +1,36 @@
+"""`.ci/audit` fails for a known vulnerability, and says so if nobody could be asked."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+GOOD: dict[str, Any] = {"name": "good", "version": "1.0", "vulns": []}
+BAD = {"name": "bad", "version": "2.0", "vulns": [{"id": "CVE-1", "fix_versions": ["2.1"]}]}
+UNKNOWN = {"name": "good", "skip_reason": "not found"}
+
+
+@pytest.mark.parametrize(
+    ("answer", "code", "said"),
+    [
+        ([GOOD, BAD], 1, "bad 2.0: CVE-1; fixed in 2.1\naudit: 1 vulnerabilities are known in 2"),
+        ([GOOD, UNKNOWN], 0, "audit: 0 vulnerabilities are known in 1 packages (osv)\n"),
+        ([UNKNOWN], 0, "audit: not done: osv knows none of 1 packages; pypi knows none of 1 pack"),
+        (None, 0, "audit: not done: osv cannot be asked; pypi cannot be asked\n"),
+    ],
+)
+def test_audit(tmp_path: Path, answer: list[Any] | None, code: int, said: str):
+    """With a stand-in for uv, which runs pip-audit."""
+    output = "" if answer is None else json.dumps({"dependencies": answer})
+    (tmp_path / "uv").write_text(f"#!/bin/sh\necho '{output}'\nexit 1\n")
+    (tmp_path / "uv").chmod(0o755)
+    environment = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    command = [sys.executable, ROOT / ".ci/audit"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (code, "")
+    assert done.stdout.startswith(said)
