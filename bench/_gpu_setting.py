@@ -5,7 +5,7 @@ from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from bench._rig import Rig
 from contradiff.base.config import SHIPPED_CONFIGS, downsampling_of, read_config
 from contradiff.base.loading import NoiseSchedule, load_scheduler
 from contradiff.config import parse, read_params
-from contradiff.method.lora import add_lora, cast_frozen_weights
+from contradiff.method.lora import add_lora, cast_frozen_weights, merge_lora
 from contradiff.method.model import ContraDiffModel
 from contradiff.method.objective import TrainingBatch
 from contradiff.toy.base_recipe import build_scheduler, build_unet, build_vae
@@ -101,9 +101,13 @@ class Setting:
         )
         return model
 
-    def model_to_read(self, *, precision: Precision = "bf16") -> ContraDiffModel:
+    def model_to_read(
+        self, *, merged: bool = False, precision: Precision = "bf16"
+    ) -> ContraDiffModel:
         """A model for sampling and features; its LoRA is zero: it computes what `unet` does."""
         model = self._model(std_of_lora=0.0)
+        if merged:
+            merge_lora(model.unet)
         if precision == "bf16":
             cast_frozen_weights(model.unet)
         return model.eval()
@@ -177,29 +181,6 @@ def open_setting(rig: Rig, sizes: Sizes) -> Generator[Setting]:
         for component, build in builders.items():
             build().save_config(Path(name, component))
         yield Setting(rig, sizes, Path(name))
-
-
-def norms_in_bfloat16(unet: nn.Module) -> None:
-    """Autocast runs norms in float32, and their outputs go through memory as such: not here."""
-
-    def without_autocast(forward: Callable[[Tensor], Tensor], tensor: Tensor) -> Tensor:
-        with torch.autocast(tensor.device.type, enabled=False):
-            return forward(tensor.bfloat16())
-
-    for module in unet.modules():
-        if isinstance(module, nn.GroupNorm | nn.LayerNorm):
-            module.to(torch.bfloat16)
-            module.forward = partial(without_autocast, module.forward)
-
-
-def compile_blocks(unet: nn.Module, *names: str) -> None:
-    """Regional compilation: each block of these classes, for fixed shapes."""
-    from torch._dynamo import config
-
-    config.recompile_limit, config.accumulated_recompile_limit = 256, 4096
-    for module in unet.modules():
-        if type(module).__name__ in names:
-            module.compile(dynamic=False)
 
 
 def in_graph(function: Callable[..., Tensor]) -> Callable[..., Tensor]:

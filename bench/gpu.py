@@ -32,9 +32,7 @@ from bench._gpu_setting import (
     TINY,
     Setting,
     Sizes,
-    compile_blocks,
     in_graph,
-    norms_in_bfloat16,
     open_setting,
 )
 from bench._rig import HEAD, Rig, line
@@ -45,14 +43,13 @@ from contradiff.features.batches import CleanBatch
 from contradiff.features.models import DiffusionFeatures
 from contradiff.generation.sampling import denoise
 from contradiff.method import losses
-from contradiff.method.lora import merge_lora
+from contradiff.method.compilation import compile_blocks
 from contradiff.method.model import ContraDiffModel
 from contradiff.method.noise import add_noise
 from contradiff.training.optim import build_adamw
 from contradiff.types import Precision
 
 NUM_STEPS = 50
-RESNET, TRANSFORMER = "ResnetBlock2D", "Transformer2DModel"
 Work = Callable[[], Tensor]
 
 
@@ -99,15 +96,16 @@ def training(setting: Setting) -> None:
     time_training(setting, "training, AdamW not fused", model, fused=False)
     name = f"diffusers' LoRA step, {num_images} images"
     setting.rig.measure(name, setting.lora_step(num_images), images=num_images)
+    with torch.backends.cudnn.flags(enabled=True, benchmark=True):
+        time_training(setting, "training, cuDNN's benchmark", model)
     model.unet.to(memory_format=torch.channels_last)
     time_training(setting, "training, channels_last", model)
-    norms_in_bfloat16(model.unet)
-    time_training(setting, "training, channels_last, norms in bf16", model)
     del model
-    model = setting.model_to_train(gradient_checkpointing="down.0")
-    model.unet.to(memory_format=torch.channels_last)
-    more = setting.sizes.checkpointed
-    time_training(setting, "training, channels_last, down.0 checkpointed", model, num_images=more)
+    model, more = (
+        setting.model_to_train(gradient_checkpointing="down.0"),
+        setting.sizes.checkpointed,
+    )
+    time_training(setting, "training, down.0 checkpointed", model, num_images=more)
 
 
 def find_gradients_in_float32(setting: Setting) -> None:
@@ -191,24 +189,20 @@ def training_step(
 
 def sampling(setting: Setting) -> None:
     """DDIM as the project runs it, and the loop of diffusers' pipeline in pure bf16."""
-    model, peer = setting.model_to_read(), deepcopy(setting.unet).to(torch.bfloat16)
+    model, peer = setting.model_to_read(merged=True), deepcopy(setting.unet).to(torch.bfloat16)
     runs = [(n, guidance) for n in setting.sizes.sampling for guidance in (1.0, 1.5)]
     for run in runs:
         time_sampling(setting, "sampling in bf16, as it is", model, *run)
         time_sampling(setting, "diffusers' loop, bf16", model, *run, peer=peer)
-    for module in (model.unet, peer):
-        module.to(memory_format=torch.channels_last)
-    for run in runs:
-        time_sampling(setting, "sampling, channels_last", model, *run)
-    merge_lora(model.unet.requires_grad_(requires_grad=False))
-    norms_in_bfloat16(model.unet)
-    for run in runs:
-        time_sampling(setting, "… LoRA merged, norms in bf16", model, *run)
     if setting.rig.device.type == "cuda":
         for run in runs:
             time_sampling(setting, "… in a CUDA graph", model, *run, wrap=in_graph)
+    time_sampling(setting, "sampling, LoRA not merged", setting.model_to_read(), *runs[-1])
+    for module in (model.unet, peer):
+        module.to(memory_format=torch.channels_last)
+    time_sampling(setting, "sampling, channels_last", model, *runs[-1])
     time_sampling(setting, "diffusers' loop, channels_last", model, *runs[-1], peer=peer)
-    model = setting.model_to_read(precision="fp32")
+    model = setting.model_to_read(merged=True, precision="fp32")
     time_sampling(setting, "sampling in fp32", model, *runs[-2], precision="fp32")
 
 
@@ -302,10 +296,8 @@ def features(setting: Setting) -> None:
     rig.measure("three diffusers passes in bf16, with a hook", theirs, **same)
     whole = lambda: next(iter(extract(batch).values()))  # noqa: E731
     rig.measure("features, with their noise drawn on the CPU", whole, images=number)
-    model.unet.to(memory_format=torch.channels_last)
-    rig.measure("features, channels_last", ours, **same)
-    norms_in_bfloat16(model.unet)
-    rig.measure("features, channels_last, norms in bf16", ours, **same)
+    compile_blocks(model.unet)
+    rig.measure("features, compiled", ours, **same, needs=20.0)
 
 
 def vae(setting: Setting) -> None:
@@ -346,31 +338,17 @@ def fid(setting: Setting) -> None:
 
 
 def compilation(setting: Setting) -> None:
-    """Regional compilation of sampling and of a training step; most of it is waiting."""
-    model, run = setting.model_to_read(), (setting.sizes.sampling[-1], 1.5)
-    merge_lora(model.unet.requires_grad_(requires_grad=False))
-    time_sampling(setting, "sampling in bf16, LoRA merged", model, *run)
-    model.unet.to(memory_format=torch.channels_last)
-    compile_blocks(model.unet, TRANSFORMER, RESNET)
-    label, same = "… channels_last, transformers and resnets compiled", lambda call: call
-    time_sampling(setting, label, model, *run, wrap=same, needs=20.0)
-    if setting.rig.device.type == "cuda":
-        small = setting.sizes.sampling[-2:][0], 1.5
-        time_sampling(setting, f"{label}, in a CUDA graph", model, *small, wrap=in_graph)
-    model = setting.model_to_train()
+    """A training step and sampling with compiled blocks; most of it is waiting."""
     find_gradients_in_float32(setting)
-    time_training(setting, "training, again", model)
-    with torch.backends.cudnn.flags(enabled=True, benchmark=True):
-        time_training(setting, "training, cuDNN's benchmark", model)
-    norms_in_bfloat16(model.unet)
-    time_training(setting, "training, norms in bf16", model)
-    del model
     model = setting.model_to_train()
-    model.unet.to(memory_format=torch.channels_last)
-    compile_blocks(model.unet, RESNET)
-    time_training(setting, "training, channels_last, resnets compiled", model, needs=20.0)
-    compile_blocks(model.unet, TRANSFORMER)
-    time_training(setting, "training, channels_last, transformers too", model, needs=20.0)
+    time_training(setting, "training, again", model)
+    compile_blocks(model.unet)
+    time_training(setting, "training, compiled", model, needs=30.0)
+    del model
+    model, run = setting.model_to_read(merged=True), (setting.sizes.sampling[-1], 1.5)
+    time_sampling(setting, "sampling, again", model, *run)
+    compile_blocks(model.unet)
+    time_sampling(setting, "sampling, compiled", model, *run, needs=20.0)
 
 
 def profile(setting: Setting) -> None:

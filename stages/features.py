@@ -19,6 +19,7 @@ from contradiff.features.models import DiffusionFeatures, load_feature_model
 from contradiff.features.params import FeaturesParams
 from contradiff.features.write_cache import bytes_of_features, write_cache
 from contradiff.files import check_free_space, describe_bytes
+from contradiff.method.compilation import compile_blocks
 from contradiff.method.model import Architecture
 
 BASE, PRETRAIN = Path("build/base"), Path("build/pretrain")
@@ -42,6 +43,8 @@ def main(params: Params, run: Run) -> None:
     model = load_feature_model(settings, models, seed, run.device)
     if isinstance(model, DiffusionFeatures):
         model = replace(model, keep_maps=params.probe_head == "attentive")
+        if run.runtime.compile:
+            compile_blocks(model.model.unet)
     images = StoredImages(IMAGES, LATENTS, settings.batch_size, run.runtime.num_workers)
     inputs = [BASE, PRETRAIN, IMAGES / "index.json", LATENTS / "index.json"]
     if settings.model == "timm" and settings.timm_weights is not None:

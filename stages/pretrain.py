@@ -11,6 +11,7 @@ from contradiff.config import Section, parse, read_params
 from contradiff.data.params import DataParams
 from contradiff.data.streams import PairedShards
 from contradiff.method.checkpoint import save_checkpoint
+from contradiff.method.compilation import compile_blocks
 from contradiff.method.model import Architecture, build_model
 from contradiff.method.parameter_counts import count_parameters, parameter_table
 from contradiff.training.pretraining import pretrain, write_curve
@@ -42,6 +43,8 @@ def main(params: Params, run: Run) -> None:
     pairs = PairedShards.open(run.shards(IMAGES), run.shards(LATENTS), split="train")
     image_size = params.data.image_size
     model = build_model(BASE, params, image_size=image_size, seed=params.seed)
+    if run.runtime.compile:
+        compile_blocks(model.unet)
     num_vae_parameters = sum(p.numel() for p in load_vae(BASE).parameters())
     counts = count_parameters(model, num_vae_parameters=num_vae_parameters)
     run.log(f"{counts['trainable']:,} trainable and {counts['frozen']:,} frozen parameters")

@@ -1,10 +1,12 @@
 """The low-rank updates (LoRA) that adapt the frozen UNet's cross-attention."""
 
+from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
 from pydantic import Field
-from torch import nn
+from torch import Tensor, nn
 
 from contradiff.config import Section
 
@@ -50,11 +52,27 @@ def disable_lora(unet: nn.Module) -> None:
 
 
 def cast_frozen_weights(unet: nn.Module) -> None:
-    """Convert the frozen weights of linear layers and convolutions to bfloat16.
+    """Convert the frozen weights to bfloat16, for passes under autocast.
 
-    Autocast gives the same values, but takes more time and memory: it converts the weights in every
-    pass, and keeps both versions until the backward pass. Trainable weights and norms stay float32.
+    For linear layers and convolutions, autocast gives the same values, but takes more time and
+    memory: it converts the weights in every pass, and keeps both versions until the backward pass.
+    Norms get and return bfloat16, too; autocast would give float32 to the layers behind them, which
+    convert it back. They compute in float32 inside. Trainable weights stay float32.
     """
+    from peft.tuners.lora import LoraLayer
+
     for module in unet.modules():
-        if isinstance(module, nn.Linear | nn.Conv2d) and not module.weight.requires_grad:
+        if isinstance(module, LoraLayer):  # do not convert inputs to LoRA's float32: autocast would
+            module.cast_input_dtype_enabled = False  # at once convert them back
+        if isinstance(module, _FROZEN) and not module.weight.requires_grad:
             module.to(torch.bfloat16)
+        if isinstance(module, nn.GroupNorm | nn.LayerNorm):
+            module.forward = partial(_in_bfloat16, module.forward)  # pyright: ignore[reportAttributeAccessIssue]
+
+
+_FROZEN = nn.Linear | nn.Conv2d | nn.GroupNorm | nn.LayerNorm
+
+
+def _in_bfloat16(forward: Callable[[Tensor], Tensor], tensor: Tensor) -> Tensor:
+    with torch.autocast(tensor.device.type, enabled=False):
+        return forward(tensor.bfloat16())

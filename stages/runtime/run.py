@@ -63,6 +63,7 @@ class RuntimeParams(Section):
     num_workers: int = Field(ge=0, description="workers that load data")
     log_every: int = Field(gt=0, description="steps between two logged losses")
     checkpoint_every: int = Field(gt=0, description="steps between two checkpoints of a training")
+    compile: bool = Field(default=False, description="torch.compile, which pays on GPUs")
     shards_from: str | None = Field(
         default=None,
         pattern="^[a-z0-9+]+://.",
