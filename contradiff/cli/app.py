@@ -33,6 +33,7 @@ from contradiff.cli.options import (
 )
 from contradiff.cli.presets import preset_file, preset_names, use_preset
 from contradiff.cli.progress import progress_bar, say, status
+from contradiff.cli.studies import study
 from contradiff.files import describe_bytes
 from contradiff.planning.costs import GPUS
 
@@ -469,6 +470,17 @@ def plan(
     typer.echo(f"{path.name}\n\n{found}")
     if found.misfits:
         raise typer.Exit(1)
+
+
+app.command(
+    epilog=_examples(
+        "study",
+        "study table8 --dry-run",
+        "study table8 --run -j 2",
+        "study table8 --report",
+        "study table8 --slurm jobs   (then `sbatch` each of the files)",
+    )
+)(study)
 
 
 def _size_of(folder: Path) -> int:

@@ -19,7 +19,10 @@ from contradiff.pretrained.model import ContraDiff
 
 Call = Callable[..., Result]
 ORDER = ["a/0.png", "a/3.png", "a/6.png", "b/1.png", "b/4.png", "b/7.png", "c/2.png", "c/5.png"]
-COMMANDS = ("embed", "classify", "generate", "neighbours", "export", "info", "preset", "plan")
+COMMANDS = (
+    *("embed", "classify", "generate", "neighbours", "export"),
+    *("info", "preset", "plan", "study"),
+)
 
 
 def files_here() -> list[str]:

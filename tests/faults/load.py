@@ -34,6 +34,7 @@ from tests.faults.project import Project, environment, log_of, start
 NUM_WORKERS = 8
 NUM_EXPERIMENTS = 1000
 SECONDS = 3600.0
+STUDY_COMMAND = "from contradiff.cli.app import app; app()"
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -115,8 +116,8 @@ def fill_and_time(folder: Path) -> None:
         "stage report": lambda: call(folder, sys.executable, "-m", "stages.report"),
         "dvc exp show, first time": lambda: call(folder, "dvc", "exp", "show", "--csv"),
         "dvc exp show, second time": lambda: call(folder, "dvc", "exp", "show", "--csv"),
-        "python -m bench experiments": lambda: call(
-            folder, sys.executable, "-m", "bench", "experiments"
+        "contradiff study": lambda: call(
+            folder, sys.executable, "-c", STUDY_COMMAND, "study", "seeds", "--dry-run"
         ),
     }
     print(f"seconds with {NUM_EXPERIMENTS} experiments:")

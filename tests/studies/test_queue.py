@@ -1,0 +1,138 @@
+"""DVC's queue as its files show it, and what workers get."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from contradiff.studies import queue
+from contradiff.studies.members import digest_of, members_of
+from contradiff.studies.queue import environments, find_gpus, list_tasks, seconds_of, wait_for
+from contradiff.studies.slurm import script_of
+from contradiff.studies.study import read_study
+from tests.studies.project import PARAMS, add_experiment, git, params
+
+
+def note(project: Path, name: str, *, pid: int = 1, code: int | None = None, **info: Any) -> str:
+    """Write what DVC notes about a task that has begun; return its commit."""
+    number = len(list((project / ".dvc/tmp/exps/run").glob("*")))  # another commit for each
+    commit = add_experiment(project, "stash", params(probe={"lr": number}))
+    git(project, "update-ref", "-d", f"refs/exps/{_head(project)}/stash")
+    folder = project / ".dvc/tmp/exps/run" / commit
+    folder.mkdir(parents=True)
+    process = {"pid": pid, "returncode": code}
+    (folder / f"{commit}.json").write_text(json.dumps(process))
+    (folder / f"{commit}.run").write_text(json.dumps({"name": name, **info}))
+    (folder / f"{commit}.out").write_text(
+        "probe: 10 img\nprobe: done in 4.5 s\nscore: done in 60.0 s\n"
+    )
+    return commit
+
+
+def _head(project: Path) -> str:
+    head = git(project, "rev-parse", "HEAD")
+    return f"{head[:2]}/{head[2:]}"
+
+
+def test_tasks_are_known_by_their_parameters(project: Path):
+    content = params(seed=5)
+    commit = add_experiment(project, "waits", content)
+    message = f"commit: dvc-exp:{commit}:{commit}:waits"
+    arguments = "update-ref", "--create-reflog", "-m", message
+    git(project, *arguments, "refs/exps/celery/stash", commit)
+    done = note(project, "done", code=0, result_hash="x", status=6)
+    failed = note(project, "failed", code=0, result_hash=None, status=4)
+    note(project, "crashed", code=1)
+    note(project, "lost", pid=os.getpid())
+    code = "import sys, time; time.sleep(60)"
+    running = note(project, "running")
+    with subprocess.Popen([sys.executable, "-c", code, running]) as process:
+        path = project / f".dvc/tmp/exps/run/{running}/{running}.json"
+        path.write_text(json.dumps({"pid": process.pid, "returncode": None}))
+        tasks = list_tasks(project)
+        process.kill()
+    assert {task.name: task.state for task in tasks} == {
+        "waits": "queued",
+        "done": "done",
+        "failed": "failed",
+        "crashed": "failed",
+        "lost": "lost",
+        "running": "running",
+    }
+    by_name = {task.name: task for task in tasks}
+    assert tasks[0].digest == digest_of(content)
+    assert by_name["failed"].log == Path(f".dvc/tmp/exps/run/{failed}/{failed}.out")
+    assert (project / by_name["done"].log).is_file()
+    assert done in str(by_name["done"].log)
+    assert seconds_of(project)["lost"] == {"probe": 4.5, "score": 60.0}
+
+
+def test_waiting_ends_and_names_what_failed(project: Path, monkeypatch: pytest.MonkeyPatch):
+    [member, *others] = members_of(read_study(project, "lambdas"), "lambdas", PARAMS)
+    log, old = Path("run/a.out"), Path("run/old.out")
+    answers = [
+        [("failed", old), ("queued", log)],
+        [("failed", old), ("running", log)],
+        [("failed", old), ("failed", log)],
+    ]
+    steps = iter([answers[0], *answers])
+
+    def fake(_root: Path) -> list[queue.Task]:
+        return [queue.Task("m", state, member.digest, path) for state, path in next(steps)]  # type: ignore[arg-type]
+
+    monkeypatch.setattr(queue, "list_tasks", fake)
+    said: list[str] = []
+    failed = wait_for(project, [member, *others], say=said.append, seconds=0.0)
+    assert [task.log for task in failed] == [log]
+    assert said == ["m: failed, see run/a.out"]
+
+
+@pytest.mark.parametrize(
+    ("workers", "gpus", "expected"),
+    [
+        (2, ["0", "1", "2", "3"], ["0,2", "1,3"]),
+        (3, ["0", "1"], ["0", "1", "0"]),
+        (1, ["4"], ["4"]),
+    ],
+)
+def test_gpus_are_dealt(workers: int, gpus: list[str], expected: list[str]):
+    found = environments(workers, gpus)
+    assert [each["CUDA_VISIBLE_DEVICES"] for each in found] == expected
+
+
+def test_workers_on_the_cpu_have_one_thread(monkeypatch: pytest.MonkeyPatch):
+    assert [each["OMP_NUM_THREADS"] for each in environments(2, [])] == ["1", "1"]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,5")
+    assert find_gpus("auto") == ["2", "5"]
+    assert find_gpus("cpu") == []
+
+
+def test_each_gpu_worker_is_started_with_its_own(
+    project: Path, dvc: Path, monkeypatch: pytest.MonkeyPatch
+):
+    program = dvc.parent / "bin/dvc"
+    program.write_text(
+        f'#!/bin/sh\necho "$CUDA_VISIBLE_DEVICES: $*" >> "{dvc}"\n'
+        'echo "Worker status: 1 active, 0 idle"\n'
+    )
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    queue.start_workers(project, 2, ["0", "1"])
+    assert dvc.read_text().splitlines() == [
+        *("0: queue start -j 1", ": queue status", "1: queue start -j 2"),
+    ]
+
+
+def test_sbatch_scripts_are_shell_and_run_their_member(project: Path, tmp_path: Path):
+    [member, *_] = members_of(read_study(project, "lambdas"), "lambdas", PARAMS)
+    script = script_of(member, ["probe"], root=Path("/a project"))
+    path = tmp_path / "job.sbatch"
+    path.write_text(script)
+    subprocess.run(["bash", "-n", str(path)], check=True)
+    lines = script.splitlines()
+    assert "#SBATCH --job-name=lambdas-lambda0-seed0" in lines
+    assert "dvc exp run -n lambdas-lambda0-seed0 -S loss.lambda=0 -S seed=0 probe" in lines
+    assert "project='/a project'" in lines
