@@ -1,9 +1,12 @@
 """pretrain: train LoRA, conditioner and attention head with reconstruction and contrastive loss."""
 
 from stages.runtime.run import PARAMS_FILE, Run, execute
-from stages.runtime.training import follow_training
+from stages.runtime.training import Session, follow_training
 
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 from contradiff.base.config import BaseParams, config_folder
 from contradiff.base.loading import load_vae
@@ -56,19 +59,36 @@ def main(params: Params, run: Run) -> None:
     ) as session:
         # Now the main process holds the work folder's lock, and no other run changes the folder.
         accelerator.wait_for_everyone()
-        curve = pretrain(model, pairs, recipe=params, accelerator=accelerator, **session)
+        facts: dict[str, Any] = {"base": BASE, "image_size": image_size, "counts": counts}
+        facts["params"] = params.model_dump(mode="json", by_alias=True)
+        save = partial(save_checkpoint, model=model, **facts)
+        options = keep_checkpoints(run, session, save)
+        curve = pretrain(model, pairs, recipe=params, accelerator=accelerator, **options)
         if accelerator.is_main_process:
             write_curve(CURVE, curve)
-            save_checkpoint(
-                CHECKPOINT,
-                model,
-                base=BASE,
-                image_size=image_size,
-                num_steps=num_steps,
-                counts=counts,
-                params=params.model_dump(mode="json", by_alias=True),
-            )
+            save(CHECKPOINT, num_steps=num_steps)
         accelerator.wait_for_everyone()
+
+
+def keep_checkpoints(run: Run, session: Session, save: Callable[..., None]) -> Session:
+    """Save a checkpoint now and every `runtime.keep_every` steps, each in a folder of its own.
+
+    The folders are .work/checkpoints/<key of the training>/<step>. They have the weights of that
+    step, not the average of pretrain.ema_decay. `python -m bench diagnostics` reads them.
+    """
+    every, on_step = run.runtime.keep_every, session["on_step"]
+    folder = run.root / ".work/checkpoints" / session["work_dir"].name
+    if not every or not run.is_main:
+        return session
+    save(folder / f"{0:08}", num_steps=0)
+
+    def keep(step: int, row: Mapping[str, float] | None) -> None:
+        on_step(step, row)
+        if step % every == 0:
+            save(folder / f"{step:08}", num_steps=step)
+
+    run.log(f"every {every} steps, a checkpoint is kept in {folder}")
+    return {**session, "on_step": keep}
 
 
 if __name__ == "__main__":

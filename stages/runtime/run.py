@@ -64,6 +64,9 @@ class RuntimeParams(Section):
     log_every: int = Field(gt=0, description="steps between two logged losses")
     checkpoint_every: int = Field(gt=0, description="steps between two checkpoints of a training")
     compile: bool = Field(default=False, description="torch.compile, which pays on GPUs")
+    keep_every: int = Field(
+        default=0, ge=0, description="steps between two kept checkpoints of pretraining; 0: none"
+    )
     shards_from: str | None = Field(
         default=None,
         pattern="^[a-z0-9+]+://.",

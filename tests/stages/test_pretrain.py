@@ -1,7 +1,7 @@
 """stages.pretrain: --dry-run's parameters, to the integer, without weights; what a run is given."""
 
 from stages.runtime import training
-from stages.runtime.run import Run
+from stages.runtime.run import Run, RuntimeParams
 
 import copy
 import csv
@@ -318,3 +318,27 @@ def test_a_killed_process_ends_the_training_and_another_number_of_processes_goes
     assert (run.info.status, run.data.tags["world_size"]) == ("FINISHED", "2")
     steps = [point.step for point in client.get_metric_history(run.info.run_id, "train/loss")]
     assert steps == sorted(set(steps))
+
+
+@pytest.mark.parametrize(
+    ("every", "rank", "kept"), [(0, "0", []), (2, "0", [0, 2, 4]), (5, "0", [0, 5]), (2, "1", [])]
+)
+def test_checkpoints_are_kept_every_few_steps(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, every: int, rank: str, kept: list[int]
+):
+    monkeypatch.setenv("RANK", rank)
+    options = {"device": "cpu", "num_workers": 0, "log_every": 1, "checkpoint_every": 1}
+    runtime = RuntimeParams.model_validate(options | {"keep_every": every})
+    seen: list[int] = []
+    session: Any = {"on_step": lambda step, _row: seen.append(step)}
+    session |= {"work_dir": tmp_path / ".work/pretrain/key"}
+    saved: dict[Path, int] = {}
+    changed = pretrain.keep_checkpoints(
+        Run(stage="pretrain", root=tmp_path, runtime=runtime),
+        session,
+        lambda folder, num_steps: saved.update({folder: num_steps}),
+    )
+    for step in range(1, 6):
+        changed["on_step"](step, None)
+    assert seen == [1, 2, 3, 4, 5]
+    assert saved == {tmp_path / f".work/checkpoints/key/{step:08}": step for step in kept}
