@@ -73,7 +73,13 @@ def result_rows(results: RunResults) -> Iterator[TableRow]:
         f"{CLASSIFIERS[probe.protocol]}, {probe.total:,} images of split {probe.split}, "
         f"{probe.head} head on {probe.pool} features, seed {seed}."
     )
-    yield TableRow("Probe top-1 ↑", _accuracy(probe), f"95% interval; {how}")
+    untrained = [
+        f"{BASELINES[name][0].lower()} {row.top1:.1%}"
+        for name, row in results.baselines.rows.items()
+        if name in {"base_pooled", "untrained_head"}
+    ]
+    without = f" Without pretraining: {', '.join(untrained)}." if untrained else ""
+    yield TableRow("Probe top-1 ↑", _accuracy(probe), f"95% interval; {how}{without}")
     yield TableRow("Probe top-5 ↑", f"{probe.top5:.1%}", how)
     taken = f"{CLASSIFIERS[transfer.protocol]}; {_shots(results, str(transfer.shots))}"
     taken += _left_out(transfer.ignored)

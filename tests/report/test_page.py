@@ -92,7 +92,7 @@ Precision, recall ↑ | 0.700, 0.650 | 500 images of each set
 Density, coverage ↑ | 0.604, 0.800 | 500 images of each set
 Inception score ↑ | 6.28 ± 0.17 | 1,000 samples | domain-classifier | resizer none | seed 7
 Denoising error ↓ | 0.1065 | null condition, 250 validation images | base alone has 0.1061
-Probe top-1 ↑ | 73.4% [70.6%, 76.0%] | 95% interval; logistic regression | 1,000 images | seed 3
+Probe top-1 ↑ | 73.4% [70.6%, 76.0%] | 95% interval; logistic regression | seed 3. | maps 81.0%.
 Probe top-5 ↑ | 95.1% | 1,000 images | split val | linear head | attention | seed 3
 Transfer top-1 ↑ | 83.5% ± 1.0% | logistic regression | 25 images a class | 797 test | seed 3
 Separability, features ↑ | kNN 62.5%, silhouette 0.071 | 900 validation images | 12 classes
