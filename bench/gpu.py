@@ -101,10 +101,8 @@ def training(setting: Setting) -> None:
     model.unet.to(memory_format=torch.channels_last)
     time_training(setting, "training, channels_last", model)
     del model
-    model, more = (
-        setting.model_to_train(gradient_checkpointing="down.0"),
-        setting.sizes.checkpointed,
-    )
+    model = setting.model_to_train(gradient_checkpointing="down.0")
+    more = setting.sizes.checkpointed
     time_training(setting, "training, down.0 checkpointed", model, num_images=more)
 
 
@@ -125,8 +123,9 @@ def time_training(setting: Setting, label: str, model: ContraDiffModel, **option
     rig, needs = setting.rig, options.pop("needs", 8.0)
     num_images = options.setdefault("num_images", setting.sizes.training)
     if "gflop_a_training_image" not in rig.facts:
-        count = flops.of_training_step(setting.params, setting.folder)
-        rig.facts["gflop_a_training_image"] = count
+        none = setting.params.pretrain.model_copy(update={"gradient_checkpointing": "none"})
+        params = setting.params.model_copy(update={"pretrain": none})
+        rig.facts["gflop_a_training_image"] = flops.of_training_step(params, setting.folder)
     step, gradients = training_step(setting, model, **options)
     rig.measure(
         f"{label}, {num_images} images",

@@ -43,7 +43,7 @@ def main(params: Params, run: Run) -> None:
     model = load_feature_model(settings, models, seed, run.device)
     if isinstance(model, DiffusionFeatures):
         model = replace(model, keep_maps=params.probe_head == "attentive")
-        if run.runtime.compile:
+        if run.runtime.compile == "all":
             compile_blocks(model.model.unet)
     images = StoredImages(IMAGES, LATENTS, settings.batch_size, run.runtime.num_workers)
     inputs = [BASE, PRETRAIN, IMAGES / "index.json", LATENTS / "index.json"]

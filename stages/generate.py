@@ -115,7 +115,7 @@ def check_disk(run: Run, work: Path, num_samples: int, *, image_size: int) -> No
 def speed_up(model: ContraDiffModel, precision: Precision, run: Run) -> None:
     if precision == "bf16":
         cast_frozen_weights(model.unet)
-    if run.runtime.compile:
+    if run.runtime.compile != "none":
         compile_blocks(model.unet)
 
 

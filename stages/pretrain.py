@@ -46,7 +46,7 @@ def main(params: Params, run: Run) -> None:
     pairs = PairedShards.open(run.shards(IMAGES), run.shards(LATENTS), split="train")
     image_size = params.data.image_size
     model = build_model(BASE, params, image_size=image_size, seed=params.seed)
-    if run.runtime.compile:
+    if run.runtime.compile == "all":
         compile_blocks(model.unet)
     num_vae_parameters = sum(p.numel() for p in load_vae(BASE).parameters())
     counts = count_parameters(model, num_vae_parameters=num_vae_parameters)

@@ -126,8 +126,19 @@ class Gpu:
         return reached, f"{work} in {precision}: {reached:.3g} TFLOP/s a card, {origin}"
 
 
+_H100: Mapping[tuple[Work, Precision], Measured] = {
+    ("training", "bf16"): Measured(178.1, STEP_GFLOP, "docs/benchmarks.md"),
+    ("features", "bf16"): Measured(867.4, FEATURE_GFLOP, "docs/benchmarks.md"),
+    # 64 images with guidance, and so 128 latents, in 64.3 ms, compiled
+    ("sampling", "bf16"): Measured(1991.0, UNET.gflop, "docs/benchmarks.md"),
+    ("sampling", "fp32"): Measured(349.7, UNET.gflop, "docs/benchmarks.md"),
+    ("encoding", "fp32"): Measured(439.8, VAE_ENCODE.gflop, "docs/benchmarks.md"),
+    ("decoding", "fp32"): Measured(229.2, VAE_DECODE.gflop, "docs/benchmarks.md"),
+    ("classifiers", "fp32"): Measured(1798.4, INCEPTION_GFLOP, "docs/benchmarks.md"),
+}
+
 GPUS = {
-    "h100": Gpu(80.0, 989.0, 67.0),
+    "h100": Gpu(80.0, 989.0, 67.0, _H100),
     "a100": Gpu(80.0, 312.0, 19.5),
     "rtx4090": Gpu(24.0, 165.0, 82.6),
     "rtx3090": Gpu(24.0, 71.0, 35.6),

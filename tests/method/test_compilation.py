@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from contradiff.base.loading import load_unet
-from contradiff.method.compilation import BLOCKS, compile_blocks
+from contradiff.method.compilation import compile_blocks
 from contradiff.method.lora import LoraParams, add_lora, cast_frozen_weights
 
 LORA = LoraParams(rank=4, alpha=8.0, targets=["attn2.to_q", "attn2.to_k", "attn2.to_v"])
@@ -64,13 +64,14 @@ def test_norms_give_bfloat16_to_the_layers_behind_them(unet: nn.Module):
 @pytest.mark.slow
 @pytest.mark.parametrize("bf16", [False, True])
 def test_compiled_blocks_compute_the_same(unet: nn.Module, *, bf16: bool):
+    exact = outputs(deepcopy(unet))
     if bf16:
         cast_frozen_weights(unet)
     compiled = deepcopy(unet)
     compile_blocks(compiled)
+    torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
-    found, wanted = outputs(compiled, bf16=bf16), outputs(unet, bf16=bf16)
-    blocks = [m for m in unet.modules() if type(m).__name__ in BLOCKS]
-    assert torch._dynamo.utils.counters["frames"]["ok"] >= min(2, len(blocks))
-    for ours, theirs in zip(found, wanted, strict=True):
-        assert error(ours, theirs) < (0.02 if bf16 else 1e-4)
+    found, plain = outputs(compiled, bf16=bf16), outputs(unet, bf16=bf16)
+    assert torch._dynamo.utils.counters["frames"]["ok"] > 2
+    for ours, eager, wanted in zip(found, plain, exact, strict=True):
+        assert error(ours, wanted) < (1.5 * error(eager, wanted) if bf16 else 1e-5)

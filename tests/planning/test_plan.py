@@ -41,7 +41,7 @@ def test_memory_of_a_step_is_what_bench_counts(blocks: str, num_gpus: int, count
 
 
 @pytest.mark.parametrize(
-    ("name", "machine", "hours"), [("paper", FOUR, 48), ("single-gpu", ONE, 24)]
+    ("name", "machine", "hours"), [("paper", FOUR, 72), ("single-gpu", ONE, 24)]
 )
 def test_the_preset_fits_its_machine(name: str, machine: Machine, hours: float):
     found = plan_of(name, machine)
@@ -100,7 +100,7 @@ def test_costs_follow_the_work():
 
 
 def test_each_hour_names_its_rate_and_a_measured_one_replaces_a_stated_one():
-    stated = plan_of("paper", FOUR)
+    stated = plan_of("paper", replace(FOUR, gpu=replace(FOUR.gpu, measured={})))
     numbers = {f"[{index + 1}]" for index in range(len(stated.rates))}
     for cost in stated.stages:
         [row] = [line for line in str(stated).splitlines() if line.startswith(f"{cost.stage} ")]
