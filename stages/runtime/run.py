@@ -63,14 +63,11 @@ class RuntimeParams(Section):
     num_workers: int = Field(ge=0, description="workers that load data")
     log_every: int = Field(gt=0, description="steps between two logged losses")
     checkpoint_every: int = Field(gt=0, description="steps between two checkpoints of a training")
-<<<<<<< HEAD
-    compile: bool = Field(default=False, description="torch.compile, which pays on GPUs")
-    keep_every: int = Field(
-        default=0, ge=0, description="steps between two kept checkpoints of pretraining; 0: none"
-=======
     compile: Literal["none", "sampling", "all"] = Field(
         default="none", description="which stages compile the UNet; all: also training and features"
->>>>>>> ea918ac (The first measurements on a GPU: docs/benchmarks.md, the plan's rates, runtime.compile)
+    )
+    keep_every: int = Field(
+        default=0, ge=0, description="steps between two kept checkpoints of pretraining; 0: none"
     )
     shards_from: str | None = Field(
         default=None,

@@ -68,7 +68,7 @@ def shown(moments: Tensor, views: Views) -> list[tuple[tuple[str, int], tuple[st
 
 @pytest.mark.parametrize("condition", ["pixels", "latents", "labels"])
 def test_a_batch_can_be_pinned(pairs: PairedShards, condition: str):
-    """torch copies a tensor to pinned memory stride by stride, and refuses one that overlaps."""
+    """Torch copies a tensor to pinned memory stride by stride, and refuses one that overlaps."""
     batch = chooser_of(pairs, condition=condition)(0, records(pairs)[:3])
     for tensor in batch.values():
         torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype).copy_(tensor)
