@@ -86,6 +86,7 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--out", type=Path, default=Path("build/diagnostics"))
     options = parser.parse_args(arguments)
     run = FinishedRun.read(options.images)
+    sampler = Sampler.read(run.params, options.samples, options.steps, options.images)
     print(f"{len(run.labels)} training images, {int(run.is_dev.sum())} of them dev images")
     found: dict[str, Any] = {"num_dev": int(run.is_dev.sum()), "num_fit": int((~run.is_dev).sum())}
     found |= {"samples": options.samples, "steps": options.steps}
@@ -93,7 +94,6 @@ def main(arguments: Sequence[str]) -> None:
     print(json.dumps(found["few_labels"]), flush=True)
     found["blocks"] = {kind: run.blocks(kind) for kind in ("base", "contradiff")}
     checkpoints = {**kept_checkpoints(KEPT), read_checkpoint_card(CHECKPOINT).num_steps: CHECKPOINT}
-    sampler = Sampler.read(run.params, options.samples, options.steps, options.images)
     found["training"] = []
     for step, folder in sorted(checkpoints.items()):
         row = {"step": step, **run.checkpoint(folder), **sampler.scores(run.model(folder=folder))}

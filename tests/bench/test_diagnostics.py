@@ -1,18 +1,22 @@
 """python -m bench diagnostics: blocks, labels, kept checkpoints, and the choice among them."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from ruamel.yaml import YAML
 
 from bench import diagnostics
 from bench._diagnostics_figures import plot_blocks, plot_training
+from contradiff.evaluation.classifier import ResidualClassifier
+from contradiff.evaluation.extractors import save_classifier
 from contradiff.features.batches import CleanBatch
 from contradiff.features.models import DiffusionFeatures, image_noise
 from contradiff.method.checkpoint import read_checkpoint_card
-from tests.settings import features_params
+from tests.settings import TINY, features_params
 
 TIMESTEP = 101
 
@@ -101,3 +105,39 @@ def test_tables_and_pictures_say_which_checkpoint_is_best():
         assert line in lines
     for picture in (plot_blocks(found["blocks"]), plot_training(ROWS)):
         assert picture.startswith(b"\x89PNG")
+
+
+@pytest.mark.slow
+def test_a_finished_run_is_measured_from_its_files(  # noqa: PLR0917
+    tiny_base: Path,
+    tiny_data: Path,
+    tiny_params: dict[str, Any],
+    build_tiny: Callable[..., Any],
+    save_tiny: Callable[..., None],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+):
+    monkeypatch.chdir(tmp_path)
+    build = tmp_path / "build"
+    build.mkdir()
+    sources = {"base": tiny_base, "shards": tiny_data / "images", "latents": tiny_data / "latents"}
+    for name, folder in sources.items():
+        (build / name).symlink_to(folder)
+    for number, folder in enumerate((".work/checkpoints/key/00000000", "build/pretrain")):
+        save_tiny(tmp_path / folder, build_tiny(seed=number), num_steps=3 * number)
+    facts = {"image_size": 32, "val_accuracy": 0.9, "val_count": 8, "val_chance": 0.4}
+    save_classifier(build / "extractor", ResidualClassifier(width=4, num_classes=3), **facts)
+    content = TINY | tiny_params
+    content["score"] = TINY["score"] | {"kid_subset_size": 6, "kid_subsets": 2}
+    YAML().dump(content, tmp_path / "params.yaml")
+    diagnostics.main(["--samples", "8", "--steps", "2"])
+    found = json.loads((build / "diagnostics/diagnostics.json").read_text())
+    assert (found["num_fit"], found["num_dev"]) == (20, 4)
+    assert [row["step"] for row in found["training"]] == [0, 3]
+    assert all(set(row) == set(found["training"][0]) for row in found["training"])
+    timesteps = ["10", "50", "100", "200", "300", "400", "600", "800"]
+    assert list(found["blocks"]["base"]["mid"]) == timesteps
+    made = {file.name for file in (build / "diagnostics").iterdir()}
+    assert made == {"diagnostics.json", "tables.md", "blocks.png", "training.png"}
+    with pytest.raises(SystemExit, match="--samples: FID needs at least 8"):
+        diagnostics.main(["--samples", "7"])
