@@ -54,12 +54,14 @@ $(STAMP): requirements.lock pyproject.toml
 
 # `dvc exp push` reads .dvc/config from a commit, where the store's relative path leads to /artifacts.
 # So .dvc/config.local, which git ignores, has the full path. Another address there stays as it is.
+# MLflow's store has full paths, too; if the folder was moved, they are mended.
 settings: $(STAMP)
 	@set -eu; \
 	case "$$(sed -n 's/^ *url = //p' .dvc/config.local 2>/dev/null)" in \
 	    "$(CURDIR)/artifacts") ;; \
 	    ''|*/artifacts) dvc remote modify --local store url "$(CURDIR)/artifacts" ;; \
 	esac; \
+	if [ -f mlflow.db ]; then python -m stages.runtime.moved; fi; \
 	if [ -e .git ] && ! { git config user.name && git config user.email; } >/dev/null; then \
 	    echo "Git does not know who you are, so \`dvc exp run\` would end in \"unexpected error\". Type:"; \
 	    echo "  git config user.name 'Your Name'"; \
@@ -109,7 +111,7 @@ base: $(STAMP)  ## retrain the tiny base model (hours on a CPU, minutes on a GPU
 	python -m stages.pretrain_base
 	dvc commit -f pretrain_base
 
-ui: $(STAMP)  ## start MLflow's web pages on this machine (takes up to a minute)
+ui: $(STAMP) settings  ## start MLflow's web pages on this machine (takes up to a minute)
 	MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false mlflow ui --host 127.0.0.1 --workers 1
 
 lock: $(STAMP)  ## pin the dependencies in requirements.lock; ARGS=--upgrade: take the newest versions

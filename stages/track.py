@@ -8,10 +8,14 @@ from stages.runtime.tracking import upsert_row
 from stages.runtime.work_dir import delete_finished
 
 import textwrap
+from collections.abc import Iterable
+from fnmatch import fnmatch
 from pathlib import Path
+from typing import Any
 
 from contradiff.config import Section, read_params
 from contradiff.files import explain_damage, read_json
+from contradiff.pretrained.project import export
 
 
 class Params(Section):
@@ -19,16 +23,27 @@ class Params(Section):
 
 
 def main(_params: Params, run: Run) -> None:
+    params = read_params(PARAMS_FILE)
     print(table(Path("build/report/summary.json")))
-    run_id = upsert_row(
+    # Other models than the trained one are no results of this experiment.
+    is_trained = params["features"]["model"] == "contradiff"
+    upsert_row(
         run,
-        params=read_params(PARAMS_FILE),
-        metrics=sorted(Path("metrics").glob("*.json")),
+        params=params,
+        metrics=metric_files(Path("dvc.yaml")),
         curve=Path("metrics/pretrain.csv"),
         artifacts=[Path("build/figures/samples.png"), Path("build/report")],
+        export=export if is_trained else None,
     )
     delete_finished(run.root)  # DVC has recorded all results by now
-    run.log(f"recorded in MLflow as run {run_id}; `mlflow ui` shows the results")
+
+
+def metric_files(pipeline: Path) -> list[Path]:
+    """Return all files of metrics that the pipeline writes, even if one is missing."""
+    stages: Iterable[dict[str, Any]] = read_params(pipeline)["stages"].values()
+    outs = (out for stage in stages for kind in ("outs", "metrics") for out in stage.get(kind, []))
+    names = {out if isinstance(out, str) else next(iter(out)) for out in outs}
+    return sorted(Path(name) for name in names if fnmatch(name, "metrics/*.json"))
 
 
 def table(summary: Path) -> str:

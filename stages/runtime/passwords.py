@@ -3,8 +3,9 @@
 import re
 
 _USER = re.compile(r"(?<=://)[^/\s'\"]*@")
+# MLflow's `viewStateShareKey` is the name of a view, and no secret.
 _SECRET = re.compile(
-    r"([?&][^=&\s'\"]*(?:pass|pwd|secret|token|key|credential|signature|sig)[^=&\s'\"]*=)[^&\s'\"]+",
+    r"([?&](?!viewStateShareKey=)[^=&\s'\"]*(?:pass|pwd|secret|token|key|credential|signature|sig)[^=&\s'\"]*=)[^&\s'\"]+",
     re.IGNORECASE,
 )
 

@@ -8,6 +8,7 @@ from stages.runtime.launch import (
     run_several,
 )
 from stages.runtime.passwords import hide_passwords
+from stages.runtime.times import record_costs
 from stages.runtime.work_dir import code_digest, finish, key_of, lock_of, take_up
 
 import argparse
@@ -22,7 +23,7 @@ import time
 import traceback
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from io import StringIO
 from pathlib import Path
@@ -105,12 +106,14 @@ class Run:
 
     `root` is the project's folder, with raw data, mlflow.db and .work. `dvc exp run --temp` and
     `--queue` run a stage in a temporary copy. `root` is then still the original project, but
-    relative paths such as build/ belong to the copy.
+    relative paths such as build/ belong to the copy. `resumed` lists the work folders in which an
+    earlier run had begun the work.
     """
 
     stage: str
     root: Path
     runtime: RuntimeParams
+    resumed: list[Path] = field(default_factory=list[Path])
 
     @property
     def is_main(self) -> bool:
@@ -245,7 +248,8 @@ class Run:
 
         with hold_lock(lock_of(self.root, self.stage, key), on_wait=wait):
             usable = code if take_over else None
-            take_up(folder, state_version=state_version, code=usable, log=self.log)
+            if take_up(folder, state_version=state_version, code=usable, log=self.log):
+                self.resumed.append(folder)
             yield folder
             if by_dvc:
                 finish(folder, code=code)
@@ -294,7 +298,10 @@ def execute(
             sys.exit(run_several(module.__spec__.name, count=count))
         run = Run(stage, Path(os.environ.get("DVC_ROOT") or ".").resolve(), runtime)
         main(params, run)
-        run.log(f"done in {time.perf_counter() - started:.1f} s")
+        seconds = time.perf_counter() - started
+        if run.is_main and not run.resumed:
+            record_costs(run.root, stage, params, seconds=seconds)
+        run.log(f"done in {seconds:.1f} s")
         leave_processes()
         return
     except (ValueError, OSError) as error:

@@ -3,8 +3,11 @@
 An experiment's run is called its row. A row is complete even if DVC took all stages from its cache.
 """
 
+from stages.runtime.labels import AXES, VIEW, axes, flatten_params, labels, saved_view, view_address
+from stages.runtime.moved import mend_store
 from stages.runtime.passwords import hide_passwords
 from stages.runtime.run import Run
+from stages.runtime.times import flatten, read_costs
 from stages.runtime.work_dir import revision
 
 import csv
@@ -13,9 +16,11 @@ import json
 import logging
 import math
 import os
+import re
 import socket
 import sqlite3
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, closing, contextmanager
@@ -34,9 +39,11 @@ from contradiff.files import (
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
+    from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 
 TRAININGS, EXPERIMENTS = "contradiff-train", "contradiff"
 """Two MLflow experiments, which are groups of runs: one of all trainings, one of all rows."""
+COSTS = {"seconds", "memory_mb", "gpu_memory_mb"}
 CHECKPOINT = Path("build/pretrain/model.safetensors")
 
 # Defaults that users can override: no telemetry, no warnings about git, and only a short wait if a
@@ -86,16 +93,49 @@ class Store:
             return experiment.experiment_id
         # By default, MLflow would keep files in the current folder, perhaps a temporary copy.
         location = None if self.is_server else (self.root / "mlruns" / name).as_uri()
-        return self.client.create_experiment(name, artifact_location=location)
+        # MLflow's page then begins with the table of runs, not with traces of language models.
+        tags = {"mlflow.experimentKind": "custom_model_development"}
+        return self.client.create_experiment(name, artifact_location=location, tags=tags)
 
     def create_run(self, experiment: str, *, run: Run, params: Any, **tags: str) -> str:
-        """Create an MLflow run with parameters, and with tags for the stage and the commit."""
-        tags["baseline_rev"] = os.environ.get("DVC_EXP_BASELINE_REV") or revision() or ""
+        """Create an MLflow run with parameters, and with tags (see `labels`)."""
         tags |= {"mlflow.source.name": f"stages.{run.stage}", "mlflow.source.type": "LOCAL"}
+        tags |= labels(params)
         name = os.environ.get("DVC_EXP_NAME") or revision(short=True) or "workspace"
         created = self.client.create_run(self.experiment_id(experiment), tags=tags, run_name=name)
-        self.log(created.info.run_id, params=flatten_params(params))
+        points = [(name, value, 0) for name, value in axes(params).items()]
+        self.log(created.info.run_id, points=points, params=flatten_params(params))
         return created.info.run_id
+
+    def log_model(self, run_id: str, folder: Path) -> str:
+        """Copy an exported model to MLflow as a logged model of a run, and return the model's id.
+
+        A run that has a model keeps it.
+        """
+        from mlflow.entities import LoggedModelOutput
+
+        if found := self.models_of(run_id):
+            return found[0]
+        place = self.client.get_run(run_id).info.experiment_id
+        model = self.client.create_logged_model(
+            place, name="contradiff", source_run_id=run_id, model_type="contradiff"
+        )
+        self.client.log_model_artifacts(model.model_id, str(folder))
+        self.client.finalize_logged_model(model.model_id, "READY")
+        self.client.log_outputs(run_id, [LoggedModelOutput(model.model_id, 0)])
+        return model.model_id
+
+    def models_of(self, run_id: str) -> list[str]:
+        """Return the ids of a run's logged models."""
+        place = self.client.get_run(run_id).info.experiment_id
+        where = f"source_run_id = '{run_id}'"
+        return [model.model_id for model in self.client.search_logged_models([place], where)]
+
+    def delete_row(self, run_id: str) -> None:
+        """Delete a run and its logged models."""
+        for model in self.models_of(run_id):
+            self.client.delete_logged_model(model)
+        self.client.delete_run(run_id)
 
     def end_killed(self, experiment: str, place: str) -> None:
         """End the runs that killed processes left "running" with the tag `place`.
@@ -104,7 +144,7 @@ class Store:
         """
         where = f"tags.`contradiff.work` = '{place}' and attributes.status = 'RUNNING'"
         for left in self.client.search_runs([self.experiment_id(experiment)], where):
-            if left.data.metrics:
+            if left.data.metrics.keys() - AXES.keys():
                 self.client.set_terminated(left.info.run_id, status="KILLED")
             else:
                 self.client.delete_run(left.info.run_id)
@@ -141,9 +181,12 @@ def connect(root: Path) -> Store:
                     with replace_file(path) as new:
                         MlflowClient(f"sqlite:///{new}").search_experiments(max_results=1)
                 _check_database(path)
+            mend_store(root)
             client = MlflowClient(tracking_uri=uri)
             client.search_experiments(max_results=1)
     except Exception as error:  # each kind of store raises its own exceptions
+        if "out-of-date database schema" in str(error):
+            raise ValueError(_explain_version(uri, str(error))) from error
         fault = hide_passwords(f"MLflow's store {uri} cannot be used: {error}")
         raise ValueError(
             f"{fault}. Correct the environment variable MLFLOW_TRACKING_URI, or unset the variable "
@@ -159,28 +202,31 @@ def _check_database(path: Path) -> None:
         database.rollback()
 
 
+def _explain_version(uri: str, error: str) -> str:
+    """Say what to do with a store whose tables are those of another version of MLflow."""
+    import mlflow
+    from mlflow.store import db_migrations
+
+    [found] = re.findall(r"found version (\w+)", error) or ["unknown"]
+    scripts = Path(db_migrations.__path__[0], "versions")
+    if any(scripts.glob(f"{found}_*.py")):
+        which = "an older version"
+        remedy = f"Make a copy of the store, then type `mlflow db upgrade '{hide_passwords(uri)}'`"
+    else:
+        which = "a newer version"
+        remedy = "Install the version that wrote it"
+    return (
+        f"MLflow's store {hide_passwords(uri)} was written by {which} than the installed MLflow "
+        f"{mlflow.__version__}. {remedy}; or choose another store with the environment variable "
+        "MLFLOW_TRACKING_URI, such as sqlite:////full/path/new.db"
+    )
+
+
 def _record_without_passwords(*given: Any, **named: Any) -> logging.LogRecord:
     """Make the record of a log message, such as MLflow's, without passwords in URLs."""
     record = logging.LogRecord(*given, **named)
     record.msg, record.args = hide_passwords(record.getMessage()), ()
     return record
-
-
-def flatten(content: Mapping[str, Any], *, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield (dotted key, value) for each value in nested mappings; a list is one value."""
-    for name, value in content.items():
-        if isinstance(value, Mapping):
-            yield from flatten(value, prefix=f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}", value
-
-
-def flatten_params(content: Mapping[str, Any]) -> dict[str, str]:
-    """Return parameters for MLflow: dotted keys and values as text, without section `runtime`."""
-    return {
-        key: hide_passwords(value if isinstance(value, str) else json.dumps(value))
-        for key, value in flatten({key: content[key] for key in content if key != "runtime"})
-    }
 
 
 @dataclass
@@ -230,7 +276,10 @@ def training_run(
     """Open a training's run in MLflow; yield a function that logs the values of a step.
 
     `work_dir` keeps the run's id, so a resumed training continues the same run and logs no step
-    twice. `files_checkpoint` means that the training writes build/pretrain. `upsert_row` can then
+    twice. MLflow also records the machine's load every 10 seconds (system metrics), unless
+    MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING is false.
+
+    `files_checkpoint` means that the training writes build/pretrain. `upsert_row` can then
     find the training's run, and shows the run under the experiment's row. If MLflow fails at the
     start, this function raises ValueError. Later failures only print warnings.
     """
@@ -253,7 +302,7 @@ def training_run(
     except Exception as error:  # each kind of store raises its own exceptions
         fault = f"MLflow's store {store.shown} cannot be written to: {error}"
         raise ValueError(hide_passwords(fault)) from error
-    status = "FAILED"
+    status, monitor = "FAILED", _monitor(store, log.run_id)
     try:
         yield log
         status = "FINISHED"
@@ -262,6 +311,8 @@ def training_run(
         raise
     finally:
         log.send()
+        if monitor is not None:
+            monitor.finish()
         try:
             store.client.set_terminated(log.run_id, status=status)
         except Exception as error:  # noqa: BLE001  # logging must not stop a training
@@ -271,8 +322,25 @@ def training_run(
         log.remember(log.last_step)
 
 
+def _monitor(store: Store, run_id: str) -> "SystemMetricsMonitor | None":
+    """Start the thread that records the machine's load; its faults are only warnings."""
+    if os.environ.get("MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING", "").lower() in {"false", "0"}:
+        return None
+    from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
+
+    monitor = SystemMetricsMonitor(run_id, resume_logging=True, tracking_uri=store.uri)
+    monitor.start()
+    return monitor
+
+
 def upsert_row(
-    run: Run, *, params: dict[str, Any], metrics: list[Path], curve: Path, artifacts: list[Path]
+    run: Run,
+    *,
+    params: dict[str, Any],
+    metrics: list[Path],
+    curve: Path,
+    artifacts: list[Path],
+    export: Callable[[Path], object] | None,
 ) -> str:
     """Write the experiment's row (its run in MLflow), and return the row's id.
 
@@ -280,13 +348,15 @@ def upsert_row(
     lists the experiments' names in DVC. An incomplete row of an interrupted process is replaced.
     `metrics` are nested JSON files. Each column of the CSV file `curve`, except `step`, becomes a
     metric `pretrain.<column>`. The files and folders `artifacts` are copied to MLflow.
+    `export` writes the trained model to a folder that it is given; a new row gets this folder as a
+    logged model.
     """
     store = connect(run.root)
     client = store.client
+    points = [*_points(metrics, curve), *_costs(store.root, params)]
     hashes = {str(path): sha256_of(path) for path in (*metrics, CHECKPOINT)}
     content = {"params": flatten_params(params), "files": hashes}
     key = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:32]
-    points = list(_points(metrics, curve))
     if not store.is_server:  # otherwise a full disk would leave a half-written page in MLflow
         files = (file for path in artifacts for file in (path, *path.rglob("*")) if file.is_file())
         check_free_space(store.root, sum(file.stat().st_size for file in files))
@@ -298,11 +368,15 @@ def upsert_row(
                 if found.info.status == "FINISHED":
                     run_id = found.info.run_id
                 else:
-                    client.delete_run(found.info.run_id)
+                    store.delete_row(found.info.run_id)
             if run_id is None:
                 tags = {"contradiff.key": key}
                 run_id = store.create_run(EXPERIMENTS, run=run, params=params, **tags)
                 store.log(run_id, points=points)
+                if export is not None:
+                    with tempfile.TemporaryDirectory(dir=store.root / ".work") as folder:
+                        export(Path(folder, "model"))
+                        store.log_model(run_id, Path(folder, "model"))
             if name := os.environ.get("DVC_EXP_NAME"):
                 names = client.get_run(run_id).data.tags.get("dvc.exp_names", "").split()
                 client.set_tag(run_id, "dvc.exp_names", " ".join(sorted({*names, name})))
@@ -315,9 +389,13 @@ def upsert_row(
                 elif path.is_file():
                     client.log_artifact(run_id, str(path))
             client.set_terminated(run_id)
+            client.set_experiment_tag(places[0], f"mlflow.sharedViewState.{VIEW}", saved_view())
     except Exception as error:  # each kind of store raises its own exceptions
         fault = f"the results could not be recorded: {error}"
         raise ValueError(hide_passwords(f"MLflow's store {store.shown}: {fault}")) from error
+    pages = store.shown.rstrip("/") if store.is_server else "http://127.0.0.1:5000"
+    shown = f"{pages}/{view_address(places[0])}"
+    run.log(f"recorded in MLflow as run {run_id}; all runs are at {shown} (start it: make ui)")
     return run_id
 
 
@@ -334,6 +412,13 @@ def _points(metrics: list[Path], curve: Path) -> Iterator[Point]:
             for name, text in row.items():
                 if text and math.isfinite(value := float(text)):
                     yield f"pretrain.{name}", value, int(float(step))
+
+
+def _costs(root: Path, params: dict[str, Any]) -> Iterator[Point]:
+    """Yield the time and memory of each stage, as far as they are known."""
+    for stage, record in read_costs(root, params).items():
+        for name in COSTS & record.keys():
+            yield f"{name}/{stage}", float(record[name]), 0
 
 
 def _read_note(note: Path, store: Store) -> dict[str, Any] | None:

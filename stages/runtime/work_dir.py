@@ -28,8 +28,8 @@ _CODE = Path(__file__).resolve().parents[2]
 
 def take_up(
     folder: Path, *, state_version: int, code: str | None, log: Callable[[str], None]
-) -> None:
-    """Prepare a work folder: empty it if the work in it cannot be used.
+) -> bool:
+    """Prepare a work folder: empty it if the work in it cannot be used; return if it can be.
 
     Work of another `state_version` cannot be used. Finished work is used only if its code had the
     digest `code`.
@@ -45,14 +45,15 @@ def take_up(
         if finished["code"] == code:
             what = f"process {finished['pid']} has finished the same work; taking its result over"
             log(f"{what} (to compute it again, delete {folder})")
-            return
+            return True
     elif begun is not None:
         if begun.get("commit") != commit:
             log(f"resuming work that commit {begun.get('commit')} began; the code is now {commit}")
-        return
+        return True
     if begun is not None:
         shutil.rmtree(folder, ignore_errors=True)
     _write_note(folder, {"state_version": state_version, "commit": commit})
+    return False
 
 
 def finish(folder: Path, *, code: str) -> None:

@@ -1,28 +1,36 @@
 """The record of experiments, in a real MLflow store."""
 
 from stages.runtime import tracking
+from stages.runtime.moved import mend_store
 from stages.runtime.run import Run, RuntimeParams
+from stages.runtime.times import record_costs
 from stages.runtime.tracking import connect, training_run, upsert_row
 
 import json
 import logging
 import multiprocessing
 import shutil
+import sqlite3
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
+from urllib.parse import unquote, urlparse
 
 import pytest
 from mlflow import MlflowClient
+from mlflow.artifacts import download_artifacts
 
-from stages.track import table
+from contradiff.config import Section
+from stages.track import metric_files, table
 
 PARAMS: dict[str, Any] = {"seed": 0, "loss": {"lambda": 1e-05, "contrastive": "ntxent"}}
 PARAMS |= {"base": {"revision": None}, "runtime": {"device": "cpu"}}
 PARAMS["lora"] = {"targets": ["attn2.to_q", "attn2.to_k"]}
 FLAT = {"seed": "0", "loss.lambda": "1e-05", "loss.contrastive": "ntxent"}
 FLAT |= {"base.revision": "null", "lora.targets": '["attn2.to_q", "attn2.to_k"]'}
+AXES = {"lambda": 1e-05, "seed": 0.0}
 
 Record = Callable[[], str]
 Train = Callable[..., None]
@@ -65,6 +73,7 @@ def record(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Recor
         "build/report/index.html": "<html>",
         "build/figures/samples.png": "png",
     }
+    record_costs(root, "probe", Section(), seconds=7.5)
     for name, text in files.items():
         (tmp_path / "copy" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "copy" / name).write_text(text)
@@ -75,6 +84,7 @@ def record(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Recor
         metrics=[Path("metrics/probe.json"), Path("metrics/score.json")],
         curve=Path("metrics/pretrain.csv"),
         artifacts=[Path("build/figures/samples.png"), Path("build/report")],
+        export=lambda folder: shutil.copytree("build/pretrain", folder),
     )
 
 
@@ -121,14 +131,59 @@ class TestRow:
         assert (row.info.run_name, row.info.status) == ("tiled-bard", "FINISHED")
         assert row.data.params == FLAT
         scores = {"probe.top1": 0.5, "score.fid": 12.5, "score.is_mean": 3.0}
-        assert row.data.metrics == scores | {"pretrain.loss": 1.0, "pretrain.lr": 0.1}
+        curve_ends = {"pretrain.loss": 1.0, "pretrain.lr": 0.1}
+        costs = {name: row.data.metrics.pop(name) for name in ("seconds/probe", "memory_mb/probe")}
+        assert costs["seconds/probe"] == 7.5
+        assert costs["memory_mb/probe"] > 100
+        assert row.data.metrics == AXES | scores | curve_ends
         assert curve(client, run_id, "pretrain.loss") == [(0, 2.0), (10, 1.0)]
         assert curve(client, run_id, "pretrain.lr") == [(0, 0.1)]
         assert row.data.tags["dvc.exp_names"] == "tiled-bard"
-        assert row.data.tags["baseline_rev"] == "abc123"
+        assert row.data.tags["revision"] == "abc123"
         artifacts = root / "mlruns/contradiff" / run_id / "artifacts"
         kept = sorted(str(path.relative_to(artifacts)) for path in artifacts.rglob("*.*"))
         assert kept == ["report/index.html", "samples.png"]
+        assert row.data.tags.items() >= {"preset": "", "mlflow.source.git.commit": "abc123"}.items()
+        assert row.data.tags["changes"] == ""
+
+    def test_shows_its_study_its_preset_and_what_differs_from_it(
+        self, record: Record, client: Any, monkeypatch: pytest.MonkeyPatch
+    ):
+        for place in ("presets", "studies"):
+            Path(place).mkdir()
+        Path("studies/table8.yaml").touch()
+        Path("presets/tiny.yaml").write_text("seed: 0\nloss: {lambda: 0.1, contrastive: ntxent}\n")
+        Path("presets/other.yaml").write_text("seed: 1\n")
+        monkeypatch.setenv("DVC_EXP_NAME", "table8-lambda1e-05")
+        record()
+        tags = records(client, "contradiff")[0].data.tags
+        assert (tags["study"], tags["preset"]) == ("table8", "tiny")
+        targets = 'lora.targets=["attn2.to_q", "attn2.to_k"]'
+        assert tags["changes"] == f"loss.lambda=1e-05 base.revision=null {targets}"
+
+    def test_has_the_model_that_was_exported(
+        self, record: Record, client: Any, root: Path, monkeypatch: pytest.MonkeyPatch
+    ):
+        run_id = record()
+        [output] = client.get_run(run_id).outputs.model_outputs
+        model = client.get_logged_model(output.model_id)
+        assert (model.name, str(model.status)) == ("contradiff", "READY")
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{root}/mlflow.db")
+        folder = download_artifacts(f"models:/{output.model_id}")
+        assert Path(folder, "model.safetensors").read_text() == "weights"
+        assert record() == run_id  # again: no second model
+        assert len(client.get_run(run_id).outputs.model_outputs) == 1
+
+    def test_the_saved_view_shows_numbers_that_it_has(self, record: Record, client: Any):
+        """MLflow's page ignores a column that no run has, and says that a chart has no data."""
+        record()
+        experiment = client.get_experiment_by_name("contradiff")
+        view = json.loads(experiment.tags["mlflow.sharedViewState.scores"])
+        [row] = records(client, "contradiff")
+        for chart in view["compareRunCharts"][:1]:
+            assert {chart["xaxis"]["key"], chart["yaxis"]["key"]} <= row.data.metrics.keys()
+        assert "metrics.`lambda`" in view["selectedColumns"]
+        assert len(experiment.tags["mlflow.sharedViewState.scores"]) < 5000  # MLflow's limit
 
     def test_same_results_are_one_row_with_both_names_and_other_results_another(
         self, record: Record, client: Any, monkeypatch: pytest.MonkeyPatch
@@ -150,12 +205,20 @@ class TestRow:
         self, record: Record, client: Any, monkeypatch: pytest.MonkeyPatch
     ):
         with monkeypatch.context() as patch:
-            patch.setattr(tracking.Store, "log", lambda *_, **__: 1 / 0)
+            patch.setattr(MlflowClient, "log_outputs", lambda *_: 1 / 0)
             with pytest.raises(ValueError, match="could not be recorded"):
                 record()
-        record()
+        run_id = record()
         [row] = records(client, "contradiff")
-        assert row.data.params == FLAT
+        assert (row.info.run_id, row.data.params) == (run_id, FLAT)
+        [model] = client.search_logged_models([row.info.experiment_id])
+        assert model.source_run_id == run_id
+
+    def test_results_of_a_half_finished_member_are_refused(self, record: Record, client: Any):
+        Path("metrics/score.json").unlink()
+        with pytest.raises(ValueError, match=r"score\.json: no such file; run `dvc repro score`"):
+            record()
+        assert records(client, "contradiff") == []
 
     def test_no_row_begins_without_room_for_its_files(
         self, record: Record, root: Path, client: Any, monkeypatch: pytest.MonkeyPatch
@@ -190,8 +253,25 @@ class TestTraining:
         train(range(2, 6))  # the checkpoint was older than the last logged step
         [record] = records(client, "contradiff-train")
         assert (record.info.status, record.data.params) == ("FINISHED", FLAT)
+        assert record.data.metrics == AXES | {"loss": 1.0 - 5 / 8}
         expected = [(step, 1.0 - step / 8) for step in range(6)]
         assert curve(client, record.info.run_id, "loss") == expected
+
+    def test_the_load_of_the_machine_is_recorded(
+        self, root: Path, client: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ):
+        monkeypatch.setenv("MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL", "0.01")
+        for wanted, isolated in (("", "on"), ("false", "off")):
+            (tmp_path / isolated).mkdir()
+            monkeypatch.setenv("MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING", wanted)
+            run = run_of(root, "pretrain")
+            with training_run(run, tmp_path / isolated, PARAMS, files_checkpoint=False):
+                for _ in range(100 if wanted == "" else 1):
+                    time.sleep(0.01)
+        off, on = records(client, "contradiff-train")  # the newest comes first
+        name = "system/cpu_utilization_percentage"
+        assert name in on.data.metrics
+        assert name not in off.data.metrics
 
     def test_no_run_of_a_killed_process_stays_open(
         self, train: Train, client: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -228,6 +308,21 @@ class TestTraining:
         [record] = records(client, "contradiff-train")
         expected = [(step, 1.0 - step / 8) for step in range(4)]
         assert curve(client, record.info.run_id, "loss") == expected
+
+    @pytest.mark.parametrize(
+        ("version", "message"),
+        [
+            ("451aebb31d03", "by an older version .* copy of the store, then type `mlflow db upgr"),
+            ("0123456789ab", "by a newer version .* Install the version that wrote it; or choose"),
+        ],
+    )
+    def test_store_of_another_mlflow_is_refused(
+        self, train: Train, root: Path, version: str, message: str
+    ):
+        with sqlite3.connect(root / "mlflow.db") as database:
+            database.execute("UPDATE alembic_version SET version_num = ?", (version,))
+        with pytest.raises(ValueError, match=message):
+            train(range(0))
 
     @pytest.mark.parametrize(
         "uri",
@@ -312,3 +407,25 @@ def test_a_deleted_experiment_is_restored(
     for name in (tracking.TRAININGS, tracking.EXPERIMENTS):
         assert client.get_experiment_by_name(name).lifecycle_stage == "active"
         assert f"the experiment {name} was deleted; it is restored" in said
+
+
+def test_files_of_a_moved_project_open(
+    root: Path, record: Record, client: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    run_id = record()
+    [output] = client.get_run(run_id).outputs.model_outputs
+    root.rename(tmp_path / "moved there")
+    monkeypatch.chdir(tmp_path / "moved there")
+    there = connect(Path()).client
+    assert [file.path for file in there.list_artifacts(run_id)] == ["report", "samples.png"]
+    assert Path(there.download_artifacts(run_id, "samples.png", str(tmp_path))).read_text() == "png"
+    model = there.get_logged_model(output.model_id).artifact_location
+    assert Path(unquote(urlparse(model).path), "model.safetensors").read_text() == "weights"
+    assert mend_store(Path()) == 0
+
+
+def test_every_metric_file_of_the_pipeline_is_recorded():
+    folder = Path(__file__).resolve().parents[3]
+    files = {path.name for path in metric_files(folder / "dvc.yaml")}
+    assert files >= {"probe.json", "score.json", "transfer.json", "separability.json"}
+    assert "pretrain.csv" not in files

@@ -1,0 +1,117 @@
+"""By what MLflow's tables and charts group, filter and plot runs: tags, numbers and saved views."""
+
+from stages.runtime.passwords import hide_passwords
+from stages.runtime.times import flatten
+from stages.runtime.work_dir import revision
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from contradiff.config import read_params
+
+STUDY_VARIABLE = "CONTRADIFF_STUDY"
+AXES = {
+    "lambda": "loss.lambda",
+    "temperature": "loss.temperature",
+    "rank": "lora.rank",
+    "epochs": "pretrain.epochs",
+    "guidance": "generate.guidance",
+    "seed": "seed",
+}
+"""Metric in MLflow => parameter. MLflow keeps parameters as text, which no chart can plot."""
+SCORES = {
+    "probe.top1": "top-1 of h",
+    "transfer.top1.mean": "top-1 of transfer",
+    "score.fid": "FID",
+    "separability.denoising_error.contradiff": "denoising error",
+}
+"""Metric => title of its chart, in the saved view."""
+VIEW = "scores"
+"""Name of the saved view, which is part of its address (see `view_address`)."""
+
+
+def flatten_params(content: Mapping[str, Any]) -> dict[str, str]:
+    """Return parameters for MLflow: dotted keys and values as text, without section `runtime`."""
+    return {
+        key: hide_passwords(value if isinstance(value, str) else json.dumps(value))
+        for key, value in flatten({key: content[key] for key in content if key != "runtime"})
+    }
+
+
+def axes(params: Mapping[str, Any]) -> dict[str, float]:
+    """Return the parameters that charts plot scores against, as numbers."""
+    flat = dict(flatten(params))
+    return {name: float(flat[key]) for name, key in AXES.items() if key in flat}
+
+
+def labels(params: Mapping[str, Any]) -> dict[str, str]:
+    """Return the tags of a run: study, preset, what differs from the preset, and the commit."""
+    preset, changes = nearest_preset(flatten_params(params))
+    commit = os.environ.get("DVC_EXP_BASELINE_REV") or revision() or ""
+    tags = {"preset": preset, "changes": " ".join(f"{k}={v}" for k, v in changes.items())}
+    tags |= {"revision": commit, "mlflow.source.git.commit": commit.removesuffix("-dirty")}
+    if study := study_of(os.environ.get("DVC_EXP_NAME", "")):
+        tags["study"] = study
+    return tags
+
+
+def study_of(experiment: str) -> str | None:
+    """Return the study of a DVC experiment: the name of a file in studies/, if a hyphen follows it.
+
+    If the experiment's name begins with no study, the variable CONTRADIFF_STUDY decides.
+    """
+    names = sorted((path.stem for path in Path("studies").glob("*.yaml")), key=len, reverse=True)
+    found = (name for name in names if experiment.startswith(f"{name}-"))
+    return next(found, None) or os.environ.get(STUDY_VARIABLE) or None
+
+
+def nearest_preset(flat: Mapping[str, str]) -> tuple[str, dict[str, str]]:
+    """Return the preset with the fewest other values, and these values as they are in `flat`.
+
+    Parameters that `flat` does not have are not compared, because a training has only some.
+    """
+    found: list[tuple[str, dict[str, str]]] = []
+    for path in sorted(Path("presets").glob("*.yaml")):
+        preset = flatten_params(read_params(path))
+        found.append((path.stem, {k: v for k, v in flat.items() if preset.get(k) != v}))
+    return min(found, key=lambda pair: len(pair[1]), default=("", {}))
+
+
+def saved_view() -> str:
+    """Return what MLflow's page keeps of a view: columns, and charts of scores against λ.
+
+    The form is that of MLflow 3. It is an experiment's tag, as MLflow's button "Share" makes it.
+    """
+    tags = [f"tags.`{name}`" for name in ("study", "changes")]
+    metrics = [f"metrics.`{name}`" for name in ("lambda", "rank", "seed", *SCORES)]
+    kept = {"isGenerated": False, "deleted": False}
+    charts = [
+        {
+            "type": "SCATTER",
+            "uuid": name,
+            "metricSectionId": "scores",
+            **kept,
+            "displayName": f"{title} against λ",
+            "runsCountToCompare": 100,
+            "xaxis": {"key": "lambda", "type": "METRIC"},
+            "yaxis": {"key": name, "type": "METRIC"},
+        }
+        for name, title in SCORES.items()
+    ]
+    section = {"uuid": "scores", "name": "scores", "display": True, "isReordered": False}
+    return json.dumps(
+        {
+            "selectedColumns": [*tags, *metrics],
+            "compareRunCharts": charts,
+            "compareRunSections": [section | kept],
+            "runsHiddenMode": "SHOWALL",
+        }
+    )
+
+
+def view_address(experiment_id: str) -> str:
+    """Return the saved view's address, below the address of MLflow's pages."""
+    return f"#/experiments/{experiment_id}/runs?viewStateShareKey={VIEW}"
