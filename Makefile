@@ -14,7 +14,7 @@ export PATH := $(CURDIR)/.venv/bin:$(PATH)
 # Let Python write bytecode files, because large libraries then load faster.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help install settings repro test test-slow check audit smoke same format preset base ui lock clean
+.PHONY: help install settings repro test test-slow check audit smoke same format preset base ui experiments lock clean
 
 help:  ## list the targets (default)
 	@sed -n 's/^\([a-z-]*\):.*##  *\(.*\)/\1	\2/p' $(MAKEFILE_LIST) | \
@@ -113,6 +113,10 @@ base: $(STAMP)  ## retrain the tiny base model (hours on a CPU, minutes on a GPU
 
 ui: $(STAMP) settings  ## start MLflow's web pages on this machine (takes up to a minute)
 	MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false mlflow ui --host 127.0.0.1 --workers 1
+
+# DVC shows a column for each parameter and each dependency; this leaves those that differ.
+experiments: $(STAMP)  ## DVC's experiments: scores and changed parameters; ARGS='--md': as Markdown
+	@dvc exp show --only-changed --drop '(build|models|metrics|stages|contradiff)/' $(ARGS)
 
 lock: $(STAMP)  ## pin the dependencies in requirements.lock; ARGS=--upgrade: take the newest versions
 	uv pip compile pyproject.toml --extra pipeline --extra bench --group dev --universal --python-version 3.11 \

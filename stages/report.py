@@ -1,4 +1,7 @@
-"""report: write all results as a web page, as Markdown, and as a summary in JSON."""
+"""report: write all results as a web page, as Markdown, and as a summary in JSON.
+
+metrics/headline.json has the few numbers that `dvc exp show` and `dvc metrics diff` show.
+"""
 
 from stages.runtime.run import Run, execute
 
@@ -7,6 +10,7 @@ from pathlib import Path
 from contradiff.config import Section, Seed
 from contradiff.files import replace_dir, replace_file
 from contradiff.report.figures import plot_losses
+from contradiff.report.headline import headline
 from contradiff.report.page import render, summarise
 from contradiff.report.results import read_results
 
@@ -29,6 +33,7 @@ def main(params: Params, run: Run) -> None:
             (folder / name).write_bytes(content)
     with replace_file(Path("build/figures/loss.png")) as temporary:
         temporary.write_bytes(loss)
+    run.write_json(Path("metrics/headline.json"), headline(results))
     run.log(f"wrote {page}")
 
 

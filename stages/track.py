@@ -39,10 +39,17 @@ def main(_params: Params, run: Run) -> None:
 
 
 def metric_files(pipeline: Path) -> list[Path]:
-    """Return all files of metrics that the pipeline writes, even if one is missing."""
+    """Return all files of metrics that the pipeline writes, even if one is missing.
+
+    metrics/headline.json, which DVC shows, only repeats numbers of the others.
+    """
     stages: Iterable[dict[str, Any]] = read_params(pipeline)["stages"].values()
-    outs = (out for stage in stages for kind in ("outs", "metrics") for out in stage.get(kind, []))
-    names = {out if isinstance(out, str) else next(iter(out)) for out in outs}
+    names = {
+        next(iter(out))
+        for stage in stages
+        for out in stage.get("outs", [])
+        if isinstance(out, dict)
+    }
     return sorted(Path(name) for name in names if fnmatch(name, "metrics/*.json"))
 
 

@@ -137,6 +137,16 @@ def test_every_out_is_written_once_and_every_built_dependency_is_one():
     assert [dep for dep in built if not is_within(dep, {str(out) for out in every})] == []
 
 
+def test_dvc_shows_few_numbers_and_the_trained_model():
+    """`dvc exp show` has a column for each number in a metric, before all parameters."""
+    metrics = {
+        stage: paths(entry["metrics"]) for stage, entry in PIPELINE.items() if "metrics" in entry
+    }
+    assert metrics == {"report": ["metrics/headline.json"]}
+    [model] = read_params(ROOT / "dvc.yaml")["artifacts"].values()
+    assert (model["path"], model["type"]) == ("build/pretrain", "model")
+
+
 def test_no_out_outlives_its_parameters():
     """Persisted outs would survive changed parameters, and a training would then end at once."""
     assert "persist" not in (ROOT / "dvc.yaml").read_text(encoding="utf-8")

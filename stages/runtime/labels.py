@@ -29,8 +29,6 @@ SCORES = {
     "separability.denoising_error.contradiff": "denoising error",
 }
 """Metric => title of its chart, in the saved view."""
-VIEW = "scores"
-"""Name of the saved view, which is part of its address (see `view_address`)."""
 
 
 def flatten_params(content: Mapping[str, Any]) -> dict[str, str]:
@@ -80,20 +78,20 @@ def nearest_preset(flat: Mapping[str, str]) -> tuple[str, dict[str, str]]:
     return min(found, key=lambda pair: len(pair[1]), default=("", {}))
 
 
-def saved_view() -> str:
-    """Return what MLflow's page keeps of a view: columns, and charts of scores against λ.
+def saved_views() -> dict[str, str]:
+    """Return tags of an experiment in MLflow: views of its page, as the page's button "Share" does.
 
-    The form is that of MLflow 3. It is an experiment's tag, as MLflow's button "Share" makes it.
+    "scores" has charts of the scores against λ; "studies" groups the runs by study and seed.
     """
-    tags = [f"tags.`{name}`" for name in ("study", "changes")]
-    metrics = [f"metrics.`{name}`" for name in ("lambda", "rank", "seed", *SCORES)]
-    kept = {"isGenerated": False, "deleted": False}
+    shown = [f"metrics.`{name}`" for name in ("lambda", "rank", "seed", *SCORES)]
+    shown += [f"tags.`{name}`" for name in ("study", "changes")]
+    made = {"isGenerated": False, "deleted": False}
     charts = [
         {
             "type": "SCATTER",
             "uuid": name,
             "metricSectionId": "scores",
-            **kept,
+            **made,
             "displayName": f"{title} against λ",
             "runsCountToCompare": 100,
             "xaxis": {"key": "lambda", "type": "METRIC"},
@@ -101,17 +99,17 @@ def saved_view() -> str:
         }
         for name, title in SCORES.items()
     ]
-    section = {"uuid": "scores", "name": "scores", "display": True, "isReordered": False}
-    return json.dumps(
-        {
-            "selectedColumns": [*tags, *metrics],
-            "compareRunCharts": charts,
-            "compareRunSections": [section | kept],
-            "runsHiddenMode": "SHOWALL",
-        }
-    )
+    section = {"uuid": "scores", "name": "scores", "display": True, "isReordered": False, **made}
+    view = {"selectedColumns": shown, "compareRunCharts": charts, "compareRunSections": [section]}
+    # MLflow puts its own sections of charts behind ours only if sections are "reordered".
+    view |= {"runsHiddenMode": "SHOWALL", "isAccordionReordered": True}
+    keys = [{"mode": "tag", "groupByData": "study"}, {"mode": "param", "groupByData": "seed"}]
+    grouped = view | {"groupBy": {"aggregateFunction": "average", "groupByKeys": keys}}
+    prefix = "mlflow.sharedViewState."
+    return {f"{prefix}scores": json.dumps(view), f"{prefix}studies": json.dumps(grouped)}
 
 
 def view_address(experiment_id: str) -> str:
-    """Return the saved view's address, below the address of MLflow's pages."""
-    return f"#/experiments/{experiment_id}/runs?viewStateShareKey={VIEW}"
+    """Return the address of the saved view "scores", below the address of MLflow's pages."""
+    query = "viewStateShareKey=scores&workflowType=machine_learning"
+    return f"#/experiments/{experiment_id}/runs?{query}"

@@ -3,7 +3,7 @@
 An experiment's run is called its row. A row is complete even if DVC took all stages from its cache.
 """
 
-from stages.runtime.labels import AXES, VIEW, axes, flatten_params, labels, saved_view, view_address
+from stages.runtime.labels import AXES, axes, flatten_params, labels, saved_views, view_address
 from stages.runtime.moved import mend_store
 from stages.runtime.passwords import hide_passwords
 from stages.runtime.run import Run
@@ -131,11 +131,17 @@ class Store:
         where = f"source_run_id = '{run_id}'"
         return [model.model_id for model in self.client.search_logged_models([place], where)]
 
-    def delete_row(self, run_id: str) -> None:
-        """Delete a run and its logged models."""
-        for model in self.models_of(run_id):
-            self.client.delete_logged_model(model)
-        self.client.delete_run(run_id)
+    def finished_row(self, experiment_id: str, key: str) -> str | None:
+        """Return the run with the tag `key`; delete those that a killed process left unfinished."""
+        row = None
+        for found in self.client.search_runs([experiment_id], f"tags.`contradiff.key` = '{key}'"):
+            if found.info.status == "FINISHED":
+                row = found.info.run_id
+                continue
+            for model in self.models_of(found.info.run_id):
+                self.client.delete_logged_model(model)
+            self.client.delete_run(found.info.run_id)
+        return row
 
     def end_killed(self, experiment: str, place: str) -> None:
         """End the runs that killed processes left "running" with the tag `place`.
@@ -353,7 +359,7 @@ def upsert_row(
     """
     store = connect(run.root)
     client = store.client
-    points = [*_points(metrics, curve), *_costs(store.root, params)]
+    points = [*_points(metrics, curve), *_costs(run, params)]
     hashes = {str(path): sha256_of(path) for path in (*metrics, CHECKPOINT)}
     content = {"params": flatten_params(params), "files": hashes}
     key = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:32]
@@ -362,13 +368,8 @@ def upsert_row(
         check_free_space(store.root, sum(file.stat().st_size for file in files))
     try:
         with store.locked():
-            run_id = None
-            places = [store.experiment_id(EXPERIMENTS)]
-            for found in client.search_runs(places, f"tags.`contradiff.key` = '{key}'"):
-                if found.info.status == "FINISHED":
-                    run_id = found.info.run_id
-                else:
-                    store.delete_row(found.info.run_id)
+            place = store.experiment_id(EXPERIMENTS)
+            run_id = store.finished_row(place, key)
             if run_id is None:
                 tags = {"contradiff.key": key}
                 run_id = store.create_run(EXPERIMENTS, run=run, params=params, **tags)
@@ -389,12 +390,13 @@ def upsert_row(
                 elif path.is_file():
                     client.log_artifact(run_id, str(path))
             client.set_terminated(run_id)
-            client.set_experiment_tag(places[0], f"mlflow.sharedViewState.{VIEW}", saved_view())
+            for name, view in saved_views().items():
+                client.set_experiment_tag(place, name, view)
     except Exception as error:  # each kind of store raises its own exceptions
         fault = f"the results could not be recorded: {error}"
         raise ValueError(hide_passwords(f"MLflow's store {store.shown}: {fault}")) from error
     pages = store.shown.rstrip("/") if store.is_server else "http://127.0.0.1:5000"
-    shown = f"{pages}/{view_address(places[0])}"
+    shown = f"{pages}/{view_address(place)}"
     run.log(f"recorded in MLflow as run {run_id}; all runs are at {shown} (start it: make ui)")
     return run_id
 
@@ -414,10 +416,10 @@ def _points(metrics: list[Path], curve: Path) -> Iterator[Point]:
                     yield f"pretrain.{name}", value, int(float(step))
 
 
-def _costs(root: Path, params: dict[str, Any]) -> Iterator[Point]:
-    """Yield the time and memory of each stage, as far as they are known."""
-    for stage, record in read_costs(root, params).items():
-        for name in COSTS & record.keys():
+def _costs(run: Run, params: dict[str, Any]) -> Iterator[Point]:
+    """Yield the time and memory of each stage before this one, as far as they are known."""
+    for stage, record in read_costs(run.root, params).items():
+        for name in COSTS & record.keys() if stage != run.stage else ():
             yield f"{name}/{stage}", float(record[name]), 0
 
 

@@ -119,6 +119,7 @@ def fill_and_time(folder: Path) -> None:
         "contradiff study": lambda: call(
             folder, sys.executable, "-c", STUDY_COMMAND, "study", "seeds", "--dry-run"
         ),
+        "make experiments": lambda: call(folder, "make", "experiments"),
     }
     print(f"seconds with {NUM_EXPERIMENTS} experiments:")
     for name, work in measure.items():
@@ -139,7 +140,7 @@ def fill_mlflow(folder: Path) -> Callable[[], object]:
     def record() -> None:
         params["seed"] += 1
         metrics = sorted(Path("metrics").glob("*.json"))
-        upsert_row(run, params=params, metrics=metrics, curve=curve, artifacts=[])
+        upsert_row(run, params=params, metrics=metrics, curve=curve, artifacts=[], export=None)
 
     seconds = [seconds_of(record) for _ in range(NUM_EXPERIMENTS)]
     print(f"{seconds[1]:8.2f}  seconds for the second row in MLflow")

@@ -233,6 +233,10 @@ def test_stage_writes_its_outs(root: Path, monkeypatch: pytest.MonkeyPatch):
     report.main(report.Params(seed=3), Run(stage="report", root=root, runtime=runtime))
     for link in re.findall(r"\]\((.*?)\)", (root / "build/report/report.md").read_text("utf-8")):
         assert (root / "build/report" / link).is_file()
+    numbers = json.loads((root / "metrics/headline.json").read_text("utf-8"))
+    assert numbers["top1"] == read_results(root, seed=3).probe.top1
+    names = ["error", "fid", "kid", "precision", "recall", "top1", "transfer"]
+    assert sorted(numbers) == names  # `dvc exp show` has a column for each
     summary = json.loads((root / "build/report/summary.json").read_text("utf-8"))
     assert (root / summary["report"]).is_file()
     assert ["λ", "0.1 — Weight of the contrastive loss"] in summary["rows"]
