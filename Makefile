@@ -57,9 +57,9 @@ $(STAMP): requirements.lock pyproject.toml
 # MLflow's store has full paths, too; if the folder was moved, they are mended.
 settings: $(STAMP)
 	@set -eu; \
-	case "$$(sed -n 's/^ *url = //p' .dvc/config.local 2>/dev/null)" in \
+	case "$$(sed -n 's/^ *url = //p' .dvc/config.local .dvc/config 2>/dev/null | head -n 1)" in \
 	    "$(CURDIR)/artifacts") ;; \
-	    ''|*/artifacts) dvc remote modify --local store url "$(CURDIR)/artifacts" ;; \
+	    ../artifacts|/*/artifacts) dvc remote modify --local store url "$(CURDIR)/artifacts" ;; \
 	esac; \
 	if [ -f mlflow.db ]; then python -m stages.runtime.moved; fi; \
 	if [ -e .git ] && ! { git config user.name && git config user.email; } >/dev/null; then \

@@ -61,6 +61,10 @@ def test_make_install_says_what_git_needs_and_gives_dvc_the_full_path(project: P
     local.write_text(f"{SECTION}s3://bucket/mine\n")
     assert call("make", "install") == ""
     assert local.read_text() == f"{SECTION}s3://bucket/mine\n"
+    local.unlink()
+    call("dvc", "remote", "add", "--force", "store", "s3://bucket/artifacts")
+    assert call("make", "install") == ""
+    assert not local.exists()
 
 
 @pytest.mark.slow
