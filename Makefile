@@ -14,7 +14,8 @@ export PATH := $(CURDIR)/.venv/bin:$(PATH)
 # Let Python write bytecode files, because large libraries then load faster.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help install settings repro test test-slow check audit smoke same format preset base ui experiments lock clean
+.PHONY: help install settings repro test test-slow check audit smoke same format preset base ui \
+    experiments docs dist lock clean
 
 help:  ## list the targets (default)
 	@sed -n 's/^\([a-z-]*\):.*##  *\(.*\)/\1	\2/p' $(MAKEFILE_LIST) | \
@@ -118,11 +119,18 @@ ui: $(STAMP) settings  ## start MLflow's web pages on this machine (takes up to 
 experiments: $(STAMP)  ## DVC's experiments: scores and changed parameters; ARGS='--md': as Markdown
 	@dvc exp show --only-changed --drop '(build|models|metrics|stages|contradiff)/' $(ARGS)
 
+docs: $(STAMP)  ## build the documentation in site/; a broken link is an error
+	NO_MKDOCS_2_WARNING=1 mkdocs build --strict
+
+dist: $(STAMP)  ## build the wheel and the source archive in dist/
+	rm -rf dist
+	uv build --no-build-isolation --python .venv/bin/python
+
 lock: $(STAMP)  ## pin the dependencies in requirements.lock; ARGS=--upgrade: take the newest versions
-	uv pip compile pyproject.toml --extra pipeline --extra bench --group dev --universal --python-version 3.11 \
+	uv pip compile pyproject.toml --extra pipeline --extra bench --group dev --group docs --universal --python-version 3.11 \
 	    --generate-hashes --no-annotate --no-header \
 	    -o requirements.lock -q $(ARGS)
 
 clean:  ## remove build/, checkpoints and caches (`dvc checkout` restores build/)
-	rm -rf build .work .pytest_cache .ruff_cache .hypothesis .import_linter_cache .grimp_cache *.egg-info
+	rm -rf build dist site .work .pytest_cache .ruff_cache .hypothesis .import_linter_cache .grimp_cache *.egg-info
 	find . -path ./.venv -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -13,7 +13,9 @@ if TYPE_CHECKING:
     from contradiff.pretrained.project import export
     from contradiff.pretrained.transformer import ContraDiffFeatures
 
-__all__ = ["ContraDiff", "ContraDiffFeatures", "ContraDiffPipeline", "export"]
+    __version__: str
+
+__all__ = ["ContraDiff", "ContraDiffFeatures", "ContraDiffPipeline", "__version__", "export"]
 
 _MODULES = {
     "ContraDiff": "model",
@@ -24,6 +26,10 @@ _MODULES = {
 
 
 def __getattr__(name: str) -> Any:
+    if name == "__version__":  # pyproject.toml has it
+        from importlib.metadata import version
+
+        return version("contradiff")
     if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(f"{__name__}.pretrained.{_MODULES[name]}"), name)

@@ -87,9 +87,9 @@ app = typer.Typer(
 
 def _version(value: bool | None) -> None:
     if value:
-        from importlib.metadata import version
+        import contradiff
 
-        typer.echo(version("contradiff"))
+        typer.echo(contradiff.__version__)
         raise typer.Exit
 
 
@@ -120,7 +120,8 @@ def _end(num_skipped: int) -> None:
 @app.command(
     epilog=_examples(
         "embed photos",
-        "embed photos -o photos.npy   (and photos.csv with the names)",
+        "embed photos -o photos.npy       (and photos.csv with names and labels)",
+        "embed photos -o photos.parquet   (one file; needs pyarrow)",
         "embed photos --model user/name --device cuda --batch-size 64",
     )
 )
@@ -136,7 +137,7 @@ def embed(
             callback=one_of(".parquet", ".npy"),
             help="A file whose name ends in .parquet or .npy.",
         ),
-    ] = Path("features.parquet"),
+    ] = Path("features.npy"),
     model: Model = None,
     revision: Revision = None,
     base: Base = None,

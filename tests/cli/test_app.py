@@ -53,11 +53,11 @@ def test_embed_writes_the_features(call: Call, model: ContraDiff, photos: Path):
     np.testing.assert_allclose(np.load("out.npy"), expected, atol=2e-3)
     rows = list(csv.DictReader(Path("out.csv").read_text().splitlines()))
     assert rows == [{"name": name, "label": name[0]} for name in ORDER]
-    call("embed", photos, "MODEL")
+    call("embed", photos, "MODEL", "-o", "features.parquet")
     table = parquet.read_table("features.parquet").to_pydict()
     assert (table["name"], table["label"]) == (ORDER, [name[0] for name in ORDER])
     np.testing.assert_allclose(table["feature"], expected, atol=2e-3)
-    call("embed", photos / "c", "MODEL")
+    call("embed", photos / "c", "MODEL", "-o", "features.parquet")
     assert parquet.read_table("features.parquet").column_names == ["name", "feature"]
     assert files_here() == ["features.parquet", "out.csv", "out.npy"]
 

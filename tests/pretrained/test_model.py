@@ -175,24 +175,3 @@ def test_importing_contradiff_loads_nothing_heavy():
     code = "import sys, contradiff; print(*({'torch', 'diffusers', 'numpy'} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
     assert done.stdout.split() == []
-
-
-BASE_INSTALL = """
-import sys
-for name in "cleanfid dvc mlflow pyarrow timm torch_fidelity webdataset".split():
-    sys.modules[name] = None  # as if it were not installed
-from contradiff import ContraDiff, ContraDiffFeatures, ContraDiffPipeline, export
-export(sys.argv[2], root=sys.argv[1])
-model = ContraDiff.from_pretrained(sys.argv[2], base=sys.argv[1] + "/build/base", device="cpu")
-[found] = model.classify(sys.argv[3])
-print(model.features(sys.argv[3]).shape, found.name, len(model.generate(1)))
-"""
-
-
-@pytest.mark.slow
-def test_what_only_the_pipeline_needs_need_not_be_installed(
-    project: Path, tmp_path: Path, files: list[Path]
-):
-    command = [sys.executable, "-c", BASE_INSTALL, project, tmp_path / "export", files[0]]
-    done = subprocess.run(command, check=True, capture_output=True, text=True)
-    assert done.stdout.split() == ["torch.Size([1,", "16])", str(files[0]), "1"]
