@@ -183,7 +183,8 @@ class ContraDiff:
         Raises ValueError if the model has no probe, or if an image cannot be read.
         """
         if self.config.probe is None:
-            raise ValueError("this model has no probe; use `features`")
+            why = "it was trained on images without labels"
+            raise ValueError(f"this model has no probe, because {why}; use `features`")
         probe, classes = self._more[self.config.probe], self.class_names
         is_attentive = "attention" in self.config.parts[self.config.probe]
         model = replace(self._features, keep_maps=is_attentive)

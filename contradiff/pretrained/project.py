@@ -63,9 +63,11 @@ def read_project(root: Path) -> Parts:
         sizes = {"num_classes": table.num_classes, "width": table.width}
         parts["class_table"] = sizes | {"cross_attention_dim": width}
         more["class_table"] = load_class_table(build / "class_condition", checkpoint=pretrain)
-    probe = _read_probe_facts(root, params)
+    class_names = _class_names(build / "shards")
+    # Images without labels are of one class, and no probe was trained. metrics/ is of other images.
+    probe = _read_probe_facts(root, params) if len(class_names) > 1 else None
     for protocol, file in (("logistic", "logistic.safetensors"), ("sgd", "head.safetensors")):
-        if (path := build / "probe" / file).is_file():
+        if probe and (path := build / "probe" / file).is_file():
             digest, name = probe["sha256"].get(file, "nothing"), f"probe_{protocol}"
             state = load_tensors(path, sha256=digest, remedy="run `dvc repro probe`")
             is_attentive = protocol == "sgd" and probe["head"] == "attentive"
@@ -83,12 +85,12 @@ def read_project(root: Path) -> Parts:
         latents_dtype=params.latents.dtype,
         features=params.features.model_copy(update={"more_triples": [], "more_blocks": []}),
         generate=params.generate,
-        class_names=_class_names(build / "shards"),
-        probe=f"probe_{probe['headline']}",
+        class_names=class_names,
+        probe=f"probe_{probe['headline']}" if probe else None,
         class_lora=table.lora,
         parts=parts,
         scores=_read_json(build / "report/summary.json").get("rows", []),
-        metrics=_read_json(root / "metrics/probe.json") | _read_json(root / "metrics/score.json"),
+        metrics=_metrics(root / "metrics") if probe else {},
         training=trained.model_dump(include={"num_steps", "parameters", "params"}),
         **{name: getattr(params, name) for name in Architecture.model_fields},
     )
@@ -123,6 +125,10 @@ def _class_names(shards: Path) -> list[str]:
         raise ValueError(f"{path}: the names of the classes are missing; {remedy}")
     facts = read_json(path, remedy="run `dvc repro shard`")["facts"]
     return list(facts.get("class_names", facts["class_ids"]))
+
+
+def _metrics(folder: Path) -> dict[str, Any]:
+    return _read_json(folder / "probe.json") | _read_json(folder / "score.json")
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -9,11 +9,13 @@ from typing import Any
 import pytest
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from PIL import Image
 from safetensors import safe_open
 from torch import nn
 
 from contradiff import export
 from contradiff.base.config import SHIPPED_CONFIGS
+from contradiff.data.shards import INDEX_NAME
 from contradiff.method.lora import LoraParams, add_lora
 from contradiff.method.unet import SplitUNet
 from contradiff.pretrained.folder import LORA_NAME, Parts, load_part, read_folder, write_lora
@@ -151,6 +153,23 @@ def test_results_of_other_parameters_are_not_exported(
     with pytest.raises(ValueError, match=message):
         export(tmp_path / "new", root=copy)
     assert not (tmp_path / "new").exists()
+
+
+def test_images_without_labels_give_a_model_without_a_probe(project: Path, tmp_path: Path):
+    copy = copy_project(project, tmp_path / "project")
+    shutil.rmtree(copy / "build/probe")
+    index = json.loads((copy / "build/shards" / INDEX_NAME).read_text())
+    index["facts"]["class_ids"] = ["all"]
+    (copy / "build/shards").unlink()
+    (copy / "build/shards").mkdir()
+    (copy / "build/shards" / INDEX_NAME).write_text(json.dumps(index))
+    export(tmp_path / "new", root=copy)
+    assert ".classify(" not in (tmp_path / "new/README.md").read_text()
+    model = ContraDiff.from_pretrained(tmp_path / "new", base=project / "build/base", device="cpu")
+    image = Image.new("RGB", (40, 40))
+    assert model.features(image).shape == (1, model.width)
+    with pytest.raises(ValueError, match="no probe, because it was trained on images without"):
+        model.classify(image)
 
 
 @pytest.fixture(scope="module")
