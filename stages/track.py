@@ -1,21 +1,28 @@
-"""track: record the experiment as one run in MLflow, and print its results.
+"""track: record the experiment as one run in MLflow, print its results, and write its run's page.
 
 The stage runs at the end of every `dvc repro`, even if DVC took all other stages from its cache.
 """
 
+from stages.runtime.origin import code_of_run, command_of, describe_machine
 from stages.runtime.run import PARAMS_FILE, Run, execute
+from stages.runtime.times import flatten, read_costs
 from stages.runtime.tracking import upsert_row
 from stages.runtime.work_dir import delete_finished
 
 import textwrap
-from collections.abc import Iterable
+import time
+from collections.abc import Iterable, Mapping
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
 from contradiff.config import Section, read_params
-from contradiff.files import explain_damage, read_json
+from contradiff.files import explain_damage, read_json, replace_file
 from contradiff.pretrained.project import export
+from contradiff.report.results import read_results
+from contradiff.report.run_page import render_run
+
+RUN_PAGE, STUDIES = Path("build/run/index.html"), Path("studies/results")
 
 
 class Params(Section):
@@ -25,6 +32,7 @@ class Params(Section):
 def main(_params: Params, run: Run) -> None:
     params = read_params(PARAMS_FILE)
     print(table(Path("build/report/summary.json")))
+    write_run_page(run, params)
     # Other models than the trained one are no results of this experiment.
     is_trained = params["features"]["model"] == "contradiff"
     upsert_row(
@@ -32,10 +40,45 @@ def main(_params: Params, run: Run) -> None:
         params=params,
         metrics=metric_files(Path("dvc.yaml")),
         curve=Path("metrics/pretrain.csv"),
-        artifacts=[Path("build/figures/samples.png"), Path("build/report")],
+        artifacts=[Path("build/figures/samples.png"), Path("build/report"), RUN_PAGE.parent],
         export=export if is_trained else None,
     )
     delete_finished(run.root)  # DVC has recorded all results by now
+
+
+def write_run_page(run: Run, params: Mapping[str, Any]) -> None:
+    """Write the page with the costs, the command and the machine of the run."""
+    page = render_run(
+        read_results(Path(), seed=params["seed"]),
+        command=command_of(params),
+        origin=code_of_run(),
+        costs=read_costs(run.root, params),
+        others=other_weights(params),
+        machine=describe_machine(),
+        now=time.time(),
+    )
+    RUN_PAGE.parent.mkdir(parents=True, exist_ok=True)
+    with replace_file(RUN_PAGE) as temporary:
+        temporary.write_text(page, encoding="utf-8")
+    run.log(f"wrote {RUN_PAGE}")
+
+
+def other_weights(params: Mapping[str, Any]) -> list[tuple[float, str, dict[str, Any]]]:
+    """Find runs in studies/results that differ from `params` in loss.lambda alone.
+
+    Return the λ, the commit and the scores of each run.
+    """
+    flat = {key: value for key, value in flatten(params) if not key.startswith("runtime.")}
+    found: list[tuple[float, str, dict[str, Any]]] = []
+    for path in sorted(STUDIES.glob("*.json")):
+        remedy = f"`git checkout {path}` restores it"
+        store = read_json(path, remedy=remedy)
+        with explain_damage(path, remedy=remedy):
+            for record in store["records"]:
+                own = store["params"][record["base"]] | record["changes"] | {"seed": record["seed"]}
+                if {**own, "loss.lambda": None} == {**flat, "loss.lambda": None}:
+                    found.append((own["loss.lambda"], record["revision"][:7], record["metrics"]))
+    return found
 
 
 def metric_files(pipeline: Path) -> list[Path]:

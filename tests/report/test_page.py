@@ -66,6 +66,7 @@ class PageParser(HTMLParser):
     def __init__(self, page: str) -> None:
         super().__init__()
         self.urls: list[str] = []
+        self.links: list[str] = []
         self.unclosed: list[str] = []
         self.text = ""
         self.feed(page)
@@ -73,7 +74,8 @@ class PageParser(HTMLParser):
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         if tag not in {"meta", "img", "source"}:
             self.unclosed.append(tag)
-        self.urls += [value or "" for name, value in attrs if name in {"src", "srcset", "href"}]
+        self.urls += [value or "" for name, value in attrs if name in {"src", "srcset"}]
+        self.links += [value or "" for name, value in attrs if name == "href"]
 
     def handle_endtag(self, tag: str) -> None:
         assert self.unclosed.pop() == tag
@@ -198,6 +200,7 @@ def test_page_is_one_file_that_loads_nothing(root: Path):
     assert not re.search(r"<(script|link|iframe)|https?://|@import|url\(", page)
     kinds, pngs = zip(*(url.split(",") for url in parsed.urls), strict=True)
     assert set(kinds) == {"data:image/png;base64"}
+    assert parsed.links == ["../run/index.html"]
     assert [base64.b64decode(png) for png in pngs] == [SAMPLES, LOSS_DARK, LOSS, TSNE_DARK, TSNE]
 
 
