@@ -22,13 +22,11 @@ AXES = {
     "seed": "seed",
 }
 """Metric in MLflow => parameter. MLflow keeps parameters as text, which no chart can plot."""
-SCORES = {
-    "probe.top1": "top-1 of h",
-    "transfer.top1.mean": "top-1 of transfer",
-    "score.fid": "FID",
-    "separability.denoising_error.contradiff": "denoising error",
-}
-"""Metric => title of its chart, in the saved view."""
+SCORES = (
+    *("probe.top1", "transfer.top1.mean", "score.fid"),
+    "separability.denoising_error.contradiff",
+)
+"""Metrics in the saved views: columns of the table, and charts."""
 
 
 def flatten_params(content: Mapping[str, Any]) -> dict[str, str]:
@@ -92,12 +90,11 @@ def saved_views() -> dict[str, str]:
             "uuid": name,
             "metricSectionId": "scores",
             **made,
-            "displayName": f"{title} against λ",
             "runsCountToCompare": 100,
             "xaxis": {"key": "lambda", "type": "METRIC"},
             "yaxis": {"key": name, "type": "METRIC"},
         }
-        for name, title in SCORES.items()
+        for name in SCORES
     ]
     section = {"uuid": "scores", "name": "scores", "display": True, "isReordered": False, **made}
     view = {"selectedColumns": shown, "compareRunCharts": charts, "compareRunSections": [section]}
