@@ -266,7 +266,7 @@ def block_means(model: DiffusionFeatures, batch: CleanBatch, timestep: int) -> d
         alphas = model.model.schedule.alphas_cumprod
         with autocast(model.device, model.params.precision):
             noisy = add_noise(latents, noise.to(model.device), at, alphas)
-            model.model.noise_pred(noisy, at, model.tokens(batch))
+            model.model.predict(noisy, at, model.tokens(batch))
     finally:
         for hook in hooks:
             hook.remove()

@@ -245,8 +245,8 @@ def time_sampling(
         if wrap is not None:
             cache = "contradiff.generation.sampling.cache_keys_and_values"
             stack.enter_context(mock.patch(cache, return_value=nullcontext()))
-            call = wrap(model.noise_pred)
-            stack.enter_context(mock.patch.object(model, "noise_pred", call))
+            call = wrap(model.predict)
+            stack.enter_context(mock.patch.object(model, "predict", call))
         setting.rig.measure(
             f"{label}, batch {num_images}{'' if null is None else ' guided'}",
             ours if peer is None else theirs,

@@ -218,10 +218,12 @@ def timesteps_are_in_the_schedule(params: AllParams, timesteps: Timesteps) -> It
     if num_steps > most or timesteps.of_ddim(num_steps)[-1] >= most:
         yield f"{key} is too many for the base's schedule of {most} timesteps; lower it"
     elif params.generate.solver == "ddim" and not timesteps.are_even(num_steps):
-        usable = filter(timesteps.are_even, range(1, most + 1))
+        near = range(max(1, num_steps // 2), min(2 * num_steps, most) + 1)
+        usable = filter(timesteps.are_even, near)
         nearest = min(usable, key=lambda number: abs(number - num_steps), default=None)
         remedy = "" if nearest is None else f"set it to {nearest}, or "
         yield (
-            f"{key} steps of DDIM do not divide the base's {most} timesteps evenly, so sampling "
-            f"would begin at another noise level; {remedy}set generate.solver to dpmsolver++"
+            f"{key} steps of DDIM do not divide the base's {most} timesteps evenly (its "
+            f'timestep_spacing is "{timesteps.spacing}"), so sampling would begin or go on at '
+            f"other noise levels than the UNet is told; {remedy}set generate.solver to dpmsolver++"
         )

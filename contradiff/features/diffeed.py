@@ -38,7 +38,7 @@ def feedback_maps(
     ]
     try:
         first = split.down(noisy_latents, timesteps, tokens, blocks=["up.1"])
-        split.noise_pred(first)
+        split.predict(first)
         for block, maps in zip(unet.down_blocks, decoded[::-1], strict=True):
             feed = partial(_blended, maps)
             handles.append(_last_layer(block).register_forward_hook(feed))

@@ -6,6 +6,7 @@ import torch
 
 from contradiff.method.attention import LevelMaps
 from contradiff.method.model import ContraDiffModel
+from contradiff.method.noise import clean_and_noise
 from contradiff.method.unet import MapBlock
 from contradiff.types import Latents, Maps, Tokens
 
@@ -25,8 +26,9 @@ def inverted_maps(
 
     The inversion goes up the base's 20-step grid t_0 < t_1 < ... (Stable Diffusion: 1, 51, ...,
     951). The clean latent is used as z_{t_0}, unscaled. At each t_k the UNet runs once, on z_{t_k}.
-    This pass gives the maps of t_k and the predicted noise e. From e follows the next latent
-    (Eq. 12 of Song et al., 2021, in reverse). a and a' are the alpha-bars of t_k and t_{k+1}:
+    This pass gives the maps of t_k and the predicted noise e (which follows from v, if the base
+    predicts v). From e follows the next latent (Eq. 12 of Song et al., 2021, in reverse). a and a'
+    are the alpha-bars of t_k and t_{k+1}:
 
         z_{t_{k+1}} = sqrt(a') (z_{t_k} - sqrt(1 - a) e) / sqrt(a) + sqrt(1 - a') e
 
@@ -51,8 +53,9 @@ def inverted_maps(
         for block in read:
             maps[block].append(unet.maps(state, block))
         if above is not None:
-            noise_pred = unet.noise_pred(state)
             a, a_above = alphas[timestep], alphas[above]
-            clean_pred = (latents - (1 - a).sqrt() * noise_pred) / a.sqrt()
+            clean_pred, noise_pred = clean_and_noise(
+                unet.predict(state), latents, a, prediction_type=model.schedule.prediction_type
+            )
             latents = a_above.sqrt() * clean_pred + (1 - a_above).sqrt() * noise_pred
     return {block: torch.stack(found[::-1], dim=1) for block, found in maps.items()}

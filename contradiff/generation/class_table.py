@@ -18,7 +18,7 @@ from contradiff.files import explain_damage, load_tensors, sha256_of
 from contradiff.method.checkpoint import CONFIG_NAME, WEIGHTS_NAME, write_weights
 from contradiff.method.lora import cast_frozen_weights, disable_lora, merge_lora
 from contradiff.method.model import ContraDiffModel
-from contradiff.method.noise import add_noise
+from contradiff.method.noise import add_noise, prediction_target
 from contradiff.training.batch import ViewChooser
 from contradiff.training.loop import OnStep, train
 from contradiff.training.optim import build_adamw, cosine_with_warmup
@@ -164,13 +164,14 @@ def train_class_table(
         num_timesteps = model.schedule.num_train_timesteps
         timesteps = torch.randint(num_timesteps, (batch_size,), generator=generator, device=device)
         noisy = add_noise(latents, noise, timesteps, model.schedule.alphas_cumprod)
+        target = prediction_target(latents, noise, timesteps, model.schedule)
 
         loss = torch.zeros((), device=device)
-        microbatches = (each.split(MICROBATCH_SIZE) for each in (noisy, noise, timesteps, labels))
-        for some_noisy, some_noise, some_timesteps, some_labels in zip(*microbatches, strict=True):
+        microbatches = (each.split(MICROBATCH_SIZE) for each in (noisy, target, timesteps, labels))
+        for some_noisy, some_target, some_timesteps, some_labels in zip(*microbatches, strict=True):
             with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
-                noise_pred = model.noise_pred(some_noisy, some_timesteps, table(some_labels))
-            part = F.mse_loss(noise_pred.float(), some_noise) * (len(some_labels) / batch_size)
+                prediction = model.predict(some_noisy, some_timesteps, table(some_labels))
+            part = F.mse_loss(prediction.float(), some_target) * (len(some_labels) / batch_size)
             part.backward()
             loss += part.detach()
         return {"loss": loss}

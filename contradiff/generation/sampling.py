@@ -71,7 +71,8 @@ def denoise(
 
     With `null_tokens`, the predicted noise is eps_null + guidance * (eps_cond - eps_null), which is
     classifier-free guidance (Ho and Salimans, 2022). Outside `guidance_interval`, which is given in
-    fractions of the schedule (Kynkäänniemi et al., 2024), it is eps_cond and takes half the time.
+    fractions of the schedule (Kynkäänniemi et al., 2024), it is eps_cond and takes half the time. A
+    base that predicts v is guided in v, which is the same: z_t and v give eps by a linear map.
     The UNet runs in `precision`, and the solver runs in float32. `first` is the number of the first
     sample, for messages. After each step, `on_step` gets the step's number and timestep and the
     latents, and returns the latents to go on with. Raises ValueError if a sample becomes NaN or
@@ -89,17 +90,17 @@ def denoise(
             inputs = scheduler.scale_model_input(latents, timestep)
             steps = torch.full((len(inputs),), int(timestep), device=inputs.device)
             if both is None or not low <= timestep <= high:
-                noise_pred = model.noise_pred(inputs, steps, tokens).float()
+                prediction = model.predict(inputs, steps, tokens).float()
             else:
                 twice = inputs.repeat(2, 1, 1, 1), steps.repeat(2)
-                conditional, null = model.noise_pred(*twice, both).float().chunk(2)
-                noise_pred = null + guidance * (conditional - null)
-            latents = scheduler.step(noise_pred, timestep, latents).prev_sample
-            both_results = torch.stack([noise_pred, latents])
+                conditional, null = model.predict(*twice, both).float().chunk(2)
+                prediction = null + guidance * (conditional - null)
+            latents = scheduler.step(prediction, timestep, latents).prev_sample
+            both_results = torch.stack([prediction, latents])
             is_finite.append(both_results.isfinite().flatten(2).all(2))
             latents = on_step(number, timestep, latents)
     faults = torch.stack(is_finite).logical_not().nonzero().tolist()
-    if faults:  # sorted by step; at the same step, the predicted noise comes before the latents
+    if faults:  # sorted by step; at the same step, the prediction comes before the latents
         step, by_solver, position = faults[0]
         timestep = int(scheduler.timesteps[step])
         raise ValueError(

@@ -17,6 +17,7 @@ from jaxtyping import Float, Int
 from pydantic import Field
 from torch import Tensor
 
+from contradiff.base.config import PredictionType
 from contradiff.config import Section
 from contradiff.method.noise import PerTimestep
 from contradiff.types import Latents
@@ -42,24 +43,32 @@ class LossParams(Section):
         ge=1, le=6, description="how many of an image's six noisy latents are denoised (Eq. 3)"
     )
     min_snr_gamma: float = Field(
-        ge=0, description="gamma of the weights min(SNR, gamma) / SNR of Eq. 3; 0: none (paper)"
+        ge=0,
+        description="gamma of the weights in Eq. 3, see `min_snr_weights`; 0: none (paper)",
     )
 
 
 def reconstruction_loss(
-    noise_pred: Latents, noise: Latents, *, weights: Float[Tensor, " batch"] | None
+    prediction: Latents, target: Latents, *, weights: Float[Tensor, " batch"] | None
 ) -> Loss:
-    """Compute Eq. 3: the mean squared error of the predicted noise, with optional weights."""
+    """Compute Eq. 3: the mean squared error of the predicted noise or v, with optional weights."""
     if weights is None:
-        return F.mse_loss(noise_pred.float(), noise.float())
-    error = F.mse_loss(noise_pred.float(), noise.float(), reduction="none")
+        return F.mse_loss(prediction.float(), target.float())
+    error = F.mse_loss(prediction.float(), target.float(), reduction="none")
     return (weights * error.mean(dim=(1, 2, 3))).mean()
 
 
-def min_snr_weights(alphas_cumprod: PerTimestep, *, gamma: float) -> PerTimestep:
-    """Compute the weights min(SNR, gamma) / SNR of all timesteps (Hang et al., 2023)."""
+def min_snr_weights(
+    alphas_cumprod: PerTimestep, *, gamma: float, prediction_type: PredictionType
+) -> PerTimestep:
+    """Compute the weights min(SNR, gamma) / SNR of all timesteps (Hang et al., 2023).
+
+    They weight an error of the noise. An error of v gets min(SNR, gamma) / (SNR + 1). Both mean a
+    weight of min(SNR, gamma) for the error of the clean latent.
+    """
     ratio = alphas_cumprod / (1.0 - alphas_cumprod)
-    return ratio.clamp(max=gamma) / ratio
+    of_clean = ratio.clamp(max=gamma)
+    return of_clean / (ratio if prediction_type == "epsilon" else ratio + 1.0)
 
 
 def ntxent(view1: View, view2: View, *, temperature: float, anchors: slice = ALL) -> Loss:

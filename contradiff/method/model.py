@@ -75,10 +75,10 @@ class ContraDiffModel(nn.Module):
         """The UNet as two halves, with self-conditioning if head.self_conditioning is true."""
         return SplitUNet(self.unet, self.self_condition)
 
-    def noise_pred(self, noisy_latents: Latents, timesteps: Timesteps, tokens: Tokens) -> Latents:
-        """Predict the noise by a complete pass of the UNet."""
+    def predict(self, noisy_latents: Latents, timesteps: Timesteps, tokens: Tokens) -> Latents:
+        """Predict the noise, or v (`schedule.prediction_type`), by a complete pass of the UNet."""
         unet = self.split_unet
-        return unet.noise_pred(unet.down(noisy_latents, timesteps, tokens))
+        return unet.predict(unet.down(noisy_latents, timesteps, tokens))
 
     def level_maps(
         self,

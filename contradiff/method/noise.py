@@ -1,4 +1,14 @@
-"""The noise levels of training: how timesteps are drawn, and how noise is added to latents."""
+"""The noise levels of training: how timesteps are drawn, how noise is added, what is predicted.
+
+The UNet of a base predicts the noise (prediction type "epsilon"), or v ("v_prediction"; Salimans
+and Ho, 2022). With alpha-bar a of the timestep, and the clean latent z:
+
+    z_t = sqrt(a) z + sqrt(1 - a) noise
+    v = sqrt(a) noise - sqrt(1 - a) z
+
+This is a rotation of (z, noise), so z and noise follow from z_t and v even at a = 0.
+*Deviation*: the paper's base predicts the noise, so its Eq. 3 has only this case.
+"""
 
 import math
 from typing import Literal
@@ -8,6 +18,8 @@ from jaxtyping import Float, Int
 from pydantic import Field
 from torch import Tensor
 
+from contradiff.base.config import PredictionType
+from contradiff.base.loading import NoiseSchedule
 from contradiff.config import Section
 from contradiff.types import Latents, Timesteps
 
@@ -79,3 +91,27 @@ def add_noise(
     """Compute z_t = sqrt(alpha-bar_t) z + sqrt(1 - alpha-bar_t) noise (Eqs. 1, 5)."""
     alphas = alphas_cumprod.to(latents)[timesteps].view(-1, 1, 1, 1)
     return alphas.sqrt() * latents + (1.0 - alphas).sqrt() * noise
+
+
+def prediction_target(
+    latents: Latents, noise: Latents, timesteps: Timesteps, schedule: NoiseSchedule
+) -> Latents:
+    """Return what the base's UNet is trained to predict (Eq. 3): the noise or v."""
+    if schedule.prediction_type == "epsilon":
+        return noise
+    alphas = schedule.alphas_cumprod.to(latents)[timesteps].view(-1, 1, 1, 1)
+    return alphas.sqrt() * noise - (1.0 - alphas).sqrt() * latents
+
+
+def clean_and_noise(
+    prediction: Latents,
+    noisy_latents: Latents,
+    alpha: Float[Tensor, ""],
+    *,
+    prediction_type: PredictionType,
+) -> tuple[Latents, Latents]:
+    """Compute the clean latents and the noise that a prediction means, all at one `alpha`."""
+    if prediction_type == "epsilon":
+        return (noisy_latents - (1 - alpha).sqrt() * prediction) / alpha.sqrt(), prediction
+    clean = alpha.sqrt() * noisy_latents - (1 - alpha).sqrt() * prediction
+    return clean, alpha.sqrt() * prediction + (1 - alpha).sqrt() * noisy_latents

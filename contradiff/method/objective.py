@@ -12,7 +12,7 @@ from contradiff.method import losses
 from contradiff.method.attention import order_by_noise
 from contradiff.method.losses import Loss, LossParams
 from contradiff.method.model import ContraDiffModel
-from contradiff.method.noise import NUM_LEVELS, NUM_VIEWS, add_noise
+from contradiff.method.noise import NUM_LEVELS, NUM_VIEWS, add_noise, prediction_target
 from contradiff.method.unet import UNetState
 from contradiff.types import Features, Latents, Timesteps, Tokens
 
@@ -51,8 +51,8 @@ class TrainingStep(nn.Module):
 
         An image has six noisy latents ("draws"), ordered by view, then by level. All six run
         through the UNet up to `head.block`. Only the first `loss.recon_passes` of them run through
-        the other blocks, to predict the noise (Eq. 3). With lambda = 0, only these first draws are
-        computed, and the result has no "contrastive".
+        the other blocks, to predict the noise or v (Eq. 3). With lambda = 0, only these first draws
+        are computed, and the result has no "contrastive".
         """
         model, loss, unet = self.model, self.loss, self.model.split_unet
         num_images, has_contrast = batch.latents.shape[1], loss.weight > 0
@@ -70,7 +70,9 @@ class TrainingStep(nn.Module):
         state = unet.down(noisy_latents, timesteps, tokens, blocks=blocks)
         # Eq. 3
         denoised = slice(loss.recon_passes * num_images)
-        reconstruction = self._reconstruct(state[denoised], noise[denoised], timesteps[denoised])
+        at = timesteps[denoised]
+        target = prediction_target(latents[denoised], noise[denoised], at, model.schedule)
+        reconstruction = self._reconstruct(state[denoised], target, at)
         if not has_contrast:
             return {"loss": reconstruction, "reconstruction": reconstruction}
         # Eq. 4
@@ -103,17 +105,20 @@ class TrainingStep(nn.Module):
         tokens = self.model.conditioner(pixels.flatten(0, 1))
         return tokens.unflatten(0, pixels.shape[:2])[views].flatten(0, 1)
 
-    def _reconstruct(self, state: UNetState, noise: Latents, timesteps: Timesteps) -> Loss:
+    def _reconstruct(self, state: UNetState, target: Latents, timesteps: Timesteps) -> Loss:
         """Compute Eq. 3, with min-SNR weights if loss.min_snr_gamma is above 0."""
         weights = None
-        if self.loss.min_snr_gamma > 0:
-            alphas_cumprod = self.model.schedule.alphas_cumprod.to(timesteps.device)
-            weights = losses.min_snr_weights(alphas_cumprod, gamma=self.loss.min_snr_gamma)
-            weights = weights[timesteps]
+        if (gamma := self.loss.min_snr_gamma) > 0:
+            schedule = self.model.schedule
+            weights = losses.min_snr_weights(
+                schedule.alphas_cumprod.to(timesteps.device),
+                gamma=gamma,
+                prediction_type=schedule.prediction_type,
+            )[timesteps]
 
-        def loss_of(noise_pred: Latents, rows: slice) -> Tensor:
+        def loss_of(prediction: Latents, rows: slice) -> Tensor:
             of_rows = None if weights is None else weights[rows]
-            return losses.reconstruction_loss(noise_pred, noise[rows], weights=of_rows)
+            return losses.reconstruction_loss(prediction, target[rows], weights=of_rows)
 
         return self.model.split_unet.mean_loss(state, loss_of, self.decode_batch_size)
 

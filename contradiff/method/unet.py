@@ -1,4 +1,4 @@
-"""The base's UNet in two halves: down to the bottleneck, and up to the predicted noise."""
+"""The base's UNet in two halves: down to the bottleneck, and up to the predicted noise or v."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -70,7 +70,8 @@ class SplitUNet:
         for block in unet.down_blocks:
             hidden, states = block(hidden, temb=time_embedding, **_attended(block, tokens))
             skips += states
-        bottleneck = unet.mid_block(hidden, time_embedding, encoder_hidden_states=tokens)
+        mid_block = unet.mid_block
+        bottleneck = mid_block(hidden, time_embedding, **_attended(mid_block, tokens))
         if self.self_condition is not None:
             time_embedding = time_embedding + self.self_condition(bottleneck)
         state = UNetState(bottleneck, bottleneck, skips, time_embedding, tokens)
@@ -90,30 +91,30 @@ class SplitUNet:
         maps = F.adaptive_avg_pool2d(state.hidden, (height, width))
         return maps if block == "up.1" else torch.cat([state.bottleneck, maps], dim=1)
 
-    def noise_pred(self, state: UNetState) -> Latents:
-        """Run the remaining up blocks and the output layers; return the predicted noise."""
+    def predict(self, state: UNetState) -> Latents:
+        """Run the remaining up blocks and the output layers; return the predicted noise or v."""
         hidden = self._up(state, len(self.unet.up_blocks)).hidden
         return self.unet.conv_out(self.unet.conv_act(self.unet.conv_norm_out(hidden)))  # pyright: ignore[reportOptionalCall]
 
     def mean_loss(
         self, state: UNetState, loss_of: Callable[[Latents, slice], Tensor], microbatch_size: int
     ) -> Float[Tensor, ""]:
-        """Return the mean loss of the predicted noise, computed a few rows at a time.
+        """Return the mean loss of the prediction, computed a few rows at a time.
 
-        `loss_of` gets the predicted noise of some rows and the slice of these rows, and returns
+        `loss_of` gets the prediction for some rows and the slice of these rows, and returns
         their mean loss. To save memory, only `microbatch_size` rows (0: all) run at once through
         the up blocks, and their gradient is computed before the next rows run.
         """
         num_rows = len(state.hidden)
         if not 0 < microbatch_size < num_rows or not torch.is_grad_enabled():
-            return loss_of(self.noise_pred(state), slice(0, num_rows))
+            return loss_of(self.predict(state), slice(0, num_rows))
 
         def loss_of_rows(
             rows: slice, hidden: Tensor, time_embedding: Tensor, tokens: Tensor, *skips: Tensor
         ) -> Tensor:
             mid, ran = state.bottleneck[rows], state.num_up_blocks
             paused = UNetState(mid, hidden, skips, time_embedding, tokens, ran)
-            return loss_of(self.noise_pred(paused), rows)
+            return loss_of(self.predict(paused), rows)
 
         to_run = list(self.unet.up_blocks)[state.num_up_blocks :]
         modules = [*to_run, self.unet.conv_norm_out, self.unet.conv_out]
@@ -160,8 +161,8 @@ class SelfCondition(nn.Module):
 
     def __init__(self, unet: "UNet2DConditionModel") -> None:
         super().__init__()
-        widths = unet.config["block_out_channels"]
-        self.to_time = nn.Linear(widths[-1], 4 * widths[0])
+        width = unet.time_embedding.linear_2.out_features
+        self.to_time = nn.Linear(unet.config["block_out_channels"][-1], width)
         nn.init.zeros_(self.to_time.weight)
         nn.init.zeros_(self.to_time.bias)
 

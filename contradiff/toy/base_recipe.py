@@ -177,7 +177,9 @@ def train_unet(
     torch.manual_seed(recipe.seed + 1)
     unet = build_unet().to(device, memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue, reportArgumentType]
     scheduler = build_scheduler()
-    weights = min_snr_weights(scheduler.alphas_cumprod, gamma=MIN_SNR_GAMMA).to(device)
+    weights = min_snr_weights(
+        scheduler.alphas_cumprod, gamma=MIN_SNR_GAMMA, prediction_type="epsilon"
+    ).to(device)
     posterior_generator = torch.Generator().manual_seed(recipe.seed)
     encoded: list[Tensor] = []
     captioned: list[Tensor] = []

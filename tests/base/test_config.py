@@ -14,14 +14,13 @@ from contradiff.base.config import (
     BETA_SCHEDULES,
     SCHEDULE_KEYS,
     SCHEDULERS,
+    SHIPPED_CONFIGS,
     BaseParams,
     base_manifest,
     check_base,
     config_folder,
 )
 from contradiff.base.loading import NoiseSchedule
-
-STABLE_DIFFUSION = Path(__file__).resolve().parents[2] / "presets/stable-diffusion-v1-4"
 
 
 @pytest.fixture
@@ -64,27 +63,35 @@ def test_pickled_weights_are_refused(base: Path):
     check_base(base, weights=False)
 
 
-NO_UNET = "unet must be a UNet2DConditionModel with cross-attention"
+NO_UNET = "unet must be a UNet2DConditionModel with cross-attention, which reads the condition"
+BLOCKS = "down_block_types", "up_block_types"
 
 
 @pytest.mark.parametrize(
     ("component", "changes", "fault"),
     [
         ("unet", {"_class_name": "DiTTransformer2DModel"}, f"{NO_UNET}$"),
-        ("unet", {"down_block_types": ["X"], "up_block_types": ["X"]}, f"{NO_UNET}$"),
+        ("unet", {key: ["X"] for key in BLOCKS} | {"mid_block_type": "X"}, NO_UNET),
+        ("unet", {key: ["X"] for key in BLOCKS}, "blocks X, which are not supported"),
         ("unet", {"cross_attention_dim": None}, r"cross_attention_dim None; .* one integer"),
         ("unet", {"cross_attention_dim": [16, 16]}, r"cross_attention_dim \[16, 16\]; "),
         # SDXL has this setting. Its added embedding would silently be left out.
-        ("unet", {"addition_embed_type": "text_time"}, "addition_embed_type 'text_time', which"),
-        ("unet", {"num_class_embeds": 1000}, "num_class_embeds 1000, which is not supported"),
+        ("unet", {"addition_embed_type": "text_time"}, r"_embed_type 'text_time', .*as SDXL's"),
+        ("unet", {"num_class_embeds": 1000}, "num_class_embeds 1000, .*: .* needs the class of ev"),
+        ("unet", {"class_embed_type": "timestep"}, "class_embed_type 'timestep', .* the class of"),
         ("unet", {"center_input_sample": True}, "center_input_sample True, which is not"),
-        ("unet", {"mid_block_type": "UNetMidBlock2D"}, "mid_block_type 'UNetMidBlock2D', not UNet"),
-        ("unet", {"out_channels": 8}, "in_channels 4 and out_channels 8; Eq"),
+        ("unet", {"dual_cross_attention": True}, "dual_cross_attention True, .* a text and of an"),
+        ("unet", {"encoder_hid_dim_type": "text_proj"}, "_dim_type 'text_proj', .* text or image"),
+        ("unet", {"mid_block_type": None}, "mid_block_type null; the feature h"),
+        ("unet", {"mid_block_type": "X"}, "mid_block_type 'X', not UNetMidBlock2DCrossAttn or UN"),
+        ("unet", {"out_channels": 8}, "in_channels 4 and out_channels 8; it also predicts varia"),
+        ("unet", {"in_channels": 9}, r"in_channels 9 and out_channels 4; .*a mask \(inpainting\)"),
         ("vae", {"latent_channels": 16}, "in_channels 4, but its vae has latent_channels 16"),
-        ("scheduler", {"prediction_type": "v_prediction"}, r"predicts v_prediction; Eq\. 3 needs"),
+        ("scheduler", {"prediction_type": "sample"}, "'sample'; .* another scale than Eq. 3"),
+        ("scheduler", {"prediction_type": "flow"}, "prediction_type 'flow', not epsilon"),
         # what other models on the hub have
         ("unet", {"time_cond_proj_dim": 256}, "time_cond_proj_dim 256, which"),  # LCM
-        ("unet", {"attention_type": "gated"}, "attention_type 'gated', not default"),  # GLIGEN
+        ("unet", {"attention_type": "gated"}, "attention_type 'gated', which needs b"),  # GLIGEN
         ("unet", {"time_embedding_act_fn": "silu"}, "time_embedding_act_fn 'silu', which"),
         ("unet", {"block_out_channels": [16]}, "different numbers of down_block_types, up_block"),
         ("unet", {"norm_num_groups": None}, "norm_num_groups null"),
@@ -93,8 +100,8 @@ NO_UNET = "unet must be a UNet2DConditionModel with cross-attention"
         ("vae", {"shift_factor": 0.0609}, "vae has shift_factor 0.0609, which"),  # SD 3
         ("vae", {"latents_mean": [0.0] * 4}, r"vae has latents_mean \[0.0, 0.0, 0.0, 0.0\], which"),
         ("vae", {"in_channels": 4}, "vae has in_channels 4; images have 3"),
-        ("scheduler", {"rescale_betas_zero_snr": True}, "rescale_betas_zero_snr True, which"),
         ("scheduler", {"trained_betas": [0.1] * 9}, "9 trained_betas, but num_train_timesteps is"),
+        ("scheduler", {"rescale_betas_zero_snr": True}, "rescale_betas_zero_snr true .* predict v"),
         ("scheduler", {"use_flow_sigmas": True}, "use_flow_sigmas True, which"),
         ("scheduler", {"beta_schedule": "sigmoid"}, "has beta_schedule 'sigmoid', not linear"),
         *(
@@ -140,8 +147,9 @@ def test_a_file_must_state_its_schedule_because_classes_have_other_defaults(base
 def test_configurations_are_found_without_a_network(tiny_base: Path, tmp_path: Path):
     assert config_folder(local(tiny_base.name), root=tiny_base.parent) == tiny_base
     assert config_folder(local(tiny_base), root=tmp_path) == tiny_base
-    hub = BaseParams(source="hub", path="CompVis/stable-diffusion-v1-4", revision="a" * 40)
-    assert config_folder(hub, root=tmp_path) == STABLE_DIFFUSION
+    for name, folder in SHIPPED_CONFIGS.items():
+        hub = BaseParams(source="hub", path=name, revision="a" * 40)
+        assert config_folder(hub, root=tmp_path) == folder
 
 
 def test_a_manifest_sees_every_file_of_a_local_base(base: Path):

@@ -10,6 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from contradiff.base.loading import NoiseSchedule
 from contradiff.data.subsets import is_dev
 from contradiff.downstream import diagnostics
 from contradiff.downstream.diagnostics import (
@@ -130,11 +131,15 @@ def test_metrics_do_not_depend_on_the_batch_size(
             assert one[name]["effective_rank"] > 1
 
 
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
 @torch.no_grad()
 def test_the_denoising_error_is_that_of_eq_3(
-    build_tiny: Callable[..., ContraDiffModel], tiny_data: Path
+    build_tiny: Callable[..., ContraDiffModel], tiny_data: Path, kind: str
 ):
+    """For a base that predicts v, it is the error of the noise that v means."""
     model = build_tiny()
+    own = model.schedule.scheduler
+    model.schedule = NoiseSchedule(type(own).from_config(own.config, prediction_type=kind))
     [batch] = stored_batches(tiny_data / "images", tiny_data / "latents", split="val", batch_size=8)
     asked: list[tuple[int, bool]] = []
     null = of(model, condition="noise")
@@ -142,12 +147,13 @@ def test_the_denoising_error_is_that_of_eq_3(
     assert denoising_error(null, batch.split(3)) == pytest.approx(whole, rel=1e-4)
 
     def cheat(noisy: torch.Tensor, steps: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-        """Return the noise that was added, wrong by a tenth of it."""
+        """Predict the noise that was added, wrong by a tenth of it."""
         alpha = model.schedule.alphas_cumprod[steps[0]]
         asked.append((int(steps[0]), bool(tokens.any())))
-        return 1.1 * (noisy - alpha.sqrt() * batch.latents) / (1 - alpha).sqrt()
+        wrong = 1.1 * (noisy - alpha.sqrt() * batch.latents) / (1 - alpha).sqrt()
+        return wrong if kind == "epsilon" else (wrong - (1 - alpha).sqrt() * noisy) / alpha.sqrt()
 
-    model.noise_pred = cheat  # pyright: ignore[reportAttributeAccessIssue]
+    model.predict = cheat  # pyright: ignore[reportAttributeAccessIssue]
     base = replace(null, params=null.params.model_copy(update={"model": "base"}))
     for features in (null, base):
         assert denoising_error(features, [batch]) == pytest.approx(0.01, rel=0.1)

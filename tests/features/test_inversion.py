@@ -60,7 +60,7 @@ def test_the_chain_is_led_by_the_self_conditioned_noise(build_tiny: Build):
         steps = torch.full((2,), here)
         bottleneck = model.split_unet.down(latents, steps, tokens).bottleneck
         torch.testing.assert_close(maps[:, 2 - level], bottleneck, rtol=1e-4, atol=1e-4)
-        noise_pred = model.noise_pred(latents, steps, tokens)
+        noise_pred = model.predict(latents, steps, tokens)
         clean = (latents - (1 - alphas[here]).sqrt() * noise_pred) / alphas[here].sqrt()
         latents = alphas[above].sqrt() * clean + (1 - alphas[above]).sqrt() * noise_pred
     bottleneck = model.split_unet.down(latents, torch.full((2,), 101), tokens).bottleneck

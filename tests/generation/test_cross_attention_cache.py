@@ -16,7 +16,7 @@ def draw(*shape: int, seed: int) -> Tensor:
 
 
 def predict(model: ContraDiffModel, timestep: int, tokens: Tensor) -> Tensor:
-    return model.noise_pred(draw(2, 4, 8, 8, seed=0), torch.full((2,), timestep), tokens)
+    return model.predict(draw(2, 4, 8, 8, seed=0), torch.full((2,), timestep), tokens)
 
 
 @pytest.fixture

@@ -195,7 +195,7 @@ def test_the_first_sample_that_is_not_finite_ends_generation(  # noqa: PLR0917
     """Without the check, NaN becomes black PNGs, which get a FID."""
     params = GenerateParams.model_validate(GENERATE | {"batch_size": 2} | changes)
     vae, solver = load_vae(tiny_base), load_scheduler(tiny_base, num_inference_steps=3)
-    predict = model.noise_pred
+    predict = model.predict
 
     def breaking(latents: Tensor, timesteps: Tensor, tokens: Tensor) -> Tensor:
         found = predict(latents, timesteps, tokens)
@@ -204,7 +204,7 @@ def test_the_first_sample_that_is_not_finite_ends_generation(  # noqa: PLR0917
         return found
 
     if broken == "unet":
-        monkeypatch.setattr(model, "noise_pred", breaking)
+        monkeypatch.setattr(model, "predict", breaking)
     elif broken == "vae":
         torch.nn.init.constant_(vae.decoder.conv_out.bias, torch.nan)
     else:  # alpha-bar is 0 at the last timestep, and DDIM divides by its root

@@ -42,7 +42,7 @@ def test_round_trip(checkpoint: Path, model: ContraDiffModel, tiny_base: Path):
     assert stored.keys() == model.trained_state().keys()
     assert not any("base_layer" in name for name in stored)
     inputs = torch.randn(2, 4, 8, 8), torch.tensor([5, 900]), torch.randn(2, 16, 16)
-    assert loaded.noise_pred(*inputs).equal(model.noise_pred(*inputs))
+    assert loaded.predict(*inputs).equal(model.predict(*inputs))
 
 
 def test_config_says_what_was_trained(checkpoint: Path, model: ContraDiffModel, tiny_base: Path):

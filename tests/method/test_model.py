@@ -26,8 +26,8 @@ def test_self_conditioning_starts_as_nothing_and_feeds_the_up_blocks_alone(build
     tokens = torch.randn(2, 16, 16, generator=generator)
     timesteps = torch.tensor([5, 900])
     with torch.no_grad():
-        expected = plain.noise_pred(noisy, timesteps, tokens)
-        changed = model.noise_pred(noisy, timesteps, tokens)
+        expected = plain.predict(noisy, timesteps, tokens)
+        changed = model.predict(noisy, timesteps, tokens)
         maps = [m.split_unet.down(noisy, timesteps, tokens).bottleneck for m in (model, plain)]
         pooled = maps[0].mean(dim=(2, 3))
         # By hand: only the up blocks get the changed time embedding.
@@ -40,7 +40,7 @@ def test_self_conditioning_starts_as_nothing_and_feeds_the_up_blocks_alone(build
         written_out = plain.unet(noisy, timesteps, encoder_hidden_states=tokens).sample
         torch.nn.init.zeros_(linear.weight)
         torch.nn.init.zeros_(linear.bias)
-        at_start = model.noise_pred(noisy, timesteps, tokens)
+        at_start = model.predict(noisy, timesteps, tokens)
     assert maps[0].equal(maps[1])
     assert not torch.allclose(changed, expected)
     torch.testing.assert_close(changed, written_out)

@@ -55,9 +55,9 @@ def test_a_pass_in_halves_is_the_unets_own(
     state = split.down(latents, timesteps, tokens, blocks=[block])
     maps = split.maps(state, block)
     assert ran == ([] if block == "mid" else [0, 1])
-    noise_pred = split.noise_pred(state)
+    noise_pred = split.predict(state)
     assert ran == [0, 1, 2, 3]
     assert maps.equal(expected)
     assert maps.shape[1] == block_channels(unet, block)
     assert noise_pred.equal(whole)
-    torch.testing.assert_close(split.noise_pred(state[1:]), whole[1:])
+    torch.testing.assert_close(split.predict(state[1:]), whole[1:])

@@ -209,7 +209,7 @@ def test_stock_diffusers_takes_the_lora_and_predicts_the_same_noise(
     )
     steps = torch.tensor([3, 700])
     split = SplitUNet(ours)
-    expected = split.noise_pred(split.down(latents, steps, tokens))
+    expected = split.predict(split.down(latents, steps, tokens))
     unet, in_pipeline = shrunken(), shrunken()
     assert (unet(latents, steps, tokens).sample - expected).abs().max() > 1e-2
     unet.load_lora_adapter(tmp_path, prefix="unet", weight_name=LORA_NAME)

@@ -1,16 +1,20 @@
 """The pipeline of diffusers makes the images of `ContraDiff.generate`."""
 
+import shutil
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from diffusers import UniPCMultistepScheduler
+from diffusers import DDIMScheduler, UniPCMultistepScheduler
 
+from contradiff.base.vae import decode_latents
 from contradiff.generation.conditions import seeded_noise
 from contradiff.pretrained.folder import Parts
 from contradiff.pretrained.model import ContraDiff
 from contradiff.pretrained.pipeline import ContraDiffPipeline
+from tests.pretrained.conftest import copy_project
 
 
 @pytest.fixture(scope="module")
@@ -37,6 +41,43 @@ def test_images_are_those_of_generate(model: ContraDiff, pipe: ContraDiffPipelin
         found = pipe(**given, batch_size=number, latents=latents, num_inference_steps=2).images
         difference = np.stack(found).astype(int) - np.stack(expected)
         assert abs(difference).max() <= 1
+
+
+def test_a_base_that_predicts_v_is_sampled_in_v_by_both(project: Path, tmp_path: Path):
+    """The same weights, read as a prediction of v, make other images; a stock loop agrees."""
+    root = copy_project(project, tmp_path / "project")
+    base = root / "build/base"
+    copied = Path(shutil.copytree(base.resolve(), tmp_path / "base"))
+    base.unlink()
+    base.symlink_to(copied)
+    path = copied / "scheduler/scheduler_config.json"
+    path.write_text(path.read_text().replace('"epsilon"', '"v_prediction"'))
+    [as_v], [as_noise] = (
+        ContraDiff.from_project(place, device="cpu").generate(1, seed=0)
+        for place in (root, project)
+    )
+    model = ContraDiff.from_project(root, device="cpu")
+    pipe = model.pipeline()
+    pipe.set_progress_bar_config(disable=True)
+    noise, pixels = (
+        seeded_noise(shape, seed=0, indices=range(1), stream=stream)
+        for shape, stream in (((4, 8, 8), "latent"), ((3, 32, 32), "condition"))
+    )
+    scheduler = DDIMScheduler.from_pretrained(copied / "scheduler")
+    assert pipe.scheduler.config["prediction_type"] == "v_prediction"
+    scheduler.set_timesteps(2)
+    network, latents = pipe.trained.network, noise
+    with torch.no_grad():
+        tokens = network.encode_condition(pixels)
+        for step in scheduler.timesteps:
+            velocity = network.unet(latents, step, tokens).sample
+            latents = scheduler.step(velocity, step, latents).prev_sample
+        decoded = decode_latents(pipe.vae, latents)[0].permute(1, 2, 0).numpy()
+    assert abs(np.asarray(as_v).astype(int) - decoded).max() <= 1
+    assert abs(np.asarray(as_v).astype(int) - np.asarray(as_noise)).max() > 1
+    network.encode_condition = lambda _: tokens  # pyright: ignore[reportAttributeAccessIssue]
+    found = pipe(latents=noise, num_inference_steps=2, output_type="latent").images
+    torch.testing.assert_close(found, latents, rtol=1e-4, atol=1e-4)
 
 
 def test_arguments_are_those_of_diffusers(pipe: ContraDiffPipeline):

@@ -61,9 +61,9 @@ def test_what_cannot_be_used_is_refused_before_weights(
 ):
     other = Path(shutil.copytree(tiny_base, run.root / "other"))
     scheduler = other / "scheduler/scheduler_config.json"
-    scheduler.write_text(scheduler.read_text().replace('"epsilon"', '"v_prediction"'))
+    scheduler.write_text(scheduler.read_text().replace('"epsilon"', '"sample"'))
     for params in (local(other), HUB):
-        with pytest.raises(ValueError, match=r"^base\.path: .*v_prediction"):
+        with pytest.raises(ValueError, match=r"^base\.path: .*'sample'"):
             base.main(base.Params(base=params), run)
     assert not Path("build/base").exists()
     assert [path for path in fetched if path.endswith(".safetensors")] == []
