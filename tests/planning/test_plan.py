@@ -127,6 +127,8 @@ def test_each_hour_names_its_rate_and_a_measured_one_replaces_a_stated_one():
     [
         ("--preset paper --gpus 4", 0, "images: 1,281,167 for training"),
         ("--preset paper --gpus 8 --gpu-memory 40", 0, "Everything fits."),
+        ("--preset stable-diffusion-1-5 --gpus 4", 0, "images: 1,281,167 for training"),
+        ("--preset stable-diffusion-2-1 --gpus 4", 0, "2.1% more FLOPs"),
         ("--preset paper --gpus 1", 1, "Does not fit: pretrain needs"),
         ("--preset tiny", 1, "a plan knows the costs of CompVis"),
         ("--preset paper --gpus 0", 2, "Invalid value for '--gpus'"),

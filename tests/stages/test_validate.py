@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 from ruamel.yaml import YAML
 
-from contradiff.config import read_params
-from stages import validate
+from contradiff.config import parse, read_params
+from stages import prepare, validate
 from stages.validate import check
 from tests.settings import TINY, override
 
@@ -265,8 +265,56 @@ def test_a_local_base_that_is_missing_or_broken_is_refused(content: Content, run
     assert "has no vae/config.json" in fault
 
 
-def test_the_papers_base_is_known_without_weights(run: Run):
-    content = read_params(ROOT / "presets/paper.yaml")
+@pytest.mark.parametrize(
+    ("component", "changes", "reason"),
+    [
+        ("unet/config", {"addition_embed_type": "text_time"}, "as SDXL's"),
+        ("unet/config", {"num_class_embeds": 10}, "features must not know it"),
+        ("unet/config", {"in_channels": 9}, "a mask (inpainting)"),
+        ("unet/config", {"mid_block_type": None}, "the feature h (Eq. 4) reads"),
+        ("unet/config", {"down_block_types": [], "up_block_types": [], "mid_block_type": "X"}, "w"),
+        ("unet/config", {"cross_attention_dim": [16, 32, 32]}, "one conditioner"),
+        ("scheduler/scheduler_config", {"prediction_type": "sample"}, "has another scale"),
+        ("scheduler/scheduler_config", {"rescale_betas_zero_snr": True}, "must predict v"),
+    ],
+)
+def test_a_base_that_cannot_work_is_refused_with_the_reason(  # noqa: PLR0917
+    content: Content, tiny_base: Path, run: Run, component: str, changes: Content, reason: str
+):
+    """Stage `prepare` lists it among all else that is wrong."""
+    base = Path(shutil.copytree(tiny_base, run.root / "base"))
+    path = base / f"{component}.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    override(content, "base.path=base data.root=nowhere data.source=auto")
+    content["data"] |= {"num_train": None, "num_val": None}
+    found = faults(content, run=run)
+    assert all(fault.startswith("base.path: ") for fault in found)
+    assert any(reason in fault for fault in found)
+    with pytest.raises(ValueError, match=r"data\.root: ") as caught:
+        prepare.main(parse(prepare.Params, content, source="params.yaml"), run)
+    assert set(found) <= set(str(caught.value).splitlines())
+
+
+@pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace"])
+def test_ddim_needs_even_steps_and_says_whose_spacing_it_is(
+    content: Content, tiny_base: Path, run: Run, spacing: str
+):
+    base = Path(shutil.copytree(tiny_base, run.root / "base"))
+    path = base / "scheduler/scheduler_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"timestep_spacing": spacing}))
+    override(content, "base.path=base generate.num_inference_steps=20")
+    found = faults(content, run=run)
+    if spacing == "linspace":
+        assert keys(found) == ["generate.num_inference_steps"]
+        assert 'spacing is "linspace")' in found[0]
+        assert found[0].endswith("is told; set generate.solver to dpmsolver++")
+        override(content, "generate.solver=dpmsolver++")
+    assert faults(content, run=run) == []
+
+
+@pytest.mark.parametrize("preset", ["paper", "stable-diffusion-1-5", "stable-diffusion-2-1"])
+def test_the_bases_of_presets_are_known_without_weights(run: Run, preset: str):
+    content = read_params(ROOT / f"presets/{preset}.yaml")
     assert faults(content, run=run) == []
     override(content, "conditioner.input=latents conditioner.patch_size=3")
     assert keys(faults(content, run=run)) == ["conditioner.patch_size"]
