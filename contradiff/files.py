@@ -177,19 +177,20 @@ def hold_lock(path: Path, *, on_wait: Callable[[str], None] | None = None) -> Ge
     of `on_wait` ends the waiting. The lock file is never deleted: two processes could then hold
     locks, on the deleted file and on a new file.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a+") as file:
+    with explain_failed_write(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        opened = path.open("a+b", buffering=0)  # else closing would write again on a full disk
+    with opened as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             file.seek(0)
             if on_wait is not None:
-                on_wait(file.read().strip() or "(unknown)")
+                on_wait(file.read().decode().strip() or "(unknown)")
             fcntl.flock(file, fcntl.LOCK_EX)
         with explain_failed_write(path):
             file.truncate(0)
-            file.write(str(os.getpid()))
-            file.flush()
+            file.write(str(os.getpid()).encode())
         yield
 
 

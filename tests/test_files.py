@@ -2,6 +2,7 @@
 
 import errno
 import os
+import resource
 import shutil
 import subprocess
 from contextlib import AbstractContextManager
@@ -13,7 +14,7 @@ import pytest
 from safetensors import SafetensorError
 
 from contradiff import files
-from contradiff.files import replace_dir, replace_file
+from contradiff.files import hold_lock, replace_dir, replace_file
 
 
 def names(folder: Path) -> list[str]:
@@ -121,6 +122,22 @@ def test_a_failed_write_names_the_file_and_what_to_do(
     ):
         raise error
     assert names(path.parent) == []
+
+
+def test_a_lock_that_cannot_be_written_is_named(tmp_path: Path):
+    """An error while the file is closed must not replace the one with the name."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, limits[1]))  # as on a full disk
+    try:
+        with (
+            pytest.raises(ValueError, match=rf"^{tmp_path}/locks/a: it could not be written"),
+            hold_lock(tmp_path / "locks/a"),
+        ):
+            pass
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    with hold_lock(tmp_path / "locks/a"):
+        assert (tmp_path / "locks/a").read_text() == str(os.getpid())
 
 
 @pytest.mark.parametrize(
