@@ -193,12 +193,18 @@ def connect(root: Path) -> Store:
     except Exception as error:  # each kind of store raises its own exceptions
         if "out-of-date database schema" in str(error):
             raise ValueError(_explain_version(uri, str(error))) from error
-        fault = hide_passwords(f"MLflow's store {uri} cannot be used: {error}")
+        fault = hide_passwords(f"MLflow's store {uri} cannot be used: {_reason(error)}")
         raise ValueError(
             f"{fault}. Correct the environment variable MLFLOW_TRACKING_URI, or unset the variable "
             f"to use {root}/mlflow.db"
         ) from error
     return Store(client, uri, root)
+
+
+def _reason(error: Exception) -> str:
+    """Return the first line of an error, and what to do. SQLAlchemy adds lines with the SQL."""
+    line = str(error).partition("\n")[0]
+    return f"{line}; delete some files, then try again" if "disk is full" in line else line
 
 
 def _check_database(path: Path) -> None:
@@ -261,7 +267,7 @@ class _TrainingLog:
         try:
             self.store.log(self.run_id, points=self.waiting)
         except Exception as error:  # noqa: BLE001  # logging must not stop a long training
-            _warn(f"{len(self.waiting)} values could not be logged yet: {error}")
+            _warn(f"{len(self.waiting)} values could not be logged yet: {_reason(error)}")
             self.next_batch = time.monotonic() + _SECONDS_BEFORE_RETRY
             return
         if self.waiting:
@@ -306,7 +312,7 @@ def training_run(
             log = _TrainingLog(store, note, run_id)
             log.remember(log.last_step)
     except Exception as error:  # each kind of store raises its own exceptions
-        fault = f"MLflow's store {store.shown} cannot be written to: {error}"
+        fault = f"MLflow's store {store.shown} cannot be written to: {_reason(error)}"
         raise ValueError(hide_passwords(fault)) from error
     status, monitor = "FAILED", _monitor(store, log.run_id)
     try:
@@ -322,7 +328,7 @@ def training_run(
         try:
             store.client.set_terminated(log.run_id, status=status)
         except Exception as error:  # noqa: BLE001  # logging must not stop a training
-            _warn(f"the end of the training could not be logged: {error}")
+            _warn(f"the end of the training could not be logged: {_reason(error)}")
     if files_checkpoint and CHECKPOINT.is_file():
         log.note = _note_of_checkpoint(run.root)
         log.remember(log.last_step)
@@ -393,7 +399,7 @@ def upsert_row(
             for name, view in saved_views().items():
                 client.set_experiment_tag(place, name, view)
     except Exception as error:  # each kind of store raises its own exceptions
-        fault = f"the results could not be recorded: {error}"
+        fault = f"the results could not be recorded: {_reason(error)}"
         raise ValueError(hide_passwords(f"MLflow's store {store.shown}: {fault}")) from error
     pages = store.shown.rstrip("/") if store.is_server else "http://127.0.0.1:5000"
     shown = f"{pages}/{view_address(place)}"
