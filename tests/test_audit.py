@@ -1,7 +1,8 @@
-"""`.ci/audit` fails for a known vulnerability, and says so if nobody could be asked."""
+"""Packages are pinned; `.ci/audit` fails for a known vulnerability, or says that none answered."""
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -34,3 +35,11 @@ def test_audit(tmp_path: Path, answer: list[Any] | None, code: int, said: str):
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (code, "")
     assert done.stdout.startswith(said)
+
+
+def test_every_package_is_pinned_by_version_and_hash():
+    packages = re.split(r"\n(?=\S)", (ROOT / "requirements.lock").read_text().strip())
+    assert len(packages) > 100
+    for package in packages:
+        assert re.match(r"[\w.-]+(\[[\w,-]+\])?==\S+ ", package), package
+        assert re.search(r"--hash=sha256:[0-9a-f]{64}$", package), package

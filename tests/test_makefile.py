@@ -82,3 +82,8 @@ def test_a_push_of_results_and_experiments_leaves_git_as_it_was(project: Path, t
     stored = {path.read_text() for path in (project / "artifacts/files").rglob("*/*/*")}
     assert stored == {"seed: 1\n"}
     assert call("git", "status", "--short", "-uall") == " M params.yaml\n?? dvc.lock\n"
+
+
+@pytest.mark.usefixtures("project")
+def test_make_ui_serves_this_machine_alone():
+    assert "mlflow ui --host 127.0.0.1" in call("make", "-n", "ui")
