@@ -1,4 +1,4 @@
-"""A small finished project (presets/smoke.yaml), whose stages the fault programs run again."""
+"""A small finished project, whose stages the fault programs run again."""
 
 import argparse
 import fcntl
@@ -8,34 +8,47 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from ruamel.yaml import YAML
 
-from bench._copies import copy_project, run_in
+from bench._copies import ROOT, copy_project, run_in
 from contradiff.config import read_params
+from tests.settings import write_tiny_base
 
 HOOK = Path(__file__).with_name("hook")
+_DIGEST = (sys.executable, "-c", "from stages.runtime import work_dir as w; print(w.code_digest())")
 STAGES = (
     *("validate", "prepare", "shard", "base", "latents", "pretrain", "class_condition", "features"),
     *("baselines", "probe", "transfer", "separability", "conditions", "generate", "extractor"),
     *("reference", "score", "report", "track"),
 )
 """All stages that `dvc repro` runs, in an order that it could take."""
+CHANGES: Mapping[str, Mapping[str, Any]] = {
+    "data": {"num_train": 240},
+    "base": {"path": "models/random"},
+    "latents": {"min_psnr": 0.0},
+    "probe": {"few_labels": [0.5]},
+    "class_condition": {"epochs": 1},
+    "generate": {"condition": "image"},
+    "runtime": {"checkpoint_every": 2},
+}
+"""The parameters that differ from presets/smoke.yaml: so each stage has work, and takes seconds."""
 
 
 @dataclass(frozen=True)
 class Project:
-    """A finished project, and the contents of its outs when it was finished.
+    """A finished project, and the contents of its outs and of dvc.lock when it was finished.
 
-    `writes` lists each stage's writes by name, in order.
+    `writes` lists the names of each stage's writes, in order.
     """
 
     folder: Path
     outs: Mapping[str, Mapping[str, bytes]]
     writes: Mapping[str, Sequence[str]]
+    lock: bytes
 
     @classmethod
     def open(cls, folder: Path) -> "Project":
@@ -45,33 +58,42 @@ class Project:
             print(f"running the pipeline in {folder}", file=sys.stderr, flush=True)
             writes.unlink(missing_ok=True)
             copy_project(folder)
-            shutil.copyfile(folder / "presets/smoke.yaml", folder / "params.yaml")
+            write_tiny_base(folder / "models/random")
+            params = read_params(folder / "presets/smoke.yaml")
+            for section, values in CHANGES.items():
+                params[section].update(values)
+            YAML().dump(params, folder / "params.yaml")
+            run_in(folder, sys.executable, "-m", "compileall", "-q", "contradiff", "stages")
             command = ["dvc", "repro"]
             run_in(folder, *command, environment=environment(folder, FAULTS_WRITES=str(writes)))
+        if run_in(folder, *_DIGEST) != run_in(ROOT, *_DIGEST):
+            raise SystemExit(f"{folder} was made with other code; delete this folder")
         noted = [line.split(" ", 1) for line in writes.read_text().splitlines()]
-        by_stage = {
-            stage: list(dict.fromkeys(name for own, name in noted if own == stage))
-            for stage in STAGES
-        }
-        return cls(folder, {stage: read_outs(folder, stage) for stage in STAGES}, by_stage)
+        by_stage = {stage: [name for own, name in noted if own == stage] for stage in STAGES}
+        outs = {stage: read_outs(folder, stage) for stage in STAGES}
+        return cls(folder, outs, by_stage, (folder / "dvc.lock").read_bytes())
 
     def copy(self, folder: Path) -> "Project":
         """Return a copy of the project in `folder`."""
-        shutil.copytree(self.folder, folder, symlinks=True)
-        return Project(folder, self.outs, self.writes)
+        shutil.copytree(self.folder, folder, symlinks=True, dirs_exist_ok=True)
+        return replace(self, folder=folder)
 
     def forget(self, stage: str) -> None:
         """Return to the moment before `stage` ran, with an empty MLflow store."""
+        self.delete_outs(stage)
+        for name in (".work", "mlruns", *(["data"] if stage == "prepare" else [])):
+            shutil.rmtree(self.folder / name, ignore_errors=True)
+        (self.folder / "mlflow.db").unlink(missing_ok=True)
+        yaml = YAML(typ="safe")
+        content = yaml.load(self.lock)
+        content["stages"].pop(stage, None)
+        yaml.dump(content, self.folder / "dvc.lock")
+
+    def delete_outs(self, stage: str) -> None:
+        """Delete the outs of a stage, as DVC does before it runs the stage."""
         for out in outs_of(self.folder, stage):
             path = self.folder / out
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-        for name in (".work", "mlruns"):
-            shutil.rmtree(self.folder / name, ignore_errors=True)
-        (self.folder / "mlflow.db").unlink(missing_ok=True)
-        yaml, lock = YAML(typ="safe"), self.folder / "dvc.lock"
-        content = yaml.load(lock)
-        content["stages"].pop(stage, None)
-        yaml.dump(content, lock)
 
     def differences(self, stage: str) -> Iterator[str]:
         """Yield the files of the stage's outs that differ from the finished project's."""
@@ -128,6 +150,7 @@ def read_outs(folder: Path, stage: str) -> dict[str, bytes]:
 def environment(folder: Path, **variables: str) -> dict[str, str]:
     """Return the environment of a run in the project, with the hook."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith("MLFLOW_")}
+    kept.pop("PYTHONDONTWRITEBYTECODE", None)
     kept |= {"PYTHONPATH": f"{HOOK}{os.pathsep}{folder}", "GIT_CEILING_DIRECTORIES": str(folder)}
     kept["DVC_SITE_CACHE_DIR"] = str(folder.with_name(f"{folder.name}.site-cache"))
     return kept | variables

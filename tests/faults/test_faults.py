@@ -2,13 +2,17 @@
 
 import os
 import signal
+import sqlite3
 import subprocess
 import sys
+from collections import Counter
+from contextlib import closing
+from itertools import product
 from pathlib import Path
 
 import pytest
 
-from tests.faults.kill import KILLS, Case, cases_of, matrix
+from tests.faults.kill import DVC_ALONE, WHENS, WHOMS, cases_of, kinds_of, matrix
 from tests.faults.project import HOOK, STAGES, Project
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -61,7 +65,7 @@ def run(project: Path, kill: str = "") -> int:
 def test_after_a_kill_the_same_command_gives_the_same_files(
     project: Path, name: str, when: str, num_trainings: int
 ):
-    assert run(project, f"demo {name} {when} stage") == -signal.SIGKILL
+    assert run(project, f"demo {name} 1 {when} stage") == -signal.SIGKILL
     assert run(project) == 0
     assert (project / "build/out/weights").read_text() == "trained"
     assert (project / "metrics/out.json").exists()
@@ -91,14 +95,52 @@ def test_programs(arguments: str):
 
 
 def test_the_matrix_counts_the_cases_of_all_stages(tmp_path: Path):
-    project = Project(tmp_path, {}, {stage: [f"build/{stage}"] for stage in STAGES})
+    writes = {stage: [f"build/{stage}-{n}" for n in range(9)] + ["a", "b"] for stage in STAGES}
+    project = Project(tmp_path, {}, writes, b"")
     cases = list(cases_of(project, STAGES))
-    assert len(cases) == len(set(cases)) == len(STAGES) * len(KILLS)
+    assert len(cases) == len(set(cases)) == len(STAGES) * (3 * 3 + 2)
     assert {case.stage for case in cases[: len(STAGES)]} == set(STAGES)
-    bad = Case("score", "build/score", "middle", "group")
-    lines = list(matrix({case: ["lost"] if case == bad else [] for case in cases}, num_cases=200))
-    assert next(line for line in lines if line.startswith("| score ")).count("0/1") == 1
+    assert {(case.whom, case.when) for case in cases} == {*product(WHOMS[:3], WHENS), DVC_ALONE}
+    bad = next(case for case in cases if (case.stage, case.whom) == ("score", "hand"))
+    number = Counter((c.stage, c.whom, c.when) for c in cases)["score", "hand", bad.when]
+    lines = list(matrix({case: ["lost"] if case == bad else [] for case in cases}, num_cases=999))
+    row = next(line for line in lines if line.startswith("| score "))
+    assert f"| {number - 1}/{number} |" in row
     assert lines[-2:] == [
-        f"{len(cases) - 1} of {len(cases)} cases are good; there are 200 cases",
+        f"{len(cases) - 1} of {len(cases)} cases are good; there are 999 cases",
         f"{bad}: lost",
     ]
+
+
+def test_of_a_kind_the_middle_write_is_killed():
+    writes = ["state", "s-0.tar", "state", "s-1.tar", "s-2.tar", "state", "state", "end"]
+    writes += ["mlflow.db:tags"] * 3
+    expected = [("state", 3), ("s-1.tar", 1), ("end", 1), ("mlflow.db:tags", 1)]
+    assert list(kinds_of(writes)) == expected
+
+
+DATABASE = """
+import sqlite3
+from tests.faults.hook.sitecustomize import install
+install("demo")
+with sqlite3.dbapi2.connect("mlflow.db") as store:
+    store.execute("CREATE TABLE runs (number)")
+    for number in range(3):
+        store.execute("INSERT INTO runs VALUES (?)", [number])
+        store.execute("UPDATE runs SET number = number + 1")
+        store.commit()
+open("after")
+"""
+
+
+@pytest.mark.parametrize(("when", "num_rows"), [("before", 1), ("middle", 1), ("after", 2)])
+def test_a_transaction_is_killed_before_it_is_committed_or_after(
+    tmp_path: Path, when: str, num_rows: int
+):
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    environment["FAULTS_KILL"] = f"demo mlflow.db:runs 2 {when} stage"
+    command = [sys.executable, "-c", DATABASE]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, check=False)
+    assert done.returncode == -signal.SIGKILL
+    with closing(sqlite3.connect(tmp_path / "mlflow.db")) as store:
+        assert len(store.execute("SELECT * FROM runs").fetchall()) == num_rows
