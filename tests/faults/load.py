@@ -36,8 +36,6 @@ NUM_WORKERS, NUM_QUEUED = 8, 16
 NUM_EXPERIMENTS = 1000
 SECONDS = 3600.0
 STUDY_COMMAND = "from contradiff.cli.app import app; app()"
-TRACK_ALONE = "stages: {track: {cmd: python -m stages.track, params: [score.splits]}}"
-"""A pipeline of the last stage. Git then has what the stage reads."""
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -50,26 +48,30 @@ def main(arguments: Sequence[str]) -> None:
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as top:
         finished = Project.open((options.project or Path(top) / "finished").absolute())
         if options.only != "many":
-            run_queue(with_git(finished.copy(Path(top) / "queue"), pipeline=TRACK_ALONE))
+            run_queue(with_git(finished.copy(Path(top) / "queue"), only="track"))
         if options.only != "queue":
             fill_and_time(with_git(finished.copy(Path(top) / "many")))
 
 
-def with_git(project: Project, *, pipeline: str | None = None) -> Path:
-    """Commit the project in a new git repository, with an empty MLflow store."""
+def with_git(project: Project, *, only: str = "") -> Path:
+    """Commit the project in a new git repository, with an empty MLflow store.
+
+    With `only`, the other stages are frozen: DVC takes their outs, and does not run them.
+    """
     folder = project.folder
     project.forget("track")
     (folder / "dvc.lock").write_bytes(project.lock)
-    if pipeline is not None:
-        (folder / "dvc.yaml").write_text(pipeline)
-        (folder / "dvc.lock").unlink()
+    if only:
+        pipeline = read_params(folder / "dvc.yaml")
+        for name, stage in pipeline["stages"].items():
+            stage["frozen"] = name != only
+        YAML().dump(pipeline, folder / "dvc.yaml")
     for command in (
         ("git", "init", "--quiet"),
         ("git", "config", "user.name", "faults"),
         ("git", "config", "user.email", "faults@localhost"),
         ("dvc", "config", "--local", "--unset", "core.no_scm"),
         ("git", "add", "--all"),
-        ("git", "add", "--force", "build/report", "build/figures", "build/pretrain"),
         ("git", "commit", "--quiet", "--message", "begin"),
     ):
         call(folder, *command)
