@@ -1,0 +1,121 @@
+"""A study of six members and one that fails: killed twice, then finished, on the smoke preset."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+
+import psutil
+import pytest
+
+from bench._copies import copy_project
+from tests.studies.project import git
+
+STUDY = """
+question: Does λ matter?
+paper: ''
+differences: []
+seeds: [0, 1]
+targets: [probe]
+fixed: {}
+columns:
+  top1: {title: top-1, key: probe.top1, format: ".1%", better: up}
+rows:
+- {title: zero, set: {loss.lambda: 0}}
+- {title: tenth, set: {loss.lambda: 0.1}}
+- {title: one, set: {loss.lambda: 1}}
+- {title: bad, set: {latents.min_psnr: 99.0}}
+baseline: zero
+curve: [top1]
+bubble: null
+samples: false
+"""
+COMMAND = [sys.executable, "-c", "from contradiff.cli.app import app; app()", "study", "six"]
+SECONDS = 3600.0
+
+
+@pytest.fixture
+def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    folder = tmp_path / "project"
+    copy_project(folder)
+    shutil.copyfile(folder / "presets/smoke.yaml", folder / "params.yaml")
+    for path in folder.glob("studies/**/*.*"):
+        path.unlink()
+    (folder / "studies/six.yaml").write_text(STUDY, encoding="utf-8")
+    bin_folder = Path(sys.executable).parent
+    monkeypatch.setenv("PATH", f"{bin_folder}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.setenv("PYTHONPATH", str(folder))
+    monkeypatch.setenv("DVC_SITE_CACHE_DIR", str(tmp_path / "site"))
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    git(folder, "init", "-q")
+    for key in ("user.name", "user.email"):
+        git(folder, "config", key, "x")
+    command = ["dvc", "config", "--local", "--unset", "core.no_scm"]
+    subprocess.run(command, cwd=folder, check=True)
+    git(folder, "add", "--all")
+    git(folder, "commit", "-q", "-m", "begin")
+    return folder
+
+
+def processes(project: Path) -> list[psutil.Process]:
+    """Return DVC's workers of a project and what runs in its experiments, with all children."""
+    found: dict[int, psutil.Process] = {}
+    for note in (project / ".dvc/tmp/exps").glob("*/**/*.json"):
+        with suppress(OSError, ValueError, KeyError, TypeError, psutil.NoSuchProcess):
+            process = psutil.Process(int(json.loads(note.read_text())["pid"]))
+            if "dvc" in " ".join(process.cmdline()):
+                found |= {each.pid: each for each in (process, *process.children(recursive=True))}
+    return list(found.values())
+
+
+def kill_when(project: Path, condition: Callable[[], bool]) -> None:
+    """Start the study; once `condition` holds, kill it and everything that it has started."""
+    with subprocess.Popen([*COMMAND, "--run", "-j", "2"], cwd=project) as study:
+        limit = time.monotonic() + SECONDS
+        while not condition():
+            assert study.poll() is None
+            assert time.monotonic() < limit
+            time.sleep(0.5)
+        study.kill()
+    for process in processes(project):
+        with suppress(psutil.NoSuchProcess):
+            process.send_signal(signal.SIGKILL)
+
+
+def experiments(project: Path) -> list[str]:
+    names = git(project, "for-each-ref", "--format=%(refname:lstrip=4)", "refs/exps").split()
+    return [name for name in names if name.startswith("six-")]
+
+
+@pytest.mark.slow
+def test_a_study_that_is_killed_twice_is_finished(project: Path):
+    kill_when(project, lambda: any(project.glob(".work/pretrain/*/begun.json")))
+    kill_when(project, lambda: bool(experiments(project)))
+    before = experiments(project)
+    done = subprocess.run(
+        [*COMMAND, "--run", "-j", "2"], cwd=project, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 1, done.stderr
+    lines = done.stdout.splitlines()
+    assert sum(line.startswith("done ") for line in lines) == 6, done.stdout
+    assert set(before) <= set(experiments(project))
+    assert len(experiments(project)) == 6
+    failed = [line for line in lines if line.startswith("failed: six-")]
+    assert len(failed) == 2, done.stdout
+    log = project / failed[0].rpartition(" ")[2]
+    assert "min_psnr" in log.read_text()
+
+    shown = subprocess.run(
+        [*COMMAND, "--dry-run"], cwd=project, capture_output=True, text=True, check=True
+    )
+    assert shown.stdout.count("dvc exp run --queue -n six-min_psnr99.0") == 2
+    subprocess.run([*COMMAND, "--report"], cwd=project, check=True)
+    page = (project / "docs/studies/six.md").read_text()
+    assert "6 experiments on commit" in page
+    assert "- bad (`latents.min_psnr=99.0`): seed 0, 1" in page
