@@ -70,7 +70,6 @@ def collect(root: Path, study: Study, members: Sequence[Member], store: Store) -
     aside = {each.experiment: each for each in store.aside}
     unfinished: dict[str, str] = {}
     samples: dict[str, bytes] = {}
-    cache = find_cache(root)
     tasks, seconds = list_tasks(root), seconds_of(root)
     for experiment in list_experiments(root):
         label = f"{experiment.name} ({experiment.commit[:7]})"
@@ -88,15 +87,20 @@ def collect(root: Path, study: Study, members: Sequence[Member], store: Store) -
             continue
         record = _record(store, experiment, member, result, seconds.get(experiment.name, {}))
         if "pretrain" in study.stages:
-            record.metrics.update(_sizes(read_cached(cache, *_place(result, "build/pretrain"))))
+            record.metrics.update(
+                _sizes(read_cached(find_cache(root), *_place(result, "build/pretrain")))
+            )
         known = records.setdefault((record.digest, record.code), record)
-        if known is record or known.experiment == label:
-            records[record.digest, record.code] = record
+        if known.experiment == label:
+            # DVC's cache and logs may be gone, so what is stored already stays.
+            known.metrics = record.metrics | known.metrics
+            known.seconds = known.seconds or record.seconds
             if study.samples and member.seed == study.seeds[0]:
-                grid = read_cached(cache, result.outs.get("build/figures/samples.png", ""))
+                png = result.outs.get("build/figures/samples.png", "")
+                grid = read_cached(find_cache(root), png)
                 if grid is not None:
                     samples[f"{member.digest}.png"] = first_row_of(grid)
-        elif known.metrics != record.metrics:
+        elif any(known.metrics.get(key, value) != value for key, value in record.metrics.items()):
             why = f"a second run with other scores; {known.experiment} came first"
             aside[label] = Aside(
                 experiment=label, changes=member.changes, seed=member.seed, why=why

@@ -14,6 +14,7 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -171,20 +172,21 @@ def _first_fault(
     return None
 
 
-def read_cached(cache: Path | None, md5: str, *parts: str) -> bytes | None:
+def read_cached(folder: Path | None, md5: str, *parts: str) -> bytes | None:
     """Return a file that DVC stores, or None. `parts` lead to a file in a stored folder."""
-    if cache is None or not md5:
+    if folder is None or not md5:
         return None
-    path = cache / "files/md5" / md5[:2] / md5[2:]
+    path = folder / "files/md5" / md5[:2] / md5[2:]
     if not path.is_file():
         return None
     content = path.read_bytes()
     if not parts:
         return content
     inside = {entry["relpath"]: entry["md5"] for entry in json.loads(content)}
-    return read_cached(cache, inside.get("/".join(parts), ""))
+    return read_cached(folder, inside.get("/".join(parts), ""))
 
 
+@cache
 def find_cache(root: Path) -> Path | None:
     """Return the folder of DVC's cache, or None if DVC cannot say."""
     command = ["dvc", "cache", "dir"]

@@ -105,8 +105,8 @@ def plot_training(compared: Comparison) -> str | None:
     seen: set[str] = set()
     for row in study.own_rows:
         records = [each for seed in study.seeds if (each := compared.record(row, seed))]
-        if not records or records[0].digest in seen:
-            continue  # rows that read other scores of the same experiments
+        if row.read or not records or records[0].digest in seen:
+            continue  # a row that reads other scores of an experiment than the rest
         colour = f"C{len(seen) % 10}"
         seen.add(records[0].digest)
         for name, lines in panels.items():
