@@ -45,7 +45,7 @@ def pages(root: Path, name: str, study: Study, store: Store) -> dict[str, str]:
     drawn = {
         f"{name}.svg": plot_rows(compared, study.curve) if study.curve else None,
         f"{name}-bubble.svg": plot_bubbles(compared, study.bubble) if study.bubble else None,
-        f"{name}-training.svg": plot_training(compared),
+        f"{name}-training.svg": plot_training(compared) if study.curve else None,
     }
     figures = {file: content for file, content in drawn.items() if content is not None}
     lines = _page(name, study, store, root=root, compared=compared, figures=list(figures))
@@ -135,7 +135,7 @@ def _mean(found: Spread | None, column: Column, study: Study) -> str:
     if found is None:
         return "missing"
     text = format(found.mean, column.format)
-    if found.std is not None:
+    if found.std:  # a number of parameters has no spread
         text += f" ± {_unsigned(found.std, column)}"
     return text if found.number == len(study.seeds) else f"{text} (n = {found.number})"
 

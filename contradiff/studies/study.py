@@ -21,7 +21,7 @@ class Column(Section):
 
     title: str
     key: str = Field(pattern=r"^\w+(\.[\w-]+)+$", description="dotted key in metrics/*.json")
-    format: str = Field(pattern=r"^,?\.\d[%f]$|^,$", description="format of the number: .1%, .2f")
+    format: str = Field(pattern=r"^,?\.\d[%f]$", description="format of the number: .1%, .2f")
     better: Literal["up", "down"] | None = Field(description="which direction is better")
 
     @property

@@ -1,4 +1,4 @@
-"""A study of six members and one that fails: killed twice, then finished, on the smoke preset."""
+"""A study of six members and two that fail is killed twice, and then finished by real DVC."""
 
 import json
 import os
@@ -15,7 +15,9 @@ import psutil
 import pytest
 
 from bench._copies import copy_project
-from tests.studies.project import git
+from contradiff.studies.members import changed
+from tests.settings import TINY
+from tests.studies.project import git, yaml
 
 STUDY = """
 question: Does λ matter?
@@ -37,26 +39,77 @@ bubble: null
 samples: false
 """
 COMMAND = [sys.executable, "-c", "from contradiff.cli.app import app; app()", "study", "six"]
+ROOT = Path(__file__).resolve().parents[2]
 SECONDS = 3600.0
 
 
-@pytest.fixture
-def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+PIPELINE = """
+stages:
+  shard: {cmd: python work.py shard, deps: [work.py], params: [seed, latents], outs: [build/shards]}
+  pretrain:
+    cmd: python work.py pretrain
+    deps: [build/shards, work.py]
+    params: [seed, loss]
+    outs: [build/pretrain]
+  probe:
+    cmd: python work.py probe
+    deps: [build/pretrain, work.py]
+    params: [seed, probe]
+    metrics: [metrics/probe.json: {cache: false}]
+"""
+WORK = """
+import json, os, sys, time
+from pathlib import Path
+from ruamel.yaml import YAML
+stage = sys.argv[1]
+params = YAML(typ="safe").load(Path("params.yaml"))
+if params["latents"]["min_psnr"] > 90:
+    sys.exit("latents.min_psnr: no VAE is that good")
+note = Path(os.environ["DVC_ROOT"], ".work", stage, "key", "begun.json")
+note.parent.mkdir(parents=True, exist_ok=True)
+note.write_text("{}")
+time.sleep(3)
+out = {"shard": "build/shards", "pretrain": "build/pretrain", "probe": "metrics/probe.json"}[stage]
+Path(out).parent.mkdir(exist_ok=True)
+top1 = 0.7 + params["loss"]["lambda"] / 10 + params["seed"] / 100
+Path(out).write_text(json.dumps({"probe": {"top1": top1, "total": 100}}))
+print(f"{stage}: done in 3.0 s")
+"""
+
+
+@pytest.fixture(params=["small", "smoke"])
+def project(
+    request: pytest.FixtureRequest,
+    tiny_base: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> Path:
+    """A project in git and DVC: a pipeline that only waits, or the real one with little to do."""
     folder = tmp_path / "project"
-    copy_project(folder)
-    shutil.copyfile(folder / "presets/smoke.yaml", folder / "params.yaml")
-    for path in folder.glob("studies/**/*.*"):
-        path.unlink()
+    if request.param == "smoke":
+        copy_project(folder)
+        shutil.copyfile(folder / "presets/smoke.yaml", folder / "params.yaml")
+        for path in folder.glob("studies/**/*.*"):
+            path.unlink()
+        command = ["dvc", "config", "--local", "--unset", "core.no_scm"]
+    else:
+        params = changed(TINY, {"base.path": str(tiny_base)}, where="")
+        files = {"dvc.yaml": PIPELINE, "work.py": WORK, "params.yaml": yaml(params).decode()}
+        files[".gitignore"] = "/.work\n/build\n"
+        for name, text in files.items():
+            (folder / name).parent.mkdir(exist_ok=True)
+            (folder / name).write_text(text, encoding="utf-8")
+        (folder / "studies").mkdir()
+        command = ["dvc", "init", "-q"]
     (folder / "studies/six.yaml").write_text(STUDY, encoding="utf-8")
     bin_folder = Path(sys.executable).parent
     monkeypatch.setenv("PATH", f"{bin_folder}{os.pathsep}{os.environ['PATH']}")
-    monkeypatch.setenv("PYTHONPATH", str(folder))
+    monkeypatch.setenv("PYTHONPATH", str(folder if request.param == "smoke" else ROOT))
     monkeypatch.setenv("DVC_SITE_CACHE_DIR", str(tmp_path / "site"))
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     git(folder, "init", "-q")
     for key in ("user.name", "user.email"):
         git(folder, "config", key, "x")
-    command = ["dvc", "config", "--local", "--unset", "core.no_scm"]
     subprocess.run(command, cwd=folder, check=True)
     git(folder, "add", "--all")
     git(folder, "commit", "-q", "-m", "begin")
@@ -102,7 +155,7 @@ def test_a_study_that_is_killed_twice_is_finished(project: Path):
         [*COMMAND, "--run", "-j", "2"], cwd=project, capture_output=True, text=True, check=False
     )
     assert done.returncode == 1, done.stderr
-    lines = done.stdout.splitlines()
+    lines = done.stdout.split(" members are done\n", 1)[1].splitlines()  # after the run
     assert sum(line.startswith("done ") for line in lines) == 6, done.stdout
     assert set(before) <= set(experiments(project))
     assert len(experiments(project)) == 6
