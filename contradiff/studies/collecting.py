@@ -61,11 +61,11 @@ def collect(root: Path, study: Study, members: Sequence[Member], store: Store) -
     """
     by_digest = {member.digest: member for member in members}
     store = store.model_copy(deep=True)
-    wanted = {(point_of(member.changes), member.seed) for member in members}
+    order = {(point_of(each.changes), each.seed): place for place, each in enumerate(members)}
     records = {
         (each.digest, each.code): each
         for each in store.records
-        if (point_of(each.changes), each.seed) in wanted
+        if (point_of(each.changes), each.seed) in order
     }
     aside = {each.experiment: each for each in store.aside}
     unfinished: dict[str, str] = {}
@@ -105,8 +105,11 @@ def collect(root: Path, study: Study, members: Sequence[Member], store: Store) -
             aside[label] = Aside(
                 experiment=label, changes=member.changes, seed=member.seed, why=why
             )
-    order = {digest: place for place, digest in enumerate(by_digest)}
-    every = sorted(records.values(), key=lambda each: (order.get(each.digest, 10**6), each.time))
+    # This order depends on the study alone, not on params.yaml.
+    every = sorted(
+        records.values(),
+        key=lambda each: (order[point_of(each.changes), each.seed], each.time),
+    )
     kept = drop_unused(store, every, [aside[key] for key in sorted(aside)])
     code = hashes_of(root, Graph.read(root).code(study.stages))
     standings = [

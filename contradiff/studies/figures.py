@@ -2,6 +2,7 @@
 
 import io
 from collections.abc import Sequence
+from math import nan
 from typing import Any
 
 from contradiff.studies.comparison import Comparison, spread
@@ -24,7 +25,7 @@ _INK = "#0b68cb"
 def plot_rows(compared: Comparison, columns: Sequence[str]) -> str | None:
     """Draw columns over the rows: means with standard deviations, and each seed as a dot.
 
-    A line joins the rows if they change the same number, such as λ.
+    Lines join the rows of each seed, and the means, if the rows change the same number, such as λ.
     """
     study = compared.study
     rows = [row for row in study.own_rows if any(compared.values(row, name) for name in columns)]
@@ -33,7 +34,7 @@ def plot_rows(compared: Comparison, columns: Sequence[str]) -> str | None:
     kinds = {str([*(row.set or {})]) for row in rows}
     values_of_rows = [value for row in rows for value in (row.set or {}).values()]
     is_line = len(kinds) == 1 and all(isinstance(each, int | float) for each in values_of_rows)
-    slant = 30 if max(len(row.title) for row in rows) > 9 else 0
+    slant = 30 if sum(len(row.title) for row in rows) > 28 else 0
     figure, axes = _figure(len(columns))
     for name, panel in zip(columns, axes, strict=True):
         column = study.columns[name]
@@ -48,6 +49,9 @@ def plot_rows(compared: Comparison, columns: Sequence[str]) -> str | None:
         means = [spread(compared.values(row, name)) for row in rows]
         line = [(place, each.mean) for place, each in enumerate(means) if each is not None]
         if is_line:
+            for seed in study.seeds:
+                own = [compared.values(row, name).get(seed, nan) for row in rows]
+                panel.plot(range(len(rows)), own, color="#c3cad3", linewidth=0.8, zorder=1)
             panel.plot(*zip(*line, strict=True), color=_INK, linewidth=1.2)
         panel.set_title(column.heading, loc="left")
         titles = [row.title for row in rows]

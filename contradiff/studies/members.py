@@ -43,7 +43,7 @@ def members_of(study: Study, name: str, base: Params) -> list[Member]:
     unknown, or if two rows are the same point although their changes are spelt differently.
     """
     found: dict[str, Member] = {}
-    points: dict[tuple[str, str], str] = {}
+    titles: dict[str, str] = {}
     for seed in study.seeds:
         for row in study.own_rows:
             changes = changes_of(study, row)
@@ -52,10 +52,11 @@ def members_of(study: Study, name: str, base: Params) -> list[Member]:
             slug = "-".join(f"{key.split('.')[-1]}{_short(changes[key])}" for key in changes)
             label = f"{name}-{slug or 'default'}-seed{seed}"
             member = Member(label, changes, seed, params)
-            point = member.digest, str(sorted(row.read.items()))
-            if (other := points.setdefault(point, row.title)) != row.title:
-                raise ValueError(f'{where}: repeats the point of row "{other}"; remove one')
-            found.setdefault(member.digest, member)
+            known = found.setdefault(member.digest, member)
+            other = titles.setdefault(member.digest, row.title)
+            if point_of(known.changes) != point_of(changes):
+                remedy = "remove one, or write the same `set`"
+                raise ValueError(f'{where}: repeats the point of row "{other}"; {remedy}')
     counts: dict[str, int] = {}
     for digest, member in found.items():
         number = counts[member.name] = counts.get(member.name, 0) + 1

@@ -95,7 +95,7 @@ def _page(
         yield from ("", "## Curve", "")
         yield f"![{name}]({name}.svg)"
         yield ""
-        yield "A dot is a seed; circles are means, bars standard deviations over seeds."
+        yield "Grey: each seed. Blue: means over seeds, with their standard deviations as bars."
     if f"{name}-bubble.svg" in figures:
         yield from ("", "## Accuracy against generation, as in the paper's Fig. 1", "")
         yield f"![{name}]({name}-bubble.svg)"
