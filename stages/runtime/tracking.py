@@ -3,7 +3,15 @@
 An experiment's run is called its row. A row is complete even if DVC took all stages from its cache.
 """
 
-from stages.runtime.labels import AXES, axes, flatten_params, labels, saved_views, view_address
+from stages.runtime.labels import (
+    AXES,
+    SCORES,
+    axes,
+    flatten_params,
+    labels,
+    saved_views,
+    view_address,
+)
 from stages.runtime.moved import mend_store
 from stages.runtime.passwords import hide_passwords
 from stages.runtime.run import Run
@@ -107,18 +115,16 @@ class Store:
         self.log(created.info.run_id, points=points, params=flatten_params(params))
         return created.info.run_id
 
-    def log_model(self, run_id: str, folder: Path) -> str:
-        """Copy an exported model to MLflow as a logged model of a run, and return the model's id.
-
-        A run that has a model keeps it.
-        """
+    def log_model(self, run_id: str, folder: Path, *, params: Any) -> str:
+        """Copy an exported model to MLflow as a logged model of a run; return the model's id."""
         from mlflow.entities import LoggedModelOutput
 
-        if found := self.models_of(run_id):
-            return found[0]
-        place = self.client.get_run(run_id).info.experiment_id
         model = self.client.create_logged_model(
-            place, name="contradiff", source_run_id=run_id, model_type="contradiff"
+            self.client.get_run(run_id).info.experiment_id,
+            name="contradiff",
+            source_run_id=run_id,
+            params=flatten_params(params),
+            model_type="contradiff",
         )
         self.client.log_model_artifacts(model.model_id, str(folder))
         self.client.finalize_logged_model(model.model_id, "READY")
@@ -156,13 +162,18 @@ class Store:
                 self.client.delete_run(left.info.run_id)
 
     def log(
-        self, run_id: str, *, points: Sequence[Point] = (), params: Mapping[str, str] | None = None
+        self,
+        run_id: str,
+        *,
+        points: Sequence[Point] = (),
+        params: Mapping[str, str] | None = None,
+        model_id: str | None = None,
     ) -> None:
-        """Log all values in one call, because single calls are slow."""
+        """Log all values in one call, because single calls are slow; `points` also of a model."""
         from mlflow.entities import Metric, Param
 
         now = int(time.time() * 1000)
-        metrics = [Metric(name, value, now, step) for name, value, step in points]
+        metrics = [Metric(name, value, now, step, model_id) for name, value, step in points]
         self.client.log_batch(run_id, metrics, [Param(*pair) for pair in (params or {}).items()])
 
 
@@ -379,11 +390,14 @@ def upsert_row(
             if run_id is None:
                 tags = {"contradiff.key": key}
                 run_id = store.create_run(EXPERIMENTS, run=run, params=params, **tags)
-                store.log(run_id, points=points)
+                model = None
                 if export is not None:
                     with tempfile.TemporaryDirectory(dir=store.root / ".work") as folder:
                         export(Path(folder, "model"))
-                        store.log_model(run_id, Path(folder, "model"))
+                        model = store.log_model(run_id, Path(folder, "model"), params=params)
+                main = [point for point in points if point[0] in SCORES]
+                store.log(run_id, points=main, model_id=model)
+                store.log(run_id, points=[point for point in points if point not in main])
             if name := os.environ.get("DVC_EXP_NAME"):
                 names = client.get_run(run_id).data.tags.get("dvc.exp_names", "").split()
                 client.set_tag(run_id, "dvc.exp_names", " ".join(sorted({*names, name})))
@@ -402,8 +416,8 @@ def upsert_row(
         fault = f"the results could not be recorded: {_reason(error)}"
         raise ValueError(hide_passwords(f"MLflow's store {store.shown}: {fault}")) from error
     pages = store.shown.rstrip("/") if store.is_server else "http://127.0.0.1:5000"
-    shown = f"{pages}/{view_address(place)}"
-    run.log(f"recorded in MLflow as run {run_id}; all runs are at {shown} (start it: make ui)")
+    start = "" if store.is_server else " (type `make ui` first)"
+    run.log(f"recorded in MLflow as run {run_id}; all: {pages}/{view_address(place)}{start}")
     return run_id
 
 

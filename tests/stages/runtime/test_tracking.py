@@ -168,6 +168,11 @@ class TestRow:
         [output] = client.get_run(run_id).outputs.model_outputs
         model = client.get_logged_model(output.model_id)
         assert (model.name, str(model.status)) == ("contradiff", "READY")
+        assert {each.key: each.value for each in model.metrics} == {
+            "probe.top1": 0.5,
+            "score.fid": 12.5,
+        }
+        assert model.params == FLAT
         monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{root}/mlflow.db")
         folder = download_artifacts(f"models:/{output.model_id}")
         assert Path(folder, "model.safetensors").read_text() == "weights"
