@@ -19,7 +19,7 @@ from contradiff.studies.experiments import (
 from contradiff.studies.members import Member, flat_params
 from contradiff.studies.pipeline import Graph, hashes_of
 from contradiff.studies.queue import Task, list_tasks, seconds_of
-from contradiff.studies.store import RESULTS, Aside, Record, Store, add_shared, drop_unused
+from contradiff.studies.store import Aside, Record, Store, add_shared, drop_unused, samples_of
 from contradiff.studies.study import Study, point_of, same_number
 
 MEASURING = {
@@ -120,9 +120,9 @@ def collect(root: Path, study: Study, members: Sequence[Member], store: Store) -
 
 
 def write_samples(root: Path, name: str, samples: Mapping[str, bytes]) -> None:
-    """Write pictures of samples beside the study's results."""
+    """Write pictures of samples beside the study's page."""
     for file, content in samples.items():
-        path = root / RESULTS / name / file
+        path = root / samples_of(name) / file
         path.parent.mkdir(parents=True, exist_ok=True)
         with replace_file(path) as temporary:
             temporary.write_bytes(content)

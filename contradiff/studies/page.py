@@ -17,10 +17,8 @@ from contradiff.studies.comparison import (
 )
 from contradiff.studies.figures import plot_bubbles, plot_rows, plot_training
 from contradiff.studies.members import describe
-from contradiff.studies.store import RESULTS, Record, Store
+from contradiff.studies.store import PAGES, RESULTS, Record, Store, samples_of
 from contradiff.studies.study import Column, Study, changes_of
-
-PAGES = Path("docs/studies")
 
 
 def write_pages(root: Path, name: str, study: Study, store: Store) -> list[Path]:
@@ -38,7 +36,7 @@ def write_pages(root: Path, name: str, study: Study, store: Store) -> list[Path]
 def pages(root: Path, name: str, study: Study, store: Store) -> dict[str, str]:
     """Return the name and content of each file of a study's page.
 
-    Pictures of samples lie beside the store below `root`, and are only named.
+    Pictures of samples lie in docs/studies below `root`, and are only named.
     """
     compared = compare(study, store)
 
@@ -191,9 +189,9 @@ def _samples(root: Path, name: str, study: Study, compared: Comparison) -> Itera
     seed, lines = study.seeds[0], list[str]()
     for row in study.own_rows:
         record = compared.record(row, seed)
-        file = RESULTS / name / f"{record.digest}.png" if record else None
+        file = samples_of(name) / f"{record.digest}.png" if record else None
         if file and (root / file).is_file():
-            lines.append(f"| {row.title} | ![samples](../../{file.as_posix()}) |")
+            lines.append(f"| {row.title} | ![samples]({file.relative_to(PAGES).as_posix()}) |")
     if lines:
         yield from ("", "## Samples", "", "| | |", "|---|---|")
         yield from lines

@@ -15,6 +15,7 @@ from contradiff.files import replace_file
 from contradiff.studies.study import FOLDER, point_of
 
 RESULTS = FOLDER / "results"
+PAGES = Path("docs/studies")
 
 
 class _Strict(BaseModel):
@@ -53,6 +54,11 @@ class Store(_Strict):
     code: dict[str, dict[str, str]] = Field(default_factory=dict[str, dict[str, str]])
     records: list[Record] = Field(default_factory=list[Record])
     aside: list[Aside] = Field(default_factory=list[Aside])
+
+
+def samples_of(name: str) -> Path:
+    """Return the folder with a study's pictures of samples, named by digests of parameters."""
+    return PAGES / f"{name}-samples"
 
 
 def path_of(root: Path, name: str) -> Path:

@@ -23,13 +23,16 @@ def test_a_fresh_clone_writes_the_committed_pages(
 ):
     """A clone has no experiments, and perhaps other parameters; neither may matter."""
     shutil.copytree(ROOT / "studies", tmp_path / "studies")
+    for folder in (ROOT / "docs/studies").glob("*-samples"):
+        shutil.copytree(folder, tmp_path / "docs/studies" / folder.name)
     shutil.copyfile(ROOT / "dvc.yaml", tmp_path / "dvc.yaml")
     shutil.copyfile(ROOT / "presets/smoke.yaml", tmp_path / "params.yaml")
     git(tmp_path, "init", "-q")
     monkeypatch.chdir(tmp_path)
     result = CliRunner().invoke(app, ["study", name, "--report"])
     assert result.exit_code == 0, result.output
-    written = {path.relative_to(tmp_path) for path in (tmp_path / "docs/studies").iterdir()}
+    found = (tmp_path / "docs/studies").iterdir()
+    written = {path.relative_to(tmp_path) for path in found if path.is_file()}
     there = {path.relative_to(ROOT) for path in (ROOT / "docs/studies").glob(f"{name}[.-]*")}
     mine = {path for path in there if path.name.partition(".")[0] in (name, *_figures(name))}
     assert written == mine
