@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from math import nan
 from typing import Any
 
-from contradiff.studies.comparison import Comparison, spread
+from contradiff.studies.comparison import Comparison, Spread, spread
 from contradiff.studies.study import Bubble, Row
 
 _STYLE: dict[Any, Any] = {
@@ -64,9 +64,9 @@ def plot_rows(compared: Comparison, columns: Sequence[str]) -> str | None:
 
 
 def plot_bubbles(compared: Comparison, bubble: Bubble) -> str | None:
-    """Draw two columns against each other; a circle's area is the trainable parameters (Fig. 1)."""
+    """Draw two columns against each other, as in Fig. 1: areas are trainable parameters."""
     study = compared.study
-    points: list[tuple[Row, float, float, float]] = []
+    points: list[tuple[Row, Spread, Spread, float]] = []
     for row in study.own_rows:
         x, y = spread(compared.values(row, bubble.x)), spread(compared.values(row, bubble.y))
         sizes = [
@@ -75,7 +75,7 @@ def plot_bubbles(compared: Comparison, bubble: Bubble) -> str | None:
             if (record := compared.record(row, seed)) and "pretrain.trainable" in record.metrics
         ]
         if x and y and sizes:
-            points.append((row, x.mean, y.mean, sizes[0]))
+            points.append((row, x, y, sizes[0]))
     if not points:
         return None
     figure, (panel,) = _figure(1, width=6.2, height=4.2)
@@ -83,8 +83,9 @@ def plot_bubbles(compared: Comparison, bubble: Bubble) -> str | None:
     for number, (row, x, y, size) in enumerate(points):
         area, colour = 900 * size / largest, f"C{number % 10}"
         label = f"{row.title}: {size / 1e6:.2f}M"
-        panel.scatter([x], [y], s=area, color=colour, alpha=0.45, label=label)
-        panel.scatter([x], [y], s=6, color=colour)
+        panel.scatter([x.mean], [y.mean], s=area, color=colour, alpha=0.45, label=label)
+        ends = {"xerr": x.std or 0, "yerr": y.std or 0}
+        panel.errorbar(x.mean, y.mean, **ends, fmt=".", color=colour, linewidth=0.8, ms=4)
     for name, axis, label in (
         (bubble.x, panel.xaxis, panel.set_xlabel),
         (bubble.y, panel.yaxis, panel.set_ylabel),

@@ -98,7 +98,8 @@ def _page(
         yield from ("", "## Accuracy against generation, as in the paper's Fig. 1", "")
         yield f"![{name}]({name}-bubble.svg)"
         yield ""
-        yield "A circle is the mean over seeds; its area is the number of trainable parameters."
+        yield "A circle is the mean over seeds, bars are standard deviations."
+        yield "A circle's area is the number of trainable parameters."
     if f"{name}-training.svg" in figures:
         yield from ("", "## Training", "")
         yield f"![{name}]({name}-training.svg)"
