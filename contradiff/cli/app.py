@@ -354,7 +354,7 @@ def export(
         address = write(folder, push_to=push, private=private, with_base=with_base, licence=licence)
     typer.echo(f"{folder}: {describe_bytes(_size_of(folder))}")
     base = "" if with_base else " --base build/base"
-    typer.echo(address or f"Try it: contradiff classify IMAGE --model {folder}{base}")
+    typer.echo(address or f"Try it: contradiff generate --model {folder}{base}")
 
 
 @app.command(epilog=_examples("info", "info --json", "info --model user/name"))

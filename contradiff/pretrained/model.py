@@ -184,7 +184,7 @@ class ContraDiff:
         """
         if self.config.probe is None:
             why = "it was trained on images without labels"
-            raise ValueError(f"this model has no probe, because {why}; use `features`")
+            raise ValueError(f"this model has no probe, because {why}; it has features only")
         probe, classes = self._more[self.config.probe], self.class_names
         is_attentive = "attention" in self.config.parts[self.config.probe]
         model = replace(self._features, keep_maps=is_attentive)

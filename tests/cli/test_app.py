@@ -13,8 +13,11 @@ import pytest
 import torch
 from PIL import Image
 from pyarrow import parquet
-from typer.testing import Result
+from typer.testing import CliRunner, Result
 
+from contradiff.cli.app import app
+from contradiff.cli.presets import preset_names
+from contradiff.planning.costs import GPUS
 from contradiff.pretrained.model import ContraDiff
 
 Call = Callable[..., Result]
@@ -42,6 +45,16 @@ def test_help_teaches_and_loads_nothing_heavy():
     command = [sys.executable, "-c", code, *(name for name in COMMANDS if name != "info")]
     done = subprocess.run(command, check=True, capture_output=True, text=True)
     assert done.stdout.split() == []
+
+
+@pytest.mark.parametrize(
+    ("words", "found"),
+    [("plan --gpu ", [*GPUS]), ("plan --preset ", preset_names()), ("preset o", ["own"])],
+)
+def test_the_shell_completes_values(words: str, found: list[str]):
+    env = {"COMP_WORDS": f"contradiff {words}", "COMP_CWORD": str(words.count(" ") + 1)}
+    env["_CONTRADIFF_COMPLETE"] = "complete_bash"
+    assert CliRunner().invoke(app, [], prog_name="contradiff", env=env).stdout.split() == found
 
 
 def test_embed_writes_the_features(call: Call, model: ContraDiff, photos: Path):
