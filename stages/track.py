@@ -66,10 +66,10 @@ def write_run_page(run: Run, params: Mapping[str, Any]) -> None:
 def other_weights(params: Mapping[str, Any]) -> list[tuple[float, str, dict[str, Any]]]:
     """Find runs in studies/results that differ from `params` in loss.lambda alone.
 
-    Return the λ, the commit and the scores of each run.
+    Return λ, commit and scores of each. A run that several studies have is one, with all scores.
     """
     flat = {key: value for key, value in flatten(params) if not key.startswith("runtime.")}
-    found: list[tuple[float, str, dict[str, Any]]] = []
+    found: dict[tuple[float, str], dict[str, Any]] = {}
     for path in sorted(STUDIES.glob("*.json")):
         remedy = f"`git checkout {path}` restores it"
         store = read_json(path, remedy=remedy)
@@ -77,8 +77,9 @@ def other_weights(params: Mapping[str, Any]) -> list[tuple[float, str, dict[str,
             for record in store["records"]:
                 own = store["params"][record["base"]] | record["changes"] | {"seed": record["seed"]}
                 if {**own, "loss.lambda": None} == {**flat, "loss.lambda": None}:
-                    found.append((own["loss.lambda"], record["revision"][:7], record["metrics"]))
-    return found
+                    key = own["loss.lambda"], record["revision"][:7]
+                    found[key] = found.get(key, {}) | record["metrics"]
+    return [(*key, scores) for key, scores in found.items()]
 
 
 def metric_files(pipeline: Path) -> list[Path]:

@@ -42,8 +42,14 @@ def test_only_runs_that_differ_in_the_weight_alone_stand_beside_it(
         record_of(store, weight=0.001, seed=0, **{"lora.rank": 4}),
     ]
     write_store(tmp_path, "table8", store)
+    # Another study has the same run with other scores.
+    more = Store()
+    more.records = [record_of(more, weight=1, seed=0)]
+    more.records[0].metrics = {"score.fid": 9.0}
+    write_store(tmp_path, "table9", more)
     found = track.other_weights(copy.deepcopy(TINY) | {"runtime": {"device": "cpu"}})
-    assert found == [(0, "0000000", {"probe.top1": 0.7}), (1, "0000001", {"probe.top1": 1.7})]
+    one = {"probe.top1": 1.7, "score.fid": 9.0}
+    assert found == [(0, "0000000", {"probe.top1": 0.7}), (1, "0000001", one)]
     (tmp_path / "studies/results/table8.json").write_text('{"records": [{}], "params": {}}')
     with pytest.raises(ValueError, match=r"^studies/results/table8.json: .*git checkout"):
         track.other_weights(TINY)
