@@ -57,6 +57,13 @@ class _Commands(TyperGroup):
     With CONTRADIFF_TRACEBACK=1, they are shown in full.
     """
 
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        command: Any = super().get_command(ctx, cmd_name)
+        for option in command.params if command else ():
+            if getattr(option, "is_flag", False):
+                option.metavar = ""  # typer's own is "<bool>", but a flag takes no value
+        return command
+
     def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
@@ -331,14 +338,14 @@ def export(
         ),
     ],
     with_base: Annotated[
-        bool, typer.Option("--with-base", metavar="", help="Copy the base model too.")
+        bool, typer.Option("--with-base", help="Copy the base model too.")
     ] = False,
     push: Annotated[
         str | None,
         typer.Option(metavar="ID", help="Upload it to the Hugging Face hub, as user/name."),
     ] = None,
     private: Annotated[
-        bool, typer.Option("--private", metavar="", help="Only you see what --push uploads.")
+        bool, typer.Option("--private", help="Only you see what --push uploads.")
     ] = False,
     licence: Annotated[
         str, typer.Option(metavar="NAME", help="The licence in the model card, such as apache-2.0.")

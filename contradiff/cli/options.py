@@ -75,7 +75,7 @@ Device: TypeAlias = Annotated[
 BatchSize: TypeAlias = Annotated[
     int | None, typer.Option(min=1, metavar="N", help="Images at a time. Fewer take less memory.")
 ]
-AsJson: TypeAlias = Annotated[bool, typer.Option("--json", metavar="", help="Print JSON.")]
+AsJson: TypeAlias = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
 def check_project(
