@@ -63,7 +63,10 @@ def plot_blocks(found: Mapping[str, Mapping[str, Mapping[int, float]]]) -> bytes
 
 
 def _png_of(figure: Any) -> bytes:
-    buffer = io.BytesIO()
+    from PIL import Image
+
+    buffer, palette = io.BytesIO(), io.BytesIO()
     # Without this, the file would name matplotlib's version.
     figure.savefig(buffer, format="png", dpi=100, metadata={"Software": None})
-    return buffer.getvalue()
+    Image.open(buffer).convert("RGB").quantize(128).save(palette, format="png", optimize=True)
+    return palette.getvalue()

@@ -359,8 +359,11 @@ def tables(found: Mapping[str, Any]) -> Iterator[str]:
             for block, own in base.items()
         ],
     )
-    columns = ["step", *(name for name in found["training"][0] if name != "step")]
-    yield from _table(columns, [[f"{row[c]:.4g}" for c in columns] for row in found["training"]])
+    measures = [name for name in found["training"][0] if name != "step"]
+    yield from _table(
+        ["step", *(str(row["step"]) for row in found["training"])],
+        [[name, *(f"{row[name]:.4g}" for row in found["training"])] for name in measures],
+    )
     yield from _table(
         ["chosen by", "step", "h top-1", "FID"],
         [

@@ -98,6 +98,8 @@ def test_tables_and_pictures_say_which_checkpoint_is_best():
         "| nearest neighbours, labels | 1% | 100% |",
         "| h | 40.0% | 80.0% |",
         "| up.0 | 60.0 → 60.0 | 30.0 → 30.0 |",
+        "| step | 0 | 4 | 8 | 12 |",
+        "| fid | 12 | 11.5 | 11 | 11.3 |",
         "| best probe | 4 | 82.0% | 11.50 |",
         "| best FID | 8 | 81.0% | 11.00 |",
         "| the last | 12 | 80.0% | 11.30 |",
