@@ -18,7 +18,6 @@ from typing import Any
 
 from contradiff.config import Section, read_params
 from contradiff.files import explain_damage, read_json, replace_file
-from contradiff.pretrained.project import export
 from contradiff.report.results import read_results
 from contradiff.report.run_page import render_run
 
@@ -41,9 +40,16 @@ def main(_params: Params, run: Run) -> None:
         metrics=metric_files(Path("dvc.yaml")),
         curve=Path("metrics/pretrain.csv"),
         artifacts=[Path("build/figures/samples.png"), Path("build/report"), RUN_PAGE.parent],
-        export=export if is_trained else None,
+        export=export_model if is_trained else None,
     )
     delete_finished(run.root)  # DVC has recorded all results by now
+
+
+def export_model(folder: Path) -> None:
+    """Write the trained model as `contradiff export` does."""
+    from contradiff.pretrained.project import export  # slow, and only new rows need it
+
+    export(folder)
 
 
 def write_run_page(run: Run, params: Mapping[str, Any]) -> None:
