@@ -146,10 +146,14 @@ def _peak(params: Params, folder: Path, *, num_images: int) -> int:
 
 
 def cuda_norms() -> AbstractContextManager[Any]:
-    """Run norms in float32, as autocast does on CUDA but not on the CPU."""
+    """Run norms under autocast in float32, as it does on CUDA but not on the CPU."""
 
     def in_float32(norm: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        return lambda tensor, *args, **kwargs: norm(tensor.float(), *args, **kwargs)
+        def as_on_cuda(tensor: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            is_active = torch.is_autocast_enabled(tensor.device.type)
+            return norm(tensor.float() if is_active else tensor, *args, **kwargs)
+
+        return as_on_cuda
 
     # A TorchFunctionMode would have no effect while a checkpointed block is computed again.
     norms = {name: in_float32(getattr(F, name)) for name in ("group_norm", "layer_norm")}

@@ -39,7 +39,7 @@ RECON_PASS_WORK, CHAIN_WORK = 0.25, 7.76
 These rows are docs/paper.md's ("Beyond the paper").
 """
 
-DECODED_MB = 188.4
+DECODED_MB = 136.8
 """A step's memory for each latent of `pretrain.decode_batch_size`, if nothing is recomputed."""
 OPTIMISER_GB = 0.8
 """12 bytes for each trained weight: AdamW's two moments, and the buckets of DDP."""
@@ -58,14 +58,11 @@ class Checkpointing:
 
 
 STEP_MEMORY = {
-    "none": Checkpointing(621.6, 2121.0, 1.00, DECODED_MB, 807.5),
-    "down.0": Checkpointing(410.2, 2121.0, 1.07, DECODED_MB, 598.6),
-    "all": Checkpointing(258.3, 2178.0, 1.32, 0.0, 258.3),
+    "none": Checkpointing(496.3, 2121.0, 1.00, DECODED_MB, 628.4),
+    "down.0": Checkpointing(329.9, 2121.0, 1.07, DECODED_MB, 461.9),
+    "all": Checkpointing(235.4, 2178.0, 1.32, 0.0, 235.4),
 }
-"""The counts of docs/log.md ("Peak memory, and the up path in parts").
-
-*Not counted but added*: `down.0` with all latents at once is 410.2 + 188.4.
-"""
+"""The counts of `python -m bench flops`."""
 
 
 @dataclass(frozen=True)

@@ -155,7 +155,7 @@ def test_denoise_equals_diffusers_loop(
 
 
 def test_bf16_is_autocast_of_the_unet_alone(model: ContraDiffModel, tiny_base: Path):
-    """Images are near fp32's. Casting the frozen weights once or at every pass gives the same."""
+    """Images are near fp32's, and as near after the frozen weights are cast, norms included."""
     merge_lora(model.unet)
     [exact] = generate_unconditional(model, tiny_base)
     [autocast] = generate_unconditional(model, tiny_base, precision="bf16")
@@ -163,10 +163,9 @@ def test_bf16_is_autocast_of_the_unet_alone(model: ContraDiffModel, tiny_base: P
     before = {name: p.clone() for name, p in model.named_parameters() if "unet" not in name}
     cast_frozen_weights(model.unet)
     norms = [m for m in model.unet.modules() if isinstance(m, torch.nn.GroupNorm)]
-    assert {m.weight.dtype for m in norms} == {torch.float32}
-    assert model.unet.conv_in.weight.dtype == torch.bfloat16
+    assert {m.weight.dtype for m in [*norms, model.unet.conv_in]} == {torch.bfloat16}
     [cast] = generate_unconditional(model, tiny_base, precision="bf16")
-    assert torch.equal(cast, autocast)
+    assert 0 < (cast.float() - exact.float()).abs().mean() < 3
     assert all(torch.equal(p, before[n]) for n, p in model.named_parameters() if n in before)
 
 

@@ -198,32 +198,34 @@ def test_saving_memory_leaves_the_gradients_and_reaches_lora(
     assert all(gradient.any() for name, gradient in found[1][1].items() if "lora_" in name)
 
 
-def test_frozen_weights_in_half_precision_are_autocast_s_own(
+def test_frozen_weights_in_half_precision_train_as_autocast_does(
     build_tiny: Build,
     train: Train,
     accelerator: Any,
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
 ):
-    """Casting once, or by autocast in every pass, gives the same training bit for bit."""
+    """Casting once, norms included, ends as near to float32 as autocast in every pass."""
     monkeypatch.setattr(accelerator, "autocast", lambda: torch.autocast("cpu", torch.bfloat16))
     changes = {"precision": "bf16", "gradient_checkpointing": "all", "decode_batch_size": 4}
     model, uncast, exact = build_tiny(), build_tiny(), build_tiny()
     train(model, work_dir=tmp_path / "cast", pretrain=changes)
     frozen = {p.dtype for p in model.unet.parameters() if not p.requires_grad}
-    assert frozen == {torch.bfloat16, torch.float32}
+    assert frozen == {torch.bfloat16}
     assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
-    norms = [m for m in model.unet.modules() if isinstance(m, nn.GroupNorm | nn.LayerNorm)]
-    assert {m.weight.dtype for m in norms} == {torch.float32}
     with monkeypatch.context() as patch:
         patch.setattr(training, "cast_frozen_weights", lambda _: None)
         train(uncast, work_dir=tmp_path / "uncast", pretrain=changes)
         assert {p.dtype for p in uncast.parameters()} == {torch.float32}
-    trained = model.trained_state()
-    torch.testing.assert_close(trained, uncast.trained_state(), rtol=0, atol=0)
     monkeypatch.undo()
     train(exact, work_dir=tmp_path / "exact")
-    assert any(not tensor.equal(trained[name]) for name, tensor in exact.trained_state().items())
+    wanted = exact.trained_state()
+
+    def error(of: ContraDiffModel) -> float:
+        found = of.trained_state()
+        return sum((found[name] - tensor).float().norm().item() for name, tensor in wanted.items())
+
+    assert 0 < error(model) < 3 * error(uncast)  # AdamW magnifies small gradients
 
 
 def test_average_of_the_weights_is_what_is_kept(build_tiny: Build, train: Train):
