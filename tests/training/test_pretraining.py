@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from pydantic import ValidationError
-from torch import Tensor, nn
+from torch import Tensor
 
 from contradiff.method.model import ContraDiffModel
 from contradiff.method.objective import TrainingBatch, TrainingStep
