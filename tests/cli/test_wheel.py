@@ -70,9 +70,10 @@ def environment(tmp_path_factory: pytest.TempPathFactory) -> Path:
     call(*uv, *build, "--out-dir", top / "dist", ROOT, cwd=top)
     [wheel] = (top / "dist").glob("*.whl")
     call(*uv, "venv", "--python", sys.executable, top / "venv", cwd=top)
-    # uv's cache has the locked versions, so that nothing is downloaded.
-    install = ["pip", "install", "--constraint", ROOT / "requirements.lock", wheel]
-    call(*uv, *install, cwd=top, VIRTUAL_ENV=str(top / "venv"))
+    # uv's cache has the locked versions, so that nothing is downloaded. Without --python, this uv
+    # would install into its own environment.
+    into = ["pip", "install", "--python", top / "venv/bin/python"]
+    call(*uv, *into, "--constraint", ROOT / "requirements.lock", wheel, cwd=top)
     return top / "venv"
 
 
