@@ -83,7 +83,9 @@ class Project:
         self.delete_outs(stage)
         for name in (".work", "mlruns", *(["data"] if stage == "prepare" else [])):
             shutil.rmtree(self.folder / name, ignore_errors=True)
-        (self.folder / "mlflow.db").unlink(missing_ok=True)
+        # The rwlock names killed processes, whose numbers Linux may have given to others by now.
+        for name in ("mlflow.db", ".dvc/tmp/rwlock"):
+            (self.folder / name).unlink(missing_ok=True)
         yaml = YAML(typ="safe")
         content = yaml.load(self.lock)
         content["stages"].pop(stage, None)
