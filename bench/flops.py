@@ -28,20 +28,19 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from contradiff.base.config import BaseParams, config_folder, downsampling_of
-from contradiff.base.loading import NoiseSchedule, unet_without_weights
+from contradiff.base.config import BaseParams, config_folder
 from contradiff.config import parse, read_params
 from contradiff.features.inversion import inverted_maps
 from contradiff.features.params import FeaturesParams
-from contradiff.method.losses import LossParams
-from contradiff.method.model import Architecture, ContraDiffModel
-from contradiff.method.objective import TrainingBatch, TrainingStep
-from contradiff.training.pretraining import set_up
-from contradiff.training.recipe import PretrainParams
-from contradiff.types import Precision
+from contradiff.training.flops import (
+    NUM_IMAGES,
+    StepParams,
+    build,
+    empty_batch,
+    of_training_step,
+    training_step,
+)
 
-NUM_IMAGES = 4
-"""Images in a counted step. The FLOPs per image hardly depend on this number."""
 BATCH_SIZES = (64, 128)
 """Two batch sizes, to compute the memory per image: the paper's 512 on 8 GPUs and on 4."""
 BASELINE: dict[str, Any] = {"pretrain.gradient_checkpointing": "none"}
@@ -62,14 +61,11 @@ VARIANTS: list[dict[str, Any]] = [
 ]
 
 
-class Params(Architecture):
-    """The sections on which the FLOPs and the memory of a step depend."""
+class Params(StepParams):
+    """The sections on which the FLOPs and the memory of a step, and the FLOPs of h, depend."""
 
-    data: dict[str, Any]
     base: BaseParams
-    loss: LossParams
     features: FeaturesParams
-    pretrain: PretrainParams
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -100,27 +96,6 @@ def changed(content: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
         section, name = key.split(".")
         result[section][name] = value
     return result
-
-
-def build(params: Params, folder: Path, *, precision: Precision = "fp32") -> ContraDiffModel:
-    """Build the model for training on the meta device, without values of the weights."""
-    schedule = NoiseSchedule.of_base(folder)
-    sizes = {"image_size": params.data["image_size"], "downsampling": downsampling_of(folder)}
-    with torch.device("meta"):
-        model = ContraDiffModel(unet_without_weights(folder), schedule, params, **sizes)
-    blocks = params.pretrain.gradient_checkpointing
-    set_up(model, loss=params.loss, gradient_checkpointing=blocks, precision=precision)
-    return model
-
-
-def of_training_step(params: Params, folder: Path) -> float:
-    """Count the GFLOPs per image of a training step. The precision does not matter."""
-    model = build(params, folder)
-    with torch.device("meta"):
-        batch = empty_batch(model, params, folder, num_images=NUM_IMAGES)
-        with FlopCounterMode(display=False) as counter:
-            training_step(model, params)(batch)["loss"].backward()
-    return counter.get_total_flops() / NUM_IMAGES / 1e9
 
 
 def peak_bytes(params: Params, folder: Path) -> tuple[float, float]:
@@ -186,29 +161,6 @@ class LiveBytes(TorchDispatchMode):
     def _drop(self, key: int, size: int) -> None:
         self.known.remove(key)
         self.size -= size
-
-
-def training_step(model: ContraDiffModel, params: Params) -> TrainingStep:
-    """Return the training step with the loss of the parameter file."""
-    decode_batch_size = params.pretrain.decode_batch_size
-    return TrainingStep(model, loss=params.loss, decode_batch_size=decode_batch_size).train()
-
-
-def empty_batch(
-    model: ContraDiffModel, params: Params, folder: Path, *, num_images: int
-) -> TrainingBatch:
-    """Return a training batch of uninitialised tensors on torch's default device."""
-    side = params.data["image_size"] // downsampling_of(folder)
-    latent = model.unet.config["in_channels"], side, side
-    views = (1 if params.conditioner.cond_view == "same" else 2), num_images
-    return TrainingBatch(
-        latents=torch.empty(2, num_images, *latent),
-        conditions=torch.empty(*views, *model.conditioner.shape),
-        condition_noise=torch.empty(*views, *model.conditioner.shape),
-        dropped=torch.empty(*views, dtype=torch.bool),
-        timesteps=torch.empty(2, 3, num_images, dtype=torch.long),
-        noise=torch.empty(2, 3, num_images, *latent),
-    )
 
 
 def of_features(params: Params, folder: Path) -> float:

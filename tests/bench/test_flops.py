@@ -52,6 +52,9 @@ def test_switches_cost_what_they_add(tiny_base: Path):
     first, every = (step(pretrain__gradient_checkpointing=blocks) for blocks in ("down.0", "all"))
     assert once < first < every
     assert every > 1.2 * once
+    views = ("same", "noise", "noise_both")  # one, two and three conditions
+    conditions = [step(conditioner__cond_view=view) for view in views]
+    assert conditions[0] < conditions[1] < conditions[2]
     chain = flops.of_features(preset({"features.noising": "ddim_chain"}), tiny_base)
     assert chain > 5 * flops.of_features(preset({}), tiny_base)
 
