@@ -19,6 +19,7 @@ from contradiff.method.checkpoint import load_checkpoint, read_checkpoint_card
 from contradiff.method.model import Architecture
 from contradiff.training.state import STATE_VERSION
 from contradiff.types import Precision
+from contradiff.watch import Watch
 
 BASE, CHECKPOINT = Path("build/base"), Path("build/pretrain")
 IMAGES, LATENTS = Path("build/shards"), Path("build/latents")
@@ -51,8 +52,9 @@ def main(params: Params, run: Run) -> None:
             )
             run.log(f"training {sum(p.numel() for p in table.parameters()):,} parameters")
             inputs, digest = [BASE, CHECKPOINT], pairs.digest
+            watch = Watch(num_steps=num_steps, batch_size=section.batch_size, device=run.device)
             session = stack.enter_context(
-                follow_training(run, params, inputs, digest, STATE_VERSION, num_steps=num_steps)
+                follow_training(run, params, inputs, digest, STATE_VERSION, watch=watch)
             )
             # The same precision as in pretraining.
             trained = read_checkpoint_card(CHECKPOINT).params

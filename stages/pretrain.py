@@ -1,32 +1,40 @@
 """pretrain: train LoRA, conditioner and attention head with reconstruction and contrastive loss."""
 
 from stages.runtime.run import PARAMS_FILE, Run, execute
-from stages.runtime.training import Session, follow_training
+from stages.runtime.training import Session, debug_training, follow_training
 
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.autograd import set_detect_anomaly
 
 from contradiff.base.config import BaseParams, config_folder
 from contradiff.base.loading import load_vae
 from contradiff.config import Section, parse, read_params
-from contradiff.data.params import DataParams
 from contradiff.data.streams import PairedShards
 from contradiff.method.checkpoint import save_checkpoint
 from contradiff.method.compilation import compile_blocks
-from contradiff.method.model import Architecture, build_model
+from contradiff.method.model import ContraDiffModel, build_model
 from contradiff.method.parameter_counts import count_parameters, parameter_table
+from contradiff.planning.costs import peak_bf16
+from contradiff.training.flops import StepParams, of_training_step
 from contradiff.training.pretraining import pretrain, write_curve
-from contradiff.training.recipe import TrainingRecipe
 from contradiff.training.state import STATE_VERSION
+from contradiff.watch import Watch
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 BASE, IMAGES, LATENTS = Path("build/base"), Path("build/shards"), Path("build/latents")
 CHECKPOINT, CURVE = Path("build/pretrain"), Path("metrics/pretrain.csv")
+OVERFIT_STEPS = 100
 
 
-class Params(TrainingRecipe, Architecture):
-    data: DataParams
+class Params(StepParams):
+    """No other sections than those of a training step."""
 
 
 class BaseSection(Section):
@@ -42,24 +50,21 @@ def describe(params: Params) -> str:
 
 
 def main(params: Params, run: Run) -> None:
-    accelerator = run.accelerator(precision=params.pretrain.precision)
-    pairs = PairedShards.open(run.shards(IMAGES), run.shards(LATENTS), split="train")
-    image_size = params.data.image_size
-    model = build_model(BASE, params, image_size=image_size, seed=params.seed)
-    if run.runtime.compile == "all":
-        compile_blocks(model.unet)
+    accelerator, pairs, model = prepare(params, run)
     num_vae_parameters = sum(p.numel() for p in load_vae(BASE).parameters())
     counts = count_parameters(model, num_vae_parameters=num_vae_parameters)
     run.log(f"{counts['trainable']:,} trainable and {counts['frozen']:,} frozen parameters")
     if params.warning:
         run.log(params.warning)
     num_steps = params.pretrain.epochs * (pairs.num_samples // params.pretrain.batch_size)
+    watch = watch_of(params, run, num_steps=num_steps, num_processes=accelerator.num_processes)
     with follow_training(
-        run, params, [BASE], pairs.digest, STATE_VERSION, num_steps=num_steps, files_checkpoint=True
+        run, params, [BASE], pairs.digest, STATE_VERSION, watch=watch, files_checkpoint=True
     ) as session:
         # Now the main process holds the work folder's lock, and no other run changes the folder.
         accelerator.wait_for_everyone()
-        facts: dict[str, Any] = {"base": BASE, "image_size": image_size, "counts": counts}
+        facts: dict[str, Any] = {"base": BASE, "counts": counts}
+        facts["image_size"] = params.data.image_size
         facts["params"] = params.model_dump(mode="json", by_alias=True)
         save = partial(save_checkpoint, model=model, **facts)
         options = keep_checkpoints(run, session, save)
@@ -68,6 +73,58 @@ def main(params: Params, run: Run) -> None:
             write_curve(CURVE, curve)
             save(CHECKPOINT, num_steps=num_steps)
         accelerator.wait_for_everyone()
+
+
+def debug(mode: str, params: Params, run: Run) -> None:
+    """Train on the first batch alone or on the first two, or with anomaly detection; keep nothing.
+
+    The repeated batches have the same noise and timesteps each time, so their loss can come near to
+    zero. "overfit" takes `OVERFIT_STEPS` steps, whatever pretrain.epochs is.
+    """
+    only_batches = {"overfit": 1, "two-batches": 2}.get(mode)
+    section = params.pretrain
+    if mode == "overfit":
+        length = {"epochs": OVERFIT_STEPS, "warmup_epochs": OVERFIT_STEPS / 10}
+        section = section.model_copy(update=length)
+        params = params.model_copy(update={"pretrain": section})
+    accelerator, pairs, model = prepare(params, run)
+    num_steps = section.epochs * (only_batches or pairs.num_samples // section.batch_size)
+    watch = watch_of(params, run, num_steps=num_steps, num_processes=accelerator.num_processes)
+    with set_detect_anomaly(mode == "anomaly"), debug_training(run, watch) as session:
+        options: dict[str, Any] = {"accelerator": accelerator, **session}
+        curve = pretrain(model, pairs, recipe=params, only_batches=only_batches, **options)
+    if curve:
+        first, last = curve[0], curve[-1]
+        losses = f"{first['loss']:.4f} (step {first['step']:g}) to {last['loss']:.4f}"
+        run.log(f"the loss went from {losses} (step {last['step']:g}); no file was written")
+
+
+def prepare(params: Params, run: Run) -> tuple["Accelerator", PairedShards, ContraDiffModel]:
+    """Join the other processes, open the shards, and build the model."""
+    accelerator = run.accelerator(precision=params.pretrain.precision)
+    pairs = PairedShards.open(run.shards(IMAGES), run.shards(LATENTS), split="train")
+    model = build_model(BASE, params, image_size=params.data.image_size, seed=params.seed)
+    if run.runtime.compile == "all":
+        compile_blocks(model.unet)
+    return accelerator, pairs, model
+
+
+def watch_of(params: Params, run: Run, *, num_steps: int, num_processes: int) -> Watch:
+    """Return a watch that knows the ceiling of the GPUs, if their maker's rate is known.
+
+    It is known for bf16. In float32, CUDA takes some convolutions in TF32, at another rate.
+    """
+    section, ceiling = params.pretrain, None
+    is_known = run.is_main and run.device.type == "cuda" and section.precision == "bf16"
+    if is_known and (peak := peak_bf16(torch.cuda.get_device_name(run.device))):
+        # What gradient checkpointing computes twice is no use, by MFU's definition.
+        once = section.model_copy(update={"gradient_checkpointing": "none"})
+        gflop = of_training_step(params.model_copy(update={"pretrain": once}), BASE)
+        ceiling = num_processes * peak * 1e3 / gflop
+        what = f"an image takes {gflop:,.1f} GFLOP; MFU is 100% at {ceiling:,.0f} images/s"
+        run.log(f"{what} ({num_processes} x {peak:g} TFLOP/s)")
+    size = section.batch_size
+    return Watch(num_steps=num_steps, batch_size=size, device=run.device, ceiling=ceiling)
 
 
 def keep_checkpoints(run: Run, session: Session, save: Callable[..., None]) -> Session:
@@ -92,4 +149,4 @@ def keep_checkpoints(run: Run, session: Session, save: Callable[..., None]) -> S
 
 
 if __name__ == "__main__":
-    execute(Params, main, parallel=True)
+    execute(Params, main, parallel=True, debug=debug)

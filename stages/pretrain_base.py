@@ -19,6 +19,7 @@ from contradiff.files import replace_dir
 from contradiff.toy import base_recipe
 from contradiff.toy.generic import render_shapes, render_tinted
 from contradiff.training.state import STATE_VERSION
+from contradiff.watch import Watch
 
 SEED = 1000
 NUM_SHAPES, NUM_TINTED = 48_000, 24_000
@@ -39,13 +40,17 @@ def main(_params: Params, run: Run) -> None:
                 advance(1)
         return images
 
+    def watch_of(recipe: base_recipe.Recipe) -> Watch:
+        steps, size = recipe.num_steps, recipe.batch_size
+        return Watch(num_steps=steps, batch_size=size, device=run.device)
+
     shapes, tinted = rendered(render_shapes, NUM_SHAPES), rendered(render_tinted, NUM_TINTED)
     accelerator = run.accelerator()
     recipes = {"vae": asdict(base_recipe.VAE_RECIPE), "unet": asdict(base_recipe.UNET_RECIPE)}
     with run.work_dir(recipes, [], state_version=STATE_VERSION) as work:
-        with show_steps(run, "autoencoder", base_recipe.VAE_RECIPE.num_steps) as on_step:
+        with show_steps(run, "autoencoder", watch_of(base_recipe.VAE_RECIPE)) as on_step:
             vae = base_recipe.train_vae(shapes, accelerator, work, on_step)
-        with show_steps(run, "denoiser", base_recipe.UNET_RECIPE.num_steps) as on_step:
+        with show_steps(run, "denoiser", watch_of(base_recipe.UNET_RECIPE)) as on_step:
             unet = base_recipe.train_unet(tinted, vae, accelerator, work, on_step)
         if run.is_main:
             with replace_dir(Path("models/tiny")) as folder:

@@ -24,6 +24,7 @@ from contradiff.training.loop import OnStep, train
 from contradiff.training.optim import build_adamw, cosine_with_warmup
 from contradiff.training.state import SavedState
 from contradiff.types import Precision, Tokens
+from contradiff.watch import Watch
 
 TABLE_NAME = "table.safetensors"
 MICROBATCH_SIZE = 32
@@ -114,13 +115,15 @@ def train_class_table(
     log_every: int,
     checkpoint_every: int,
     on_step: OnStep,
+    watch: Watch,
 ) -> None:
     """Train the table in place, on the model's device; resume if `work_dir` has a saved state.
 
     The loss is Eq. 3 for centre crops, at uniform timesteps. Call `choose_denoiser` before. This
     function freezes the model, whose UNet runs in `precision`; the table is float32. A resumed
-    training gives the weights of an uninterrupted one, bit for bit on the same machine. Raises
-    ValueError if the loss is not finite.
+    training gives the weights of an uninterrupted one, bit for bit on the same machine. `watch`
+    measures how long the training waits for its batches. Raises ValueError if the loss is not
+    finite.
 
     *Deviation*: the paper says that "no additional fine-tuning is applied for image generation".
     Here only the table is trained, because classes need trained embeddings.
@@ -147,7 +150,7 @@ def train_class_table(
     stream = TrainingStream(
         pairs, make_batch=choose, with_images=True, batch_size=params.batch_size, **place
     )
-    batches = training_batches(stream, num_workers=num_workers)
+    batches = watch.waiting(training_batches(stream, num_workers=num_workers))
 
     def take_gradients(step: int) -> dict[str, Tensor]:
         """Sum the gradients of Eq. 3 over microbatches (parts of the batch); return the loss."""

@@ -4,6 +4,7 @@ Counting a training step takes minutes, so the counts stand here. `python -m ben
 those of a step and of the feature; `python -m bench passes` makes those of a single pass.
 """
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal, TypeAlias
@@ -149,6 +150,23 @@ GPUS = {
     "rtx3090": Gpu(24.0, 71.0, 35.6),
 }
 """The cards that `--gpu` names. Measurements of a card are added here."""
+
+DRIVER_NAMES = {
+    "h100": "NVIDIA (H100 80GB HBM3|H200)",
+    "a100": r"(NVIDIA )?A100\b.*",
+    "rtx4090": "NVIDIA GeForce RTX 4090",
+    "rtx3090": "NVIDIA GeForce RTX 3090",
+}
+"""How the driver names cards with these rates; others, such as the H100 PCIe, are slower."""
+
+
+def peak_bf16(driver_name: str) -> float | None:
+    """Return the maker's TFLOP/s in bf16 of a card, by its name in CUDA; None if not known."""
+    for name, pattern in DRIVER_NAMES.items():
+        if re.fullmatch(pattern, driver_name):
+            return GPUS[name].bf16
+    return None
+
 
 EFFICIENCY = 0.4
 """The part of a card's TFLOP/s that a run reaches, where nothing is measured."""

@@ -3,6 +3,7 @@
 import csv
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
+from itertools import cycle, islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,6 +22,7 @@ from contradiff.training.optim import WeightAverage, build_adamw, cosine_with_wa
 from contradiff.training.recipe import Checkpointing, TrainingRecipe
 from contradiff.training.state import SavedState
 from contradiff.types import Precision
+from contradiff.watch import Watch
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -41,12 +43,18 @@ def pretrain(
     log_every: int,
     checkpoint_every: int,
     on_step: OnStep,
+    watch: Watch,
+    only_batches: int | None = None,
 ) -> list[dict[str, float]]:
     """Train the model in place; a new call with the same `work_dir` resumes a stopped training.
 
     A resumed training ends with the same weights as an uninterrupted training. They are equal bit
     for bit if the machine and the number of processes are the same, otherwise up to the order of
-    float sums. Return the loss curve: rows with the columns `CURVE_COLUMNS`.
+    float sums. Return the loss curve: rows with the columns `CURVE_COLUMNS`. `watch` measures how
+    long the training waits for its batches.
+
+    With `only_batches`, an epoch has only so many batches, and all epochs have the same: the same
+    images, noise and timesteps. This serves to find faults, and can not be resumed.
 
     Raises ValueError if the batch is larger than the data, if processes and microbatches cannot
     share it equally, or if the training diverges.
@@ -62,7 +70,7 @@ def pretrain(
     if steps_per_epoch == 0:
         fault = f"{params.batch_size} is more than the {pairs.num_samples} images"
         raise ValueError(f"pretrain.batch_size: {fault}; lower pretrain.batch_size")
-    total_steps = params.epochs * steps_per_epoch
+    total_steps = params.epochs * (steps_per_epoch := only_batches or steps_per_epoch)
     if total_steps == 0:
         return []
     warmup_steps = round(params.warmup_epochs * steps_per_epoch)
@@ -93,7 +101,9 @@ def pretrain(
         rank=accelerator.process_index,
         world_size=num_processes,
     )
+    period = only_batches * microbatches if only_batches else None
     batches = training_batches(stream, num_workers=num_workers)
+    batches = watch.waiting(cycle(islice(batches, period)) if period else batches)
     alphas, schedule = model.schedule.alphas_cumprod, recipe.noise.schedule
     probabilities = timestep_probabilities(alphas, schedule=schedule).to(accelerator.device)
 
@@ -103,7 +113,7 @@ def pretrain(
         for number in range(step * microbatches, (step + 1) * microbatches):
             batch = draw_batch(
                 next(batches),
-                number=number,
+                number=number % period if period else number,
                 model=model,
                 recipe=recipe,
                 probabilities=probabilities,

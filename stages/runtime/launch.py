@@ -37,7 +37,7 @@ def num_processes() -> int:
 
 
 def run_several(module: str, *, count: int) -> int:
-    """Run `python -m module` in `count` processes, and wait for them.
+    """Run `python -m module`, with this process's arguments, in `count` processes; wait for them.
 
     Returns 0, or the exit code of a process that failed. If a signal ends this process and another
     process has said so, the code is 128 + the signal's number. Otherwise raises `Stopped`. Raises
@@ -64,7 +64,7 @@ def run_several(module: str, *, count: int) -> int:
     with tempfile.TemporaryDirectory() as folder:
         os.environ[_MESSAGES] = folder
         try:
-            elastic_launch(config, sys.executable)("-m", module)
+            elastic_launch(config, sys.executable)("-m", module, *sys.argv[1:])
         except SignalException as error:
             if not any(Path(folder).iterdir()):
                 raise Stopped(error.sigval) from None

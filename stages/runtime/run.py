@@ -25,6 +25,7 @@ from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
+from functools import partial
 from io import StringIO
 from pathlib import Path
 from types import TracebackType
@@ -53,6 +54,12 @@ STRATEGIES = {
 """Environment variables that ask Accelerate for a training strategy."""
 _LOST_CONNECTION = "(?i)closed by peer|reset by peer|broken pipe|pair closure|remote process exited"
 
+DEBUG_MODES = ("overfit", "two-batches", "anomaly")
+"""What `--debug` can find faults with, in stages that have it."""
+
+Debug = Callable[[str, SectionT, "Run"], None]
+"""Runs a stage in one of `DEBUG_MODES`, and writes no file."""
+
 Advance = Callable[..., None]
 """`advance(n, name=value, ...)` moves a progress bar by n units and shows the named values."""
 
@@ -69,6 +76,9 @@ class RuntimeParams(Section):
     )
     keep_every: int = Field(
         default=0, ge=0, description="steps between two kept checkpoints of pretraining; 0: none"
+    )
+    profile: bool = Field(
+        default=False, description="whether a training leaves a trace of ten steps in .work/profile"
     )
     shards_from: str | None = Field(
         default=None,
@@ -183,9 +193,16 @@ class Run:
 
     @contextmanager
     def progress(
-        self, description: str, total: int | None, unit: str = "img"
+        self,
+        description: str,
+        total: int | None,
+        unit: str = "img",
+        bar_format: str | None = None,
     ) -> Generator[Advance]:
-        """Show progress on stderr: a bar in a terminal, or a line every ten seconds elsewhere."""
+        """Show progress on stderr: a bar in a terminal, or a line every ten seconds elsewhere.
+
+        `bar_format` is tqdm's; None: tqdm's default.
+        """
         is_terminal = sys.stderr.isatty()
         with tqdm(
             desc=f"{self.stage}: {description}",
@@ -196,6 +213,7 @@ class Run:
             mininterval=0.1 if is_terminal else SECONDS_BETWEEN_LINES,
             miniters=1,
             dynamic_ncols=is_terminal,
+            bar_format=bar_format,
         ) as bar:
 
             def advance(n: int, /, **postfix: float | str) -> None:
@@ -258,27 +276,25 @@ class Run:
 
 
 def execute(
-    schema: type[SectionT], main: Callable[[SectionT, Run], None], *, parallel: bool = False
+    schema: type[SectionT],
+    main: Callable[[SectionT, Run], None],
+    *,
+    parallel: bool = False,
+    debug: Debug[SectionT] | None = None,
 ) -> None:
     """Run a stage from the command line, in the project's folder.
 
     If the stage's module has a function `describe(params) -> str`, `--dry-run` prints its result.
-    If `parallel` is true, several processes can share the stage (see `launch`). After a ValueError
-    or OSError, only the error's message is printed, and the exit code is 2. CONTRADIFF_TRACEBACK=1
-    shows the traceback. After a signal, the exit code is 128 + its number.
+    If `parallel` is true, several processes can share the stage (see `launch`). `--debug M` calls
+    `debug(M, ...)` instead of `main`. After a ValueError or OSError, only the error's message is
+    printed, and the exit code is 2. CONTRADIFF_TRACEBACK=1 shows the traceback. After a signal, the
+    exit code is 128 + its number.
     """
     module = sys.modules["__main__"]
     assert module.__spec__ is not None, "stages are run as `python -m stages.NAME`"
     stage = module.__spec__.name.rpartition(".")[2]
-    parser = argparse.ArgumentParser(
-        prog=f"python -m stages.{stage}",
-        description=inspect.getdoc(module),
-        epilog=f"The stage reads its parameters from {PARAMS_FILE}; presets/ has examples.",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    dry = "only check the parameters and print them"
-    parser.add_argument("--dry-run", action="store_true", help=dry)
-    is_dry = parser.parse_args().dry_run
+    is_dry, mode = _read_arguments(stage, inspect.getdoc(module), has_debug=debug is not None)
+    work = main if mode is None or debug is None else partial(debug, mode)
     sys.excepthook = _print_traceback
     stop_at_once()
     try:
@@ -297,9 +313,9 @@ def execute(
         if parallel and (count := num_processes()) > 1:
             sys.exit(run_several(module.__spec__.name, count=count))
         run = Run(stage, Path(os.environ.get("DVC_ROOT") or ".").resolve(), runtime)
-        main(params, run)
+        work(params, run)
         seconds = time.perf_counter() - started
-        if run.is_main and not run.resumed:
+        if run.is_main and not run.resumed and mode is None:
             record_costs(run.root, stage, params, seconds=seconds)
         run.log(f"done in {seconds:.1f} s")
         leave_processes()
@@ -324,6 +340,30 @@ def execute(
         sys.stderr.flush()
         os._exit(code)  # gloo's threads would abort the process during a normal exit
     sys.exit(code)
+
+
+def _read_arguments(
+    stage: str, description: str | None, *, has_debug: bool
+) -> tuple[bool, str | None]:
+    """Return whether the command line has --dry-run, and the mode of --debug or None."""
+    parser = argparse.ArgumentParser(
+        prog=f"python -m stages.{stage}",
+        description=description,
+        epilog=f"The stage reads its parameters from {PARAMS_FILE}; presets/ has examples.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    dry = "only check the parameters and print them"
+    parser.add_argument("--dry-run", action="store_true", help=dry)
+    if has_debug:
+        how = "look for faults, and write no file: train on one batch again and again, or on the "
+        how += "same two batches in each epoch, or name the operation whose gradient is NaN"
+        parser.add_argument("--debug", choices=DEBUG_MODES, help=how)
+    given = vars(parser.parse_args())
+    mode = given.get("debug")
+    if mode and "DVC_ROOT" in os.environ:
+        command = f"python -m stages.{stage} --debug {mode}"
+        parser.error(f"--debug writes no result, so DVC must not start it; type `{command}`")
+    return given["dry_run"], mode
 
 
 def drop_accelerates_variables() -> list[str]:

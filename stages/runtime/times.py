@@ -8,7 +8,6 @@ from stages.runtime.passwords import hide_passwords
 from stages.runtime.work_dir import key_of
 
 import json
-import resource
 import sys
 import time
 from collections.abc import Iterator, Mapping
@@ -17,6 +16,7 @@ from typing import Any
 
 from contradiff.config import Section
 from contradiff.files import explain_damage, read_json, replace_file
+from contradiff.watch import peak_memory
 
 
 def flatten(content: Mapping[str, Any], *, prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -44,12 +44,6 @@ def record_costs(root: Path, stage: str, params: Section, *, seconds: float) -> 
     path = root / ".work/times" / f"{stage}-{key_of(stage, params=params, inputs=[])}.json"
     with replace_file(path) as temporary:
         temporary.write_text(hide_passwords(json.dumps(content)), encoding="utf-8")
-
-
-def peak_memory() -> int:
-    """Return the largest number of bytes of main memory that this process has used."""
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def read_costs(root: Path, params: Mapping[str, Any]) -> dict[str, dict[str, Any]]:

@@ -20,6 +20,7 @@ from contradiff.generation import class_table
 from contradiff.generation.class_table import ClassConditionParams, ClassTable
 from contradiff.method.model import ContraDiffModel
 from contradiff.method.noise import add_noise
+from contradiff.watch import Watch
 from tests.settings import DAMAGES
 
 Build = Callable[..., ContraDiffModel]
@@ -59,6 +60,7 @@ def train(pairs: PairedShards, tmp_path: Path) -> Train:
         work_dir.mkdir()
         settings: dict[str, Any] = {"precision": "fp32", "seed": 0, "work_dir": work_dir}
         settings |= {"num_workers": 0, "log_every": 3, "checkpoint_every": 1000}
+        settings["watch"] = Watch(num_steps=0, batch_size=0, device=None)
         settings |= {"on_step": lambda *_: None} | changes
         settings["params"] = PARAMS.model_copy(update=settings.get("params"))
         class_table.train_class_table(model, table, pairs, **settings)

@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 
 from contradiff.cli.app import app
 from contradiff.config import PRESETS, parse, read_params
-from contradiff.planning.costs import GPUS, STEP_GFLOP, UNET, Measured
+from contradiff.planning.costs import GPUS, STEP_GFLOP, UNET, Measured, peak_bf16
 from contradiff.planning.plan import ImageCounts, Machine, Plan, plan, step_memory_gb
 from contradiff.rules import AllParams
 
@@ -120,6 +120,28 @@ def test_each_hour_names_its_rate_and_a_measured_one_replaces_a_stated_one():
     assert hours["generate"] == pytest.approx(passes + decoding)
     assert "training in bf16: 105 TFLOP/s a card, measured (a table)" in str(found)
     assert "decoding in fp32: 26.8 TFLOP/s a card, stated" in str(found)
+
+
+@pytest.mark.parametrize(
+    ("driver_name", "tflops"),
+    [
+        ("NVIDIA H100 80GB HBM3", 989.0),
+        ("NVIDIA H200", 989.0),
+        ("NVIDIA A100-SXM4-40GB", 312.0),
+        ("A100-PCIE-40GB", 312.0),
+        ("NVIDIA A100 80GB PCIe", 312.0),
+        ("NVIDIA GeForce RTX 4090", 165.0),
+        ("NVIDIA GeForce RTX 3090", 71.0),
+        ("NVIDIA H100 PCIe", None),
+        ("NVIDIA GeForce RTX 4090 Laptop GPU", None),
+        ("NVIDIA GeForce RTX 3090 Ti", None),
+        ("Tesla V100-SXM2-16GB", None),
+    ],
+)
+def test_cards_are_known_by_their_drivers_names_and_slower_namesakes_are_not(
+    driver_name: str, tflops: float | None
+):
+    assert peak_bf16(driver_name) == tflops
 
 
 @pytest.mark.parametrize(

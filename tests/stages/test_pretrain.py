@@ -18,10 +18,15 @@ from typing import Any
 
 import psutil
 import pytest
+import torch
 from mlflow import MlflowClient
 from ruamel.yaml import YAML
+from torch import Tensor
 
 from contradiff.config import parse, read_params
+from contradiff.method.objective import TrainingBatch, TrainingStep
+from contradiff.signals import Stopped
+from contradiff.training.flops import of_training_step
 from stages import pretrain
 from tests.settings import TINY
 
@@ -342,3 +347,117 @@ def test_checkpoints_are_kept_every_few_steps(
         changed["on_step"](step, None)
     assert seen == [1, 2, 3, 4, 5]
     assert saved == {tmp_path / f".work/checkpoints/key/{step:08}": step for step in kept}
+
+
+@pytest.mark.parametrize(
+    ("name", "precision", "peak"),
+    [
+        ("NVIDIA H100 80GB HBM3", "bf16", 989.0),
+        ("NVIDIA H100 80GB HBM3", "fp32", None),
+        ("an unknown card", "bf16", None),
+    ],
+)
+def test_a_known_card_has_a_ceiling_that_checkpointing_does_not_move(
+    trained_project: Run,
+    tiny: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
+    *,
+    name: str,
+    precision: str,
+    peak: float | None,
+):
+    monkeypatch.setattr(Run, "device", property(lambda _: torch.device("cuda", 0)))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: name)
+    tiny["pretrain"] |= {"precision": precision, "gradient_checkpointing": "all"}
+    params = parse(pretrain.Params, tiny, source="params.yaml")
+    ceiling = pretrain.watch_of(params, trained_project, num_steps=9, num_processes=4).ceiling
+    if peak is None:
+        assert ceiling is None
+        return
+    tiny["pretrain"]["gradient_checkpointing"] = "none"
+    params = parse(pretrain.Params, tiny, source="params.yaml")
+    gflop = of_training_step(params, Path("build/base"))
+    assert ceiling == pytest.approx(4 * peak * 1000 / gflop)
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    return {str(p): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+@pytest.fixture
+def debug(
+    trained_project: Run, tiny: dict[str, Any], workplace: Path, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., str]:
+    """Run the stage with `--debug`; return what it prints, after a look at the project's files."""
+    from accelerate.state import AcceleratorState
+
+    def run(mode: str, **changes: Any) -> str:
+        tiny["pretrain"] |= changes
+        params = parse(pretrain.Params, tiny, source="params.yaml")
+        before = files_of(workplace)
+        AcceleratorState._reset_state(reset_partial_state=True)
+        try:
+            pretrain.debug(mode, params, trained_project)
+        finally:
+            AcceleratorState._reset_state(reset_partial_state=True)
+            assert files_of(workplace) == before
+        return capsys.readouterr().err
+
+    return run
+
+
+def test_overfitting_one_batch_brings_its_loss_down(
+    debug: Callable[..., str], tiny: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+):
+    """With much contrast, because a base of random weights can hardly denoise."""
+    monkeypatch.setattr(pretrain, "OVERFIT_STEPS", 20)
+    tiny["loss"]["lambda"] = 10.0
+    said = debug("overfit", lr=0.01)
+    losses = re.search(r"from (\S+) \(step 1\) to (\S+) \(step 20\); no file was written", said)
+    assert float(losses[2]) < 0.5 * float(losses[1])
+
+
+def test_two_batches_an_epoch_are_always_the_same(
+    debug: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+):
+    seen: list[Tensor] = []
+    forward = TrainingStep.forward
+
+    def record(step: TrainingStep, batch: TrainingBatch) -> dict[str, Tensor]:
+        seen.append(torch.cat([each.flatten() for each in (batch.latents, batch.noise)]))
+        return forward(step, batch)
+
+    monkeypatch.setattr(TrainingStep, "forward", record)
+    said = debug("two-batches", epochs=3, warmup_epochs=1)
+    assert "(step 6); no file was written" in said
+    first, second = seen[:2]
+    assert not first.equal(second)
+    assert all(batch.equal((first, second)[number % 2]) for number, batch in enumerate(seen))
+
+
+@pytest.mark.filterwarnings("ignore:Error detected in SqrtBackward0")  # torch's trace of the op
+def test_anomaly_detection_names_the_operation(
+    debug: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+):
+    forward = TrainingStep.forward
+
+    def with_fault(step: TrainingStep, batch: TrainingBatch) -> dict[str, Tensor]:
+        losses = forward(step, batch)
+        fault = (losses["loss"] * 0.0).sqrt() * 0.0  # 0 in the forward pass, NaN in the backward
+        return losses | {"loss": losses["loss"] + fault}
+
+    monkeypatch.setattr(TrainingStep, "forward", with_fault)
+    with pytest.raises(RuntimeError, match="Function 'SqrtBackward0' returned nan values"):
+        debug("anomaly")
+    assert not torch.is_anomaly_enabled()
+
+
+def test_a_stopped_debug_run_does_not_speak_of_a_saved_state(
+    debug: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+):
+    def stop(*_: Any, **__: Any) -> None:
+        raise Stopped(15, saved="saved at step 3")
+
+    monkeypatch.setattr(pretrain, "pretrain", stop)
+    with pytest.raises(Stopped, match=r"^interrupted;"):
+        debug("overfit")

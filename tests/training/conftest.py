@@ -12,6 +12,7 @@ from contradiff.method.model import Architecture, ContraDiffModel
 from contradiff.method.noise import NoiseParams
 from contradiff.training.pretraining import pretrain
 from contradiff.training.recipe import PretrainParams, TrainingRecipe
+from contradiff.watch import Watch
 from tests.method.batches import loss_params
 
 PRETRAIN: dict[str, Any] = (
@@ -66,7 +67,8 @@ def train(
     def run(model: ContraDiffModel, **changes: Any) -> list[dict[str, float]]:
         work_dir = tmp_path / str(next(numbers))
         settings: dict[str, Any] = {"work_dir": work_dir, "num_workers": 0, "log_every": 5}
-        settings |= {"checkpoint_every": 1000, "on_step": lambda *_: None}
+        settings |= {"checkpoint_every": 1000, "on_step": lambda *_: None, "only_batches": None}
+        settings["watch"] = Watch(num_steps=0, batch_size=0, device=None)
         sections = {name: changes.pop(name) for name in set(changes) - set(settings)}
         conditioner = sections.get("conditioner", {}) | {"input": model.conditioner.input}
         recipe = recipe_of(**sections | {"conditioner": conditioner})

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import NoReturn
 
 import pytest
+from torch.distributed.launcher import api
 
 from contradiff.signals import Stopped
 
@@ -96,8 +97,11 @@ def train(run: Run) -> None:
             accelerator=run.accelerator(),
         )
 
+def debug(mode: str, params: Params, run: Run) -> None:
+    Path(f"debug-{os.environ.get('RANK', 0)}").write_text(mode)
+
 if __name__ == "__main__":
-    execute(Params, main, parallel=True)
+    execute(Params, main, parallel=True, debug=debug)
 '''
 
 Call = Callable[..., tuple[int, str, str]]
@@ -143,7 +147,8 @@ def call(
             monkeypatch.setenv(name, value)
         code = 0
         try:
-            execute(module.Params, fail if fault else module.main, parallel=True)
+            main = fail if fault else module.main
+            execute(module.Params, main, parallel=True, debug=module.debug)
         except SystemExit as error:
             code = error.code
         return (code, *capsys.readouterr())
@@ -227,6 +232,21 @@ def test_wrong_parameters_are_named(project: Path, call: Call):
         assert f"params.yaml: {key}: " in err
     params.write_text("seed: 1\nloss: {lambda: 1.0}\nruntime: {device: tpu}\n")
     assert "params.yaml: runtime.device: " in call()[2]
+
+
+def test_a_debug_run_replaces_the_stage_in_every_process_and_dvc_cannot_start_it(
+    project: Path, call: Call, monkeypatch: pytest.MonkeyPatch
+):
+    assert call("--debug", "overfit")[0] == 0
+    assert (project / "debug-0").read_text() == "overfit"
+    assert not (project / "build").exists()
+    started: list[tuple[str, ...]] = []
+    monkeypatch.setattr(api, "elastic_launch", lambda *_: lambda *given: started.append(given))
+    assert call("--debug", "overfit", CONTRADIFF_NUM_PROCESSES="2")[0] == 0
+    assert started == [("-m", "demo", "--debug", "overfit")]
+    code, _, err = call("--debug", "anomaly", DVC_ROOT=str(project))
+    remedy = "so DVC must not start it; type `python -m stages.demo --debug anomaly`"
+    assert (code, remedy in err) == (2, True)
 
 
 @pytest.mark.parametrize(
