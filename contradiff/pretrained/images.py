@@ -55,6 +55,11 @@ def square(image: ImageLike, *, size: int, name: str) -> UInt8[Tensor, "3 size s
     return apply_crop(pixels, centre_crop(*pixels.shape[1:]), size=size)
 
 
+def to_pil(pixels: UInt8[Tensor, "3 height width"]) -> Image.Image:
+    """Return an image of uint8 in Pillow's form."""
+    return Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy())
+
+
 @torch.inference_mode()
 def clean_batch(
     vae: "AutoencoderKL",

@@ -13,10 +13,11 @@ from PIL import Image
 from torch import Tensor
 
 from contradiff.base.loading import load_scheduler, load_vae
+from contradiff.base.vae import decode_latents
 from contradiff.config import parse_exactly
 from contradiff.features.batches import CleanBatch
 from contradiff.features.cache import MAPS
-from contradiff.features.models import DiffusionFeatures
+from contradiff.features.models import DiffusionFeatures, image_noise
 from contradiff.features.write_cache import to_stored
 from contradiff.generation.class_table import ClassTable, choose_denoiser
 from contradiff.generation.conditions import Conditioning, class_conditional, unconditional
@@ -24,7 +25,7 @@ from contradiff.generation.sampling import GenerateParams, generate
 from contradiff.generation.solvers import Solver, load_solver
 from contradiff.method.lora import cast_frozen_weights
 from contradiff.method.model import ContraDiffModel
-from contradiff.method.noise import NUM_LEVELS
+from contradiff.method.noise import NUM_LEVELS, add_noise
 from contradiff.method.unet import block_channels
 from contradiff.pretrained import hub
 from contradiff.pretrained.folder import Parts, read_export_config, read_folder
@@ -35,6 +36,7 @@ from contradiff.pretrained.images import (
     clean_batch,
     name_of,
     square,
+    to_pil,
 )
 from contradiff.pretrained.project import read_project
 from contradiff.types import Precision, Tokens
@@ -201,6 +203,40 @@ class ContraDiff:
             on_progress(len(batch.keys))
         return found
 
+    def noised(
+        self,
+        images: Images,
+        *,
+        indices: Sequence[int] | None = None,
+        batch_size: int | None = None,
+    ) -> list[list[Image.Image]]:
+        """Show what the head reads: each image with three amounts of noise, the noisiest first.
+
+        The VAE decodes the latents that the UNet gets. An image's `info` has its timestep.
+
+        Raises ValueError if the features are made by DDIM inversion, or if an image cannot be read.
+        """
+        params, schedule = self.config.features, self._features.model.schedule
+        if params.noising != "direct":
+            raise ValueError("features.noising: ddim_chain adds no noise; it inverts the image")
+        timesteps, found = sorted(params.timesteps, reverse=True), list[list[Image.Image]]()
+        for batch in self._batches(images, indices, batch_size):
+            latents, steps = batch.latents, torch.tensor(timesteps)
+            shape = (NUM_LEVELS, *latents.shape[1:])
+            noise = image_noise(shape, batch.indices, seed=self.config.seed)
+            noisy = add_noise(
+                latents.repeat_interleave(NUM_LEVELS, dim=0),
+                noise.flatten(0, 1),
+                steps.repeat(len(latents)),
+                schedule.alphas_cumprod.cpu(),
+            )
+            pixels = decode_latents(self._vae, noisy.to(self.device)).cpu()
+            for levels in pixels.unflatten(0, (-1, NUM_LEVELS)):
+                found.append(list(map(to_pil, levels)))
+                for image, timestep in zip(found[-1], timesteps, strict=True):
+                    image.info = {"timestep": str(timestep)}
+        return found
+
     def generate(
         self,
         n: int,
@@ -253,7 +289,7 @@ class ContraDiff:
         for batch in batches:
             for pixels in batch:
                 index = first_index + len(images)
-                image = Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy())
+                image = to_pil(pixels)
                 image.info = {"name": f"{index:06d}", "seed": str(seed)}
                 if given:
                     image.info["condition"] = names[index % len(given)]

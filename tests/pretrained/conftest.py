@@ -59,7 +59,7 @@ def project(
     sources = {"base": tiny_base, "shards": tiny_data / "images", "latents": tiny_data / "latents"}
     for name, folder in sources.items():
         (build / name).symlink_to(folder)
-    save_tiny(build / "pretrain", build_tiny(), pretrain={"precision": "fp32"})
+    save_tiny(build / "pretrain", build_tiny(), pretrain={"precision": "fp32"}, loss=TINY["loss"])
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         table = ClassTable(num_classes=3, width=8, cross_attention_dim=16)

@@ -12,6 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
+from contradiff.base.vae import decode_latents
 from contradiff.data.png import encode_png
 from contradiff.data.shards import read_images
 from contradiff.data.transforms import decode
@@ -81,6 +82,24 @@ def test_classes_are_those_of_the_probe(
     assert sum(model.classify(files[0])[0].probabilities) == pytest.approx(1)
 
 
+def test_noised_images_are_what_the_unet_reads(model: ContraDiff, files: list[Path]):
+    """Two images, whose three levels pass the UNet at once, by level and then by image."""
+    unet, read = model._features.model.unet, list[Any]()
+    hook = unet.conv_in.register_forward_pre_hook(lambda _, inputs: read.append(inputs[0]))
+    model.features(files[:2], indices=[3, 5])
+    hook.remove()
+    decoded = decode_latents(model._vae, read[0]).permute(0, 2, 3, 1).numpy()
+    found = model.noised(files[:2], indices=[3, 5], batch_size=1)
+    assert [[level.info["timestep"] for level in each] for each in found] == [
+        ["401", "201", "101"]
+    ] * 2
+    for image in range(2):
+        for level in range(3):
+            difference = np.asarray(found[image][level]).astype(int) - decoded[2 * level + image]
+            assert abs(difference).max() <= 1
+    assert abs(decoded[0].astype(int) - decoded[2]).max() > 10
+
+
 def test_an_attentive_probe_brings_its_own_head(project: Path, tmp_path: Path, files: list[Path]):
     changes = {"probe": {"head": "attentive", "headline": "sgd"}}
     root = copy_project(project, tmp_path / "project", **changes)
@@ -143,6 +162,7 @@ def test_samples_are_those_of_the_shards(
         (lambda m: m.generate(1, condition=["a", __file__]), "either images or classes"),
         (lambda m: m.generate(0), "num_samples"),
         (lambda m: m.generate(1, guidance=2.0), "guidance: 2 has no effect"),
+        (lambda m: m.noised("nowhere.png"), "nowhere.png: the image cannot be read"),
     ],
 )
 def test_faults_are_said(model: ContraDiff, call: Callable[[ContraDiff], Any], message: str):
