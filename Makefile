@@ -127,7 +127,7 @@ dist: $(STAMP)  ## build the wheel and the source archive in dist/
 	uv build --no-build-isolation --python .venv/bin/python
 
 lock: $(STAMP)  ## pin the dependencies in requirements.lock; ARGS=--upgrade: take the newest versions
-	uv pip compile pyproject.toml --extra pipeline --extra bench --group dev --group docs --universal --python-version 3.11 \
+	uv pip compile pyproject.toml --extra pipeline --extra bench --extra demo --group dev --group docs --universal --python-version 3.11 \
 	    --generate-hashes --no-annotate --no-header \
 	    -o requirements.lock -q $(ARGS)
 

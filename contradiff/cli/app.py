@@ -6,11 +6,13 @@ import warnings
 from collections.abc import Sequence
 from difflib import get_close_matches
 from pathlib import Path
+from threading import Event
 from typing import Annotated, Any
 
 import typer
 from typer.core import TyperGroup
 
+from contradiff.cli.demo import check_gradio, load_exhibit
 from contradiff.cli.images import (
     compute_features,
     features_file,
@@ -325,6 +327,67 @@ def neighbours(
     keys = ("image", "neighbours", "image", "cosine")
     _print_pairs([(str(image), nearest)], keys=keys, as_json=as_json)
     _end(found.num_skipped)
+
+
+@app.command(
+    epilog=_examples(
+        "demo",
+        "demo --model mine --images photos",
+        "demo --model with --model without   (two models, side by side)",
+    )
+)
+def demo(
+    *,
+    models: Annotated[
+        list[str] | None,
+        typer.Option(
+            *("--model", "-m"),
+            help="The folder of an exported model, or its id on the Hugging Face hub. Several are "
+            "shown side by side. Without it: what the pipeline has trained here, in build/.",
+        ),
+    ] = None,
+    images: Annotated[
+        Path | None,
+        typer.Option(
+            exists=True,
+            file_okay=False,
+            help="A folder of images, in which the page finds the nearest ones. Without it: the "
+            "project's validation images.",
+        ),
+    ] = None,
+    steps: Annotated[
+        int | None, typer.Option(min=1, help="Number of denoising steps. Fewer are quicker.")
+    ] = None,
+    port: Annotated[
+        int | None,
+        typer.Option(min=1, max=65535, help="Left out: the first free one from 7860."),
+    ] = None,
+    revision: Revision = None,
+    base: Base = None,
+    device: Device = None,
+    batch_size: BatchSize = None,
+) -> None:
+    """Show the model in a browser: what it says about an image that you drop on a page.
+
+    The page has classes, nearest images, variations, and what the model reads. Only this computer
+    can open it, and it sends nothing elsewhere. Ctrl-C ends it.
+    """
+    check_gradio()
+    if len(set(models or ())) < len(models or ()):
+        raise typer.BadParameter("--model: name each model once")
+    if port is not None:
+        from contradiff.demo.server import check_port
+
+        check_port(port)
+    exhibits = [
+        load_exhibit(model, revision, base, device, images, steps=steps, batch_size=batch_size)
+        for model in models or [None]
+    ]
+    from contradiff.demo.server import serve
+
+    with serve(exhibits, port=port) as address:
+        typer.echo(f"{address}   (open it in a browser; Ctrl-C ends it)")
+        Event().wait()
 
 
 @app.command(

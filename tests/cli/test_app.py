@@ -2,10 +2,13 @@
 
 import csv
 import json
+import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from socket import socket
 from typing import Any
 
 import numpy as np
@@ -24,7 +27,7 @@ Call = Callable[..., Result]
 ORDER = ["a/0.png", "a/3.png", "a/6.png", "b/1.png", "b/4.png", "b/7.png", "c/2.png", "c/5.png"]
 COMMANDS = (
     *("embed", "classify", "generate", "neighbours", "export"),
-    *("info", "preset", "plan", "study"),
+    *("info", "preset", "plan", "study", "demo"),
 )
 
 
@@ -182,6 +185,10 @@ def test_without_a_model_the_project_s_own_is_taken(
         ("embed PHOTOS MODEL --device cuda:99", 1, "device: cuda:99 is asked for, but torch finds"),
         ("neighbours IMAGE EMPTY MODEL", 1, "FOLDER: EMPTY contains no images"),
         ("export new --private", 1, "no trained model"),
+        ("demo", 1, "no trained model here; in the project's folder, type `make repro`"),
+        ("demo --port 70000", 2, "--port"),
+        ("demo -m a/b -m a/b", 2, "name each model once"),
+        ("demo MODEL --images EMPTY", 1, "--images: EMPTY contains no images"),
     ],
 )
 def test_faults_are_said_in_a_line_and_nothing_is_left(
@@ -198,6 +205,54 @@ def test_faults_are_said_in_a_line_and_nothing_is_left(
         said = " ".join(said.replace("│", " ").split())
     assert message in said
     assert files_here() == []
+
+
+def test_the_page_gets_its_models_and_its_images(
+    call: Call, project: Path, exported: Path, photos: Path, monkeypatch: pytest.MonkeyPatch
+):
+    served: list[Any] = []
+
+    @contextmanager
+    def serve(exhibits: list[Any], *, port: int | None) -> Iterator[str]:
+        served.append((exhibits, port))
+        yield "http://here"
+
+    class CtrlC:
+        def wait(self) -> None:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr("contradiff.demo.server.serve", serve)
+    monkeypatch.setattr("contradiff.cli.app.Event", CtrlC)
+    assert "http://here" in call("demo", "MODEL", "--steps", "2", code=130).stdout
+    call("demo", "MODEL", "--images", photos, code=130)
+    monkeypatch.chdir(project)
+    call("demo", "--device", "cpu", code=130)
+    shutil.copytree(project, new := exported.parent / "new", symlinks=True)
+    shutil.rmtree(new / "build/features")
+    monkeypatch.chdir(new)
+    call("demo", "--device", "cpu", code=130)
+    [[first], [second], [third], [fourth]] = [exhibits for exhibits, _ in served]
+    assert (first.name, first.num_steps) == (str(exported), 2)
+    assert "start the page with a folder of images: --images FOLDER" in first.gallery
+    assert second.gallery.captions == [name[0] for name in ORDER]
+    assert second.gallery.read([7, 0]) == [photos / ORDER[7], photos / ORDER[0]]
+    assert (third.name, third.gallery.name) == ("build/pretrain", "validation images")
+    assert third.gallery.captions == list("abcabcab")
+    assert "there are no features; run `dvc repro features`" in fourth.gallery
+    assert "or start the page with --images FOLDER" in fourth.gallery
+
+
+def test_a_port_in_use_and_a_missing_gradio_are_said(call: Call, monkeypatch: pytest.MonkeyPatch):
+    with socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        said = call("demo", "MODEL", "--port", str(port), code=1).stderr
+    assert said.startswith(f"contradiff: --port: port {port} cannot be used (Address already in")
+    assert said.endswith("choose another one, or leave it out\n")
+    monkeypatch.setattr("contradiff.cli.demo.find_spec", lambda _: None)
+    said = call("demo", "MODEL", code=1).stderr
+    assert said == "contradiff: the page needs gradio; type `pip install -e '.[demo]'`\n"
 
 
 def test_an_export_of_another_base_and_a_newer_one_are_refused(
