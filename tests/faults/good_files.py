@@ -70,7 +70,7 @@ from contradiff.training.state import SavedState
 from stages.track import table
 from stages.validate import check
 from tests.faults.malformed import Kind
-from tests.report.test_page import CURVE, RECORDS, STAGES, png_of
+from tests.report.conftest import CURVE, RECORDS, STAGES, png_of
 from tests.settings import ARCHITECTURE, write_tiny_base
 from tests.sources.imagenet_layouts import WRITERS, make_photos
 from tests.sources.test_cifar import FORMS, pack
