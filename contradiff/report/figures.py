@@ -91,5 +91,5 @@ def _png_of(figure: Any) -> bytes:
     figure.savefig(buffer, format="png", dpi=144, metadata={"Software": None})
     # A diagram has few colours, so a palette cuts the file to a third and looks the same.
     palette = io.BytesIO()
-    Image.open(buffer).convert("RGB").quantize(256).save(palette, format="png", optimize=True)
+    Image.open(buffer).convert("RGB").quantize(48).save(palette, format="png", optimize=True)
     return palette.getvalue()
