@@ -162,11 +162,11 @@ def fill_mlflow(folder: Path) -> Callable[[], object]:
 def fill_dvc(folder: Path) -> None:
     """Add experiments to git, as DVC stores them: commits that no branch contains."""
     base = call(folder, "git", "rev-parse", "HEAD").strip()
-    params, score = read_params(folder / "params.yaml"), folder / "metrics/score.json"
+    params, score = read_params(folder / "params.yaml"), folder / "metrics/headline.json"
     scores: dict[str, Any] = json.loads(score.read_text())
     commands: list[str] = []
     for number in range(1, NUM_EXPERIMENTS + 1):
-        params["seed"], scores["score"]["fid"] = number, float(number)
+        params["seed"], scores["fid"] = number, float(number)
         YAML().dump(params, text := StringIO())
         commands.append(f"commit refs/exps/{base[:2]}/{base[2:]}/load-{number:04d}")
         commands.append(f"committer faults <faults@localhost> {1_700_000_000 + number} +0000")
