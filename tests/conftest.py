@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import os
+import signal
+
+# A shell ignores Ctrl-C in what it starts in the background, and so would all that tests start.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Set these before torch or numpy is imported. One thread is enough for small tests.
 os.environ["OMP_NUM_THREADS"] = "1"
