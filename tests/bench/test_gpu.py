@@ -13,6 +13,7 @@ from bench._rig import Rig, line
 CPU = torch.device("cpu")
 
 
+@pytest.mark.slow
 def test_variants_give_the_same_results(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     with torch.random.fork_rng(devices=[]):
         groups = "matmul,training,sampling,features,correctness"
