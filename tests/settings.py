@@ -5,7 +5,9 @@ from io import StringIO
 from pathlib import Path
 from typing import Any
 
+import torch
 from ruamel.yaml import YAML
+from torch import nn
 
 from contradiff.config import read_params
 from contradiff.features.params import FeaturesParams
@@ -96,3 +98,11 @@ def write_tiny_base(folder: Path) -> None:
     vae.save_pretrained(folder / "vae")
     unet.save_pretrained(folder / "unet")
     build_scheduler().save_pretrained(folder / "scheduler")
+
+
+def norms_in_bfloat16(unet: nn.Module) -> None:
+    """Let only the norms run in bfloat16: on the CPU, autocast does not change their inputs."""
+    for module in unet.modules():
+        if isinstance(module, nn.GroupNorm | nn.LayerNorm):
+            module.to(torch.bfloat16)
+            module.register_forward_pre_hook(lambda _, given: (given[0].bfloat16(),))
