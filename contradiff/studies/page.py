@@ -20,6 +20,20 @@ from contradiff.studies.members import describe
 from contradiff.studies.store import PAGES, RESULTS, Record, Store, samples_of
 from contradiff.studies.study import Column, Study, changes_of
 
+_CAPTIONS = {
+    "": (
+        "Curve",
+        "Grey: each seed. Blue: means over seeds, with their standard deviations as bars.",
+    ),
+    "-bubble": (
+        "Accuracy against generation, as in the paper's Fig. 1",
+        "A circle is the mean over seeds, bars are standard deviations.",
+        "A circle's area is the number of trainable parameters.",
+    ),
+    "-training": ("Training", "Means over seeds, and over groups of consecutive steps."),
+}
+"""How a figure's name ends => its title, and what it shows."""
+
 
 def write_pages(root: Path, name: str, study: Study, store: Store) -> list[Path]:
     """Write a study's page, table and figures; return their paths."""
@@ -89,22 +103,9 @@ def _page(
             if row.protocol:
                 yield f"- {row.title}: {row.protocol}"
     yield from _differences(study, compared)
-    if f"{name}.svg" in figures:
-        yield from ("", "## Curve", "")
-        yield f"![{name}]({name}.svg)"
-        yield ""
-        yield "Grey: each seed. Blue: means over seeds, with their standard deviations as bars."
-    if f"{name}-bubble.svg" in figures:
-        yield from ("", "## Accuracy against generation, as in the paper's Fig. 1", "")
-        yield f"![{name}]({name}-bubble.svg)"
-        yield ""
-        yield "A circle is the mean over seeds, bars are standard deviations."
-        yield "A circle's area is the number of trainable parameters."
-    if f"{name}-training.svg" in figures:
-        yield from ("", "## Training", "")
-        yield f"![{name}]({name}-training.svg)"
-        yield ""
-        yield "Means over seeds, and over groups of consecutive steps."
+    for ending, (title, *notes) in _CAPTIONS.items():
+        if (file := f"{name}{ending}.svg") in figures:
+            yield from ("", f"## {title}", "", f"![{name}]({file})", "", *notes)
     yield from _samples(root, name, study, compared)
     yield from _provenance(name, study, store, compared)
 

@@ -93,7 +93,9 @@ def test_costs_follow_the_work():
 
     assert hours("pretrain", replace(FOUR, num_gpus=8)) == pytest.approx(hours("pretrain") / 2)
     assert hours("pretrain", pretrain__epochs=50) == pytest.approx(hours("pretrain") / 2)
-    assert hours("generate", generate__precision="bf16") < hours("generate") / 5
+    stated = replace(FOUR, gpu=replace(FOUR.gpu, measured={}))
+    whole = hours("generate", stated)
+    assert hours("generate", stated, generate__precision="bf16") < whole / 5
     assert plan_of("paper", FOUR, conditioner__input="latents").stages[3].time.bound == "GPU"
     few = plan(params := params_of("paper"), FOUR, ImageCounts.assumed(params), num_workers=1)
     assert few.stages[3].time.bound == "reading"
