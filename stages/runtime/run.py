@@ -7,6 +7,7 @@ from stages.runtime.launch import (
     num_processes,
     run_several,
 )
+from stages.runtime.missing import explain
 from stages.runtime.passwords import hide_passwords
 from stages.runtime.times import record_costs
 from stages.runtime.work_dir import code_digest, finish, key_of, lock_of, take_up
@@ -323,7 +324,7 @@ def execute(
     except (ValueError, OSError) as error:
         if os.environ.get("CONTRADIFF_TRACEBACK") == "1":
             raise
-        text, code = str(error), 2
+        text, code = explain(error), 2
     except Stopped as error:
         is_shown = error.saved or not is_started_here()
         text, code = str(error) if is_shown else "", 128 + error.number
