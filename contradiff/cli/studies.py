@@ -1,6 +1,7 @@
 """The command `contradiff study`: what a study has, what it lacks, and its page."""
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -172,9 +173,10 @@ def _run(name: str, content: "Study", members: "Sequence[Member]", jobs: int) ->
     from contradiff.studies.queue import find_gpus, start_workers, wait_for
 
     device: Any = read_params(ROOT / "params.yaml").get("runtime", {}).get("device", "auto")
-    start_workers(ROOT, jobs, find_gpus(str(device)))
+    start = partial(start_workers, ROOT, jobs, find_gpus(str(device)))
+    start()
     say("DVC's workers go on if you stop this command; `dvc queue stop --kill` stops them")
-    failed = wait_for(ROOT, members, say=say)
+    failed = wait_for(ROOT, members, num_workers=jobs, start=start, say=say)
     _, found = _look(name, content)
     _print_standings(found)
     left = [each for each in found.standings if each.state not in ("done", "other code")]

@@ -24,6 +24,7 @@ _NOTES = Path(".dvc/tmp/exps/run")
 _FAILED = 4
 """DVC's number for the status of a failed task."""
 _SECONDS_TO_START = 90.0
+_MAX_STARTS = 5
 
 
 @dataclass(frozen=True)
@@ -226,19 +227,25 @@ def wait_for(
     root: Path,
     members: Sequence[Member],
     *,
+    num_workers: int,
+    start: Callable[[], None],
     say: Callable[[str], None],
     seconds: float = 5.0,
 ) -> list[Task]:
     """Wait until no member waits or runs; return the tasks that failed meanwhile.
 
-    Members that were lost, and those that nobody works on, end the waiting: the caller looks what
-    is still missing.
+    Lost members end the waiting: the caller looks what is still missing. DVC's workers can die,
+    because their transport, kombu's file system, reads messages that are not yet complete. So
+    `start` is called if members wait although fewer than `num_workers` tasks have run for a while.
+    Raises ValueError if nothing runs then either.
     """
     digests = {member.digest for member in members}
     before = {task.log for task in list_tasks(root) if task.state in ("failed", "lost")}
     told: set[Path] = set()
+    busy_at, starts = time.monotonic(), 0
     while True:
-        tasks = [task for task in list_tasks(root) if task.digest in digests]
+        every = list_tasks(root)
+        tasks = [task for task in every if task.digest in digests]
         ended = [task for task in tasks if task.state in ("failed", "done", "lost")]
         for task in ended:
             if task.log not in before | told:
@@ -247,4 +254,20 @@ def wait_for(
                 say(f"{task.name}: {task.state}{where}")
         if not any(task.state in ("queued", "running") for task in tasks):
             return [task for task in ended if task.log in told and task.state != "done"]
+        num_running = sum(task.state == "running" for task in every)
+        num_waiting = sum(task.state == "queued" for task in tasks)
+        if num_running:
+            starts = 0
+        if num_running >= num_workers or not num_waiting:
+            busy_at = time.monotonic()
+        elif time.monotonic() - busy_at >= _SECONDS_TO_START:
+            if starts == _MAX_STARTS:
+                remedy = "type `dvc queue stop --kill`, `dvc queue remove --queued`"
+                raise ValueError(
+                    f"DVC's queue: {num_waiting} members wait, but no worker takes them; {remedy}, "
+                    f"and the same command again (the workers' logs are in {_NOTES.parent}/celery)"
+                )
+            say(f"{num_waiting} members wait, and {num_running} of {num_workers} workers work")
+            start()
+            busy_at, starts = time.monotonic(), starts + 1
         time.sleep(seconds)

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -71,24 +72,48 @@ def test_tasks_are_known_by_their_parameters(project: Path):
     assert seconds_of(project)["lost"] == {"probe": 4.5, "score": 60.0}
 
 
+def answer(monkeypatch: pytest.MonkeyPatch, *answers: list[queue.Task]) -> None:
+    """Let `list_tasks` return each answer once, and the last one for ever."""
+    left = list(answers)
+    monkeypatch.setattr(
+        queue, "list_tasks", lambda _root: left.pop(0) if len(left) > 1 else left[0]
+    )
+
+
 def test_waiting_ends_and_names_what_failed(project: Path, monkeypatch: pytest.MonkeyPatch):
     [member, *others] = members_of(read_study(project, "lambdas"), "lambdas", PARAMS)
-    log, old = Path("run/a.out"), Path("run/old.out")
-    answers = [
-        [("failed", old), ("queued", log)],
-        [("failed", old), ("running", log)],
-        [("failed", old), ("failed", log)],
-    ]
-    steps = iter([answers[0], *answers])
-
-    def fake(_root: Path) -> list[queue.Task]:
-        return [queue.Task("m", state, member.digest, path) for state, path in next(steps)]  # type: ignore[arg-type]
-
-    monkeypatch.setattr(queue, "list_tasks", fake)
+    old = queue.Task("m", "failed", member.digest, Path("run/old.out"))
+    queued, running, failed = (
+        queue.Task("m", state, member.digest, Path("run/a.out"))
+        for state in ("queued", "running", "failed")
+    )
+    answer(monkeypatch, [old, queued], [old, queued], [old, running], [old, failed])
     said: list[str] = []
-    failed = wait_for(project, [member, *others], say=said.append, seconds=0.0)
-    assert [task.log for task in failed] == [log]
+    found = wait_for(
+        project, [member, *others], num_workers=1, start=pytest.fail, say=said.append, seconds=0.0
+    )
+    assert found == [failed]
     assert said == ["m: failed, see run/a.out"]
+
+
+def test_workers_that_died_are_started_again(project: Path, monkeypatch: pytest.MonkeyPatch):
+    [member, *_] = members_of(read_study(project, "lambdas"), "lambdas", PARAMS)
+    queued, running, done = (
+        queue.Task("m", state, member.digest, Path("run/a.out"))
+        for state in ("queued", "running", "done")
+    )
+    foreign = queue.Task("other", "running", "0", Path("run/b.out"))
+    answers = [queued], [queued], [running, queued], [queued, foreign, running], [queued], [done]
+    answer(monkeypatch, *answers)
+    monkeypatch.setattr(queue, "_SECONDS_TO_START", 0.0)
+    starts: list[int] = []
+    wait = partial(wait_for, project, [member], num_workers=2, start=lambda: starts.append(1))
+    assert wait(say=lambda _: None, seconds=0.0) == []
+    assert len(starts) == 3
+    answer(monkeypatch, [queued])
+    with pytest.raises(ValueError, match="no worker takes them; type `dvc queue stop --kill`"):
+        wait(say=lambda _: None, seconds=0.0)
+    assert len(starts) == 3 + 5
 
 
 @pytest.mark.parametrize(

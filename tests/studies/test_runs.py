@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from contextlib import suppress
 from pathlib import Path
 
@@ -16,6 +16,7 @@ import pytest
 
 from bench._copies import copy_project
 from contradiff.studies.members import changed
+from contradiff.studies.queue import list_tasks
 from tests.settings import TINY
 from tests.studies.project import git, yaml
 
@@ -24,24 +25,25 @@ question: Does λ matter?
 paper: ''
 differences: []
 seeds: [0, 1]
-targets: [probe]
+targets: [STAGE]
 fixed: {}
 columns:
-  top1: {title: top-1, key: probe.top1, format: ".1%", better: up}
+  value: {title: value, key: KEY, format: ".1f", better: up}
 rows:
 - {title: zero, set: {loss.lambda: 0}}
 - {title: tenth, set: {loss.lambda: 0.1}}
 - {title: one, set: {loss.lambda: 1}}
 - {title: bad, set: {latents.min_psnr: 99.0}}
 baseline: zero
-curve: [top1]
+curve: [value]
 bubble: null
 samples: false
 """
 COMMAND = [sys.executable, "-c", "from contradiff.cli.app import app; app()", "study", "six"]
+VALUES = {"small": "probe.top1", "smoke": "pretrain.trainable"}
+"""Project => what the study reads. Its stage is the study's target."""
 ROOT = Path(__file__).resolve().parents[2]
 SECONDS = 3600.0
-
 
 PIPELINE = """
 stages:
@@ -83,7 +85,7 @@ def project(
     tiny_base: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-) -> Path:
+) -> Generator[Path]:
     """A project in git and DVC: a pipeline that only waits, or the real one with little to do."""
     folder = tmp_path / "project"
     if request.param == "smoke":
@@ -101,7 +103,9 @@ def project(
             (folder / name).write_text(text, encoding="utf-8")
         (folder / "studies").mkdir()
         command = ["dvc", "init", "-q"]
-    (folder / "studies/six.yaml").write_text(STUDY, encoding="utf-8")
+    stage, key = VALUES[request.param].partition(".")[0], VALUES[request.param]
+    study = STUDY.replace("STAGE", stage).replace("KEY", key)
+    (folder / "studies/six.yaml").write_text(study, encoding="utf-8")
     bin_folder = Path(sys.executable).parent
     monkeypatch.setenv("PATH", f"{bin_folder}{os.pathsep}{os.environ['PATH']}")
     monkeypatch.setenv("PYTHONPATH", str(folder if request.param == "smoke" else ROOT))
@@ -113,7 +117,8 @@ def project(
     subprocess.run(command, cwd=folder, check=True)
     git(folder, "add", "--all")
     git(folder, "commit", "-q", "-m", "begin")
-    return folder
+    yield folder
+    kill_all(folder)
 
 
 def processes(project: Path) -> list[psutil.Process]:
@@ -127,15 +132,24 @@ def processes(project: Path) -> list[psutil.Process]:
     return list(found.values())
 
 
-def kill_when(project: Path, condition: Callable[[], bool]) -> None:
-    """Start the study; once `condition` holds, kill it and everything that it has started."""
-    with subprocess.Popen([*COMMAND, "--run", "-j", "2"], cwd=project) as study:
-        limit = time.monotonic() + SECONDS
-        while not condition():
-            assert study.poll() is None
-            assert time.monotonic() < limit
-            time.sleep(0.5)
-        study.kill()
+def stop_when(project: Path, condition: Callable[[], bool], number: signal.Signals) -> int:
+    """Start the study; once `condition` holds, signal its process group; return its exit code."""
+    command = [*COMMAND, "--run", "-j", "2"]
+    with subprocess.Popen(command, cwd=project, start_new_session=True) as study:
+        try:
+            limit = time.monotonic() + SECONDS
+            while not condition():
+                assert study.poll() is None
+                assert time.monotonic() < limit
+                time.sleep(0.5)
+            os.killpg(study.pid, number)
+            return study.wait(60)
+        finally:
+            study.kill()
+
+
+def kill_all(project: Path) -> None:
+    """Kill DVC's workers and what they run, as a crash of the machine does."""
     for process in processes(project):
         with suppress(psutil.NoSuchProcess):
             process.send_signal(signal.SIGKILL)
@@ -148,9 +162,14 @@ def experiments(project: Path) -> list[str]:
 
 @pytest.mark.slow
 def test_a_study_that_is_killed_twice_is_finished(project: Path):
-    kill_when(project, lambda: any(project.glob(".work/pretrain/*/begun.json")))
-    kill_when(project, lambda: bool(experiments(project)))
+    has_begun = lambda: any(project.glob(".work/pretrain/*/begun.json"))  # noqa: E731
+    assert stop_when(project, has_begun, signal.SIGKILL) == -signal.SIGKILL
+    kill_all(project)
+    assert experiments(project) == []
+    # Ctrl-C ends the command alone: the workers go on.
+    assert stop_when(project, lambda: bool(experiments(project)), signal.SIGINT) == 130
     before = experiments(project)
+    assert processes(project)
     done = subprocess.run(
         [*COMMAND, "--run", "-j", "2"], cwd=project, capture_output=True, text=True, check=False
     )
@@ -159,6 +178,8 @@ def test_a_study_that_is_killed_twice_is_finished(project: Path):
     assert sum(line.startswith("done ") for line in lines) == 6, done.stdout
     assert set(before) <= set(experiments(project))
     assert len(experiments(project)) == 6
+    ends = [task.digest for task in list_tasks(project) if task.state == "done"]
+    assert len(ends) == len(set(ends)) == 6  # no member ran twice to its end
     failed = [line for line in lines if line.startswith("failed: six-")]
     assert len(failed) == 2, done.stdout
     log = project / failed[0].rpartition(" ")[2]
