@@ -120,4 +120,4 @@ def speed_up(model: ContraDiffModel, precision: Precision, run: Run) -> None:
 
 
 if __name__ == "__main__":
-    execute(Params, main, parallel=True)
+    execute(Params, main, parallel=True, without_gpu=lambda _: 2)

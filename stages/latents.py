@@ -88,4 +88,4 @@ def main(params: Params, run: Run) -> None:
 
 
 if __name__ == "__main__":
-    execute(Params, main, parallel=True)
+    execute(Params, main, parallel=True, without_gpu=lambda _: 2)

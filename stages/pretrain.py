@@ -148,5 +148,11 @@ def keep_checkpoints(run: Run, session: Session, save: Callable[..., None]) -> S
     return {**session, "on_step": keep}
 
 
+def processes_without_gpu(params: Params) -> int:
+    """Return 2, if two processes can share each part of a batch."""
+    section = params.pretrain
+    return 1 if section.batch_size % (2 * section.grad_accumulation) else 2
+
+
 if __name__ == "__main__":
-    execute(Params, main, parallel=True, debug=debug)
+    execute(Params, main, parallel=True, without_gpu=processes_without_gpu, debug=debug)

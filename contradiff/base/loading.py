@@ -112,4 +112,8 @@ def _build(folder: Path, component: str, *, weights: bool) -> Any:
             module = kind.from_pretrained(
                 folder, subfolder=component, torch_dtype=torch.float32, use_safetensors=True
             )
+    if not torch.cuda.is_available():
+        # CPUs compute convolutions faster in this layout; CUDA only if the blocks are compiled too
+        # (docs/benchmarks.md).
+        module.to(memory_format=torch.channels_last)
     return module.requires_grad_(requires_grad=False).eval()

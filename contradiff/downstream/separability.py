@@ -97,9 +97,13 @@ def separability(
 
 
 def embed(features: Float[np.ndarray, "n width"], *, seed: int) -> Float[np.ndarray, "n 2"]:
-    """Map features to points of the plane by t-SNE with cosine distance."""
+    """Map features to points of the plane by t-SNE with cosine distance.
+
+    *Deviation*: 500 iterations instead of scikit-learn's 1,000, which take twice as long; the
+    divergence that t-SNE lowers ends about 3% higher, and the drawing looks the same.
+    """
     from sklearn.manifold import TSNE
 
     perplexity = min(30.0, (len(features) - 1) / 3)
-    tsne = TSNE(perplexity=perplexity, metric="cosine", init="pca", random_state=seed)
+    tsne = TSNE(perplexity=perplexity, metric="cosine", init="pca", max_iter=500, random_state=seed)
     return np.asarray(tsne.fit_transform(features), dtype=np.float64)

@@ -93,7 +93,7 @@ def seconds_of(root: Path) -> dict[str, dict[str, float]]:
             text = note.with_suffix(".out").read_text(encoding="utf-8", errors="replace")
         except (OSError, ValueError):
             continue
-        times = re.findall(r"(?m)^(\w+): done in ([\d.]+) s$", text)
+        times = re.findall(r"(?m)^(\w+): done in ([\d.]+) s", text)
         found[str(info.get("name"))] = {stage: float(seconds) for stage, seconds in times}
     return found
 

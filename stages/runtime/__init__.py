@@ -9,6 +9,10 @@ before torch is loaded.
 import ctypes
 import os
 import sys
+import time
+
+STARTED = time.perf_counter()
+"""When this process began to import the stage, in seconds of `time.perf_counter`."""
 
 # Idle OpenMP threads loop this often before they sleep. The default slows other processes down.
 # With OMP_WAIT_POLICY=PASSIVE, two threads are no faster than one on small tensors (docs/log.md).

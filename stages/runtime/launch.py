@@ -1,8 +1,10 @@
 """Starts several processes that share one stage, and waits for them.
 
-A parallel stage starts one process for each GPU of the machine. The number of processes changes no
-result, because a batch size in params.yaml counts the images of all processes together. If torchrun
-or `accelerate launch` has started the stage, the stage starts no further processes.
+A parallel stage starts one process for each GPU of the machine. Without a GPU, the longest stages
+start two processes that share the cores, since two processes are faster than two threads. The
+number of processes changes no result, because a batch size in params.yaml counts the images of all
+processes together. If torchrun or `accelerate launch` has started the stage, the stage starts no
+further processes.
 """
 
 import hashlib
@@ -20,20 +22,31 @@ _MESSAGES = "CONTRADIFF_MESSAGES"
 """Environment variable: a folder in which processes note the messages that are printed."""
 
 
-def num_processes() -> int:
-    """Return how many processes to start; 1 if torchrun or Accelerate has started this process."""
+def num_processes(*, without_gpu: int = 1) -> int:
+    """Return how many processes to start; 1 if torchrun or Accelerate has started this process.
+
+    `without_gpu` is the number for a machine without a GPU, if it has as many cores, and if
+    OMP_NUM_THREADS does not say that the cores are shared already.
+    """
     if "WORLD_SIZE" in os.environ:
         return 1
     if text := os.environ.get(VARIABLE, ""):
         if not text.isdecimal() or int(text) < 1:
             raise ValueError(f"{VARIABLE}={text}: must be an integer of at least 1")
         return int(text)
+    on_cpu = 1 if os.environ.get("OMP_NUM_THREADS") else min(without_gpu, num_cores())
     # Without a device file of NVIDIA, AMD or WSL there is no GPU. Then skip the slow torch import.
     if not any(Path("/dev", name).exists() for name in ("nvidiactl", "kfd", "dxg")):
-        return 1
+        return on_cpu
     import torch
 
-    return max(1, torch.cuda.device_count())
+    return torch.cuda.device_count() or on_cpu
+
+
+def num_cores() -> int:
+    """Return how many cores this process may use."""
+    has_limit = hasattr(os, "sched_getaffinity")  # not on macOS
+    return len(os.sched_getaffinity(0)) if has_limit else os.cpu_count() or 1
 
 
 def run_several(module: str, *, count: int) -> int:
@@ -49,8 +62,8 @@ def run_several(module: str, *, count: int) -> int:
 
     # Each process prints its own errors. torch's report of 30 lines would hide these messages.
     logging.disable()
-    # As in torchrun. With more threads, the processes would slow each other down.
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    # With more threads than cores, the processes would slow each other down.
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, num_cores() // count)))
     config = LaunchConfig(
         1,
         1,

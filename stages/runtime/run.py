@@ -1,5 +1,6 @@
 """Runs a stage: reads its parameters, shows progress and messages, and resumes unfinished work."""
 
+from stages.runtime import STARTED
 from stages.runtime.launch import (
     VARIABLE,
     is_new_message,
@@ -281,15 +282,16 @@ def execute(
     main: Callable[[SectionT, Run], None],
     *,
     parallel: bool = False,
+    without_gpu: Callable[[SectionT], int] = lambda _: 1,
     debug: Debug[SectionT] | None = None,
 ) -> None:
     """Run a stage from the command line, in the project's folder.
 
     If the stage's module has a function `describe(params) -> str`, `--dry-run` prints its result.
-    If `parallel` is true, several processes can share the stage (see `launch`). `--debug M` calls
-    `debug(M, ...)` instead of `main`. After a ValueError or OSError, only the error's message is
-    printed, and the exit code is 2. CONTRADIFF_TRACEBACK=1 shows the traceback. After a signal, the
-    exit code is 128 + its number.
+    If `parallel` is true, several processes can share the stage (see `launch`): one for each GPU,
+    or `without_gpu(params)` of them. `--debug M` calls `debug(M, ...)` instead of `main`. After a
+    ValueError or OSError, only the error's message is printed, and the exit code is 2.
+    CONTRADIFF_TRACEBACK=1 shows the traceback. After a signal, the exit code is 128 + its number.
     """
     module = sys.modules["__main__"]
     assert module.__spec__ is not None, "stages are run as `python -m stages.NAME`"
@@ -311,14 +313,14 @@ def execute(
             if describe := getattr(module, "describe", None):
                 print(describe(params))
             return
-        if parallel and (count := num_processes()) > 1:
+        if parallel and (count := num_processes(without_gpu=without_gpu(params))) > 1:
             sys.exit(run_several(module.__spec__.name, count=count))
         run = Run(stage, Path(os.environ.get("DVC_ROOT") or ".").resolve(), runtime)
         work(params, run)
         seconds = time.perf_counter() - started
         if run.is_main and not run.resumed and mode is None:
             record_costs(run.root, stage, params, seconds=seconds)
-        run.log(f"done in {seconds:.1f} s")
+        run.log(f"done in {seconds:.1f} s, after {started - STARTED:.1f} s of imports")
         leave_processes()
         return
     except (ValueError, OSError) as error:

@@ -1,7 +1,7 @@
 """The frame of all stages: command line, failures, several processes, resuming."""
 
+from stages.runtime import launch, work_dir
 from stages.runtime import run as run_module
-from stages.runtime import work_dir
 from stages.runtime.launch import num_processes
 from stages.runtime.run import Run, RuntimeParams, execute
 from stages.runtime.tracking import training_run
@@ -291,6 +291,17 @@ def test_the_number_of_processes(monkeypatch: pytest.MonkeyPatch):
     assert num_processes() == 2
     monkeypatch.setenv("WORLD_SIZE", "4")  # another launcher has started this process
     assert num_processes() == 1
+
+
+def test_without_a_gpu_a_long_stage_takes_two_processes(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(launch, "num_cores", lambda: 4)
+    assert (num_processes(), num_processes(without_gpu=2)) == (1, 2)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # as in a study's workers: the cores are shared
+    assert num_processes(without_gpu=2) == 1
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    monkeypatch.setattr(launch, "num_cores", lambda: 1)
+    assert num_processes(without_gpu=2) == 1
 
 
 def leave_work(run: Run, params: Mapping[str, object]) -> Path:
