@@ -47,17 +47,14 @@ def study(
     An experiment counts if its parameters (but for the section runtime) are those of the study, and
     its results are complete. Its name does not matter. The exit code is 1 if a member fails.
     """
-    from contradiff.studies.study import read_study, study_names
+    from contradiff.studies.study import read_study
 
     if sum([run, report, dry_run, slurm is not None]) > 1:
         raise typer.BadParameter("choose one of --run, --report, --dry-run and --slurm")
     if name is None:
-        names = study_names(ROOT)
-        width = max((len(each) for each in names), default=0)
-        for each in names:
-            typer.echo(f"{each:{width}}  {read_study(ROOT, each).question}")
-        if not names:
-            raise ValueError("studies/: no studies here; go to the root of the project")
+        if run or report or dry_run or again or slurm is not None:
+            raise typer.BadParameter("name a study; `contradiff study` lists them")
+        _print_studies()
         return
     content = read_study(ROOT, name)
     members, found = _look(name, content)
@@ -68,7 +65,7 @@ def study(
     _print_differences(found, members)
     wanted = found.members("missing", "failed") + (found.members("other code") if again else [])
     if not wanted and not (run and found.members("queued", "running")):
-        typer.echo(f"nothing is missing; `contradiff study {name} --report` writes docs/studies")
+        _print_end(name, found)
         return
     from contradiff.studies.members import check_members
     from contradiff.studies.pipeline import Graph
@@ -92,13 +89,26 @@ def study(
             typer.echo(f"they wait in DVC's queue; start them with {how}")
 
 
+def _print_studies() -> None:
+    from contradiff.studies.study import read_study, study_names
+
+    names = study_names(ROOT)
+    if not names:
+        raise ValueError("studies/: no studies here; go to the root of the project")
+    width = max(len(each) for each in names)
+    for each in names:
+        typer.echo(f"{each:{width}}  {read_study(ROOT, each).question}")
+
+
 def _look(name: str, content: "Study") -> "tuple[list[Member], Collection]":
     """Read params.yaml, and find out how each member of the study stands."""
     from contradiff.config import read_params
     from contradiff.studies.collecting import collect
     from contradiff.studies.members import members_of
+    from contradiff.studies.pipeline import Graph
     from contradiff.studies.store import read_store
 
+    Graph.read(ROOT).check(content, name)
     members = members_of(content, name, read_params(ROOT / "params.yaml"))
     return members, collect(ROOT, content, members, read_store(ROOT, name))
 
@@ -117,6 +127,18 @@ def _print_standings(found: "Collection") -> None:
         typer.echo(f"set aside: {each.experiment}: {each.why}")
     number = len(found.members("done"))
     typer.echo(f"{number} of {len(found.standings)} members are done")
+
+
+def _print_end(name: str, found: "Collection") -> None:
+    """Say what to type if nothing is missing."""
+    if number := len(found.members("queued", "running")):
+        how = f"`contradiff study {name} --run -j 2` starts workers, and waits"
+        typer.echo(f"{number} members are in DVC's queue; {how}")
+    elif number := len(found.members("other code")):
+        typer.echo(f"nothing is missing, but {number} results come from other code;")
+        typer.echo(f"`contradiff study {name} --again` queues these members anew")
+    else:
+        typer.echo(f"nothing is missing; `contradiff study {name} --report` writes docs/studies")
 
 
 def _print_differences(found: "Collection", members: "Sequence[Member]") -> None:
@@ -176,12 +198,10 @@ def _run(name: str, content: "Study", members: "Sequence[Member]", jobs: int) ->
     start = partial(start_workers, ROOT, jobs, find_gpus(str(device)))
     start()
     say("DVC's workers go on if you stop this command; `dvc queue stop --kill` stops them")
-    failed = wait_for(ROOT, members, num_workers=jobs, start=start, say=say)
+    wait_for(ROOT, members, num_workers=jobs, start=start, say=say)
     _, found = _look(name, content)
     _print_standings(found)
     left = [each for each in found.standings if each.state not in ("done", "other code")]
-    for task in failed:
-        typer.echo(f"failed: {task.name}; its output is in {task.log}")
     if left:
         typer.echo(f"`contradiff study {name} --run` tries again; finished stages are not repeated")
         raise typer.Exit(1)

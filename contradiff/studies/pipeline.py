@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from contradiff.config import read_params
-from contradiff.studies.study import same_number
+from contradiff.studies.study import Study, same_number
 
 CHECK = "validate"
 """The stage that reads all code and parameters, and whose result never changes."""
@@ -49,6 +49,21 @@ class Graph:
         for name in stages:
             add(name)
         return list(found)
+
+    def check(self, study: Study, name: str) -> None:
+        """Raise ValueError if a study's targets are no stages, or leave one of its scores out."""
+        where = f"studies/{name}.yaml"
+        for target in study.targets:
+            if target not in self.stages:
+                raise ValueError(f"{where}: targets: dvc.yaml has no stage {target}; correct it")
+        run = self.upstream(study.targets or [*self.stages])
+        for key in study.keys:
+            stage = key.partition(".")[0]
+            if stage not in self.stages:
+                raise ValueError(f"{where}: columns: {key}: dvc.yaml has no stage {stage}")
+            if stage not in run:
+                remedy = f"add {stage} to targets"
+                raise ValueError(f"{where}: columns: {key}: the targets do not run it; {remedy}")
 
     def code(self, stages: Sequence[str]) -> list[str]:
         """Return the files and folders of code that the results of stages depend on, sorted."""

@@ -231,8 +231,8 @@ def wait_for(
     start: Callable[[], None],
     say: Callable[[str], None],
     seconds: float = 5.0,
-) -> list[Task]:
-    """Wait until no member waits or runs; return the tasks that failed meanwhile.
+) -> None:
+    """Wait until no member waits or runs, and say how each ends.
 
     Lost members end the waiting: the caller looks what is still missing. DVC's workers can die,
     because their transport, kombu's file system, reads messages that are not yet complete. So
@@ -240,20 +240,19 @@ def wait_for(
     Raises ValueError if nothing runs then either.
     """
     digests = {member.digest for member in members}
-    before = {task.log for task in list_tasks(root) if task.state in ("failed", "lost")}
-    told: set[Path] = set()
+    told = {task.log for task in list_tasks(root) if task.state in ("failed", "lost")}
     busy_at, starts = time.monotonic(), 0
     while True:
         every = list_tasks(root)
         tasks = [task for task in every if task.digest in digests]
         ended = [task for task in tasks if task.state in ("failed", "done", "lost")]
         for task in ended:
-            if task.log not in before | told:
+            if task.log not in told:
                 told.add(task.log)
                 where = "" if task.state == "done" else f", see {task.log}"
                 say(f"{task.name}: {task.state}{where}")
         if not any(task.state in ("queued", "running") for task in tasks):
-            return [task for task in ended if task.log in told and task.state != "done"]
+            return
         num_running = sum(task.state == "running" for task in every)
         num_waiting = sum(task.state == "queued" for task in tasks)
         if num_running:

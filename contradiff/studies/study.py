@@ -82,15 +82,20 @@ class Study(Section):
             if name not in self.columns:
                 raise ValueError(f'{place}: "{name}" is no column; add it to columns')
         titles = [row.title for row in self.own_rows]
-        points = [f"{point_of(row.set or {})} {point_of(row.read)}" for row in self.own_rows]
         for what, values in (
             ("seed", self.seeds),
             ("title", [row.title for row in self.rows]),
-            ("point", points),
         ):
             repeated = [value for value, number in Counter(values).items() if number > 1]
             if repeated:
                 raise ValueError(f"rows or seeds: repeated {what} {repeated[0]}; remove one")
+        points: dict[str, str] = {}
+        for row in self.own_rows:
+            point = f"{point_of(row.set or {})} {point_of(row.read)}"
+            if (other := points.setdefault(point, row.title)) != row.title:
+                raise ValueError(
+                    f'row "{row.title}": repeats the point of row "{other}"; remove one'
+                )
         if self.baseline is not None and self.baseline not in titles:
             raise ValueError(f'baseline: no row with `set` has the title "{self.baseline}"')
         return self

@@ -71,7 +71,7 @@ def test_results_of_other_code_are_run_again_if_asked(project: Path, dvc: Path):
         for weight in (0, 0.1):
             content = params(seed=seed, loss={"lambda": weight})
             add_experiment(project, f"e{seed}{weight}", content, code="old")
-    assert "other code" in call("lambdas").output
+    assert "4 results come from other code" in call("lambdas").output
     assert queued(dvc) == []
     call("lambdas", "--again")
     assert len(queued(dvc)) == 4
@@ -79,6 +79,7 @@ def test_results_of_other_code_are_run_again_if_asked(project: Path, dvc: Path):
 
 def test_one_thing_at_a_time(project: Path):
     assert "choose one of" in call("lambdas", "--run", "--report", code=2).output
+    assert "name a study" in call("--report", code=2).output
     assert project.is_dir()
 
 

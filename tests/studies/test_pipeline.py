@@ -1,16 +1,21 @@
 """Graphs of stages, the work that experiments share, and the order in which they run."""
 
 import json
+import re
 from pathlib import Path
+from typing import Any
+
+import pytest
 
 from contradiff.studies.members import members_of
 from contradiff.studies.pipeline import Graph, hashes_of
 from contradiff.studies.planning import hours_of, ordered
 from contradiff.studies.store import Record
-from contradiff.studies.study import read_study
+from contradiff.studies.study import Study, read_study
 from tests.studies.project import PARAMS, params
 
 ROOT = Path(__file__).resolve().parents[2]
+COLUMN = {"title": "top-1", "format": ".1%", "better": "up"}
 
 
 def test_code_is_what_no_stage_writes(project: Path):
@@ -26,6 +31,26 @@ def test_the_real_pipeline_is_understood():
     assert "contradiff/evaluation" in code
     assert all(path.startswith(("contradiff/", "stages/")) for path in code)
     assert not any("downstream" in path or "report" in path for path in code)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"targets": ["prob"]}, "targets: dvc.yaml has no stage prob"),
+        ({"targets": ["probe"]}, "columns: score.fid: the targets do not run it; add score to"),
+        ({"columns": {"top1": COLUMN | {"key": "prob.top1"}}}, "prob.top1: dvc.yaml has no stage"),
+    ],
+)
+def test_a_study_asks_for_stages_that_run(changes: dict[str, Any], message: str, project: Path):
+    study, graph = read_study(project, "lambdas"), Graph.read(project)
+    graph.check(study, "lambdas")
+    faulty = Study.model_validate(
+        study.model_dump()
+        | {"curve": [], "rows": [{"title": "a", "set": {}}], "baseline": None}
+        | changes
+    )
+    with pytest.raises(ValueError, match=re.escape(message)):
+        graph.check(faulty, "lambdas")
 
 
 def test_a_folders_hash_is_dvcs(tmp_path: Path):

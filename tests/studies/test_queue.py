@@ -89,10 +89,9 @@ def test_waiting_ends_and_names_what_failed(project: Path, monkeypatch: pytest.M
     )
     answer(monkeypatch, [old, queued], [old, queued], [old, running], [old, failed])
     said: list[str] = []
-    found = wait_for(
+    wait_for(
         project, [member, *others], num_workers=1, start=pytest.fail, say=said.append, seconds=0.0
     )
-    assert found == [failed]
     assert said == ["m: failed, see run/a.out"]
 
 
@@ -108,7 +107,7 @@ def test_workers_that_died_are_started_again(project: Path, monkeypatch: pytest.
     monkeypatch.setattr(queue, "_SECONDS_TO_START", 0.0)
     starts: list[int] = []
     wait = partial(wait_for, project, [member], num_workers=2, start=lambda: starts.append(1))
-    assert wait(say=lambda _: None, seconds=0.0) == []
+    wait(say=lambda _: None, seconds=0.0)
     assert len(starts) == 3
     answer(monkeypatch, [queued])
     with pytest.raises(ValueError, match="no worker takes them; type `dvc queue stop --kill`"):

@@ -9,6 +9,7 @@ from ruamel.yaml import YAML
 
 from contradiff.config import read_params
 from contradiff.studies.members import members_of
+from contradiff.studies.pipeline import Graph
 from contradiff.studies.study import read_study, study_names
 from stages.validate import check
 from tests.studies.project import STUDY
@@ -24,8 +25,7 @@ def test_members_of_shipped_studies_are_valid(name: str):
     assert len(members) >= len(study.seeds)
     for member in members:
         check(member.params, source=member.name)
-    stages = read_params(ROOT / "dvc.yaml")["stages"]
-    assert set(study.stages) | set(study.targets) <= set(stages)
+    Graph.read(ROOT).check(study, name)
 
 
 def test_the_papers_tables_are_there():
@@ -47,7 +47,10 @@ def test_the_papers_tables_are_there():
         ({"question": None}, "lambdas.yaml: question: Input should be a valid string"),
         ({"seeds": [0, 0]}, "repeated seed 0"),
         ({"seeds": []}, "seeds: List should have at least 1 item"),
-        ({"rows": [{"title": "a", "set": {}}, {"title": "b", "set": {}}]}, "repeated point"),
+        (
+            {"rows": [{"title": "a", "set": {}}, {"title": "b", "set": {}}]},
+            'row "b": repeats the point of row "a"',
+        ),
         ({"rows": [{"title": "a", "set": {}}, {"title": "a", "set": None}]}, "repeated title a"),
         ({"rows": [{"title": "a", "set": {"seed": 1}}]}, 'row "a": seed is not for `set`'),
         ({"rows": [{"title": "a", "set": {}, "read": {"is": "a.b"}}]}, '"is" is no column'),
