@@ -3,7 +3,7 @@
 Fields that affect results have no defaults in the code, so params.yaml shows every value.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -77,6 +77,15 @@ def parse_exactly(schema: type[SectionT], content: Mapping[str, Any], *, source:
         return schema.model_validate(dict(content))
     except ValidationError as error:
         raise ValueError(_faults(error, source, "; see presets/tiny.yaml for all keys")) from None
+
+
+def flatten(content: Mapping[str, Any], *, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield (dotted key, value) for each value in nested mappings; a list is one value."""
+    for name, value in content.items():
+        if isinstance(value, Mapping):
+            yield from flatten(value, prefix=f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
 
 
 def read_card(schema: type[SectionT], path: Path, *, stage: str) -> SectionT:

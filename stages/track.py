@@ -5,7 +5,7 @@ The stage runs at the end of every `dvc repro`, even if DVC took all other stage
 
 from stages.runtime.origin import code_of_run, command_of, describe_machine
 from stages.runtime.run import PARAMS_FILE, Run, execute
-from stages.runtime.times import flatten, read_costs
+from stages.runtime.times import read_costs
 from stages.runtime.tracking import upsert_row
 from stages.runtime.work_dir import delete_finished
 
@@ -16,7 +16,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from contradiff.config import Section, read_params
+from contradiff.config import Section, flatten, read_params
 from contradiff.files import explain_damage, read_json, replace_file
 from contradiff.report.results import read_results
 from contradiff.report.run_page import render_run

@@ -158,22 +158,22 @@ def _print_plan(
 ) -> None:
     import shlex
 
+    from contradiff.planning.times import read_notes
     from contradiff.studies.pipeline import Graph
-    from contradiff.studies.planning import hours_of
+    from contradiff.studies.planning import hours_of, seconds_of
     from contradiff.studies.queue import command_of
 
     done = found.members("done", "queued", "running")
     graph = Graph.read(ROOT)
-    hours = hours_of(wanted, found.store.records, graph, content.targets, done)
+    seconds = seconds_of(read_notes(ROOT), found.store.records, wanted)
+    hours = hours_of(wanted, seconds, graph, content.targets, done)
     for member, each in zip(wanted, hours.by_member, strict=True):
         command = shlex.join(command_of(member, content.targets, "--queue"))
         typer.echo(f"{each:6.2f} h  {command}")
     total = sum(hours.by_member)
     typer.echo(f"{total:6.2f} h of work; about {total / jobs:.2f} h with -j {jobs}, if that many")
     typer.echo("          members at once do not slow each other down")
-    if not found.store.records:
-        typer.echo("no times are known before this study's first results")
-    elif hours.unmeasured:
+    if hours.unmeasured:
         typer.echo(f"without the stages {', '.join(hours.unmeasured)}: no run of them was timed")
 
 

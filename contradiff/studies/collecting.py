@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from contradiff.files import replace_file
+from contradiff.planning.times import newest_notes, read_notes
 from contradiff.studies.experiments import (
     Experiment,
     Result,
@@ -18,7 +19,7 @@ from contradiff.studies.experiments import (
 )
 from contradiff.studies.members import Member, flat_params
 from contradiff.studies.pipeline import Graph, hashes_of
-from contradiff.studies.queue import Task, list_tasks, seconds_of
+from contradiff.studies.queue import Task, list_tasks
 from contradiff.studies.store import Aside, Record, Store, add_shared, drop_unused, samples_of
 from contradiff.studies.study import Study, point_of, same_number
 
@@ -70,7 +71,7 @@ def collect(root: Path, study: Study, members: Sequence[Member], store: Store) -
     aside = {each.experiment: each for each in store.aside}
     unfinished: dict[str, str] = {}
     samples: dict[str, bytes] = {}
-    tasks, seconds = list_tasks(root), seconds_of(root)
+    tasks, notes = list_tasks(root), read_notes(root)
     for experiment in list_experiments(root):
         label = f"{experiment.name} ({experiment.commit[:7]})"
         member = by_digest.get(experiment.digest)
@@ -85,14 +86,16 @@ def collect(root: Path, study: Study, members: Sequence[Member], store: Store) -
         if isinstance(result, str):
             unfinished[member.digest] = f"{experiment.name} is no result: {result}"
             continue
-        record = _record(store, experiment, member, result, seconds.get(experiment.name, {}))
+        took = newest_notes(notes, flat_params(experiment.params))
+        seconds = {stage: float(note["seconds"]) for stage, note in took.items()}
+        record = _record(store, experiment, member, result, seconds)
         if "pretrain" in study.stages:
             record.metrics.update(
                 _sizes(read_cached(find_cache(root), *_place(result, "build/pretrain")))
             )
         known = records.setdefault((record.digest, record.code), record)
         if known.experiment == label:
-            # DVC's cache and logs may be gone, so what is stored already stays.
+            # DVC's cache and the notes of times may be gone, so what is stored already stays.
             known.metrics = record.metrics | known.metrics
             known.seconds = known.seconds or record.seconds
             if study.samples and member.seed == study.seeds[0]:

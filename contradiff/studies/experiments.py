@@ -19,7 +19,8 @@ from io import StringIO
 from pathlib import Path
 from typing import Any
 
-from contradiff.studies.members import digest_of, flatten
+from contradiff.config import flatten
+from contradiff.studies.members import digest_of
 from contradiff.studies.pipeline import Graph
 from contradiff.studies.study import look_up, same_number
 

@@ -3,12 +3,13 @@
 import hashlib
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from contradiff.config import flatten
 from contradiff.studies.study import Changes, Study, changes_of, look_up, point_of
 
 Params = dict[str, Any]
@@ -105,15 +106,6 @@ def check_members(members: Sequence[Member], *, root: Path) -> None:
         number = len({fault.partition(":")[0] for fault in faults})
         lead = f"params.yaml's rules refuse {number} of {len(members)} members; none is queued"
         raise ValueError("\n".join([lead, *faults]))
-
-
-def flatten(content: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield (dotted key, value) for each value in nested mappings; a list is one value."""
-    for name, value in content.items():
-        if isinstance(value, Mapping):
-            yield from flatten(value, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}", value
 
 
 def flat_params(params: Mapping[str, Any]) -> dict[str, Any]:

@@ -4,8 +4,10 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
+from typing import Any
 
-from contradiff.studies.members import Member
+from contradiff.planning.times import Note
+from contradiff.studies.members import Member, flat_params
 from contradiff.studies.pipeline import Graph
 from contradiff.studies.store import Record
 
@@ -36,21 +38,38 @@ class Hours:
     unmeasured: list[str]
 
 
+def seconds_of(
+    notes: Sequence[Note], records: Sequence[Record], members: Sequence[Member]
+) -> dict[str, float]:
+    """Return the median seconds of each stage, if they are known.
+
+    Notes count whose parameters are the members', but for those that the study changes; and the
+    study's results, for stages without such a note.
+    """
+    own = flat_params(members[0].params) if members else {}
+    varied = {"seed", *(key for member in members for key in member.changes)}
+    noted, known = dict[str, list[float]](), dict[str, list[float]]()
+    for note in notes:
+        params: dict[str, Any] = note["params"]
+        if all(key in varied or own.get(key) == value for key, value in params.items()):
+            noted.setdefault(note["stage"], []).append(note["seconds"])
+    for record in records:
+        for stage, seconds in record.seconds.items():
+            known.setdefault(stage, []).append(seconds)
+    return {stage: median(each) for stage, each in (known | noted).items()}
+
+
 def hours_of(
     members: Sequence[Member],
-    records: Sequence[Record],
+    seconds: Mapping[str, float],
     graph: Graph,
     stages: Sequence[str],
     done: Sequence[Member],
 ) -> Hours:
-    """Estimate hours from the median of the times that each stage took in records.
+    """Estimate hours from the seconds that each stage takes.
 
     Work that another member has done, or will do before, takes no time: DVC's cache has it.
     """
-    took: dict[str, list[float]] = {}
-    for record in records:
-        for stage, seconds in record.seconds.items():
-            took.setdefault(stage, []).append(seconds)
     known = {work for member in done for work in _works(member, graph, stages)}
     hours: list[float] = []
     unmeasured: set[str] = set()
@@ -58,8 +77,8 @@ def hours_of(
         work = _by_stage(member, graph, stages)
         new = [stage for stage, signature in work.items() if signature not in known]
         known |= set(work.values())
-        unmeasured |= {stage for stage in new if stage not in took}
-        hours.append(sum(median(took[stage]) for stage in new if stage in took) / 3600)
+        unmeasured |= {stage for stage in new if stage not in seconds}
+        hours.append(sum(seconds.get(stage, 0.0) for stage in new) / 3600)
     return Hours(hours, sorted(unmeasured))
 
 

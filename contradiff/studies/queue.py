@@ -84,20 +84,6 @@ def _is_task(pid: int, revision: str) -> bool:
     return revision in done.stdout
 
 
-def seconds_of(root: Path) -> dict[str, dict[str, float]]:
-    """Return, for each experiment's name, how long its stages took, as its log says."""
-    found: dict[str, dict[str, float]] = {}
-    for note in sorted((root / _NOTES).glob("*/*.run")):
-        try:
-            info: dict[str, Any] = json.loads(note.read_text(encoding="utf-8"))
-            text = note.with_suffix(".out").read_text(encoding="utf-8", errors="replace")
-        except (OSError, ValueError):
-            continue
-        times = re.findall(r"(?m)^(\w+): done in ([\d.]+) s", text)
-        found[str(info.get("name"))] = {stage: float(seconds) for stage, seconds in times}
-    return found
-
-
 def command_of(member: Member, targets: Sequence[str], *options: str) -> list[str]:
     """Return the command that queues a member (`--queue`) or runs it."""
     return ["dvc", "exp", "run", *options, "-n", member.name, *member.options, *targets]

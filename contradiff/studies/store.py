@@ -33,7 +33,9 @@ class Record(_Strict):
     revision: str = Field(description="the commit that the experiment began from")
     experiment: str = Field(description="the experiment's name and commit")
     time: int = Field(description="when it was finished, in seconds since 1970")
-    seconds: dict[str, float] = Field(description="stage => seconds that it took, if it ran")
+    seconds: dict[str, float] = Field(
+        description="stage => seconds that this work took, if they are known"
+    )
     metrics: dict[str, Any]
     curve: dict[str, list[float]]
 

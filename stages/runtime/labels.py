@@ -1,7 +1,6 @@
 """By what MLflow's tables and charts group, filter and plot runs: tags, numbers and saved views."""
 
 from stages.runtime.passwords import hide_passwords
-from stages.runtime.times import flatten
 from stages.runtime.work_dir import revision
 
 import json
@@ -10,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from contradiff.config import read_params
+from contradiff.config import flatten, read_params
 
 STUDY_VARIABLE = "CONTRADIFF_STUDY"
 AXES = {

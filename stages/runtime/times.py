@@ -1,8 +1,4 @@
-"""Records how long stages take, and how much memory they need, in .work/times.
-
-A record belongs to a stage and its parameters, and the newest record counts. So an experiment finds
-the times of stages that DVC takes from its cache, too.
-"""
+"""Notes how long stages take, and how much memory they need, in .work/times."""
 
 from stages.runtime.passwords import hide_passwords
 from stages.runtime.work_dir import key_of
@@ -10,22 +6,14 @@ from stages.runtime.work_dir import key_of
 import json
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from contradiff.config import Section
-from contradiff.files import explain_damage, read_json, replace_file
+from contradiff.config import Section, flatten
+from contradiff.files import replace_file
+from contradiff.planning.times import newest_notes, read_notes
 from contradiff.watch import peak_memory
-
-
-def flatten(content: Mapping[str, Any], *, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield (dotted key, value) for each value in nested mappings; a list is one value."""
-    for name, value in content.items():
-        if isinstance(value, Mapping):
-            yield from flatten(value, prefix=f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}", value
 
 
 def record_costs(root: Path, stage: str, params: Section, *, seconds: float) -> None:
@@ -47,17 +35,6 @@ def record_costs(root: Path, stage: str, params: Section, *, seconds: float) -> 
 
 
 def read_costs(root: Path, params: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """Return the newest record of each stage that ran with the values of `params`.
-
-    `params` is the content of params.yaml. A stage that never ran to its end in one go is missing.
-    """
+    """Return the newest note of each stage that ran with `params`, the content of params.yaml."""
     flat = json.loads(hide_passwords(json.dumps(dict(flatten(params)))))
-    found: dict[str, dict[str, Any]] = {}
-    for path in (root / ".work/times").glob("*.json"):
-        remedy = "delete this file; it only has times"
-        record = read_json(path, remedy=remedy)
-        with explain_damage(path, remedy=remedy):
-            is_same = all(flat.get(key) == value for key, value in record["params"].items())
-            if is_same and record["ended"] >= found.get(record["stage"], {}).get("ended", 0.0):
-                found[record["stage"]] = record
-    return dict(sorted(found.items()))
+    return newest_notes(read_notes(root), flat)

@@ -15,7 +15,7 @@ from stages.runtime.labels import (
 from stages.runtime.moved import mend_store
 from stages.runtime.passwords import hide_passwords
 from stages.runtime.run import Run
-from stages.runtime.times import flatten, read_costs
+from stages.runtime.times import read_costs
 from stages.runtime.work_dir import revision
 
 import csv
@@ -36,6 +36,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from contradiff.config import flatten
 from contradiff.files import (
     check_free_space,
     explain_damage,

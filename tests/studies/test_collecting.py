@@ -1,5 +1,6 @@
 """A result is a member's if its parameters are, and if dvc.lock says that its stages ran so."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,17 @@ def test_names_do_not_matter(project: Path):
     assert steps[:2] == [1.5, 3.5]
     assert record.curve["loss"][0] == 0.75
     assert "contrastive" not in record.curve
+
+
+def test_a_result_has_the_seconds_that_its_stages_noted(project: Path):
+    add_experiment(project, "mine", params())
+    for name, seed, seconds in (("a", 0, 4.5), ("b", 1, 60.0)):
+        note = {"stage": "probe", "params": {"seed": seed}, "ended": 1.0, "seconds": seconds}
+        path = project / f".work/times/{name}.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(note))
+    [record] = look(project).store.records
+    assert record.seconds == {"probe": 4.5}
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import pytest
 
 from contradiff.studies.members import members_of
 from contradiff.studies.pipeline import Graph, hashes_of
-from contradiff.studies.planning import hours_of, ordered
+from contradiff.studies.planning import hours_of, ordered, seconds_of
 from contradiff.studies.store import Record
 from contradiff.studies.study import Study, read_study
 from tests.studies.project import PARAMS, params
@@ -84,11 +84,28 @@ def test_hours_leave_out_work_that_the_cache_has(project: Path):
     graph = Graph.read(project)
     times = [{"shard": 3600.0, "pretrain": 7200.0}, {"pretrain": 14400.0, "probe": 360.0}]
     records = [record(seconds) for seconds in times]
-    found = hours_of(members, records, graph, [], [])
+    seconds = seconds_of([], records, members)
+    found = hours_of(members, seconds, graph, [], [])
     # Medians: 1 h for shards, once a seed; 3 h for the training; 0.1 h for the probe.
     assert [round(each, 6) for each in found.by_member] == [4.1, 3.1, 4.1, 3.1]
     assert found.unmeasured == ["score"]
-    assert hours_of(members[1:2], records, graph, ["probe"], members[:1]).by_member == [3.1]
+    assert hours_of(members[1:2], seconds, graph, ["probe"], members[:1]).by_member == [3.1]
+
+
+def test_notes_count_if_only_what_the_study_changes_differs(project: Path):
+    members = members_of(read_study(project, "lambdas"), "lambdas", PARAMS)
+    notes = [
+        {"stage": stage, "params": values, "seconds": seconds}
+        for stage, values, seconds in (
+            ("pretrain", {"seed": 7, "loss.lambda": 5}, 100.0),
+            ("pretrain", {"seed": 0, "loss.lambda": 0}, 300.0),
+            ("probe", {"seed": 0, "probe.lr": 0.3}, 10.0),
+            ("probe", {"seed": 0, "probe.lr": 0.5}, 9999.0),
+            ("score", {"generate.num_samples": 50_000}, 9999.0),
+        )
+    ]
+    results = [record({"probe": 9999.0, "score": 20.0})]
+    assert seconds_of(notes, results, members) == {"pretrain": 200.0, "probe": 10.0, "score": 20.0}
 
 
 def record(seconds: dict[str, float]) -> Record:
