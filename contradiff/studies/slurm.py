@@ -1,9 +1,9 @@
 """SLURM: one job for each member.
 
 A job works in its own clone below .work/slurm, since two experiments cannot run in one folder at
-the same time. The clone shares DVC's cache and MLflow's store with the project, and gives its
-experiment back by `dvc exp push`. A job that ended early goes on
-in its clone if you submit it again.
+the same time. The clone shares DVC's cache, MLflow's store and the notes of times with the project,
+and gives its experiment back by `dvc exp push`. A job that ended early goes on in its clone if you
+submit it again.
 """
 
 import shlex
@@ -34,8 +34,9 @@ git config user.email "$(git -C "$project" config user.email)"
 dvc cache dir --local "$project/.dvc/cache"
 dvc remote modify --local store url "$project/artifacts"
 cp "$project/params.yaml" params.yaml
-mkdir -p data "$project/data/raw"
+mkdir -p data .work "$project/data/raw" "$project/.work/times"
 ln -sfn "$project/data/raw" data/raw
+ln -sfn "$project/.work/times" .work/times
 dvc pull -q models/tiny || true
 {command}
 dvc exp push -q --no-cache "$project" {name}
