@@ -28,7 +28,7 @@ from contradiff.data.shards import Shard, ShardIndex
 from contradiff.files import link_or_copy, replace_file
 from contradiff.processes import Processes
 
-STATE_VERSION = 1
+STATE_VERSION = 2
 """Increase this number if new code must not continue the shards of an interrupted run."""
 SECONDS_BETWEEN_LOOKS = 0.2
 
@@ -116,12 +116,12 @@ def publish_shards(
     `made` has the split and the result of each item. The index contains `info`. The shards stay in
     `work_dir`, so that nothing is lost if the process is killed before `folder` is complete.
     """
-    splits: dict[str, tuple[Shard, ...]] = {}
+    splits: dict[str, list[Shard]] = {}
     for split, item in made:
-        splits[split] = (*splits.get(split, ()), *item.files)
+        splits.setdefault(split, []).extend(item.files)
     for shard in chain(*splits.values()):
         link_or_copy(work_dir / shard.name, folder / shard.name)
-    ShardIndex(splits, info).write(folder)
+    ShardIndex({split: tuple(shards) for split, shards in splits.items()}, info).write(folder)
 
 
 def _read_note(note: Path) -> Made | None:

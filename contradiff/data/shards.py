@@ -10,8 +10,7 @@ import io
 import json
 import tarfile
 import zlib
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
@@ -50,19 +49,12 @@ Natural = Annotated[int, Field(ge=0)]
 
 @dataclass(frozen=True)
 class Shard:
-    """One tar file. `class_counts[c]` is the number of samples of class c, if there are classes.
-
-    The annotations with limits are checked when an index is read.
-    """
+    """One tar file. The annotations with limits are checked when an index is read."""
 
     name: Annotated[str, Field(pattern=r"^\w[\w.-]*$")]  # so that it cannot leave its folder
     num_samples: Natural
     num_bytes: Natural
     sha256: str
-    class_counts: Sequence[Natural] = ()
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "class_counts", tuple(self.class_counts))  # JSON gives a list
 
 
 @dataclass(frozen=True)
@@ -148,12 +140,11 @@ def write_shard(
 ) -> Shard:
     """Write one shard, completely or not at all. Equal records give equal bytes.
 
-    `on_progress` is called with 1 after each sample. The entry "cls" of a record, if there is one,
-    is the class index.
+    `on_progress` is called with 1 after each sample.
     """
     from webdataset.writer import TarWriter
 
-    num_samples, labels = 0, Counter[int]()
+    num_samples = 0
     with replace_file(path) as temporary:
         with (
             temporary.open("wb") as file,
@@ -165,13 +156,10 @@ def write_shard(
         ):
             for record in records:
                 writer.write({**record, "__key__": record["__key__"].decode()})
-                if "cls" in record:
-                    labels[int(record["cls"])] += 1
                 num_samples += 1
                 on_progress(1)
-        class_counts = tuple(labels[label] for label in range(max(labels, default=-1) + 1))
         num_bytes = temporary.stat().st_size
-        return Shard(path.name, num_samples, num_bytes, sha256_of(temporary), class_counts)
+        return Shard(path.name, num_samples, num_bytes, sha256_of(temporary))
 
 
 def write_split(

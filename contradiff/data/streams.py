@@ -8,7 +8,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import KW_ONLY, asdict, dataclass
-from functools import partial
+from functools import cached_property, partial
 from itertools import chain, count, islice
 from typing import Any
 
@@ -57,7 +57,7 @@ class PairedShards:
         """Number of shards of the split."""
         return len(self.sizes)
 
-    @property
+    @cached_property
     def sizes(self) -> tuple[int, ...]:
         """Number of samples of each shard."""
         return tuple(shard.num_samples for shard in self.image_index.shards(self.split))

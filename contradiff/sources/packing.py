@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from pydantic import Field
@@ -111,7 +112,7 @@ class ShardMaker:
         so far have too many unreadable images.
         """
         self.unreadable_images()
-        irregularities: Counter[str] = Counter()
+        irregularities, labels = Counter[str](), Counter[int]()
         unreadable: list[dict[str, str]] = []
 
         def records() -> Iterator[Record]:
@@ -129,6 +130,7 @@ class ShardMaker:
                     unreadable.append({"key": file.key, "path": file.path, "reason": reason})
                 else:
                     irregularities.update(image.irregularities)
+                    labels[file.label] += 1
                     yield {
                         "__key__": file.key.encode(),
                         image.extension: image.content,
@@ -144,7 +146,8 @@ class ShardMaker:
         listed.unlink(missing_ok=True)
         if unreadable:
             _write_json(listed, unreadable)
-        notes = {"split": planned.split, "irregularities": dict(irregularities)}
+        notes: dict[str, Any] = {"split": planned.split, "irregularities": dict(irregularities)}
+        notes["class_counts"] = sorted(labels.items())
         return Made((shard,) if shard.num_samples else (), notes)
 
     def unreadable_images(self) -> dict[str, list[dict[str, str]]]:
@@ -187,8 +190,7 @@ def publish(
         irregular, counts = Counter[str](), Counter[int]()
         for one in ours:
             irregular.update(one.notes["irregularities"])
-        for shard in splits[split]:
-            counts.update(dict(enumerate(shard.class_counts)))
+            counts.update(dict(one.notes["class_counts"]))
         irregularities[split] = dict(sorted(irregular.items()))
         class_counts[split] = [counts[label] for label in range(len(listing.class_ids))]
         if 0 in class_counts[split]:

@@ -59,7 +59,7 @@ class ViewChooser:
         """Return a batch: the latents of two views, and one kind of condition.
 
         "moments" (2 batch 2c h w) has the mean and log-variance of each latent. Conditions are in
-        "conditions" (pixels, 2 batch 3 s s; 1 batch 3 s s if the views share an image),
+        "conditions" (uint8, 2 batch 3 s s; 1 batch 3 s s if the views share an image),
         "condition_moments" (2 batch 2c h w) or "labels". No two elements share memory, or else
         a GPU's loader could not pin the batch.
         """
@@ -68,9 +68,7 @@ class ViewChooser:
         conditions = [condition for _, condition in chosen]
         match self.condition:
             case "pixels":
-                images = torch.stack(conditions, dim=1)
-                pixels = to_pixels(images.flatten(0, 1)).unflatten(0, images.shape[:2])
-                stacked["conditions"] = pixels
+                stacked["conditions"] = torch.stack(conditions, dim=1)
             case "latents":
                 stacked["condition_moments"] = torch.stack(conditions, dim=1)
             case "labels":
@@ -160,7 +158,8 @@ def draw_batch(
     posterior_noise = posterior_noise.flatten(0, 1)
     latents = sample(moments.flatten(0, 1), noise=posterior_noise, scaling_factor=scaling_factor)
     if recipe.conditioner.input == "pixels":
-        conditions = loaded["conditions"].to(device, non_blocking=True)
+        images = loaded["conditions"].to(device, non_blocking=True)
+        conditions = to_pixels(images.flatten(0, 1)).unflatten(0, images.shape[:2])
         conditions = conditions.expand(NUM_VIEWS, -1, -1, -1, -1)
     else:
         clean = loaded["condition_moments"].to(device, non_blocking=True)
