@@ -170,27 +170,31 @@ def load_tensors(path: Path, *, sha256: str, remedy: str) -> "dict[str, Tensor]"
 
 
 @contextmanager
-def hold_lock(path: Path, *, on_wait: Callable[[str], None] | None = None) -> Generator[None]:
+def hold_lock(
+    path: Path, *, shared: bool = False, on_wait: Callable[[str], None] | None = None
+) -> Generator[None]:
     """Lock the file `path` during the block; a crash of the process also releases the lock.
 
     If another process has the lock, call `on_wait` with that process's id, then wait. An exception
-    of `on_wait` ends the waiting. The lock file is never deleted: two processes could then hold
-    locks, on the deleted file and on a new file.
+    of `on_wait` ends the waiting. Several processes can have a `shared` lock, whose ids are not
+    noted. The lock file is never deleted: two processes could then hold locks, on the deleted file
+    and on a new file.
     """
+    kind = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
     with explain_failed_write(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         opened = path.open("a+b", buffering=0)  # else closing would write again on a full disk
     with opened as file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file, kind | fcntl.LOCK_NB)
         except BlockingIOError:
             file.seek(0)
             if on_wait is not None:
                 on_wait(file.read().decode().strip() or "(unknown)")
-            fcntl.flock(file, fcntl.LOCK_EX)
+            fcntl.flock(file, kind)
         with explain_failed_write(path):
             file.truncate(0)
-            file.write(str(os.getpid()).encode())
+            file.write(b"" if shared else str(os.getpid()).encode())
         yield
 
 
@@ -219,6 +223,15 @@ def weights_manifest(key: str, given: str | None, root: Path, remedy: str) -> di
     if not path.is_file():
         raise ValueError(f"{key}: no file {given}; {remedy}")
     return {"path": given, "files": file_manifest(path.parent, [path.name])}
+
+
+def bytes_of(folder: Path, pattern: str) -> int:
+    """Return the bytes of the files in a folder. Other processes may delete files meanwhile."""
+    total = 0
+    for path in folder.glob(pattern):
+        with suppress(FileNotFoundError):
+            total += path.stat().st_size
+    return total
 
 
 def describe_bytes(num_bytes: int) -> str:

@@ -18,7 +18,7 @@ from contradiff.features.cache import ModelFolders
 from contradiff.features.models import DiffusionFeatures, load_feature_model
 from contradiff.features.params import FeaturesParams
 from contradiff.features.write_cache import bytes_of_features, write_cache
-from contradiff.files import check_free_space, describe_bytes
+from contradiff.files import bytes_of, check_free_space, describe_bytes
 from contradiff.method.compilation import compile_blocks
 from contradiff.method.model import Architecture
 
@@ -57,7 +57,7 @@ def main(params: Params, run: Run) -> None:
                 'set probe.head to "linear", which stores no maps, or shorten the list '
                 "features.more_triples or features.more_blocks"
             )
-            num_bytes -= sum(file.stat().st_size for file in folder.iterdir())
+            num_bytes -= bytes_of(folder, "*")
             check_free_space(folder, num_bytes, ways_out=ways_out)
         num_images = sum(images.num_samples(*shard) for shard in images.shards)
         with run.progress("features", num_images) as advance:
@@ -72,4 +72,4 @@ def main(params: Params, run: Run) -> None:
 
 
 if __name__ == "__main__":
-    execute(Params, main, parallel=True)
+    execute(Params, main, parallel=True, has_parts=True)

@@ -15,7 +15,7 @@ from contradiff.data import map_shards
 from contradiff.data.params import DataParams
 from contradiff.data.png import LiveGrid
 from contradiff.data.shards import ShardParams, write_shard
-from contradiff.files import check_free_space, describe_bytes, replace_dir, replace_file
+from contradiff.files import bytes_of, check_free_space, describe_bytes, replace_dir, replace_file
 from contradiff.generation import samples
 from contradiff.generation.conditions import load_conditioning
 from contradiff.generation.sampling import GenerateParams, generate
@@ -42,7 +42,7 @@ def main(params: Params, run: Run) -> None:
     section, device = params.generate, run.device
     num_steps = section.num_inference_steps
     solver = load_solver(BASE, solver=section.solver, num_inference_steps=num_steps)
-    accelerator = run.accelerator()
+    processes = run.processes(run.accelerator())
     model = load_checkpoint(CHECKPOINT, base=BASE, expected=params).to(device)
     vae = load_vae(BASE).to(device)  # pyright: ignore[reportArgumentType]
     seed, size, kind = params.seed, params.data.image_size, params.shard.compression
@@ -57,7 +57,7 @@ def main(params: Params, run: Run) -> None:
         if run.is_main:
             check_disk(run, work, section.num_samples, image_size=size)
         plan = samples.plan_samples(section.num_samples, params.shard)
-        preview = LiveGrid(work / "preview.png")
+        preview = LiveGrid(work / f"preview{f'-{run.part}' if run.part else ''}.png")
 
         def make(name: str, tick: map_shards.Tick) -> map_shards.Made:
             wanted, num_classes = plan[name], conditioning.num_classes
@@ -69,12 +69,12 @@ def main(params: Params, run: Run) -> None:
             written = write_shard(work / name, records, compression=kind, on_progress=tick)
             return map_shards.Made((written,))
 
-        missing = map_shards.missing_items(list(plan), work, name_of=str)
-        total = sum(len(plan[name]) for name in missing)
-        if total < section.num_samples:
-            run.log(f"resumed: {total} of {section.num_samples} images are still missing")
+        own = processes.share(list(plan))
+        missing = map_shards.missing_items(own, work, name_of=str)
+        total, num_own = (sum(len(plan[name]) for name in names) for names in (missing, own))
+        if total < num_own:
+            run.log(f"resumed: {total} of {num_own} images are still missing")
         run.log(f"the newest images are shown in {preview.path}")
-        processes = run.processes(accelerator)
         num_batches = -(-total // section.batch_size) // processes.size
         if run.is_main and num_batches > 10:  # else the estimate would take too much of the time
 
@@ -106,7 +106,7 @@ def check_disk(run: Run, work: Path, num_samples: int, *, image_size: int) -> No
     """Say how large the samples can become. Raises ValueError if they may not fit on the disk."""
     num_bytes = samples.max_bytes(num_samples, image_size=image_size)
     run.log(f"{num_samples:,} images, at most {describe_bytes(num_bytes)}")
-    num_bytes -= sum(file.stat().st_size for file in work.glob("*.tar*"))
+    num_bytes -= bytes_of(work, "*.tar*")
     SAMPLES.parent.mkdir(exist_ok=True)
     for place in (work, SAMPLES.parent):
         check_free_space(place, num_bytes, ways_out="lower generate.num_samples")
@@ -120,4 +120,4 @@ def speed_up(model: ContraDiffModel, precision: Precision, run: Run) -> None:
 
 
 if __name__ == "__main__":
-    execute(Params, main, parallel=True, without_gpu=lambda _: 2)
+    execute(Params, main, parallel=True, without_gpu=lambda _: 2, has_parts=True)

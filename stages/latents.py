@@ -34,7 +34,7 @@ class Params(Section):
 
 
 def main(params: Params, run: Run) -> None:
-    accelerator, kind = run.accelerator(), params.shard.compression
+    processes, kind = run.processes(run.accelerator()), params.shard.compression
     index = shards.ShardIndex.read(IMAGES, ImageInfo)
     plan = {
         shards.shard_name(split, number, kind): (split, shard)
@@ -57,7 +57,8 @@ def main(params: Params, run: Run) -> None:
             written = shards.write_shard(work / name, records, compression=kind, on_progress=tick)
             return map_shards.Made((written,))
 
-        missing = [plan[name] for name in map_shards.missing_items(list(plan), work, name_of=str)]
+        own = processes.share(list(plan))
+        missing = [plan[name] for name in map_shards.missing_items(own, work, name_of=str)]
         if run.is_main:  # check disk space and quality before the long work
             run.log(encoder.describe_size(index))
             LATENTS.parent.mkdir(exist_ok=True)
@@ -67,7 +68,6 @@ def main(params: Params, run: Run) -> None:
                 check_free_space(place, size, ways_out=ways_out)
             stored = encoder.encode(shown, split="val")
             reconstruct(encoder, shown, [item.to_record() for item in stored])
-        processes = run.processes(accelerator)
         with run.progress("encode", sum(shard.num_samples for _, shard in missing)) as advance:
             made = map_shards.map_shards(
                 list(plan), make, work, name_of=str, processes=processes, on_progress=advance
@@ -88,4 +88,4 @@ def main(params: Params, run: Run) -> None:
 
 
 if __name__ == "__main__":
-    execute(Params, main, parallel=True, without_gpu=lambda _: 2)
+    execute(Params, main, parallel=True, without_gpu=lambda _: 2, has_parts=True)

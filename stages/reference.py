@@ -58,4 +58,4 @@ def main(params: Params, run: Run) -> None:
 
 
 if __name__ == "__main__":
-    execute(Params, main, parallel=True)
+    execute(Params, main, parallel=True, has_parts=True)

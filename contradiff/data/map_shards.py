@@ -26,7 +26,7 @@ from pydantic import TypeAdapter, ValidationError
 from contradiff.data.shard_info import ShardInfo
 from contradiff.data.shards import Shard, ShardIndex
 from contradiff.files import link_or_copy, replace_file
-from contradiff.processes import Processes
+from contradiff.processes import PartFinished, Processes
 
 STATE_VERSION = 2
 """Increase this number if new code must not continue the shards of an interrupted run."""
@@ -72,10 +72,14 @@ def map_shards(
     worker, `tick` does nothing, so `size_of` must give the number of samples of an item. Process 0
     calls `on_progress` with the number of newly finished samples of all processes.
 
+    With `processes.part`, only the items of this part count. When they are finished, PartFinished
+    is raised.
+
     Raises ChildProcessError if another process failed or a worker was killed, and ValueError if
     the disk is full.
     """
     processes = processes or Processes()
+    items = processes.share(items)
     processes.barrier()  # now process 0 has locked the folder: no other run writes to it
     missing = missing_items(items, work_dir, name_of=name_of)
     crew = _Crew(work_dir, processes, on_progress)
@@ -98,6 +102,8 @@ def map_shards(
     found = [made for made in notes if made is not None]
     assert len(found) == len(items), "every item must have a note"
     processes.barrier()  # every process reads the notes before any process moves files
+    if processes.part is not None:
+        raise PartFinished
     return found
 
 
@@ -147,7 +153,8 @@ class _Crew:
             self.file(what, processes.rank).unlink(missing_ok=True)
 
     def file(self, what: str, rank: int) -> Path:
-        return self.folder / f"{what}-{rank}"
+        part = "" if self.processes.part is None else f"{self.processes.part}-"
+        return self.folder / f"{what}-{part}{rank}"
 
     def advance(self, count: int) -> None:
         self.done += count

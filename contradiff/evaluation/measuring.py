@@ -176,7 +176,7 @@ def measure_shards(
 
     numbers, name_of = range(len(shards)), "{:05d}".format
     if processes.rank == 0:  # this process holds the lock of `work_dir`
-        missing = missing_items(numbers, work_dir, name_of=name_of)
+        missing = missing_items(processes.share(numbers), work_dir, name_of=name_of)
         on_progress(num_images - sum(shards[number].num_samples for number in missing))
     made = map_shards(
         numbers, make, work_dir, name_of=name_of, processes=processes, on_progress=on_progress

@@ -69,7 +69,7 @@ def write_cache(
             files.append(write_table(path.with_suffix(f".{MAPS}.safetensors"), maps, keys=[]))
         return Made(tuple(files))
 
-    left = missing_items(images.shards, work_dir, name_of=name_of)
+    left = missing_items(processes.share(images.shards), work_dir, name_of=name_of)
     on_progress(sum(images.num_samples(*shard) for shard in images.shards if shard not in left))
     made = map_shards(
         images.shards, make, work_dir, name_of=name_of, processes=processes, on_progress=on_progress

@@ -1,17 +1,23 @@
 """Runs a stage: reads its parameters, shows progress and messages, and resumes unfinished work."""
 
 from stages.runtime import STARTED
+from stages.runtime.agreement import check_agreement
+from stages.runtime.gpu_memory import how_to_need_less
 from stages.runtime.launch import (
     VARIABLE,
+    end_with_launcher,
+    is_joined,
     is_new_message,
+    is_one_of_several_launchers,
     is_started_here,
     num_processes,
     run_several,
 )
 from stages.runtime.missing import explain
 from stages.runtime.passwords import hide_passwords
+from stages.runtime.slurm import join_step, num_nodes, run_on_nodes
 from stages.runtime.times import record_costs
-from stages.runtime.work_dir import code_digest, finish, key_of, lock_of, take_up
+from stages.runtime.work_dir import code_digest, finish, hold_part, key_of, lock_of, take_up
 
 import argparse
 import inspect
@@ -25,7 +31,7 @@ import time
 import traceback
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from functools import partial
 from io import StringIO
@@ -38,7 +44,7 @@ from tqdm import tqdm
 
 from contradiff.config import Section, SectionT, parse, read_params
 from contradiff.files import hold_lock, replace_file
-from contradiff.processes import Processes
+from contradiff.processes import Part, PartFinished, Processes
 from contradiff.signals import Stopped, stop_at_once
 
 if TYPE_CHECKING:
@@ -119,13 +125,16 @@ class Run:
     `root` is the project's folder, with raw data, mlflow.db and .work. `dvc exp run --temp` and
     `--queue` run a stage in a temporary copy. `root` is then still the original project, but
     relative paths such as build/ belong to the copy. `resumed` lists the work folders in which an
-    earlier run had begun the work.
+    earlier run had begun the work. `given` has the stage's parameters, for the comparison of
+    several machines. With a `part`, the stage computes only this part of its shards.
     """
 
     stage: str
     root: Path
     runtime: RuntimeParams
     resumed: list[Path] = field(default_factory=list[Path])
+    given: Mapping[str, object] = field(default_factory=dict[str, object])
+    part: Part | None = None
 
     @property
     def is_main(self) -> bool:
@@ -150,7 +159,8 @@ class Run:
 
         Accelerate would read many settings from environment variables, such as
         ACCELERATE_GRADIENT_ACCUMULATION_STEPS. They are removed, so that params.yaml alone decides.
-        Raises ValueError if they ask for FSDP, DeepSpeed or another strategy.
+        Raises ValueError if they ask for FSDP, DeepSpeed or another strategy, and if another
+        machine has other code, parameters or folders.
         """
         if ignored := drop_accelerates_variables():
             self.log(f"ignored, because params.yaml decides: {', '.join(ignored)}")
@@ -171,12 +181,14 @@ class Run:
                 f"{accelerator.num_processes} process; start the stage with "
                 f"`python -m stages.{self.stage}`, and set {VARIABLE} to the number of processes"
             )
+        if accelerator.num_processes > 1:
+            check_agreement(self.given, self.root)
         return accelerator
 
     def processes(self, accelerator: "Accelerator") -> Processes:
         """Return the rank of this process and the number of processes, for `map_shards`."""
         rank, size = accelerator.process_index, accelerator.num_processes
-        return Processes(rank, size, accelerator.wait_for_everyone)
+        return Processes(rank, size, accelerator.wait_for_everyone, self.part)
 
     def resolve(self, path: str) -> Path:
         """Return the full path of raw data. A relative path in params.yaml starts at `root`."""
@@ -251,12 +263,19 @@ class Run:
         If DVC has started this run, finished work stays until the stage `track`, because DVC may be
         killed before it records the result. A later run of DVC, or a run that has waited, takes the
         finished work over.
+
+        Parts of the work (`part`) use the folder at the same time, and leave it as it is.
         """
         key = key_of(self.stage, params=params, inputs=inputs)
         folder = self.root / ".work" / self.stage / key
         folder.mkdir(parents=True, exist_ok=True)
         if not self.is_main:
             yield folder
+            return
+        if self.part is not None:
+            lock = lock_of(self.root, self.stage, key)
+            with hold_part(folder, lock, part=self.part, state_version=state_version):
+                yield folder
             return
         code, by_dvc = code_digest(), "DVC_ROOT" in os.environ
         take_over = by_dvc
@@ -283,59 +302,61 @@ def execute(
     *,
     parallel: bool = False,
     without_gpu: Callable[[SectionT], int] = lambda _: 1,
+    has_parts: bool = False,
     debug: Debug[SectionT] | None = None,
 ) -> None:
     """Run a stage from the command line, in the project's folder.
 
     If the stage's module has a function `describe(params) -> str`, `--dry-run` prints its result.
-    If `parallel` is true, several processes can share the stage (see `launch`): one for each GPU,
-    or `without_gpu(params)` of them. `--debug M` calls `debug(M, ...)` instead of `main`. After a
-    ValueError or OSError, only the error's message is printed, and the exit code is 2.
-    CONTRADIFF_TRACEBACK=1 shows the traceback. After a signal, the exit code is 128 + its number.
+    If `parallel` is true, several processes can share the stage (see `launch` and `slurm`): one for
+    each GPU, or `without_gpu(params)` of them. If `has_parts` is true, `main` always calls
+    `map_shards`, so that `--part 3/16` can compute a part of the shards. `--debug M` calls
+    `debug(M, ...)` instead of `main`. After a ValueError or OSError, only the error's message is
+    printed, and the exit code is 2. CONTRADIFF_TRACEBACK=1 shows the traceback. After a signal, the
+    exit code is 128 + its number.
     """
     module = sys.modules["__main__"]
     assert module.__spec__ is not None, "stages are run as `python -m stages.NAME`"
     stage = module.__spec__.name.rpartition(".")[2]
-    is_dry, mode = _read_arguments(stage, inspect.getdoc(module), has_debug=debug is not None)
+    given = {"has_debug": debug is not None, "has_parts": has_parts}
+    options = _read_arguments(stage, inspect.getdoc(module), **given)
+    mode = options.debug
     work = main if mode is None or debug is None else partial(debug, mode)
     sys.excepthook = _print_traceback
     stop_at_once()
+    end_with_launcher()
     try:
         started = time.perf_counter()
         content = read_params(PARAMS_FILE)
         params = parse(schema, content, source=str(PARAMS_FILE))
         runtime = parse(RuntimeSection, content, source=str(PARAMS_FILE)).runtime
-        if is_dry:
-            from ruamel.yaml import YAML
-
-            if values := params.model_dump(by_alias=True):
-                YAML().dump(values, sys.stdout)  # pyright: ignore[reportUnknownMemberType]
-            if describe := getattr(module, "describe", None):
-                print(describe(params))
+        if options.dry_run:
+            _show(params, describe=getattr(module, "describe", None))
             return
-        if parallel and (count := num_processes(without_gpu=without_gpu(params))) > 1:
-            sys.exit(run_several(module.__spec__.name, count=count))
-        run = Run(stage, Path(os.environ.get("DVC_ROOT") or ".").resolve(), runtime)
-        work(params, run)
+        root = Path(os.environ.get("DVC_ROOT") or ".").resolve()
+        join_step()
+        if parallel:
+            code = _run_in_others(module.__spec__.name, root, without_gpu=without_gpu(params))
+            if code is not None:
+                sys.exit(code)
+        given = params.model_dump(mode="json", by_alias=True)
+        run = Run(stage, root, runtime, given=given, part=options.part)
+        if not parallel and not run.is_main:
+            return  # process 0 does the work of a stage that several processes cannot share
+        try:
+            work(params, run)
+        except PartFinished:
+            run.log(f"part {run.part} is finished; without --part, the stage gathers all parts")
+            leave_processes()
+            return
         seconds = time.perf_counter() - started
         if run.is_main and not run.resumed and mode is None:
             record_costs(run.root, stage, params, seconds=seconds)
         run.log(f"done in {seconds:.1f} s, after {started - STARTED:.1f} s of imports")
         leave_processes()
         return
-    except (ValueError, OSError) as error:
-        if os.environ.get("CONTRADIFF_TRACEBACK") == "1":
-            raise
-        text, code = explain(error), 2
-    except Stopped as error:
-        is_shown = error.saved or not is_started_here()
-        text, code = str(error) if is_shown else "", 128 + error.number
-    except RuntimeError as error:
-        # torch has no class for this error, which comes from gloo, NCCL or the store.
-        if not is_joined() or not re.search(_LOST_CONNECTION, str(error)):
-            raise
-        # The process that has ended says why; if it was killed, the one that has started it does.
-        text, code = "" if is_started_here() else "another process has ended", 2
+    except (ValueError, OSError, Stopped, RuntimeError) as error:
+        text, code = _explain(error, stage)
     message = f"contradiff: {stage}: {hide_passwords(text)}"
     if text and is_new_message(message):
         print(message, file=sys.stderr)
@@ -345,10 +366,50 @@ def execute(
     sys.exit(code)
 
 
+def _show(params: Section, *, describe: Callable[..., str] | None) -> None:
+    from ruamel.yaml import YAML
+
+    if values := params.model_dump(by_alias=True):
+        YAML().dump(values, sys.stdout)  # pyright: ignore[reportUnknownMemberType]
+    if describe:
+        print(describe(params))
+
+
+def _run_in_others(module: str, root: Path, *, without_gpu: int) -> int | None:
+    """Run a parallel stage in processes that this one starts. None: it must do the work itself."""
+    if (nodes := num_nodes()) > 1:
+        return run_on_nodes(module, nodes=nodes, root=root)
+    if (count := num_processes(without_gpu=without_gpu)) > 1 or is_one_of_several_launchers():
+        return run_several(module, count=count)
+    return None
+
+
+def _explain(error: BaseException, stage: str) -> tuple[str, int]:
+    """Return the message (empty: another process has it) and the exit code; raise a bug again."""
+    if isinstance(error, ValueError | OSError) and os.environ.get("CONTRADIFF_TRACEBACK") != "1":
+        return explain(error), 2
+    if isinstance(error, Stopped):
+        is_shown = error.saved or not is_started_here()
+        return str(error) if is_shown else "", 128 + error.number
+    if type(error).__name__ == "OutOfMemoryError":  # torch's, but torch may not be loaded
+        return how_to_need_less(stage, error), 2
+    # torch has no class for this error, which comes from gloo, NCCL or the store.
+    if is_joined() and re.search(_LOST_CONNECTION, str(error)) and isinstance(error, RuntimeError):
+        # The process that has ended says why; if it was killed, the one that has started it does.
+        return "" if is_started_here() else "another process has ended", 2
+    raise error
+
+
+@dataclass(frozen=True)
+class _Options:
+    dry_run: bool
+    debug: str | None = None
+    part: Part | None = None
+
+
 def _read_arguments(
-    stage: str, description: str | None, *, has_debug: bool
-) -> tuple[bool, str | None]:
-    """Return whether the command line has --dry-run, and the mode of --debug or None."""
+    stage: str, description: str | None, *, has_debug: bool, has_parts: bool
+) -> _Options:
     parser = argparse.ArgumentParser(
         prog=f"python -m stages.{stage}",
         description=description,
@@ -361,12 +422,22 @@ def _read_arguments(
         how = "look for faults, and write no file: train on one batch again and again, or on the "
         how += "same two batches in each epoch, or name the operation whose gradient is NaN"
         parser.add_argument("--debug", choices=DEBUG_MODES, help=how)
+    how = "compute the third of sixteen parts of the shards, for array jobs; without this option, "
+    how += "the stage then gathers all parts"
+    parser.add_argument("--part", metavar="3/16", help=how if has_parts else argparse.SUPPRESS)
     given = vars(parser.parse_args())
-    mode = given.get("debug")
-    if mode and "DVC_ROOT" in os.environ:
-        command = f"python -m stages.{stage} --debug {mode}"
-        parser.error(f"--debug writes no result, so DVC must not start it; type `{command}`")
-    return given["dry_run"], mode
+    options, part = _Options(given["dry_run"], given.get("debug")), given["part"]
+    for option, value in (("--debug", options.debug), ("--part", part)):
+        if value and "DVC_ROOT" in os.environ:
+            command = f"python -m stages.{stage} {option} {value}"
+            what = f"{option} writes no result"
+            parser.error(f"{what}, so DVC must not start it; type `{command}`")
+    if part is not None and not has_parts:
+        parser.error("--part: the work of this stage cannot be divided into parts")
+    try:
+        return replace(options, part=part and Part.parse(part))
+    except ValueError as error:
+        parser.error(f"--part: {error}")
 
 
 def drop_accelerates_variables() -> list[str]:
@@ -413,12 +484,6 @@ def _print_traceback(
     """Print an unexpected error as Python does, but without passwords in URLs."""
     lines = traceback.format_exception(kind, error, trace)
     print(hide_passwords("".join(lines)), end="", file=sys.stderr)
-
-
-def is_joined() -> bool:
-    """Return whether torch.distributed has connected this process with others."""
-    distributed = sys.modules.get("torch.distributed")
-    return distributed is not None and distributed.is_available() and distributed.is_initialized()
 
 
 def leave_processes() -> None:

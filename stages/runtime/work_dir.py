@@ -13,14 +13,15 @@ import json
 import os
 import shutil
 import subprocess
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from pydantic import BaseModel
 
 from contradiff.files import hold_lock, read_json, replace_file, sha256_of
+from contradiff.processes import Part
 
 NOTE_NAME = "begun.json"
 _CODE = Path(__file__).resolve().parents[2]
@@ -54,6 +55,35 @@ def take_up(
         shutil.rmtree(folder, ignore_errors=True)
     _write_note(folder, {"state_version": state_version, "commit": commit})
     return False
+
+
+@contextmanager
+def hold_part(folder: Path, lock: Path, *, part: Part, state_version: int) -> Generator[None]:
+    """Hold the locks of a part of the work during the block. Other parts can be at work too.
+
+    The parts share the folder's lock, so that a run of the whole work waits for all of them. Raises
+    ValueError if such a run or the same part is at work, or if the folder has work that cannot be
+    continued: other parts may use the folder, so it is not emptied.
+    """
+
+    def refuse(pid: str) -> NoReturn:
+        raise ValueError(f"{folder}: process {pid} is already doing the work of part {part}")
+
+    own = lock.with_name(f"{lock.name}-{part}")
+    with (
+        hold_lock(lock, shared=True, on_wait=refuse),
+        hold_lock(own, on_wait=refuse),
+    ):
+        with hold_lock(lock.with_name(f"{lock.name}-begin")):
+            begun = _read_note(folder) if (folder / NOTE_NAME).is_file() else None
+            if begun is None:
+                commit = revision() or "no commit"
+                _write_note(folder, {"state_version": state_version, "commit": commit})
+            elif begun.get("finished") or begun.get("state_version") != state_version:
+                what = "finished" if begun.get("finished") else "begun by code of another version"
+                remedy = "delete the folder to compute it again"
+                raise ValueError(f"{folder}: this work is {what}; {remedy}")
+        yield
 
 
 def finish(folder: Path, *, code: str) -> None:

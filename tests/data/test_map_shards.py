@@ -7,12 +7,14 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from contradiff.data.map_shards import Made, Processes, Tick, map_shards, missing_items
 from contradiff.data.shards import write_shard
+from contradiff.processes import Part, PartFinished
 
 ITEMS = list(range(7))
 
@@ -102,6 +104,39 @@ def test_processes_share_the_work_and_one_shows_the_progress_of_all(tmp_path: Pa
     assert sum(told[0]) == 28
     assert not any(told[1:])
     assert min(told[0]) >= 0
+
+
+def test_parts_make_everything_once_and_a_whole_run_finds_it(tmp_path: Path):
+    makers = [Maker(tmp_path) for _ in range(4)]
+    for number, maker in enumerate(makers[:3], start=1):
+        (tmp_path / f"failed-{number}-of-3-1").touch()  # by an earlier run of this part
+        told: list[int] = []
+        part = Processes(part=Part(number, 3))
+        with pytest.raises(PartFinished):
+            maker.map(processes=part, on_progress=told.append)
+        assert sum(told) == sum(item + 1 for item in maker.asked)
+    assert [maker.asked for maker in makers] == [[0, 3, 6], [1, 4], [2, 5], []]
+    assert makers[3].map() == Maker(tmp_path / "alone").map()
+    assert makers[3].asked == []
+
+
+def test_a_part_is_shared_by_processes(tmp_path: Path):
+    makers = [Maker(tmp_path) for _ in range(2)]
+
+    def work(own: Processes) -> None:
+        part = replace(own, part=Part(1, 2))
+        with pytest.raises(PartFinished):
+            makers[own.rank].map(processes=part)
+
+    assert in_threads(2, work) == [None, None]
+    assert [maker.asked for maker in makers] == [[0, 4], [2, 6]]
+
+
+@pytest.mark.parametrize("text", ["0/16", "17/16", "x", "1", "/", "1/0", "-1/2", "1.5/2", "1/2/3"])
+def test_only_parts_are_parts(text: str):
+    assert str(Part.parse("16/16")) == "16-of-16"
+    with pytest.raises(ValueError, match=f"'{text}' is no part; the sixteen parts"):
+        Part.parse(text)
 
 
 def test_processes_wait_for_a_file_that_was_moved(tmp_path: Path):

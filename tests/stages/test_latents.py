@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from contradiff.data.encoding import CutImages, LatentEncoder
 from contradiff.data.latents import StoredLatents
 from contradiff.data.shard_info import LatentInfo
 from contradiff.data.shards import Record, ShardIndex, read_split
+from contradiff.processes import Part, PartFinished
 from stages import latents
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -82,6 +84,21 @@ def encoded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     monkeypatch.setattr(LatentEncoder, "encode_cut", counting)
     return keys
+
+
+def test_a_whole_run_gathers_parts(run: Run, encoded: list[str]):
+    latents.main(params_of(), run)
+    expected = outs()
+    shutil.rmtree("build/latents")
+    for number in (2, 1):
+        with pytest.raises(PartFinished):
+            latents.main(params_of(), replace(run, part=Part(number, 2)))
+        assert not Path("build/latents").exists()
+    encoded.clear()
+    latents.main(params_of(), run)
+    assert outs() == expected
+    shown = {key for key in encoded if not key.startswith("val")}
+    assert shown == set()
 
 
 def full_disk(*_: Any) -> None:

@@ -2,6 +2,7 @@
 
 from stages.runtime import launch, work_dir
 from stages.runtime import run as run_module
+from stages.runtime.gpu_memory import LESS_MEMORY
 from stages.runtime.launch import num_processes
 from stages.runtime.run import Run, RuntimeParams, execute
 from stages.runtime.tracking import training_run
@@ -17,14 +18,19 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from io import StringIO
 from pathlib import Path
 from typing import NoReturn
 
 import pytest
+import torch
+from ruamel.yaml import YAML
 from torch.distributed.launcher import api
 
+from contradiff.files import hold_lock
+from contradiff.processes import Part, PartFinished
 from contradiff.signals import Stopped
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -137,7 +143,10 @@ def call(
     monkeypatch.setenv("CONTRADIFF_NUM_PROCESSES", "1")
 
     def call(
-        *arguments: str, fault: BaseException | None = None, **environment: str
+        *arguments: str,
+        fault: BaseException | None = None,
+        has_parts: bool = False,
+        **environment: str,
     ) -> tuple[int, str, str]:
         def fail(*_: object) -> NoReturn:
             raise fault
@@ -148,7 +157,8 @@ def call(
         code = 0
         try:
             main = fail if fault else module.main
-            execute(module.Params, main, parallel=True, debug=module.debug)
+            options = {"parallel": True, "has_parts": has_parts}
+            execute(module.Params, main, debug=module.debug, **options)
         except SystemExit as error:
             code = error.code
         return (code, *capsys.readouterr())
@@ -196,6 +206,11 @@ KILLED = "process 1 was killed by SIGKILL, perhaps because memory ran out"
         (FileNotFoundError(2, "No such file", "a.txt"), 2, "[Errno 2] No such file: 'a.txt'"),
         (Stopped(2), 130, INTERRUPTED),
         (
+            torch.OutOfMemoryError("CUDA out of memory. Tried 2 GiB. GPU 0 has"),
+            2,
+            "the GPU's memory ran out (CUDA out of memory. Tried 2 GiB); use a larger GPU",
+        ),
+        (
             Stopped(15, saved="saved at step 22"),
             143,
             "saved at step 22; run the same command to go on",
@@ -214,6 +229,15 @@ def test_a_fault_of_several_processes_gives_one_message(project: Path, act: str,
     process = start(project, act, processes=2)
     assert process.communicate(timeout=120) == ("", f"contradiff: demo: {message}\n")
     assert process.returncode == 2
+
+
+def test_each_parallel_stage_knows_what_lowers_its_memory():
+    sections = YAML(typ="safe").load(ROOT / "presets/paper.yaml")
+    for file in (ROOT / "stages").glob("*.py"):
+        if "parallel=True" in file.read_text():
+            assert file.stem in LESS_MEMORY
+    for keys in (re.findall(r"(\w+)\.(\w+)", text) for text in LESS_MEMORY.values()):
+        assert all(key in sections[section] for section, key in keys)
 
 
 def test_bugs_keep_their_traceback_and_faults_show_it_on_demand(call: Call):
@@ -387,6 +411,44 @@ def test_the_same_work_waits_for_another_process_and_takes_its_result_over(
     said = capfd.readouterr().err
     assert (f"waiting for process {process.pid}, which is doing the same" in said) != killed
     assert (f"process {process.pid} has finished the same work; taking its " in said) != killed
+
+
+def test_parts_share_a_folder_and_a_whole_run_waits_for_them(run: Run):
+    def open_folder(run: Run, version: int = 1) -> AbstractContextManager[Path]:
+        return run.work_dir({}, [], state_version=version)
+
+    first, second = (replace(run, part=Part(number, 2)) for number in (1, 2))
+    with open_folder(first) as folder, open_folder(second) as same:
+        assert same == folder
+        (folder / "shard").touch()
+        lock = work_dir.lock_of(run.root, run.stage, folder.name)
+        with pytest.raises(BlockingIOError), hold_lock(lock, on_wait=refuse):
+            pass
+        with pytest.raises(ValueError, match="is already doing the work of part 2-of-2"):
+            open_folder(second).__enter__()
+    with pytest.raises(ValueError, match="another version; delete the folder"):
+        open_folder(first, version=2).__enter__()
+    with open_folder(run) as whole:  # finds what the parts have made
+        assert (whole / "shard").exists()
+        with pytest.raises(ValueError, match=rf"process {os.getpid()} is already doing the work"):
+            open_folder(first).__enter__()
+    assert not folder.exists()
+
+
+def refuse(_pid: str) -> NoReturn:
+    raise BlockingIOError
+
+
+def test_dvc_starts_no_part_and_other_stages_have_none(call: Call, project: Path):
+    code, _, err = call("--part", "1/2")
+    assert (code, "--part: the work of this stage cannot be divided" in err) == (2, True)
+    code, _, err = call("--part", "17/16", has_parts=True)
+    assert (code, "--part: '17/16' is no part; the sixteen" in err) == (2, True)
+    done = "part 3-of-16 is finished; without --part, the stage gathers all parts"
+    code, _, err = call("--part", "3/16", fault=PartFinished(), has_parts=True)
+    assert (code, err) == (0, f"demo: {done}\n")
+    code, _, err = call("--part", "3/16", has_parts=True, DVC_ROOT=str(project))
+    assert (code, "type `python -m stages.demo --part 3/16`" in err) == (2, True)
 
 
 def test_work_goes_on_under_another_commit_but_not_with_another_state(
