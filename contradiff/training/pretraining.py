@@ -80,14 +80,15 @@ def pretrain(
     set_up(model, loss=recipe.loss, gradient_checkpointing=checkpointing, precision=precision)
     named, betas = model.to(accelerator.device).named_parameters(), (params.beta1, params.beta2)
     optimizer = build_adamw(named, lr=lr, betas=betas, weight_decay=params.weight_decay)
+    objective = TrainingStep(model, loss=recipe.loss, decode_batch_size=params.decode_batch_size)
+    objective, optimizer = accelerator.prepare(objective.train(), optimizer)
+    # Only now: with several processes, `prepare` gives BatchNorm's statistics other tensors.
     tensors = {f"model.{name}": tensor for name, tensor in model.trained_state().items()}
     average = WeightAverage(model, decay=params.ema_decay) if params.ema_decay else None
     if average is not None:
         tensors |= {f"average.{name}": tensor for name, tensor in average.tensors.items()}
     saved = SavedState(work_dir / "state.safetensors", tensors, every=checkpoint_every)
     start = saved.resume(optimizer)
-    objective = TrainingStep(model, loss=recipe.loss, decode_batch_size=params.decode_batch_size)
-    objective, optimizer = accelerator.prepare(objective.train(), optimizer)
     views, cond = recipe.loss.latent_views, recipe.conditioner
     stream = TrainingStream(
         pairs,

@@ -17,12 +17,14 @@ tasks = [
     subprocess.Popen(command, env=os.environ | step | {{"SLURM_PROCID": str(rank)}})
     for rank in range(count)
 ]
-codes = []
+codes, wait = [], 0.0
 while len(codes) < count:
     codes = [code for task in tasks if (code := task.poll()) is not None]
     if any(codes):
-        for task in tasks:
-            task.terminate()
+        if wait == 0.0 or wait > 30.0:
+            for task in tasks:
+                task.kill() if wait else task.terminate()
+        wait += 0.1
     time.sleep(0.1)
 sys.exit(max(code if code >= 0 else 128 - code for code in codes))
 """

@@ -39,6 +39,10 @@ def copies(
     content["data"]["image_size"] = 32
     content["pretrain"] |= {"batch_size": 8, "epochs": 20, "precision": "fp32"}
     content["latents"]["min_psnr"] = 1.0
+    content["extractor"] |= {"width": 4, "epochs": 1, "batch_size": 8}
+    content["reference"] |= {"split": "train", "num_kept": 8}
+    content["generate"] |= {"num_samples": 16, "batch_size": 4, "num_inference_steps": 2}
+    content["shard"]["samples_per_shard"] = 6
     content["runtime"] |= {"device": "cpu", "num_workers": 0, "log_every": 1, "checkpoint_every": 1}
     first, second = copies = tmp_path / "first", tmp_path / "second"
     for copy in copies:

@@ -92,7 +92,8 @@ def test_only_a_batch_script_starts_nodes(
 def test_two_nodes_run_one_stage(batch_script: Path, act: str, message: str):
     for name in ("stages", "contradiff"):
         (batch_script / name).symlink_to(ROOT / name)
-    lost = 'case "second is lost", False:\n            os.kill(os.getppid(), signal.SIGKILL)\n'
+    lost = 'case "second is lost", _:\n            if not run.is_main:\n'
+    lost += "                os.kill(os.getppid(), signal.SIGKILL)\n            time.sleep(60)\n"
     stage = STAGE.replace('case "second is killed"', f'{lost}        case "second is killed"', 1)
     (batch_script / "demo.py").write_text(stage)
     (batch_script / "params.yaml").write_text("seed: 3\nloss: {lambda: 1e-05}\n" + RUNTIME)
