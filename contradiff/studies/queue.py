@@ -96,11 +96,18 @@ def add_to_queue(
     *,
     say: Callable[[str], None],
 ) -> None:
-    """Queue members; raises ValueError, with DVC's message, if DVC refuses one."""
+    """Queue members; raises ValueError, with DVC's message, if DVC refuses one.
+
+    Members that are in the queue are left out: a caller that looks while a worker takes a task sees
+    it neither in the queue nor at work.
+    """
     names = git(root, "for-each-ref", "--format=%(refname:lstrip=4)", "refs/exps").decode()
     taken = set(names.split())
-    taken |= {task.name for task in list_tasks(root) if task.state in ("queued", "running")}
+    present = [task for task in list_tasks(root) if task.state in ("queued", "running")]
+    taken |= {task.name for task in present}
     for member in members:
+        if member.digest in {task.digest for task in present}:
+            continue
         name, number = member.name, 2
         while name in taken:  # an unfinished experiment, or one with other parameters
             name, number = f"{member.name}-{number}", number + 1

@@ -112,6 +112,18 @@ def test_workers_that_died_are_started_again(project: Path, monkeypatch: pytest.
     assert len(starts) == 3 + 5
 
 
+def test_a_member_that_is_in_the_queue_is_not_queued_again(
+    project: Path, dvc: Path, monkeypatch: pytest.MonkeyPatch
+):
+    members = members_of(read_study(project, "lambdas"), "lambdas", PARAMS)
+    states = "running", "queued", "failed", "lost"
+    pairs = zip(members, states, strict=True)
+    answer(monkeypatch, [queue.Task("x", state, each.digest, Path()) for each, state in pairs])
+    queue.add_to_queue(project, members, [], say=lambda _: None)
+    names = [line.split(" -n ")[1].split()[0] for line in dvc.read_text().splitlines()]
+    assert names == [member.name for member in members[2:]]
+
+
 @pytest.mark.parametrize(
     ("workers", "gpus", "expected"),
     [
