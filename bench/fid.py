@@ -1,12 +1,9 @@
-"""Compare our Fréchet distance and scores with those of pytorch-fid and torch-fidelity.
+"""Compare our scores with torch-fidelity's: the same images, and Inception's random weights.
 
-    OMP_NUM_THREADS=1 python -m bench fid 24    24 images in each set; two minutes on one core
-
-All libraries use the same images, and Inception with the same random weights.
+OMP_NUM_THREADS=1 python -m bench fid 24    24 images in each set; two minutes on one core
 """
 
 import tempfile
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from unittest import mock
@@ -16,7 +13,6 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch_fidelity import calculate_metrics
 from torch_fidelity import feature_extractor_inceptionv3 as module
-from torch_fidelity.metric_fid import fid_statistics_to_metric
 from torch_fidelity.metric_isc import isc_features_to_metric
 
 from contradiff.data.png import encode_png
@@ -28,35 +24,9 @@ from contradiff.files import sha256_of
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Print a table of the Fréchet distance alone and a table of all scores."""
-    frechet_table()
+    """Print the table."""
     with tempfile.TemporaryDirectory() as folder:
         agreement_table(Path(folder), int(arguments[0]) if arguments else 8)
-
-
-def frechet_table() -> None:
-    """Print time and value of the Fréchet distance between two random Gaussians."""
-    from pytorch_fid.fid_score import calculate_frechet_distance
-
-    dimension = 2048
-    generator = torch.Generator().manual_seed(0)
-    means = torch.randn(2, dimension, generator=generator, dtype=torch.float64) / 10
-    mixing = torch.randn(2, dimension, 2 * dimension, generator=generator, dtype=torch.float64)
-    sets = list(zip(means, mixing @ mixing.mT / (2 * dimension), strict=True))
-    arrays = [tensor.numpy() for tensors in sets for tensor in tensors]
-    dicts = [{"mu": arrays[i], "sigma": arrays[i + 1]} for i in (0, 2)]
-    ways = {
-        "contradiff": lambda: frechet_distance(*sets[0], *sets[1]),
-        "torch-fidelity": lambda: fid_statistics_to_metric(*dicts, verbose=False).popitem()[1],
-        "pytorch-fid": lambda: calculate_frechet_distance(*arrays),
-    }
-    print(f"Fréchet distance, {dimension} dimensions: CPU time / our CPU time, relative difference")
-    ours = seconds = 0.0
-    for name, way in ways.items():
-        started = time.process_time()
-        value, taken = float(way()), time.process_time() - started
-        ours, seconds = ours or value, seconds or taken
-        print(f"  {name:34} {taken / seconds:10.1f} {abs(value / ours - 1):12.1e}", flush=True)
 
 
 def agreement_table(folder: Path, num_images: int) -> None:

@@ -1,77 +1,114 @@
-"""Compare our training loader with ImageFolder and webdataset: images per second on the same files.
+"""Our training loader beside ImageFolder and webdataset: the same files, in this process.
 
-    python -m bench loading [number of images, 1000] [workers, 0] [side of the files, 256]
-
-The loaders decode JPEGs, cut random crops and stack batches of 50. Our loader also reads stored
-latents; in the row "ours, latents alone", it decodes no images. The table shows the best of three
-rounds, because other work on the machine can only slow a round down.
+All decode JPEGs of 256 pixels, cut random crops, and give batches of 50; the peers' are float32 in
+[-1, 1]. Ours also reads two stored latents of each image. It hands over bytes, and the training
+step makes float32 of them on its device: one row counts this, one does not. If the conditioner
+reads latents (`conditioner.input: latents`), no image is decoded: other work for the same training.
 """
 
 import io
-import tempfile
-import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 import webdataset
 from PIL import Image
+from torch import Tensor
 from torch.utils.data import DataLoader
 from torchvision.datasets import ImageFolder
 from torchvision.transforms import v2
+from torchvision.transforms.v2 import functional
 
+from bench._turns import Row, compare, relative_error
 from contradiff.data.latents import StoredLatents
 from contradiff.data.shard_info import ImageInfo, LatentInfo
 from contradiff.data.shards import Sample, ShardIndex, image_record, write_split
 from contradiff.data.streams import PairedShards, TrainingStream, training_batches
-from contradiff.data.transforms import random_crop
+from contradiff.data.transforms import apply_crop, decode, random_crop
 from contradiff.training.batch import ViewChooser
+from contradiff.types import to_pixels
 
-BATCH_SIZE, ROUNDS, CROP_SCALE = 50, 3, 0.2
-
-
-def main(arguments: Sequence[str]) -> None:
-    """Measure all loaders and print the table."""
-    num_images, num_workers, size = map(int, [*arguments, *("1000", "0", "256")[len(arguments) :]])
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        num_bytes = write_files(folder, num_images, size=size)
-        loaders: dict[str, Callable[[], Iterable[Any]]] = {
-            "torchvision ImageFolder": partial(image_folder, folder, size, num_workers),
-            "webdataset, minimal": partial(minimal_webdataset, folder, size, num_workers),
-            "ours, pixels and latents": partial(ours, folder, "pixels", num_workers),
-            "ours, latents alone": partial(ours, folder, "latents", num_workers),
-        }
-        best = dict.fromkeys(loaders, float("inf"))
-        for _ in range(ROUNDS):
-            for loader, build in loaders.items():
-                start = time.perf_counter()
-                num_batches = sum(1 for _ in build())
-                best[loader] = min(best[loader], time.perf_counter() - start)
-                assert num_batches == num_images // BATCH_SIZE, "every loader must do the same work"
-    print(f"{num_images} JPEGs of {size} pixels, {num_bytes / num_images / 1e3:.0f} kB each")
-    print(f"{num_workers} workers, {torch.get_num_threads()} threads, best of {ROUNDS} rounds\n")
-    print(f"{'':28}{'images/s':>10}{'MB/s':>8}{'/ ImageFolder':>16}{'/ webdataset':>15}")
-    slow, minimal = list(best.values())[:2]
-    for loader, seconds in best.items():
-        rates = f"{num_images / seconds:>10.0f}{num_bytes / seconds / 1e6:>8.1f}"
-        print(f"{loader:28}{rates}{slow / seconds:>15.2f}x{minimal / seconds:>14.2f}x")
+BATCH_SIZE, CROP_SCALE = 50, 0.2
+BICUBIC = v2.InterpolationMode.BICUBIC
+TO_TENSOR = v2.Compose(
+    [v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize([0.5], [0.5])]
+)
+CROP_TOLERANCE = 0.01
+"""PIL resizes in integers, torch in another order: a level or two of 255."""
 
 
-def write_files(folder: Path, num_images: int, *, size: int) -> int:
-    """Write an ImageFolder tree, image shards and latent shards; return the JPEGs' total bytes."""
+def rows(folder: Path, *, rounds: int, num_images: int = 250, size: int = 256) -> Iterator[Row]:
+    """Yield the rows."""
+    written = write_files(folder, num_images, size=size)
+    peers = {"ImageFolder": image_folder, "webdataset": minimal_webdataset}
+    crops: dict[str, Any] = {
+        "goal": 1.5,
+        "error": partial(error_of_crops, folder, size),
+        "tolerance": CROP_TOLERANCE,
+    }
+    jpegs = f"loading JPEGs of {size} pixels and latents"
+    options: dict[str, dict[str, Any]] = {
+        "pixels": {"name": f"{jpegs}, float32", "note": "equal: 20 crops", **crops},
+        "bytes": {
+            "name": f"{jpegs}, as bytes",
+            "note": "the device makes float32 of bytes; equal: 20 crops",
+            **crops,
+        },
+        "latents": {
+            "name": "loading latents alone",
+            "goal": 5.0,
+            "error": partial(error_of_latents, folder, written),
+            "tolerance": 0.0,
+            "note": "other work for the same training; equal: latents as written",
+        },
+    }
+    for condition, option in options.items():
+        for peer, load in peers.items():
+            loaders = partial(ours, folder, condition, 0), partial(load, folder, size, 0)
+            works = tuple(partial(exhaust, loader, num_images) for loader in loaders)
+            yield compare(peer=f"{peer}, decoding", works=works, rounds=rounds, **option)
+
+
+def exhaust(load: Callable[[], Iterable[Any]], num_images: int) -> None:
+    """Take all batches of an epoch."""
+    number = sum(1 for _ in load())
+    assert number == num_images // BATCH_SIZE, "every loader must do the same work"
+
+
+def error_of_crops(folder: Path, size: int) -> float:
+    """Compare our pixels with those that ImageFolder's transforms make of the same crops."""
+    rng, own, others = np.random.default_rng(1), list[Tensor](), list[Tensor]()
+    for path in sorted(folder.glob("tree/*/*.jpg"))[:20]:
+        crop = random_crop(rng, size, size, scale_min=CROP_SCALE)
+        own.append(apply_crop(decode(path.read_bytes(), name=path.name), crop, size=size))
+        box = crop.top, crop.left, crop.height, crop.width
+        image = Image.open(path).convert("RGB")
+        cut = functional.resized_crop(image, *box, size=[size, size], interpolation=BICUBIC)
+        others.append(TO_TENSOR(functional.horizontal_flip(cut) if crop.mirrored else cut))
+    return relative_error(to_pixels(torch.stack(own)), torch.stack(others))
+
+
+def error_of_latents(folder: Path, written: set[bytes]) -> float:
+    """Return 0 if an epoch has the centre crop's latents of every image, as they were written."""
+    loaded = {row.tobytes() for b in ours(folder, "latents", 0) for row in b["moments"][0].numpy()}
+    return float(loaded != written)
+
+
+def write_files(folder: Path, num_images: int, *, size: int) -> set[bytes]:
+    """Write an ImageFolder tree, image shards and latent shards; return centre crops' latents."""
     rng = np.random.default_rng(0)
-    images, latents, num_bytes = [], [], 0
+    images, latents, centres = [], [], set[bytes]()
     for number in range(num_images):
         sample = Sample(f"{number:06d}", draw_jpeg(rng, size), number % 10)
         path = folder / f"tree/{sample.label}/{sample.key}.jpg"
         path.parent.mkdir(parents=True, exist_ok=True)
-        num_bytes += path.write_bytes(sample.image)
+        path.write_bytes(sample.image)
         moments = rng.normal(size=(2, 8, size // 8, size // 8)).astype(np.float16)
+        centres.add(moments[0].tobytes())
         crops = tuple(random_crop(rng, size, size, scale_min=CROP_SCALE) for _ in range(2))
         images.append(image_record(sample, extension="jpg"))
         latents.append(StoredLatents(sample.key, moments, crops).to_record())
@@ -82,7 +119,7 @@ def write_files(folder: Path, num_images: int, *, size: int) -> int:
     for (name, info), records in zip(infos.items(), (images, latents), strict=True):
         shards = write_split(folder / name, "train", records, **settings)
         ShardIndex({"train": shards}, info).write(folder / name)
-    return num_bytes
+    return centres
 
 
 def draw_jpeg(rng: np.random.Generator, size: int) -> bytes:
@@ -100,10 +137,8 @@ def draw_jpeg(rng: np.random.Generator, size: int) -> bytes:
 
 
 def _crop(size: int) -> Any:
-    bicubic = v2.InterpolationMode.BICUBIC
-    crop = v2.RandomResizedCrop(size, scale=(CROP_SCALE, 1.0), interpolation=bicubic)
-    tensor = v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize([0.5], [0.5])
-    return v2.Compose([crop, v2.RandomHorizontalFlip(), *tensor])
+    crop = v2.RandomResizedCrop(size, scale=(CROP_SCALE, 1.0), interpolation=BICUBIC)
+    return v2.Compose([crop, v2.RandomHorizontalFlip(), TO_TENSOR])
 
 
 def image_folder(folder: Path, size: int, num_workers: int) -> Iterable[Any]:
@@ -120,13 +155,27 @@ def minimal_webdataset(folder: Path, size: int, num_workers: int) -> Iterable[An
     return webdataset.WebLoader(dataset, batch_size=BATCH_SIZE, num_workers=num_workers)
 
 
-def ours(folder: Path, condition: Literal["pixels", "latents"], num_workers: int) -> Iterable[Any]:
-    """Return pretraining's loader. If `condition` is "latents", it decodes no images."""
+def ours(folder: Path, kind: str, num_workers: int) -> Iterator[Any]:
+    """Yield the batches of pretraining's loader, whose conditions are bytes.
+
+    With `kind` "pixels", they become float32, as in a training step. With "latents", no image is
+    decoded.
+    """
     pairs = PairedShards.open(folder / "shards", folder / "latents", split="train")
-    cond_view = "crop" if condition == "latents" else "same"
-    views = {"latent_views": "two", "cond_view": cond_view, "condition": condition}
+    is_latent = kind == "latents"
+    chooser = ViewChooser(
+        pairs,
+        latent_views="two",
+        cond_view="crop" if is_latent else "same",
+        condition="latents" if is_latent else "pixels",
+        seed=0,
+    )
     steps = {"batch_size": BATCH_SIZE, "start_step": 0, "seed": 0, "rank": 0, "world_size": 1}
-    chooser, with_images = ViewChooser(pairs, **views, seed=0), condition == "pixels"
-    stream = TrainingStream(pairs, make_batch=chooser, with_images=with_images, **steps)
+    stream = TrainingStream(pairs, make_batch=chooser, with_images=not is_latent, **steps)
     batches = training_batches(stream, num_workers=num_workers)
-    return islice(batches, stream.order.steps_per_epoch)
+    for batch in islice(batches, stream.order.steps_per_epoch):
+        if kind == "pixels":
+            [images] = batch["conditions"]
+            yield {**batch, "conditions": to_pixels(images)[None]}
+        else:
+            yield batch

@@ -1,0 +1,35 @@
+"""The whole pipeline of the embedded default, in a clean copy of the last commit.
+
+It takes some minutes of both cores, which should be idle. So it runs only if it is named:
+`python -m bench repro`. Installation and `make` are not counted; `dvc pull` of the base is not.
+"""
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from bench._copies import copy_project, run_in
+from bench._turns import Row
+
+GOAL = 7.0
+"""Minutes on two cores without AVX-512."""
+
+
+def rows(folder: Path, *, rounds: int) -> Iterator[Row]:
+    """Yield the row, of a single round whatever `rounds` is."""
+    del rounds
+    copy_project(folder / "project", revision="HEAD")
+    started = time.monotonic()
+    run_in(folder / "project", "dvc", "repro")
+    minutes = (time.monotonic() - started) / 60
+    yield Row(
+        "`dvc repro` of the embedded default",
+        peer="",
+        kind="minutes",
+        goal=GOAL,
+        note="wall-clock time",
+        figure=minutes,
+        lowest=minutes,
+        highest=minutes,
+        rounds=1,
+    )
