@@ -110,7 +110,7 @@ def end_workers(copies: tuple[Path, Path]) -> int:
 
 
 def messages_of(agents: Agents) -> list[str]:
-    texts = "".join(agent.communicate(timeout=240)[1] for agent in agents)
+    texts = "".join(agent.communicate(timeout=900)[1] for agent in agents)
     return [line for line in texts.splitlines() if line.startswith("contradiff: ")]
 
 
@@ -150,9 +150,14 @@ def test_a_lost_launcher_ends_the_training_which_goes_on_later(
         time.sleep(0.1)
     agents[1].kill()
     end = time.monotonic() + 60
-    [message] = messages_of(agents)
+    messages = messages_of(agents)
     assert time.monotonic() < end
-    assert re.search(r"saved at step \d+; run the same command to go on$", message)
+    # A process that leaves later can lose its connection: it then says so in a line of its own.
+    saved = [text for text in messages if text.endswith("; run the same command to go on")]
+    others = set(messages) - set(saved)
+    assert len(saved) == 1, messages
+    assert re.search(r"saved at step \d+;", saved[0])
+    assert others <= {"contradiff: pretrain: another process has ended"}
     assert not weights.exists()
     agents = start("pretrain")
     assert messages_of(agents) == []
@@ -201,7 +206,7 @@ def test_parts_that_run_at_once_give_what_a_whole_run_gives(copies: tuple[Path, 
             subprocess.Popen([*command, f"{number}/2"], cwd=copy, env=env)
             for number, copy in enumerate(copies, start=1)
         ]
-        assert [part.wait(timeout=240) for part in parts] == [0, 0]
+        assert [part.wait(timeout=900) for part in parts] == [0, 0]
         assert not folder.exists()
         alone(first, stage)
         assert {path.name: path.read_bytes() for path in folder.iterdir()} == expected
