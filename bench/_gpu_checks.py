@@ -12,7 +12,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from bench import flops
 from bench._gpu_setting import Setting, Sizes, open_setting
-from bench._rig import Rig, relative_error
+from bench._rig import Rig
+from bench._turns import relative_error
 from contradiff.method import objective as method
 from contradiff.method.objective import TrainingBatch, TrainingStep
 from contradiff.training.loop import train

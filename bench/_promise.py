@@ -17,7 +17,7 @@ from bench._copies import ROOT
 from bench._page import replace_between
 from bench._turns import UNITS, Kind, Row
 
-ROWS = ("step", "sampling", "features", "loading", "frechet", "probe", "startup")
+ROWS = ("step", "sampling", "features", "choices", "loading", "frechet", "probe", "startup")
 """The modules whose rows run without being named."""
 ALL_ROWS = (*ROWS, "repro")
 PAGE, STORE = ROOT / "docs/benchmarks.md", ROOT / "docs/benchmarks.json"

@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
+from bench._turns import relative_error
+
 Row = dict[str, Any]
 
 
@@ -152,12 +154,6 @@ def line(row: Row) -> str:
 
 
 HEAD = f"{'':57}{'images/s':>9}{'ms':>10}{'TFLOP/s':>9}{'MFU':>7}{'GB':>6} error"
-
-
-def relative_error(result: Tensor, reference: Tensor) -> float:
-    """Norm of the difference over the norm of the reference; NaN counts as infinite."""
-    error = ((result.float() - reference).norm() / reference.norm()).item()
-    return error if error == error else float("inf")  # noqa: PLR0124
 
 
 @contextmanager

@@ -1,7 +1,7 @@
 """The whole pipeline of the embedded default, in a clean copy of the last commit.
 
 It takes some minutes of both cores, which should be idle. So it runs only if it is named:
-`python -m bench repro`. Installation and `make` are not counted; `dvc pull` of the base is not.
+`python -m bench repro`. Installation, `make` and `dvc pull` are not counted.
 """
 
 import time

@@ -105,9 +105,8 @@ def add_to_queue(
     taken = set(names.split())
     present = [task for task in list_tasks(root) if task.state in ("queued", "running")]
     taken |= {task.name for task in present}
-    for member in members:
-        if member.digest in {task.digest for task in present}:
-            continue
+    digests = {task.digest for task in present}
+    for member in (each for each in members if each.digest not in digests):
         name, number = member.name, 2
         while name in taken:  # an unfinished experiment, or one with other parameters
             name, number = f"{member.name}-{number}", number + 1

@@ -9,6 +9,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from contradiff.config import flatten
+
 SECONDS_TO_APPEAR = 10.0
 """How long a new file may take to appear on other machines."""
 
@@ -48,26 +50,16 @@ def _difference(first: Mapping[str, Any], other: Mapping[str, Any], unseen: list
     if other["code"] != first["code"]:
         what = "has other code in contradiff/ or stages/ than"
         return f"{other['where']} {what} {first['where']}; check out the same commit in both"
-    for key, (mine, theirs) in _differing(first["params"], other["params"]).items():
-        values = f"{mine} in {first['where']}, but {theirs} in {other['where']}"
-        return f"params.yaml: {key} is {values}; give all machines the same file"
+    mine, theirs = (dict(flatten(each["params"])) for each in (first, other))
+    for key in sorted(mine.keys() | theirs.keys()):
+        if mine.get(key) != theirs.get(key):
+            values = f"{mine.get(key)} in {first['where']}, but {theirs.get(key)}"
+            where = f"in {other['where']}; give all machines the same file"
+            return f"params.yaml: {key} is {values} {where}"
     if unseen:
         what = f"{other['where']} does not see what {first['where']} writes: {unseen[0]} is not"
         return f"{what} the same folder; put build/ and .work/ where all machines see them"
     return ""
-
-
-def _differing(
-    first: Mapping[str, Any], other: Mapping[str, Any], prefix: str = ""
-) -> dict[str, tuple[object, object]]:
-    found: dict[str, tuple[object, object]] = {}
-    for key in first.keys() | other.keys():
-        mine, theirs = first.get(key), other.get(key)
-        if isinstance(mine, dict) and isinstance(theirs, dict):
-            found |= _differing(mine, theirs, f"{prefix}{key}.")
-        elif mine != theirs:
-            found[f"{prefix}{key}"] = mine, theirs
-    return dict(sorted(found.items()))
 
 
 def _appears(path: Path) -> bool:
