@@ -83,7 +83,7 @@ def study(
         forget_lost(ROOT, wanted)
         add_to_queue(ROOT, wanted, content.targets, say=say)
         if run:
-            _run(name, content, members, jobs)
+            _run(name, content, wanted + found.members("queued", "running"), jobs)
         else:
             how = f"`contradiff study {name} --run -j 2`, or `dvc queue start`"
             typer.echo(f"they wait in DVC's queue; start them with {how}")

@@ -224,26 +224,31 @@ def wait_for(
     say: Callable[[str], None],
     seconds: float = 5.0,
 ) -> None:
-    """Wait until no member waits or runs, and say how each ends.
+    """Wait until all `members`, which are in DVC's queue or at work, have ended; say how.
 
-    Lost members end the waiting: the caller looks what is still missing. DVC's workers can die,
-    because their transport, kombu's file system, reads messages that are not yet complete. So
-    `start` is called if members wait although fewer than `num_workers` tasks have run for a while.
-    Raises ValueError if nothing runs then either.
+    A member that a worker is taking is for some seconds neither in the queue nor at work, so the
+    waiting goes on a while without it. Lost members end it: the caller looks what is still missing.
+    DVC's workers can die, because their transport, kombu's file system, reads messages that are not
+    yet complete. So `start` is called if members wait although fewer than `num_workers` tasks have
+    run for a while. Raises ValueError if nothing runs then either.
     """
     digests = {member.digest for member in members}
-    told = {task.log for task in list_tasks(root) if task.state in ("failed", "lost")}
-    busy_at, starts = time.monotonic(), 0
+    told = {task.log for task in list_tasks(root) if task.state not in ("queued", "running")}
+    busy_at = seen_at = time.monotonic()
+    starts, unfinished = 0, set(digests)
     while True:
         every = list_tasks(root)
         tasks = [task for task in every if task.digest in digests]
-        ended = [task for task in tasks if task.state in ("failed", "done", "lost")]
+        ended = [task for task in tasks if task.state not in ("queued", "running")]
         for task in ended:
             if task.log not in told:
                 told.add(task.log)
+                unfinished.discard(task.digest)
                 where = "" if task.state == "done" else f", see {task.log}"
                 say(f"{task.name}: {task.state}{where}")
-        if not any(task.state in ("queued", "running") for task in tasks):
+        if any(task.state in ("queued", "running") for task in tasks):
+            seen_at = time.monotonic()
+        elif not unfinished or time.monotonic() - seen_at > _SECONDS_TO_START:
             return
         num_running = sum(task.state == "running" for task in every)
         num_waiting = sum(task.state == "queued" for task in tasks)

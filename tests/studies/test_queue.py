@@ -84,12 +84,20 @@ def test_waiting_ends_and_names_what_failed(project: Path, monkeypatch: pytest.M
         queue.Task("m", state, member.digest, Path("run/a.out"))
         for state in ("queued", "running", "failed")
     )
-    answer(monkeypatch, [old, queued], [old, queued], [old, running], [old, failed])
-    said: list[str] = []
-    wait_for(
-        project, [member, *others], num_workers=1, start=pytest.fail, say=said.append, seconds=0.0
+    other = queue.Task("o", "running", others[0].digest, Path("run/b.out"))
+    begin, taken = [old, queued], [old]  # a worker that takes a member has it nowhere for a while
+    answer(
+        monkeypatch, taken, taken, begin, taken, [old, running], [old, failed], [old, failed, other]
     )
+    said: list[str] = []
+    wait = partial(
+        wait_for, project, num_workers=1, start=pytest.fail, say=said.append, seconds=0.0
+    )
+    wait([member])
     assert said == ["m: failed, see run/a.out"]
+    monkeypatch.setattr(queue, "_SECONDS_TO_START", 0.0)
+    wait([member])  # somebody has removed it from the queue
+    assert len(said) == 1
 
 
 def test_workers_that_died_are_started_again(project: Path, monkeypatch: pytest.MonkeyPatch):
