@@ -343,6 +343,7 @@ def compilation(setting: Setting) -> None:
     time_training(setting, "training, again", model)
     compile_blocks(model.unet)
     time_training(setting, "training, compiled", model, needs=30.0)
+    profile_training(setting, "profile of a compiled training step", model)
     del model
     model, run = setting.model_to_read(merged=True), (setting.sizes.sampling[-1], 1.5)
     time_sampling(setting, "sampling, again", model, *run)
@@ -352,11 +353,14 @@ def compilation(setting: Setting) -> None:
 
 def profile(setting: Setting) -> None:
     """Which kernels a training step spends its time on, the longest first."""
+    profile_training(setting, "profile of a training step", setting.model_to_train())
+
+
+def profile_training(setting: Setting, label: str, model: ContraDiffModel) -> None:
+    """Add a row with the longest kernels of a step."""
 
     def body() -> Mapping[str, Any]:
-        step, _ = training_step(
-            setting, setting.model_to_train(), num_images=setting.sizes.training
-        )
+        step, _ = training_step(setting, model, num_images=setting.sizes.training)
         step()
         with torch.profiler.profile() as found:
             step()
@@ -366,7 +370,7 @@ def profile(setting: Setting) -> None:
         text = "; ".join(f"{name[:40]} {ms:.1f}" for name, (ms, _) in list(kernels.items())[:5])
         return {"note": f"ms: {text}", "kernels": kernels}
 
-    setting.rig.attempt("profile of a training step", body, needs=8)
+    setting.rig.attempt(label, body, needs=8)
 
 
 def correctness(setting: Setting) -> None:

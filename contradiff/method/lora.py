@@ -1,8 +1,7 @@
 """The low-rank updates (LoRA) that adapt the frozen UNet's cross-attention."""
 
-from collections.abc import Callable
-from functools import partial
-from typing import TYPE_CHECKING
+from functools import cache
+from typing import TYPE_CHECKING, Any
 
 import torch
 from pydantic import Field
@@ -67,12 +66,19 @@ def cast_frozen_weights(unet: nn.Module) -> None:
         if isinstance(module, _FROZEN) and not module.weight.requires_grad:
             module.to(torch.bfloat16)
         if isinstance(module, nn.GroupNorm | nn.LayerNorm):
-            module.forward = partial(_in_bfloat16, module.forward)  # pyright: ignore[reportAttributeAccessIssue]
+            module.__class__ = _in_bfloat16(type(module))
 
 
 _FROZEN = nn.Linear | nn.Conv2d | nn.GroupNorm | nn.LayerNorm
 
 
-def _in_bfloat16(forward: Callable[[Tensor], Tensor], tensor: Tensor) -> Tensor:
-    with torch.autocast(tensor.device.type, enabled=False):
-        return forward(tensor.bfloat16())
+class _InBFloat16(nn.Module):
+    def forward(self, tensor: Tensor) -> Tensor:
+        with torch.autocast(tensor.device.type, enabled=False):
+            return super().forward(tensor.bfloat16())
+
+
+@cache
+def _in_bfloat16(norm: type[Any]) -> type[Any]:
+    """Return a class of norms, not a function for each norm: compiled blocks can share it."""
+    return type(norm.__name__, (_InBFloat16, norm), {})

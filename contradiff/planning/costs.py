@@ -119,23 +119,29 @@ class Gpu:
     bf16: float
     fp32: float
     measured: Mapping[tuple[Work, Precision], Measured] = field(default_factory=dict)
+    compiled: Mapping[tuple[Work, Precision], Measured] = field(default_factory=dict)
+    """The same with `runtime.compile`; what it lacks is taken from `measured`."""
 
-    def rate(self, work: Work, precision: Precision) -> tuple[float, str]:
+    def rate(
+        self, work: Work, precision: Precision, *, compiled: bool = False
+    ) -> tuple[float, str]:
         """Return the TFLOP/s that this card reaches at a kind of work, and where they are from."""
-        if found := self.measured.get((work, precision)):
+        found = self.compiled.get((work, precision)) if compiled else None
+        name = f"{work} in {precision}" + (", compiled" if found else "")
+        if found := found or self.measured.get((work, precision)):
             reached = found.images * found.gflop / 1e3
             origin = f"measured ({found.source})"
         else:
             peak = self.bf16 if precision == "bf16" else self.fp32
             reached = EFFICIENCY * peak
             origin = f"stated: {EFFICIENCY:.0%} of the maker's {peak:g}"
-        return reached, f"{work} in {precision}: {reached:.3g} TFLOP/s a card, {origin}"
+        return reached, f"{name}: {reached:.3g} TFLOP/s a card, {origin}"
 
 
 _H100: Mapping[tuple[Work, Precision], Measured] = {
     ("training", "bf16"): Measured(178.1, STEP_GFLOP, "docs/benchmarks.md"),
     ("features", "bf16"): Measured(867.4, FEATURE_GFLOP, "docs/benchmarks.md"),
-    # 64 images with guidance, and so 128 latents, in 112.6 ms; in 64.3 ms if compiled
+    # 64 images with guidance, and so 128 latents, in 112.6 ms
     ("sampling", "bf16"): Measured(1136.6, UNET.gflop, "docs/benchmarks.md"),
     ("sampling", "fp32"): Measured(349.7, UNET.gflop, "docs/benchmarks.md"),
     ("encoding", "fp32"): Measured(439.8, VAE_ENCODE.gflop, "docs/benchmarks.md"),
@@ -143,8 +149,14 @@ _H100: Mapping[tuple[Work, Precision], Measured] = {
     ("classifiers", "fp32"): Measured(1798.4, INCEPTION_GFLOP, "docs/benchmarks.md"),
 }
 
+_H100_COMPILED: Mapping[tuple[Work, Precision], Measured] = {
+    ("training", "bf16"): Measured(225.1, STEP_GFLOP, "docs/benchmarks.md"),
+    # the same 128 latents in 63.4 ms
+    ("sampling", "bf16"): Measured(2018.8, UNET.gflop, "docs/benchmarks.md"),
+}
+
 GPUS = {
-    "h100": Gpu(80.0, 989.0, 67.0, _H100),
+    "h100": Gpu(80.0, 989.0, 67.0, _H100, _H100_COMPILED),
     "a100": Gpu(80.0, 312.0, 19.5),
     "rtx4090": Gpu(24.0, 165.0, 82.6),
     "rtx3090": Gpu(24.0, 71.0, 35.6),

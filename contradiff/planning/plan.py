@@ -55,9 +55,17 @@ class Machine:
     num_gpus: int
     gpu: Gpu
 
-    def time(self, work: Work, gflop: float, precision: Precision, *, alone: bool = False) -> Time:
+    def time(
+        self,
+        work: Work,
+        gflop: float,
+        precision: Precision,
+        *,
+        alone: bool = False,
+        compiled: bool = False,
+    ) -> Time:
         """Return the time of this work, shared by all GPUs, or on one if `alone` is true."""
-        rate, name = self.gpu.rate(work, precision)
+        rate, name = self.gpu.rate(work, precision, compiled=compiled)
         hours = gflop / (1e3 * rate * (1 if alone else self.num_gpus)) / 3600
         return Time(hours, "one GPU" if alone else "GPU", (name,))
 
@@ -142,8 +150,18 @@ class Plan:
         return "\n".join([*lines, "", "Rates:", *rates, "", "Assumed:", *assumed])
 
 
-def plan(params: AllParams, machine: Machine, images: ImageCounts, *, num_workers: int) -> Plan:
-    """Compute what a run costs. Raises ValueError for a base or an image size without counts."""
+def plan(
+    params: AllParams,
+    machine: Machine,
+    images: ImageCounts,
+    *,
+    num_workers: int,
+    compiled: str = "none",
+) -> Plan:
+    """Compute what a run costs. Raises ValueError for a base or an image size without counts.
+
+    `num_workers` and `compiled` are those of `runtime`; `compiled` is none, sampling or all.
+    """
     base, size = params.base.path, params.data.image_size
     if base not in costs.SIMILAR_BASES or size != costs.COUNTED_SIZE:
         known = f"{', '.join(costs.SIMILAR_BASES)} at {costs.COUNTED_SIZE} pixels"
@@ -152,7 +170,7 @@ def plan(params: AllParams, machine: Machine, images: ImageCounts, *, num_worker
             f"{size}; `python -m bench flops params.yaml` counts a training step of any base (the "
             "embedded default takes 8 to 12 minutes on 2 idle CPU cores)"
         )
-    planner = _Planner(params, machine, images, num_workers)
+    planner = _Planner(params, machine, images, num_workers, compiled)
     gpus = f"{machine.num_gpus} x {machine.gpu.memory_gb:g} GB"
     reserve = f"{costs.GPU_RESERVE_GB} GB of each for CUDA, its workspace and gaps between tensors"
     assumptions = (f"GPUs: {gpus}; {reserve}", images.origin, *costs.SIMILAR_BASES[base])
@@ -182,8 +200,9 @@ def plan_of(
         images = ImageCounts.of_listing(listing, origin=f"images: as counted in {root}")
     else:
         images = ImageCounts.assumed(params, train=num_images)
-    num_workers = content["runtime"]["num_workers"]
-    return plan(params, Machine(num_gpus, card), images, num_workers=num_workers)
+    runtime = content["runtime"]
+    workers, compiled = runtime["num_workers"], runtime.get("compile", "none")
+    return plan(params, Machine(num_gpus, card), images, num_workers=workers, compiled=compiled)
 
 
 def step_memory_gb(params: AllParams, *, num_gpus: int) -> float:
@@ -208,6 +227,7 @@ class _Planner:
     machine: Machine
     images: ImageCounts
     num_workers: int
+    compiled: str
 
     def stages(self) -> Iterator[StageCost]:
         """Yield the cost of each stage, in the order of dvc.yaml."""
@@ -303,7 +323,8 @@ class _Planner:
         work *= costs.UP_BLOCK_STEP_WORK if params.head.block != "mid" else 1
         seen = self.images.train * section.epochs
         reads = seen if params.conditioner.input == "pixels" else 0
-        training = self.machine.time("training", work * seen, section.precision)
+        compiled = self.compiled == "all"
+        training = self.machine.time("training", work * seen, section.precision, compiled=compiled)
         memory = step_memory_gb(params, num_gpus=self.machine.num_gpus)
         time = slowest(training, self._reading(reads))
         return StageCost("pretrain", time, STATE_BYTES, memory)
@@ -359,7 +380,8 @@ class _Planner:
         low, high = section.guidance_interval
         passes = 1 + (high - low if section.guidance != 1 else 0)
         steps = section.num_inference_steps * passes * section.num_samples
-        time = self.machine.time("sampling", steps * costs.UNET.gflop, section.precision)
+        work, compiled = steps * costs.UNET.gflop, self.compiled != "none"
+        time = self.machine.time("sampling", work, section.precision, compiled=compiled)
         decoding = section.num_samples * costs.VAE_DECODE.gflop
         time += self.machine.time("decoding", decoding, "fp32")
         latents = section.batch_size * (2 if section.guidance != 1 else 1)

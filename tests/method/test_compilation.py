@@ -1,10 +1,12 @@
 """Compiled blocks, and bfloat16 weights, give the results of the plain float32 UNet."""
 
 from copy import deepcopy
+from functools import partialmethod
 from pathlib import Path
 
 import pytest
 import torch
+from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor, nn
 
 from contradiff.base.loading import load_unet
@@ -59,6 +61,26 @@ def test_norms_give_bfloat16_to_the_layers_behind_them(unet: nn.Module):
     norm.register_forward_hook(lambda *given: seen.append(given[-1].dtype))
     outputs(unet, bf16=True)
     assert seen == [torch.bfloat16]
+
+
+def test_equal_blocks_are_compiled_once(monkeypatch: pytest.MonkeyPatch):
+    """Also with bfloat16 norms: a function of its own for each norm would forbid sharing."""
+    options = {"in_channels": 32, "temb_channels": 8}
+    blocks = nn.ModuleList(ResnetBlock2D(**options).requires_grad_(False) for _ in range(3))
+    cast_frozen_weights(blocks)
+    graphs: list[nn.Module] = []
+
+    def count(graph: nn.Module, _inputs: object) -> object:
+        graphs.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(nn.Module, "compile", partialmethod(nn.Module.compile, backend=count))
+    compile_blocks(blocks)
+    maps = torch.randn(1, 32, 4, 4)
+    with torch.autocast("cpu", torch.bfloat16):
+        for block in blocks:
+            maps = block(maps, torch.zeros(1, 8))
+    assert len(graphs) == 1
 
 
 @pytest.mark.slow

@@ -124,6 +124,22 @@ def test_each_hour_names_its_rate_and_a_measured_one_replaces_a_stated_one():
     assert "decoding in fp32: 26.8 TFLOP/s a card, stated" in str(found)
 
 
+def test_compiled_rates_are_for_what_is_compiled_and_measured():
+    """Those of docs/benchmarks.md: training 178.1 -> 225.1 images/s, sampling 112.6 -> 63.4 ms."""
+
+    def hours(compiled: str, stage: str) -> float:
+        params = params_of("paper", {"generate.precision": "bf16"})
+        images = ImageCounts.assumed(params)
+        found = plan(params, FOUR, images, num_workers=8, compiled=compiled)
+        return next(cost.time.hours for cost in found.stages if cost.stage == stage)
+
+    assert hours("sampling", "pretrain") == hours("none", "pretrain")
+    assert hours("all", "pretrain") == pytest.approx(hours("none", "pretrain") * 178.1 / 225.1)
+    assert hours("all", "generate") == hours("sampling", "generate")
+    assert 0.5 < hours("all", "generate") / hours("none", "generate") < 0.7
+    assert hours("all", "features") == hours("none", "features")  # not measured
+
+
 @pytest.mark.parametrize(
     ("driver_name", "tflops"),
     [
