@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -20,6 +19,7 @@ from contradiff.method.model import ContraDiffModel
 from contradiff.method.objective import TrainingBatch, TrainingStep
 from contradiff.training.pretraining import set_up
 from tests.method.batches import draw_batch, loss_params, watch_maps
+from tests.processes import in_two_processes
 
 Build = Callable[..., ContraDiffModel]
 
@@ -243,7 +243,7 @@ def test_two_processes_have_the_gradient_of_one(
     set_up(model, loss=loss_params(**changes), gradient_checkpointing="none", precision="fp32")
     save_tiny(tmp_path / "checkpoint", model, head=tiny_params["head"] | head)
     save_file(asdict(batch), tmp_path / "batch.safetensors")
-    mp.spawn(_train_one_process, (tmp_path, tiny_base, weight, decode_batch_size), nprocs=2)
+    in_two_processes(_train_one_process, tmp_path, tiny_base, weight, decode_batch_size)
     ranks = [load_file(tmp_path / f"rank{rank}.safetensors") for rank in range(2)]
 
     losses = losses_of(model.double().train(), batch, **changes)

@@ -10,13 +10,13 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from accelerate import Accelerator
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from contradiff.toy import base_recipe
 from contradiff.toy.base_recipe import Recipe, captions, train_unet, train_vae
+from tests.processes import in_two_processes
 
 
 def make_images() -> Tensor:
@@ -58,14 +58,16 @@ def equal(first: torch.nn.Module, second: torch.nn.Module) -> bool:
     return all(map(torch.equal, first.state_dict().values(), second.state_dict().values()))
 
 
-def test_autoencoder_learns_and_has_unit_latents(images: Tensor, tmp_path: Path):
+def test_autoencoder_learns_and_has_unit_latents(
+    images: Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(base_recipe, "CHECKPOINT_EVERY", 1000)  # 40 would take half the time
     losses: list[float] = []
     vae = call(
         train_vae,
         images,
         folder=tmp_path,
         num_steps=80,
-        batch_size=8,
         lr=5e-3,  # 80 of the 200 warm-up steps reach about a third of this
         on_step=lambda _, row: losses.append(row["l1"]),
     )
@@ -176,7 +178,7 @@ def test_two_processes_train_the_model_of_one(tmp_path: Path):
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
-    mp.spawn(_train_in_two, (tmp_path, port), nprocs=2)
+    in_two_processes(_train_in_two, tmp_path, port)
     first, second = (load_file(tmp_path / f"{rank}.safetensors") for rank in range(2))
     for name, tensor in _train_both(tmp_path / "one").items():
         assert torch.equal(first[name], second[name])
