@@ -25,6 +25,7 @@ ROOT = Path(__file__).resolve().parents[2]
 SHRUNKEN: dict[str, dict[str, Any]] = {
     "unet": {"block_out_channels": [32, 64, 64, 64], "cross_attention_dim": 48},
     "vae": {"block_out_channels": [32, 32, 32, 32]},
+    "conditioner": {"width": 64},
     "head": {"width": 32, "num_heads": 4, "projector_width": 32, "projector_out": 16},
 }
 
@@ -81,7 +82,8 @@ def test_a_step_features_and_a_sample_on_the_papers_base(
         path = base / part / "config.json"
         path.write_text(json.dumps(json.loads(path.read_text()) | changes.get(part, {})))
     content = read_params(ROOT / "presets/paper.yaml")
-    content["head"] |= changes.get("head", {})
+    for section in ("conditioner", "head"):
+        content[section] |= changes.get(section, {})
     params = parse(Architecture, content, source="paper.yaml")
     loss, schedule = LossParams.model_validate(content["loss"]), NoiseSchedule.of_base(base)
     with torch.random.fork_rng(devices=[]), torch.no_grad():
