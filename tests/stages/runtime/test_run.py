@@ -10,6 +10,7 @@ from stages.runtime.work_dir import NOTE_NAME, delete_finished, key_of
 
 import importlib.util
 import json
+import logging
 import multiprocessing
 import os
 import re
@@ -17,7 +18,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from io import StringIO
@@ -80,8 +81,11 @@ def main(params: Params, run: Run) -> None:
 
 def train(run: Run) -> None:
     import torch
+    from unittest.mock import Mock
     from contradiff.training import loop, state
     model = torch.nn.Linear(1, 1)
+    optimizer = Mock(param_groups=[])  # torch's would import torch._dynamo, for seconds
+    optimizer.state_dict.return_value = {"state": {}}
 
     def step_function(step: int) -> dict[str, torch.Tensor]:
         Path(f"started-{os.environ.get('RANK', 0)}").touch()
@@ -94,7 +98,7 @@ def train(run: Run) -> None:
         loop.train(
             step_function,
             steps=range(10_000),
-            optimizer=torch.optim.SGD(model.parameters()),
+            optimizer=optimizer,
             lr=lambda _: 1e-6,
             lr_key="lr",
             is_reported=lambda _: False,
@@ -131,9 +135,12 @@ def project(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def call(
-    project: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> Call:
-    """Run the stage in this process; return its exit code, output and messages."""
+    project: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> Iterator[Call]:
+    """Run the stage in this process; return its exit code, output and messages.
+
+    If it starts several processes, this process, which has imported torch already, is the launcher.
+    """
     spec = importlib.util.spec_from_file_location("demo", project / "demo.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -161,9 +168,10 @@ def call(
             execute(module.Params, main, debug=module.debug, **options)
         except SystemExit as error:
             code = error.code
-        return (code, *capsys.readouterr())
+        return (code, *capfd.readouterr())
 
-    return call
+    yield call
+    logging.disable(logging.NOTSET)  # the launcher has turned it off
 
 
 def start(project: Path, act: str, *, processes: int) -> "subprocess.Popen[str]":
@@ -225,10 +233,9 @@ def test_a_fault_gives_one_message(call: Call, fault: BaseException, code: int, 
     ("act", "message"),
     [("all fail", NOTHING_THERE), ("second fails", NOTHING_THERE), ("second is killed", KILLED)],
 )
-def test_a_fault_of_several_processes_gives_one_message(project: Path, act: str, message: str):
-    process = start(project, act, processes=2)
-    assert process.communicate(timeout=120) == ("", f"contradiff: demo: {message}\n")
-    assert process.returncode == 2
+def test_a_fault_of_several_processes_gives_one_message(call: Call, act: str, message: str):
+    said = f"contradiff: demo: {message}\n"
+    assert call(ACT=act, CONTRADIFF_NUM_PROCESSES="2") == (2, "", said)
 
 
 def test_each_parallel_stage_knows_what_lowers_its_memory():
@@ -298,10 +305,9 @@ def test_a_stopped_stage_cleans_up_and_keeps_its_work(
     assert len(list(project.glob(".work/demo/*/checkpoint"))) == 1
 
 
-def test_two_processes_find_each_other(project: Path):
-    process = start(project, "gather", processes=2)
-    _, err = process.communicate(timeout=120)
-    assert (process.returncode, err.count("demo: done in")) == (0, 1), err
+def test_two_processes_find_each_other(project: Path, call: Call):
+    code, _, err = call(ACT="gather", CONTRADIFF_NUM_PROCESSES="2")
+    assert (code, err.count("demo: done in")) == (0, 1), err
     for rank in (0, 1):
         assert (project / f"seen-by-{rank}").read_text() == "[0, 1]"
 
