@@ -5,6 +5,7 @@ from stages.runtime.run import Run, RuntimeParams
 
 import copy
 import csv
+import importlib
 import os
 import re
 import shutil
@@ -14,6 +15,7 @@ import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import psutil
@@ -195,62 +197,75 @@ def test_negatives_of_one_microbatch_are_warned_of(
     assert capsys.readouterr().err.count(f"{warning}the 4 ") == warned
 
 
-STOP_EDIT_RESUME = """
-import importlib, sys
-from contextlib import nullcontext
-from pathlib import Path
+def forget_code() -> dict[str, ModuleType]:
+    """Let the next imports read our code anew; return the modules."""
+    ours = [name for name in sys.modules if name.partition(".")[0] in ("contradiff", "stages")]
+    return {name: sys.modules.pop(name) for name in ours}
 
-def run_two_steps():
-    for name in [n for n in sys.modules if n.partition(".")[0] in ("contradiff", "stages")]:
-        del sys.modules[name]
+
+def train_two_steps(content: dict[str, Any]) -> int:
+    """Import the code anew, and stop a training in its 2nd step; return the steps done before."""
+    from accelerate.state import AcceleratorState
+
+    forget_code()
     importlib.invalidate_caches()
-    from stages import pretrain
     from stages.runtime import training
     from stages.runtime.run import Run, RuntimeParams
-    from contradiff.config import parse, read_params
-    from contradiff.training import pretraining
-    training.training_run = lambda *_, **__: nullcontext(lambda *_: None)
-    train = pretraining.train
 
-    def stop_early(step_function, *, steps, on_step, **settings):
-        print(steps.start)
-        def stop(done, row):
+    from contradiff.config import parse
+    from contradiff.training import pretraining
+    from stages import pretrain
+
+    assert Path(pretrain.__file__).is_relative_to(Path.cwd())
+    training.training_run = lambda *_, **__: nullcontext(lambda *_: None)
+    train, starts = pretraining.train, list[int]()
+
+    def stop_early(*args: Any, steps: range, **settings: Any) -> None:
+        def stop(done: int, _: Any) -> None:
             if done == steps.start + 2:
                 raise KeyboardInterrupt
-        train(step_function, steps=steps, on_step=stop, **settings)
+
+        starts.append(steps.start)
+        train(*args, steps=steps, **(settings | {"on_step": stop}))
 
     pretraining.train = stop_early
     runtime = RuntimeParams(device="cpu", num_workers=0, log_every=1, checkpoint_every=1)
-    params = parse(pretrain.Params, read_params(Path("params.yaml")), source="params.yaml")
-    try:
+    sections = {name: content[name] for name in pretrain.Params.model_fields}
+    params = parse(pretrain.Params, sections, source="params.yaml")
+    AcceleratorState._reset_state(reset_partial_state=True)
+    with pytest.raises(KeyboardInterrupt):
         pretrain.main(params, Run(stage="pretrain", root=Path.cwd(), runtime=runtime))
-    except KeyboardInterrupt:
-        pass
-
-run_two_steps()
-loop = Path("code/contradiff/training/loop.py")
-loop.write_text(loop.read_text() + "# a comment\\n")
-run_two_steps()
-state = Path("code/contradiff/training/state.py")
-state.write_text(state.read_text().replace("STATE_VERSION = ", "STATE_VERSION = 100 + "))
-run_two_steps()
-"""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    return starts[0]
 
 
 @pytest.mark.usefixtures("trained_project")
 def test_a_stopped_training_survives_an_edit_and_begins_anew_with_another_state_version(
-    tiny: dict[str, Any],
+    tiny: dict[str, Any], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ):
     """The package is copied, so that its source can be edited; each run stops in its 2nd step."""
+    code = Path("code").absolute()
     for name in ("contradiff", "stages"):
-        shutil.copytree(ROOT / name, Path("code", name))
-    YAML().dump(tiny, Path("params.yaml"))
-    environment = os.environ | {"PYTHONPATH": str(Path("code").absolute())}
-    command = [sys.executable, "-c", STOP_EDIT_RESUME]
-    done = subprocess.run(command, check=True, capture_output=True, text=True, env=environment)
-    assert done.stdout.split() == ["0", "1", "0"]
+        shutil.copytree(ROOT / name, code / name)
+    monkeypatch.syspath_prepend(code)
+    # The check of shapes would compare the copy's classes with those of the package.
+    finders = [each for each in sys.meta_path if "jaxtyping" not in type(each).__module__]
+    monkeypatch.setattr(sys, "meta_path", finders)
+    loop, state = (code / f"contradiff/training/{name}.py" for name in ("loop", "state"))
+    kept = forget_code()
+    try:
+        starts = [train_two_steps(tiny)]
+        loop.write_text(loop.read_text() + "# a comment\n")
+        starts.append(train_two_steps(tiny))
+        text = state.read_text().replace("STATE_VERSION = ", "STATE_VERSION = 100 + ")
+        state.write_text(text)
+        starts.append(train_two_steps(tiny))
+    finally:
+        forget_code()
+        sys.modules.update(kept)
+    assert starts == [0, 1, 0]
     expected = r"starting again: the unfinished work has version (\d+), .* needs version 10\1"
-    assert len(re.findall(expected, done.stderr)) == 1
+    assert len(re.findall(expected, capfd.readouterr().err)) == 1
 
 
 @pytest.mark.slow
