@@ -6,8 +6,12 @@ from typing import Any
 
 import torch.multiprocessing as mp
 
-LIBRARIES = ["accelerate", "diffusers.models.autoencoders.autoencoder_kl"]
-LIBRARIES += ["diffusers.models.unets.unet_2d_condition", "contradiff.training.pretraining"]
+LIBRARIES = [
+    "accelerate",
+    "contradiff.training.pretraining",
+    "diffusers.models.autoencoders.autoencoder_kl",
+    "diffusers.models.unets.unet_2d_condition",
+]
 
 
 def in_two_processes(function: Callable[..., None], *arguments: Any) -> None:
