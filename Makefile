@@ -79,7 +79,7 @@ repro: $(STAMP) settings  ## run the pipeline with params.yaml, from data to rep
 
 # Two processes with one thread each: enough for two cores and 24 GB of memory.
 test: $(STAMP)  ## run the tests, except the slow ones, in two processes
-	python -m pytest -n 2 --dist loadfile
+	python -m pytest -n 2 --dist worksteal
 
 test-slow: $(STAMP)  ## run only the slow tests
 	python -m pytest -m slow
