@@ -84,7 +84,14 @@ def test_switches_cost_what_they_add(small_base: Path):
     assert chain > 5 * flops.of_features(preset({}), small_base)
 
 
-@pytest.mark.parametrize("values", [("mid", 0, "none"), ("mid", 4, "none"), ("mid+up.1", 4, "all")])
+@pytest.mark.parametrize(
+    "values",
+    [
+        ("mid", 0, "none"),
+        pytest.param(("mid", 4, "none"), marks=pytest.mark.slow),
+        ("mid+up.1", 4, "all"),
+    ],
+)
 def test_peak_is_what_torch_allocates_in_a_real_step(
     small_base: Path, tmp_path: Path, values: tuple[str, int, str]
 ):
@@ -128,7 +135,10 @@ def cast_all_but_norms(unet: nn.Module) -> None:
             module.to(torch.bfloat16)
 
 
-@pytest.mark.parametrize(("blocks", "size", "factor"), [("none", 0, 1.1), ("all", 4, 1.0)])
+@pytest.mark.parametrize(
+    ("blocks", "size", "factor"),
+    [("none", 0, 1.1), pytest.param("all", 4, 1.0, marks=pytest.mark.slow)],
+)
 def test_norms_under_autocast_are_counted_as_cuda_takes_them(
     small_base: Path, monkeypatch: pytest.MonkeyPatch, *, blocks: str, size: int, factor: float
 ):

@@ -41,7 +41,12 @@ def features_of(
 
 
 @pytest.mark.parametrize(
-    ("noising", "condition"), [("direct", "image"), ("direct", "noise"), ("ddim_chain", "image")]
+    ("noising", "condition"),
+    [
+        ("direct", "image"),
+        ("direct", "noise"),
+        pytest.param("ddim_chain", "image", marks=pytest.mark.slow),  # it inverts in 20 passes
+    ],
 )
 def test_batch_size_has_no_say(
     model: ContraDiffModel, tiny_data: Path, noising: str, condition: str
