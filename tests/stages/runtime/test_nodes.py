@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from ruamel.yaml import YAML
 from safetensors.torch import load_file
 
@@ -140,8 +139,9 @@ def test_latents_are_those_of_one_process(copies: tuple[Path, Path], start: Star
 def test_a_lost_launcher_ends_the_training_which_goes_on_later(
     copies: tuple[Path, Path], start: Start
 ):
-    alone(copies[0], "pretrain")
+    """It ends with the weights of two launchers that nobody killed, bit for bit."""
     weights = copies[0] / "build/pretrain/model.safetensors"
+    assert messages_of(start("pretrain")) == []
     expected = load_file(weights)
     shutil.rmtree(weights.parent)
     agents = start("pretrain")
@@ -152,17 +152,20 @@ def test_a_lost_launcher_ends_the_training_which_goes_on_later(
     end = time.monotonic() + 60
     messages = messages_of(agents)
     assert time.monotonic() < end
-    # A process that leaves later can lose its connection: it then says so in a line of its own.
-    saved = [text for text in messages if text.endswith("; run the same command to go on")]
-    others = set(messages) - set(saved)
-    assert len(saved) == 1, messages
-    assert re.search(r"saved at step \d+;", saved[0])
-    assert others <= {"contradiff: pretrain: another process has ended"}
+    again = "; run the same command to go on"
+    [saved] = [text for text in messages if "saved at step" in text]
+    assert re.fullmatch(rf"contradiff: pretrain: saved at step \d+{again}", saved)
+    # The other process can lose its connection, or be stopped where nothing is saved.
+    known = {
+        f"contradiff: pretrain: {text}"
+        for text in ("another process has ended", f"interrupted{again}")
+    }
+    assert set(messages) - {saved} <= known
     assert not weights.exists()
     agents = start("pretrain")
     assert messages_of(agents) == []
     for name, value in load_file(weights).items():
-        torch.testing.assert_close(value, expected[name], rtol=1e-3, atol=1e-3)
+        assert value.equal(expected[name]), name
 
 
 @pytest.mark.parametrize("fault", ["code", "params", "folder"])
