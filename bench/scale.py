@@ -37,10 +37,10 @@ GPUS = (8, 64, 256)
 IMAGE_BYTES = tar_bytes(110_000)
 NUM_CLASSES = 21_841
 """Those of ImageNet-21K."""
-H100 = costs.GPUS["h100"].measured
-TRAINING, FEATURES, ENCODING = (
-    H100[key].images for key in (("training", "bf16"), ("features", "bf16"), ("encoding", "fp32"))
-)
+H100 = costs.GPUS["h100"]
+TRAINING = H100.compiled["training", "bf16"].images
+FEATURES = H100.measured["features", "bf16"].images
+ENCODING = H100.measured["encoding", "fp32"].images
 STEP_IMAGES = 64
 """The images of a card at which its rate of training was measured."""
 TRAINED_WEIGHTS = int(costs.OPTIMISER_GB * 1e9 / 12)
