@@ -221,7 +221,7 @@ def _train_one_process(
 @pytest.mark.parametrize(
     ("weight", "head", "decode_batch_size"),
     [
-        pytest.param(0.3, {}, 0, marks=pytest.mark.slow),  # the next case has all that this has
+        pytest.param(0.3, {}, 0, marks=pytest.mark.slow),  # the other two have all that this has
         (0.3, {"block": "mid+up.1", "self_conditioning": True}, 4),
         (0.0, {"self_conditioning": True}, 0),
     ],

@@ -174,7 +174,7 @@ def _train_in_two(rank: int, folder: Path, port: int) -> None:
     dist.destroy_process_group()
 
 
-@pytest.mark.slow  # pretraining's own test of two processes, which share this loop, is quick
+@pytest.mark.slow  # `make base` is rare; two processes' gradients are compared in test_objective
 def test_two_processes_train_the_model_of_one(tmp_path: Path):
     with socket.socket() as free:
         free.bind(("localhost", 0))
