@@ -7,7 +7,7 @@ from pathlib import Path
 
 from contradiff.base import config
 from contradiff.base.config import BaseParams, check_base
-from contradiff.base.weights import check_weights
+from contradiff.base.weights import check_values, check_weights
 from contradiff.config import Section
 from contradiff.files import replace_dir
 
@@ -25,12 +25,13 @@ def main(params: Params, run: Run) -> None:
             config.fetch_from_hub(base, folder, weights=False)
             check_base(folder, weights=False)
             config.fetch_from_hub(base, folder, weights=True)
-            check_weights(folder, values=True)
+            check_weights(folder)
+            check_values(folder)
             shutil.rmtree(folder / ".cache", ignore_errors=True)
         else:
             source = config.local_base(base, root=run.root)
             check_base(source)
-            check_weights(source, values=True)
+            check_values(source)  # the stage `prepare` has checked names and shapes
             for name in config.COMPONENTS:
                 shutil.copytree(source / name, folder / name)
         check_base(folder)

@@ -18,6 +18,7 @@ from typing import Any
 
 from contradiff.config import Section, flatten, read_params
 from contradiff.files import explain_damage, read_json, replace_file
+from contradiff.imports import slow_import
 from contradiff.report.results import read_results
 from contradiff.report.run_page import render_run
 
@@ -47,7 +48,8 @@ def main(_params: Params, run: Run) -> None:
 
 def export_model(folder: Path) -> None:
     """Write the trained model as `contradiff export` does."""
-    from contradiff.pretrained.project import export  # slow, and only new rows need it
+    with slow_import():  # only new rows need it
+        from contradiff.pretrained.project import export
 
     export(folder)
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from contradiff.base.config import GET_AGAIN, PredictionType, check_base, read_config
 from contradiff.files import explain_damage
+from contradiff.imports import slow_import
 
 if TYPE_CHECKING:
     from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
@@ -29,7 +30,8 @@ class NoiseSchedule:
 
         Clipping to [-1, 1] and thresholding are turned off, because latents must not be clipped.
         """
-        from diffusers.schedulers.scheduling_ddim import DDIMScheduler
+        with slow_import():
+            from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 
         config = folder / "scheduler" / "scheduler_config.json"
         with explain_damage(config, remedy=GET_AGAIN):
@@ -94,14 +96,15 @@ def unet_without_weights(folder: Path) -> "UNet2DConditionModel":
 
 def _build(folder: Path, component: str, *, weights: bool) -> Any:
     kind: Any
-    if component == "vae":
-        from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+    with slow_import():
+        if component == "vae":
+            from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 
-        kind = AutoencoderKL
-    else:
-        from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+            kind = AutoencoderKL
+        else:
+            from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 
-        kind = UNet2DConditionModel
+            kind = UNet2DConditionModel
     place = folder / component
     with explain_damage(place / "config.json", remedy=GET_AGAIN), torch.device("meta"):
         module = kind.from_config(read_config(folder, component))

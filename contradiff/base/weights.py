@@ -7,8 +7,9 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from contradiff.base.config import WEIGHTS_NAME
+from contradiff.base.config import GET_AGAIN, WEIGHTS_NAME
 from contradiff.base.loading import unet_without_weights, vae_without_weights
+from contradiff.files import explain_damage
 
 MAX_FAULTS = 5  # that a message lists one by one
 TYPES = "F64", "F32", "F16", "BF16"
@@ -16,24 +17,46 @@ EARLIER_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "
 """Parts of names in early files, such as Stable Diffusion v1's VAE. diffusers renames them."""
 
 
-def check_weights(folder: Path, *, values: bool = False) -> None:
+def check_weights(folder: Path) -> None:
     """Raise ValueError if the weight files of the base in `folder` do not fit its configuration.
 
-    Only the headers are read, unless `values` is true. Then every value must be finite. Without
-    this check, diffusers would fill missing tensors with random values.
+    Only the headers are read. Without this check, diffusers would fill missing tensors with random
+    values.
     """
     builders = {"vae": vae_without_weights, "unet": unet_without_weights}
     faults = [
-        f"base.path: {folder / name}/{fault}"
-        for name, build in builders.items()
+        f"base.path: {folder / part}/{fault}"
+        for part, build in builders.items()
         for fault in _faults(
-            folder / name,
+            folder / part,
             {name: list(tensor.shape) for name, tensor in build(folder).state_dict().items()},
-            values=values,
         )
     ]
+    _raise(faults)
+
+
+def check_values(folder: Path) -> None:
+    """Raise ValueError if the base in `folder` has a weight that is NaN or infinite.
+
+    All files are read, and `check_weights` has found them whole.
+    """
+    from safetensors import safe_open
+
+    files = [folder / part / file for part in ("vae", "unet") for file in _files(folder / part)]
+    faults: list[str] = []
+    for file in files:
+        with explain_damage(file, remedy=GET_AGAIN), safe_open(file, framework="pt") as tensors:
+            faults += [
+                f"base.path: {file}: {name} has NaN or infinite values"
+                for name in list[str](tensors.keys())
+                if not bool(torch.isfinite(tensors.get_tensor(name)).all())
+            ]
+    _raise(faults)
+
+
+def _raise(faults: list[str]) -> None:
     if hidden := faults[MAX_FAULTS:]:
-        faults[MAX_FAULTS:] = [f"base.path: {folder} has {len(hidden)} more such faults"]
+        faults[MAX_FAULTS:] = [f"base.path: {len(hidden)} more such faults"]
     if faults:
         raise ValueError("\n".join(faults))
 
@@ -58,7 +81,7 @@ def linear_layers(folder: Path) -> list[str]:
     return names
 
 
-def _faults(folder: Path, shapes: dict[str, list[int]], *, values: bool) -> Iterator[str]:
+def _faults(folder: Path, shapes: dict[str, list[int]]) -> Iterator[str]:
     """Yield a text for each fault, which begins with a file's name."""
     from safetensors import SafetensorError, safe_open
 
@@ -79,8 +102,6 @@ def _faults(folder: Path, shapes: dict[str, list[int]], *, values: bool) -> Iter
                         yield f"{file}: {stored} has shape {shape}, not {shapes[name]}"
                     elif (kind := view.get_dtype()) not in TYPES:
                         yield f"{file}: {stored} has type {kind}, not one of {', '.join(TYPES)}"
-                    elif values and not bool(torch.isfinite(tensors.get_tensor(stored)).all()):
-                        yield f"{file}: {stored} has NaN or infinite values"
         except (OSError, SafetensorError) as error:
             yield f"{file} is missing, damaged or incomplete ({error}); get it again"
             return

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from contradiff.downstream.accuracy import Accuracy, accuracy_of
 from contradiff.downstream.linear import LinearProbe
+from contradiff.imports import slow_import
 
 Cs: TypeAlias = list[Annotated[float, Field(gt=0)]]
 """Values of C (inverse penalties) to choose from."""
@@ -73,7 +74,8 @@ def logistic_score(
     If several are best, the smallest is chosen. Without folds, the middle one of `cs` is chosen.
     Raises ValueError if all labels of `train` are equal, or if `test` is empty.
     """
-    from sklearn.exceptions import ConvergenceWarning
+    with slow_import():
+        from sklearn.exceptions import ConvergenceWarning
     from threadpoolctl import threadpool_limits
 
     features, labels = train[0].double().cpu().numpy(), train[1].cpu().numpy()
@@ -151,8 +153,9 @@ def _choose_c(
 
 
 def _classifier(c: float, *, tol: float = 1e-4) -> Any:
-    from sklearn.linear_model import LogisticRegression
-    from sklearn.pipeline import make_pipeline
-    from sklearn.preprocessing import StandardScaler
+    with slow_import():
+        from sklearn.linear_model import LogisticRegression
+        from sklearn.pipeline import make_pipeline
+        from sklearn.preprocessing import StandardScaler
 
     return make_pipeline(StandardScaler(), LogisticRegression(C=c, tol=tol, max_iter=5000))

@@ -26,6 +26,7 @@ from contradiff.downstream.logistic import LogisticScore, logistic_score, strati
 from contradiff.downstream.probe import TABLE_2, ProbeParams
 from contradiff.features.cache import CacheIndex, FeatureCache
 from contradiff.features.params import FeatureSpec
+from contradiff.imports import slow_import
 from contradiff.training.optim import SgdSchedule, SgdSetting
 
 
@@ -79,7 +80,8 @@ class ProbeData:
         `split` is "dev", the dev split is used only for testing. C is then chosen on a tenth of the
         other training images, and all of these train the final classifier.
         """
-        from sklearn.model_selection import ShuffleSplit
+        with slow_import():
+            from sklearn.model_selection import ShuffleSplit
 
         train, test = self._pairs(name)
         if self.split == "dev":

@@ -14,6 +14,7 @@ from pydantic import Field, model_validator
 
 from contradiff.config import Section
 from contradiff.features.spread import check_spread
+from contradiff.imports import slow_import
 
 
 class SeparabilityParams(Section):
@@ -76,9 +77,10 @@ def separability(
     If several classes have the most votes, the smallest label wins. Raises ValueError if a feature
     vector is zero or not finite, or if all are the same.
     """
-    from scipy.stats import mode
-    from sklearn.metrics import silhouette_score
-    from sklearn.neighbors import NearestNeighbors
+    with slow_import():
+        from scipy.stats import mode
+        from sklearn.metrics import silhouette_score
+        from sklearn.neighbors import NearestNeighbors
 
     features = features.astype(np.float64)
     check_spread(torch.from_numpy(features), name="build/pretrain")
@@ -102,7 +104,8 @@ def embed(features: Float[np.ndarray, "n width"], *, seed: int) -> Float[np.ndar
     *Deviation*: 500 iterations instead of scikit-learn's 1,000, which take twice as long; the
     divergence that t-SNE lowers ends about 3% higher, and the drawing looks the same.
     """
-    from sklearn.manifold import TSNE
+    with slow_import():
+        from sklearn.manifold import TSNE
 
     perplexity = min(30.0, (len(features) - 1) / 3)
     tsne = TSNE(perplexity=perplexity, metric="cosine", init="pca", max_iter=500, random_state=seed)

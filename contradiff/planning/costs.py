@@ -119,14 +119,14 @@ class Gpu:
     bf16: float
     fp32: float
     measured: Mapping[tuple[Work, Precision], Measured] = field(default_factory=dict)
-    compiled: Mapping[tuple[Work, Precision], Measured] = field(default_factory=dict)
+    compiled_rates: Mapping[tuple[Work, Precision], Measured] = field(default_factory=dict)
     """The same with `runtime.compile`; what it lacks is taken from `measured`."""
 
     def rate(
         self, work: Work, precision: Precision, *, compiled: bool = False
     ) -> tuple[float, str]:
         """Return the TFLOP/s that this card reaches at a kind of work, and where they are from."""
-        found = self.compiled.get((work, precision)) if compiled else None
+        found = self.compiled_rates.get((work, precision)) if compiled else None
         name = f"{work} in {precision}" + (", compiled" if found else "")
         if found := found or self.measured.get((work, precision)):
             reached = found.images * found.gflop / 1e3

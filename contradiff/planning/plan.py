@@ -156,11 +156,11 @@ def plan(
     images: ImageCounts,
     *,
     num_workers: int,
-    compiled: str = "none",
+    compiled_stages: str = "none",
 ) -> Plan:
     """Compute what a run costs. Raises ValueError for a base or an image size without counts.
 
-    `num_workers` and `compiled` are those of `runtime`; `compiled` is none, sampling or all.
+    `num_workers` is that of `runtime`, and `compiled_stages` is `runtime.compile`.
     """
     base, size = params.base.path, params.data.image_size
     if base not in costs.SIMILAR_BASES or size != costs.COUNTED_SIZE:
@@ -170,7 +170,7 @@ def plan(
             f"{size}; `python -m bench flops params.yaml` counts a training step of any base (the "
             "embedded default takes 8 to 12 minutes on 2 idle CPU cores)"
         )
-    planner = _Planner(params, machine, images, num_workers, compiled)
+    planner = _Planner(params, machine, images, num_workers, compiled_stages)
     gpus = f"{machine.num_gpus} x {machine.gpu.memory_gb:g} GB"
     reserve = f"{costs.GPU_RESERVE_GB} GB of each for CUDA, its workspace and gaps between tensors"
     assumptions = (f"GPUs: {gpus}; {reserve}", images.origin, *costs.SIMILAR_BASES[base])
@@ -202,7 +202,8 @@ def plan_of(
         images = ImageCounts.assumed(params, train=num_images)
     runtime = content["runtime"]
     workers, compiled = runtime["num_workers"], runtime.get("compile", "none")
-    return plan(params, Machine(num_gpus, card), images, num_workers=workers, compiled=compiled)
+    machine = Machine(num_gpus, card)
+    return plan(params, machine, images, num_workers=workers, compiled_stages=compiled)
 
 
 def step_memory_gb(params: AllParams, *, num_gpus: int) -> float:
@@ -227,7 +228,7 @@ class _Planner:
     machine: Machine
     images: ImageCounts
     num_workers: int
-    compiled: str
+    compiled_stages: str
 
     def stages(self) -> Iterator[StageCost]:
         """Yield the cost of each stage, in the order of dvc.yaml."""
@@ -323,7 +324,7 @@ class _Planner:
         work *= costs.UP_BLOCK_STEP_WORK if params.head.block != "mid" else 1
         seen = self.images.train * section.epochs
         reads = seen if params.conditioner.input == "pixels" else 0
-        compiled = self.compiled == "all"
+        compiled = self.compiled_stages == "all"
         training = self.machine.time("training", work * seen, section.precision, compiled=compiled)
         memory = step_memory_gb(params, num_gpus=self.machine.num_gpus)
         time = slowest(training, self._reading(reads))
@@ -380,7 +381,7 @@ class _Planner:
         low, high = section.guidance_interval
         passes = 1 + (high - low if section.guidance != 1 else 0)
         steps = section.num_inference_steps * passes * section.num_samples
-        work, compiled = steps * costs.UNET.gflop, self.compiled != "none"
+        work, compiled = steps * costs.UNET.gflop, self.compiled_stages != "none"
         time = self.machine.time("sampling", work, section.precision, compiled=compiled)
         decoding = section.num_samples * costs.VAE_DECODE.gflop
         time += self.machine.time("decoding", decoding, "fp32")

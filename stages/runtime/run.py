@@ -44,6 +44,7 @@ from tqdm import tqdm
 
 from contradiff.config import Section, SectionT, parse, read_params
 from contradiff.files import hold_lock, replace_file
+from contradiff.imports import seconds_of_slow_imports
 from contradiff.processes import Part, PartFinished, Processes
 from contradiff.signals import Stopped, stop_at_once
 
@@ -349,10 +350,12 @@ def execute(
             run.log(f"part {run.part} is finished; without --part, the stage gathers all parts")
             leave_processes()
             return
-        seconds = time.perf_counter() - started
+        imports = seconds_of_slow_imports()
+        seconds = time.perf_counter() - started - imports
+        imports += started - STARTED
         if run.is_main and not run.resumed and mode is None:
             record_costs(run.root, stage, params, seconds=seconds)
-        run.log(f"done in {seconds:.1f} s, after {started - STARTED:.1f} s of imports")
+        run.log(f"done in {seconds:.1f} s, and {imports:.1f} s of imports")
         leave_processes()
         return
     except (ValueError, OSError, Stopped, RuntimeError) as error:

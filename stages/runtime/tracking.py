@@ -45,6 +45,7 @@ from contradiff.files import (
     replace_file,
     sha256_of,
 )
+from contradiff.imports import slow_import
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -182,7 +183,8 @@ def connect(root: Path) -> Store:
     """Connect to MLFLOW_TRACKING_URI, by default mlflow.db; raise ValueError if this fails."""
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
-    from mlflow import MlflowClient
+    with slow_import():
+        from mlflow import MlflowClient
 
     # This must come after the import, because the import also sets the levels.
     for name in ("mlflow", "alembic"):

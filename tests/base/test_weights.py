@@ -12,7 +12,7 @@ from torch import Tensor
 
 from contradiff.base.config import WEIGHTS_NAME, check_base
 from contradiff.base.loading import load_vae
-from contradiff.base.weights import EARLIER_NAMES, check_weights, linear_layers
+from contradiff.base.weights import EARLIER_NAMES, check_values, check_weights, linear_layers
 
 Tensors = dict[str, Tensor]
 
@@ -63,7 +63,8 @@ CONV = "conv_in.weight"
 def test_a_file_that_does_not_fit_is_named(
     base: Path, change: Callable[[Path], object], fault: str
 ):
-    check_weights(base, values=True)
+    check_weights(base)
+    check_values(base)
     change(base / "unet" / WEIGHTS_NAME)
     with pytest.raises(ValueError, match=rf"^base\.path: {base}/unet/{WEIGHTS_NAME}.*{fault}"):
         check_weights(base)
@@ -73,7 +74,7 @@ def test_values_that_are_not_finite_are_named_if_asked(base: Path):
     rewrite(base / "vae" / WEIGHTS_NAME, lambda t: t["decoder.conv_in.bias"][1:2].fill_(torch.nan))
     check_weights(base)
     with pytest.raises(ValueError, match=r"vae/.*: decoder\.conv_in\.bias has NaN or infinite"):
-        check_weights(base, values=True)
+        check_values(base)
 
 
 def test_a_variant_alone_must_be_renamed(base: Path):
@@ -114,7 +115,8 @@ def test_half_precision_earlier_names_and_several_files_fit(base: Path):
     unet.with_name(f"{WEIGHTS_NAME}.index.json").write_text(json.dumps({"weight_map": of_name}))
     unet.unlink()
     check_base(base)
-    check_weights(base, values=True)
+    check_weights(base)
+    check_values(base)
     assert sorted(linear_layers(base)) == linear_before
     after = load_vae(base).state_dict()
     assert all(torch.equal(after[name], tensor) for name, tensor in before.items())

@@ -130,7 +130,7 @@ def test_compiled_rates_are_for_what_is_compiled_and_measured():
     def hours(compiled: str, stage: str) -> float:
         params = params_of("paper", {"generate.precision": "bf16"})
         images = ImageCounts.assumed(params)
-        found = plan(params, FOUR, images, num_workers=8, compiled=compiled)
+        found = plan(params, FOUR, images, num_workers=8, compiled_stages=compiled)
         return next(cost.time.hours for cost in found.stages if cost.stage == stage)
 
     assert hours("sampling", "pretrain") == hours("none", "pretrain")

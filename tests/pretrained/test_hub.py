@@ -17,7 +17,7 @@ import torch
 from contradiff import export
 from contradiff.base.config import BaseParams, check_base, fetch_from_hub
 from contradiff.base.loading import load_unet
-from contradiff.base.weights import check_weights
+from contradiff.base.weights import check_values, check_weights
 from contradiff.pretrained import hub
 from contradiff.pretrained.model import ContraDiff
 
@@ -138,7 +138,8 @@ def test_a_base_with_weights_in_several_files_comes_from_the_hub(
         with pytest.raises(ValueError, match=rf"^base\.path: .*{parts[-1].name} is missing"):
             check_weights(tmp_path / "base")
         return
-    check_weights(tmp_path / "base", values=True)
+    check_weights(tmp_path / "base")
+    check_values(tmp_path / "base")
     fetched = load_unet(tmp_path / "base").state_dict()
     assert all(torch.equal(fetched[name], tensor) for name, tensor in whole.state_dict().items())
     assert not list((tmp_path / "base/unet").glob("*fp16*"))
