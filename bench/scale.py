@@ -38,7 +38,7 @@ IMAGE_BYTES = tar_bytes(110_000)
 NUM_CLASSES = 21_841
 """Those of ImageNet-21K."""
 H100 = costs.GPUS["h100"]
-TRAINING = H100.compiled["training", "bf16"].images
+TRAINING = H100.compiled_rates["training", "bf16"].images
 FEATURES = H100.measured["features", "bf16"].images
 ENCODING = H100.measured["encoding", "fp32"].images
 STEP_IMAGES = 64

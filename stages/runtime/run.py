@@ -20,6 +20,7 @@ from stages.runtime.times import record_costs
 from stages.runtime.work_dir import code_digest, finish, hold_part, key_of, lock_of, take_up
 
 import argparse
+import gc
 import inspect
 import json
 import os
@@ -42,6 +43,7 @@ from typing import TYPE_CHECKING, Literal
 from pydantic import Field, field_validator
 from tqdm import tqdm
 
+import stages
 from contradiff.config import Section, SectionT, parse, read_params
 from contradiff.files import hold_lock, replace_file
 from contradiff.imports import seconds_of_slow_imports
@@ -316,6 +318,7 @@ def execute(
     printed, and the exit code is 2. CONTRADIFF_TRACEBACK=1 shows the traceback. After a signal, the
     exit code is 128 + its number.
     """
+    gc.enable()  # it sleeps since stages/__init__.py
     module = sys.modules["__main__"]
     assert module.__spec__ is not None, "stages are run as `python -m stages.NAME`"
     stage = module.__spec__.name.rpartition(".")[2]
@@ -350,12 +353,11 @@ def execute(
             run.log(f"part {run.part} is finished; without --part, the stage gathers all parts")
             leave_processes()
             return
-        imports = seconds_of_slow_imports()
-        seconds = time.perf_counter() - started - imports
-        imports += started - STARTED
+        later_imports = seconds_of_slow_imports()
+        seconds, imports = time.perf_counter() - started - later_imports, started - STARTED
         if run.is_main and not run.resumed and mode is None:
             record_costs(run.root, stage, params, seconds=seconds)
-        run.log(f"done in {seconds:.1f} s, and {imports:.1f} s of imports")
+        run.log(f"done in {seconds:.1f} s, and {imports + later_imports:.1f} s of imports")
         leave_processes()
         return
     except (ValueError, OSError, Stopped, RuntimeError) as error:
@@ -380,11 +382,13 @@ def _show(params: Section, *, describe: Callable[..., str] | None) -> None:
 
 def _run_in_others(module: str, root: Path, *, without_gpu: int) -> int | None:
     """Run a parallel stage in processes that this one starts. None: it must do the work itself."""
+    code = None
     if (nodes := num_nodes()) > 1:
-        return run_on_nodes(module, nodes=nodes, root=root)
-    if (count := num_processes(without_gpu=without_gpu)) > 1 or is_one_of_several_launchers():
-        return run_several(module, count=count)
-    return None
+        code = run_on_nodes(module, nodes=nodes, root=root)
+    elif (count := num_processes(without_gpu=without_gpu)) > 1 or is_one_of_several_launchers():
+        code = run_several(module, count=count)
+    stages.has_succeeded = code == 0
+    return code
 
 
 def _explain(error: BaseException, stage: str) -> tuple[str, int]:
@@ -490,9 +494,13 @@ def _print_traceback(
 
 
 def leave_processes() -> None:
-    """Close the connections to other processes. Open connections can abort Python at its exit."""
+    """Close the connections to other processes, and note that this process has succeeded.
+
+    Open connections can abort Python at its exit.
+    """
     if is_joined():
         import torch.distributed as dist
 
         dist.barrier()
         dist.destroy_process_group()
+    stages.has_succeeded = True
