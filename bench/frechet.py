@@ -14,7 +14,7 @@ TOLERANCE = 1e-6
 
 
 def rows(_folder: Path, *, rounds: int, dimension: int = 2048) -> Iterator[Row]:
-    """Yield the rows. A distance takes up to 20 s, so there is no round to warm up."""
+    """Yield the rows. A peer takes up to 20 s, so there is no round to warm up."""
     from pytorch_fid.fid_score import calculate_frechet_distance
     from torch_fidelity.metric_fid import fid_statistics_to_metric
 
@@ -34,7 +34,7 @@ def rows(_folder: Path, *, rounds: int, dimension: int = 2048) -> Iterator[Row]:
             f"Fréchet distance, {dimension} dimensions",
             name,
             (ours, theirs),
-            rounds=min(rounds, 2),
+            rounds=rounds,
             goal=goal,
             error=lambda theirs=theirs: abs(float(theirs()) / ours() - 1),
             tolerance=TOLERANCE,
