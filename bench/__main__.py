@@ -22,6 +22,7 @@ from pathlib import Path
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import stages.runtime  # noqa: F401  both sides keep freed memory, as a stage's process does
+
 from bench import _promise
 
 FILES = sorted(Path(__file__).parent.glob("[!_]*.py"))
