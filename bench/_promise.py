@@ -66,7 +66,8 @@ def write_table(page: Path, records: Sequence[Record]) -> None:
     """Replace the table of a page."""
     machine = _machine()
     packages = ", ".join(f"{name} {number}" for name, number in machine["packages"].items())
-    source = f"{machine['cpu']}, {machine['cores']} cores, with {packages}"
+    cores = f"{machine['cores']} cores with {machine['instructions']}"
+    source = f"{machine['cpu']}, {cores}; {packages}"
     how = "Ratios of CPU time of one thread: median (lowest–highest) of the rounds"
     written = f"Written by `python -m bench --write` on {source}. {how}."
     replace_between(page, "promise", [written, "", *table(records)])
@@ -111,12 +112,20 @@ def line(record: Record) -> str:
 
 
 def _machine() -> Record:
+    import torch
+
     cpus = Path("/proc/cpuinfo")
     lines = cpus.read_text(encoding="utf-8").splitlines() if cpus.is_file() else []
     models = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
     packages = {name: version(name) for name in PACKAGES}
     cpu = models[0] if models else platform.machine()
-    return {"cpu": cpu, "cores": os.cpu_count(), "packages": packages}
+    instructions = torch.backends.cpu.get_cpu_capability()  # many processors share a name
+    return {
+        "cpu": cpu,
+        "cores": os.cpu_count(),
+        "instructions": instructions,
+        "packages": packages,
+    }
 
 
 def _commit() -> str:

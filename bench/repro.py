@@ -32,7 +32,8 @@ def rows(folder: Path, *, rounds: int) -> Iterator[Row]:
         peer="",
         kind="minutes",
         goal=GOAL,
-        note=f"wall-clock time; seconds of the longest stages: {stages}; of all stages "
+        note="wall-clock time; the goal is for cores without AVX-512; "
+        f"seconds of the longest stages: {stages}; of all stages "
         f"{sum(seconds.values()):.0f}; the rest of {60 * minutes:.0f} is imports and DVC",
         figure=minutes,
         lowest=minutes,
