@@ -12,11 +12,12 @@ has_succeeded = False
 def _leave_at_once() -> None:
     """End a successful process without freeing what it imported, which takes up to 1.5 seconds.
 
-    Python calls functions that were registered later before this one.
+    Python has called the exit functions that were registered later; earlier ones are not called.
     """
     if has_succeeded:
-        sys.stdout.flush()
-        sys.stderr.flush()
+        for stream in (sys.stdout, sys.stderr):
+            if stream is not None:  # a closed one is None
+                stream.flush()
         os._exit(0)
 
 

@@ -9,11 +9,21 @@ from contradiff.base import config
 from contradiff.base.config import BaseParams, check_base
 from contradiff.base.weights import check_values, check_weights
 from contradiff.config import Section
-from contradiff.files import replace_dir
+from contradiff.files import read_json, replace_dir
+
+MANIFEST = Path("build/manifest/base.json")
+REMEDY = "run `dvc repro prepare`"
 
 
 class Params(Section):
     base: BaseParams
+
+
+def was_prepared(base: BaseParams, run: Run) -> bool:
+    """Return whether the stage `prepare` has checked these files: their hashes are in its list."""
+    if not MANIFEST.is_file():
+        return False
+    return read_json(MANIFEST, remedy=REMEDY) == config.base_manifest(base, root=run.root)
 
 
 def main(params: Params, run: Run) -> None:
@@ -31,7 +41,9 @@ def main(params: Params, run: Run) -> None:
         else:
             source = config.local_base(base, root=run.root)
             check_base(source)
-            check_values(source)  # the stage `prepare` has checked names and shapes
+            if not was_prepared(base, run):
+                check_weights(source)
+            check_values(source)
             for name in config.COMPONENTS:
                 shutil.copytree(source / name, folder / name)
         check_base(folder)

@@ -38,7 +38,7 @@ def check_weights(folder: Path) -> None:
 def check_values(folder: Path) -> None:
     """Raise ValueError if the base in `folder` has a weight that is NaN or infinite.
 
-    All files are read, and `check_weights` has found them whole.
+    All files are read. Call `check_weights` first: it says more about files that are not whole.
     """
     from safetensors import safe_open
 

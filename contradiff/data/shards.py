@@ -252,9 +252,10 @@ def array_to_bytes(array: Shaped[np.ndarray, "..."]) -> bytes:
 
 
 def array_from_bytes(content: bytes) -> Shaped[np.ndarray, "..."]:
-    """Read an array from the content of an .npy file, as `np.load` does.
+    """Read an array from the content of an .npy file that `array_to_bytes` has written.
 
-    `np.load` takes most of its time to parse the header, which all arrays of a shard share.
+    `np.load` takes most of its time to parse the header, which all arrays of a shard share. Raises
+    ValueError for damaged content, arrays of objects, and other versions of the format.
     """
     end = 10 + int.from_bytes(content[8:10], "little")
     shape, is_fortran, dtype = _parse_header(content[:end])
@@ -267,7 +268,10 @@ def _parse_header(header: bytes) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
     stream = io.BytesIO(header)
     if (version := read_magic(stream)) != (1, 0):
         raise ValueError(f"an .npy file of version {version}; np.save writes version (1, 0)")
-    return read_array_header_1_0(stream)
+    shape, is_fortran, dtype = read_array_header_1_0(stream)
+    if min(shape, default=0) < 0:
+        raise ValueError(f"an .npy file of shape {shape}")
+    return shape, is_fortran, dtype
 
 
 class _HashedStream:

@@ -6,6 +6,8 @@ from typing import Any
 from jaxtyping import Float, Int64
 from torch import Tensor
 
+from contradiff.imports import slow_import
+
 
 @dataclass(frozen=True)
 class Accuracy:
@@ -45,7 +47,8 @@ def wilson_interval(correct: int, total: int) -> tuple[float, float]:
     The interval is also correct for accuracies near 0 and 1. It shows how much the accuracy may
     change with other test images. It does not show how much another training seed changes it.
     """
-    from scipy.stats import binomtest
+    with slow_import():
+        from scipy.stats import binomtest
 
     interval = binomtest(correct, total).proportion_ci(method="wilson")
     return float(interval.low), float(interval.high)

@@ -120,7 +120,8 @@ def stratified_folds(labels: Int64[Tensor, " n"], *, seed: int) -> list[Fold]:
     The number of folds is the size of the smallest class, at most 5. If this size is 1, the list of
     folds is empty.
     """
-    from sklearn.model_selection import StratifiedKFold
+    with slow_import():
+        from sklearn.model_selection import StratifiedKFold
 
     num_folds = min(5, int(labels.unique(return_counts=True)[1].min()))
     if num_folds < 2:
@@ -136,8 +137,9 @@ def _choose_c(
     cs: Sequence[float],
     folds: Sequence[Fold],
 ) -> float:
-    from sklearn.metrics import accuracy_score, make_scorer
-    from sklearn.model_selection import GridSearchCV
+    with slow_import():
+        from sklearn.metrics import accuracy_score, make_scorer
+        from sklearn.model_selection import GridSearchCV
 
     if not folds or len(cs) == 1:
         return cs[(len(cs) - 1) // 2]

@@ -28,6 +28,7 @@ from contradiff.downstream.probe import OnEpoch, evaluate, train_probes
 from contradiff.features.batches import CleanBatch
 from contradiff.features.models import FeatureModel, LabelledFeatures, compute_features
 from contradiff.features.params import FeaturesParams
+from contradiff.imports import slow_import
 from contradiff.method.model import ContraDiffModel
 from contradiff.sources.transfer_set import TransferSplit
 from contradiff.training.optim import SgdParams
@@ -222,9 +223,10 @@ def ridge_top1(train: LabelledFeatures, test: LabelledFeatures, *, ridge: float)
     Each feature is first scaled to mean 0 and variance 1 over the training samples. `ridge` is
     λ in the loss ‖XW − Y‖² + λ‖W‖². The bias is not penalised.
     """
-    from sklearn.linear_model import RidgeClassifier
-    from sklearn.pipeline import make_pipeline
-    from sklearn.preprocessing import StandardScaler
+    with slow_import():
+        from sklearn.linear_model import RidgeClassifier
+        from sklearn.pipeline import make_pipeline
+        from sklearn.preprocessing import StandardScaler
 
     classifier = make_pipeline(StandardScaler(), RidgeClassifier(alpha=ridge))
     classifier.fit(train.features.double().numpy(), train.labels.numpy())

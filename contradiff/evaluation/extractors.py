@@ -21,6 +21,7 @@ from contradiff.evaluation import inception
 from contradiff.evaluation.classifier import ResidualClassifier
 from contradiff.evaluation.inception import Inception
 from contradiff.files import explain_damage, load_tensors, replace_dir, sha256_of
+from contradiff.imports import slow_import
 
 Image = UInt8[Tensor, "3 height width"]
 Kind = Literal["classifier", "inception"]
@@ -105,7 +106,8 @@ class ExtractorCard(Section):
         interval (Wilson, 1927) must exceed twice the chance, or, if the chance is above a third,
         the middle between the chance and 1.
         """
-        from scipy.stats import binomtest
+        with slow_import():
+            from scipy.stats import binomtest
 
         if self.val_accuracy is None or self.val_count is None or self.val_chance is None:
             assert self.kind == "inception", "save_classifier states the accuracy and the chance"

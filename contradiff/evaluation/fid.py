@@ -9,6 +9,8 @@ import torch
 from jaxtyping import Float, Float64
 from torch import Tensor
 
+from contradiff.imports import slow_import
+
 
 @dataclass(frozen=True)
 class FeatureSource:
@@ -82,14 +84,16 @@ def frechet_distance(
     The trace of (A B)^½ is the sum of the roots of the eigenvalues of A B, which LAPACK computes
     much faster than a root of A B. Roots of tiny eigenvalues are inaccurate. For tiny eigenvalues
     or a singular A, the roots are therefore computed as the singular values of Fᵀ G, where
-    A = F Fᵀ and B = G Gᵀ. Negative distances (rounding errors) become 0.
+    A = F Fᵀ and B = G Gᵀ. Negative distances (rounding errors) become 0. Raises ValueError for
+    covariances that are not finite.
     """
-    from scipy.linalg import LinAlgError, eigh
+    with slow_import():
+        from scipy.linalg import LinAlgError, eigh
 
     a, b = covariance_a.cpu().numpy(), covariance_b.cpu().numpy()
     try:
         squared = torch.from_numpy(eigh(b, a, type=2, eigvals_only=True, driver="gv"))
-    except LinAlgError:  # A is singular
+    except LinAlgError:  # A is singular, as far as float64 can tell
         squared = torch.zeros(1)
     # In this case, each root has an error below 1e-10 of the largest root.
     if bool(squared.min() > 1e-12 * squared.max()):

@@ -168,7 +168,7 @@ def plan(
         raise ValueError(
             f"base.path, data.image_size: a plan knows the costs of {known} only, not of {base} at "
             f"{size}; `python -m bench flops params.yaml` counts a training step of any base (the "
-            "embedded default takes 8 to 12 minutes on 2 idle CPU cores)"
+            "embedded default takes 4 to 9 minutes on 2 idle CPU cores)"
         )
     planner = _Planner(params, machine, images, num_workers, compiled_stages)
     gpus = f"{machine.num_gpus} x {machine.gpu.memory_gb:g} GB"

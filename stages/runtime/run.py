@@ -56,6 +56,8 @@ if TYPE_CHECKING:
 
     from contradiff.types import Precision
 
+tqdm.get_lock()  # or tqdm makes it at its first use, and a signal would leave it half made
+
 PARAMS_FILE = Path("params.yaml")
 SECONDS_BETWEEN_LINES = 10.0
 STRATEGIES = {
@@ -318,7 +320,7 @@ def execute(
     printed, and the exit code is 2. CONTRADIFF_TRACEBACK=1 shows the traceback. After a signal, the
     exit code is 128 + its number.
     """
-    gc.enable()  # it sleeps since stages/__init__.py
+    gc.enable()  # it has slept since stages/__init__.py
     module = sys.modules["__main__"]
     assert module.__spec__ is not None, "stages are run as `python -m stages.NAME`"
     stage = module.__spec__.name.rpartition(".")[2]
@@ -351,17 +353,18 @@ def execute(
             work(params, run)
         except PartFinished:
             run.log(f"part {run.part} is finished; without --part, the stage gathers all parts")
-            leave_processes()
-            return
-        later_imports = seconds_of_slow_imports()
-        seconds, imports = time.perf_counter() - started - later_imports, started - STARTED
-        if run.is_main and not run.resumed and mode is None:
-            record_costs(run.root, stage, params, seconds=seconds)
-        run.log(f"done in {seconds:.1f} s, and {imports + later_imports:.1f} s of imports")
+        else:
+            later_imports = seconds_of_slow_imports()
+            seconds, imports = time.perf_counter() - started - later_imports, started - STARTED
+            if run.is_main and not run.resumed and mode is None:
+                record_costs(run.root, stage, params, seconds=seconds)
+            run.log(f"done in {seconds:.1f} s, and {imports + later_imports:.1f} s of imports")
         leave_processes()
-        return
     except (ValueError, OSError, Stopped, RuntimeError) as error:
         text, code = _explain(error, stage)
+    else:
+        stages.has_succeeded = True
+        return
     message = f"contradiff: {stage}: {hide_passwords(text)}"
     if text and is_new_message(message):
         print(message, file=sys.stderr)
@@ -382,13 +385,11 @@ def _show(params: Section, *, describe: Callable[..., str] | None) -> None:
 
 def _run_in_others(module: str, root: Path, *, without_gpu: int) -> int | None:
     """Run a parallel stage in processes that this one starts. None: it must do the work itself."""
-    code = None
     if (nodes := num_nodes()) > 1:
-        code = run_on_nodes(module, nodes=nodes, root=root)
-    elif (count := num_processes(without_gpu=without_gpu)) > 1 or is_one_of_several_launchers():
-        code = run_several(module, count=count)
-    stages.has_succeeded = code == 0
-    return code
+        return run_on_nodes(module, nodes=nodes, root=root)
+    if (count := num_processes(without_gpu=without_gpu)) > 1 or is_one_of_several_launchers():
+        return run_several(module, count=count)
+    return None
 
 
 def _explain(error: BaseException, stage: str) -> tuple[str, int]:
@@ -494,13 +495,9 @@ def _print_traceback(
 
 
 def leave_processes() -> None:
-    """Close the connections to other processes, and note that this process has succeeded.
-
-    Open connections can abort Python at its exit.
-    """
+    """Close the connections to other processes. Open connections can abort Python at its exit."""
     if is_joined():
         import torch.distributed as dist
 
         dist.barrier()
         dist.destroy_process_group()
-    stages.has_succeeded = True

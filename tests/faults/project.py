@@ -150,12 +150,16 @@ def read_outs(folder: Path, stage: str) -> dict[str, bytes]:
 
 
 def environment(folder: Path, **variables: str) -> dict[str, str]:
-    """Return the environment of a run in the project, with the hook."""
+    """Return the environment of a run in the project, with the hook.
+
+    A stage is one process, so that the hook kills the process that the programs wait for, and
+    pretraining adds in the same order. tests/stages/runtime/test_nodes.py kills several processes.
+    """
     kept = {name: value for name, value in os.environ.items() if not name.startswith("MLFLOW_")}
     kept.pop("PYTHONDONTWRITEBYTECODE", None)
     kept |= {"PYTHONPATH": f"{HOOK}{os.pathsep}{folder}", "GIT_CEILING_DIRECTORIES": str(folder)}
     kept["DVC_SITE_CACHE_DIR"] = str(folder.with_name(f"{folder.name}.site-cache"))
-    return kept | variables
+    return kept | {"CONTRADIFF_NUM_PROCESSES": "1"} | variables
 
 
 def start(folder: Path, *command: str, **variables: str) -> "subprocess.Popen[bytes]":

@@ -2,13 +2,15 @@
 
 from stages.runtime.run import Run
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
 
-from contradiff.base.config import BaseParams
+from contradiff.base.config import WEIGHTS_NAME, BaseParams, base_manifest
 from stages import base
 
 HUB = BaseParams(source="hub", path="somebody/model", revision="a" * 40)
@@ -84,3 +86,32 @@ def test_a_hub_that_cannot_be_reached_is_said(run: Run):
         ConnectionError, match=r"^base\.path: somebody/model .* set base\.source to"
     ):
         base.main(base.Params(base=HUB), run)
+
+
+@pytest.mark.parametrize("was_prepared", [False, True])
+def test_weights_that_prepare_has_not_seen_are_compared_with_their_configuration(
+    tiny_base: Path, run: Run, *, was_prepared: bool
+):
+    other = run.root / "other"
+    shutil.copytree(tiny_base, other)
+    params = base.Params(base=local(other))
+    if was_prepared:
+        base.MANIFEST.parent.mkdir(parents=True)
+        base.MANIFEST.write_text(json.dumps(base_manifest(params.base, root=run.root)))
+    base.main(params, run)
+    path = other / "unet" / WEIGHTS_NAME
+    tensors = load_file(path)
+    del tensors["conv_in.weight"]
+    save_file(tensors, path)
+    with pytest.raises(ValueError, match=r"1 of \d+ tensors are missing, such as conv_in\.weight"):
+        base.main(params, run)
+
+
+def test_weights_that_prepare_has_seen_are_not_compared_again(
+    tiny_base: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+):
+    params = base.Params(base=local(tiny_base))
+    base.MANIFEST.parent.mkdir(parents=True)
+    base.MANIFEST.write_text(json.dumps(base_manifest(params.base, root=run.root)))
+    monkeypatch.setattr(base, "check_weights", None)
+    base.main(params, run)
