@@ -80,6 +80,9 @@ def _is_alive(pid: int) -> bool:
         return False
     except PermissionError:
         pass
+    # A zombie has ended. In containers, nobody may wait for it, so that its number stays.
+    with suppress(OSError):
+        return Path(f"/proc/{pid}/stat").read_bytes().rpartition(b") ")[2][:1] != b"Z"
     return True
 
 

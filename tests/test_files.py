@@ -165,9 +165,13 @@ def test_a_folder_without_permission_is_named(tmp_path: Path):
             raise os_error(errno.EACCES, str(refused))
 
 
-def test_what_killed_processes_left_is_deleted(tmp_path: Path):
+@pytest.mark.parametrize("is_zombie", [False, True])
+def test_what_killed_processes_left_is_deleted(tmp_path: Path, *, is_zombie: bool):
     killed = subprocess.Popen(["true"])
-    killed.wait()
+    # A zombie is one that nobody has waited for: WNOWAIT leaves it so.
+    os.waitid(os.P_PID, killed.pid, os.WEXITED | os.WNOWAIT)
+    if not is_zombie:
+        killed.wait()
     of_killed = tmp_path / f".latents.{killed.pid}.part"
     of_living, of_others = (tmp_path / f".latents.{os.getppid()}.part", tmp_path / ".index.1.part")
     for folder in (of_killed, of_living, of_others):
@@ -175,6 +179,7 @@ def test_what_killed_processes_left_is_deleted(tmp_path: Path):
         (folder / "half").touch()
     with replace_dir(tmp_path / "latents"):
         pass
+    killed.wait()
     assert names(tmp_path) == sorted([".index.1.part", of_living.name, "latents"])
 
 
