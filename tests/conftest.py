@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import os
 import signal
 import sys
@@ -23,7 +22,7 @@ os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PAT
 for _name in ("MLFLOW_TRACKING_URI", "MLFLOW_RUN_ID", "DVC_ROOT", "DVC_STAGE", "DVC_EXP_NAME"):
     os.environ.pop(_name, None)
 
-from collections.abc import Callable, Generator
+from collections.abc import Callable
 from copy import deepcopy
 from typing import TYPE_CHECKING, Any
 
@@ -41,16 +40,6 @@ install_import_hook("contradiff", "beartype.beartype")
 # Hypothesis uses the same examples in every run, and no time limits.
 settings.register_profile("contradiff", deadline=None, derandomize=True, database=None)
 settings.load_profile("contradiff")
-
-
-@pytest.hookimpl(wrapper=True)
-def pytest_collection() -> Generator[None, object, object]:
-    """Import all tests while the garbage collector sleeps, which takes less time."""
-    gc.disable()
-    try:
-        return (yield)
-    finally:
-        gc.enable()
 
 
 @pytest.fixture(scope="session")

@@ -19,12 +19,8 @@ PRESETS = sorted((ROOT / "presets").glob("*.yaml"))
 NEVER_A_RESULT = {
     *("stages/runtime", "contradiff/report", "contradiff/rules.py", "contradiff/processes.py"),
     *("contradiff/config.py", "contradiff/files.py", "contradiff/types.py"),
-    *(
-        "contradiff/signals.py",
-        "contradiff/watch.py",
-        "contradiff/imports.py",
-        "contradiff/planning",
-    ),
+    *("contradiff/signals.py", "contradiff/watch.py", "contradiff/planning"),
+    "contradiff/imports.py",
 }
 """Code that changes no stage's result: messages, reports, reading and writing of files."""
 
