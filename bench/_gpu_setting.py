@@ -18,14 +18,13 @@ from bench._copies import ROOT
 from bench._rig import Rig
 from contradiff.base.config import SHIPPED_CONFIGS, downsampling_of, read_config
 from contradiff.base.loading import NoiseSchedule, load_scheduler
-from contradiff.config import parse, read_params
+from contradiff.config import Precision, parse, read_params
 from contradiff.method.lora import add_lora, cast_frozen_weights, merge_lora
 from contradiff.method.model import ContraDiffModel
 from contradiff.method.objective import TrainingBatch
 from contradiff.toy.base_recipe import build_scheduler, build_unet, build_vae
 from contradiff.training.pretraining import set_up
 from contradiff.training.recipe import Checkpointing
-from contradiff.types import Precision
 
 
 @dataclass(frozen=True)

@@ -31,12 +31,12 @@ from contradiff.data.shards import ShardIndex, read_split
 from contradiff.data.subsets import is_dev, share_of_each_class
 from contradiff.downstream.diagnostics import two_views, view_metrics
 from contradiff.downstream.logistic import logistic_score, stratified_folds
-from contradiff.downstream.probe import ProbeParams
-from contradiff.downstream.separability import SeparabilityParams
+from contradiff.downstream.params import ProbeParams, SeparabilityParams
 from contradiff.evaluation.extractors import Extractor, load_extractor
 from contradiff.evaluation.fid import FeatureSource, FeatureStatistics, fid
 from contradiff.evaluation.measuring import real_image
-from contradiff.evaluation.scores import ScoreParams, kid
+from contradiff.evaluation.params import ScoreParams
+from contradiff.evaluation.scores import kid
 from contradiff.features.batches import CleanBatch, stored_batches
 from contradiff.features.cache import ModelFolders
 from contradiff.features.models import (
@@ -47,12 +47,13 @@ from contradiff.features.models import (
 )
 from contradiff.features.params import FeaturesParams
 from contradiff.generation.conditions import unconditional
-from contradiff.generation.sampling import GenerateParams, generate
+from contradiff.generation.params import GenerateParams
+from contradiff.generation.sampling import generate
 from contradiff.generation.solvers import load_solver
 from contradiff.method.checkpoint import read_checkpoint_card
 from contradiff.method.lora import merge_lora
-from contradiff.method.model import Architecture
 from contradiff.method.noise import add_noise
+from contradiff.method.params import Architecture
 
 BASE, CHECKPOINT, EXTRACTOR = map(Path, ("build/base", "build/pretrain", "build/extractor"))
 IMAGES, LATENTS, KEPT = map(Path, ("build/shards", "build/latents", ".work/checkpoints"))

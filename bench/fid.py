@@ -16,9 +16,10 @@ from torch_fidelity import feature_extractor_inceptionv3 as module
 from torch_fidelity.metric_isc import isc_features_to_metric
 
 from contradiff.data.png import encode_png
-from contradiff.evaluation import inception
-from contradiff.evaluation.extractors import Extractor, Resizer, load_extractor, save_inception
+from contradiff.evaluation.extractors import Extractor, load_extractor, save_inception
 from contradiff.evaluation.fid import frechet_distance
+from contradiff.evaluation.inception_files import PINNED, STATE_DICT_NAME
+from contradiff.evaluation.params import Resizer
 from contradiff.evaluation.scores import kid, prdc
 from contradiff.files import sha256_of
 
@@ -32,7 +33,7 @@ def main(arguments: Sequence[str]) -> None:
 def agreement_table(folder: Path, num_images: int) -> None:
     """Print our scores of two sets of images, and those that torch-fidelity computes from files."""
     torch.save(random_inception(0), weights := folder / "inception.pth")
-    with mock.patch.dict(inception.PINNED, {sha256_of(weights): inception.STATE_DICT_NAME}):
+    with mock.patch.dict(PINNED, {sha256_of(weights): STATE_DICT_NAME}):
         save_inception(folder / "extractor", weights, resizers=["legacy_tensorflow"])
         extractor = load_extractor(folder / "extractor", device=torch.device("cpu"))
     found: list[tuple[Tensor, Tensor]] = []

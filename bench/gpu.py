@@ -38,7 +38,9 @@ from bench._gpu_setting import (
 from bench._rig import HEAD, Rig, line
 from contradiff.base.loading import load_scheduler
 from contradiff.base.vae import decode_latents, encode
+from contradiff.config import Precision
 from contradiff.evaluation import inception
+from contradiff.evaluation.inception_files import STATE_DICT_NAME
 from contradiff.features.batches import CleanBatch
 from contradiff.features.models import DiffusionFeatures
 from contradiff.generation.sampling import denoise
@@ -47,7 +49,6 @@ from contradiff.method.compilation import compile_blocks
 from contradiff.method.model import ContraDiffModel
 from contradiff.method.noise import add_noise
 from contradiff.training.optim import build_adamw
-from contradiff.types import Precision
 
 NUM_STEPS = 50
 Work = Callable[[], Tensor]
@@ -325,7 +326,7 @@ def fid(setting: Setting) -> None:
 
     number, device = setting.sizes.inception, setting.rig.device
     with tempfile.TemporaryDirectory() as name:
-        torch.save(random_inception(0), path := Path(name, inception.STATE_DICT_NAME))
+        torch.save(random_inception(0), path := Path(name, STATE_DICT_NAME))
         network = inception.Inception(path).to(device).eval()
     images = torch.randint(256, (number, 3, 299, 299), device=device).float()
 

@@ -25,9 +25,10 @@ from torchvision.transforms.v2 import functional
 
 from bench._turns import Row, compare, relative_error
 from contradiff.data.latents import StoredLatents
+from contradiff.data.pairs import PairedShards
 from contradiff.data.shard_info import ImageInfo, LatentInfo
 from contradiff.data.shards import Sample, ShardIndex, image_record, write_split
-from contradiff.data.streams import PairedShards, TrainingStream, training_batches
+from contradiff.data.streams import TrainingStream, training_batches
 from contradiff.data.transforms import apply_crop, decode, random_crop
 from contradiff.training.batch import ViewChooser
 from contradiff.types import to_pixels

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from bench._turns import Row, compare, relative_error
 from contradiff.downstream.linear import LinearProbe
+from contradiff.downstream.params import SgdSchedule, SgdSetting
 from contradiff.downstream.probe import Probe, evaluate, train_probes
-from contradiff.training.optim import SgdSchedule, SgdSetting
 
 GRID = product((0.01, 0.03, 0.1, 0.3, 1.0, 3.0), (0.0, 1e-4))
 SETTINGS = [SgdSetting(lr, 0.9, decay) for lr, decay in GRID]

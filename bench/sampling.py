@@ -17,8 +17,9 @@ from bench._tiny import random_model, write_base
 from bench._turns import Row, compare
 from contradiff.base.loading import load_vae
 from contradiff.base.vae import decode_latents
+from contradiff.generation.params import Solver
 from contradiff.generation.sampling import denoise
-from contradiff.generation.solvers import Solver, load_solver
+from contradiff.generation.solvers import load_solver
 from contradiff.method.lora import merge_lora
 
 GUIDANCE = 1.5

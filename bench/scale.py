@@ -22,9 +22,9 @@ from bench._copies import ROOT
 from bench._page import replace_between
 from contradiff.config import parse, read_params
 from contradiff.data.order import GROUPS, SHUFFLE_BUFFER, TrainingOrder
+from contradiff.data.pairs import PairedShards
 from contradiff.data.shard_info import ImageInfo, LatentInfo
 from contradiff.data.shards import Shard, ShardIndex, ShardParams, shard_name
-from contradiff.data.streams import PairedShards
 from contradiff.planning import costs
 from contradiff.planning.plan import LATENT_BYTES
 from contradiff.rules import AllParams

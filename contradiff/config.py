@@ -5,7 +5,7 @@ Fields that affect results have no defaults in the code, so params.yaml shows ev
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pydantic_core import ErrorDetails
@@ -15,6 +15,9 @@ PRESETS = Path(__file__).parent / "presets"
 
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 """A random seed. NumPy accepts no larger seeds."""
+
+Precision = Literal["fp32", "bf16"]
+"""Precision of forward and backward passes under autocast; trained weights stay float32."""
 
 
 class Section(BaseModel):

@@ -9,22 +9,15 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from contradiff.base.config import BaseParams, downsampling_of, read_config
+from contradiff.base.headers import linear_layers
 from contradiff.base.timesteps import Timesteps
-from contradiff.base.weights import linear_layers
-from contradiff.data.latents import LatentsParams
-from contradiff.data.params import DataParams, RawParams
+from contradiff.data.params import DataParams, LatentsParams, RawParams
 from contradiff.data.shards import ShardParams
-from contradiff.downstream.probe import ProbeParams
-from contradiff.downstream.separability import SeparabilityParams
-from contradiff.downstream.transfer import TransferParams
-from contradiff.evaluation.extractors import ExtractorParams
-from contradiff.evaluation.reference import ReferenceParams
-from contradiff.evaluation.scores import ScoreParams
-from contradiff.features.inversion import CHAIN_STEPS
-from contradiff.features.params import FeaturesParams
-from contradiff.generation.class_table import ClassConditionParams
-from contradiff.generation.sampling import GenerateParams
-from contradiff.method.model import Architecture
+from contradiff.downstream.params import ProbeParams, SeparabilityParams, TransferParams
+from contradiff.evaluation.params import ExtractorParams, ReferenceParams, ScoreParams
+from contradiff.features.params import CHAIN_STEPS, FeaturesParams
+from contradiff.generation.params import ClassConditionParams, GenerateParams
+from contradiff.method.params import Architecture
 from contradiff.sources.packing import IngestParams
 from contradiff.sources.transfer_set import TransferDataParams
 from contradiff.training.recipe import TrainingRecipe

@@ -1,13 +1,8 @@
-"""Names of tensor shapes and choices that many modules share."""
-
-from typing import Literal
+"""Names of tensor shapes that many modules share."""
 
 import torch
 from jaxtyping import Float, Int, UInt8
 from torch import Tensor
-
-Precision = Literal["fp32", "bf16"]
-"""Precision of forward and backward passes under autocast; trained weights stay float32."""
 
 Pixels = Float[Tensor, "batch 3 height width"]
 """Images as networks read them: RGB in [-1, 1]."""

@@ -12,7 +12,7 @@ from contradiff.config import Seed
 from contradiff.data.map_shards import STATE_VERSION
 from contradiff.data.shard_info import LatentInfo
 from contradiff.data.shards import ShardIndex
-from contradiff.downstream.probe import ProbeParams
+from contradiff.downstream.params import ProbeParams
 from contradiff.downstream.probe_grid import score_columns
 from contradiff.features.batches import StoredImages
 from contradiff.features.cache import FeatureCache, ModelFolders
@@ -20,7 +20,7 @@ from contradiff.features.models import untrained_features
 from contradiff.features.params import FeaturesParams
 from contradiff.features.write_cache import bytes_of_features, write_cache
 from contradiff.files import check_free_space
-from contradiff.method.model import Architecture
+from contradiff.method.params import Architecture
 
 BASE, IMAGES, LATENTS = Path("build/base"), Path("build/shards"), Path("build/latents")
 ROWS = {

@@ -9,14 +9,10 @@ from contradiff.data.params import DataParams
 from contradiff.data.shard_info import ImageInfo
 from contradiff.data.shards import ShardIndex
 from contradiff.evaluation.classifier import train_classifier
-from contradiff.evaluation.extractors import (
-    ExtractorParams,
-    read_extractor_card,
-    save_classifier,
-    save_inception,
-)
-from contradiff.evaluation.inception import download_inception
+from contradiff.evaluation.extractors import read_extractor_card, save_classifier, save_inception
+from contradiff.evaluation.inception_files import download_inception
 from contradiff.evaluation.measuring import real_images
+from contradiff.evaluation.params import ExtractorParams
 
 IMAGES, EXTRACTOR = Path("build/shards"), Path("build/extractor")
 

@@ -20,7 +20,7 @@ from contradiff.features.params import FeaturesParams
 from contradiff.features.write_cache import bytes_of_features, write_cache
 from contradiff.files import bytes_of, check_free_space, describe_bytes
 from contradiff.method.compilation import compile_blocks
-from contradiff.method.model import Architecture
+from contradiff.method.params import Architecture
 
 BASE, PRETRAIN = Path("build/base"), Path("build/pretrain")
 IMAGES, LATENTS, FEATURES = Path("build/shards"), Path("build/latents"), Path("build/features")

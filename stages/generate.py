@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 from contradiff.base.loading import load_vae
-from contradiff.config import Seed
+from contradiff.config import Precision, Seed
 from contradiff.data import map_shards
 from contradiff.data.params import DataParams
 from contradiff.data.png import LiveGrid
@@ -18,13 +18,14 @@ from contradiff.data.shards import ShardParams, write_shard
 from contradiff.files import bytes_of, check_free_space, describe_bytes, replace_dir, replace_file
 from contradiff.generation import samples
 from contradiff.generation.conditions import load_conditioning
-from contradiff.generation.sampling import GenerateParams, generate
+from contradiff.generation.params import GenerateParams
+from contradiff.generation.sampling import generate
 from contradiff.generation.solvers import load_solver
 from contradiff.method.checkpoint import load_checkpoint
 from contradiff.method.compilation import compile_blocks
 from contradiff.method.lora import cast_frozen_weights
-from contradiff.method.model import Architecture, ContraDiffModel
-from contradiff.types import Precision
+from contradiff.method.model import ContraDiffModel
+from contradiff.method.params import Architecture
 
 BASE, CHECKPOINT = Path("build/base"), Path("build/pretrain")
 CLASSES, CONDITIONS = Path("build/class_condition"), Path("build/conditions")

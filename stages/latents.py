@@ -13,8 +13,7 @@ from contradiff.base.loading import load_vae
 from contradiff.config import Section, Seed
 from contradiff.data import map_shards, shards
 from contradiff.data.encoding import LatentEncoder, reconstruct
-from contradiff.data.latents import LatentsParams
-from contradiff.data.params import DataParams
+from contradiff.data.params import DataParams, LatentsParams
 from contradiff.data.png import paired_grid
 from contradiff.data.shard_info import ImageInfo
 from contradiff.files import check_free_space, replace_dir, replace_file

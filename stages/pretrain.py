@@ -14,7 +14,7 @@ from torch.autograd import set_detect_anomaly
 from contradiff.base.config import BaseParams, config_folder
 from contradiff.base.loading import load_vae
 from contradiff.config import Section, parse, read_params
-from contradiff.data.streams import PairedShards
+from contradiff.data.pairs import PairedShards
 from contradiff.method.checkpoint import save_checkpoint
 from contradiff.method.compilation import compile_blocks
 from contradiff.method.model import ContraDiffModel, build_model

@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from contradiff.config import Section, Seed, read_card
-from contradiff.downstream.probe import ProbeParams
+from contradiff.downstream.params import ProbeParams
 from contradiff.downstream.probe_grid import ProbeData, probe_metrics, train_grid, write_grid
 from contradiff.features.cache import FeatureCache, ModelFolders
-from contradiff.method.checkpoint import write_weights
+from contradiff.method.weights import write_weights
 
 BASE, PRETRAIN = Path("build/base"), Path("build/pretrain")
 FEATURES, PROBE = Path("build/features"), Path("build/probe")

@@ -14,7 +14,8 @@ from contradiff.data.shard_info import ImageInfo
 from contradiff.data.shards import ShardIndex
 from contradiff.evaluation.extractors import load_extractor, read_extractor_card
 from contradiff.evaluation.measuring import measure_shards, real_image
-from contradiff.evaluation.reference import ReferenceCard, ReferenceParams, write_reference
+from contradiff.evaluation.params import ReferenceParams
+from contradiff.evaluation.reference import ReferenceCard, write_reference
 
 IMAGES, EXTRACTOR, REFERENCE = map(Path, ("build/shards", "build/extractor", "build/reference"))
 

@@ -12,8 +12,9 @@ from contradiff.data.shard_info import SampleInfo
 from contradiff.data.shards import ShardIndex
 from contradiff.evaluation.extractors import load_extractor, read_extractor_card
 from contradiff.evaluation.measuring import Measurement, generated_image, measure_shards
+from contradiff.evaluation.params import ScoreParams
 from contradiff.evaluation.reference import read_reference
-from contradiff.evaluation.scores import MIN_UNBIASED_IMAGES, SCORES, ScoreParams, scores_of
+from contradiff.evaluation.scores import MIN_UNBIASED_IMAGES, SCORES, scores_of
 
 SAMPLES, EXTRACTOR, REFERENCE = map(Path, ("build/samples", "build/extractor", "build/reference"))
 

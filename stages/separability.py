@@ -19,7 +19,7 @@ from contradiff.features.cache import ModelFolders
 from contradiff.features.models import DiffusionFeatures, compute_features, load_feature_model
 from contradiff.features.params import FeaturesParams
 from contradiff.files import replace_file
-from contradiff.method.model import Architecture
+from contradiff.method.params import Architecture
 from contradiff.report.figures import plot_embeddings
 
 BASE, CHECKPOINT = Path("build/base"), Path("build/pretrain")

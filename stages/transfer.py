@@ -12,7 +12,8 @@ from pathlib import Path
 from contradiff.base.loading import load_vae
 from contradiff.config import Seed
 from contradiff.data.params import DataParams
-from contradiff.downstream.transfer import TransferParams, TransferTask, transfer_metrics
+from contradiff.downstream.params import TransferParams
+from contradiff.downstream.transfer import TransferTask, transfer_metrics
 from contradiff.features.batches import encode_images
 from contradiff.features.cache import ModelFolders
 from contradiff.features.models import load_feature_model
@@ -20,7 +21,7 @@ from contradiff.features.params import FeaturesParams
 from contradiff.features.spread import check_spread
 from contradiff.features.timm_backbone import TimmFeatures
 from contradiff.method.checkpoint import load_checkpoint
-from contradiff.method.model import Architecture
+from contradiff.method.params import Architecture
 from contradiff.sources.transfer_set import TransferSet
 
 MANIFEST = Path("build/manifest/transfer.json")

@@ -5,8 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from contradiff.downstream.params import SgdSchedule, SgdSetting
 from contradiff.downstream.probe import train_probes
-from contradiff.training.optim import SgdSchedule, SgdSetting
 
 SETTING = SgdSetting(lr=0.01, momentum=0.9, weight_decay=0.0)
 SCHEDULE = SgdSchedule(batch_size=64, epochs=10, warmup_epochs=1.0)

@@ -65,8 +65,8 @@ def build_tiny(tiny_base: Path, tiny_params: dict[str, Any]) -> Callable[..., Co
     """Build a ContraDiff on `tiny_base` in evaluation mode; weights that start at 0 get random."""
     import torch
 
-    from contradiff.method.checkpoint import Architecture
     from contradiff.method.model import build_model
+    from contradiff.method.params import Architecture
 
     built: dict[str, ContraDiffModel] = {}  # a copy takes half the time of a new model
 
@@ -116,7 +116,7 @@ def tiny_data(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
 
     from contradiff.base.loading import load_vae
     from contradiff.data.encoding import LatentEncoder
-    from contradiff.data.latents import LatentsParams
+    from contradiff.data.params import LatentsParams
     from contradiff.data.png import encode_png
     from contradiff.data.shard_info import ImageInfo
     from contradiff.data.shards import Sample, ShardIndex, image_record, write_split

@@ -13,7 +13,8 @@ import torch
 from contradiff.evaluation.scores import vendi
 from contradiff.features.models import load_feature_model
 from contradiff.features.params import FeaturesParams
-from contradiff.method.losses import CONTRASTIVE_LOSSES, LossParams
+from contradiff.method.losses import CONTRASTIVE_LOSSES
+from contradiff.method.params import LossParams
 from contradiff.sources.transfer_set import TransferDataParams
 from tests.settings import TINY
 

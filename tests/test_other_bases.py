@@ -24,11 +24,13 @@ from torch import Tensor
 
 from contradiff.base.config import check_base
 from contradiff.base.weights import check_weights
-from contradiff.features.inversion import CHAIN_STEPS, inverted_maps
+from contradiff.features.inversion import inverted_maps
+from contradiff.features.params import CHAIN_STEPS
 from contradiff.generation.sampling import denoise
 from contradiff.generation.solvers import load_solver
-from contradiff.method.model import Architecture, ContraDiffModel, build_model
+from contradiff.method.model import ContraDiffModel, build_model
 from contradiff.method.objective import TrainingStep
+from contradiff.method.params import Architecture
 from contradiff.pretrained.folder import write_lora
 from tests.method.batches import draw_batch, loss_params, watch_maps
 from tests.settings import ARCHITECTURE

@@ -1,13 +1,12 @@
 """Checks the weights of a base before expensive work: their names, shapes, types and values."""
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from torch import nn
 
 from contradiff.base.config import GET_AGAIN, WEIGHTS_NAME
+from contradiff.base.headers import weight_files
 from contradiff.base.loading import unet_without_weights, vae_without_weights
 from contradiff.files import explain_damage
 
@@ -42,7 +41,9 @@ def check_values(folder: Path) -> None:
     """
     from safetensors import safe_open
 
-    files = [folder / part / file for part in ("vae", "unet") for file in _files(folder / part)]
+    files = [
+        folder / part / file for part in ("vae", "unet") for file in weight_files(folder / part)
+    ]
     faults: list[str] = []
     for file in files:
         with explain_damage(file, remedy=GET_AGAIN), safe_open(file, framework="pt") as tensors:
@@ -61,32 +62,12 @@ def _raise(faults: list[str]) -> None:
         raise ValueError("\n".join(faults))
 
 
-def linear_layers(folder: Path) -> list[str]:
-    """Return the names of the UNet's linear layers: the matrices in the headers of its weights.
-
-    If the weights are missing or damaged (`check_weights` says so), diffusers builds the UNet.
-    """
-    from safetensors import SafetensorError, safe_open
-
-    names: list[str] = []
-    try:
-        for file in _files(folder / "unet"):
-            with safe_open(folder / "unet" / file, framework="pt") as tensors:
-                keys = list[str](tensors.keys())
-                ranks = {key: len(tensors.get_slice(key).get_shape()) for key in keys}
-            names += [key.removesuffix(".weight") for key, rank in ranks.items() if rank == 2]
-    except (OSError, ValueError, SafetensorError):
-        unet = unet_without_weights(folder)
-        return [name for name, part in unet.named_modules() if isinstance(part, nn.Linear)]
-    return names
-
-
 def _faults(folder: Path, shapes: dict[str, list[int]]) -> Iterator[str]:
     """Yield a text for each fault, which begins with a file's name."""
     from safetensors import SafetensorError, safe_open
 
     found: set[str] = set()
-    for file in _files(folder):
+    for file in weight_files(folder):
         if _is_pointer(folder / file):
             yield f"{file} is only a Git-LFS pointer; type `git lfs pull` where it comes from"
             return
@@ -108,17 +89,6 @@ def _faults(folder: Path, shapes: dict[str, list[int]]) -> Iterator[str]:
     if missing := [name for name in shapes if name not in found]:
         more = f"{len(missing)} of {len(shapes)} tensors are missing, such as {missing[0]}"
         yield f"{WEIGHTS_NAME} does not fit config.json: {more}"
-
-
-def _files(folder: Path) -> list[str]:
-    """Return the names of the weight files. Large models have several, which an index lists."""
-    index = folder / f"{WEIGHTS_NAME}.index.json"
-    if (folder / WEIGHTS_NAME).is_file() or not index.is_file():
-        return [WEIGHTS_NAME]
-    try:
-        return sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"base.path: {index} is damaged ({error!r}); get it again") from error
 
 
 def _is_pointer(path: Path) -> bool:

@@ -17,7 +17,8 @@ from torch.utils.data import DataLoader, Dataset
 
 from contradiff.base import vae
 from contradiff.data import transforms
-from contradiff.data.latents import LatentsParams, StoredLatents
+from contradiff.data.latents import StoredLatents
+from contradiff.data.params import LatentsParams
 from contradiff.data.shard_info import ImageInfo, LatentInfo
 from contradiff.data.shards import Record, Sample, ShardIndex
 from contradiff.data.transforms import Crop

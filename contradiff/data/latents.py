@@ -7,35 +7,13 @@ has both, one after the other, in 16 bits. The position of the crop in the image
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 from jaxtyping import Float
-from pydantic import Field
 
-from contradiff.config import Section
 from contradiff.data.shards import REMEDY, Record, array_from_bytes, array_to_bytes
 from contradiff.data.transforms import Crop
 from contradiff.files import explain_damage
-
-
-class LatentsParams(Section):
-    """Section `latents`: which crops of an image to encode before training."""
-
-    views: int = Field(ge=1, description="crops of an image: 1 centre crop, the others random")
-    flips: bool = Field(description="also encode the mirror image of each training crop")
-    crop_scale_min: float = Field(gt=0, le=1, description="smallest random crop (share of area)")
-    colour_jitter: float = Field(ge=0, le=1, description="colour changes in random crops; 0: none")
-    dtype: Literal["float16", "bfloat16"] = Field(description="type of the stored latents")
-    min_psnr: float = Field(description="smallest allowed mean PSNR of decoded latents, in dB")
-    batch_size: int = Field(ge=1, description="number of crops that the VAE encodes in one pass")
-
-    def views_of(self, split: str) -> tuple[int, bool]:
-        """Return the number of crops of an image, and whether their mirror images are added.
-
-        In the split `val`, which serves only for evaluation, an image has only its centre crop.
-        """
-        return (1, False) if split == "val" else (self.views, self.flips)
 
 
 @dataclass(frozen=True)

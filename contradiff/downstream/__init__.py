@@ -1,5 +1,6 @@
 """How good frozen features are: classifiers (Table 2), transfer (Table 6), separability (Fig. 3).
 
 `probe_grid` runs `probe` on every cached feature in every setting. `finetuning` trains the model
-itself. This package imports neither `generation` nor `evaluation`.
+itself. `params` has sections of params.yaml. This package imports neither `generation` nor
+`evaluation`.
 """

@@ -20,7 +20,7 @@ from contradiff.features.models import DiffusionFeatures, autocast, compute_feat
 from contradiff.features.params import FeaturesParams
 from contradiff.method.lora import cast_frozen_weights
 from contradiff.method.model import ContraDiffModel
-from contradiff.method.noise import NUM_LEVELS
+from contradiff.method.params import NUM_LEVELS
 from contradiff.training.loop import train
 from contradiff.training.optim import build_adamw, cosine_with_warmup
 from contradiff.types import ByteImages, Latents, to_bytes, to_pixels

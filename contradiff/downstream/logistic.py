@@ -9,35 +9,22 @@ L2 penalty: a small C regularises strongly.
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Annotated, Any, TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
 from jaxtyping import Float, Int64
-from pydantic import Field
 from torch import Tensor
 
 from contradiff.downstream.accuracy import Accuracy, accuracy_of
 from contradiff.downstream.linear import LinearProbe
 from contradiff.imports import slow_import
 
-Cs: TypeAlias = list[Annotated[float, Field(gt=0)]]
-"""Values of C (inverse penalties) to choose from."""
-
 SEARCH_TOLERANCE = 1e-3
 """Largest gradient at which a fit in the choice of C ends. The default 1e-4 takes twice as long."""
 
 Fold: TypeAlias = tuple[Int64[np.ndarray, " _"], Int64[np.ndarray, " _"]]
 """Two sets of rows of the training samples: rows to fit a classifier to, and rows to test C on."""
-
-
-def refuse_headline_without_cs(section: str, headline: str, cs: Sequence[float]) -> None:
-    """Raise ValueError if the headline is logistic regression, but there is no C to try."""
-    if headline == "logistic" and not cs:
-        raise ValueError(
-            f"{section}.headline: logistic needs values of C, but {section}.cs is []; set "
-            f"{section}.cs to a grid such as [0.01, 0.1, 1.0], or {section}.headline to sgd"
-        )
 
 
 @dataclass(frozen=True)

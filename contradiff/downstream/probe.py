@@ -13,92 +13,23 @@ import math
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
-from typing import Annotated, ClassVar, Literal, TypeAlias
+from typing import TypeAlias
 
 import torch
 from jaxtyping import Float, Int64
-from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from contradiff.downstream.accuracy import Accuracy, accuracy_of
 from contradiff.downstream.linear import LinearProbe
-from contradiff.downstream.logistic import Cs, refuse_headline_without_cs
-from contradiff.training.optim import SgdParams, SgdSchedule, SgdSetting, cosine_with_warmup
+from contradiff.downstream.params import SgdSchedule, SgdSetting
+from contradiff.training.optim import cosine_with_warmup
 
 OnEpoch: TypeAlias = Callable[[int, Mapping[str, float]], None]
 """Called after each epoch with the epochs done and the first probe's mean "loss" and "lr"."""
 
 Inputs: TypeAlias = Float[Tensor, "n ..."] | Dataset[Tensor]
 """Features (n, d), or UNet maps (n, 3, c, h, w), noisiest first; a Dataset reads the maps."""
-
-TABLE_2 = SgdSetting(lr=0.01, momentum=0.9, weight_decay=0.05)
-"""The setting of the paper's Table 2. Every grid includes this setting."""
-
-
-class ProbeParams(SgdParams):
-    """Section `probe`: how classifiers of frozen features are trained and tested."""
-
-    section: ClassVar[str] = "probe"
-
-    split: Literal["val", "dev"] = Field(
-        description="images to test on: val | dev: a held-out tenth of the training images, with "
-        "which to choose a setting of the grid"
-    )
-    head: Literal["linear", "attentive"] = Field(
-        description="linear: trains a linear layer | attentive: also trains the attention head"
-    )
-    headline: Literal["logistic", "sgd"] = Field(
-        description="whose accuracy is the main score: that of logistic regression or of SGD"
-    )
-    cs: Cs = Field(description="values of C that logistic regression tries; []: do not train it")
-    few_labels: list[Annotated[float, Field(gt=0, le=1)]] = Field(
-        description="logistic regression is also trained with only these shares of the labels"
-    )
-    baselines: Literal["all", "pooled", "none"] = Field(
-        description="features of the untrained model to test as well; pooled: not the full map"
-    )
-    lrs: list[float] = Field(description="learning rates to try in addition to lr")
-    weight_decays: list[float] = Field(description="decays to try in addition to weight_decay")
-
-    @model_validator(mode="after")
-    def _grid_is_positive(self) -> "ProbeParams":
-        if min(self.lrs, default=1.0) <= 0:
-            raise ValueError(f"probe.lrs: {self.lrs}: set all to more than 0")
-        if min(self.weight_decays, default=0.0) < 0:
-            raise ValueError(f"probe.weight_decays: {self.weight_decays}: set all to 0 or more")
-        return self
-
-    @model_validator(mode="after")
-    def _logistic_regression_is_possible(self) -> "ProbeParams":
-        if self.headline == "logistic" and self.head == "attentive":
-            raise ValueError(
-                "probe.headline: logistic regression needs frozen features, but probe.head: "
-                "attentive trains the head too; set probe.headline to sgd"
-            )
-        if self.few_labels and not self.cs:
-            raise ValueError(
-                "probe.few_labels: only logistic regression uses this list, but probe.cs is []; "
-                "set probe.few_labels to [], or probe.cs to a grid such as [0.01, 0.1, 1.0]"
-            )
-        refuse_headline_without_cs(self.section, self.headline, self.cs)
-        return self
-
-    @property
-    def grid(self) -> tuple[SgdSetting, ...]:
-        """Settings to try: params.yaml's, Table 2's, then all other pairs of rate and decay.
-
-        Attentive probes try only the first two, because each trains its own attention head.
-        """
-        if self.head == "attentive":
-            return tuple(dict.fromkeys((self.setting, TABLE_2)))
-        others = [
-            SgdSetting(lr, self.momentum, weight_decay)
-            for lr in (self.lr, *self.lrs)
-            for weight_decay in (self.weight_decay, *self.weight_decays)
-        ]
-        return tuple(dict.fromkeys((self.setting, TABLE_2, *others)))
-
 
 Probe: TypeAlias = LinearProbe | nn.Sequential
 """A linear probe, or an attentive probe: the modules "attention_head" and "probe" in sequence."""

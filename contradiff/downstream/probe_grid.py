@@ -23,11 +23,10 @@ from contradiff.data.subsets import is_dev, share_of_each_class
 from contradiff.downstream import probe as probes
 from contradiff.downstream.accuracy import Accuracy
 from contradiff.downstream.logistic import LogisticScore, logistic_score, stratified_folds
-from contradiff.downstream.probe import TABLE_2, ProbeParams
+from contradiff.downstream.params import TABLE_2, ProbeParams, SgdSchedule, SgdSetting
 from contradiff.features.cache import CacheIndex, FeatureCache
 from contradiff.features.params import FeatureSpec
 from contradiff.imports import slow_import
-from contradiff.training.optim import SgdSchedule, SgdSetting
 
 
 @dataclass(frozen=True)

@@ -10,28 +10,10 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from jaxtyping import Float, Int
-from pydantic import Field, model_validator
 
-from contradiff.config import Section
+from contradiff.downstream.params import SeparabilityParams
 from contradiff.features.spread import check_spread
 from contradiff.imports import slow_import
-
-
-class SeparabilityParams(Section):
-    """Section `separability`: images and classes of Fig. 3. The paper does not name them."""
-
-    num_images: int = Field(ge=4, description="maximum number of validation images")
-    num_classes: int = Field(ge=2, description="maximum number of classes, drawn at random")
-    num_neighbours: int = Field(ge=1, description="k of the k-nearest-neighbour vote")
-
-    @model_validator(mode="after")
-    def _neighbours_are_other_images(self) -> "SeparabilityParams":
-        if self.num_neighbours >= self.num_images:
-            raise ValueError(
-                f"separability.num_neighbours: set it below separability.num_images, which is "
-                f"{self.num_images} (got {self.num_neighbours})"
-            )
-        return self
 
 
 @dataclass(frozen=True)

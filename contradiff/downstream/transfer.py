@@ -7,23 +7,18 @@ import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, ClassVar, Literal, TypeAlias
+from typing import Any
 
 import numpy as np
 import torch
 from jaxtyping import Int64
-from pydantic import Field, model_validator
 from torch import Tensor
 
 from contradiff.data.map_shards import Processes, Tick
 from contradiff.data.subsets import k_shot_split
 from contradiff.downstream.finetuning import EncodedImages, finetune, finetuned_top1, weights_kept
-from contradiff.downstream.logistic import (
-    Cs,
-    logistic_score,
-    refuse_headline_without_cs,
-    stratified_folds,
-)
+from contradiff.downstream.logistic import logistic_score, stratified_folds
+from contradiff.downstream.params import Shots, TransferParams
 from contradiff.downstream.probe import OnEpoch, evaluate, train_probes
 from contradiff.features.batches import CleanBatch
 from contradiff.features.models import FeatureModel, LabelledFeatures, compute_features
@@ -31,46 +26,7 @@ from contradiff.features.params import FeaturesParams
 from contradiff.imports import slow_import
 from contradiff.method.model import ContraDiffModel
 from contradiff.sources.transfer_set import TransferSplit
-from contradiff.training.optim import SgdParams
 from contradiff.types import ByteImages
-
-Shots: TypeAlias = int | Literal["full"]
-"""Number of training images per class, or "full" for all training images."""
-
-
-class TransferParams(SgdParams):
-    """Section `transfer`: few-shot classification of another data set."""
-
-    section: ClassVar[str] = "transfer"
-
-    shots: list[Shots] = Field(
-        min_length=1,
-        description="training images per class, or full: all; the first gives the main result",
-    )
-    headline: Literal["logistic", "ridge", "sgd"] = Field(
-        description="classifier whose accuracy is reported as the main score; sgd: a linear probe"
-    )
-    cs: Cs = Field(description="values of C that logistic regression tries; []: do not train it")
-    num_splits: int = Field(
-        ge=1, description="random few-shot sets for each number of shots; full: 1 set"
-    )
-    ridge: float = Field(gt=0, description="factor of ridge regression's L2 penalty")
-    finetune_epochs: int = Field(
-        ge=0,
-        description="epochs of fine-tuning the model with a classifier; 0: none, as in the paper",
-    )
-    finetune_lr: float = Field(gt=0, description="highest learning rate of fine-tuning")
-    finetune_weight_decay: float = Field(ge=0)
-    finetune_batch_size: int = Field(ge=1)
-
-    @model_validator(mode="after")
-    def _shots_are_counts(self) -> "TransferParams":
-        counts = [shots for shots in self.shots if shots != "full"]
-        if len(set(self.shots)) < len(self.shots) or any(count < 1 for count in counts):
-            remedy = f"list different numbers of 1 or more, or 'full' (got {self.shots})"
-            raise ValueError(f"transfer.shots: {remedy}")
-        refuse_headline_without_cs(self.section, self.headline, self.cs)
-        return self
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ images => prepared images (b 3 h w) => features (b d), logits (b classes)
 import shutil
 import warnings
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from jaxtyping import Float, Num, UInt8
@@ -17,59 +17,16 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from contradiff.config import Section, read_card
-from contradiff.evaluation import inception
 from contradiff.evaluation.classifier import ResidualClassifier
 from contradiff.evaluation.inception import Inception
+from contradiff.evaluation.inception_files import INCEPTION_URL, PINNED, STATE_DICT_URL, no_weights
+from contradiff.evaluation.params import Kind, Resizer
 from contradiff.files import explain_damage, load_tensors, replace_dir, sha256_of
 from contradiff.imports import slow_import
 
 Image = UInt8[Tensor, "3 height width"]
-Kind = Literal["classifier", "inception"]
-Resizer = Literal["none", "clean", "legacy_tensorflow", "legacy_pytorch"]
-"""Ways to resize images to Inception's 299 pixels. Another way can change a FID by more than 1."""
 
 CARD_NAME, CLASSIFIER_NAME = "extractor.json", "extractor.safetensors"
-
-
-class ExtractorParams(Section):
-    """Section `extractor`: the network that generated images are scored with."""
-
-    kind: Kind
-    weights: str | None = Field(description="inception: path of its .pt or .pth file")
-    download: bool = Field(description="inception: download the weights if the file is missing")
-    resizers: list[Resizer] = Field(min_length=1, description="the first one gives the main scores")
-    width: int = Field(ge=2, multiple_of=2, description="classifier: half the number of features")
-    epochs: int = Field(gt=0)
-    batch_size: int = Field(gt=1)
-    lr: float = Field(gt=0)
-
-    @model_validator(mode="after")
-    def _settings_fit_the_kind(self) -> "ExtractorParams":
-        resizers, fault = self.resizers, ""
-        if len(set(resizers)) < len(resizers):
-            fault = f"extractor.resizers: {resizers} lists a resizer twice; remove one"
-        elif self.kind == "inception" and self.weights is None:
-            fault = inception.no_weights("extractor.weights: null names no file")
-        elif self.kind == "inception" and "none" in resizers:
-            fault = 'extractor.resizers: extractor.kind "inception" cannot use "none"; set '
-            fault += "extractor.resizers to [clean, legacy_tensorflow]"
-        elif self.kind == "classifier" and self.weights is not None:
-            fault = 'extractor.weights: extractor.kind "classifier" loads no weights; set '
-            fault += 'extractor.weights to null, or extractor.kind to "inception"'
-        elif self.kind == "classifier" and self.download:
-            fault = 'extractor.download: extractor.kind "classifier" downloads nothing; set '
-            fault += "extractor.download to false"
-        elif self.kind == "classifier" and resizers != ["none"]:
-            fault = f'extractor.resizers: {resizers}, but extractor.kind "classifier" resizes no '
-            fault += "images; set extractor.resizers to [none]"
-        if fault:
-            raise ValueError(fault)
-        return self
-
-    @property
-    def num_features(self) -> int:
-        """The dimension of the features."""
-        return 2 * self.width if self.kind == "classifier" else 2048
 
 
 class ExtractorCard(Section):
@@ -195,19 +152,19 @@ def save_classifier(
 def save_inception(folder: Path, weights: Path, *, resizers: list[Resizer]) -> None:
     """Replace `folder` by a checked copy of Inception's weights and an extractor.json.
 
-    Raises ValueError if the file is missing, or if its sha256 is not in `inception.PINNED`.
+    Raises ValueError if the file is missing, or if its sha256 is not in `PINNED`.
     """
     if not weights.is_file():
-        raise ValueError(inception.no_weights(f"extractor.weights: {weights} does not exist"))
+        raise ValueError(no_weights(f"extractor.weights: {weights} does not exist"))
     found = sha256_of(weights)
-    if found not in inception.PINNED:
+    if found not in PINNED:
         raise ValueError(
             f"extractor.weights: {weights} is not the expected file: its sha256 is {found}, not "
-            f"{' or '.join(inception.PINNED)}; get the file from {inception.INCEPTION_URL} or "
-            f"{inception.STATE_DICT_URL}"
+            f"{' or '.join(PINNED)}; get the file from {INCEPTION_URL} or "
+            f"{STATE_DICT_URL}"
         )
     with replace_dir(folder) as temporary:
-        network = Inception(Path(shutil.copyfile(weights, temporary / inception.PINNED[found])))
+        network = Inception(Path(shutil.copyfile(weights, temporary / PINNED[found])))
         facts: dict[str, Any] = {"kind": "inception", "name": "inception-2015-12-05"}
         facts |= {"num_features": network.num_features, "num_classes": network.num_classes}
         card = ExtractorCard(resizers=resizers, weights_sha256=found, **facts)
@@ -222,13 +179,13 @@ def read_extractor_card(folder: Path) -> ExtractorCard:
 def load_extractor(folder: Path, *, device: torch.device) -> Extractor:
     """Load a saved extractor; raise ValueError if its weights or extractor.json are wrong."""
     card = read_extractor_card(folder)
-    names = [CLASSIFIER_NAME] if card.kind == "classifier" else list(inception.PINNED.values())
+    names = [CLASSIFIER_NAME] if card.kind == "classifier" else list(PINNED.values())
     path = next((path for name in names if (path := folder / name).is_file()), folder / names[0])
     remedy = f"run `dvc repro extractor`, or fetch it with `dvc pull {folder}`"
     if card.kind == "inception":
         with explain_damage(path, remedy=remedy):
             found = sha256_of(path)
-            if found != card.weights_sha256 or found not in inception.PINNED:
+            if found != card.weights_sha256 or found not in PINNED:
                 raise ValueError(f"its sha256 is {found}, which is not the expected one")
             return Extractor(Inception(path), card, device=device)
     weights = load_tensors(path, sha256=card.weights_sha256, remedy=remedy)

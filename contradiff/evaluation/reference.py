@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal
 
 from pydantic import Field
 
@@ -13,14 +12,6 @@ from contradiff.evaluation.measuring import Measurement
 from contradiff.files import replace_dir, sha256_of
 
 CARD_NAME = "reference.json"
-
-
-class ReferenceParams(Section):
-    """Section `reference`: the real images that generated ones are compared with."""
-
-    split: Literal["val", "train"] = Field(description="the paper uses val (Table 4)")
-    num_kept: int = Field(gt=0, description="images whose features are kept, for KID and precision")
-    batch_size: int = Field(gt=0, description="images that the extractor sees at once")
 
 
 class ReferenceCard(Section):

@@ -3,12 +3,11 @@
 import numpy as np
 import torch
 from jaxtyping import Float
-from pydantic import Field
 from torch import Tensor
 
-from contradiff.config import Section
 from contradiff.evaluation.fid import fid
 from contradiff.evaluation.measuring import Measurement
+from contradiff.evaluation.params import DENSITY_NEIGHBOUR, ScoreParams
 
 SCORES = (
     *("fid", "kid", "kid_std", "precision", "recall", "density", "coverage"),
@@ -17,19 +16,10 @@ SCORES = (
 """Keys of metrics/score.json. They are null if no score may be given ("withheld" says why)."""
 MIN_UNBIASED_IMAGES = 10_000
 """If either set has fewer images, metrics/score.json says that the FID is biased."""
-PRECISION_NEIGHBOUR, DENSITY_NEIGHBOUR = 3, 5
-"""k for precision and recall (Kynkäänniemi et al., 2019), and for density and coverage (Naeem)."""
+PRECISION_NEIGHBOUR = 3
+"""k for precision and recall (Kynkäänniemi et al., 2019)."""
 _CHUNK = 1024
 """How many rows of a matrix of distances are in memory at a time."""
-
-
-class ScoreParams(Section):
-    """Section `score`: how generated images are scored."""
-
-    splits: int = Field(gt=0, description="number of parts that the inception score averages over")
-    batch_size: int = Field(gt=0, description="images that the extractor sees at once")
-    kid_subsets: int = Field(gt=0, description="KID is the average over this many random subsets")
-    kid_subset_size: int = Field(gt=DENSITY_NEIGHBOUR, description="images in each subset")
 
 
 def scores_of(

@@ -18,9 +18,9 @@ from torch import Tensor
 from contradiff.base.vae import encode, mode, scaling_factor
 from contradiff.data.latents import StoredLatents
 from contradiff.data.map_ahead import map_ahead
+from contradiff.data.pairs import Pair, PairedShards
 from contradiff.data.shard_info import ImageInfo, LatentInfo
 from contradiff.data.shards import Sample, ShardIndex, image_of, read_shard
-from contradiff.data.streams import Pair, PairedShards
 from contradiff.data.transforms import Crop, apply_crop, centre_crop, decode
 from contradiff.types import ByteImages, Latents, Pixels, to_pixels
 

@@ -27,7 +27,7 @@ from contradiff.features.params import FeatureSpec
 from contradiff.files import explain_damage, load_tensors, replace_file, sha256_of
 from contradiff.method.attention import TriTimestepAttention
 from contradiff.method.checkpoint import base_digest
-from contradiff.method.model import Architecture
+from contradiff.method.params import Architecture
 
 INDEX_NAME, HEAD_NAME = "index.json", "attention.safetensors"
 MAPS = "maps"

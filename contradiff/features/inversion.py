@@ -4,14 +4,12 @@ from collections.abc import Sequence
 
 import torch
 
+from contradiff.features.params import CHAIN_STEPS
 from contradiff.method.attention import LevelMaps
 from contradiff.method.model import ContraDiffModel
 from contradiff.method.noise import clean_and_noise
-from contradiff.method.unet import MapBlock
+from contradiff.method.params import MapBlock
 from contradiff.types import Latents, Maps, Tokens
-
-CHAIN_STEPS = 20
-"""Number of timesteps of the inversion. The paper's probe is "using 20 denoising steps"."""
 
 
 def inverted_maps(

@@ -22,9 +22,9 @@ from contradiff.features.timm_backbone import TimmFeatures
 from contradiff.method.attention import LevelMaps
 from contradiff.method.checkpoint import load_checkpoint
 from contradiff.method.lora import cast_frozen_weights, disable_lora
-from contradiff.method.model import Architecture, ContraDiffModel, build_model
-from contradiff.method.noise import NUM_LEVELS, add_noise
-from contradiff.method.unet import MapBlock
+from contradiff.method.model import ContraDiffModel, build_model
+from contradiff.method.noise import add_noise
+from contradiff.method.params import NUM_LEVELS, Architecture, MapBlock
 from contradiff.types import Tokens
 
 

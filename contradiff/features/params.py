@@ -5,10 +5,11 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from contradiff.config import Section
-from contradiff.method.noise import NUM_LEVELS
-from contradiff.method.unet import MapBlock
-from contradiff.types import Precision
+from contradiff.config import Precision, Section
+from contradiff.method.params import NUM_LEVELS, MapBlock
+
+CHAIN_STEPS = 20
+"""Number of timesteps of the DDIM inversion. The paper's probe is "using 20 denoising steps"."""
 
 
 @dataclass(frozen=True)

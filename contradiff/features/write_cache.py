@@ -23,7 +23,8 @@ from contradiff.features.spread import MAX_ROWS, check_spread
 from contradiff.features.timm_backbone import TimmFeatures
 from contradiff.files import link_or_copy, replace_dir, replace_file, sha256_of
 from contradiff.method.attention import TriTimestepAttention
-from contradiff.method.checkpoint import Architecture, read_checkpoint_card
+from contradiff.method.checkpoint import read_checkpoint_card
+from contradiff.method.params import Architecture
 from contradiff.method.unet import block_channels
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}

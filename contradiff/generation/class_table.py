@@ -8,51 +8,29 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from jaxtyping import Int64
-from pydantic import Field
 from torch import Tensor, nn
 
 from contradiff.base.vae import sample
-from contradiff.config import Section, read_card
-from contradiff.data.streams import PairedShards, TrainingStream, training_batches
+from contradiff.config import Precision
+from contradiff.data.pairs import PairedShards
+from contradiff.data.streams import TrainingStream, training_batches
 from contradiff.files import explain_damage, load_tensors, sha256_of
-from contradiff.method.checkpoint import CONFIG_NAME, WEIGHTS_NAME, write_weights
+from contradiff.generation.class_table_folder import TABLE_NAME, count_steps, read_class_card
+from contradiff.generation.params import ClassConditionParams
 from contradiff.method.lora import cast_frozen_weights, disable_lora, merge_lora
 from contradiff.method.model import ContraDiffModel
 from contradiff.method.noise import add_noise, prediction_target
+from contradiff.method.weights import CONFIG_NAME, WEIGHTS_NAME
 from contradiff.training.batch import ViewChooser
 from contradiff.training.loop import OnStep, train
 from contradiff.training.optim import build_adamw, cosine_with_warmup
 from contradiff.training.state import SavedState
-from contradiff.types import Precision, Tokens
+from contradiff.types import Tokens
 from contradiff.watch import Watch
 
-TABLE_NAME = "table.safetensors"
 MICROBATCH_SIZE = 32
 """Images that go through the UNet at once, because a complete batch of 512 images fits no GPU. The
 gradients of a batch are summed over these parts."""
-
-
-class ClassConditionParams(Section):
-    """Section `class_condition`. The paper only mentions one embedding layer of width 512."""
-
-    epochs: int = Field(ge=0, description='0: no table; generate.condition "class" needs a table')
-    width: int = Field(ge=1, description="width of an embedding")
-    drop: float = Field(ge=0, lt=1, description='chance that "no class" replaces a label')
-    batch_size: int = Field(ge=1, description="images per optimiser step")
-    lr: float = Field(gt=0, description="peak learning rate")
-    lora: bool = Field(description="false: training and generation use the base's UNet, no LoRA")
-
-
-class ClassTableCard(Section):
-    """Content of build/class_condition/config.json. `checkpoint_sha256` is the model's SHA-256."""
-
-    width: int = Field(ge=1)
-    drop: float
-    lora: bool
-    checkpoint_sha256: str
-    num_classes: int = Field(ge=1)
-    num_steps: int = Field(ge=0)
-    sha256: dict[str, str] = Field(description="weights file => its SHA-256")
 
 
 class ClassTable(nn.Module):
@@ -88,18 +66,6 @@ def choose_denoiser(model: ContraDiffModel, *, lora: bool) -> None:
     else:
         disable_lora(model.unet)
         model.self_condition = None
-
-
-def count_steps(params: ClassConditionParams, *, num_samples: int) -> int:
-    """Return the number of optimiser steps. An epoch skips its last batch if it is not full.
-
-    Raises ValueError if there are fewer images than a batch needs.
-    """
-    steps_per_epoch = num_samples // params.batch_size
-    if params.epochs and steps_per_epoch == 0:
-        given = f"class_condition.batch_size: {params.batch_size}"
-        raise ValueError(f"{given} is more than the {num_samples} images; lower it")
-    return params.epochs * steps_per_epoch
 
 
 def train_class_table(
@@ -189,33 +155,6 @@ def train_class_table(
         on_step=on_step,
         saved=saved,
     )
-
-
-def save_class_table(
-    folder: Path,
-    table: ClassTable | None,
-    *,
-    checkpoint: Path,
-    num_classes: int,
-    num_steps: int,
-    params: ClassConditionParams,
-) -> None:
-    """Replace `folder` by a folder with config.json and, unless `table` is None, the table.
-
-    `checkpoint` is the folder of the model that the table was trained with. `num_classes` does not
-    include the null class.
-    """
-    config = params.model_dump(include={"drop", "lora", "width"}) | {
-        "checkpoint_sha256": sha256_of(checkpoint / WEIGHTS_NAME),
-        "num_classes": num_classes,
-        "num_steps": num_steps,
-    }
-    write_weights(folder, {} if table is None else {TABLE_NAME: table.state_dict()}, config)
-
-
-def read_class_card(folder: Path) -> ClassTableCard:
-    """Read the config.json of a class table. Raises ValueError if it is missing or damaged."""
-    return read_card(ClassTableCard, folder / CONFIG_NAME, stage="class_condition")
 
 
 def load_class_table(folder: Path, *, checkpoint: Path) -> ClassTable:

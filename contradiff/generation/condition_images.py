@@ -1,6 +1,6 @@
-"""Store and read the validation images that image-conditional generation needs."""
+"""The validation images that image-conditional generation needs, to store and as stored."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from itertools import cycle, islice
 from pathlib import Path
 
@@ -11,33 +11,16 @@ from contradiff.data.png import encode_png
 from contradiff.data.shard_info import ConditionInfo
 from contradiff.data.transforms import decode
 from contradiff.features.batches import CleanBatch
+from contradiff.generation.condition_shards import SPLIT
 from contradiff.types import ByteImages, Latents, to_bytes
 
-SPLIT = "condition"
 
-
-def write_conditions(
-    folder: Path,
-    batches: Iterable[CleanBatch],
-    *,
-    num_images: int,
-    params: shards.ShardParams,
-    on_progress: Callable[[int], None],
-) -> None:
-    """Store the first `num_images` images losslessly, and an index. `num_images` may be 0."""
-    records: Iterator[shards.Record] = (
-        {
-            "__key__": key.encode(),
-            "png": encode_png(image),
-            "latent.npy": shards.array_to_bytes(latent.numpy()),
-        }
-        for each in batches
-        for key, image, latent in zip(each.keys, to_bytes(each.pixels), each.latents, strict=True)
-    )
-    records = islice(records, num_images)
-    size = params.model_dump()
-    written = shards.write_split(folder, SPLIT, records, **size, on_progress=on_progress)
-    shards.ShardIndex({SPLIT: written}, ConditionInfo()).write(folder)
+def condition_records(batches: Iterable[CleanBatch]) -> Iterator[shards.Record]:
+    """Yield the images and latents of `batches` as shard records, without loss."""
+    for each in batches:
+        for key, image, latent in zip(each.keys, to_bytes(each.pixels), each.latents, strict=True):
+            stored = shards.array_to_bytes(latent.numpy())
+            yield {"__key__": key.encode(), "png": encode_png(image), "latent.npy": stored}
 
 
 def condition_images(folder: Path, *, start: int) -> Iterator[tuple[ByteImages, Latents]]:

@@ -14,14 +14,15 @@ from jaxtyping import Float
 from torch import Tensor
 
 from contradiff.generation import class_table
+from contradiff.generation.class_table_folder import read_class_card
 from contradiff.generation.condition_images import condition_images
+from contradiff.generation.params import Condition
 from contradiff.method.lora import merge_lora
 from contradiff.method.model import ContraDiffModel
 from contradiff.types import ByteImages, Conditions, Latents, Tokens, to_pixels
 
 TokensOf = Callable[[range], Tokens]
 """A function from sample indices to the tokens for the UNet's cross-attention."""
-Condition = Literal["noise", "image", "class"]
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ def load_conditioning(
     """
     if condition == "class":
         loaded = class_table.load_class_table(table, checkpoint=checkpoint)
-        class_table.choose_denoiser(model, lora=class_table.read_class_card(table).lora)
+        class_table.choose_denoiser(model, lora=read_class_card(table).lora)
         return class_conditional(loaded.to(next(model.parameters()).device))
     merge_lora(model.unet)
     null = unconditional(model, seed=seed)

@@ -13,8 +13,9 @@ from contradiff.data.shard_info import SampleInfo
 from contradiff.data.transforms import decode
 from contradiff.files import sha256_of
 from contradiff.generation.condition_images import condition_images
-from contradiff.generation.sampling import GenerateParams
-from contradiff.method.checkpoint import WEIGHTS_NAME, base_digest
+from contradiff.generation.params import GenerateParams
+from contradiff.method.checkpoint import base_digest
+from contradiff.method.weights import WEIGHTS_NAME
 from contradiff.types import ByteImages
 
 SPLIT = "sample"

@@ -5,12 +5,12 @@ equation, so they reach the same images in fewer steps.
 """
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from contradiff.base.config import SCHEDULE_KEYS
 from contradiff.base.loading import load_scheduler
+from contradiff.generation.params import Solver
 
-Solver = Literal["ddim", "dpmsolver++", "unipc"]
 Scheduler = Any
 """A diffusers scheduler whose timesteps are set. Its `step` may change the scheduler's state."""
 

@@ -1,55 +1,17 @@
 """Tri-timestep attention: the UNet's maps at three noise levels => one feature h (Eq. 4)."""
 
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from jaxtyping import Float, Int
-from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from contradiff.config import Section
+from contradiff.method.params import HeadParams
 from contradiff.method.transformer import Block, Mlp, attend
-from contradiff.method.unet import MapBlock
 from contradiff.types import Features
 
 LevelMaps = Float[Tensor, "batch 3 width_m h_m w_m"]
 """Outputs of a UNet block at an image's three noise levels, from noisiest to cleanest."""
-
-
-class HeadParams(Section):
-    """Parameters of section `head`: the tri-timestep attention and the projector after it."""
-
-    block: MapBlock = Field(
-        description="UNet block whose output the attention reads: mid (paper) | up.1: the second "
-        "up block, pooled to the size of mid | mid+up.1: both blocks"
-    )
-    width: int = Field(ge=1, description="width of the attention and the feature h; paper: 1024")
-    residual: Literal["none", "value"] = Field(
-        description="none: Eq. 4 as printed (paper) | value: add V to the attention's output, and "
-        "add the mean of the tokens to the class token"
-    )
-    init: Literal["random", "identity"] = Field(
-        description="initial weights; identity: at first, h is the mean of the least noisy map"
-    )
-    num_heads: int = Field(ge=1)
-    mlp_ratio: int = Field(ge=1)
-    self_conditioning: bool = Field(
-        description="true: the up blocks also see the pooled output of mid (paper: false)"
-    )
-    projector_width: int = Field(ge=1)
-    projector_out: int = Field(ge=1)
-
-    @property
-    def attention_arguments(self) -> dict[str, Any]:
-        """Arguments of `TriTimestepAttention`, except `in_channels`."""
-        names = {"width", "num_heads", "mlp_ratio", "residual", "init"}
-        return self.model_dump(include=names)
-
-    @model_validator(mode="after")
-    def _heads_divide_width(self) -> "HeadParams":
-        if self.width % self.num_heads:
-            raise ValueError("head.width must be a multiple of head.num_heads; change one")
-        return self
 
 
 def order_by_noise(

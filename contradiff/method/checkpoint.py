@@ -1,21 +1,17 @@
 """Checkpoints of pretraining: the trained weights, and the settings to rebuild the model."""
 
-import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from pydantic import Field
-from safetensors.torch import save_file
-from torch import Tensor
 
 from contradiff.config import Section, parse, read_card
-from contradiff.files import explain_damage, load_tensors, replace_dir, sha256_of
-from contradiff.method.model import Architecture, ContraDiffModel, build_model
+from contradiff.files import explain_damage, load_tensors, sha256_of
+from contradiff.method.model import ContraDiffModel, build_model
 from contradiff.method.parameter_counts import ParameterCounts
-
-WEIGHTS_NAME = "model.safetensors"
-CONFIG_NAME = "config.json"
+from contradiff.method.params import Architecture
+from contradiff.method.weights import CONFIG_NAME, WEIGHTS_NAME, write_weights
 
 
 class CheckpointCard(Section):
@@ -48,26 +44,6 @@ def save_checkpoint(
     config = {"base_sha256": base_digest(base), "image_size": image_size, "num_steps": num_steps}
     config |= {"parameters": counts, "params": dict(params)}
     write_weights(folder, {WEIGHTS_NAME: model.trained_state()}, config)
-
-
-def write_weights(
-    folder: Path, files: Mapping[str, Mapping[str, Tensor]], config: Mapping[str, Any]
-) -> None:
-    """Replace `folder` by a safetensors file for each entry of `files`, and config.json.
-
-    config.json also gets the key `sha256`: the SHA-256 of each file. Raises ValueError if a weight
-    is not finite.
-    """
-    for name, tensor in (pair for tensors in files.values() for pair in tensors.items()):
-        if not bool(tensor.isfinite().all()):
-            fault = f"the weight {name} is not finite, so the training diverged"
-            raise ValueError(f"{folder}: {fault}; lower its learning rate")
-    with replace_dir(folder) as temporary:
-        for name, tensors in files.items():
-            state = {key: value.cpu().contiguous() for key, value in tensors.items()}
-            save_file(state, temporary / name)
-        whole = {**config, "sha256": {name: sha256_of(temporary / name) for name in files}}
-        (temporary / CONFIG_NAME).write_text(json.dumps(whole, indent=1, sort_keys=True) + "\n")
 
 
 def read_checkpoint_card(folder: Path) -> CheckpointCard:

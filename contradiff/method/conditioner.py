@@ -1,38 +1,11 @@
 """The image conditioner: an image -> tokens for the UNet's cross-attention (Sec. 4.1, Fig. 2)."""
 
-from typing import Literal
-
 import torch
-from pydantic import Field, model_validator
 from torch import nn
 
-from contradiff.config import Section
+from contradiff.method.params import ConditionerParams
 from contradiff.method.transformer import Block
 from contradiff.types import Conditions, Latents, Pixels, Tokens
-
-
-class ConditionerParams(Section):
-    """Parameters of section `conditioner`. The paper gives only width 512 and a parameter count."""
-
-    input: Literal["pixels", "latents"] = Field(
-        description="what the ViT reads: the image (paper) or the latent of the image"
-    )
-    patch_size: int = Field(ge=1, description="side of a patch, in pixels or latent positions")
-    width: int = Field(ge=1)
-    depth: int = Field(ge=1)
-    num_heads: int = Field(ge=1)
-    drop: float = Field(ge=0, lt=1, description="chance that noise replaces a condition (App. A)")
-    cond_view: Literal["same", "crop", "noise", "noise_both"] = Field(
-        description="same: both views share one condition (paper) | crop: the condition of each"
-        " view is its own random crop | noise: like same, but the condition of view 2 is noise |"
-        " noise_both: only reconstruction sees the condition, the contrastive loss sees noise"
-    )
-
-    @model_validator(mode="after")
-    def _heads_divide_width(self) -> "ConditionerParams":
-        if self.width % self.num_heads:
-            raise ValueError("conditioner.width must be a multiple of conditioner.num_heads")
-        return self
 
 
 class Conditioner(nn.Module):

@@ -4,21 +4,12 @@ from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import torch
-from pydantic import Field
 from torch import Tensor, nn
 
-from contradiff.config import Section
+from contradiff.method.params import LoraParams
 
 if TYPE_CHECKING:
     from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
-
-
-class LoraParams(Section):
-    """Parameters of section `lora`. The paper uses rank 16 for q, k and v of cross-attention."""
-
-    rank: int = Field(ge=1)
-    alpha: float = Field(gt=0, description="the update is scaled by alpha / rank")
-    targets: list[str] = Field(min_length=1, description="how the names of adapted layers end")
 
 
 def add_lora(unet: "UNet2DConditionModel", params: LoraParams) -> None:

@@ -9,43 +9,19 @@ raise ValueError if there are fewer than two images.
 
 import math
 from contextlib import nullcontext
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
-from pydantic import Field
 from torch import Tensor
 
 from contradiff.base.config import PredictionType
-from contradiff.config import Section
 from contradiff.method.noise import PerTimestep
 from contradiff.types import Latents
 
 View = Float[Tensor, "num_images width"]
 Loss = Float[Tensor, ""]
 ALL = slice(None)
-
-
-class LossParams(Section):
-    """Parameters of section `loss`: reconstruction + lambda * contrastive (Eq. 7)."""
-
-    weight: float = Field(alias="lambda", ge=0, description="weight of the contrastive loss")
-    contrastive: Literal["ntxent", "dcl_paper", "dcl", "infonce", "dispersive"] = Field(
-        description="which contrastive loss; dcl_paper is Eq. 6, averaged over images"
-    )
-    temperature: float = Field(gt=0, description="tau of Eq. 6, which divides the similarities")
-    latent_views: Literal["same", "two"] = Field(
-        description="same: both views are noisy versions of one latent (Eq. 5) | two: view 1 is"
-        " made from the centre crop, and view 2 is made from a random crop"
-    )
-    recon_passes: int = Field(
-        ge=1, le=6, description="how many of an image's six noisy latents are denoised (Eq. 3)"
-    )
-    min_snr_gamma: float = Field(
-        ge=0,
-        description="gamma of the weights in Eq. 3, see `min_snr_weights`; 0: none (paper)",
-    )
 
 
 def reconstruction_loss(

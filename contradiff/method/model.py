@@ -10,12 +10,16 @@ from torch import Tensor, nn
 
 from contradiff.base.config import downsampling_of
 from contradiff.base.loading import NoiseSchedule, load_unet
-from contradiff.config import Section
-from contradiff.method.attention import HeadParams, LevelMaps, Projector, TriTimestepAttention
-from contradiff.method.conditioner import Conditioner, ConditionerParams
-from contradiff.method.lora import LoraParams, add_lora
-from contradiff.method.noise import NUM_LEVELS, add_noise
-from contradiff.method.unet import MapBlock, SelfCondition, SplitUNet, block_channels
+from contradiff.method.attention import LevelMaps, Projector, TriTimestepAttention
+from contradiff.method.conditioner import Conditioner
+from contradiff.method.lora import add_lora
+from contradiff.method.noise import add_noise
+from contradiff.method.params import (
+    NUM_LEVELS,
+    Architecture,
+    MapBlock,
+)
+from contradiff.method.unet import SelfCondition, SplitUNet, block_channels
 from contradiff.types import Conditions, Latents, Timesteps, Tokens
 
 if TYPE_CHECKING:
@@ -23,14 +27,6 @@ if TYPE_CHECKING:
 
 TRAINED_MODULES = ("conditioner", "self_condition", "attention", "projector")
 """Attributes of ContraDiffModel that are trained, besides the LoRA layers inside the UNet."""
-
-
-class Architecture(Section):
-    """The sections of params.yaml that decide the shapes of the trained weights."""
-
-    lora: LoraParams
-    conditioner: ConditionerParams
-    head: HeadParams
 
 
 class ContraDiffModel(nn.Module):

@@ -11,34 +11,18 @@ This is a rotation of (z, noise), so z and noise follow from z_t and v even at a
 """
 
 import math
-from typing import Literal
 
 import torch
 from jaxtyping import Float, Int
-from pydantic import Field
 from torch import Tensor
 
 from contradiff.base.config import PredictionType
 from contradiff.base.loading import NoiseSchedule
-from contradiff.config import Section
+from contradiff.method.params import NUM_LEVELS, NUM_VIEWS
 from contradiff.types import Latents, Timesteps
 
 PerTimestep = Float[Tensor, " timesteps"]
 """One number for each training timestep of the base."""
-NUM_VIEWS = 2
-NUM_LEVELS = 3
-"""An image has two views; each view has three noise levels (query, key, value of Eq. 4)."""
-
-
-class NoiseParams(Section):
-    """Parameters of section `noise`: how training timesteps are drawn."""
-
-    schedule: Literal["inverse_cosine", "uniform"] = Field(
-        description="inverse_cosine: mostly medium noise (Sec. 3.4) | uniform: all equally likely"
-    )
-    uniform_mix: float = Field(
-        ge=0, le=1, description="chance that a reconstructed timestep is drawn uniformly"
-    )
 
 
 def timestep_probabilities(alphas_cumprod: PerTimestep, *, schedule: str) -> PerTimestep:

@@ -10,9 +10,10 @@ from torch.distributed._functional_collectives import all_gather_single_autograd
 
 from contradiff.method import losses
 from contradiff.method.attention import order_by_noise
-from contradiff.method.losses import Loss, LossParams
+from contradiff.method.losses import Loss
 from contradiff.method.model import ContraDiffModel
-from contradiff.method.noise import NUM_LEVELS, NUM_VIEWS, add_noise, prediction_target
+from contradiff.method.noise import add_noise, prediction_target
+from contradiff.method.params import NUM_LEVELS, NUM_VIEWS, LossParams
 from contradiff.method.unet import UNetState
 from contradiff.types import Features, Latents, Timesteps, Tokens
 

@@ -8,7 +8,8 @@ from torch import nn
 
 from contradiff.base.config import downsampling_of
 from contradiff.base.loading import NoiseSchedule, unet_without_weights, vae_without_weights
-from contradiff.method.model import TRAINED_MODULES, Architecture, ContraDiffModel
+from contradiff.method.model import TRAINED_MODULES, ContraDiffModel
+from contradiff.method.params import Architecture
 
 PAPER_UNET_SIZE = 859_520_964
 """Parameter count of Stable Diffusion v1's UNet. A base with this count is the paper's base."""

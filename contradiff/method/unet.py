@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -10,13 +10,12 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from contradiff.method.microbatches import mean_in_microbatches
+from contradiff.method.params import MapBlock
 from contradiff.types import Latents, Maps, Timesteps, Tokens
 
 if TYPE_CHECKING:
     from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 
-MapBlock = Literal["mid", "up.1", "mid+up.1"]
-"""UNet blocks whose output serves as maps f(z_t): the mid block, the second up block, or both."""
 
 _NUM_UP_BLOCKS: dict[MapBlock, int] = {"mid": 0, "up.1": 2, "mid+up.1": 2}
 """Number of up blocks that must run to compute the maps."""

@@ -28,12 +28,12 @@ from contradiff.downstream.linear import LinearProbe
 from contradiff.features.params import FeaturesParams
 from contradiff.files import explain_damage, read_json, replace_dir
 from contradiff.generation.class_table import ClassTable
-from contradiff.generation.sampling import GenerateParams
+from contradiff.generation.params import GenerateParams
 from contradiff.method.attention import TriTimestepAttention
 from contradiff.method.checkpoint import base_digest
-from contradiff.method.conditioner import Conditioner, ConditionerParams
-from contradiff.method.lora import LoraParams
-from contradiff.method.model import TRAINED_MODULES, Architecture, ContraDiffModel, build_model
+from contradiff.method.conditioner import Conditioner
+from contradiff.method.model import TRAINED_MODULES, ContraDiffModel, build_model
+from contradiff.method.params import Architecture, ConditionerParams, LoraParams
 
 FORMAT = 1
 """Raise it when a folder of the former form would be read wrongly, or not at all."""

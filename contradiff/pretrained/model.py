@@ -14,18 +14,20 @@ from torch import Tensor
 
 from contradiff.base.loading import load_scheduler, load_vae
 from contradiff.base.vae import decode_latents
-from contradiff.config import parse_exactly
+from contradiff.config import Precision, parse_exactly
 from contradiff.features.batches import CleanBatch
 from contradiff.features.cache import MAPS
 from contradiff.features.models import DiffusionFeatures, image_noise
 from contradiff.features.write_cache import to_stored
 from contradiff.generation.class_table import ClassTable, choose_denoiser
 from contradiff.generation.conditions import Conditioning, class_conditional, unconditional
-from contradiff.generation.sampling import GenerateParams, generate
-from contradiff.generation.solvers import Solver, load_solver
+from contradiff.generation.params import GenerateParams, Solver
+from contradiff.generation.sampling import generate
+from contradiff.generation.solvers import load_solver
 from contradiff.method.lora import cast_frozen_weights
 from contradiff.method.model import ContraDiffModel
-from contradiff.method.noise import NUM_LEVELS, add_noise
+from contradiff.method.noise import add_noise
+from contradiff.method.params import NUM_LEVELS
 from contradiff.method.unet import block_channels
 from contradiff.pretrained import hub
 from contradiff.pretrained.folder import Parts, read_export_config, read_folder
@@ -39,7 +41,7 @@ from contradiff.pretrained.images import (
     to_pil,
 )
 from contradiff.pretrained.project import read_project
-from contradiff.types import Precision, Tokens
+from contradiff.types import Tokens
 
 if TYPE_CHECKING:
     from contradiff.pretrained.pipeline import ContraDiffPipeline

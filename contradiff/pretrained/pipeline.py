@@ -11,12 +11,13 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from contradiff.base.vae import downsampling_factor
+from contradiff.config import Precision
 from contradiff.generation.class_table import ClassTable
 from contradiff.generation.sampling import denoise
 from contradiff.generation.solvers import Scheduler
 from contradiff.method.model import ContraDiffModel
 from contradiff.pretrained.images import Images, as_list, clean_batch, name_of
-from contradiff.types import Latents, Precision, Tokens
+from contradiff.types import Latents, Tokens
 
 if TYPE_CHECKING:
     from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL

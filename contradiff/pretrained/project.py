@@ -7,16 +7,18 @@ from torch import nn
 
 from contradiff.base.config import BaseParams
 from contradiff.config import Seed, parse, read_params
-from contradiff.data.latents import LatentsParams
+from contradiff.data.params import LatentsParams
 from contradiff.data.shards import INDEX_NAME
 from contradiff.features.cache import ModelFolders
 from contradiff.features.params import FeaturesParams
 from contradiff.files import load_tensors, read_json
-from contradiff.generation.class_table import load_class_table, read_class_card
-from contradiff.generation.sampling import GenerateParams
+from contradiff.generation.class_table import load_class_table
+from contradiff.generation.class_table_folder import read_class_card
+from contradiff.generation.params import GenerateParams
 from contradiff.method import checkpoint
-from contradiff.method.model import Architecture
+from contradiff.method.params import Architecture
 from contradiff.method.unet import block_channels
+from contradiff.method.weights import CONFIG_NAME
 from contradiff.pretrained.folder import (
     FORMAT,
     BaseReference,
@@ -103,7 +105,7 @@ def _read_probe_facts(root: Path, params: ProjectParams) -> dict[str, Any]:
         root / "build/probe",
         ModelFolders(root / "build/pretrain", root / "build/base", root),
     )
-    facts = read_json(folder / checkpoint.CONFIG_NAME, remedy="run `dvc repro probe`")
+    facts = read_json(folder / CONFIG_NAME, remedy="run `dvc repro probe`")
     if params.features.model != "contradiff":
         fault = f'"{params.features.model}" is not the trained model, which is to be exported'
         raise ValueError(

@@ -16,12 +16,13 @@ from torch import Tensor
 
 from contradiff.base.vae import mode, sample
 from contradiff.data.latents import StoredLatents
+from contradiff.data.pairs import Pair, PairedShards
 from contradiff.data.shards import image_of
-from contradiff.data.streams import Pair, PairedShards
 from contradiff.data.transforms import apply_crop, decode, random_crop
 from contradiff.method.model import ContraDiffModel
-from contradiff.method.noise import NUM_LEVELS, NUM_VIEWS, PerTimestep, draw_timesteps
+from contradiff.method.noise import PerTimestep, draw_timesteps
 from contradiff.method.objective import TrainingBatch
+from contradiff.method.params import NUM_LEVELS, NUM_VIEWS
 from contradiff.training.recipe import TrainingRecipe
 from contradiff.types import to_pixels
 

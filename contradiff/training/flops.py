@@ -10,12 +10,13 @@ import torch
 
 from contradiff.base.config import downsampling_of
 from contradiff.base.loading import NoiseSchedule, unet_without_weights
+from contradiff.config import Precision
 from contradiff.data.params import DataParams
-from contradiff.method.model import Architecture, ContraDiffModel
+from contradiff.method.model import ContraDiffModel
 from contradiff.method.objective import TrainingBatch, TrainingStep
+from contradiff.method.params import Architecture
 from contradiff.training.pretraining import set_up
 from contradiff.training.recipe import TrainingRecipe
-from contradiff.types import Precision
 
 NUM_IMAGES = 4
 """Images in a counted step. The FLOPs per image hardly depend on this number."""

@@ -2,69 +2,11 @@
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
-from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from contradiff.config import Section
-
 NamedParameters = Iterable[tuple[str, nn.Parameter]]
-
-
-@dataclass(frozen=True)
-class SgdSetting:
-    """Settings that may differ between classifiers that are trained together."""
-
-    lr: float
-    momentum: float
-    weight_decay: float
-
-
-@dataclass(frozen=True)
-class SgdSchedule:
-    """Settings that are equal for all classifiers that are trained together."""
-
-    batch_size: int
-    """Size of the largest batch; batches of an epoch differ by at most one image."""
-    epochs: int
-    warmup_epochs: float
-
-
-class SgdParams(Section):
-    """Parameters of a classifier that SGD trains on fixed features (Table 2)."""
-
-    section: ClassVar[str]
-
-    lr: float = Field(gt=0, description="peak learning rate, not scaled by the batch size")
-    momentum: float = Field(ge=0, lt=1)
-    weight_decay: float = Field(
-        ge=0, description="L2 penalty; Table 2's 0.05 is too large: weights would stay near zero"
-    )
-    batch_size: int = Field(ge=2)
-    epochs: int = Field(ge=1)
-    warmup_epochs: float = Field(ge=0)
-
-    @model_validator(mode="after")
-    def _warmup_ends_within_training(self) -> "SgdParams":
-        if self.warmup_epochs >= self.epochs:
-            raise ValueError(
-                f"{self.section}.warmup_epochs is {self.warmup_epochs:g}, but must be less than "
-                f"{self.section}.epochs, which is {self.epochs}; lower {self.section}.warmup_epochs"
-            )
-        return self
-
-    @property
-    def setting(self) -> SgdSetting:
-        """Settings that may differ between classifiers that are trained together."""
-        return SgdSetting(self.lr, self.momentum, self.weight_decay)
-
-    @property
-    def schedule(self) -> SgdSchedule:
-        """Settings that are equal for all classifiers that are trained together."""
-        return SgdSchedule(self.batch_size, self.epochs, self.warmup_epochs)
 
 
 def cosine_with_warmup(step: int, *, total_steps: int, warmup_steps: int) -> float:

@@ -9,19 +9,20 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from contradiff.data.streams import PairedShards, TrainingStream, training_batches
+from contradiff.config import Precision
+from contradiff.data.pairs import PairedShards
+from contradiff.data.streams import TrainingStream, training_batches
 from contradiff.files import replace_file
 from contradiff.method.lora import cast_frozen_weights
-from contradiff.method.losses import LossParams
 from contradiff.method.model import ContraDiffModel
 from contradiff.method.noise import timestep_probabilities
 from contradiff.method.objective import TrainingStep
+from contradiff.method.params import LossParams
 from contradiff.training.batch import ViewChooser, draw_batch
 from contradiff.training.loop import OnStep, train
 from contradiff.training.optim import WeightAverage, build_adamw, cosine_with_warmup
 from contradiff.training.recipe import Checkpointing, TrainingRecipe
 from contradiff.training.state import SavedState
-from contradiff.types import Precision
 from contradiff.watch import Watch
 
 if TYPE_CHECKING:

@@ -4,11 +4,8 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from contradiff.config import Section, Seed
-from contradiff.method.conditioner import ConditionerParams
-from contradiff.method.losses import LossParams
-from contradiff.method.noise import NoiseParams
-from contradiff.types import Precision
+from contradiff.config import Precision, Section, Seed
+from contradiff.method.params import ConditionerParams, LossParams, NoiseParams
 
 Checkpointing = Literal["none", "down.0", "all"]
 """UNet blocks whose activations the backward pass recomputes to save memory."""

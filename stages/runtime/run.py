@@ -54,7 +54,7 @@ if TYPE_CHECKING:
     import torch
     from accelerate import Accelerator
 
-    from contradiff.types import Precision
+    from contradiff.config import Precision
 
 tqdm.get_lock()  # or tqdm makes it at its first use, and a signal would leave it half made
 

@@ -11,8 +11,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from contradiff.base.config import WEIGHTS_NAME, check_base
+from contradiff.base.headers import linear_layers
 from contradiff.base.loading import load_vae
-from contradiff.base.weights import EARLIER_NAMES, check_values, check_weights, linear_layers
+from contradiff.base.weights import EARLIER_NAMES, check_values, check_weights
 
 Tensors = dict[str, Tensor]
 

@@ -14,7 +14,8 @@ from torch import Tensor
 from contradiff.base.loading import load_vae
 from contradiff.base.vae import encode
 from contradiff.data.encoding import LatentEncoder, Reconstruction, reconstruct
-from contradiff.data.latents import LatentsParams, StoredLatents
+from contradiff.data.latents import StoredLatents
+from contradiff.data.params import LatentsParams
 from contradiff.data.png import encode_png
 from contradiff.data.shard_info import ImageInfo, LatentInfo
 from contradiff.data.shards import Sample, ShardIndex, read_images, read_split

@@ -14,10 +14,11 @@ import fsspec
 import pytest
 
 from contradiff.data import remote
+from contradiff.data.pairs import PairedShards
 from contradiff.data.remote import size_of
 from contradiff.data.shard_info import ShardInfo
 from contradiff.data.shards import ShardIndex, read_shard, read_split
-from contradiff.data.streams import PairedShards, TrainingStream, training_batches
+from contradiff.data.streams import TrainingStream, training_batches
 from contradiff.training.batch import ViewChooser
 
 

@@ -16,9 +16,10 @@ from torch import Tensor
 from contradiff.data import order
 from contradiff.data.latents import StoredLatents
 from contradiff.data.order import ShardRange
+from contradiff.data.pairs import PairedShards
 from contradiff.data.shard_info import ShardInfo
 from contradiff.data.shards import ShardIndex, read_split, write_split
-from contradiff.data.streams import PairedShards, TrainingStream, training_batches
+from contradiff.data.streams import TrainingStream, training_batches
 from contradiff.data.transforms import decode
 from contradiff.signals import STOPPING
 from contradiff.training import batch as views_of_a_batch

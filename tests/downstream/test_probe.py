@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.utils.data import ConcatDataset
 
 from contradiff.downstream.linear import LinearProbe
-from contradiff.downstream.probe import TABLE_2, ProbeParams, evaluate, train_probes
-from contradiff.training.optim import SgdSchedule, SgdSetting
+from contradiff.downstream.params import TABLE_2, ProbeParams, SgdParams, SgdSchedule, SgdSetting
+from contradiff.downstream.probe import evaluate, train_probes
 from tests.clusters import SCHEDULE, SETTING, clusters, train_one
 from tests.settings import TINY
 
@@ -203,3 +203,11 @@ def test_params_that_cannot_be_are_refused():
     for key, value in (("cs", [0.0]), ("few_labels", [0.0]), ("few_labels", [1.1])):
         with pytest.raises(ValidationError, match=rf"{key}\.0"):
             ProbeParams.model_validate(PARAMS | {key: value})
+
+
+def test_warmup_must_end_within_training():
+    class Params(SgdParams):
+        section = "probe"
+
+    with pytest.raises(ValidationError, match=r"probe\.warmup_epochs is 5.*probe\.epochs"):
+        Params(lr=0.1, momentum=0.9, weight_decay=0, batch_size=8, epochs=5, warmup_epochs=5)

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from contradiff.data.subsets import is_dev, share_of_each_class
 from contradiff.downstream.logistic import LogisticScore, logistic_score, stratified_folds
-from contradiff.downstream.probe import ProbeParams, evaluate
+from contradiff.downstream.params import ProbeParams
+from contradiff.downstream.probe import evaluate
 from contradiff.downstream.probe_grid import (
     GridHead,
     ProbeData,

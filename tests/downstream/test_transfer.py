@@ -14,7 +14,8 @@ from contradiff.data.map_shards import Processes
 from contradiff.data.transforms import Crop
 from contradiff.downstream import transfer
 from contradiff.downstream.logistic import logistic_score, stratified_folds
-from contradiff.downstream.transfer import FewShots, TransferParams, TransferTask, ridge_top1
+from contradiff.downstream.params import TransferParams
+from contradiff.downstream.transfer import FewShots, TransferTask, ridge_top1
 from contradiff.features.batches import CleanBatch, resized_batch
 from contradiff.features.models import LabelledFeatures
 from contradiff.features.params import FeatureSpec

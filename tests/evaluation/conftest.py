@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from bench import fid
 from contradiff.evaluation.classifier import ResidualClassifier
 from contradiff.evaluation.extractors import Extractor, load_extractor, save_classifier
-from contradiff.evaluation.inception import SCRIPT_NAME
+from contradiff.evaluation.inception_files import SCRIPT_NAME
 
 
 class StandIn(nn.Module):

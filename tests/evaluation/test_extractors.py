@@ -9,8 +9,9 @@ import torch
 from pydantic import ValidationError
 
 from contradiff.evaluation.classifier import ResidualClassifier
-from contradiff.evaluation.extractors import Extractor, ExtractorParams, load_extractor
-from contradiff.evaluation.inception import INCEPTION_URL
+from contradiff.evaluation.extractors import Extractor, load_extractor
+from contradiff.evaluation.inception_files import INCEPTION_URL
+from contradiff.evaluation.params import ExtractorParams
 from contradiff.files import sha256_of
 
 CPU = torch.device("cpu")

@@ -12,7 +12,16 @@ from torch import Tensor
 from bench import fid
 from contradiff.data.png import encode_png
 from contradiff.evaluation import inception
-from contradiff.evaluation.extractors import Extractor, Resizer, load_extractor, save_inception
+from contradiff.evaluation.extractors import Extractor, load_extractor, save_inception
+from contradiff.evaluation.inception_files import (
+    INCEPTION_URL,
+    PINNED,
+    SCRIPT_NAME,
+    STATE_DICT_NAME,
+    STATE_DICT_URL,
+    download_inception,
+)
+from contradiff.evaluation.params import Resizer
 from contradiff.files import sha256_of
 
 CPU = torch.device("cpu")
@@ -20,8 +29,8 @@ RESIZERS: list[Resizer] = ["clean", "legacy_tensorflow", "legacy_pytorch"]
 
 
 def load(weights: Path, folder: Path) -> Extractor:
-    name = inception.STATE_DICT_NAME if weights.suffix == ".pth" else inception.SCRIPT_NAME
-    with mock.patch.dict(inception.PINNED, {sha256_of(weights): name}):
+    name = STATE_DICT_NAME if weights.suffix == ".pth" else SCRIPT_NAME
+    with mock.patch.dict(PINNED, {sha256_of(weights): name}):
         save_inception(folder, weights, resizers=RESIZERS)
         return load_extractor(folder, device=CPU)
 
@@ -89,7 +98,11 @@ def test_refuses_missing_and_other_files(tmp_path: Path, script: Path):
     folder = tmp_path / "extractor"
     with pytest.raises(ValueError, match=r"extractor.weights: .*absent.pt does not exist") as error:
         save_inception(folder, tmp_path / "absent.pt", resizers=["clean"])
-    for hint in (inception.INCEPTION_URL, inception.STATE_DICT_URL, "extractor.download"):
+    for hint in (
+        INCEPTION_URL,
+        STATE_DICT_URL,
+        "extractor.download",
+    ):
         assert hint in str(error.value)
     with pytest.raises(ValueError, match="its sha256 is"):
         save_inception(folder, script, resizers=["clean"])
@@ -98,7 +111,7 @@ def test_refuses_missing_and_other_files(tmp_path: Path, script: Path):
 
 def test_a_state_dict_executes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(tmp_path)
-    weights = tmp_path / inception.STATE_DICT_NAME
+    weights = tmp_path / STATE_DICT_NAME
     harmful = type("Harmful", (), {"__reduce__": lambda _: (Path.touch, (Path("touched"),))})()
     torch.save({"fc.weight": harmful}, weights)
     with pytest.raises(Exception, match="Weights only load failed"):
@@ -111,12 +124,12 @@ def test_download(tmp_path: Path):
     source.write_bytes(b"weights")
     digest = sha256_of(source)
     with pytest.raises(ValueError, match="is there a network") as error:
-        inception.download_inception(weights, url=(tmp_path / "absent").as_uri(), sha256=digest)
+        download_inception(weights, url=(tmp_path / "absent").as_uri(), sha256=digest)
     assert "set extractor.weights" in str(error.value)
     with pytest.raises(ValueError, match=f"invalid hash value .*{digest}"):
-        inception.download_inception(weights, url=source.as_uri(), sha256="0" * 64)
+        download_inception(weights, url=source.as_uri(), sha256="0" * 64)
     assert not weights.exists()
-    inception.download_inception(weights, url=source.as_uri(), sha256=digest)
+    download_inception(weights, url=source.as_uri(), sha256=digest)
     assert weights.read_bytes() == b"weights"
     # what is there is not fetched again
-    inception.download_inception(weights, url=(tmp_path / "absent").as_uri(), sha256=digest)
+    download_inception(weights, url=(tmp_path / "absent").as_uri(), sha256=digest)

@@ -10,7 +10,8 @@ from torch import Tensor
 from contradiff.evaluation import scores as module
 from contradiff.evaluation.fid import FeatureSource, FeatureStatistics
 from contradiff.evaluation.measuring import Measurement
-from contradiff.evaluation.scores import ScoreParams, kid, prdc, scores_of
+from contradiff.evaluation.params import ScoreParams
+from contradiff.evaluation.scores import kid, prdc, scores_of
 
 PARAMS = ScoreParams(splits=3, batch_size=1, kid_subsets=2, kid_subset_size=20)
 Points = list[list[float]]

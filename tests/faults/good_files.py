@@ -22,6 +22,7 @@ from contradiff.config import read_card, read_params
 from contradiff.data.decoding import decode_rgb
 from contradiff.data.latents import StoredLatents
 from contradiff.data.map_shards import Made, map_shards, missing_items
+from contradiff.data.pairs import PairedShards
 from contradiff.data.png import encode_png
 from contradiff.data.shard_info import ImageInfo, LatentInfo, SampleInfo
 from contradiff.data.shards import (
@@ -33,7 +34,6 @@ from contradiff.data.shards import (
     write_shard,
     write_split,
 )
-from contradiff.data.streams import PairedShards
 from contradiff.data.transforms import Crop, decode
 from contradiff.evaluation.classifier import ResidualClassifier
 from contradiff.evaluation.extractors import (
@@ -50,16 +50,14 @@ from contradiff.features.params import FeatureSpec
 from contradiff.features.timm_backbone import load_weights
 from contradiff.features.write_cache import write_table
 from contradiff.files import sha256_of
-from contradiff.generation.class_table import (
-    ClassConditionParams,
-    ClassTable,
-    load_class_table,
-    save_class_table,
-)
+from contradiff.generation.class_table import ClassTable, load_class_table
+from contradiff.generation.class_table_folder import save_class_table
+from contradiff.generation.params import ClassConditionParams
 from contradiff.method.attention import TriTimestepAttention
 from contradiff.method.checkpoint import load_checkpoint, save_checkpoint
-from contradiff.method.model import Architecture, build_model
+from contradiff.method.model import build_model
 from contradiff.method.parameter_counts import count_parameters
+from contradiff.method.params import Architecture
 from contradiff.report.results import read_results
 from contradiff.sources.cifar import find_cifar, read_cifar
 from contradiff.sources.image_check import check_image

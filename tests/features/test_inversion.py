@@ -12,8 +12,8 @@ from diffusers import DDIMInverseScheduler
 from torch import Tensor
 
 from contradiff.base.loading import NoiseSchedule
-from contradiff.features.inversion import CHAIN_STEPS
 from contradiff.features.inversion import inverted_maps as inverted_block_maps
+from contradiff.features.params import CHAIN_STEPS
 from contradiff.method.model import ContraDiffModel
 
 Build = Callable[..., ContraDiffModel]

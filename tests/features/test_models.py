@@ -12,8 +12,8 @@ from contradiff.features import models as feature_models
 from contradiff.features.batches import CleanBatch, stored_batches
 from contradiff.features.cache import ModelFolders
 from contradiff.features.models import DiffusionFeatures, LabelledFeatures, compute_features
-from contradiff.method.checkpoint import Architecture
 from contradiff.method.model import ContraDiffModel, build_model
+from contradiff.method.params import Architecture
 from tests.settings import features_params
 
 CPU = torch.device("cpu")

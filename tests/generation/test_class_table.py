@@ -14,10 +14,12 @@ from torch import Tensor
 from contradiff.base.loading import NoiseSchedule, load_unet
 from contradiff.base.vae import mode
 from contradiff.data.latents import StoredLatents
+from contradiff.data.pairs import PairedShards
 from contradiff.data.shards import image_of
-from contradiff.data.streams import PairedShards
 from contradiff.generation import class_table
-from contradiff.generation.class_table import ClassConditionParams, ClassTable
+from contradiff.generation.class_table import ClassTable
+from contradiff.generation.class_table_folder import save_class_table
+from contradiff.generation.params import ClassConditionParams
 from contradiff.method.model import ContraDiffModel
 from contradiff.method.noise import add_noise
 from contradiff.watch import Watch
@@ -323,9 +325,7 @@ def test_a_saved_table_is_the_same_again_for_its_checkpoint_alone(tmp_path: Path
         class_table.load_class_table(folder, checkpoint=tmp_path)
     table = new_table()
     table.to_tokens.weight.data.normal_()
-    class_table.save_class_table(
-        folder, table, checkpoint=tmp_path, num_classes=3, num_steps=8, params=PARAMS
-    )
+    save_class_table(folder, table, checkpoint=tmp_path, num_classes=3, num_steps=8, params=PARAMS)
     loaded = class_table.load_class_table(folder, checkpoint=tmp_path)
     assert changed(loaded, state_of(table)) == set()
     path = folder / "table.safetensors"

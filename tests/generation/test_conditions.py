@@ -12,7 +12,8 @@ from contradiff.data.shard_info import ConditionInfo
 from contradiff.data.shards import ShardIndex, ShardParams
 from contradiff.features.batches import CleanBatch, stored_batches
 from contradiff.generation.class_table import ClassTable
-from contradiff.generation.condition_images import condition_images, write_conditions
+from contradiff.generation.condition_images import condition_images, condition_records
+from contradiff.generation.condition_shards import write_conditions
 from contradiff.generation.conditions import (
     Conditioning,
     class_conditional,
@@ -38,10 +39,10 @@ def images(tiny_data: Path) -> CleanBatch:
 
 def store(data: Path, folder: Path, *, num_images: int) -> list[int]:
     progress: list[int] = []
+    batches = stored_batches(data / "images", data / "latents", split="val", batch_size=5)
     write_conditions(
         folder,
-        stored_batches(data / "images", data / "latents", split="val", batch_size=5),
-        num_images=num_images,
+        islice(condition_records(batches), num_images),
         params=ShardParams(samples_per_shard=3, compression="none"),
         on_progress=progress.append,
     )

@@ -13,7 +13,8 @@ from torch import Tensor
 from contradiff.base.loading import load_scheduler, load_vae
 from contradiff.base.vae import decode_latents
 from contradiff.generation.conditions import Conditioning, seeded_noise, unconditional
-from contradiff.generation.sampling import GenerateParams, denoise, generate
+from contradiff.generation.params import GenerateParams
+from contradiff.generation.sampling import denoise, generate
 from contradiff.generation.solvers import load_solver
 from contradiff.method.lora import cast_frozen_weights, merge_lora
 from contradiff.method.model import ContraDiffModel

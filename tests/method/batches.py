@@ -6,9 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from contradiff.method.losses import LossParams
 from contradiff.method.model import ContraDiffModel
 from contradiff.method.objective import TrainingBatch
+from contradiff.method.params import LossParams
 
 
 def loss_params(**changes: Any) -> LossParams:

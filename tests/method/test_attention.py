@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from contradiff.method.attention import HeadParams, TriTimestepAttention, order_by_noise
+from contradiff.method.attention import TriTimestepAttention, order_by_noise
+from contradiff.method.params import HeadParams
 
 
 def test_order_by_noise_sorts_each_image_from_noisiest_to_cleanest():

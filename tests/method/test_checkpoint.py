@@ -12,7 +12,8 @@ from safetensors.torch import load_file, save_file
 
 from contradiff.files import sha256_of
 from contradiff.method.checkpoint import base_digest, load_checkpoint, read_checkpoint_card
-from contradiff.method.model import Architecture, ContraDiffModel
+from contradiff.method.model import ContraDiffModel
+from contradiff.method.params import Architecture
 from tests.settings import DAMAGES
 
 Save = Callable[..., None]

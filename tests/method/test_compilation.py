@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from contradiff.base.loading import load_unet
 from contradiff.method.compilation import compile_blocks
-from contradiff.method.lora import LoraParams, add_lora, cast_frozen_weights
+from contradiff.method.lora import add_lora, cast_frozen_weights
+from contradiff.method.params import LoraParams
 
 LORA = LoraParams(rank=4, alpha=8.0, targets=["attn2.to_q", "attn2.to_k", "attn2.to_v"])
 

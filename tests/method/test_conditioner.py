@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from contradiff.method.conditioner import Conditioner, ConditionerParams
+from contradiff.method.conditioner import Conditioner
+from contradiff.method.params import ConditionerParams
 
 SHAPE = {"patch_size": 4, "width": 8, "depth": 2, "num_heads": 2}
 PARAMS: dict[str, Any] = SHAPE | {"input": "pixels", "drop": 0.1, "cond_view": "same"}

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from contradiff.base.loading import load_unet
-from contradiff.method.lora import LoraParams, add_lora, merge_lora
+from contradiff.method.lora import add_lora, merge_lora
+from contradiff.method.params import LoraParams
 
 
 def lora(*, rank: int, alpha: float) -> LoraParams:

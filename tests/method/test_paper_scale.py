@@ -16,9 +16,9 @@ from contradiff.base.loading import NoiseSchedule, load_scheduler
 from contradiff.base.vae import decode_latents
 from contradiff.config import parse, read_params
 from contradiff.generation.sampling import denoise
-from contradiff.method.losses import LossParams
-from contradiff.method.model import Architecture, ContraDiffModel
+from contradiff.method.model import ContraDiffModel
 from contradiff.method.objective import TrainingBatch, TrainingStep
+from contradiff.method.params import Architecture, LossParams
 from contradiff.training.optim import build_adamw
 
 ROOT = Path(__file__).resolve().parents[2]

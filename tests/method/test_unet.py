@@ -6,7 +6,8 @@ import torch.nn.functional as F
 from diffusers import UNet2DConditionModel
 from torch import Tensor
 
-from contradiff.method.unet import MapBlock, SplitUNet, block_channels
+from contradiff.method.params import MapBlock
+from contradiff.method.unet import SplitUNet, block_channels
 
 SHAPE = {
     "layers_per_block": 2,

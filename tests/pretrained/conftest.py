@@ -14,7 +14,9 @@ from ruamel.yaml import YAML
 
 from contradiff.config import parse
 from contradiff.data.shards import read_split
-from contradiff.generation.class_table import ClassConditionParams, ClassTable, save_class_table
+from contradiff.generation.class_table import ClassTable
+from contradiff.generation.class_table_folder import save_class_table
+from contradiff.generation.params import ClassConditionParams
 from contradiff.pretrained.folder import Parts
 from contradiff.pretrained.project import read_project
 from stages import conditions, features, generate, probe

@@ -16,7 +16,8 @@ from torch import nn
 from contradiff import export
 from contradiff.base.config import SHIPPED_CONFIGS
 from contradiff.data.shards import INDEX_NAME
-from contradiff.method.lora import LoraParams, add_lora
+from contradiff.method.lora import add_lora
+from contradiff.method.params import LoraParams
 from contradiff.method.unet import SplitUNet
 from contradiff.pretrained.folder import LORA_NAME, Parts, load_part, read_folder, write_lora
 from contradiff.pretrained.model import ContraDiff

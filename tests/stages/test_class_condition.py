@@ -45,7 +45,7 @@ def test_a_table_is_trained_with_lora_or_without(trained_project: Run):
 def test_no_epochs_leave_a_note_and_need_no_model(
     trained_project: Run, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.delattr(class_condition, "load_checkpoint")
+    monkeypatch.delattr(class_condition, "train")
     assert call(trained_project, epochs=0, batch_size=1000)["num_steps"] == 0
     assert [path.name for path in TABLE.iterdir()] == ["config.json"]
     expected = r'generate\.condition "class" .*class_condition\.epochs was 0'

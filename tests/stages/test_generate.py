@@ -20,8 +20,10 @@ from contradiff.data.shard_info import SampleInfo
 from contradiff.data.shards import ShardIndex, read_split
 from contradiff.data.transforms import decode
 from contradiff.files import sha256_of
-from contradiff.generation.class_table import ClassConditionParams, ClassTable, save_class_table
+from contradiff.generation.class_table import ClassTable
+from contradiff.generation.class_table_folder import save_class_table
 from contradiff.generation.condition_images import condition_images
+from contradiff.generation.params import ClassConditionParams
 from contradiff.method.checkpoint import base_digest
 from stages import conditions, generate
 from tests.settings import ARCHITECTURE, GENERATE

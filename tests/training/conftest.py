@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from contradiff.data.streams import PairedShards
-from contradiff.method.model import Architecture, ContraDiffModel
-from contradiff.method.noise import NoiseParams
+from contradiff.data.pairs import PairedShards
+from contradiff.method.model import ContraDiffModel
+from contradiff.method.params import Architecture, NoiseParams
 from contradiff.training.pretraining import pretrain
 from contradiff.training.recipe import PretrainParams, TrainingRecipe
 from contradiff.watch import Watch

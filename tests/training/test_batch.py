@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from contradiff.data.latents import StoredLatents
+from contradiff.data.pairs import PairedShards
 from contradiff.data.shards import ShardIndex, read_images, read_split, write_split
-from contradiff.data.streams import PairedShards
 from contradiff.data.transforms import apply_crop, decode
 from contradiff.method.model import ContraDiffModel
 from contradiff.method.noise import timestep_probabilities

@@ -4,11 +4,10 @@ from copy import deepcopy
 
 import pytest
 import torch
-from pydantic import ValidationError
 from torch import nn
 from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, SequentialLR
 
-from contradiff.training.optim import SgdParams, build_adamw, cosine_with_warmup, is_decayed
+from contradiff.training.optim import build_adamw, cosine_with_warmup, is_decayed
 
 
 def test_schedule_equals_torch_linear_then_cosine():
@@ -66,11 +65,3 @@ def test_adamw_refuses_a_frozen_model():
     frozen = nn.Linear(2, 2).requires_grad_(False)
     with pytest.raises(ValueError, match="no trainable parameters"):
         build_adamw(frozen.named_parameters(), lr=0.1, betas=(0.9, 0.95), weight_decay=0.0)
-
-
-def test_warmup_must_end_within_training():
-    class Params(SgdParams):
-        section = "probe"
-
-    with pytest.raises(ValidationError, match=r"probe\.warmup_epochs is 5.*probe\.epochs"):
-        Params(lr=0.1, momentum=0.9, weight_decay=0, batch_size=8, epochs=5, warmup_epochs=5)
