@@ -14,11 +14,7 @@ from contradiff.method.attention import LevelMaps, Projector, TriTimestepAttenti
 from contradiff.method.conditioner import Conditioner
 from contradiff.method.lora import add_lora
 from contradiff.method.noise import add_noise
-from contradiff.method.params import (
-    NUM_LEVELS,
-    Architecture,
-    MapBlock,
-)
+from contradiff.method.params import NUM_LEVELS, Architecture, MapBlock
 from contradiff.method.unet import SelfCondition, SplitUNet, block_channels
 from contradiff.types import Conditions, Latents, Timesteps, Tokens
 
