@@ -26,17 +26,18 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import FlopCounterMode
 
 from contradiff.base.config import BaseParams, config_folder
 from contradiff.config import parse, read_params
 from contradiff.features.inversion import inverted_maps
 from contradiff.features.params import FeaturesParams
+from contradiff.method.lora import merge_lora
 from contradiff.training.flops import (
     NUM_IMAGES,
     StepParams,
     build,
     empty_batch,
+    flop_counter,
     of_training_step,
     training_step,
 )
@@ -166,10 +167,11 @@ class LiveBytes(TorchDispatchMode):
 def of_features(params: Params, folder: Path) -> float:
     """Count the GFLOPs per image of the feature h, including the conditioner."""
     model = build(params, folder).eval()
+    merge_lora(model.unet)
     options = {"timesteps": params.features.timesteps, "blocks": [model.block]}
     with torch.device("meta"), torch.no_grad():
         batch = empty_batch(model, params, folder, num_images=NUM_IMAGES)
-        with FlopCounterMode(display=False) as counter:
+        with flop_counter() as counter:
             tokens = model.encode_condition(batch.conditions[0])
             if params.features.noising == "ddim_chain":
                 maps = inverted_maps(model, batch.latents[0], tokens, **options)

@@ -11,7 +11,6 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from bench._tiny import noise_batch, random_model, read_tiny, write_base
 from bench._turns import Row, compare, relative_error
@@ -20,7 +19,7 @@ from contradiff.method.losses import CONTRASTIVE_LOSSES
 from contradiff.method.model import ContraDiffModel
 from contradiff.method.noise import add_noise
 from contradiff.method.objective import TrainingBatch
-from contradiff.training.flops import training_step
+from contradiff.training.flops import flop_counter, training_step
 from contradiff.training.optim import build_adamw
 
 TOLERANCE = 1e-5
@@ -125,6 +124,6 @@ def gradients(model: ContraDiffModel, loss: Loss) -> Tensor:
 
 def count(model: ContraDiffModel, loss: Loss) -> int:
     """Count the FLOPs of a loss and its gradients."""
-    with FlopCounterMode(display=False) as counter:
+    with flop_counter() as counter:
         gradients(model, loss)
     return counter.get_total_flops()

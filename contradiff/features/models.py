@@ -21,7 +21,7 @@ from contradiff.features.params import FeaturesParams, FeatureSpec
 from contradiff.features.timm_backbone import TimmFeatures
 from contradiff.method.attention import LevelMaps
 from contradiff.method.checkpoint import load_checkpoint
-from contradiff.method.lora import cast_frozen_weights, disable_lora
+from contradiff.method.lora import cast_frozen_weights, disable_lora, merge_lora
 from contradiff.method.model import ContraDiffModel, build_model
 from contradiff.method.noise import add_noise
 from contradiff.method.params import NUM_LEVELS, Architecture, MapBlock
@@ -188,7 +188,9 @@ def _frozen(
     assert max(map(max, params.triples)) < model.schedule.num_train_timesteps, "see rules.py"
     blocks = [*params.more_blocks, *(["up.1"] if params.model == "diffeed" else [])]
     assert set(blocks) <= {"mid"} or len(model.unet.up_blocks) > 1, "see rules.py"
-    if params.model != "contradiff":
+    if params.model == "contradiff":
+        merge_lora(model.unet)
+    else:
         disable_lora(model.unet)
         model.self_condition = None
     if params.precision == "bf16":

@@ -15,6 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from bench import flops
 from contradiff.config import parse, read_params
+from contradiff.method.lora import merge_lora
 from contradiff.method.model import build_model
 from contradiff.method.unet import SplitUNet
 from contradiff.training import pretraining
@@ -55,6 +56,7 @@ def preset(changes: dict[str, Any]) -> flops.Params:
 
 def test_features_cost_three_half_passes_a_condition_and_the_head(small_base: Path):
     model = flops.build(preset({}), small_base)
+    merge_lora(model.unet)
     with FlopCounterMode(display=False) as counter, torch.device("meta"), torch.no_grad():
         tokens = model.conditioner(torch.empty(1, 3, 32, 32)).expand(3, -1, -1)
         timesteps = torch.empty(3, dtype=torch.long)

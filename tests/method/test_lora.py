@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft.tuners.lora import Linear
 from torch import Tensor, nn
 
 from contradiff.base.loading import load_unet
@@ -66,3 +67,43 @@ def test_merged_lora_is_the_same_function(tiny_base: Path, inputs: dict[str, Ten
         if "lora_" in name:
             parameter.zero_()
     torch.testing.assert_close(unet(**inputs).sample, unmerged, rtol=1e-4, atol=1e-5)
+
+
+def test_gradients_are_those_of_pefts_layer(tiny_base: Path, inputs: dict[str, Tensor]):
+    """The same modules run with our forward pass and with peft's own, which rounds elsewhere."""
+    unet = load_unet(tiny_base)
+    add_lora(unet, lora(rank=4, alpha=6.0))
+    randomise_lora(unet)
+    trained = [p for p in unet.parameters() if p.requires_grad]
+    tokens = inputs["encoder_hidden_states"].requires_grad_()
+
+    def run(*, bf16: bool) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            output = unet(**inputs).sample.float()
+        found = torch.autograd.grad(output.square().sum(), [*trained, tokens])
+        return torch.cat([each.flatten() for each in (output.detach(), *found)])
+
+    ours, ours_bf16 = run(bf16=False), run(bf16=True)
+    layers = [each for each in unet.modules() if isinstance(each, Linear)]
+    assert len(layers) >= 3
+    for layer in layers:
+        assert type(layer) is not Linear
+        layer.__class__ = Linear
+    theirs, theirs_bf16 = run(bf16=False), run(bf16=True)
+    assert (ours - theirs).norm() <= 1e-5 * theirs.norm()
+    assert (ours_bf16 - theirs).norm() <= 1.3 * (theirs_bf16 - theirs).norm()
+
+
+def test_layer_takes_any_shape_and_leaves_its_input_and_weights(tiny_base: Path):
+    unet = load_unet(tiny_base)
+    add_lora(unet, lora(rank=4, alpha=6.0))
+    randomise_lora(unet)
+    layer = next(each for each in unet.modules() if isinstance(each, Linear))
+    given = torch.randn(16, 3, 2).transpose(0, 2)  # not contiguous
+    before, weights = given.clone(), [p.clone() for p in layer.parameters()]
+    output = layer(given)
+    assert output.shape == (2, 3, layer.out_features)
+    torch.testing.assert_close(output[1, 2], layer(given[1, 2]))
+    output.sum().backward()
+    assert given.equal(before)
+    assert all(p.equal(w) for p, w in zip(layer.parameters(), weights, strict=True))
