@@ -5,19 +5,22 @@ also renders the images.
 """
 
 from stages.runtime.run import Run, execute, say_how_to_restore_params
+from stages.runtime.work_dir import code_digest
 
+import json
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from pydantic import Field
 
 from contradiff.base.config import BaseParams, base_manifest, local_base
-from contradiff.base.weights import check_weights
 from contradiff.config import Seed
 from contradiff.data.params import DataParams, RawParams
-from contradiff.files import weights_manifest
+from contradiff.files import replace_file, weights_manifest
+from contradiff.imports import slow_import
 from contradiff.sources.cifar import SIDE
 from contradiff.sources.counts import CountParams, count_faults, transfer_faults
 from contradiff.sources.imagenet import scan_images
@@ -56,7 +59,7 @@ def main(params: Params, run: Run) -> None:
     with collect(faults):
         manifests["base"] = base_manifest(params.base, root=root)
         if params.base.source == "local":
-            check_weights(local_base(params.base, root=root))
+            check_base_once(params.base, manifests["base"], root)
     with collect(faults):
         given = None if params.inception_download else params.inception_weights
         manifests["extractor"] = weights_manifest("extractor.weights", given, root, GET_EXTRACTOR)
@@ -91,6 +94,22 @@ def main(params: Params, run: Run) -> None:
             raise ValueError("\n".join(faults))
     for name, manifest in manifests.items():
         run.write_json(Path(f"build/manifest/{name}.json"), manifest)
+
+
+def check_base_once(base: BaseParams, manifest: Mapping[str, Any], root: Path) -> None:
+    """Check the weights of a local base, unless the same code has found the same files good.
+
+    It needs diffusers, whose import would take most of the time of each unchanged `dvc repro`.
+    """
+    seen = root / ".work/checked_base.json"
+    now = json.dumps([manifest, code_digest(), version("diffusers")], sort_keys=True)
+    if seen.is_file() and seen.read_bytes() == now.encode():
+        return
+    with slow_import():
+        from contradiff.base.weights import check_weights
+    check_weights(local_base(base, root=root))
+    with replace_file(seen) as temporary:
+        temporary.write_text(now, encoding="utf-8")
 
 
 def add(faults: list[str], found: Iterable[tuple[str, str]]) -> None:

@@ -101,6 +101,35 @@ def test_weights_that_do_not_fit_are_refused(content: dict[str, Any], run: Run):
         manifests(content, run)
 
 
+def test_a_base_is_checked_again_only_after_a_change(
+    content: dict[str, Any], run: Run, monkeypatch: pytest.MonkeyPatch
+):
+    checked: list[Path] = []
+    monkeypatch.setattr("contradiff.base.weights.check_weights", checked.append)
+    first = manifests(content, run)
+    assert manifests(content, run) == first
+    assert checked == [Path("mine")]
+    path = Path("mine/unet/diffusion_pytorch_model.safetensors")
+    path.write_bytes(path.read_bytes()[:-1] + b"x")
+    manifests(content, run)
+    monkeypatch.setattr(prepare, "code_digest", lambda: "other code")
+    manifests(content, run)
+    assert len(checked) == 3
+    (run.root / ".work/checked_base.json").write_bytes(b"\xff")
+    manifests(content, run)
+    manifests(content, run)
+    assert len(checked) == 4
+
+    def refuse(_: Path) -> None:
+        raise ValueError("base.path: bad")
+
+    path.write_bytes(path.read_bytes()[:-1] + b"y")
+    monkeypatch.setattr("contradiff.base.weights.check_weights", refuse)
+    for _ in range(2):  # a base that was refused is checked each time
+        with pytest.raises(ValueError, match=r"base\.path: bad"):
+            manifests(content, run)
+
+
 def test_more_than_the_images_that_there_are_is_refused_at_once(content: dict[str, Any], run: Run):
     content["pretrain"]["batch_size"] = content["class_condition"]["batch_size"] = 16
     content["class_condition"]["epochs"] = 1
