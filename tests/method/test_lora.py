@@ -70,7 +70,7 @@ def test_merged_lora_is_the_same_function(tiny_base: Path, inputs: dict[str, Ten
 
 
 def test_gradients_are_those_of_pefts_layer(tiny_base: Path, inputs: dict[str, Tensor]):
-    """The same modules run with our forward pass and with peft's own, which rounds elsewhere."""
+    """The same modules run with our forward pass and with peft's own."""
     unet = load_unet(tiny_base)
     add_lora(unet, lora(rank=4, alpha=6.0))
     randomise_lora(unet)
@@ -91,7 +91,7 @@ def test_gradients_are_those_of_pefts_layer(tiny_base: Path, inputs: dict[str, T
         layer.__class__ = Linear
     theirs, theirs_bf16 = run(bf16=False), run(bf16=True)
     assert (ours - theirs).norm() <= 1e-5 * theirs.norm()
-    assert (ours_bf16 - theirs).norm() <= 1.3 * (theirs_bf16 - theirs).norm()
+    assert ours_bf16.equal(theirs_bf16)
 
 
 def test_layer_takes_any_shape_and_leaves_its_input_and_weights(tiny_base: Path):
