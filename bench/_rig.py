@@ -15,9 +15,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from bench._turns import relative_error
-from contradiff.training.flops import flop_counter
 
 Row = dict[str, Any]
 
@@ -85,7 +85,7 @@ class Rig:
 
         def body() -> Row:
             known, started = self.references.get(reference or ""), time.monotonic()
-            counter = flop_counter()
+            counter = FlopCounterMode(display=False)
             with counter if flops is None and known is None else nullcontext():
                 result = (check or work)().detach().float()
             row: Row = {"first_s": time.monotonic() - started}

@@ -3,10 +3,12 @@
 from pathlib import Path
 
 import torch
+from peft.tuners.lora import Linear
 
 from bench._copies import ROOT
 from contradiff.config import parse, read_params
 from contradiff.features.params import FeaturesParams
+from contradiff.method.lora_layer import LinearWithLora
 from contradiff.method.model import ContraDiffModel, build_model
 from contradiff.method.objective import TrainingBatch
 from contradiff.toy.base_recipe import build_scheduler, build_unet, build_vae
@@ -35,7 +37,8 @@ def write_base(folder: Path) -> None:
 def random_model(base: Path, *, plain: bool = False) -> ContraDiffModel:
     """Build the tiny preset's model, with random LoRA weights (untrained LoRA has no effect).
 
-    Our loading sets a memory layout; if `plain`, the UNet has the one in which diffusers loads it.
+    Our loading sets a memory layout, and our LoRA layer computes in place; if `plain`, the UNet is
+    as diffusers and peft make it.
     """
     params = read_tiny()
     model = build_model(base, params, image_size=params.data.image_size, seed=0)
@@ -44,6 +47,9 @@ def random_model(base: Path, *, plain: bool = False) -> ContraDiffModel:
             torch.nn.init.normal_(parameter, std=0.02)
     if plain:
         model.unet.to(memory_format=torch.contiguous_format)  # pyright: ignore[reportCallIssue]
+        for module in model.unet.modules():
+            if isinstance(module, LinearWithLora):
+                module.__class__ = Linear
     return model.eval()
 
 

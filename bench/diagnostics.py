@@ -51,7 +51,6 @@ from contradiff.generation.params import GenerateParams
 from contradiff.generation.sampling import generate
 from contradiff.generation.solvers import load_solver
 from contradiff.method.checkpoint import read_checkpoint_card
-from contradiff.method.lora import merge_lora
 from contradiff.method.noise import add_noise
 from contradiff.method.params import Architecture
 
@@ -312,7 +311,6 @@ class Sampler:
     def scores(self, model: DiffusionFeatures) -> dict[str, float]:
         """Return FID and KID of a checkpoint. Sample i has the same noise in all checkpoints."""
         network, seed = model.model, self.params.seed
-        merge_lora(network.unet)
         settings: dict[str, Any] = {"condition": "noise", "guidance": 1.0}
         settings |= {"guidance_interval": [0.0, 1.0], "num_inference_steps": self.num_steps}
         section = self.params.generate.model_copy(update=settings)

@@ -26,6 +26,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
 
 from contradiff.base.config import BaseParams, config_folder
 from contradiff.config import parse, read_params
@@ -37,7 +38,6 @@ from contradiff.training.flops import (
     StepParams,
     build,
     empty_batch,
-    flop_counter,
     of_training_step,
     training_step,
 )
@@ -171,7 +171,7 @@ def of_features(params: Params, folder: Path) -> float:
     options = {"timesteps": params.features.timesteps, "blocks": [model.block]}
     with torch.device("meta"), torch.no_grad():
         batch = empty_batch(model, params, folder, num_images=NUM_IMAGES)
-        with flop_counter() as counter:
+        with FlopCounterMode(display=False) as counter:
             tokens = model.encode_condition(batch.conditions[0])
             if params.features.noising == "ddim_chain":
                 maps = inverted_maps(model, batch.latents[0], tokens, **options)

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from bench._tiny import noise_batch, random_model, read_tiny, write_base
 from bench._turns import Row, compare, relative_error
@@ -19,7 +20,7 @@ from contradiff.method.losses import CONTRASTIVE_LOSSES
 from contradiff.method.model import ContraDiffModel
 from contradiff.method.noise import add_noise
 from contradiff.method.objective import TrainingBatch
-from contradiff.training.flops import flop_counter, training_step
+from contradiff.training.flops import training_step
 from contradiff.training.optim import build_adamw
 
 TOLERANCE = 1e-5
@@ -124,6 +125,6 @@ def gradients(model: ContraDiffModel, loss: Loss) -> Tensor:
 
 def count(model: ContraDiffModel, loss: Loss) -> int:
     """Count the FLOPs of a loss and its gradients."""
-    with flop_counter() as counter:
+    with FlopCounterMode(display=False) as counter:
         gradients(model, loss)
     return counter.get_total_flops()

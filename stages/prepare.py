@@ -10,6 +10,7 @@ from stages.runtime.work_dir import code_digest
 import json
 from collections import Counter
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -108,7 +109,7 @@ def check_base_once(base: BaseParams, manifest: Mapping[str, Any], root: Path) -
     with slow_import():
         from contradiff.base.weights import check_weights
     check_weights(local_base(base, root=root))
-    with replace_file(seen) as temporary:
+    with suppress(OSError), replace_file(seen) as temporary:
         temporary.write_text(now, encoding="utf-8")
 
 

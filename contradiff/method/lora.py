@@ -17,39 +17,16 @@ def add_lora(unet: "UNet2DConditionModel", params: LoraParams) -> None:
     from peft import LoraConfig, inject_adapter_in_model
     from peft.tuners.lora import Linear
 
+    from contradiff.method.lora_layer import LinearWithLora
+
     rank, alpha, targets = params.rank, params.alpha, params.targets
     config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets, lora_dropout=0.0)  # pyright: ignore[reportArgumentType]
     inject_adapter_in_model(config, unet)
     for module in unet.modules():
         if type(module) is Linear:
-            module.__class__ = _linear_with_lora()
+            module.__class__ = LinearWithLora
     adapted = [name for name, _ in unet.named_modules() if name.endswith(".lora_A")]
     assert all(any(f"{target}.lora_A" in name for name in adapted) for target in targets)
-
-
-@cache
-def _linear_with_lora() -> type[Any]:
-    """Return peft's layer, which in float32 adds the second product to the output in place.
-
-    peft computes `output + lora_B(lora_A(x)) * scaling`: two more passes over arrays of the
-    output's size, and one more backward, for 5 to 8% of a training step's time on a CPU. Under
-    autocast, on GPUs, this was never timed, and bfloat16 would be rounded in another place: peft's
-    way stays.
-    """
-    from peft.tuners.lora import Linear
-
-    class LinearWithLora(Linear):
-        def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-            is_autocast = any(map(torch.is_autocast_enabled, ("cpu", "cuda")))
-            if is_autocast or self.disable_adapters or self.merged:
-                return super().forward(x, *args, **kwargs)
-            [name] = self.active_adapters
-            rows = x.reshape(-1, x.shape[-1])
-            output, low = self.base_layer(rows), self.lora_A[name](rows)
-            output.addmm_(low, self.lora_B[name].weight.T, alpha=self.scaling[name])
-            return output.view(*x.shape[:-1], -1)
-
-    return LinearWithLora
 
 
 def merge_lora(unet: nn.Module) -> None:

@@ -5,10 +5,8 @@ from the tensors' shapes. So the number is exact and equal on all machines.
 """
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
-from torch import Size
 
 from contradiff.base.config import downsampling_of
 from contradiff.base.loading import NoiseSchedule, unet_without_weights
@@ -19,9 +17,6 @@ from contradiff.method.objective import TrainingBatch, TrainingStep
 from contradiff.method.params import Architecture
 from contradiff.training.pretraining import set_up
 from contradiff.training.recipe import TrainingRecipe
-
-if TYPE_CHECKING:
-    from torch.utils.flop_counter import FlopCounterMode
 
 NUM_IMAGES = 4
 """Images in a counted step. The FLOPs per image hardly depend on this number."""
@@ -39,22 +34,14 @@ def of_training_step(params: StepParams, folder: Path) -> float:
     `folder` has the base's configuration. Work that `pretrain.gradient_checkpointing` does twice
     counts twice.
     """
+    from torch.utils.flop_counter import FlopCounterMode
+
     model = build(params, folder)
     with torch.device("meta"):
         batch = empty_batch(model, params, folder, num_images=NUM_IMAGES)
-        with flop_counter() as counter:
+        with FlopCounterMode(display=False) as counter:
             training_step(model, params)(batch)["loss"].backward()
     return counter.get_total_flops() / NUM_IMAGES / 1e9
-
-
-def flop_counter() -> "FlopCounterMode":
-    """Return torch's counter. Alone, it would not count the product that LoRA adds in place."""
-    from torch.utils.flop_counter import FlopCounterMode
-
-    def of_product(_: Size, left: Size, right: Size, **_options: object) -> int:
-        return 2 * left[0] * left[1] * right[1]
-
-    return FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addmm_: of_product})
 
 
 def build(params: StepParams, folder: Path, *, precision: Precision = "fp32") -> ContraDiffModel:

@@ -1,5 +1,8 @@
 """The transformer follows scikit-learn's rules."""
 
+from pathlib import Path
+
+import joblib
 import numpy as np
 import pytest
 from sklearn.base import clone
@@ -13,7 +16,7 @@ from contradiff.pretrained.model import ContraDiff
 from contradiff.pretrained.transformer import ContraDiffFeatures
 
 
-def test_it_works_in_pipelines_and_cross_validation(parts: Parts):
+def test_it_works_in_pipelines_and_cross_validation(parts: Parts, tmp_path: Path):
     model = ContraDiff(parts, device="cpu")
     images = np.random.default_rng(0).integers(0, 100, (12, 20, 20, 3), dtype=np.uint8)
     images[::2] += 120
@@ -31,3 +34,7 @@ def test_it_works_in_pipelines_and_cross_validation(parts: Parts):
     classifier = make_pipeline(transformer, LogisticRegression())
     for form in (images, list(images)):
         assert cross_val_score(classifier, form, labels, cv=3).mean() > 0.8
+    classifier.fit(images, labels)
+    joblib.dump(classifier, tmp_path / "classifier")
+    kept = joblib.load(tmp_path / "classifier")
+    np.testing.assert_array_equal(kept.predict_proba(images), classifier.predict_proba(images))
