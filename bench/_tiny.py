@@ -47,10 +47,15 @@ def random_model(base: Path, *, plain: bool = False) -> ContraDiffModel:
             torch.nn.init.normal_(parameter, std=0.02)
     if plain:
         model.unet.to(memory_format=torch.contiguous_format)  # pyright: ignore[reportCallIssue]
-        for module in model.unet.modules():
-            if isinstance(module, LinearWithLora):
-                module.__class__ = Linear
+        use_pefts_layers(model)
     return model.eval()
+
+
+def use_pefts_layers(model: ContraDiffModel) -> None:
+    """Replace our LoRA layers by those of peft, with the same weights."""
+    for module in model.unet.modules():
+        if isinstance(module, LinearWithLora):
+            module.__class__ = Linear
 
 
 def noise_batch(model: ContraDiffModel, base: Path, *, num_images: int) -> TrainingBatch:

@@ -1,4 +1,4 @@
-"""Choices made for speed, beside what they replaced: memory layout, and iterations of t-SNE.
+"""Choices made for speed, beside what they replaced: memory layout, LoRA, iterations of t-SNE.
 
 Our loading stores UNet and VAE channels last where there is no GPU; "plain" is diffusers' layout.
 """
@@ -10,11 +10,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from bench._tiny import noise_batch, random_model, read_tiny, write_base
+from bench._tiny import noise_batch, random_model, read_tiny, use_pefts_layers, write_base
 from bench._turns import Row, compare, relative_error
 from bench.probe import draw
 from contradiff.base.loading import load_vae
 from contradiff.downstream.separability import embed
+from contradiff.method.lora import merge_lora
 from contradiff.method.model import ContraDiffModel
 from contradiff.training.flops import training_step
 
@@ -23,16 +24,19 @@ PLAIN = torch.contiguous_format
 
 def rows(folder: Path, *, rounds: int, num_images: int = 64) -> Iterator[Row]:
     """Yield the rows."""
-    yield from layout_rows(folder, rounds=rounds, num_images=num_images)
+    yield from network_rows(folder, rounds=rounds, num_images=num_images)
     yield tsne_row(rounds=rounds)
 
 
-def layout_rows(folder: Path, *, rounds: int, num_images: int) -> Iterator[Row]:
+def network_rows(folder: Path, *, rounds: int, num_images: int) -> Iterator[Row]:
     """Yield a row for each kind of work on a batch of images."""
     write_base(folder)
-    params, models = read_tiny(), (random_model(folder), random_model(folder, plain=True))
+    params, ours, plain, pefts, merged = read_tiny(), *(random_model(folder) for _ in range(4))
+    plain.unet.to(memory_format=PLAIN)  # pyright: ignore[reportCallIssue]
+    use_pefts_layers(pefts)
+    merge_lora(merged.unet)
     vaes = load_vae(folder), load_vae(folder).to(memory_format=PLAIN)  # pyright: ignore[reportCallIssue]
-    batch = noise_batch(models[0], folder, num_images=num_images)
+    batch = noise_batch(ours, folder, num_images=num_images)
     latents, pixels = batch.latents[0], batch.conditions[0]
     steps = batch.timesteps[0, 0]
 
@@ -61,21 +65,24 @@ def layout_rows(folder: Path, *, rounds: int, num_images: int) -> Iterator[Row]:
     def decode(vae: nn.Module) -> Tensor:
         return vae.decode(latents).sample  # pyright: ignore[reportCallIssue]
 
-    for name, work, networks in (
-        ("training step", train, models),
-        ("feature h", features, models),
-        ("step of sampling", sample, models),
-        ("VAE, encode", encode, vaes),
-        ("VAE, decode", decode, vaes),
+    layout, layouts = ("channels_last", "plain layout"), (ours, plain)
+    for (choice, peer), name, work, networks in (
+        (layout, "training step", train, layouts),
+        (layout, "feature h", features, layouts),
+        (layout, "step of sampling", sample, layouts),
+        (layout, "VAE, encode", encode, vaes),
+        (layout, "VAE, decode", decode, vaes),
+        (("LoRA in one product", "peft's layer"), "training step", train, (ours, pefts)),
+        (("LoRA merged", "LoRA apart, peft's layer"), "feature h", features, (merged, pefts)),
     ):
-        ours, plain = (lambda work=work, network=network: work(network) for network in networks)
+        first, second = (lambda work=work, network=network: work(network) for network in networks)
         yield compare(
-            f"channels_last: {name}, {num_images} images",
-            "plain layout",
-            (ours, plain),
+            f"{choice}: {name}, {num_images} images",
+            peer,
+            (first, second),
             rounds=rounds,
             kind="time",
-            error=lambda ours=ours, plain=plain: relative_error(ours(), plain()),
+            error=lambda first=first, second=second: relative_error(first(), second()),
             tolerance=1e-4,
             note="equal: the results",
         )
