@@ -167,7 +167,8 @@ class LiveBytes(TorchDispatchMode):
 def of_features(params: Params, folder: Path) -> float:
     """Count the GFLOPs per image of the feature h, including the conditioner."""
     model = build(params, folder).eval()
-    merge_lora(model.unet)
+    if params.features.precision == "fp32":
+        merge_lora(model.unet)
     options = {"timesteps": params.features.timesteps, "blocks": [model.block]}
     with torch.device("meta"), torch.no_grad():
         batch = empty_batch(model, params, folder, num_images=NUM_IMAGES)

@@ -261,8 +261,7 @@ def time_sampling(
 
 def features(setting: Setting) -> None:
     """Feature h of three noise levels, beside three whole passes with a hook on the mid block."""
-    rig, number = setting.rig, setting.sizes.features
-    model = setting.model_to_read(merged=True)
+    rig, number, model = setting.rig, setting.sizes.features, setting.model_to_read()
     peer = deepcopy(setting.unet).to(torch.bfloat16)
     latents, pixels = setting.latents(number), setting.pixels(number)
     noise = torch.randn(3, *latents.shape, device=rig.device)

@@ -188,13 +188,13 @@ def _frozen(
     assert max(map(max, params.triples)) < model.schedule.num_train_timesteps, "see rules.py"
     blocks = [*params.more_blocks, *(["up.1"] if params.model == "diffeed" else [])]
     assert set(blocks) <= {"mid"} or len(model.unet.up_blocks) > 1, "see rules.py"
-    if params.model == "contradiff":
-        merge_lora(model.unet)
-    else:
+    if params.model != "contradiff":
         disable_lora(model.unet)
         model.self_condition = None
     if params.precision == "bf16":
-        cast_frozen_weights(model.unet)
+        cast_frozen_weights(model.unet)  # LoRA stays apart, because bfloat16 would round its update
+    elif params.model == "contradiff":
+        merge_lora(model.unet)
     return DiffusionFeatures(model.to(device), params, seed, device)
 
 

@@ -6,12 +6,14 @@ from typing import Any
 
 import pytest
 import torch
+from peft.tuners.lora import Linear
 from torch import Tensor
 
 from contradiff.features import models as feature_models
 from contradiff.features.batches import CleanBatch, stored_batches
 from contradiff.features.cache import ModelFolders
 from contradiff.features.models import DiffusionFeatures, LabelledFeatures, compute_features
+from contradiff.method.lora import disable_lora
 from contradiff.method.model import ContraDiffModel, build_model
 from contradiff.method.params import Architecture
 from tests.settings import features_params
@@ -150,6 +152,35 @@ def test_untrained_features_are_those_of_a_model_without_a_step(
     assert found["cleanest:mid@401-201-101"].equal(maps[:, 2].mean(dim=(2, 3)))
     assert found["unpooled:mid@401-201-101"].equal(maps[:, 2].flatten(1))
     assert [column.pool for column in features.columns] == ["mean", *pools]
+
+
+@pytest.mark.parametrize(("precision", "is_merged"), [("fp32", True), ("bf16", False)])
+def test_lora_is_merged_only_in_float32(  # noqa: PLR0917
+    build_tiny: Build,
+    save_tiny: Callable[..., None],
+    tiny_base: Path,
+    tiny_data: Path,
+    tmp_path: Path,
+    precision: str,
+    is_merged: bool,
+):
+    network = build_tiny()
+    save_tiny(tmp_path / "c", network)
+    params = features_params(precision=precision)
+    folders = ModelFolders(tmp_path / "c", tiny_base, tmp_path)
+    model = feature_models.load_feature_model(params, folders, 0, CPU)
+    layers = [each for each in model.model.unet.modules() if isinstance(each, Linear)]
+    assert layers
+    assert all(layer.merged == is_merged for layer in layers)
+    (batch,) = batches_of(tiny_data)
+    [found] = model(batch).values()
+    apart = DiffusionFeatures(network, params, 0, CPU)
+    expected = apart(batch)[apart.columns[0].name].float()
+    tolerance = 1e-5 if is_merged else 0.0
+    assert (found.float() - expected).norm() <= tolerance * expected.norm()
+    disable_lora(network.unet)
+    without = apart(batch)[apart.columns[0].name].float()
+    assert (without - expected).norm() > 0.01 * expected.norm()
 
 
 @pytest.mark.parametrize("kind", ["contradiff", "base", "diffeed"])
