@@ -37,8 +37,7 @@ def write_base(folder: Path) -> None:
 def random_model(base: Path, *, plain: bool = False) -> ContraDiffModel:
     """Build the tiny preset's model, with random LoRA weights (untrained LoRA has no effect).
 
-    Our loading sets a memory layout, and our LoRA layer computes in place; if `plain`, the UNet is
-    as diffusers and peft make it.
+    Our loading sets a memory layout and LoRA layers; if `plain`, diffusers and peft set both.
     """
     params = read_tiny()
     model = build_model(base, params, image_size=params.data.image_size, seed=0)
